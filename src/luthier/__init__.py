@@ -1,0 +1,31 @@
+"""Fine-tune any transformer with any method, and know beforehand what it costs."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from luthier.__version__ import __version__
+
+if TYPE_CHECKING:
+    from luthier.anatomy import Anatomy
+    from luthier.surgery import Tuned, attach, load
+    from luthier.training import RunSpec, predict, resume, train
+
+__all__ = ["Anatomy", "RunSpec", "Tuned", "__version__", "attach", "load", "predict", "resume", "train"]
+
+# Resolved on first use: torch and transformers take seconds to import, and `luthier methods` needs neither.
+_HOMES = {
+    "Anatomy": "luthier.anatomy",
+    "Tuned": "luthier.surgery",
+    "attach": "luthier.surgery",
+    "load": "luthier.surgery",
+    "RunSpec": "luthier.training",
+    "predict": "luthier.training",
+    "resume": "luthier.training",
+    "train": "luthier.training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'luthier' has no attribute {name!r}")

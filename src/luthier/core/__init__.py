@@ -1,0 +1,44 @@
+"""The ground floor: names, settings, cards, errors, units, keyed seeds. No torch."""
+
+from luthier.core.card import Card, Setting
+from luthier.core.catalogue import Catalogue
+from luthier.core.config import above, at_least, between, build, fields_of, plain
+from luthier.core.errors import *  # noqa: F403  # the whole tree, by its own __all__
+from luthier.core.random import key
+from luthier.core.units import human_bytes, human_count, human_seconds
+
+__all__ = [  # noqa: F405
+    "AnatomyError",
+    "BadInput",
+    "CannotMerge",
+    "Card",
+    "Catalogue",
+    "CompositionError",
+    "ConfigError",
+    "DataError",
+    "DiskFull",
+    "Diverged",
+    "IntegrityError",
+    "Interrupted",
+    "Locked",
+    "LuthierError",
+    "ModelError",
+    "NothingTrains",
+    "Refused",
+    "ResourceError",
+    "Setting",
+    "UnknownName",
+    "UsageError",
+    "WrongBase",
+    "above",
+    "at_least",
+    "between",
+    "build",
+    "fields_of",
+    "human_bytes",
+    "human_count",
+    "human_seconds",
+    "key",
+    "near",
+    "plain",
+]

@@ -1,1 +1,16 @@
-"""."""
+"""The only reader of foreign bytes: weights, configurations, templates, archives, data rows.
+
+Everything else takes what these modules have verified. Nothing here runs code that a file names, nothing reads pickle
+(but `convert`, in a jailed child process), and nothing falls back to a weaker reader. Importing it imports no torch.
+"""
+
+from luthier.trust import config, safetensors, template, text
+from luthier.trust._limits import Limits
+
+__all__ = [
+    "Limits",
+    "config",
+    "safetensors",
+    "template",
+    "text",
+]

@@ -1,1 +1,40 @@
-"""."""
+"""What happened, kept so that it lasts: the run folder, checkpoints, the event log, records.
+
+All that must last is written by `runs.durable`; nothing here reads or writes pickle.
+"""
+
+from luthier.runs.checkpoint import (
+    Checkpoint,
+    bytes_of,
+    checkpoints,
+    gate_finite,
+    load_newest,
+    preflight,
+    prune,
+    save_checkpoint,
+)
+from luthier.runs.environment import differences, environment
+from luthier.runs.journal import Journal, Replay
+from luthier.runs.memory import peak_bytes, reset_peak, resident_bytes
+from luthier.runs.record import Record
+from luthier.runs.store import RunFolder
+
+__all__ = [
+    "Checkpoint",
+    "Journal",
+    "Record",
+    "Replay",
+    "RunFolder",
+    "bytes_of",
+    "checkpoints",
+    "differences",
+    "environment",
+    "gate_finite",
+    "load_newest",
+    "peak_bytes",
+    "preflight",
+    "prune",
+    "reset_peak",
+    "resident_bytes",
+    "save_checkpoint",
+]

@@ -1,0 +1,460 @@
+"""All sites of one model, read from its structure alone: no weight is looked at, so the meta device will do."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from luthier.anatomy.architecture import architecture_of
+from luthier.anatomy.infer import block_lists, is_norm, layer_shape, norm_site, read_block
+from luthier.anatomy.site import KINDS, Site
+from luthier.core import AnatomyError, near
+
+__all__ = ["Anatomy", "Attention", "Block"]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention. `path` is the module that hands its queries, keys and values on.
+
+    `interface` says whether it does so through transformers' registry of attention functions, with itself as the
+    first argument; where it does not, no keys can be added to it from outside.
+    """
+
+    path: str
+    layer: int
+    stack: str
+    cross: bool
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    interface: bool
+    causal: bool
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer of the model."""
+
+    path: str
+    layer: int
+    stack: str
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """One name for every place of one model.
+
+    Args:
+        d: width of the residual stream.
+        m: inner width of the feed-forward layer (of the first stack).
+        n_layers: layers that a forward pass goes through, all stacks together; ALBERT counts its one block that often.
+        n_heads, d_head, n_kv_heads: of the first attention.
+        max_positions: tokens that the model can count; None where nothing bounds them.
+        n_params: all numbers of the model, tied ones once, the head included.
+        pre_norm: whether sublayers read a normed stream (GPT-2), not the stream itself (BERT).
+        backbone: path of the pretrained part below a head; "" where the model is that part, or nests it differently.
+        head_tensors: parameters that a pretrained checkpoint does not have: a classifier, say.
+        tensors: name -> shape of every parameter, tied ones under their first name only.
+        tied: other name -> first name.
+    """
+
+    model_type: str
+    d: int
+    m: int
+    n_layers: int
+    n_heads: int
+    d_head: int
+    n_kv_heads: int
+    vocab_size: int | None
+    max_positions: int | None
+    n_params: int
+    is_decoder: bool
+    is_encoder_decoder: bool
+    pre_norm: bool
+    all_sites: tuple[Site, ...] = field(repr=False)
+    attentions: tuple[Attention, ...] = field(repr=False)
+    blocks: tuple[Block, ...] = field(repr=False)
+    backbone: str
+    head_tensors: tuple[str, ...]
+    tensors: dict[str, tuple[int, ...]] = field(repr=False)
+    tied: dict[str, str] = field(repr=False)
+    unknown: tuple[str, ...] = ()  # fused layers whose order no table tells
+
+    @classmethod
+    def read(cls, model: nn.Module) -> "Anatomy":
+        """Read the model's structure. To be done before any surgery.
+
+        Raises:
+            AnatomyError: no list of blocks with an attention and a feed-forward layer was found.
+        """
+        return _read(model)
+
+    def kinds(self) -> list[str]:
+        """The kinds of site that the model has, in the vocabulary's order."""
+        return [kind for kind in KINDS if any(site.kind == kind for site in self.all_sites)]
+
+    def sites(
+        self,
+        *kinds: str,
+        layers: Iterable[int] | None = None,
+        stack: str | None = None,
+        asked_by: str = "",
+    ) -> tuple[Site, ...]:
+        """All sites of the kinds named, in the model's order; every kind must be there.
+
+        Args:
+            kinds: such as "attn.q"; a family's name ("experts", "ffn") stands for all that the model has of it. None at all
+                stands for every kind.
+            layers: only sites of these layers (counted in each stack from 0); sites outside the layers are left out.
+            stack: only "encoder" or "decoder".
+            asked_by: who asks, for the message.
+
+        Raises:
+            AnatomyError: the model has no site of one of the kinds, there; the message lists what there is.
+        """
+        kept = None if layers is None else set(layers)
+        candidates = [
+            s for s in self.all_sites if (kept is None or s.layer in kept) and (stack is None or s.stack == stack)
+        ]
+        wanted: set[str] = set()
+        for kind in kinds or self.kinds():
+            matching = {s.kind for s in candidates if s.kind == kind or s.kind.startswith(f"{kind}.")}
+            if not matching:
+                raise AnatomyError(self._absent(kind, kept, stack, asked_by))
+            wanted |= matching
+        return tuple(s for s in candidates if s.kind in wanted)
+
+    def _absent(self, kind: str, layers: set[int] | None, stack: str | None, asked_by: str) -> str:
+        who = f"{asked_by}: " if asked_by else ""
+        there = any(s.kind == kind or s.kind.startswith(f"{kind}.") for s in self.all_sites)
+        if there:
+            layers_there = sorted({b.layer for b in self.blocks})
+            stacks = sorted({b.stack for b in self.blocks if b.stack})
+            where = f" in layers {sorted(layers)}" if layers is not None else ""
+            where += f" in the stack {stack!r}" if stack is not None else ""
+            return (
+                f"{who}this {self.model_type} model has {kind!r}, but none{where}. It has layers"
+                f" {layers_there[0]} to {layers_there[-1]}"
+                + (f" in the stacks {', '.join(stacks)}." if stacks else ".")
+            )
+        if kind not in KINDS and kind not in {k.split(".")[0] for k in KINDS}:
+            return (
+                f"{who}no site is called {kind!r}.{near(kind, list(KINDS))} This model has {', '.join(self.kinds())}."
+            )
+        blame = f" The order inside {', '.join(self.unknown)} is not known." if self.unknown else ""
+        return (
+            f"{who}this {self.model_type} model has no site {kind!r}. It has {', '.join(self.kinds())}."
+            f"{near(kind, self.kinds())}{blame}"
+        )
+
+    def bias_tensors(self, subset: str | None = None) -> tuple[str, ...]:
+        """Names of all bias parameters of the backbone, norms' biases included.
+
+        Args:
+            subset: a kind of site, such as "attn.q": only the biases of those sites' modules.
+
+        Raises:
+            AnatomyError: the model has no such site.
+        """
+        if subset is not None:
+            named = {f"{s.path}.{s.bias}" for s in self.sites(subset, asked_by="bias_tensors") if s.bias}
+            return tuple(n for n in self.tensors if n in named)
+        head = set(self.head_tensors)
+        return tuple(
+            n
+            for n in self.tensors
+            if n not in head and (n.rsplit(".", 1)[-1].endswith("bias")) and _flat(self.tensors[n])
+        )
+
+    def norm_tensors(self) -> tuple[str, ...]:
+        """Names of all parameters of norms."""
+        paths = {s.path for s in self.all_sites if s.kind == "norm"}
+        return tuple(n for n in self.tensors if n.rpartition(".")[0] in paths)
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row per kind, stack and part: site, path (with `{}` for the layer), shape, how many there are, numbers."""
+        rows: dict[tuple[str, str, str, str], dict[str, Any]] = {}
+        for site in self.all_sites:
+            path = site.path if site.layer is None else _generic(site, self.blocks)
+            part = site.part if site.layer is None else ""
+            shape = "" if not site.n_params and not site.tied else f"{site.d_out} x {site.d_in}"
+            if site.kind == "norm":
+                shape = str(site.d_in)
+            key = (site.kind, site.stack, part, f"{path} {shape}")
+            row = rows.setdefault(
+                key,
+                {
+                    "site": site.kind,
+                    "stack": site.stack,
+                    "part": part,
+                    "path": path if site.param == "weight" else f"{path}.{site.param}",
+                    "shape": shape,
+                    "count": 0,
+                    "n_params": 0,
+                    "notes": _notes(site),
+                },
+            )
+            row["count"] += 1
+            row["n_params"] += site.n_params
+        order = list(KINDS)
+        return sorted(rows.values(), key=lambda row: order.index(row["site"]))
+
+
+def _flat(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 1  # a table of relative positions may be called bias, and is none
+
+
+def _generic(site: Site, blocks: tuple[Block, ...]) -> str:
+    """The path with the layer's number left open."""
+    for block in blocks:
+        if site.path == block.path or site.path.startswith(f"{block.path}."):
+            head = block.path.rpartition(".")[0]
+            return f"{head}.{{}}{site.path[len(block.path) :]}"
+    return site.path
+
+
+def _notes(site: Site) -> str:
+    words = []
+    if site.rows is not None:
+        words.append(f"{site.rows.count} rows of a fused layer")
+    if site.transposed:
+        words.append("stored transposed")
+    if site.tied:
+        words.append("tied")
+    if site.shared > 1:
+        words.append(f"shared by {site.shared} layers")
+    if site.n_experts:
+        words.append(f"one of {site.n_experts} experts")
+    return ", ".join(words)
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _read(model: nn.Module) -> Anatomy:
+    config: Any = getattr(model, "config", None)
+    model_type = str(getattr(config, "model_type", type(model).__name__))
+    lists = block_lists(model)
+    if not lists:
+        raise AnatomyError(
+            f"{type(model).__name__} ({model_type}): found no list of layers with an attention and a feed-forward layer,"
+            " so it has none of our sites. Is it a transformer? If so, its query, key and value layers have names we"
+            " do not know: describe it in a file of luthier/anatomy/architectures."
+        )
+    encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+    sites: list[Site] = []
+    attentions: list[Attention] = []
+    blocks: list[Block] = []
+    unknown: list[str] = []
+    pre_norm: list[bool] = []
+    n_layers = 0
+    for path, members in lists:
+        stack = _stack_of(path, encoder_decoder)
+        own = _config_of(model, path, config)
+        architecture = architecture_of(str(getattr(own, "model_type", model_type)))
+        start = sum(b.stack == stack for b in blocks)
+        shared = _times_used(own, len(members), lists, path)
+        n_layers += len(members) * shared
+        for i, member in enumerate(members):
+            layer = start + i
+            facts = read_block(model, member, layer, stack, own, architecture, shared)
+            sites += facts.sites
+            unknown += facts.unknown
+            pre_norm.append(facts.pre_norm)
+            blocks.append(Block(member, layer, stack))
+            attentions += [Attention(layer=layer, stack=stack, **vars(a)) for a in facts.attentions]
+    sites = _embeddings(model, config, blocks, encoder_decoder) + sites
+    sites += _outside_norms(model, blocks, encoder_decoder, config)
+    tensors, tied = _tensors(model)
+    backbone = _backbone(model)
+    head_site, is_language_model = _head(model, backbone, config)
+    sites += [head_site] if head_site is not None else []
+    sites = _mark_tied(sites, tied)
+    head_tensors = () if is_language_model or not backbone else _outside(tensors, backbone)
+    first = attentions[0]
+    d, m = _widths(sites)
+    return Anatomy(
+        model_type=model_type,
+        d=d,
+        m=m,
+        n_layers=n_layers,
+        n_heads=first.n_heads,
+        d_head=first.d_head,
+        n_kv_heads=first.n_kv_heads,
+        vocab_size=next((s.d_in for s in sites if s.kind == "embed"), None),
+        max_positions=_max_positions(model, config),
+        n_params=sum(p.numel() for p in model.parameters()),
+        is_decoder=not encoder_decoder and any(a.causal for a in attentions),
+        is_encoder_decoder=encoder_decoder,
+        pre_norm=all(pre_norm),
+        all_sites=tuple(sites),
+        attentions=tuple(attentions),
+        blocks=tuple(blocks),
+        backbone=backbone,
+        head_tensors=head_tensors,
+        tensors=tensors,
+        tied=tied,
+        unknown=tuple(unknown),
+    )
+
+
+def _stack_of(path: str, encoder_decoder: bool) -> str:
+    """The stack a path lies in: the first word that says so."""
+    if not encoder_decoder:
+        return ""
+    return next((word for word in path.split(".") if word in ("encoder", "decoder")), "")
+
+
+def _config_of(model: nn.Module, path: str, config: Any) -> Any:
+    """The configuration of the nearest module above `path` that has one: a stack may have its own."""
+    words = path.split(".")
+    for n in range(len(words), -1, -1):
+        found = getattr(model.get_submodule(".".join(words[:n])), "config", None)
+        if found is not None:
+            return found
+    return config
+
+
+def _times_used(config: Any, n_blocks: int, lists: list[tuple[str, list[str]]], path: str) -> int:
+    """How many layers use each block: more than one only where there are fewer blocks than layers (ALBERT)."""
+    groups = getattr(config, "num_hidden_groups", None)
+    layers = getattr(config, "num_hidden_layers", None)
+    if groups is None or layers is None:
+        return 1
+    return max(1, int(layers) // int(groups))
+
+
+def _widths(sites: list[Site]) -> tuple[int, int]:
+    d = next(s.d_in for s in sites if s.kind == "block_out")
+    m = next((s.d_in for s in sites if s.kind in ("ffn.down", "experts.down")), 0)
+    return d, m
+
+
+def _embeddings(model: nn.Module, config: Any, blocks: list[Block], encoder_decoder: bool) -> list[Site]:
+    """The word embedding that each stack looks words up in."""
+    getter = getattr(model, "get_input_embeddings", None)
+    table = getter() if getter is not None else None
+    if not isinstance(table, nn.Embedding):
+        return []  # images: patches are projected, not looked up
+    same = [
+        (path, module)
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Embedding)
+        and (module is table or module.weight.shape[0] == table.weight.shape[0])
+        and (module is table or module.weight is table.weight or path.rsplit(".", 1)[-1] == _embed_name(model, table))
+    ]
+    found: dict[str, Site] = {}
+    for path, module in same:
+        stack = _stack_of(path, encoder_decoder)
+        if encoder_decoder and not stack and len(same) > 1:
+            continue  # T5 and BART keep the shared table at the top and look words up in their stacks' own
+        found.setdefault(
+            stack,
+            Site(
+                "embed",
+                None,
+                path,
+                module.num_embeddings,
+                module.embedding_dim,
+                stack=stack,
+                n_params=module.weight.numel(),
+            ),
+        )
+    return list(found.values())
+
+
+def _embed_name(model: nn.Module, table: nn.Embedding) -> str:
+    return next(path.rsplit(".", 1)[-1] for path, module in model.named_modules() if module is table)
+
+
+def _outside_norms(model: nn.Module, blocks: list[Block], encoder_decoder: bool, config: Any) -> list[Site]:
+    found: list[Site] = []
+    inside = tuple(f"{b.path}." for b in blocks)
+    for path, module in model.named_modules():
+        if path.startswith(inside) or not is_norm(path, module) or not module._parameters:
+            continue
+        table = architecture_of(str(getattr(_config_of(model, path, config), "model_type", ""))).outside_norms
+        told = next((part for end, part in table.items() if path.endswith(end)), None)
+        part = told or ("embed" if "embed" in path else "final")
+        site = norm_site(path, module, None, _stack_of(path, encoder_decoder), part)
+        same = sum(s.key == site.key or s.key.startswith(f"{site.key}") for s in found)
+        found.append(replace(site, part=f"{part}{same + 1}") if same else site)
+    return found
+
+
+def _tensors(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    tensors: dict[str, tuple[int, ...]] = {}
+    tied: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in first:
+            tied[name] = first[id(parameter)]
+        else:
+            first[id(parameter)] = name
+            tensors[name] = tuple(parameter.shape)
+    return tensors, tied
+
+
+def _mark_tied(sites: list[Site], tied: dict[str, str]) -> list[Site]:
+    """Flag sites whose weight is another's too; the numbers count at the first of them."""
+    names = [tied.get(f"{s.path}.{s.param}", f"{s.path}.{s.param}") for s in sites]
+    counted: set[str] = set()
+    marked = []
+    for site, name in zip(sites, names, strict=True):
+        if site.kind in ("embed", "head"):
+            is_tied = sum(n == name for n, s in zip(names, sites, strict=True) if s.kind in ("embed", "head")) > 1
+            n = site.n_params - (site.d_in * site.d_out if name in counted else 0)
+            site = replace(site, tied=is_tied, n_params=n)
+            counted.add(name)
+        marked.append(site)
+    return marked
+
+
+def _backbone(model: nn.Module) -> str:
+    prefix = getattr(model, "base_model_prefix", "")
+    return prefix if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
+
+
+def _outside(tensors: dict[str, tuple[int, ...]], backbone: str) -> tuple[str, ...]:
+    return tuple(name for name in tensors if not name.startswith(f"{backbone}."))
+
+
+def _head(model: nn.Module, backbone: str, config: Any) -> tuple[Site | None, bool]:
+    """The site of the head, and whether it is a language model's."""
+    getter = getattr(model, "get_output_embeddings", None)
+    output = getter() if getter is not None else None
+    if output is not None and layer_shape(output) is not None:
+        path = next(p for p, m in model.named_modules() if m is output)
+        return _head_site(path, output), True
+    if not backbone:
+        return None, False
+    last = [
+        (path, module)
+        for path, module in model.named_modules()
+        if layer_shape(module) is not None and not path.startswith(f"{backbone}.")
+    ]
+    return (_head_site(*last[-1]), False) if last else (None, False)
+
+
+def _head_site(path: str, module: nn.Module) -> Site:
+    shape = layer_shape(module)
+    assert shape is not None
+    bias = "bias" if module._parameters.get("bias") is not None else None
+    d_in, d_out, transposed = shape
+    n = d_out * (d_in + (bias is not None))
+    return Site("head", None, path, d_in, d_out, transposed=transposed, bias=bias, n_params=n)
+
+
+def _max_positions(model: nn.Module, config: Any) -> int | None:
+    """Tokens that the model can count, special offsets taken off."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and "position" in path.rsplit(".", 1)[-1] and module.num_embeddings > 1:
+            if (offset := getattr(module, "offset", None)) is not None:
+                return int(module.num_embeddings - offset)  # OPT and BART leave their first rows unused
+            if module.padding_idx is not None:
+                return int(module.num_embeddings - module.padding_idx - 1)  # RoBERTa counts from padding_idx + 1 on
+            return int(module.num_embeddings)
+    found = getattr(config, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None

@@ -1,0 +1,8 @@
+"""Mixtral: all experts in 3-D weights (experts, rows, columns), gate above up."""
+
+from luthier.anatomy.architecture import ARCHITECTURES, Architecture, Fused
+
+
+@ARCHITECTURES.register("mixtral", model_types=("mixtral",))
+class Mixtral(Architecture):
+    fused = {"gate_up_proj": Fused(("experts.gate", "experts.up"))}

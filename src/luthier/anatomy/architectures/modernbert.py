@@ -1,0 +1,14 @@
+"""ModernBERT: (3, heads, d_head) in one layer; of `Wi` the first half is activated.
+
+The model's code calls the second half "gate". Our `ffn.gate` is the half that goes through the activation.
+"""
+
+from luthier.anatomy.architecture import ARCHITECTURES, Architecture, Fused
+
+
+@ARCHITECTURES.register("modernbert", model_types=("modernbert",))
+class ModernBert(Architecture):
+    fused = {
+        "Wqkv": Fused(("attn.q", "attn.k", "attn.v")),
+        "Wi": Fused(("ffn.gate", "ffn.up")),
+    }

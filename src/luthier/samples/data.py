@@ -5,10 +5,11 @@ The columns follow from the task:
     text-classification   text, label            label is a name, not a number
     pair-classification   text, text_pair, label
     chat                  messages: [{"role": "user" or "assistant", "content"}]
-    instruction           prompt, response
-    multiple-choice       prompt, choices, answer (a place in choices, from 0), response (choices[answer])
+    instruction           prompt, response; also answers, all that are accepted
+    multiple-choice       prompt (question and lettered choices), response (the right one with its letter), question,
+                          choices, answer (a place in choices, from 0)
     preference            prompt, chosen, rejected
-    text                  text
+    text                  text; also work, the name of what it was cut from
 """
 
 import json
@@ -27,10 +28,10 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "text-classification": ("text", "label"),
     "pair-classification": ("text", "text_pair", "label"),
     "chat": ("messages",),
-    "instruction": ("prompt", "response"),
-    "multiple-choice": ("prompt", "choices", "answer", "response"),
+    "instruction": ("prompt", "response", "answers"),
+    "multiple-choice": ("prompt", "response", "question", "choices", "answer"),
     "preference": ("prompt", "chosen", "rejected"),
-    "text": ("text",),
+    "text": ("text", "work"),
 }
 
 

@@ -52,12 +52,11 @@ def standard_split(name: str, parsed: Parsed) -> Halves:
     Raises:
         DataError: a half ends up empty.
     """
-    group = parsed.group
 
     def identity(row: Row) -> str:
         if "label" in row:
             return same(row["text"]) + "\x1f" + same(row.get("text_pair", ""))
-        return same({k: same(v) for k, v in row.items() if k != group})
+        return same({k: same(v) for k, v in row.items()})
 
     shipped = len(parsed.rows) + len(parsed.test or []) + sum(parsed.left_out.values())
     rows, copies = _first_of_each(parsed.rows, identity)
@@ -74,7 +73,7 @@ def standard_split(name: str, parsed: Parsed) -> Halves:
     train = [row for row in rows if identity(row) not in held]
     across = len(rows) - len(train)
     if parsed.test is None:
-        in_test = _choose_test(name, train, identity, group)
+        in_test = _choose_test(name, train, parsed.source or identity)
         own_test = [row for row, chosen in zip(train, in_test, strict=True) if chosen]
         train = [row for row, chosen in zip(train, in_test, strict=True) if not chosen]
     if not train or not own_test:
@@ -91,8 +90,8 @@ def standard_split(name: str, parsed: Parsed) -> Halves:
         "test": len(own_test),
     }
     return Halves(
-        train=[_without(row, group) for row in train],
-        test=[_without(row, group) for row in own_test],
+        train=train,
+        test=own_test,
         counts=counts,
         conflicts=sorted(conflicts.values()),
         left_out=dict(parsed.left_out),
@@ -122,31 +121,27 @@ def _conflicts(rows: list[Row], identity: Callable[[Row], str]) -> dict[str, str
     return {i: f"{' / '.join(sorted(ls))}: {shown[i][:200]}" for i, ls in labels.items() if len(ls) > 1}
 
 
-def _choose_test(name: str, rows: list[Row], identity: Callable[[Row], str], group: str | None) -> list[bool]:
-    """Which rows go to the test half: a fifth of the rows of each class, whole groups at a time.
+def _choose_test(name: str, rows: list[Row], source: Callable[[Row], str]) -> list[bool]:
+    """Which rows go to the test half: a fifth of the rows of each class, all rows of one source together.
 
-    A group belongs to the class that most of its rows have. Groups are drawn in the order of a keyed number of their
+    A source belongs to the class that most of its rows have. Sources are drawn in the order of a keyed number of their
     content, so a changed order of the file does not change the split.
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
-        groups[same(row[group]) if group else identity(row)].append(index)
+        groups[same(source(row))].append(index)
     strata: dict[str, list[str]] = defaultdict(list)
-    for source, members in groups.items():
+    for group, members in groups.items():
         labels = Counter(str(rows[i].get("label", "")) for i in members)
-        strata[min(labels, key=lambda label: (-labels[label], label))].append(source)
+        strata[min(labels, key=lambda label: (-labels[label], label))].append(group)
     chosen = [False] * len(rows)
     for label in sorted(strata):
-        sources = sorted(strata[label], key=lambda source: (key(SEED, "standard split", name, source), source))
-        wanted = round(TEST_SHARE * sum(len(groups[source]) for source in sources))
-        for source in sources:
+        drawn = sorted(strata[label], key=lambda group: (key(SEED, "standard split", name, group), group))
+        wanted = round(TEST_SHARE * sum(len(groups[group]) for group in drawn))
+        for group in drawn:
             if wanted <= 0:
                 break
-            for index in groups[source]:
+            for index in groups[group]:
                 chosen[index] = True
-            wanted -= len(groups[source])
+            wanted -= len(groups[group])
     return chosen
-
-
-def _without(row: Row, group: str | None) -> Row:
-    return {k: v for k, v in row.items() if k != group}

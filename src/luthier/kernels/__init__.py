@@ -4,12 +4,24 @@ Nothing here knows a model, a method or a run. `plain()` (or LUTHIER_PLAIN=1) tu
 """
 
 from luthier.kernels._switch import fast, plain
+from luthier.kernels.attachments import bottleneck, scale
 from luthier.kernels.dropout import KeyedDropout, dropout, keep_mask
+from luthier.kernels.loss import linear_cross_entropy
+from luthier.kernels.low_rank import Update, dora_linear, dora_norm, low_rank_linear, low_rank_linears, row_squares
 
 __all__ = [
     "KeyedDropout",
+    "Update",
+    "bottleneck",
+    "dora_linear",
+    "dora_norm",
     "dropout",
     "fast",
     "keep_mask",
+    "linear_cross_entropy",
+    "low_rank_linear",
+    "low_rank_linears",
     "plain",
+    "row_squares",
+    "scale",
 ]

@@ -68,8 +68,8 @@ def _draw(seed: int, chunk: int, count: int, level: int, z: Tensor, t: Tensor) -
     z, t = z[:n], t[:n]
     torch.add(_counted(z.device)[:n], _signed(_spread(seed) + chunk * _CHUNK * _STEP), out=z)
     # The shifts are arithmetic, so each xor clears the top bit: x and ~x become one, of 2^64 states 2^63 stay, and the
-    # last one clears a bit that is not drawn from. Adding instead of xor keeps all states and is useless: sums, products
-    # and shifts are nearly linear together, and the draws of neighbouring counters then correlate by up to 0.3.
+    # last one clears a bit that is not drawn from. Adding instead of xor keeps all states and is useless: sums,
+    # products and shifts are nearly linear together, and draws of neighbouring counters then correlate by up to 0.3.
     torch.bitwise_right_shift(z, 32, out=t)
     z.bitwise_xor_(t).mul_(_signed(_MIX_1))
     torch.bitwise_right_shift(z, 29, out=t)

@@ -1,0 +1,330 @@
+"""A frozen linear layer and its low-rank update as one function (LoRA), for one site or several on one input.
+
+    y = x Wᵀ + bias + scale · drop(x) Aᵀ Bᵀ       W: (d_out, d_in) frozen   A: (rank, d_in)   B: (d_out, rank)
+
+Saved for the backward pass are x itself and the thin product x Aᵀ; a dropped copy of x is replayed from its seed. The
+order of products goes through the thin side always: nothing of size (d_out, d_in) is made. Products run in W's type,
+which accumulates in fp32 inside a bf16 product; gradients of A and B are rounded once to that type and handed over in
+the type of A and B.
+
+Hu et al. 2021, arXiv:2106.09685, section 4.1. Liu et al. 2024 (DoRA), arXiv:2402.09353, sections 4.1 and 4.3.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from luthier.core import ConfigError
+from luthier.kernels._switch import fast
+from luthier.kernels.dropout import dropout
+
+__all__ = ["Update", "dora_linear", "dora_norm", "low_rank_linear", "low_rank_linears", "row_squares"]
+
+
+class Update(NamedTuple):
+    """One site's low-rank update: `scale · B A`, A: (rank, d_in), B: (d_out, rank)."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+def low_rank_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    p: float = 0.0,
+    seed: int | None = None,
+) -> Tensor:
+    """`F.linear(x, weight, bias) + scale · F.linear(F.linear(dropout(x, p, seed), a), b)`, in the type of `weight`.
+
+    Args:
+        x: (..., d_in).
+        weight: (d_out, d_in). If it wants a gradient itself, the plain formula is used and gives one.
+        a: (rank, d_in). b: (d_out, rank).
+        p: dropout on the input of the update only; needs `seed`.
+
+    Raises:
+        ConfigError: p above 0 without a seed.
+    """
+    return low_rank_linears(x, (weight,), (bias,), (Update(a, b, scale),), p, seed)[0]
+
+
+def low_rank_linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    updates: Sequence[Update | None],
+    p: float = 0.0,
+    seed: int | None = None,
+    joined: Tensor | None = None,
+    joined_bias: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """`low_rank_linear` for several sites that read the same `x` (q, k and v): one product with all the A at once.
+
+    Args:
+        x: (..., d_in).
+        weights: of each site, (d_out_i, d_in), of one type.
+        updates: of each site; None leaves the site as it is.
+        p: dropout on the input of all updates, with one mask for all of them; needs `seed`.
+        joined: (sum of d_out_i, d_in), the weights below each other, for one base product. Give it when the weights
+            are views of it; a copy would double the memory. The outputs are then views of one tensor.
+        joined_bias: (sum of d_out_i,), goes with `joined`; None where no site has a bias.
+
+    Returns:
+        For each site (..., d_out_i).
+
+    Raises:
+        ConfigError: p above 0 without a seed.
+    """
+    if p > 0.0 and seed is None:
+        raise ConfigError(f"low_rank_linears: p={p} needs a seed; take one from luthier.core.key(...).")
+    frozen = not any(t is not None and t.requires_grad for t in (*weights, *biases, joined, joined_bias))
+    if not fast() or not frozen or torch.is_autocast_enabled(x.device.type):
+        return _plain(x, weights, biases, updates, p, seed)
+    flat: list[Tensor | None] = []
+    for update in updates:
+        flat += (None, None) if update is None else (update.a, update.b)
+    scales = tuple(0.0 if u is None else float(u.scale) for u in updates)
+    out = _LowRank.apply(  # type: ignore[no-untyped-call]
+        x, (tuple(weights), tuple(biases), joined, joined_bias), scales, p, seed, *flat
+    )
+    return (out,) if isinstance(out, Tensor) else tuple(out)
+
+
+def _plain(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    updates: Sequence[Update | None],
+    p: float,
+    seed: int | None,
+) -> tuple[Tensor, ...]:
+    dtype = weights[0].dtype
+    x = x.to(dtype)
+    dropped = x if seed is None else dropout(x, p, seed)
+    outs = []
+    for weight, bias, update in zip(weights, biases, updates, strict=True):
+        y = F.linear(x, weight, bias)
+        if update is not None:
+            y = y + F.linear(F.linear(dropped, update.a.to(dtype)), update.b.to(dtype)) * update.scale
+        outs.append(y)
+    return tuple(outs)
+
+
+class _LowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        base: tuple[tuple[Tensor, ...], tuple[Tensor | None, ...], Tensor | None, Tensor | None],
+        scales: tuple[float, ...],
+        p: float,
+        seed: int | None,
+        *ab: Tensor | None,
+    ) -> Any:
+        weights, biases, joined, joined_bias = base
+        dtype = weights[0].dtype
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        dropped = rows if p == 0.0 or seed is None else dropout(rows, p, seed)
+        sizes = [len(w) for w in weights]
+        a, b = ab[0::2], ab[1::2]
+        updated = [i for i, t in enumerate(a) if t is not None]
+        ranks = [len(a[i]) for i in updated]  # type: ignore[arg-type]
+
+        stacked = _stack([a[i] for i in updated], dtype)
+        h = dropped @ stacked.T if updated else rows.new_empty(len(rows), 0)
+        if joined is None:
+            ys = [F.linear(rows, w, bias) for w, bias in zip(weights, biases, strict=True)]
+        else:
+            ys = list(torch.split(F.linear(rows, joined, joined_bias), sizes, dim=1))
+        for i, part in zip(updated, torch.split(h, ranks, dim=1), strict=True):
+            # B as (rank, d_out) rows: a thin product reads it twice as fast so, and copying it costs nothing.
+            ys[i].addmm_(part, b[i].to(dtype).T.contiguous(), alpha=scales[i])  # type: ignore[union-attr]
+
+        ctx.save_for_backward(x, h, *ab)
+        ctx.weights, ctx.scales, ctx.p, ctx.seed = weights, scales, p, seed
+        ctx.set_materialize_grads(False)
+        return tuple(y.view(*x.shape[:-1], size) for y, size in zip(ys, sizes, strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        x, h, *ab = ctx.saved_tensors
+        weights, scales = ctx.weights, ctx.scales
+        dtype = weights[0].dtype
+        a, b = ab[0::2], ab[1::2]
+        rows = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
+        results: list[Tensor | None] = [None] * len(ab)
+        gx: Tensor | None = None
+        if ctx.needs_input_grad[0]:
+            for g, w in zip(rows, weights, strict=True):
+                if g is not None:
+                    gx = g @ w if gx is None else gx.addmm_(g, w)
+
+        updated = [i for i, t in enumerate(a) if t is not None]
+        parts = dict(zip(updated, torch.split(h, [len(a[i]) for i in updated], dim=1), strict=True))
+        there = {i: g for i, g in enumerate(rows) if g is not None}
+        live = [i for i in updated if i in there]
+        if live:
+            wants = ctx.needs_input_grad[5:]
+            gh = [(there[i] @ b[i].to(dtype)).mul_(scales[i]) for i in live]
+            thin = gh[0] if len(gh) == 1 else torch.cat(gh, dim=1)
+            if any(wants[2 * i] for i in live):
+                flat = x.reshape(-1, x.shape[-1]).to(dtype)
+                dropped = flat if ctx.p == 0.0 or ctx.seed is None else dropout(flat, ctx.p, ctx.seed)
+                for i, ga in zip(live, (thin.T @ dropped).split([len(a[i]) for i in live]), strict=True):
+                    results[2 * i] = ga.to(a[i].dtype) if wants[2 * i] else None
+            for i in live:
+                if wants[2 * i + 1]:
+                    # (hᵀ g)ᵀ and not gᵀ h: the long transposed operand is read along its rows.
+                    results[2 * i + 1] = (parts[i].T @ there[i]).T.to(b[i].dtype).mul_(scales[i])
+            if gx is not None:
+                stacked = _stack([a[i] for i in live], dtype)
+                if ctx.p == 0.0 or ctx.seed is None:
+                    gx.addmm_(thin, stacked)
+                else:
+                    gx.add_(dropout(thin @ stacked, ctx.p, ctx.seed))
+        if gx is not None:
+            gx = gx.view(x.shape).to(x.dtype)
+        return gx, None, None, None, None, *results
+
+
+def _stack(parts: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
+    there = [part.to(dtype) for part in parts if part is not None]
+    return there[0] if len(there) == 1 else torch.cat(there) if there else torch.empty(0, 0, dtype=dtype)
+
+
+def row_squares(weight: Tensor) -> Tensor:
+    """Σ_in W² of each row of (d_out, d_in), at least in fp32: what `dora_norm` wants cached, since W is frozen."""
+    return weight.to(_wide(weight.dtype)).square().sum(dim=1)
+
+
+def dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float, squares: Tensor | None = None) -> Tensor:
+    """‖W + scale · B A‖ of each row (d_out,), without making the product, detached (arXiv:2402.09353, section 4.3).
+
+        ‖W‖² + 2 s (W Aᵀ) · B + s² (B (A Aᵀ)) · B
+
+    Args:
+        squares: `row_squares(weight)`, computed here when not given.
+    """
+    wide = _wide(weight.dtype)
+    with torch.no_grad():
+        if not fast():
+            whole: Tensor = torch.linalg.vector_norm(weight.to(wide) + scale * (b.to(wide) @ a.to(wide)), dim=1)
+            return whole
+        squares = row_squares(weight) if squares is None else squares
+        a_wide, b_wide = a.to(wide), b.to(wide)
+        cross = (weight @ a.to(weight.dtype).T).to(wide)
+        total = squares + ((2 * scale) * cross + (scale * scale) * (b_wide @ (a_wide @ a_wide.T))).mul_(b_wide).sum(1)
+        norm: Tensor = total.clamp_min_(0).sqrt_()
+        return norm
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    magnitude: Tensor,
+    scale: float,
+    p: float = 0.0,
+    seed: int | None = None,
+    squares: Tensor | None = None,
+) -> Tensor:
+    """`m / ‖W + s B A‖ · (x Wᵀ + s drop(x) Aᵀ Bᵀ) + bias`, with the norm held constant in the backward pass.
+
+    Args:
+        x: (..., d_in). magnitude: m, (d_out,).
+        p: dropout on the input of the update only; needs `seed`.
+        squares: `row_squares(weight)`, to be cached by the caller.
+
+    Raises:
+        ConfigError: p above 0 without a seed.
+    """
+    if p > 0.0 and seed is None:
+        raise ConfigError(f"dora_linear: p={p} needs a seed; take one from luthier.core.key(...).")
+    norm = dora_norm(weight, a, b, scale, squares)
+    trained_base = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if not fast() or trained_base or torch.is_autocast_enabled(x.device.type):
+        (z,) = _plain(x, (weight,), (None,), (Update(a, b, scale),), p, seed)
+        y = z * (magnitude / norm).to(z.dtype)
+        return y if bias is None else y + bias
+    out: Tensor = _Dora.apply(x, weight, bias, a, b, magnitude, norm, scale, p, seed)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Dora(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        magnitude: Tensor,
+        norm: Tensor,
+        scale: float,
+        p: float,
+        seed: int | None,
+    ) -> Tensor:
+        dtype = weight.dtype
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        dropped = rows if p == 0.0 or seed is None else dropout(rows, p, seed)
+        h = dropped @ a.to(dtype).T
+        z = F.linear(rows, weight).addmm_(h, b.to(dtype).T.contiguous(), alpha=scale)
+        gain = (magnitude / norm).to(dtype)
+        y = z * gain if bias is None else torch.addcmul(bias, z, gain)
+        # z is kept because m's gradient is Σ g z / norm: computing it again is the base product once more.
+        ctx.save_for_backward(x, h, z, a, b, magnitude, norm)
+        ctx.weight, ctx.scale, ctx.p, ctx.seed = weight, scale, p, seed
+        return y.view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, h, z, a, b, magnitude, norm = ctx.saved_tensors
+        weight, scale = ctx.weight, ctx.scale
+        dtype = weight.dtype
+        replays = ctx.p > 0.0 and ctx.seed is not None
+        g = grad.reshape(-1, grad.shape[-1])
+        gx = ga = gb = gm = None
+        if ctx.needs_input_grad[5]:
+            gm = (_sum_of_products(g, z) / norm).to(magnitude.dtype)
+        g = g * (magnitude / norm).to(dtype)
+        gh = (g @ b.to(dtype)).mul_(scale)
+        if ctx.needs_input_grad[3]:
+            rows = x.reshape(-1, x.shape[-1]).to(dtype)
+            ga = (gh.T @ (dropout(rows, ctx.p, ctx.seed) if replays else rows)).to(a.dtype)
+        if ctx.needs_input_grad[4]:
+            gb = (h.T @ g).T.to(b.dtype).mul_(scale)
+        if ctx.needs_input_grad[0]:
+            gx = g @ weight
+            if replays:
+                gx.add_(dropout(gh @ a.to(dtype), ctx.p, ctx.seed))
+            else:
+                gx.addmm_(gh, a.to(dtype))
+            gx = gx.view(x.shape).to(x.dtype)
+        return gx, None, None, ga, gb, gm, None, None, None, None
+
+
+def _sum_of_products(g: Tensor, y: Tensor, rows: int = 256) -> Tensor:
+    """Σ over rows of g·y, (N, d) -> (d,), widened before it is summed, a block at a time so that it stays in cache."""
+    wide = _wide(y.dtype)
+    total = torch.zeros(y.shape[1], dtype=wide, device=y.device)
+    for start in range(0, len(y), rows):
+        total += (g[start : start + rows].to(wide) * y[start : start + rows]).sum(0)
+    return total
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

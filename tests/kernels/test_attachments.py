@@ -1,0 +1,217 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from luthier.core import ConfigError, UnknownName
+from luthier.kernels import (
+    Update,
+    bottleneck,
+    dora_linear,
+    dora_norm,
+    dropout,
+    low_rank_linear,
+    low_rank_linears,
+    plain,
+    row_squares,
+    scale,
+)
+
+N, T, D_IN, RANK = 3, 5, 7, 2
+D_OUT = (4, 6, 9)
+
+
+def _r(*shape: int, grad: bool = False, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape) * 31 + len(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad)
+
+
+def _sites() -> tuple[Tensor, list[Tensor], list[Tensor | None], list[Update | None]]:
+    x = _r(N, T, D_IN, grad=True)
+    weights = [_r(d, D_IN) for d in D_OUT]
+    biases = [_r(D_OUT[0]), None, _r(D_OUT[2])]
+    updates = [
+        Update(_r(RANK, D_IN, grad=True), _r(D_OUT[0], RANK, grad=True), 0.5),
+        None,
+        Update(_r(RANK + 1, D_IN, grad=True), _r(D_OUT[2], RANK + 1, grad=True), 2.0),
+    ]
+    return x, weights, biases, updates
+
+
+def _trained(updates: list[Update | None]) -> list[Tensor]:
+    return [t for u in updates if u is not None for t in (u.a, u.b)]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("joins", [False, True])
+def test_several_low_rank_sites_equal_the_formula(p: float, joins: bool) -> None:
+    x, weights, biases, updates = _sites()
+    kwargs: dict[str, Tensor] = {}
+    if joins:
+        filled = [torch.zeros(d, dtype=torch.float64) if b is None else b for d, b in zip(D_OUT, biases, strict=True)]
+        kwargs = {"joined": torch.cat(weights), "joined_bias": torch.cat(filled)}
+    leaves = [x, *_trained(updates)]
+    ours = low_rank_linears(x, weights, biases, updates, p, 3, **kwargs)
+    dropped = dropout(x, p, 3)
+    wanted = []
+    for w, bias, u in zip(weights, biases, updates, strict=True):
+        y = F.linear(x, w, bias)
+        wanted.append(y if u is None else y + u.scale * (dropped @ u.a.T @ u.b.T))
+    grads = [_r(N, T, d) for d in D_OUT]
+    for got, want in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(got, want)
+    for got, want in zip(
+        torch.autograd.grad(ours, leaves, grads), torch.autograd.grad(wanted, leaves, grads), strict=True
+    ):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_one_low_rank_site_has_the_right_gradients(p: float) -> None:
+    x, weights, biases, updates = _sites()
+    u = updates[0]
+    assert u is not None
+    assert torch.autograd.gradcheck(
+        lambda x, a, b: low_rank_linear(x, weights[0], biases[0], a, b, 0.5, p, 11), (x, u.a, u.b)
+    )
+
+
+def test_an_output_that_is_not_used_costs_no_gradient_and_breaks_none() -> None:
+    x, weights, biases, updates = _sites()
+    outs = low_rank_linears(x, weights, biases, updates)
+    leaves = [x, *_trained(updates)]
+    got = torch.autograd.grad(outs[0].sum(), leaves, allow_unused=True)
+    first = updates[0]
+    assert first is not None
+    want = torch.autograd.grad(
+        low_rank_linear(x, weights[0], biases[0], first.a, first.b, first.scale).sum(), [x, first.a, first.b]
+    )
+    for g, w in zip(got[:3], want, strict=True):
+        torch.testing.assert_close(g, w)
+    assert got[3] is None and got[4] is None
+
+
+def test_an_input_without_gradient_gets_none() -> None:
+    x, weights, biases, updates = _sites()
+    u = updates[0]
+    assert u is not None
+    y = low_rank_linear(x.detach(), weights[0], biases[0], u.a, u.b, 1.0)
+    ga, gb = torch.autograd.grad(y.sum(), (u.a, u.b))
+    assert ga.shape == u.a.shape and gb.shape == u.b.shape
+
+
+def test_a_base_that_trains_gets_its_gradient_too() -> None:
+    x, weights, biases, updates = _sites()
+    u = updates[0]
+    assert u is not None
+    w = weights[0].requires_grad_()
+    (gw,) = torch.autograd.grad(low_rank_linear(x, w, biases[0], u.a, u.b, 1.0).sum(), w)
+    torch.testing.assert_close(gw, x.detach().sum((0, 1)).expand_as(w))
+
+
+def test_only_x_and_the_thin_product_are_saved() -> None:
+    x, weights, biases, updates = _sites()
+    u = updates[0]
+    assert u is not None
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        low_rank_linear(x, weights[0], biases[0], u.a, u.b, 1.0, 0.5, 3)
+    pointers = {t.data_ptr() for t in (x, u.a, u.b)}
+    new = [t for t in saved if t.data_ptr() not in pointers]
+    assert [t.shape for t in new] == [(N * T, RANK)]
+
+
+def test_a_bf16_base_trains_fp32_updates_close_to_the_exact_gradient() -> None:
+    x, weights, biases, updates = _sites()
+    u = updates[0]
+    assert u is not None and biases[0] is not None
+    low = [t.detach().to(torch.bfloat16) for t in (x, weights[0], biases[0])]
+    a, b = (t.detach().float().requires_grad_() for t in (u.a, u.b))
+    y = low_rank_linear(low[0], low[1], low[2], a, b, 0.5)
+    assert y.dtype == torch.bfloat16
+    ga, gb = torch.autograd.grad(y.sum(), (a, b))
+    assert ga.dtype == gb.dtype == torch.float32
+    exact = torch.autograd.grad(low_rank_linear(x, weights[0], biases[0], u.a, u.b, 0.5).sum(), (u.a, u.b))
+    for got, want in zip((ga, gb), exact, strict=True):
+        assert (got - want).norm() < 0.02 * want.norm()
+
+
+def test_plain_gives_the_same_values() -> None:
+    x, weights, biases, updates = _sites()
+    outs = low_rank_linears(x, weights, biases, updates, 0.2, 4)
+    with plain():
+        slow = low_rank_linears(x, weights, biases, updates, 0.2, 4)
+    for got, want in zip(outs, slow, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_dropout_without_a_seed_is_refused() -> None:
+    x, weights, biases, updates = _sites()
+    with pytest.raises(ConfigError, match="needs a seed"):
+        low_rank_linears(x, weights, biases, updates, 0.2)
+
+
+def test_the_norm_of_dora_is_that_of_the_whole_weight() -> None:
+    w, a, b = _r(9, 7), _r(2, 7), _r(9, 2)
+    want = (w + 1.5 * b @ a).norm(dim=1)
+    torch.testing.assert_close(dora_norm(w, a, b, 1.5), want)
+    torch.testing.assert_close(dora_norm(w, a, b, 1.5, row_squares(w)), want)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_dora_equals_its_formula(with_bias: bool, p: float) -> None:
+    x, w, a, b = _r(N, T, 7, grad=True), _r(9, 7), _r(2, 7, grad=True), _r(9, 2, grad=True)
+    m, bias = _r(9, grad=True), _r(9, 1).squeeze(1) if with_bias else None
+    norm = (w + 1.5 * b @ a).norm(dim=1).detach()
+    want = m / norm * (x @ w.T + 1.5 * dropout(x, p, 8) @ a.T @ b.T)
+    want = want if bias is None else want + bias
+    got = dora_linear(x, w, bias, a, b, m, 1.5, p, 8)
+    torch.testing.assert_close(got, want)
+    g = _r(N, T, 9)
+    leaves = (x, a, b, m)
+    for ours, theirs in zip(torch.autograd.grad(got, leaves, g), torch.autograd.grad(want, leaves, g), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    with plain():
+        torch.testing.assert_close(dora_linear(x, w, bias, a, b, m, 1.5, p, 8), want)
+
+
+def test_scale_has_the_right_gradients() -> None:
+    y, l = _r(N, T, 7, grad=True), _r(7, grad=True)
+    assert torch.autograd.gradcheck(scale, (y, l))
+    assert torch.autograd.gradcheck(lambda l: scale(y.detach(), l), (l,))
+    assert torch.equal(scale(y, l), y * l)
+    assert scale(y.bfloat16(), l.float()).dtype == torch.bfloat16
+
+
+def test_scale_saves_nothing_large_when_its_factors_are_frozen() -> None:
+    y, l = _r(N, T, 7, grad=True), _r(7)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        scale(y, l)
+    assert [t.shape for t in saved] == [l.shape]
+
+
+@pytest.mark.parametrize("activation", ["identity", "relu", "gelu", "gelu_tanh", "silu", "tanh"])
+@pytest.mark.parametrize("biased", [True, False])
+def test_the_bottleneck_has_the_right_gradients(activation: str, biased: bool) -> None:
+    y, x = _r(N, T, 6, grad=True), _r(N, T, 7, grad=True)
+    d, u = _r(3, 7, grad=True), _r(6, 3, grad=True)
+    c, e = (_r(3, grad=True), _r(6, grad=True)) if biased else (None, None)
+    act = {"identity": lambda h: h, "relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
+    act["gelu_tanh"] = lambda h: F.gelu(h, approximate="tanh")
+    want = y + 0.7 * F.linear(act[activation](F.linear(x, d, c)), u, e)
+    torch.testing.assert_close(bottleneck(y, x, d, c, u, e, 0.7, activation), want)
+    with plain():
+        torch.testing.assert_close(bottleneck(y, x, d, c, u, e, 0.7, activation), want)
+    assert torch.autograd.gradcheck(lambda *t: bottleneck(*t, 0.7, activation), (y, x, d, c, u, e))
+
+
+def test_the_bottleneck_may_read_what_it_adds_to() -> None:
+    y, d, u = _r(N, T, 6, grad=True), _r(3, 6, grad=True), _r(6, 3, grad=True)
+    assert torch.autograd.gradcheck(lambda y, d, u: bottleneck(y, y, d, None, u, None), (y, d, u))
+
+
+def test_an_unknown_activation_is_answered_with_near_ones() -> None:
+    with pytest.raises(UnknownName, match="gelu"):
+        bottleneck(_r(1, 6), _r(1, 7), _r(3, 7), None, _r(6, 3), None, 1.0, "geluu")

@@ -1,1 +1,41 @@
-"""."""
+"""The one operation: carry out a method's edits on a model, and undo, switch, merge, save and load them.
+
+Everything that is not a paper's idea is here once: freezing, fused and transposed layers, precision, stacking.
+"""
+
+from luthier.surgery.attachment import Attachment
+from luthier.surgery.base import Base
+from luthier.surgery.branch import BlockCall
+from luthier.surgery.compose import Combined, method
+from luthier.surgery.context import Context
+from luthier.surgery.edits import AddBranch, Attach, Edit, PrependKeys, PrependTokens, Reparametrise, Unfreeze
+from luthier.surgery.method import METHODS, Batches, Group, Method, Objective, PerSite
+from luthier.surgery.tuned import Tuned, attach, keyed
+from luthier.surgery.tuning import load, read_tuning
+
+__all__ = [
+    "METHODS",
+    "AddBranch",
+    "Attach",
+    "Attachment",
+    "Base",
+    "Batches",
+    "BlockCall",
+    "Combined",
+    "Context",
+    "Edit",
+    "Group",
+    "Method",
+    "Objective",
+    "PerSite",
+    "PrependKeys",
+    "PrependTokens",
+    "Reparametrise",
+    "Tuned",
+    "Unfreeze",
+    "attach",
+    "keyed",
+    "load",
+    "method",
+    "read_tuning",
+]

@@ -1,0 +1,92 @@
+"""(IA)³: three learned vectors per block rescale keys, values and inner feed-forward activations.
+
+    k = l_k * (x W_k^T + b_k)      v = l_v * (x W_v^T + b_v)      ffn = (l_ff * h) W_down^T + b_down
+
+The vectors start at one, so the tuned model starts as the base model.
+
+Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning",
+arXiv:2205.05638, section 3.3. Its extra losses belong to its recipe, T-Few, and not to this method.
+
+Count: L (2 d + m); with grouped key-value heads, their width for the first two.
+Claims: a few tens of thousands of numbers, merged exactly, no cost at inference.
+Pitfalls: merging must scale the biases of k and v too; decay has to pull towards one, not towards zero; keys are
+scaled before rotary angles; for a gated feed-forward layer the scaled vector is what ffn.down reads.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from luthier.anatomy import Anatomy, Site
+from luthier.surgery import METHODS, Attach, Attachment, Edit, Group, Method, Tuned
+
+
+@METHODS.register("ia3", family="additive", paper="arXiv:2205.05638")
+@dataclass(frozen=True, kw_only=True)
+class IA3(Method):
+    """Settings of (IA)³."""
+
+    outputs: Annotated[tuple[str, ...], "sites whose output is rescaled"] = ("attn.k", "attn.v")
+    inputs: Annotated[tuple[str, ...], "sites whose input is rescaled"] = ("ffn.down",)
+    cross: Annotated[bool, "also the keys and values of cross-attention, where there is one"] = True
+
+    mergeable: ClassVar[bool] = True
+    starts_at_base: ClassVar[bool] = True
+    default_lr: ClassVar[float] = 1e-2
+
+    def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
+        for site in self._outputs(anatomy):
+            yield Attach(site, lambda base, site=site: RescaleOutput(site.d_out))  # type: ignore[misc]
+        for site in self._inputs(anatomy):
+            yield Attach(site, lambda base, site=site: RescaleInput(site.d_in))  # type: ignore[misc]
+
+    def n_params(self, anatomy: Anatomy) -> int:
+        return sum(s.d_out for s in self._outputs(anatomy)) + sum(s.d_in for s in self._inputs(anatomy))
+
+    def groups(self, tuned: Tuned) -> list[Group]:
+        names = tuple(f"{k}.scale" for kind in (RescaleOutput, RescaleInput) for k in tuned.modules(kind))
+        return [Group(names, decay_to=1.0)]
+
+    def _outputs(self, anatomy: Anatomy) -> tuple[Site, ...]:
+        kinds = list(self.outputs)
+        if self.cross and anatomy.is_encoder_decoder:
+            kinds += [k.replace("attn.", "cross.") for k in self.outputs if k.startswith("attn.")]
+        return anatomy.sites(*kinds, asked_by="ia3") if kinds else ()
+
+    def _inputs(self, anatomy: Anatomy) -> tuple[Site, ...]:
+        return anatomy.sites(*self.inputs, asked_by="ia3") if self.inputs else ()
+
+
+class RescaleOutput(Attachment):
+    """Multiplies what a layer gives, element by element."""
+
+    kind = "scale"
+
+    def __init__(self, d_out: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(d_out))
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        return y * self.scale
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight * self.scale[:, None], bias * self.scale if bias is not None else None
+
+
+class RescaleInput(Attachment):
+    """Multiplies what a layer reads, element by element."""
+
+    kind = "scale"
+
+    def __init__(self, d_in: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(d_in))
+
+    def before(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight * self.scale[None, :], bias

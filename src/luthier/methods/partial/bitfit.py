@@ -1,0 +1,88 @@
+"""BitFit: train the bias vectors and nothing else.
+
+    y = x W^T + b          b trains; W does not
+
+Every bias of the blocks trains, the shifts of their norms among them; nothing changes before the first step.
+
+Ben Zaken, Ravfogel, Goldberg 2022, "BitFit", arXiv:2106.10199.
+
+Count: sum of the lengths of all biases in the blocks, L (7 d + m) for BERT; with `subset`, those of attn.q and ffn.up.
+Claims: 0.09 % of BERT-base trained, near full fine-tuning on small and medium data.
+Pitfalls: a model without biases (T5, Llama) has nothing to train: refused, unless `add_missing_biases` gives each
+linear layer of the blocks a new bias of zeros; the key bias of softmax attention without rotary has a gradient that is
+mathematically zero and does not move.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from luthier.anatomy import Anatomy, Site
+from luthier.core import AnatomyError
+from luthier.surgery import METHODS, Attach, Attachment, Edit, Method, Unfreeze
+
+_LINEAR = ("attn.q", "attn.k", "attn.v", "attn.o", "cross.q", "cross.k", "cross.v", "cross.o")
+_FFN = ("ffn.gate", "ffn.up", "ffn.down")
+
+
+@METHODS.register("bitfit", family="partial", paper="arXiv:2106.10199")
+@dataclass(frozen=True, kw_only=True)
+class BitFit(Method):
+    """Settings of BitFit."""
+
+    subset: Annotated[bool, "only the biases of attn.q and ffn.up"] = False
+    embeddings: Annotated[bool, "also the shift of the embedding norm and the pooler's bias"] = False
+    add_missing_biases: Annotated[bool, "give linear layers without a bias a new one of zeros"] = False
+
+    mergeable: ClassVar[bool] = True
+    starts_at_base: ClassVar[bool] = True
+    default_lr: ClassVar[float] = 4e-3
+    trains_base: ClassVar[bool] = True
+
+    def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
+        names = self._names(anatomy)
+        missing = self._missing(anatomy)
+        if not names and not missing:
+            raise AnatomyError(
+                f"bitfit: this {anatomy.model_type} model has no bias to train. "
+                "Set add_missing_biases=true, or use ia3, or lora."
+            )
+        yield from (Unfreeze(name) for name in names)
+        yield from (Attach(site, lambda base, site=site: AddedBias(site.d_out)) for site in missing)  # type: ignore[misc]
+
+    def n_params(self, anatomy: Anatomy) -> int:
+        held = sum(torch.Size(anatomy.tensors[name]).numel() for name in self._names(anatomy))
+        return held + sum(site.d_out for site in self._missing(anatomy))
+
+    def _names(self, anatomy: Anatomy) -> list[str]:
+        if self.subset:
+            return list(dict.fromkeys(n for n in anatomy.bias_tensors("attn.q") + anatomy.bias_tensors("ffn.up")))
+        blocks = tuple(f"{block.path}." for block in anatomy.blocks)
+        return [n for n in anatomy.bias_tensors() if self.embeddings or n.startswith(blocks)]
+
+    def _missing(self, anatomy: Anatomy) -> list[Site]:
+        if not self.add_missing_biases:
+            return []
+        kinds = ("attn.q", "ffn.up") if self.subset else (*_LINEAR, *_FFN)
+        present = [k for k in kinds if k in anatomy.kinds()]
+        return [s for s in anatomy.sites(*present, asked_by="bitfit") if s.bias is None]
+
+
+class AddedBias(Attachment):
+    """Adds a vector to the output of a layer that has no bias."""
+
+    kind = "delta"
+    needs_input = False
+
+    def __init__(self, d_out: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(d_out))
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + self.bias
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight, self.bias if bias is None else bias + self.bias

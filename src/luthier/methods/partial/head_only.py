@@ -1,0 +1,51 @@
+"""Linear probe: the model stays as it is, only the new task head trains.
+
+    logits = head(features(x))          features are frozen; head trains
+
+The features do not change, so they need no gradient.
+
+Feature-based transfer, a standard baseline; the catalogue's entry `linear_probe`.
+
+Count: 0 in the model; the head alone, and with `pooler` the pooler below it.
+Claims: the floor that a method has to beat to be worth its cost.
+Pitfalls: dropout in the frozen trunk would only add noise; a pooler that trains silently is not a probe; a language
+model has no new head, so there is nothing to train.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from luthier.anatomy import Anatomy
+from luthier.core import AnatomyError
+from luthier.surgery import METHODS, Edit, Method, Unfreeze
+
+
+@METHODS.register("head_only", family="partial", paper="arXiv:1810.04805")
+@dataclass(frozen=True, kw_only=True)
+class HeadOnly(Method):
+    """Settings of the probe."""
+
+    pooler: Annotated[bool, "also train the pooler, where the model has one"] = False
+
+    mergeable: ClassVar[bool] = True
+    starts_at_base: ClassVar[bool] = True
+    default_lr: ClassVar[float] = 1e-2
+
+    def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
+        if not anatomy.head_tensors and not self._pooler(anatomy):
+            raise AnatomyError(
+                f"head_only: this {anatomy.model_type} model has no new task head to train. "
+                "Use it for classification, or choose a method that changes the model, such as lora."
+            )
+        yield from (Unfreeze(name) for name in self._pooler(anatomy))
+
+    def n_params(self, anatomy: Anatomy) -> int:
+        return sum(math.prod(anatomy.tensors[name]) for name in self._pooler(anatomy))
+
+    def _pooler(self, anatomy: Anatomy) -> list[str]:
+        found = [n for n in anatomy.tensors if ".pooler." in f".{n}"]
+        if self.pooler and not found:
+            raise AnatomyError(f"head_only: this {anatomy.model_type} model has no pooler; leave `pooler` off.")
+        return found if self.pooler else []

@@ -1,0 +1,71 @@
+"""The contract of what sits at a site."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from torch import Tensor, nn
+
+from luthier.core import CannotMerge
+from luthier.surgery.base import Base
+from luthier.surgery.context import Context
+
+__all__ = ["Attachment"]
+
+
+class Attachment(nn.Module):
+    """Sits at one site. x: (..., d_in)   y: (..., d_out).
+
+    Several attachments at one site nest like an onion, in the fixed order of their `kind`, never of insertion:
+
+        delta (a change of the weight) → scale → parallel (reads the sublayer's input) → sequential (reads its output)
+
+        f0(x) = W x + b        f1(x) = a1.after(x, f0(a1.before(x)))        f2(x) = a2.after(x, f1(a2.before(x)))
+
+    At a sublayer site (`attn_out`, `ffn_out`) x is the sublayer's input: what the sublayer itself reads, or the
+    residual stream, as `reads` says; None where the attachment declares `needs_input = False`.
+
+    Class facts:
+        kind: at most one attachment of a kind may sit at a site.
+        reads_base_weight: uses the frozen weight in the forward pass; goes innermost.
+        needs_input: at sublayer sites, wants x. An attachment that only changes y says False and costs no tap.
+    """
+
+    kind: ClassVar[Literal["delta", "scale", "parallel", "sequential"]] = "delta"
+    reads_base_weight: ClassVar[bool] = False
+    needs_input: ClassVar[bool] = True
+
+    reads: Literal["input", "residual"] = "input"
+    context: Context  # set by surgery: the facts of the current batch
+
+    def before(self, x: Tensor) -> Tensor:
+        """Change what the layer reads."""
+        return x
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """Change what the layer gives. `x` is what `before` received, `y` what the layer made of its result."""
+        return y
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The weight (d_out, d_in) and bias that do the same without this attachment.
+
+        Raises:
+            CannotMerge: no single weight does the same.
+        """
+        raise CannotMerge(f"{type(self).__name__} has no closed form in the weights. Serve it attached.")
+
+    def fused(self, base: Base, x: Tensor) -> Tensor | None:
+        """Layer and attachment in one computation, equal to `after(x, base(before(x)))`; None where it does not pay.
+
+        The socket asks only when this attachment is alone at its site.
+        """
+        return None
+
+    # What is stored may differ from what is trained: masks are packed, experts averaged, networks evaluated.
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors a saved tuning holds, by short names. By default all parameters and persistent buffers."""
+        return {name: value.detach() for name, value in self.state_dict().items()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take the deployed form from what `stored` gave. By default the inverse of `state_dict`."""
+        self.load_state_dict(tensors, strict=True)

@@ -1,0 +1,106 @@
+"""Prefix keys and values through one registered attention function, for every architecture that uses the interface.
+
+The prefix is joined to the keys inside the attention function, after the key/value cache: positions do not move, the
+cache never holds it, beams need no copy of it, and the mask grows by columns that every query sees.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier import kernels
+
+__all__ = ["NAME", "Prefix", "install", "uninstall"]
+
+NAME = "luthier"
+
+
+@dataclass(eq=False)
+class Prefix:
+    """What one attention module sees before its own keys; `keys`, `values` are set at the start of each forward pass.
+
+    Shapes (n_kv_heads, P, d_head) or (batch, n_kv_heads, P, d_head).
+    """
+
+    tuning: str
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention as transformers calls it. query (B,H,T,D), key and value (B,H_kv,S,D) -> (B,T,H,D)."""
+    prefixes = [p for p in module.__dict__.get("_luthier_prefixes", ()) if p.keys is not None]
+    if prefixes:
+        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+        n_text, n_queries = key.shape[2], query.shape[2]
+        if attention_mask is None and causal and n_queries > 1:
+            ones = torch.ones(n_queries, n_text, dtype=torch.bool, device=query.device)
+            attention_mask = ones.tril(n_text - n_queries)[None, None]
+        is_causal = False
+        for prefix in prefixes:
+            assert prefix.keys is not None and prefix.values is not None
+            key = torch.cat([_per_row(prefix.keys, key), key], dim=2)
+            value = torch.cat([_per_row(prefix.values, value), value], dim=2)
+            length = prefix.keys.shape[-2]
+            if attention_mask is not None:
+                seen = True if attention_mask.dtype == torch.bool else 0.0
+                attention_mask = torch.nn.functional.pad(attention_mask, (length, 0), value=seen)
+            if position_bias is not None:
+                position_bias = torch.nn.functional.pad(position_bias, (length, 0), value=0.0)
+    return kernels.attention_interface(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=dropout,
+        scaling=scaling,
+        is_causal=is_causal,
+        position_bias=position_bias,
+        **kwargs,
+    )
+
+
+def _per_row(prefix: Tensor, like: Tensor) -> Tensor:
+    prefix = prefix.to(like.dtype)
+    return prefix if prefix.dim() == 4 else prefix.expand(like.shape[0], *prefix.shape)
+
+
+def _register() -> None:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(NAME, _attention)
+    # The mask of torch's fused attention: boolean, and absent where plain causality says it all.
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def install(model: Any) -> Any:
+    """Route the model's attention through `_attention`; returns what `uninstall` needs to undo it."""
+    _register()
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config") and hasattr(m.config, "to_dict")}
+    before = [(c, getattr(c, "_attn_implementation_internal", None)) for c in configs.values()]
+    for config, _ in before:
+        config._attn_implementation_internal = NAME
+    return before
+
+
+def uninstall(before: Any) -> None:
+    """Give every configuration its own attention back."""
+    for config, name in before:
+        config._attn_implementation_internal = name

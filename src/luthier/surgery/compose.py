@@ -1,0 +1,110 @@
+"""Methods by their spelt names: "lora", "lora+prompt_tuning"; and the rules of what may stand together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from luthier.anatomy import Anatomy
+from luthier.core import CompositionError, ConfigError, UnknownName, build, near
+from luthier.surgery.edits import Edit
+from luthier.surgery.method import METHODS, Method
+
+__all__ = ["Combined", "check", "method", "spell"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combined(Method):
+    """Several methods on one model, trained together; each keeps its own settings and keys."""
+
+    members: tuple[Method, ...]
+
+    @property
+    def mergeable(self) -> bool:  # type: ignore[override]
+        """All of its parts are."""
+        return all(m.mergeable for m in self.members)
+
+    @property
+    def starts_at_base(self) -> bool:  # type: ignore[override]
+        """All of its parts do."""
+        return all(m.starts_at_base for m in self.members)
+
+    @property
+    def default_lr(self) -> float:  # type: ignore[override]
+        """The smallest of its parts'."""
+        return min(m.default_lr for m in self.members)
+
+    def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
+        for member in self.members:
+            yield from member.edits(anatomy)
+
+    def n_params(self, anatomy: Anatomy) -> int:
+        return sum(m.n_params(anatomy) for m in self.members)
+
+    def n_stored(self, anatomy: Anatomy) -> int:
+        return sum(m.n_stored(anatomy) for m in self.members)
+
+    def settings(self) -> dict[str, Any]:
+        return {f"{m.name}.{k}": v for m in self.members for k, v in m.settings().items()}
+
+    def parts(self) -> tuple[Method, ...]:
+        return self.members
+
+
+def spell(method: Method) -> str:
+    """The name a user writes: "lora+prompt_tuning"."""
+    return "+".join(part.name for part in method.parts())
+
+
+def method(words: str, settings: Mapping[str, Any] | None = None) -> Method:
+    """Make a method from its spelt name and plain settings.
+
+    For several methods, a setting is named "lora.rank"; a bare "rank" goes to the only part that has one.
+
+    Raises:
+        UnknownName: no such method or setting.
+        ConfigError: a value that cannot work, or a bare setting that several parts have.
+        CompositionError: the parts cannot stand together.
+    """
+    names = [w.strip() for w in words.split("+")]
+    classes = [METHODS.get(n) for n in names]
+    if len(set(names)) < len(names):
+        raise CompositionError(
+            f"{words!r}: a method stands in it twice. Name each once; attach a second tuning for another."
+        )
+    fields = {n: list(c.__dataclass_fields__) for n, c in zip(names, classes, strict=True)}  # type: ignore[attr-defined]
+    values: dict[str, dict[str, Any]] = {n: {} for n in names}
+    for full, value in (settings or {}).items():
+        owner, dot, field = full.rpartition(".")
+        if dot and owner in values:
+            values[owner][field] = value
+            continue
+        homes = [n for n in names if full in fields[n]]
+        if len(homes) > 1:
+            raise ConfigError(
+                f"{full!r} is a setting of {' and of '.join(homes)}: write {homes[0]}.{full} or {homes[1]}.{full}."
+            )
+        if not homes:
+            known = fields[names[0]] if len(names) == 1 else [f"{n}.{f}" for n in names for f in fields[n]]
+            raise UnknownName(
+                f"{words} has no setting {full!r}.{near(full, known)} Its settings are {', '.join(known) or 'none'}."
+            )
+        values[homes[0]][full] = value
+    members = [build(c, values[n], n) for n, c in zip(names, classes, strict=True)]
+    check(members)
+    return members[0] if len(members) == 1 else Combined(members=tuple(members))
+
+
+def check(members: Iterable[Method]) -> None:
+    """Refuse methods that cannot stand together; each pair is asked both ways.
+
+    Raises:
+        CompositionError: with the reason.
+    """
+    listed = list(members)
+    for i, one in enumerate(listed):
+        for other in listed[i + 1 :]:
+            reason = one.conflicts(other) or other.conflicts(one)
+            if reason:
+                raise CompositionError(f"{one.name} and {other.name} cannot stand together: {reason}")

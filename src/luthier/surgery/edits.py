@@ -1,0 +1,96 @@
+"""The edits: everything a method can do to a model. Surgery carries them out; a method only lists them.
+
+    Attach         a small module at one site
+    Reparametrise  a module that computes a tensor of the model from its frozen value
+    Unfreeze       a tensor of the model trains, whole or where a mask says so
+    PrependTokens  vectors before the embedded text
+    PrependKeys    keys and values before those of the text, in every attention
+    AddBranch      a network beside the model that reads its hidden states and gives its output
+
+`Reparametrise` is the sixth edit that the architecture note expected: see docs/decisions/0002-a-sixth-edit.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from luthier.anatomy.site import Site
+
+if TYPE_CHECKING:
+    from luthier.anatomy.anatomy import Attention
+    from luthier.surgery.attachment import Attachment
+    from luthier.surgery.base import Base
+
+__all__ = ["AddBranch", "Attach", "Edit", "PrependKeys", "PrependTokens", "Reparametrise", "Unfreeze"]
+
+
+@dataclass(frozen=True)
+class Attach:
+    """Put an attachment at a site.
+
+    `build` is called once with the frozen layer, in fp32 and under a generator keyed by the site. What several sites
+    share is listed in `shared`, by key; it is registered, trained and saved once.
+    """
+
+    site: Site
+    build: Callable[[Base], Attachment]
+    shared: Mapping[str, nn.Module] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reparametrise:
+    """Compute the tensor `name` of the model as `module(frozen value)` wherever the model uses it, aliases included."""
+
+    name: str
+    module: nn.Module
+    shared: Mapping[str, nn.Module] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Unfreeze:
+    """Train the tensor `name` of the model itself; with a `mask` (bool, same shape) only where it is true.
+
+    The mask holds for the *update*: gradient, momentum and decay cannot move an entry outside it.
+    """
+
+    name: str
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PrependTokens:
+    """Vectors before the embedded text: `source()` returns (P, d). Mask, positions and pooling follow."""
+
+    source: nn.Module
+    length: int
+
+
+@dataclass(frozen=True)
+class PrependKeys:
+    """Keys and values before those of the text, without moving any position.
+
+    `source.keys_values(context)` is called once per forward pass of the model and returns, for each entry of
+    `attentions`, a pair of shape (n_kv_heads, P, d_head) or (batch, n_kv_heads, P, d_head).
+    """
+
+    source: nn.Module
+    attentions: tuple[Attention, ...]
+    length: int
+
+
+@dataclass(frozen=True)
+class AddBranch:
+    """A network beside the frozen model. `build(model, anatomy)` returns a module with
+
+    `forward(states: list[BlockCall], context) -> Tensor` of shape (batch, tokens, d), which takes the place of the
+    backbone's last hidden state. No gradient enters the backbone.
+    """
+
+    build: Callable[..., nn.Module]
+
+
+Edit = Attach | Reparametrise | Unfreeze | PrependTokens | PrependKeys | AddBranch

@@ -1,0 +1,150 @@
+"""What a tuning method is: settings, a list of edits, and a count that needs no model in memory."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from torch import Tensor
+
+from luthier.anatomy import Anatomy, Site
+from luthier.core import Card, Catalogue, plain
+from luthier.surgery.attachment import Attachment
+from luthier.surgery.base import Base
+from luthier.surgery.edits import Attach, Edit
+
+if TYPE_CHECKING:
+    from luthier.surgery.tuned import Tuned
+
+__all__ = ["METHODS", "Batches", "Group", "Method", "Objective", "PerSite", "Sweep"]
+
+METHODS: Catalogue[Method] = Catalogue("luthier.methods", "method")
+
+Objective = Callable[[], "Any"]
+"""Runs one forward pass of the current micro-batch: returns an object with `.loss` (sum over targets), `.logits`."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Trained tensors that learn at their own pace.
+
+    Attributes:
+        names: of trained tensors, as `Tuned.trained()` calls them.
+        lr_factor: multiplies the run's learning rate.
+        weight_decay: None for the run's own.
+        decay_to: the value decay pulls towards; IA3's vectors rest at 1.
+    """
+
+    names: tuple[str, ...]
+    lr_factor: float = 1.0
+    weight_decay: float | None = None
+    decay_to: float = 0.0
+
+
+class Sweep(ABC):
+    """Batches for a method that looks at data before training, and a loss to look with."""
+
+    n_batches: int
+
+    @abstractmethod
+    def __iter__(self) -> Iterable[Any]:  # type: ignore[override]
+        """Yield `loss()` callables: each runs the model on one micro-batch and returns the mean loss, with graph."""
+
+
+Batches = Sequence[Callable[[], Tensor]]
+
+
+class Method(ABC):
+    """A frozen dataclass of settings that says which edits to make. The file holds the paper and nothing else.
+
+    Class facts, read from the syntax tree for the listing and checked by the contract tests:
+        mergeable: every edit has a closed form in the weights.
+        starts_at_base: attached and untrained, the model computes what it computed before (head excluded).
+        default_lr: peak learning rate where the user names none.
+        looks_at_data: `prepare` needs batches before the first step.
+    """
+
+    name: ClassVar[str]
+    facts: ClassVar[dict[str, Any]]
+    card: ClassVar[Card]
+    mergeable: ClassVar[bool] = False
+    starts_at_base: ClassVar[bool] = True
+    default_lr: ClassVar[float] = 1e-3
+    looks_at_data: ClassVar[bool] = False
+    trains_base: ClassVar[bool] = False  # weights of the trunk itself move: dropout of the trunk stays on
+
+    @abstractmethod
+    def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
+        """What to change. Called once per attach, under a keyed generator."""
+
+    @abstractmethod
+    def n_params(self, anatomy: Anatomy) -> int:
+        """Trained numbers, head excluded; a formula on the anatomy, no model needed."""
+
+    def n_stored(self, anatomy: Anatomy) -> int:
+        """Numbers that a saved tuning holds, head excluded."""
+        return self.n_params(anatomy)
+
+    # Most methods leave these alone.
+    def prepare(self, tuned: Tuned, batches: Batches) -> None:
+        """A start that looks at data: runs once before training. Must leave parameters, buffers and grads as found."""
+
+    def loss(self, tuned: Tuned, forward: Objective) -> Any:
+        """The task loss of one micro-batch; a method that needs two passes runs `forward` twice."""
+        return forward()
+
+    def extra_loss(self, tuned: Tuned) -> Tensor | None:
+        """A penalty added once per optimiser step, independent of the batch."""
+        return None
+
+    def after_backward(self, tuned: Tuned, step: int, total: int) -> None:
+        """Gradients of the whole step are present, unscaled and unclipped; the optimiser has not moved."""
+
+    def on_step(self, tuned: Tuned, step: int, total: int) -> None:
+        """Weights have moved, gradients are still present. `step` counts from 1 to `total`."""
+
+    def finish(self, tuned: Tuned) -> None:
+        """After training: bring the attachments into the form that is stored and served."""
+
+    def groups(self, tuned: Tuned) -> list[Group]:
+        """Learning rates or decay that differ inside the method; tensors not named follow the run."""
+        return []
+
+    def conflicts(self, other: Method) -> str | None:
+        """Why this method cannot stand beside `other` on one model, or None."""
+        return None
+
+    def settings(self) -> dict[str, Any]:
+        """The settings as plain values."""
+        return dict(plain(self))
+
+    def parts(self) -> tuple[Method, ...]:
+        """The methods this one is made of; itself for a single one."""
+        return (self,)
+
+
+class PerSite(Method):
+    """One attachment per site: give `params_at` and `build`; edits and count follow."""
+
+    sites: Annotated[tuple[str, ...], "where to attach"] = ()
+
+    @abstractmethod
+    def params_at(self, site: Site) -> int:
+        """Trained numbers of one attachment."""
+
+    @abstractmethod
+    def build(self, site: Site, base: Base) -> Attachment:
+        """Make the attachment; called in fp32 under a generator keyed by the site."""
+
+    def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
+        """The sites, in the order of the model."""
+        return anatomy.sites(*self.sites, asked_by=getattr(self, "name", type(self).__name__))
+
+    def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
+        for site in self.places(anatomy):
+            yield Attach(site, lambda base, site=site: self.build(site, base))  # type: ignore[misc]
+
+    def n_params(self, anatomy: Anatomy) -> int:
+        return sum(self.params_at(site) for site in self.places(anatomy))

@@ -1,0 +1,141 @@
+"""Vectors before the embedded text, and everything of length T that has to follow.
+
+The hooks sit on the stack that reads the text (the backbone, or the encoder of an encoder-decoder), so the caller's
+labels, losses and pooling indices keep their length: the vectors go in before positions are added, and come off the
+stack's output again. A pooler inside the backbone is fed without them. Only an encoder-decoder keeps them: its decoder
+attends to all of the encoder's output, so the cross-attention mask is extended instead.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier.core import ModelError
+
+__all__ = ["PromptHooks"]
+
+
+class PromptHooks:
+    """Inserts the rows of `sources` (in order) in front of the text of `stack`, while this object is installed."""
+
+    def __init__(
+        self, model: Any, stack: nn.Module, embed: nn.Module, decoder: nn.Module | None, limit: int | None
+    ) -> None:
+        self.sources: list[nn.Module] = []
+        self.embed, self.stack, self.limit = embed, stack, limit
+        self.keep = decoder is not None
+        self._inserted = 0
+        self._names = list(inspect.signature(stack.forward).parameters)
+        self._offset = _position_offset(stack, model.config)
+        self._handles = [
+            stack.register_forward_pre_hook(self._before, with_kwargs=True),
+            stack.register_forward_hook(self._after),
+        ]
+        pooler = getattr(stack, "pooler", None)
+        if isinstance(pooler, nn.Module) and not self.keep:
+            self._handles.append(pooler.register_forward_pre_hook(self._pool))
+        if decoder is not None:
+            self._handles.append(decoder.register_forward_pre_hook(self._cross, with_kwargs=True))
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    @property
+    def length(self) -> int:
+        """Vectors inserted in all."""
+        return sum(source().shape[0] for source in self.sources)
+
+    def _before(
+        self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self._inserted = 0
+        if not self.sources:
+            return None
+        given = dict(zip(self._names, args, strict=False)) | kwargs
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        if embeds is None:
+            assert ids is not None
+            embeds = self.embed(ids)
+        rows, tokens = embeds.shape[:2]
+        cache = given.get("past_key_values")
+        past = int(cache.get_seq_length()) if cache is not None and not self.keep else 0
+        prompt = torch.cat([source() for source in self.sources]).to(embeds.dtype)
+        n = prompt.shape[0]
+        if self.limit is not None and past + tokens + (n if past == 0 else 0) > self.limit:
+            raise ModelError(
+                f"{tokens} tokens and {n} prompt vectors are {tokens + n} positions; the model has {self.limit}. "
+                f"Use texts of at most {self.limit - n} tokens, or fewer vectors."
+            )
+        mask = given.get("attention_mask")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+            raise ModelError("prompt vectors need a (batch, tokens) attention mask; a ready-made 4-D mask was given.")
+        positions = given.get("position_ids")
+        if mask is not None or past > 0:
+            total = tokens if past == 0 else past - n + tokens
+            seen = mask if mask is not None else torch.ones(rows, total, dtype=torch.long, device=embeds.device)
+            given["attention_mask"] = torch.cat([seen.new_ones(rows, n), seen], dim=1)
+        if "position_ids" in self._names:
+            if positions is None and mask is not None:
+                positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
+                if self._offset is not None:
+                    # RoBERTa counts from padding_idx + 1 and leaves pads at padding_idx.
+                    positions = torch.where(mask[:, -tokens:] > 0, positions + self._offset + 1, self._offset)
+            elif positions is None:
+                start = past - n if past else 0
+                positions = torch.arange(start, start + tokens, device=embeds.device).expand(rows, tokens)
+                positions = positions if self._offset is None else positions + self._offset + 1
+            shifted = positions + n
+            if self._offset is not None and mask is not None:
+                shifted = torch.where(mask[:, -tokens:] > 0, shifted, positions)
+            if past == 0:
+                start = 0 if self._offset is None else self._offset + 1
+                front = torch.arange(start, start + n, device=embeds.device).expand(shifted.shape[0], n)
+                shifted = torch.cat([front, shifted], dim=1)
+            given["position_ids"] = shifted
+        if past == 0:
+            embeds = torch.cat([prompt.expand(rows, -1, -1), embeds], dim=1)
+            types = given.get("token_type_ids")
+            if types is not None:
+                given["token_type_ids"] = torch.cat([types.new_zeros(types.shape[0], n), types], dim=1)
+            self._inserted = n
+        given["input_ids"], given["inputs_embeds"] = None, embeds
+        given.pop("cache_position", None)
+        return (), given
+
+    def _after(self, stack: nn.Module, args: Any, out: Any) -> Any:
+        n = self._inserted
+        if n == 0 or self.keep:
+            return out
+        if isinstance(out, tuple):
+            return (out[0][:, n:], *out[1:])
+        out.last_hidden_state = out.last_hidden_state[:, n:]
+        if getattr(out, "hidden_states", None) is not None:
+            out.hidden_states = tuple(h[:, n:] for h in out.hidden_states)
+        return out
+
+    def _pool(self, pooler: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0][:, self._inserted :], *args[1:])
+
+    def _cross(
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        mask, states = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
+        if mask is not None and states is not None and mask.shape[-1] < states.shape[1]:
+            extra = states.shape[1] - mask.shape[-1]
+            kwargs = {**kwargs, "encoder_attention_mask": torch.cat([mask.new_ones(len(mask), extra), mask], dim=1)}
+        return args, kwargs
+
+
+def _position_offset(stack: nn.Module, config: Any) -> int | None:
+    """`padding_idx` where positions are counted from it (RoBERTa and its kin), else None."""
+    embeddings = getattr(stack, "embeddings", None)
+    table = getattr(embeddings, "position_embeddings", None)
+    if isinstance(table, nn.Embedding) and table.padding_idx is not None and hasattr(embeddings, "padding_idx"):
+        return int(embeddings.padding_idx)  # type: ignore[union-attr, arg-type]
+    return None

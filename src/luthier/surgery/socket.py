@@ -1,0 +1,218 @@
+"""The one wrapper: it takes a layer's place and holds what is attached there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from luthier import kernels
+from luthier.anatomy import Site
+from luthier.surgery.attachment import Attachment
+from luthier.surgery.base import Base, join_rows, take_rows
+
+__all__ = ["ORDER", "Plug", "Socket", "Substitute", "Tap"]
+
+ORDER = {"delta": 0, "scale": 1, "parallel": 2, "sequential": 3}
+
+
+class Tap:
+    """Hands one tensor from the place where a sublayer reads it to the socket at the sublayer's end."""
+
+    def __init__(self) -> None:
+        self._held: Tensor | None = None
+
+    def put(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook: keep the module's first input."""
+        self._held = args[0] if args else kwargs["hidden_states"]
+
+    def take(self) -> Tensor:
+        """Give the tensor and let go of it, so that no graph outlives its step."""
+        assert self._held is not None, "the sublayer's end was reached before its start"
+        held, self._held = self._held, None
+        return held
+
+
+@dataclass(eq=False)
+class Plug:
+    """One attachment at one site, with what surgery knows of it."""
+
+    tuning: str
+    site: Site
+    attachment: Attachment
+    base: Base
+    tap: Tap | None = None
+
+    def __post_init__(self) -> None:
+        cls = type(self.attachment)
+        self.changes_input = cls.before is not Attachment.before
+        self.has_fused = cls.fused is not Attachment.fused
+        self.dtype = next((p.dtype for p in self.attachment.parameters() if p.is_floating_point()), None)
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Place in the onion: what reads the base weight innermost, then by kind."""
+        return (0 if self.attachment.reads_base_weight else 1, ORDER[self.attachment.kind])
+
+    def call(self, hook: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+        """Run `before` or `after` in the attachment's own precision, and give back the stream's."""
+        stream = next(t for t in reversed(tensors) if t is not None)
+        if self.dtype is None or self.dtype == stream.dtype or torch.is_autocast_enabled(stream.device.type):
+            out = hook(*tensors)
+        else:
+            out = hook(*(t.to(self.dtype) if t is not None and t.is_floating_point() else t for t in tensors))
+        return out.to(stream.dtype)
+
+
+@dataclass(eq=False)
+class Substitute:
+    """A module that computes one tensor of a layer from its frozen value."""
+
+    tuning: str
+    tensor: str  # name inside the layer, such as "weight"
+    module: nn.Module
+
+
+@dataclass(eq=False)
+class _Live:
+    whole: list[Plug] = field(default_factory=list)
+    parts: list[tuple[Site, list[Plug]]] = field(default_factory=list)
+    experts: list[Plug] = field(default_factory=list)
+    substitutes: list[Substitute] = field(default_factory=list)
+    fused: Plug | None = None
+
+    @property
+    def empty(self) -> bool:
+        return not (self.whole or self.parts or self.experts or self.substitutes)
+
+
+class Socket(nn.Module):
+    """Takes the place of `base` and answers for it: attribute look-ups fall through to the layer."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.train(base.training)
+        # Plain lists: the modules in them are registered once, on the model, under their tuning.
+        self.__dict__["plugs"] = []
+        self.__dict__["substitutes"] = []
+        self.__dict__["live"] = _Live()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{p.tuning}:{p.site.key}:{type(p.attachment).__name__}" for p in self.plugs)
+
+    def refresh(self, active: set[str]) -> None:
+        """Work out once what each forward pass has to do, for the tunings in `active`."""
+        live = _Live()
+        by_site: dict[str, tuple[Site, list[Plug]]] = {}
+        for plug in sorted((p for p in self.plugs if p.tuning in active), key=lambda p: p.rank):
+            if plug.site.expert is not None:
+                live.experts.append(plug)
+            elif plug.site.rows is not None:
+                by_site.setdefault(plug.site.key, (plug.site, []))[1].append(plug)
+            else:
+                live.whole.append(plug)
+        live.parts = list(by_site.values())
+        live.substitutes = [s for s in self.substitutes if s.tuning in active]
+        if len(live.whole) == 1 and live.whole[0].has_fused and not live.parts and not live.substitutes:
+            live.fused = live.whole[0]
+        self.__dict__["live"] = live
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        live: _Live = self.live
+        if live.empty:
+            return self.base(*args, **kwargs)
+        if live.fused is not None and kernels.fast():
+            fused = live.fused.attachment.fused(live.fused.base, args[0])
+            if fused is not None:
+                return fused
+        if not (live.whole or live.parts):
+            return self._run(live, args, kwargs)
+        if live.whole and live.whole[0].site.kind in _SUBLAYERS:
+            return self._sublayer(live, args, kwargs)
+        x = args[0] if args else kwargs["hidden_states"]
+        if live.parts:
+            y = self._parts(live, x, args, kwargs)
+            for plug in live.whole:
+                y = plug.call(plug.attachment.after, x, y)
+            return y
+        inputs = [x]
+        for plug in reversed(live.whole):
+            inputs.append(plug.call(plug.attachment.before, inputs[-1]) if plug.changes_input else inputs[-1])
+        if args:
+            out = self._run(live, (inputs[-1], *args[1:]), kwargs)
+        else:
+            out = self._run(live, (), {**kwargs, "hidden_states": inputs[-1]})
+        y = out[0] if isinstance(out, tuple) else out
+        for plug, seen in zip(live.whole, reversed(inputs[:-1]), strict=True):
+            y = plug.call(plug.attachment.after, seen, y)
+        return (y, *out[1:]) if isinstance(out, tuple) else y
+
+    def _run(self, live: _Live, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The layer itself, with its computed tensors in place where there are any."""
+        if not live.substitutes and not live.experts:
+            return self.base(*args, **kwargs)
+        tensors: dict[str, Tensor] = {}
+        for substitute in live.substitutes:
+            frozen = getattr(self.base, substitute.tensor)
+            tensors[substitute.tensor] = substitute.module(frozen.detach()).to(frozen.dtype)
+        for name in {p.site.param for p in live.experts}:
+            tensors[name] = self._experts(name, [p for p in live.experts if p.site.param == name])
+        return functional_call(self.base, tensors, args, kwargs)
+
+    def _experts(self, name: str, plugs: list[Plug]) -> Tensor:
+        """3-D expert weights with every expert's attachment merged in. Dense: exact for any method that merges."""
+        held: Tensor = getattr(self.base, name).detach()
+        experts = list(held.unbind(0))
+        for plug in plugs:
+            site, e = plug.site, plug.site.expert
+            assert e is not None
+            weight = experts[e].T if site.transposed else experts[e]
+            part = take_rows(weight.T, site.rows).T if site.rows is not None else weight
+            new, _ = plug.attachment.merged(part.float(), None)
+            new = new.to(weight.dtype)
+            if site.rows is not None:
+                new = join_rows(weight.T, [(site.rows, new.T)]).T
+            experts[e] = new.T if site.transposed else new
+        return torch.stack(experts)
+
+    def _parts(self, live: _Live, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """A fused projection: each part has an onion of its own."""
+        y = self._run(live, args, kwargs)
+        changed = []
+        for site, plugs in live.parts:
+            assert site.rows is not None
+            inputs = [x]
+            for plug in reversed(plugs):
+                inputs.append(plug.call(plug.attachment.before, inputs[-1]) if plug.changes_input else inputs[-1])
+            # One more product for this part, and only where a method changes what the layer reads.
+            part = take_rows(y, site.rows) if inputs[-1] is x else plugs[0].base.linear(inputs[-1])
+            for plug, seen in zip(plugs, reversed(inputs[:-1]), strict=True):
+                part = plug.call(plug.attachment.after, seen, part)
+            changed.append((site.rows, part))
+        return join_rows(y, changed)
+
+    def _sublayer(self, live: _Live, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The end of a sublayer: x comes from its start."""
+        out = self._run(live, args, kwargs)  # first: the start of the sublayer may lie inside this module
+        taps = {id(p.tap): p.tap for p in live.whole if p.tap is not None}
+        seen = {number: tap.take() for number, tap in taps.items()}
+        y = out[0] if isinstance(out, tuple) else out
+        own = args[0] if args else kwargs.get("hidden_states")
+        for plug in live.whole:
+            x = seen[id(plug.tap)] if plug.tap is not None else own
+            y = plug.call(plug.attachment.after, x, y)
+        return (y, *out[1:]) if isinstance(out, tuple) else y
+
+
+_SUBLAYERS = ("attn_out", "cross_out", "ffn_out", "block_out")

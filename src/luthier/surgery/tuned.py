@@ -1,0 +1,775 @@
+"""A model with its edits in place: several named tunings, of which some are active and some train."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier.anatomy import Anatomy
+from luthier.core import AnatomyError, CannotMerge, CompositionError, ConfigError, UnknownName, human_count, key, near
+from luthier.surgery import attention, compose
+from luthier.surgery.attachment import Attachment
+from luthier.surgery.base import Base
+from luthier.surgery.branch import Branch
+from luthier.surgery.context import Context
+from luthier.surgery.edits import AddBranch, Attach, PrependKeys, PrependTokens, Reparametrise, Unfreeze
+from luthier.surgery.method import METHODS, Group, Method
+from luthier.surgery.prompts import PromptHooks
+from luthier.surgery.socket import Plug, Socket, Substitute, Tap
+
+__all__ = ["Tuned", "Tuning", "Unfrozen", "attach"]
+
+
+@dataclass(eq=False)
+class Unfrozen:
+    """A tensor of the model that a tuning trains in place.
+
+    `original` is the value it had, kept so that `detach` can restore it bit for bit; `mask` is None for all of it.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    original: Tensor
+    mask: Tensor | None = None
+    parked: Tensor | None = None  # the tuned value, while the tuning is not active
+
+
+class Tuning(nn.Module):
+    """One method's modules on one model, registered on the model under the tuning's name."""
+
+    def __init__(self, name: str, method: Method) -> None:
+        super().__init__()
+        self.tuning_name = name
+        self.method = method
+        self.parts = nn.ModuleDict()
+        self.keys: dict[str, str] = {}  # canonical key -> name in `parts`, where a dot may not stand
+        self.unfrozen: dict[str, Unfrozen] = {}  # canonical key ("model/..." or "head/...") -> tensor
+        self.active = True
+        self.trainable = True
+        self.finished = False
+
+    def add(self, key_: str, module: nn.Module) -> None:
+        """Register `module` under a canonical key."""
+        name = key_.replace(".", "-")
+        while name in self.parts:
+            name += "_"
+        self.parts[name] = module
+        self.keys[key_] = name
+
+    def modules_by_key(self) -> dict[str, nn.Module]:
+        """Canonical key -> module, in the order of registration."""
+        return {k: self.parts[n] for k, n in self.keys.items()}
+
+
+class Tuned:
+    """A model and the tunings on it. Made by `attach`.
+
+    *active*, *trainable* and *frozen* are three separate facts: `activate` says which tunings act, `train_only` which
+    of them learn; `print(tuned)` shows both.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.anatomy = Anatomy.read(model)
+        self.context = Context()
+        self.tunings: dict[str, Tuning] = {}
+        self._required = {n: p.requires_grad for n, p in model.named_parameters(remove_duplicate=False)}
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._sockets: dict[str, Socket] = {}
+        self._sites: dict[str, list[tuple[nn.Module, str]]] = {}
+        self._taps: list[Any] = []
+        self._prompts: PromptHooks | None = None
+        self._prefixes: list[tuple[str, nn.Module, list[attention.Prefix]]] = []
+        self._attention: Any = None
+        self._branches: dict[str, Branch] = {}
+        self._digest: str | None = None
+        self._folded: list[tuple[Tensor, Tensor]] | None = None
+        self._names = list(inspect.signature(model.forward).parameters)
+        self._hook = model.register_forward_pre_hook(self._listen, with_kwargs=True)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        model.add_module("luthier", nn.ModuleDict())
+        model.__dict__["_luthier_tuned"] = self
+
+    # ------------------------------------------------------------------ looking
+
+    @staticmethod
+    def of(model: Any) -> Tuned | None:
+        """The `Tuned` that holds `model`, if one does."""
+        found = model.__dict__.get("_luthier_tuned")
+        return found if isinstance(found, Tuned) else None
+
+    def tuning(self, name: str | None = None) -> Tuning:
+        """The tuning called `name`; with one tuning on the model the name may be left out.
+
+        Raises:
+            UnknownName: none is called so, or the name is missing where there are several.
+        """
+        if name is None and len(self.tunings) == 1:
+            return next(iter(self.tunings.values()))
+        if name is None:
+            raise UnknownName(f"the model has {len(self.tunings)} tunings; name one of {', '.join(self.tunings)}.")
+        if name not in self.tunings:
+            known = list(self.tunings)
+            raise UnknownName(
+                f"No tuning is called {name!r}.{near(name, known)} The model has {', '.join(known) or 'none'}."
+            )
+        return self.tunings[name]
+
+    def trained(self, name: str | None = None) -> dict[str, nn.Parameter]:
+        """Canonical name -> trained tensor, of one tuning or of all that train."""
+        found: dict[str, nn.Parameter] = {}
+        many = len(self.tunings) > 1 and name is None
+        for tuning in self.tunings.values():
+            if (name is None and not tuning.trainable) or (name is not None and tuning.tuning_name != name):
+                continue
+            prefix = f"{tuning.tuning_name}:" if many else ""
+            for key_, module in tuning.modules_by_key().items():
+                for short, parameter in module.named_parameters():
+                    if parameter.requires_grad or not tuning.trainable:
+                        found[f"{prefix}{key_}.{short}"] = parameter
+            for key_, unfrozen in tuning.unfrozen.items():
+                found[f"{prefix}{key_}"] = unfrozen.parameter
+        return found
+
+    def n_trained(self, *, head: bool = False) -> int:
+        """Trained numbers; with `head`, those of a new task head too. A mask counts only what it lets move."""
+        total = 0
+        for tuning in self.tunings.values():
+            if tuning.trainable:
+                total += sum(p.numel() for m in tuning.parts.values() for p in m.parameters() if p.requires_grad)
+                for key_, unfrozen in tuning.unfrozen.items():
+                    if head or not key_.startswith("head/"):
+                        mask = unfrozen.mask
+                        total += unfrozen.parameter.numel() if mask is None else int(mask.sum())
+        return total
+
+    def groups(self) -> list[Group]:
+        """The methods' own learning rates and decays, of all tunings that train."""
+        return [g for t in self.tunings.values() if t.trainable for part in t.method.parts() for g in part.groups(self)]
+
+    def modules(self, kind: type[nn.Module] = nn.Module, *, name: str | None = None) -> dict[str, Any]:
+        """Canonical key -> module of the given class, of one tuning or all."""
+        return {
+            k: m
+            for t in self.tunings.values()
+            if name is None or t.tuning_name == name
+            for k, m in t.modules_by_key().items()
+            if isinstance(m, kind)
+        }
+
+    def status(self) -> list[dict[str, Any]]:
+        """One row per tuning: name, method, active, trainable, trained numbers, places."""
+        return [
+            {
+                "tuning": t.tuning_name,
+                "method": compose.spell(t.method),
+                "active": t.active,
+                "trainable": t.trainable,
+                "numbers": sum(p.numel() for m in t.parts.values() for p in m.parameters())
+                + sum(u.parameter.numel() for u in t.unfrozen.values()),
+                "places": len(t.keys) + len(t.unfrozen),
+            }
+            for t in self.tunings.values()
+        ]
+
+    def __repr__(self) -> str:
+        lines = [f"{type(self.model).__name__}, {human_count(self.anatomy.n_params)} numbers in the base"]
+        for row in self.status():
+            facts = f"{'active' if row['active'] else 'asleep'}, {'trains' if row['trainable'] else 'frozen'}"
+            lines.append(
+                f"  {row['tuning']}: {row['method']}, {facts}, {human_count(row['numbers'])} in {row['places']} places"
+            )
+        return "\n".join(lines)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    # ------------------------------------------------------------------ adding
+
+    def add(self, method: Method | str, *, name: str = "default", seed: int = 0, train_head: bool = True) -> Tuning:
+        """Carry out a method's edits under a new name; it becomes active and trainable beside the others.
+
+        Raises:
+            ConfigError: the name is taken.
+            AnatomyError: the model lacks a site that the method asks for.
+            CompositionError: the method cannot stand beside what is there.
+        """
+        if isinstance(method, str):
+            method = compose.method(method)
+        if name in self.tunings or not name or "." in name or "/" in name or ":" in name:
+            raise ConfigError(f"tuning name {name!r}: it must be new, not empty, and hold none of . / : on this model.")
+        if self._folded is not None:
+            raise ConfigError("the model is folded; unfold() it before adding a tuning.")
+        for other in self.tunings.values():
+            compose.check([*other.method.parts(), *method.parts()])
+        tuning = Tuning(name, method)
+        parts = method.parts()
+        edits: list[tuple[str, Any]] = []
+        with keyed(seed, "edits", name):
+            for part in parts:
+                prefix = f"{part.name}:" if len(parts) > 1 else ""
+                edits += [(prefix, edit) for edit in part.edits(self.anatomy)]
+        self._check(edits, method)
+        if train_head:
+            owned = {e.name for _, e in edits if isinstance(e, Unfreeze | Reparametrise)}
+            edits += [("head", Unfreeze(t)) for t in self.anatomy.head_tensors if t not in owned]
+        tuning.train(self.model.training)
+        self.tunings[name] = tuning
+        self.model.luthier[name] = tuning
+        for prefix, edit in edits:
+            self._install(tuning, prefix, edit, seed)
+        self._refresh()
+        return tuning
+
+    def _check(self, edits: list[tuple[str, Any]], method: Method) -> None:
+        """Refuse what cannot be carried out, before anything is touched."""
+        label = compose.spell(method)
+        seats: dict[tuple[str, str], str] = {}
+        for _, edit in edits:
+            if isinstance(edit, PrependKeys) and not all(a.interface for a in edit.attentions):
+                raise AnatomyError(
+                    f"{label}: the attention of {self.anatomy.model_type} does not go through transformers' attention "
+                    "interface, so keys cannot be put before those of the text. Use prompt_tuning, or another method."
+                )
+            if isinstance(edit, Attach) and edit.site.kind in ("embed", "norm"):
+                raise AnatomyError(
+                    f"{label}: attaching at {edit.site.kind!r} is not offered; use a linear or sublayer site of "
+                    f"{', '.join(k for k in self.anatomy.kinds() if k not in ('embed', 'norm'))}."
+                )
+            names = [edit.name] if isinstance(edit, Unfreeze | Reparametrise) else []
+            for name in names:
+                if name not in self.anatomy.tensors and name not in self.anatomy.tied:
+                    raise AnatomyError(
+                        f"{label}: the model has no tensor {name!r}.{near(name, list(self.anatomy.tensors))}"
+                    )
+                if (seat := seats.get((name, "tensor"))) is not None:
+                    raise CompositionError(
+                        f"{label}: two edits of the tensor {name!r} ({seat}); one tensor has one owner."
+                    )
+                seats[(name, "tensor")] = type(edit).__name__
+
+    def _install(self, tuning: Tuning, prefix: str, edit: Any, seed: int) -> None:
+        shared = getattr(edit, "shared", {})
+        for short, module in shared.items():
+            if prefix + short not in tuning.keys:
+                tuning.add(prefix + short, self._home(module))
+        if isinstance(edit, Attach):
+            self._attach(tuning, prefix, edit, seed)
+        elif isinstance(edit, Reparametrise):
+            tuning.add(f"{prefix}tensor/{edit.name}", self._home(edit.module))
+            for path, short in self._owners(edit.name):
+                self._socket(path).substitutes.append(Substitute(tuning.tuning_name, short, edit.module))
+        elif isinstance(edit, Unfreeze):
+            self._unfreeze(tuning, prefix, edit)
+        elif isinstance(edit, PrependTokens):
+            tuning.add(f"{prefix}prompt", self._home(edit.source))
+        elif isinstance(edit, PrependKeys):
+            tuning.add(f"{prefix}prefix", self._home(edit.source))
+            prefixes = []
+            for fact in edit.attentions:
+                held = attention.Prefix(tuning.tuning_name)
+                self._modules[fact.path].__dict__.setdefault("_luthier_prefixes", []).append(held)
+                prefixes.append(held)
+            self._prefixes.append((tuning.tuning_name, edit.source, prefixes))
+            self.route_attention()
+        elif isinstance(edit, AddBranch):
+            with keyed(seed, "branch"):
+                module = self._home(edit.build(self.model, self.anatomy))
+            tuning.add(f"{prefix}branch", module)
+            self._branches[tuning.tuning_name] = Branch(self.model, self.anatomy, self._modules, module, self.context)
+
+    def _attach(self, tuning: Tuning, prefix: str, edit: Attach, seed: int) -> None:
+        site = edit.site
+        module = self._modules[site.path]
+        base = Base(module, site)
+        with keyed(seed, "init", prefix, site.key):
+            attachment = self._home(edit.build(base))
+        attachment.context = self.context
+        attachment.train(self.model.training)
+        for plug in self._sockets[site.path].plugs if site.path in self._sockets else []:
+            same = plug.tuning == tuning.tuning_name and plug.site.key == site.key
+            if same and plug.attachment.kind == attachment.kind:
+                raise CompositionError(
+                    f"{tuning.tuning_name}: two attachments of kind {attachment.kind!r} at {site.key}; "
+                    "a site holds at most one of each kind. Give the two methods different sites."
+                )
+        key_ = f"{prefix}{site.key}"
+        tuning.add(key_ if key_ not in tuning.keys else f"{key_}~{attachment.kind}", attachment)
+        socket = self._socket(site.path)
+        tap = None
+        if site.kind in ("attn_out", "cross_out", "ffn_out") and attachment.needs_input:
+            path = site.residual_path if attachment.reads == "residual" else site.input_path
+            if path is not None and path != site.path:
+                tap = Tap()
+                target = self._modules[path]
+                self._taps.append((tuning.tuning_name, target.register_forward_pre_hook(tap.put, with_kwargs=True)))
+        socket.plugs.append(Plug(tuning.tuning_name, site, attachment, base, tap))
+
+    def _unfreeze(self, tuning: Tuning, prefix: str, edit: Unfreeze) -> None:
+        name = self.anatomy.tied.get(edit.name, edit.name)
+        parameter = self._parameters[name]
+        for other in self.tunings.values():
+            for held in other.unfrozen.values():
+                if held.parameter is parameter and other is not tuning and other.active:
+                    # One tensor has one value at a time: the other tuning is put to sleep first.
+                    self._park(other)
+                    break
+        original = parameter.detach().clone()
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            # Trained numbers are fp32: at 8 bits of mantissa most updates would round away.
+            parameter.data = parameter.data.float()
+            for path, short in self._owners(name):
+                self._socket(path).substitutes.append(
+                    Substitute(tuning.tuning_name, short, _Lower(parameter, original.dtype))
+                )
+        parameter.requires_grad_(True)
+        mask = edit.mask.to(parameter.device) if edit.mask is not None else None
+        key_ = f"head/{name}" if prefix == "head" else f"{prefix}model/{name}"
+        tuning.unfrozen[key_] = Unfrozen(name, parameter, original, mask)
+
+    def _home(self, module: Any) -> Any:
+        """Trained numbers are fp32 and live where the model lives."""
+        device = next(iter(self._parameters.values())).device
+        if device.type == "meta":
+            return module.to("meta")
+        for parameter in module.parameters():
+            if parameter.is_floating_point() and parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
+        return module.to(device)
+
+    def _socket(self, path: str) -> Socket:
+        if path not in self._sockets:
+            module = self._modules[path]
+            socket = Socket(module)
+            places = []
+            for parent_path, parent in self._modules.items():
+                for child_name, child in parent._modules.items():
+                    if child is module and (parent, child_name) not in places:
+                        places.append((parent, child_name))
+                del parent_path
+            for parent, child_name in places:
+                parent._modules[child_name] = socket
+            for alias, known in self._modules.items():
+                if known is module:
+                    self._sockets[alias] = socket
+            self._sites[path] = places
+        return self._sockets[path]
+
+    def _owners(self, name: str) -> list[tuple[str, str]]:
+        """(module path, name inside it) of a tensor and of all its aliases."""
+        parameter = self._parameters[name]
+        owners: list[tuple[str, str]] = []
+        seen: set[tuple[int, str]] = set()
+        for full, held in self._parameters.items():
+            if held is parameter:
+                path, _, short = full.rpartition(".")
+                mark = (id(self._modules[path]), short)
+                if mark not in seen:
+                    seen.add(mark)
+                    owners.append((path, short))
+        return owners
+
+    def route_attention(self) -> bool:
+        """Send the model's attention through our own function, where all of it uses the interface. Idempotent."""
+        if self._attention is None and self.anatomy.attentions and all(a.interface for a in self.anatomy.attentions):
+            self._attention = attention.install(self.model)
+        return self._attention is not None
+
+    # ------------------------------------------------------------------ listening
+
+    def _listen(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """At the start of each forward pass: facts of the batch, and prefixes outside any checkpointed block."""
+        given = dict(zip(self._names, args, strict=False)) | kwargs
+        text = next(
+            (given[n] for n in ("input_ids", "inputs_embeds", "decoder_input_ids") if given.get(n) is not None), None
+        )
+        cache = given.get("past_key_values")
+        context = self.context
+        context.past = int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
+        context.n_tokens = int(text.shape[1]) if text is not None else 0
+        context.batch = int(text.shape[0]) if text is not None else 0
+        mask = given.get("attention_mask")
+        context.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        context.decoder_mask = given.get("decoder_attention_mask") if self.anatomy.is_encoder_decoder else context.mask
+        if context.past == 0:
+            context.memory.clear()
+        for name, source, prefixes in self._prefixes:
+            live = self.tunings[name].active
+            pairs = source.keys_values(context) if live else [(None, None)] * len(prefixes)  # type: ignore[operator]
+            for prefix, (keys, values) in zip(prefixes, pairs, strict=True):
+                prefix.keys, prefix.values = keys, values
+
+    # ------------------------------------------------------------------ switching
+
+    def activate(self, *names: str) -> None:
+        """Let exactly these tunings act. None named: the base model."""
+        wanted = {self.tuning(n).tuning_name for n in names}
+        tensors: dict[str, str] = {}
+        for name in names:
+            for unfrozen in self.tunings[name].unfrozen.values():
+                if unfrozen.name in tensors and tensors[unfrozen.name] != name:
+                    raise CompositionError(
+                        f"{name} and {tensors[unfrozen.name]} both train {unfrozen.name}; one of them can act at a time."
+                    )
+                tensors[unfrozen.name] = name
+        for tuning in self.tunings.values():
+            if tuning.tuning_name not in wanted:
+                self._park(tuning)
+        for tuning in self.tunings.values():
+            if tuning.tuning_name in wanted:
+                self._wake(tuning)
+        self._refresh()
+
+    def train_only(self, *names: str) -> None:
+        """Let exactly these tunings learn; the others keep acting, frozen."""
+        wanted = {self.tuning(n).tuning_name for n in names}
+        for tuning in self.tunings.values():
+            tuning.trainable = tuning.tuning_name in wanted
+            for module in tuning.parts.values():
+                module.requires_grad_(tuning.trainable)
+            for unfrozen in tuning.unfrozen.values():
+                unfrozen.parameter.requires_grad_(tuning.trainable)
+
+    @contextmanager
+    def base_only(self) -> Iterator[Any]:
+        """The base model, for the length of a `with` block."""
+        before = [t.tuning_name for t in self.tunings.values() if t.active]
+        self.activate()
+        try:
+            yield self.model
+        finally:
+            self.activate(*before)
+
+    def _park(self, tuning: Tuning) -> None:
+        if tuning.active:
+            for unfrozen in tuning.unfrozen.values():
+                unfrozen.parked = unfrozen.parameter.data
+                unfrozen.parameter.data = unfrozen.original
+            tuning.active = False
+
+    def _wake(self, tuning: Tuning) -> None:
+        if not tuning.active:
+            for unfrozen in tuning.unfrozen.values():
+                assert unfrozen.parked is not None
+                unfrozen.parameter.data = unfrozen.parked
+                unfrozen.parked = None
+            tuning.active = True
+
+    def _refresh(self) -> None:
+        active = {t.tuning_name for t in self.tunings.values() if t.active}
+        for socket in {id(s): s for s in self._sockets.values()}.values():
+            socket.refresh(active if self._folded is None else set())
+        for name, branch in self._branches.items():
+            branch.enabled = name in active
+        sources = [
+            m
+            for t in self.tunings.values()
+            if t.active
+            for k, m in t.modules_by_key().items()
+            if k == "prompt" or k.endswith(":prompt")
+        ]
+        if sources and self._prompts is None:
+            stack, embed, decoder = self._text_stack()
+            self._prompts = PromptHooks(self.model, stack, embed, decoder, self.anatomy.max_positions)
+        if self._prompts is not None:
+            self._prompts.sources = sources
+
+    def _text_stack(self) -> tuple[nn.Module, nn.Module, nn.Module | None]:
+        embed = self._modules[self.anatomy.sites("embed", asked_by="prompt vectors")[0].path]
+        if self.anatomy.is_encoder_decoder:
+            return self.model.get_encoder(), embed, self.model.get_decoder()
+        backbone = self._modules[self.anatomy.backbone] if self.anatomy.backbone else self.model
+        return backbone, embed, None
+
+    # ------------------------------------------------------------------ masked updates
+
+    def mask_gradients(self) -> None:
+        """Zero the gradient outside every update mask: before clipping, so that the norm is of what moves."""
+        for tuning in self.tunings.values():
+            for unfrozen in tuning.unfrozen.values():
+                if unfrozen.mask is not None and unfrozen.parameter.grad is not None:
+                    unfrozen.parameter.grad.mul_(unfrozen.mask)
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """Undo whatever moved outside an update mask: decay and momentum included."""
+        for tuning in self.tunings.values():
+            if tuning.active:
+                for unfrozen in tuning.unfrozen.values():
+                    if unfrozen.mask is not None:
+                        held = unfrozen.parameter.data
+                        torch.where(unfrozen.mask, held, unfrozen.original.to(held.dtype), out=held)
+
+    def set_mask(self, key_: str, mask: Tensor | None, *, name: str | None = None) -> None:
+        """Give an unfrozen tensor its update mask; for a method's `prepare`."""
+        self.tuning(name).unfrozen[key_].mask = mask
+
+    # ------------------------------------------------------------------ undoing
+
+    def remove(self, name: str) -> None:
+        """Take one tuning off, and restore what it changed bit for bit."""
+        tuning = self.tuning(name)
+        self._park(tuning)
+        for unfrozen in tuning.unfrozen.values():
+            unfrozen.parameter.data = unfrozen.original
+            unfrozen.parameter.grad = None
+            unfrozen.parameter.requires_grad_(False)
+        for socket in self._sockets.values():
+            socket.__dict__["plugs"] = [p for p in socket.plugs if p.tuning != name]
+            socket.__dict__["substitutes"] = [s for s in socket.substitutes if s.tuning != name]
+        for held, handle in list(self._taps):
+            if held == name:
+                handle.remove()
+        self._taps = [t for t in self._taps if t[0] != name]
+        for held, _, prefixes in self._prefixes:
+            if held == name:
+                for module in self._modules.values():
+                    listed = module.__dict__.get("_luthier_prefixes")
+                    if listed is not None:
+                        module.__dict__["_luthier_prefixes"] = [p for p in listed if p not in prefixes]
+        self._prefixes = [p for p in self._prefixes if p[0] != name]
+        if name in self._branches:
+            self._branches.pop(name).remove()
+        del self.tunings[name]
+        del self.model.luthier[name]
+        self._refresh()
+
+    def detach(self) -> Any:
+        """Take everything off and give the model back, name for name and bit for bit."""
+        self.unfold()
+        for name in list(self.tunings):
+            self.remove(name)
+        return self._strip()
+
+    def _strip(self) -> Any:
+        for path, places in self._sites.items():
+            for parent, child_name in places:
+                parent._modules[child_name] = self._sockets[path].base
+        if self._prompts is not None:
+            self._prompts.remove()
+        if self._attention is not None:
+            attention.uninstall(self._attention)
+        for module in self._modules.values():
+            module.__dict__.pop("_luthier_prefixes", None)
+        self._hook.remove()
+        for name, required in self._required.items():
+            self._parameters[name].requires_grad_(required)
+        del self.model._modules["luthier"]
+        del self.model.__dict__["_luthier_tuned"]
+        return self.model
+
+    # ------------------------------------------------------------------ merging
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Compute every active tuning into the base weights: fp32, cast once. `unfold` restores a kept copy.
+
+        Raises:
+            CannotMerge: a part has no closed form; nothing has been changed then.
+        """
+        if self._folded is not None:
+            return
+        self._check_merge()
+        new: list[tuple[Any, Tensor, Tensor | None]] = []
+        kept: list[tuple[Tensor, Tensor]] = []
+        # Compute everything before writing anything: a failure must leave the model as it was.
+        for socket in {id(s): s for s in self._sockets.values()}.values():
+            live = socket.live
+            onions = (
+                ([live.whole] if live.whole else []) + [plugs for _, plugs in live.parts] + [[p] for p in live.experts]
+            )
+            for plugs in onions:
+                base = plugs[0].base
+                weight, bias = base.weight().float().clone(), base.bias()  # a copy: fp32 weights would be views
+                bias = bias.float().clone() if bias is not None else None
+                had_bias = bias is not None
+                for plug in plugs:
+                    weight, bias = plug.attachment.merged(weight, bias)
+                if bias is not None and not had_bias:
+                    raise CannotMerge(
+                        f"{plugs[0].site.key}: the merged layer needs a bias and the model's layer has none. Serve it attached."
+                    )
+                for tensor in (weight, bias):
+                    if tensor is not None and not torch.isfinite(tensor).all():
+                        raise CannotMerge(
+                            f"{plugs[0].site.key}: the merged weight is not finite. The tuning is broken; nothing was changed."
+                        )
+                new.append((base, weight, bias))
+        substituted: list[tuple[Tensor, Tensor]] = []
+        done: set[int] = set()
+        for socket in {id(s): s for s in self._sockets.values()}.values():
+            for substitute in socket.live.substitutes:
+                held = getattr(socket.base, substitute.tensor)
+                if not isinstance(substitute.module, _Lower) and id(held) not in done:
+                    done.add(id(held))
+                    substituted.append((held, substitute.module(held.detach().float()).to(held.dtype)))
+        for base, _, _ in new:
+            for short in (base.site.param, base.site.bias):
+                held = getattr(base.module, short) if short else None
+                if held is not None and not any(held is k for k, _ in kept):
+                    kept.append((held, held.detach().clone()))
+        kept += [(held, held.detach().clone()) for held, _ in substituted]
+        for base, weight, bias in new:
+            base.write(weight, bias)
+        for held, value in substituted:
+            held.copy_(value)
+        self._folded = kept
+        self._refresh()
+
+    @torch.no_grad()
+    def unfold(self) -> None:
+        """Put the kept base weights back, bit for bit; the tunings act as attachments again."""
+        if self._folded is not None:
+            for held, copy in self._folded:
+                held.copy_(copy)
+            self._folded = None
+            self._refresh()
+
+    def merge(self) -> Any:
+        """Fold the active tunings into the weights and give back a plain model, without a trace of ours.
+
+        Raises:
+            CannotMerge: a part has no closed form; the message names it, and nothing has been changed.
+        """
+        self.fold()
+        self._folded = None
+        for tuning in self.tunings.values():
+            if not tuning.active:
+                continue
+            for unfrozen in tuning.unfrozen.values():
+                unfrozen.original = unfrozen.parameter.data.to(unfrozen.original.dtype)
+        for name in list(self.tunings):
+            self.remove(name)
+        return self._strip()
+
+    def _check_merge(self) -> None:
+        stuck = []
+        for tuning in self.tunings.values():
+            if tuning.active:
+                stuck += [part.name for part in tuning.method.parts() if not part.mergeable]
+        if stuck:
+            raise CannotMerge(
+                f"{', '.join(dict.fromkeys(stuck))} cannot be merged: no weight of the model does the same. "
+                "Serve it attached, or detach it first and merge the rest."
+            )
+        head = {s.path for s in self.anatomy.sites("head")} if "head" in self.anatomy.kinds() else set()
+        for path in head & set(self._sockets):
+            if self._sockets[path].live.whole and any(s.tied for s in self.anatomy.sites("head")):
+                raise CannotMerge(
+                    "the output head shares its weight with the input embedding: merging there would change both. Serve it attached."
+                )
+
+    def save(self, folder: Any, *, name: str | None = None, about: dict[str, Any] | None = None) -> str:
+        """Write one tuning as safetensors and JSON; returns its digest. See `tuning.save`."""
+        from luthier.surgery import tuning  # below us in the file order, beside us on the floor
+
+        return tuning.save(self, folder, name=name, about=about)
+
+    def finish(self) -> None:
+        """Bring every tuning that trained into the form that is stored and served."""
+        for tuning in self.tunings.values():
+            if not tuning.finished:
+                for part in tuning.method.parts():
+                    part.finish(self)
+                tuning.finished = True
+        self._refresh()
+
+    # ------------------------------------------------------------------ state of training
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything a tuning carries in its training form: trained tensors, buffers, masks; no frozen weight."""
+        state: dict[str, Tensor] = {}
+        for tuning in self.tunings.values():
+            for key_, module in tuning.modules_by_key().items():
+                for short, tensor in module.state_dict().items():
+                    state[f"{tuning.tuning_name}|{key_}|{short}"] = tensor.detach()
+            for key_, unfrozen in tuning.unfrozen.items():
+                value = unfrozen.parameter.detach() if unfrozen.parked is None else unfrozen.parked
+                state[f"{tuning.tuning_name}|{key_}|value"] = value
+                if unfrozen.mask is not None:
+                    state[f"{tuning.tuning_name}|{key_}|mask"] = unfrozen.mask
+        return state
+
+    @torch.no_grad()
+    def load_state_tensors(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state_tensors`, into tunings attached from the same methods."""
+        by_module: dict[tuple[str, str], dict[str, Tensor]] = {}
+        for full, tensor in state.items():
+            tuning_name, key_, short = full.split("|")
+            by_module.setdefault((tuning_name, key_), {})[short] = tensor
+        for (tuning_name, key_), tensors in by_module.items():
+            tuning = self.tuning(tuning_name)
+            if key_ in tuning.unfrozen:
+                unfrozen = tuning.unfrozen[key_]
+                unfrozen.parameter.data.copy_(tensors["value"])
+                unfrozen.mask = tensors["mask"].to(unfrozen.parameter.device) if "mask" in tensors else unfrozen.mask
+            else:
+                tuning.modules_by_key()[key_].load_state_dict(tensors, strict=True)
+
+
+class _Lower(nn.Module):
+    """Use an fp32 master in the layer's own low precision."""
+
+    def __init__(self, parameter: nn.Parameter, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.__dict__["master"] = parameter
+        self.dtype = dtype
+
+    def forward(self, frozen: Tensor) -> Tensor:
+        master: nn.Parameter = self.__dict__["master"]
+        return master.to(self.dtype)
+
+
+@contextmanager
+def keyed(seed: int, *stream: int | str) -> Iterator[None]:
+    """Run a block under a generator named by (seed, stream), and leave the ambient one as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key(seed, *stream))
+        yield
+
+
+def attach(
+    model: Any, method: Method | str, *, name: str = "default", seed: int = 0, train_head: bool = True, **settings: Any
+) -> Tuned:
+    """Edit a Hugging Face model in place so that `method` can train; the model keeps its class.
+
+    Args:
+        model: any transformer whose anatomy can be read. All its weights are frozen first.
+        method: a method, or its name, such as "lora" or "lora+prompt_tuning"; `settings` go to a name.
+        name: of this tuning, where a model holds several.
+        seed: of the new numbers.
+        train_head: also train a new task head (a classifier); a language-model head is never touched.
+
+    Raises:
+        UnknownName, ConfigError: no such method or setting.
+        AnatomyError: the model lacks a site that the method asks for.
+        CompositionError: the method cannot stand beside what is there.
+    """
+    if isinstance(method, str):
+        method = compose.method(method, settings)
+    elif settings:
+        raise ConfigError(
+            f"settings {', '.join(settings)}: pass them to the method itself, {type(method).__name__}(...)."
+        )
+    tuned = Tuned.of(model) or Tuned(model)
+    try:
+        tuned.add(method, name=name, seed=seed, train_head=train_head)
+    except Exception:
+        # Nothing half-attached may stay on the user's model.
+        if name in tuned.tunings:
+            tuned.remove(name)
+        if not tuned.tunings:
+            tuned._strip()
+        raise
+    return tuned
+
+
+__all__ += ["METHODS", "Attachment", "Base", "keyed"]

@@ -1,0 +1,227 @@
+"""A saved tuning: one folder of safetensors and JSON, small, without a base weight, bound to its base by digest."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier.__version__ import __version__
+from luthier.core import IntegrityError, WrongBase
+from luthier.runs import durable
+from luthier.surgery import compose
+from luthier.surgery.tuned import Tuned, Tuning, attach
+from luthier.trust import config as trusted_config
+from luthier.trust import safetensors as trusted_tensors
+
+__all__ = ["FORMAT", "base_digest", "load", "read_tuning", "save", "stored_tensors"]
+
+FORMAT = 1
+_KEYS = {
+    "format", "luthier", "method", "settings", "base", "head", "labels", "task", "contract", "tensors", "sha256", "bytes",
+    "precision",
+}  # fmt: skip
+
+
+@torch.no_grad()
+def base_digest(tuned: Tuned) -> str:
+    """sha256 over the base's tensors: names, shapes and values as bf16, so that it does not depend on the precision
+    the base was loaded in. New task heads are left out; tensors that a tuning trains count with their original value.
+    """
+    if tuned._digest is None:
+        originals = {id(u.parameter): u.original for t in tuned.tunings.values() for u in t.unfrozen.values()}
+        summed = hashlib.sha256()
+        heads = set(tuned.anatomy.head_tensors)
+        for name in sorted(tuned.anatomy.tensors):
+            if name in heads:
+                continue
+            parameter = tuned._parameters[name]
+            value = originals.get(id(parameter), parameter).detach()
+            # The path inside the backbone: the same encoder may stand in a classifier or alone.
+            short = name.removeprefix(f"{tuned.anatomy.backbone}.") if tuned.anatomy.backbone else name
+            summed.update(f"{short}{tuple(value.shape)}".encode())
+            summed.update(value.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
+        tuned._digest = summed.hexdigest()
+    return tuned._digest
+
+
+def stored_tensors(tuning: Tuning) -> dict[str, Tensor]:
+    """What a tuning's file holds, by canonical name: the deployed form of every part."""
+    tensors: dict[str, Tensor] = {}
+    for key_, module in tuning.modules_by_key().items():
+        parts = module.stored() if hasattr(module, "stored") else module.state_dict()
+        for short, tensor in parts.items():
+            tensors[f"{key_}.{short}"] = tensor.detach().cpu().contiguous()
+    for key_, unfrozen in tuning.unfrozen.items():
+        value = (unfrozen.parameter if unfrozen.parked is None else unfrozen.parked).detach()
+        if unfrozen.mask is None:
+            tensors[key_] = value.cpu().contiguous()
+        else:
+            # New values of the changed entries, not differences: fl(a + fl(b - a)) need not be b.
+            index = unfrozen.mask.flatten().nonzero().flatten()
+            small = index.numel() == 0 or int(index[-1]) < 2**31
+            tensors[f"{key_}|index"] = index.to(torch.int32 if small else torch.int64).cpu()
+            tensors[f"{key_}|values"] = value.flatten()[index].cpu().contiguous()
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def save(tuned: Tuned, folder: Path | str, *, name: str | None = None, about: dict[str, Any] | None = None) -> str:
+    """Write one tuning; returns the sha256 of its weights file.
+
+    `about` adds plain facts to tuning.json: task, labels, the prompt contract.
+
+    Raises:
+        IntegrityError: a tensor is not finite; nothing is written then.
+        ResourceError: the folder cannot be written.
+    """
+    tuning = tuned.tuning(name)
+    tensors = stored_tensors(tuning)
+    for full, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise IntegrityError(f"{full} is not finite: this tuning is broken and will not be saved as a result.")
+    anatomy = tuned.anatomy
+    facts = {
+        "format": FORMAT,
+        "luthier": __version__,
+        "method": compose.spell(tuning.method),
+        "settings": tuning.method.settings(),
+        "base": {
+            "name": str(getattr(tuned.model.config, "name_or_path", "")) if not _is_path(tuned.model) else "",
+            "model_type": anatomy.model_type,
+            "sha256_bf16": base_digest(tuned),
+            "d": anatomy.d,
+            "layers": anatomy.n_layers,
+            "vocabulary": anatomy.vocab_size,
+        },
+        "head": sorted(k for k in tuning.unfrozen if k.startswith("head/")),
+        "tensors": {n: list(t.shape) for n, t in tensors.items()},
+        **(about or {}),
+    }
+    with durable.folder(Path(folder)) as draft:
+        digest = draft.write_tensors("tuning.safetensors", tensors)
+        draft.write_json("tuning.json", {**facts, "sha256": digest})
+    return digest
+
+
+def _is_path(model: Any) -> bool:
+    return Path(str(getattr(model.config, "name_or_path", "")) or "\0").is_absolute()
+
+
+def read_tuning(folder: Path | str) -> dict[str, Any]:
+    """The facts of a saved tuning, checked as data: method, settings, base, labels.
+
+    Raises:
+        Refused, IntegrityError: the file is not what we write.
+    """
+    where = Path(folder) / "tuning.json"
+    facts = trusted_config.read_json(where, allowed_keys=_KEYS)
+    if facts.get("format") != FORMAT:
+        raise IntegrityError(
+            f"{where}: format {facts.get('format')!r}; this luthier ({__version__}) reads format {FORMAT}. "
+            "Install the version that wrote it, or train again."
+        )
+    missing = {"method", "settings", "base", "tensors", "sha256"} - set(facts)
+    if missing:
+        raise IntegrityError(
+            f"{where}: no {', '.join(sorted(missing))}; the file is not whole. Train again or restore it."
+        )
+    return dict(facts)
+
+
+def load(model: Any, folder: Path | str, *, name: str = "default", trainable: bool = False) -> Tuned:
+    """Attach a saved tuning to its base, in eval mode and frozen; with `trainable`, ready to learn on.
+
+    Raises:
+        WrongBase: the tuning was made for another model.
+        Refused, IntegrityError: the files are not what they claim to be.
+    """
+    facts = read_tuning(folder)
+    base = facts["base"]
+    held = Tuned.of(model)
+    tuned = (
+        attach(model, compose.method(facts["method"], facts["settings"]), name=name, train_head=bool(facts.get("head")))
+        if _same_shape(model, base, folder)
+        else held
+    )
+    assert tuned is not None
+    try:
+        found = base_digest(tuned)
+        if found != base["sha256_bf16"]:
+            raise WrongBase(
+                f"{folder}: made for {base['name'] or base['model_type']} with weights {base['sha256_bf16'][:12]}, "
+                f"this model's weights are {found[:12]}. Load the base it was trained on."
+            )
+        expect = {n: tuple(s) for n, s in facts["tensors"].items()}
+        tensors = trusted_tensors.read(Path(folder) / "tuning.safetensors", expect=expect, digest=facts["sha256"])
+        restore(tuned.tuning(name), tensors, str(folder))
+    except Exception:
+        tuned.remove(name)
+        if not tuned.tunings:
+            tuned._strip()
+        raise
+    if not trainable:
+        tuned.train_only(*[t.tuning_name for t in tuned.tunings.values() if t.trainable and t.tuning_name != name])
+    model.eval()
+    tuned._refresh()
+    return tuned
+
+
+def _same_shape(model: Any, base: dict[str, Any], folder: Path | str) -> bool:
+    from luthier.anatomy import Anatomy
+
+    held = Tuned.of(model)
+    anatomy = held.anatomy if held is not None else Anatomy.read(model)
+    here = {
+        "model_type": anatomy.model_type,
+        "d": anatomy.d,
+        "layers": anatomy.n_layers,
+        "vocabulary": anatomy.vocab_size,
+    }
+    differs = [f"{k} {base.get(k)!r} here {v!r}" for k, v in here.items() if base.get(k) != v]
+    if differs:
+        raise WrongBase(f"{folder}: made for another model: {'; '.join(differs)}. Load the base it was trained on.")
+    return True
+
+
+@torch.no_grad()
+def restore(tuning: Tuning, tensors: dict[str, Tensor], where: str) -> None:
+    """Put stored tensors into a freshly attached tuning.
+
+    Raises:
+        IntegrityError: tensors are missing or left over.
+    """
+    left = dict(tensors)
+    for key_, module in tuning.modules_by_key().items():
+        mine = {n.removeprefix(f"{key_}."): left.pop(n) for n in list(left) if n.startswith(f"{key_}.")}
+        put = getattr(module, "restore", None)
+        try:
+            if put is not None:
+                put(mine)
+            else:
+                module.load_state_dict(mine, strict=True)
+        except (RuntimeError, KeyError) as error:
+            raise IntegrityError(f"{where}: {key_} does not fit: {error}") from error
+        _follow(module, next(iter(tuning.parameters()), None))
+    for key_, unfrozen in tuning.unfrozen.items():
+        value = unfrozen.parameter.data
+        if key_ in left:
+            value.copy_(left.pop(key_))
+        elif f"{key_}|index" in left:
+            index, values = left.pop(f"{key_}|index").long(), left.pop(f"{key_}|values")
+            value.view(-1)[index.to(value.device)] = values.to(value.device, value.dtype)
+            mask = torch.zeros(value.numel(), dtype=torch.bool)
+            mask[index] = True
+            unfrozen.mask = mask.view(value.shape).to(value.device)
+        else:
+            raise IntegrityError(f"{where}: no values for {key_}; the file is not whole.")
+    if left:
+        raise IntegrityError(f"{where}: tensors that this method does not have: {', '.join(sorted(left)[:5])}.")
+    tuning.finished = True
+
+
+def _follow(module: nn.Module, like: Tensor | None) -> None:
+    if like is not None:
+        module.to(like.device)

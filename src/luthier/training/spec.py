@@ -1,0 +1,322 @@
+"""What should happen: one frozen object that holds every choice of a run, and goes to a TOML file and back.
+
+No torch here: the command line reads and checks a spec before anything heavy is imported.
+"""
+
+import dataclasses
+import hashlib
+import json
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+
+from luthier.core import ConfigError, UnknownName, above, at_least, between, build, plain
+
+__all__ = [
+    "RESUME",
+    "TASKS",
+    "BatchSpec",
+    "Change",
+    "CheckpointSpec",
+    "DataSpec",
+    "EvalSpec",
+    "OptimSpec",
+    "ResumeRule",
+    "RunSpec",
+    "changes",
+]
+
+DEFAULT_EPOCHS = 3.0
+MAX_SPEC_BYTES = 1_000_000
+
+TASKS = ("auto", "classification", "regression", "token_classification", "causal_lm", "seq2seq")
+Task = Literal["auto", "classification", "regression", "token_classification", "causal_lm", "seq2seq"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """Which rows, which of their columns, and what to do with rows that cannot be used."""
+
+    source: Annotated[
+        str, "training rows: a .csv, .tsv, .jsonl or .parquet file, a folder of .txt, sample:NAME, a hub name"
+    ]
+    test: Annotated[
+        str | None, "held-out rows, named like the source; without it a share of the source is held out"
+    ] = None
+    test_share: Annotated[float, "share of the rows held out when the data has no test half", between(0, 0.9)] = 0.2
+    split_seed: Annotated[int, "names the split; runs with other seeds keep the same held-out rows"] = 0
+    text: Annotated[str | None, "column with the text"] = None
+    pair: Annotated[str | None, "column with the second text of a pair"] = None
+    label: Annotated[str | None, "column with the label, the list of labels, or the number"] = None
+    prompt: Annotated[str | None, "column with the prompt or instruction"] = None
+    context: Annotated[str | None, "column with further input that follows the prompt"] = None
+    response: Annotated[str | None, "column with the wanted answer"] = None
+    messages: Annotated[str | None, "column with a list of chat messages"] = None
+    tokens: Annotated[str | None, "column with a list of words, for token classification"] = None
+    tags: Annotated[str | None, "column with one tag for each word"] = None
+    loss_on: Annotated[Literal["response", "all"], "which tokens of a prompt-response or chat row carry loss"] = (
+        "response"
+    )
+    strict: Annotated[bool, "stop when rows of the test half also stand in the training half"] = False
+    accept_refused: Annotated[float, "share of rows that may be unusable before the run stops", between(0, 1)] = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSpec:
+    """AdamW and how its learning rate moves."""
+
+    lr: Annotated[float | None, "peak learning rate; left out, the method's own default", above(0)] = None
+    schedule: Annotated[Literal["linear", "cosine", "constant"], "how the rate falls after the warm-up"] = "linear"
+    warmup: Annotated[float, "share of the steps spent rising to the peak", between(0, 1)] = 0.06
+    betas: Annotated[tuple[float, float], "decay of AdamW's two moments", between(0, 0.999999)] = (0.9, 0.999)
+    eps: Annotated[float, "added to AdamW's denominator", above(0)] = 1e-8
+    weight_decay: Annotated[float, "AdamW's decoupled decay, per unit of learning rate", at_least(0)] = 0.0
+    clip: Annotated[float, "largest allowed gradient norm; 0, no clipping", at_least(0)] = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSpec:
+    """How many rows make one optimiser step, and how they are cut into pieces that fit in memory."""
+
+    size: Annotated[int, "rows in one optimiser step", at_least(1)] = 16
+    tokens: Annotated[int, "padded tokens in one micro-batch, at most; changes memory and speed only", at_least(1)] = (
+        4096
+    )
+    accumulate: Annotated[int, "micro-batches in one optimiser step, at least", at_least(1)] = 1
+    group_by_length: Annotated[bool, "put rows of like length in one step, which saves padding"] = True
+    pad_to: Annotated[int, "pad lengths up to a multiple of this many tokens", at_least(1)] = 1
+    workers: Annotated[
+        int, "threads that prepare batches ahead; the batches are the same for any number", between(0, 64)
+    ] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSpec:
+    """When to score the held-out rows, and what follows from the score."""
+
+    every: Annotated[
+        int | None, "steps between evaluations; left out, after each epoch; 0, only at the end", at_least(0)
+    ] = None
+    metric: Annotated[str | None, "score that decides what is best; left out, the task's own"] = None
+    patience: Annotated[int | None, "evaluations without a better score before stopping early", at_least(1)] = None
+    best: Annotated[bool, "keep the tuning with the best score rather than the last one"] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSpec:
+    """How often the state of training is made safe, and how many such states are kept."""
+
+    every_steps: Annotated[int | None, "optimiser steps between checkpoints", at_least(1)] = None
+    every_seconds: Annotated[float, "seconds between checkpoints; 0, never by time", at_least(0)] = 300.0
+    keep: Annotated[int, "verified checkpoints to keep", at_least(1)] = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """Everything one run depends on."""
+
+    model: Annotated[str, "model to tune: a folder, sample:NAME, or a hub name"]
+    data: Annotated[DataSpec, "rows to learn from"]
+    task: Annotated[Task, "what is learnt; auto reads it from the columns"] = "auto"
+    method: Annotated[str, "how the model is tuned, such as lora or lora+prefix_tuning"] = "lora"
+    settings: Annotated[
+        dict[str, Any], "settings of the method, such as rank, or lora.rank where methods are composed"
+    ] = field(default_factory=dict)
+    optim: Annotated[OptimSpec, "optimiser"] = OptimSpec()
+    epochs: Annotated[
+        float | None, "passes over the training rows; 3 where neither epochs nor steps is given", above(0)
+    ] = None
+    steps: Annotated[int | None, "optimiser steps, in place of epochs", at_least(1)] = None
+    batch: Annotated[BatchSpec, "batches"] = BatchSpec()
+    max_length: Annotated[int | None, "longest row in tokens; left out, what model and task allow", at_least(1)] = None
+    precision: Annotated[
+        Literal["auto", "bf16", "fp32", "fp16"],
+        "arithmetic of the forward pass; auto takes what the hardware does fast",
+    ] = "auto"
+    trunk_dropout: Annotated[
+        Literal["auto", "on", "off"], "dropout inside the model; auto is off where its weights are frozen"
+    ] = "auto"
+    eval: Annotated[EvalSpec, "evaluation"] = EvalSpec()
+    checkpoint: Annotated[CheckpointSpec, "checkpoints"] = CheckpointSpec()
+    seed: Annotated[int, "names every random draw of the run", at_least(0)] = 0
+    threads: Annotated[int | None, "CPU threads; left out, as many as torch takes", at_least(1)] = None
+    device: Annotated[str, "where to compute: auto, cpu, cuda, cuda:1, mps"] = "auto"
+    gradient_checkpointing: Annotated[bool, "compute activations twice to save memory"] = False
+    fast: Annotated[bool, "use fused computations where a method offers them"] = True
+    out: Annotated[str | None, "folder of the run; left out, runs/ and a name made of model, data and method"] = None
+
+    def __post_init__(self) -> None:
+        if self.epochs is not None and self.steps is not None:
+            raise ConfigError(
+                f"epochs is {self.epochs:g} and steps is {self.steps}: give one of the two,"
+                " the other follows from the data."
+            )
+        if self.data.test is not None and self.data.test == self.data.source:
+            raise ConfigError(
+                f"data.test: {self.data.test!r} is also data.source, so the score would be of rows that were learnt."
+                " Name another file, or leave test out to hold out a share of the rows (test_share)."
+            )
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimiser steps of the whole run, at least one."""
+        if self.steps is not None:
+            return self.steps
+        return max(1, round((self.epochs if self.epochs is not None else DEFAULT_EPOCHS) * steps_per_epoch))
+
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, of every field but `out`: where a run is written does not change what it is."""
+        values = _without_nothing(plain(self))
+        values.pop("out", None)
+        text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_toml(self) -> str:
+        """The spec as a file; fields that are left out (`None`) do not appear."""
+        return tomli_w.dumps(_without_nothing(plain(self)))
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> "RunSpec":
+        """Read a spec file.
+
+        Raises:
+            ConfigError: no such file, no valid TOML, or values that cannot work; each complaint names file and field.
+            UnknownName: a field that no spec has.
+        """
+        path = Path(path)
+        try:
+            raw = path.read_bytes()
+        except OSError as error:
+            raise ConfigError(
+                f"{path}: cannot be read ({error.strerror}). Name a .toml file that a run wrote."
+            ) from error
+        if len(raw) > MAX_SPEC_BYTES:
+            raise ConfigError(
+                f"{path}: {len(raw)} bytes is no spec; a spec has a few hundred. Name the spec.toml of a run."
+            )
+        try:
+            values = tomllib.loads(raw.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: byte {error.start} is not UTF-8. Save the file as UTF-8.") from error
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
+            raise ConfigError(f"{path}: not valid TOML: {error}. Correct that line.") from error
+        return cls.from_plain(values, where=str(path))
+
+    @classmethod
+    def from_plain(cls, values: dict[str, Any], where: str = "") -> "RunSpec":
+        """Make a spec from plain values, as `build` does; `where` names their file in complaints.
+
+        Raises:
+            ConfigError: values that cannot work, all named together.
+            UnknownName: a field that no spec has.
+        """
+        prefix = f"{where}: " if where else ""
+        try:
+            return build(cls, values, where=f"{prefix}run")
+        except (ConfigError, UnknownName) as error:
+            if prefix and not str(error).startswith(prefix):  # a complaint of `__post_init__`, which knows no file
+                raise type(error)(prefix + str(error)) from error
+            raise
+
+
+def _without_nothing(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_nothing(v) for k, v in value.items() if v is not None}
+    return value
+
+
+ResumeRule = Literal["exact", "apply", "boundary"]
+
+RESUME: dict[str, ResumeRule] = {
+    # exact: the resumed run must say the same, or it would be another run
+    "model": "exact",
+    "task": "exact",
+    "method": "exact",
+    "settings": "exact",
+    "data.source": "exact",
+    "data.test": "exact",
+    "data.test_share": "exact",
+    "data.split_seed": "exact",
+    "data.text": "exact",
+    "data.pair": "exact",
+    "data.label": "exact",
+    "data.prompt": "exact",
+    "data.context": "exact",
+    "data.response": "exact",
+    "data.messages": "exact",
+    "data.tokens": "exact",
+    "data.tags": "exact",
+    "data.loss_on": "exact",
+    "max_length": "exact",
+    "seed": "exact",
+    "precision": "exact",
+    "trunk_dropout": "exact",
+    "eval.metric": "exact",  # the best score so far was of this metric
+    # boundary: the set of rows of each step follows from these, so they may change where an epoch begins
+    "batch.size": "boundary",
+    "batch.group_by_length": "boundary",
+    # apply: may change, and holds from the next step on
+    "data.strict": "apply",
+    "data.accept_refused": "apply",
+    "optim.lr": "apply",
+    "optim.schedule": "apply",
+    "optim.warmup": "apply",
+    "optim.betas": "apply",
+    "optim.eps": "apply",
+    "optim.weight_decay": "apply",
+    "optim.clip": "apply",
+    "epochs": "apply",
+    "steps": "apply",
+    "batch.tokens": "apply",
+    "batch.accumulate": "apply",
+    "batch.pad_to": "apply",
+    "batch.workers": "apply",
+    "eval.every": "apply",
+    "eval.patience": "apply",
+    "eval.best": "apply",
+    "checkpoint.every_steps": "apply",
+    "checkpoint.every_seconds": "apply",
+    "checkpoint.keep": "apply",
+    "threads": "apply",
+    "device": "apply",
+    "gradient_checkpointing": "apply",
+    "fast": "apply",
+    "out": "apply",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One field that differs between the spec of a run and the spec it is resumed with."""
+
+    field: str
+    old: Any
+    new: Any
+    rule: ResumeRule
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.old!r} -> {self.new!r}"
+
+
+def changes(old: RunSpec, new: RunSpec) -> list[Change]:
+    """Every field in which two specs differ, with the rule that a resumed run follows for it."""
+    before, after = leaves(old), leaves(new)
+    return [
+        Change(field=name, old=before[name], new=after[name], rule=RESUME[name])
+        for name in before
+        if before[name] != after[name]
+    ]
+
+
+def leaves(spec: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> plain value of every field; `settings` is one leaf."""
+    found: dict[str, Any] = {}
+    for item in dataclasses.fields(spec):
+        value = getattr(spec, item.name)
+        if dataclasses.is_dataclass(value):
+            found |= leaves(value, f"{prefix}{item.name}.")
+        else:
+            found[prefix + item.name] = plain(value)
+    return found

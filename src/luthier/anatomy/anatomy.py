@@ -174,7 +174,7 @@ class Anatomy:
         return tuple(n for n in self.tensors if n.rpartition(".")[0] in paths)
 
     def table(self) -> list[dict[str, Any]]:
-        """One row per kind, stack and part: site, path (with `{}` for the layer), shape, how many there are, numbers."""
+        """One row per kind, stack and part: site, path (with `{}` for the layer), shape, count, numbers."""
         rows: dict[tuple[str, str, str, str], dict[str, Any]] = {}
         for site in self.all_sites:
             path = site.path if site.layer is None else _generic(site, self.blocks)
@@ -239,8 +239,8 @@ def _read(model: nn.Module) -> Anatomy:
     lists = block_lists(model)
     if not lists:
         raise AnatomyError(
-            f"{type(model).__name__} ({model_type}): found no list of layers with an attention and a feed-forward layer,"
-            " so it has none of our sites. Is it a transformer? If so, its query, key and value layers have names we"
+            f"{type(model).__name__} ({model_type}): found no list of layers with an attention and a"
+            " feed-forward layer, so it has none of our sites. Is it a transformer? If so, its query, key and value layers have names we"
             " do not know: describe it in a file of luthier/anatomy/architectures."
         )
     encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
@@ -266,9 +266,9 @@ def _read(model: nn.Module) -> Anatomy:
             blocks.append(Block(member, layer, stack))
             attentions += [Attention(layer=layer, stack=stack, **vars(a)) for a in facts.attentions]
     sites = _embeddings(model, config, blocks, encoder_decoder) + sites
-    sites += _outside_norms(model, blocks, encoder_decoder, config)
-    tensors, tied = _tensors(model)
     backbone = _backbone(model)
+    sites += _outside_norms(model, blocks, encoder_decoder, config, backbone)
+    tensors, tied = _tensors(model)
     head_site, is_language_model = _head(model, backbone, config)
     sites += [head_site] if head_site is not None else []
     sites = _mark_tied(sites, tied)
@@ -369,7 +369,10 @@ def _embed_name(model: nn.Module, table: nn.Embedding) -> str:
     return next(path.rsplit(".", 1)[-1] for path, module in model.named_modules() if module is table)
 
 
-def _outside_norms(model: nn.Module, blocks: list[Block], encoder_decoder: bool, config: Any) -> list[Site]:
+def _outside_norms(
+    model: nn.Module, blocks: list[Block], encoder_decoder: bool, config: Any, backbone: str
+) -> list[Site]:
+    """Norms outside the blocks: "embed" behind the embedding, "final" behind the last block, "head" in a head."""
     found: list[Site] = []
     inside = tuple(f"{b.path}." for b in blocks)
     for path, module in model.named_modules():
@@ -377,9 +380,10 @@ def _outside_norms(model: nn.Module, blocks: list[Block], encoder_decoder: bool,
             continue
         table = architecture_of(str(getattr(_config_of(model, path, config), "model_type", ""))).outside_norms
         told = next((part for end, part in table.items() if path.endswith(end)), None)
-        part = told or ("embed" if "embed" in path else "final")
+        in_head = bool(backbone) and not path.startswith(f"{backbone}.")
+        part = told or ("head" if in_head else "embed" if "embed" in path else "final")
         site = norm_site(path, module, None, _stack_of(path, encoder_decoder), part)
-        same = sum(s.key == site.key or s.key.startswith(f"{site.key}") for s in found)
+        same = sum(s.key.startswith(site.key) for s in found)
         found.append(replace(site, part=f"{part}{same + 1}") if same else site)
     return found
 
@@ -413,7 +417,7 @@ def _mark_tied(sites: list[Site], tied: dict[str, str]) -> list[Site]:
 
 
 def _backbone(model: nn.Module) -> str:
-    prefix = getattr(model, "base_model_prefix", "")
+    prefix = str(getattr(model, "base_model_prefix", ""))
     return prefix if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
 
 

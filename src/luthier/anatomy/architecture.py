@@ -64,6 +64,7 @@ ARCHITECTURES: Catalogue[Architecture] = Catalogue("luthier.anatomy.architecture
 def architecture_of(model_type: str) -> type[Architecture]:
     """The shelf's class for a `model_type`; plain `Architecture` where no file speaks for it."""
     for card in ARCHITECTURES.cards():
-        if model_type in card.facts.get("model_types", ()):
+        types = card.facts.get("model_types")
+        if isinstance(types, tuple) and model_type in types:
             return ARCHITECTURES.get(card.name)
     return Architecture

@@ -146,9 +146,9 @@ class _Reader:
         feed = [p for p in self.linears if p not in inside]
         if experts:
             firsts["ffn"], outs["ffn"] = experts, experts
-        if (ends := self._feed_forward(feed)) is not None:
-            if not experts:
-                firsts["ffn"], outs["ffn"] = ends
+        ends = self._feed_forward(feed)
+        if ends is not None and not experts:
+            firsts["ffn"], outs["ffn"] = ends
         self._sublayers(firsts, outs)
         self._norms()
         return self.facts

@@ -8,12 +8,14 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any
 
 from torch import nn
 
 __all__ = ["calls_in_order", "goes_through_interface", "is_dropout", "n_tensor_arguments"]
+
+# Reading and parsing sources is the slow part of an anatomy, and a model has few classes.
+_STEPS: dict[tuple[type[nn.Module], str], tuple[tuple[str, ...], ...]] = {}
 
 
 def calls_in_order(module: nn.Module) -> list[str]:
@@ -87,9 +89,10 @@ def _resolve(module: nn.Module, step: tuple[str, ...]) -> Iterator[tuple[str, nn
         yield ".".join(path), child
 
 
-@lru_cache(maxsize=1024)
 def _steps(cls: type[nn.Module], method: str) -> tuple[tuple[str, ...], ...]:
     """What `method` of `cls` calls on self, arguments before the call they belong to."""
+    if (cls, method) in _STEPS:
+        return _STEPS[cls, method]
     source = _source(cls, method)
     if not source:
         return ()
@@ -113,7 +116,8 @@ def _steps(cls: type[nn.Module], method: str) -> tuple[tuple[str, ...], ...]:
                 visit(child)
 
     visit(ast.parse(source).body[0])
-    return tuple(steps)
+    _STEPS[cls, method] = tuple(steps)
+    return _STEPS[cls, method]
 
 
 def _chain(node: ast.expr) -> tuple[str, ...] | None:
@@ -134,7 +138,6 @@ def _chain(node: ast.expr) -> tuple[str, ...] | None:
     return None
 
 
-@lru_cache(maxsize=1024)
 def _source(cls: type[nn.Module], method: str) -> str:
     function: Any = getattr(cls, method, None)
     try:

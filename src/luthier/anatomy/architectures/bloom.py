@@ -1,14 +1,14 @@
 """BLOOM: fused as in GPT-NeoX; the residual sum may take the normed stream; its attention does not say it is causal."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from luthier.anatomy.architecture import ARCHITECTURES, Architecture, Fused
 
 
 @ARCHITECTURES.register("bloom", model_types=("bloom",))
 class Bloom(Architecture):
-    fused = {"query_key_value": Fused(("attn.q", "attn.k", "attn.v"), layout="per_head")}
-    causal = True
+    fused: ClassVar = {"query_key_value": Fused(("attn.q", "attn.k", "attn.v"), layout="per_head")}
+    causal: ClassVar = True
 
     @classmethod
     def residual_is_input(cls, config: Any) -> bool:

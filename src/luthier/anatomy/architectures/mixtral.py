@@ -1,8 +1,10 @@
 """Mixtral: all experts in 3-D weights (experts, rows, columns), gate above up."""
 
+from typing import ClassVar
+
 from luthier.anatomy.architecture import ARCHITECTURES, Architecture, Fused
 
 
 @ARCHITECTURES.register("mixtral", model_types=("mixtral",))
 class Mixtral(Architecture):
-    fused = {"gate_up_proj": Fused(("experts.gate", "experts.up"))}
+    fused: ClassVar = {"gate_up_proj": Fused(("experts.gate", "experts.up"))}

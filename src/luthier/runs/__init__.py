@@ -15,6 +15,7 @@ from luthier.runs.checkpoint import (
 )
 from luthier.runs.environment import differences, environment
 from luthier.runs.journal import Journal, Replay
+from luthier.runs.manifest import Verified, read_verified
 from luthier.runs.memory import peak_bytes, reset_peak, resident_bytes
 from luthier.runs.record import Record
 from luthier.runs.store import RunFolder
@@ -25,6 +26,7 @@ __all__ = [
     "Record",
     "Replay",
     "RunFolder",
+    "Verified",
     "bytes_of",
     "checkpoints",
     "differences",
@@ -34,6 +36,7 @@ __all__ = [
     "peak_bytes",
     "preflight",
     "prune",
+    "read_verified",
     "reset_peak",
     "resident_bytes",
     "save_checkpoint",

@@ -7,20 +7,17 @@ moment without it. There is no pointer to the latest one: the newest that verifi
 """
 
 import contextlib
-import errno
-import hashlib
 import json
-import os
 import re
 import shutil
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.core import ConfigError, DiskFull, Diverged, IntegrityError, LuthierError, human_bytes
+from luthier.core import DiskFull, Diverged, IntegrityError, LuthierError, human_bytes
 from luthier.runs import durable
+from luthier.runs.manifest import Damaged, Verified, read_verified
 from luthier.runs.store import RunFolder
 from luthier.runs.tensorfile import read_tensors, size_of
 from luthier.runs.versions import Migration, migrate
@@ -44,7 +41,6 @@ VERSION = 1
 MIGRATIONS: dict[int, Migration] = {}  # of state.json, from each older version to the next
 
 NAME = re.compile(r"step-(\d{8,})(?:-r([2-9]\d*|1\d+))?")
-MANIFEST_BYTES = 16 << 20  # a longer manifest is not ours
 SPARE_BYTES = 1 << 20  # for what a save needs besides the tensors: headers, state.json, folders
 
 
@@ -66,10 +62,6 @@ class Checkpoint:
     event_rows: int
     tensors: dict[str, dict[str, "Tensor"]] = field(repr=False)
     extra: tuple[str, ...] = ()
-
-
-class _Bad(Exception):
-    """Why one checkpoint must not be used."""
 
 
 # --- save ------------------------------------------------------------------------------------------------------------
@@ -204,7 +196,7 @@ def load_newest(run: RunFolder) -> tuple[Checkpoint | None, list[tuple[Path, str
         for path in candidates:
             try:
                 checkpoint = _load(path)
-            except _Bad as bad:
+            except Damaged as bad:
                 skipped.append((path, str(bad)))
                 if run.lock.held:
                     run.event("checkpoint_skipped", name=path.name, reason=str(bad))
@@ -222,65 +214,29 @@ def load_newest(run: RunFolder) -> tuple[Checkpoint | None, list[tuple[Path, str
 
 
 def _load(path: Path) -> Checkpoint:
-    contents, extra, version = _verify(path)
-    state = json.loads(contents.pop("state.json").decode())
-    state = migrate({**state, "version": version}, VERSION, MIGRATIONS, path / "state.json")
-    tensors = {name.removesuffix(".safetensors"): read_tensors(contents.pop(name)) for name in sorted(contents)}
-    return Checkpoint(path, state["step"], state["state"], state["event_rows"], tensors, extra)
+    found = _verify(path)
+    state = json.loads(found.files["state.json"].decode())
+    state = migrate({**state, "version": found.facts["version"]}, VERSION, MIGRATIONS, path)
+    tensors = {
+        name.removesuffix(".safetensors"): read_tensors(content)
+        for name, content in found.files.items()
+        if name.endswith(".safetensors")
+    }
+    return Checkpoint(path, state["step"], state["state"], state["event_rows"], tensors, found.extra)
 
 
-def _verify(path: Path) -> tuple[dict[str, bytes], tuple[str, ...], int]:
-    """Read every file of a checkpoint once and hold it against the manifest.
-
-    Returns:
-        the verified bytes by name, the names of extra files, the format's version.
+def _verify(path: Path) -> Verified:
+    """Read a checkpoint's files and hold them against its manifest.
 
     Raises:
-        _Bad: something is missing, too short, too long or different.
-        IntegrityError: whole, but of a format newer than ours.
+        Damaged: its bytes are not what they claim to be.
+        IntegrityError: whole, but of a format that this version does not know.
     """
-    if path.is_symlink() or not path.is_dir():
-        raise _Bad("is not a folder")
-    raw = _read(path / durable.MANIFEST, None)
-    try:
-        manifest = json.loads(raw.decode())
-        # Comparing the text as well as the digest finds a changed blank too.
-        whole = durable.encode(manifest) == raw and manifest["digest"] == durable.manifest_digest(manifest)
-    except (ConfigError, ValueError, KeyError, TypeError, RecursionError):
-        whole = False
-    if not whole:
-        raise _Bad(f"{durable.MANIFEST} is damaged")
-    if manifest.get("format") != FORMAT or manifest.get("name") != path.name:
-        raise _Bad(f"{durable.MANIFEST} belongs to {manifest.get('format')} {manifest.get('name')}")
-    migrate({"version": manifest.get("version")}, VERSION, dict.fromkeys(MIGRATIONS, dict), path / durable.MANIFEST)
-    files: dict[str, Any] = manifest["files"]
-    if "state.json" not in files:
-        raise _Bad("state.json is not in the manifest")
-    contents = {}
-    for name, facts in files.items():
-        contents[name] = _read(path / name, facts["bytes"])
-        if hashlib.sha256(contents[name]).hexdigest() != facts["sha256"]:
-            raise _Bad(f"{name} is damaged: its SHA-256 is not the one in the manifest")
-    extra = tuple(sorted(p.name for p in path.iterdir() if p.name not in files and p.name != durable.MANIFEST))
-    return contents, extra, manifest["version"]
-
-
-def _read(path: Path, n_bytes: int | None) -> bytes:
-    """The content of a regular file, if it is `n_bytes` long."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(fd, "rb") as file:
-            facts = os.fstat(fd)
-            if not stat.S_ISREG(facts.st_mode):
-                raise _Bad(f"{path.name} is not a regular file")
-            if n_bytes is None and facts.st_size > MANIFEST_BYTES:
-                raise _Bad(f"{path.name} has {facts.st_size} bytes, more than a manifest can have")
-            if n_bytes is not None and facts.st_size != n_bytes:
-                raise _Bad(f"{path.name} has {facts.st_size} bytes instead of {n_bytes}")
-            return file.read()
-    except OSError as error:
-        missing = error.errno == errno.ENOENT
-        raise _Bad(f"{path.name} is missing" if missing else f"{path.name} cannot be read ({error.strerror})") from None
+    found = read_verified(path)
+    if found.facts.get("format") != FORMAT or found.facts.get("name") != path.name or "state.json" not in found.files:
+        raise Damaged(f"{durable.MANIFEST} belongs to {found.facts.get('format')} {found.facts.get('name')}")
+    migrate({"version": found.facts.get("version")}, VERSION, dict.fromkeys(MIGRATIONS, dict), path)
+    return found
 
 
 # --- keep ------------------------------------------------------------------------------------------------------------
@@ -332,7 +288,7 @@ def _is_verified(path: Path) -> bool:
             return True
     try:
         _verify(path)
-    except (_Bad, IntegrityError):
+    except IntegrityError:
         return False
     _verified[path] = _signature(path)
     return True

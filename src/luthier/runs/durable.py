@@ -201,9 +201,17 @@ def remove_folder(path: Path) -> None:
         path.rmdir()
 
 
-def sweep(place: Path) -> list[str]:
-    """Remove what a killed process left in `place`: `.tmp-*` and `.del-*`. Returns the names removed."""
-    left = sorted(p for p in place.iterdir() if p.name.startswith((".tmp-", ".del-"))) if place.is_dir() else []
+def sweep(place: Path, of: str = "") -> list[str]:
+    """Remove what a killed process left in `place`: `.tmp-*` and `.del-*`. Returns the names removed.
+
+    Args:
+        of: only what was to become a folder of this name.
+
+    Raises:
+        ResourceError: something cannot be removed.
+    """
+    prefixes = (f".tmp-{of}-", f".del-{of}-") if of else (".tmp-", ".del-")
+    left = sorted(p for p in place.iterdir() if p.name.startswith(prefixes)) if place.is_dir() else []
     for path in left:
         if path.is_dir() and not path.is_symlink():
             remove_folder(path)
@@ -481,7 +489,7 @@ def folder(target: Path, manifest: Mapping[str, Any] | None = None) -> Iterator[
         DiskFull: it does not fit.
         ResourceError: it cannot be written.
     """
-    temporary = target.with_name(f".tmp-{uuid.uuid4().hex}")
+    temporary = target.with_name(f".tmp-{target.name}-{uuid.uuid4().hex}")
     with _explained(target, "making the folder"):
         _op("mkdir", temporary)
         temporary.mkdir(mode=0o700)

@@ -7,7 +7,7 @@ kind      what happens at operation k
 kill      half of the operation is done (where it can be halved), then SIGKILL to this process
 die       the same without leaving the process: `SimulatedDeath` is raised, and the disk can no longer be changed
 enospc    half is done, then "no space left on device"
-eio       half is done, then "input/output error"
+edquot, eio, erofs    the same with "quota exceeded", "input/output error", "read-only file system"
 sleep     the operation takes `SLEEP_SECONDS` longer
 drop      power loss: all bytes and names that were not yet fsynced are gone, then SIGKILL
 drop-names, drop-bytes    power loss where the disk kept the bytes but not the names, or the names but not the bytes
@@ -26,7 +26,8 @@ from luthier.core import ConfigError
 
 __all__ = ["KINDS", "SLEEP_SECONDS", "Fault", "Operation", "PowerLoss", "SimulatedDeath", "parse_fault"]
 
-KINDS = ("kill", "die", "enospc", "eio", "sleep", "drop", "drop-names", "drop-bytes")
+ERRORS = {"enospc": errno.ENOSPC, "edquot": errno.EDQUOT, "eio": errno.EIO, "erofs": errno.EROFS}
+KINDS = ("kill", "die", *ERRORS, "sleep", "drop", "drop-names", "drop-bytes")
 SLEEP_SECONDS = 0.5
 
 
@@ -105,8 +106,7 @@ class Fault:
             if self.real and self.kind != "die":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise SimulatedDeath(f"died at operation {self.k} of {self.scope}: {operation.kind} {operation.path}")
-        code = errno.ENOSPC if self.kind == "enospc" else errno.EIO
-        raise OSError(code, os.strerror(code), str(operation.path))
+        raise OSError(ERRORS[self.kind], os.strerror(ERRORS[self.kind]), str(operation.path))
 
 
 def parse_fault(text: str) -> Fault:
@@ -118,6 +118,43 @@ def parse_fault(text: str) -> Fault:
     scope, _, rest = text.partition(":")
     number, _, kind = rest.partition(":")
     return Fault(scope, int(number) if number.isdigit() else 0, kind)
+
+
+@dataclass
+class _Undo:
+    """How to take back one change of a name. It lasts once all of `folders` are fsynced."""
+
+    kind: str
+    path: Path
+    folders: set[Path]
+    target: Path | None = None
+    content: bytes | None = None
+
+    def moved(self, old: Path, new: Path) -> None:
+        """A folder above has got another name, and that lasts."""
+        self.path = _under(self.path, old, new)
+        self.target = _under(self.target, old, new) if self.target is not None else None
+        self.folders = {_under(folder, old, new) for folder in self.folders}
+
+    def do(self) -> None:
+        if not self.path.parent.is_dir():
+            return  # the folder is gone for good, and this name with it
+        if self.kind == "open":
+            self.path.unlink(missing_ok=True)
+        elif self.kind == "mkdir":
+            shutil.rmtree(self.path)
+        elif self.kind == "rmdir":
+            self.path.mkdir()
+        elif self.kind == "unlink" and self.content is not None:
+            self.path.write_bytes(self.content)
+        elif self.kind == "rename" and self.target is not None:
+            self.target.rename(self.path)
+            if self.content is not None:
+                self.target.write_bytes(self.content)
+
+
+def _under(path: Path, old: Path, new: Path) -> Path:
+    return new / path.relative_to(old) if path.is_relative_to(old) else path
 
 
 @dataclass
@@ -135,7 +172,7 @@ class PowerLoss:
     names: bool = True
     data: bool = True
     _last: Operation | None = None
-    _undo: list[tuple[set[Path], Callable[[], None]]] = field(default_factory=list)
+    _undo: list[_Undo] = field(default_factory=list)
     _safe_length: dict[int, int] = field(default_factory=dict)
     _folders: set[Path] = field(default_factory=set)
 
@@ -147,42 +184,41 @@ class PowerLoss:
         self._folders.add(path.parent)
         if operation.kind == "rename" and target is not None:
             self._folders.add(target.parent)
-            kept = _copy_of(target) if target.is_file() else None
-
-            def undo_rename() -> None:
-                target.rename(path)
-                if kept is not None:
-                    target.write_bytes(kept)
-
-            self._undo.append(({path.parent, target.parent}, undo_rename))
+            replaced = target.read_bytes() if target.is_file() else None
+            self._undo.append(_Undo("rename", path, {path.parent, target.parent}, target, replaced))
         elif operation.kind == "unlink":
-            content = _copy_of(path)
-            self._undo.append(({path.parent}, lambda: _restore(path, content)))
+            content = path.read_bytes() if path.is_file() else None
+            self._undo.append(_Undo("unlink", path, {path.parent}, content=content))
         elif operation.kind == "rmdir":
-            self._undo.append(({path.parent}, lambda: path.mkdir()))
+            self._undo.append(_Undo("rmdir", path, {path.parent}))
         elif operation.kind in ("append", "truncate") and path.exists():
             self._safe_length.setdefault(path.stat().st_ino, path.stat().st_size)
 
     def _settle(self) -> None:
+        """The last operation has happened."""
         operation, self._last = self._last, None
         if operation is None:
             return
         path = operation.path
         if operation.kind == "open" and path.exists():
             self._safe_length[path.stat().st_ino] = 0
-            self._undo.append(({path.parent}, lambda: path.unlink()))
+            self._undo.append(_Undo("open", path, {path.parent}))
         elif operation.kind == "mkdir" and path.exists():
-            self._undo.append(({path.parent}, lambda: shutil.rmtree(path)))
+            self._undo.append(_Undo("mkdir", path, {path.parent}))
         elif operation.kind == "fsync" and path.exists():
             self._safe_length[path.stat().st_ino] = path.stat().st_size
         elif operation.kind == "fsync_dir":
-            # A rename between two folders lasts only when both are fsynced.
-            self._undo = [(left, undo) for folders, undo in self._undo if (left := folders - {path})]
+            for undo in self._undo:
+                undo.folders.discard(path)
+            for n, lasting in enumerate(self._undo):
+                if not lasting.folders and lasting.kind == "rename" and lasting.target is not None:
+                    for earlier in self._undo[:n]:
+                        earlier.moved(lasting.path, lasting.target)
+            self._undo = [undo for undo in self._undo if undo.folders]
 
     def strike(self) -> None:
         """Take away what was not yet certain."""
-        last = self._last
-        self._last = None
+        last, self._last = self._last, None
         if last is not None and last.kind in ("rename", "unlink", "rmdir"):
             self._undo.pop()  # noted, but it has not happened
         if self.data:
@@ -191,13 +227,5 @@ class PowerLoss:
                     if path.is_file() and (safe := self._safe_length.get(path.stat().st_ino)) is not None:
                         os.truncate(path, min(safe, path.stat().st_size))
         if self.names:
-            for _, undo in reversed(self._undo):
-                undo()
-
-
-def _copy_of(path: Path) -> bytes:
-    return path.read_bytes()
-
-
-def _restore(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
+            for undo in reversed(self._undo):
+                undo.do()

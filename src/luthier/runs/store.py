@@ -98,14 +98,19 @@ class RunFolder:
             "spec": dict(spec),
             "fingerprints": dict(fingerprints or {}),
         }
-        with durable.scope("create"), durable.folder(path) as draft:
-            draft.write_json("run.json", facts)
-            draft.write_bytes("spec.toml", _as_toml(spec))
-            draft.write_json("environment.json", environment(device))
-            draft.write_bytes("README.txt", README.encode())
-            draft.write_bytes("events.jsonl", b"")
-            draft.write_bytes("rows.jsonl", b"")
-            draft.make_folder("ckpt")
+        durable.sweep(path.parent, of=path.name)
+        try:
+            with durable.scope("create"), durable.folder(path) as draft:
+                draft.write_json("run.json", facts)
+                draft.write_bytes("spec.toml", _as_toml(spec))
+                draft.write_json("environment.json", environment(device))
+                draft.write_bytes("README.txt", README.encode())
+                draft.write_bytes("events.jsonl", b"")
+                draft.write_bytes("rows.jsonl", b"")
+                draft.make_folder("ckpt")
+        except ResourceError:
+            _refuse_occupied(path)  # another process was faster: then that is the thing to say
+            raise
         lock = Lock(path / "run.lock")
         lock.acquire()
         run = cls(path, json.loads(durable.encode(facts)), lock)

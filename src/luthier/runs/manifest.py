@@ -71,7 +71,7 @@ def _read(path: Path, n_bytes: int | None) -> bytes:
     except OSError as error:
         missing = error.errno == errno.ENOENT
         raise Damaged(f"{path.name} is missing" if missing else f"{path.name}: {error.strerror}") from None
-    with os.fdopen(fd, "rb") as file:
+    try:
         facts = os.fstat(fd)
         if not stat.S_ISREG(facts.st_mode):
             raise Damaged(f"{path.name} is not a regular file")
@@ -79,7 +79,9 @@ def _read(path: Path, n_bytes: int | None) -> bytes:
             raise Damaged(f"{path.name} has {facts.st_size} bytes, more than a manifest can have")
         if n_bytes is not None and facts.st_size != n_bytes:
             raise Damaged(f"{path.name} has {facts.st_size} bytes instead of {n_bytes}")
-        try:
+        with os.fdopen(fd, "rb", closefd=False) as file:
             return file.read()
-        except OSError as error:
-            raise Damaged(f"{path.name} cannot be read ({error.strerror})") from None
+    except OSError as error:
+        raise Damaged(f"{path.name} cannot be read ({error.strerror})") from None
+    finally:
+        os.close(fd)

@@ -9,7 +9,7 @@ Importing this room imports neither torch nor transformers.
 
 from luthier.samples.catalogue import PREFIX, SAMPLES, Pin, Sample, find
 from luthier.samples.data import COLUMNS, SampleData, load_sample
-from luthier.samples.fetch import cache_dir, fetch, is_cached, model_path, resolve, rows, verify
+from luthier.samples.store import cache_dir, fetch, is_cached, model_path, resolve, rows, verify
 
 __all__ = [
     "COLUMNS",

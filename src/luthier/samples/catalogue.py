@@ -346,7 +346,7 @@ _DECODER = (
         parser="chatterbot",
         licence="BSD-3-Clause",
         note="The first question and the first answer of each set. Some sets go on, with other answers or with further "
-        "turns; the files do not say which, so that is not used. More than half of the sets are copies of others. Split "
+        "turns; the files do not say which, so that is not used. More than half of the sets are copies. Split "
         "by question.",
     ),
     Sample(

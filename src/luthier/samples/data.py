@@ -19,8 +19,8 @@ from typing import Any
 
 from luthier.core import DataError
 from luthier.samples.catalogue import find
-from luthier.samples.fetch import Progress, fetch
 from luthier.samples.parsers import Row
+from luthier.samples.store import Progress, fetch
 
 __all__ = ["COLUMNS", "SampleData", "load_sample"]
 

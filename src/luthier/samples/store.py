@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -237,6 +238,10 @@ def _convert_model(sample: Sample, members: dict[str, Path], needed: dict[str, P
     )
     if done.returncode != 0:
         said = "\n".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-6:])
+        if "No space left on device" in said:
+            raise OSError(errno.ENOSPC, "the converter found no space left")
+        if done.returncode == -signal.SIGKILL:
+            said = "(killed, most likely because memory ran out)"
         raise ModelError(
             f"sample:{sample.name} could not be converted (status {done.returncode}); nothing was kept. "
             f"The converter's last lines:\n{said}"

@@ -11,7 +11,6 @@ import fcntl
 import json
 import os
 import socket
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from luthier.runs import durable
 
 __all__ = ["Lock", "holder_is_dead", "myself"]
 
-_held: "weakref.WeakSet[Lock]" = weakref.WeakSet()
+_held: set[int] = set()  # descriptors, not objects: an object may be gone while its descriptor is still open
 
 
 def myself() -> dict[str, Any]:
@@ -71,7 +70,7 @@ class Lock:
     @property
     def held(self) -> bool:
         """Whether this process holds it through this object."""
-        return self._fd is not None
+        return self._fd in _held
 
     def acquire(self, *, take_over: bool = False) -> None:
         """Take the lock, at once or not at all.
@@ -83,7 +82,7 @@ class Lock:
             Locked: another process holds it; names its pid and host.
             ResourceError: the file cannot be opened.
         """
-        if self._fd is not None:
+        if self.held:
             return
         try:
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -108,16 +107,16 @@ class Lock:
             os.close(fd)
             raise
         self._fd = fd
-        _held.add(self)
+        _held.add(fd)
 
     def release(self) -> None:
         """Give it back, and say so in the file."""
-        if self._fd is not None:
+        if self._fd is not None and self.held:
             with contextlib.suppress(OSError):  # a full disk must not keep the lock; the kernel's part is what counts
                 os.ftruncate(self._fd, 0)
             os.close(self._fd)
+            _held.discard(self._fd)
             self._fd = None
-            _held.discard(self)
 
     def _refusal(self, holder: dict[str, Any]) -> str:
         folder, here = self.path.parent, holder.get("host") == socket.gethostname()
@@ -143,10 +142,8 @@ def _read(fd: int) -> dict[str, Any]:
 
 def _forget_in_child() -> None:
     """A forked child (a data worker) must not keep the lock alive after its parent's death."""
-    for lock in list(_held):
-        if lock._fd is not None:
-            os.close(lock._fd)
-            lock._fd = None
+    for fd in _held:
+        os.close(fd)
     _held.clear()
 
 

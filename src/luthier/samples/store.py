@@ -111,7 +111,7 @@ def verify(name: str, cache: str | Path | None = None) -> dict[str, str]:
     """
     sample = find(name)
     home = cache_dir(cache) / sample.name
-    again = f"Delete {home} and fetch it again: `luthier samples --fetch {sample.name}`."
+    again = f"Delete {home}; it is fetched anew when next asked for."
     manifest = _manifest(home)
     if manifest is None:
         raise IntegrityError(f"sample:{sample.name} is not in the cache ({home} has no {MANIFEST}).")

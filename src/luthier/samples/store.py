@@ -31,7 +31,7 @@ __all__ = ["Progress", "cache_dir", "fetch", "is_cached", "model_path", "resolve
 
 Progress = Callable[[str], None]
 
-FORMAT = 1  # raise it when parsers or the split change what they write; cached samples are then made anew
+FORMAT = 2  # raise it when parsers or the split change what they write; cached samples are then made anew
 MANIFEST = "MANIFEST.json"
 
 

@@ -4,13 +4,20 @@ Everything else takes what these modules have verified. Nothing here runs code t
 (but `convert`, in a jailed child process), and nothing falls back to a weaker reader. Importing it imports no torch.
 """
 
-from luthier.trust import config, safetensors, template, text
+from luthier.trust import archive, config, convert, gguf, jail, model, rows, safetensors, scan, template, text
 from luthier.trust._limits import Limits
 
 __all__ = [
     "Limits",
+    "archive",
     "config",
+    "convert",
+    "gguf",
+    "jail",
+    "model",
+    "rows",
     "safetensors",
+    "scan",
     "template",
     "text",
 ]

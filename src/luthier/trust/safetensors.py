@@ -123,8 +123,8 @@ def read(
                 flat = torch.frombuffer(piece, dtype=torch.uint8) if piece else torch.empty(0, dtype=torch.uint8)
                 tensors[name] = flat.view(dtype).reshape(entry.shape)
         else:
-            if digest is not None and (found := _sha256(file)) != digest:
-                raise _wrong_digest(where, digest, found)
+            if digest is not None and (streamed := _sha256(file)) != digest:
+                raise _wrong_digest(where, digest, streamed)
             mapped = torch.from_file(str(path), shared=False, size=header.file_bytes, dtype=torch.uint8)
             for name, entry in header.entries.items():
                 width = DTYPES[entry.dtype][1]

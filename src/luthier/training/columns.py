@@ -273,9 +273,13 @@ def _dialogue(finder: _Finder) -> dict[str, str | None] | None:
 
 
 def _answered(finder: _Finder) -> dict[str, str | None] | None:
-    response = finder.pick("response", RESPONSE)
+    own = "prompt" in finder.lower and "response" in finder.lower  # our own names leave no doubt
+    response = finder.flag("response") or finder.usual("response", ("response",) if own else RESPONSE)
     if response is None:
         return None
+    if own and finder.flags.prompt is None and finder.flags.context is None and response == finder.lower["response"]:
+        context = finder.usual("context", CONTEXT)
+        return {"prompt": finder.lower["prompt"], "context": context, "response": response}
     prompt = finder.pick("prompt", PROMPT, taken=(response, finder.flags.context))
     context = finder.pick("context", CONTEXT, taken=(response, prompt))
     if prompt is None:  # `input` and `output`, without an instruction

@@ -7,7 +7,7 @@ example is what a batch holds; most rows are one example, a long plain text is s
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,9 @@ from luthier.core import ConfigError, DataError, ModelError
 from luthier.training.columns import Columns, cell
 from luthier.training.rows import Table
 from luthier.training.tasks import Task, words_and_tags
+
+if TYPE_CHECKING:
+    from luthier.training.chat import ChatTemplate
 
 __all__ = ["IGNORED", "Examples", "Ledger", "Pad", "check_tokenizer", "choose_length", "choose_pad", "encode"]
 
@@ -48,8 +51,8 @@ class Ledger:
         self.notes: list[str] = []
 
     def use(self, row: int, tokens: int, targets: int) -> None:
-        """The row goes into training whole (or whole in several examples: the numbers add up)."""
-        self._status[row] = max(self._status[row], 1)
+        """The row goes into training whole. A row that gives several examples is told of each: the numbers add up."""
+        self._status[row] = 2 if self._status[row] > 1 else 1
         self._tokens[row] += tokens
         self._targets[row] += targets
 
@@ -60,8 +63,8 @@ class Ledger:
         self._reasons[row] = reason
 
     def refuse(self, row: int, reason: str) -> None:
-        """Nothing of the row goes into training."""
-        self._status[row] = 3
+        """Nothing of the row goes into training, or nothing of one of its examples."""
+        self._status[row] = 2 if self._status[row] in (1, 2) else 3
         self._reasons[row] = reason
 
     def place(self, row: int) -> str:
@@ -280,6 +283,8 @@ def encode(
     max_length: int,
     accept_refused: float = 0.05,
     with_targets: bool = True,
+    loss_on: str = "response",
+    template: "ChatTemplate | None" = None,
 ) -> Examples:
     """Encode every row of a table.
 
@@ -289,6 +294,8 @@ def encode(
         max_length: tokens of the longest example (`choose_length`).
         accept_refused: share of rows that may be unusable.
         with_targets: off for prediction, where rows have no labels; then every row must be usable.
+        loss_on: `DataSpec.loss_on`.
+        template: of chat and prompt-response rows, in place of the tokenizer's own.
 
     Raises:
         DataError: too many rows are unusable, or an id lies outside the vocabulary.
@@ -297,9 +304,21 @@ def encode(
     check_tokenizer(tokenizer, n_vocab)
     ledger = Ledger(table)
     if task.name in ("causal_lm", "seq2seq"):
-        from luthier.training.language import encode_language  # the larger half of the work has its own file
+        # Imported here: it builds on this file's examples and ledger.
+        from luthier.training.language import encode_language
 
-        examples: Examples = encode_language(table, columns, task, tokenizer, n_vocab, max_length, ledger, with_targets)
+        examples = encode_language(
+            table,
+            columns,
+            tokenizer,
+            n_vocab,
+            max_length,
+            ledger,
+            both=task.name == "seq2seq",
+            with_targets=with_targets,
+            loss_on=loss_on,
+            template=template,
+        )
     elif task.name == "token_classification":
         examples = _encode_tags(table, columns, task, tokenizer, n_vocab, max_length, ledger, with_targets)
     else:

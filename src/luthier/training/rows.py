@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from luthier.core import DataError, key, near
+from luthier.trust import rows as trusted
 
 __all__ = ["Duplicates", "Table", "count_duplicates", "load_rows", "normalised", "split_rows"]
 
 Row = dict[str, Any]
 
-FILE_KINDS = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+FILE_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".txt", ".json")
 TEST_NAMES = ("test", "validation", "dev")
 
 
@@ -106,7 +107,7 @@ def load_rows(source: str) -> tuple[Table, Table | None]:
         train, test = _load_sample(source)
     elif (path := Path(source).expanduser()).exists():
         train, test = _load_path(path), None
-    elif path.suffix.lower() in {*FILE_KINDS, ".txt", ".json"} or source.startswith((".", "/", "~")):
+    elif path.suffix.lower() in FILE_ENDINGS or source.startswith((".", "/", "~")):
         raise DataError(_no_such_file(path))
     else:
         train, test = _load_hub(source)
@@ -125,24 +126,8 @@ def _no_such_file(path: Path) -> str:
 
 
 def _load_path(path: Path) -> Table:
-    from luthier.trust import rows as trusted
-
-    if path.is_dir():
-        found = trusted.read_text_folder(path)
-    elif path.suffix.lower() == ".tsv":
-        found = trusted.read_csv(path, delimiter="\t")
-    elif path.suffix.lower() == ".csv":
-        found = trusted.read_csv(path)
-    elif FILE_KINDS.get(path.suffix.lower()) == "jsonl":
-        found = trusted.read_jsonl(path)
-    elif path.suffix.lower() == ".parquet":
-        found = trusted.read_parquet(path)
-    else:
-        raise DataError(
-            f"{path}: cannot tell what a {path.suffix or 'file without an ending'} holds."
-            " Give a .csv, .tsv, .jsonl or .parquet file, or a folder of .txt."
-        )
-    return Table(list(found.rows), list(found.places), str(path))
+    found = trusted.read(path)
+    return Table(found.rows, found.places, str(path))
 
 
 def _load_sample(source: str) -> tuple[Table, Table | None]:

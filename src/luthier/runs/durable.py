@@ -281,79 +281,122 @@ def _write_all(fd: int, data: Buffer) -> None:
 # --- one file --------------------------------------------------------------------------------------------------------
 
 
-class _Draft:
-    """One new file on its way to the disk: written, digested and fsynced, but not yet under its own name.
+_hashing = threading.Lock()  # one digest at a time: a second one would take the core that is busy writing
 
-    The digest and the fsync run in threads of their own (both let other threads run), so that for large files the
-    cost is that of the slowest of the three and not their sum. With a listener all is done in order.
+
+class _Together:
+    """Runs pieces of work in threads (digests and fsyncs let other threads run) and re-raises the first OSError.
+
+    With a listener, or when asked to, the work is done at once and in order.
+    """
+
+    def __init__(self, threaded: bool) -> None:
+        self._threaded = threaded and not _listeners
+        self._threads: list[threading.Thread] = []
+        self._error: OSError | None = None
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Do `work`, now or beside what follows."""
+        if not self._threaded:
+            work()
+            return
+
+        def guarded() -> None:
+            try:
+                work()
+            except OSError as error:
+                self._error = error
+
+        thread = threading.Thread(target=guarded, name="luthier-durable")
+        thread.start()
+        self._threads.append(thread)
+
+    def wait(self) -> None:
+        """Return once all is done.
+
+        Raises:
+            OSError: of the first work that failed.
+        """
+        while self._threads:
+            self._threads.pop().join()
+        if self._error is not None:
+            raise self._error
+
+
+class _Draft:
+    """One new file on its way to the disk: `write` it, ask for its `digest`, `sync` it, `close` it.
+
+    For large files the digest and the fsync run beside the rest, so that the cost is that of the slowest and not the
+    sum. For small ones the fsync is left to `sync`, so that several files can share one commit of the disk's journal.
     """
 
     def __init__(self, path: Path, parts: list[Buffer]) -> None:
         self.path = path
         self.n_bytes = sum(len(part) for part in parts)
-        self.sha256 = ""
-        self._error: OSError | None = None
-        self._threads: list[threading.Thread] = []
-        threaded = self.n_bytes >= THREADED_FROM and not _listeners
+        self._sha256 = hashlib.sha256()
+        self._synced = False
+        large = self.n_bytes >= THREADED_FROM
+        self._digesting, self._syncing = _Together(large), _Together(large)
         _op("open", path)
         # O_EXCL and O_NOFOLLOW: the name is ours alone, never a link that somebody put there.
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
-            if threaded:
-                self._start(lambda: self._digest(parts))
-            else:
-                self._digest(parts)
+            self._digesting.start(lambda: self._update(parts))
             for part in parts:
                 for start in range(0, len(part), CHUNK):
                     chunk = part[start : start + CHUNK]
-                    _op("write", path, half=lambda chunk=chunk: _write_all(fd, chunk[: len(chunk) // 2]))  # type: ignore[misc]
-                    _write_all(fd, chunk)
-            _op("fsync", path)
+                    _op("write", path, half=lambda chunk=chunk: _write_all(self._fd, chunk[: len(chunk) // 2]))  # type: ignore[misc]
+                    _write_all(self._fd, chunk)
+            if large or _listeners:
+                self._sync()
         except BaseException:
-            os.close(fd)
+            self._digesting.wait()
+            os.close(self._fd)
             raise
-        if threaded:
-            self._start(lambda: self._sync_and_close(fd))
-        else:
-            self._sync_and_close(fd)
 
-    def _start(self, work: Callable[[], None]) -> None:
-        thread = threading.Thread(target=work, name="luthier-durable")
-        thread.start()
-        self._threads.append(thread)
+    def _update(self, parts: list[Buffer]) -> None:
+        with _hashing:
+            for part in parts:
+                self._sha256.update(part)
 
-    def _digest(self, parts: list[Buffer]) -> None:
-        sha = hashlib.sha256()
-        for part in parts:
-            sha.update(part)
-        self.sha256 = sha.hexdigest()
+    def _sync(self) -> None:
+        self._synced = True
+        _op("fsync", self.path)
+        self._syncing.start(lambda: os.fsync(self._fd))
 
-    def _sync_and_close(self, fd: int) -> None:
-        try:
-            os.fsync(fd)
-        except OSError as error:
-            self._error = error
-        finally:
-            os.close(fd)
+    def digest(self) -> str:
+        """SHA-256 of the content."""
+        self._digesting.wait()
+        return self._sha256.hexdigest()
 
-    def wait(self) -> str:
-        """Return the digest once the bytes are on the disk.
+    def sync(self) -> None:
+        """Return once the content is on the disk.
 
         Raises:
-            OSError: they are not.
+            OSError: it is not.
         """
-        for thread in self._threads:
-            thread.join()
-        if self._error is not None:
-            raise self._error
-        return self.sha256
+        if not self._synced:
+            self._sync()
+        self._syncing.wait()
+
+    def close(self) -> None:
+        """Let go of the file, whatever has become of it."""
+        self._digesting.wait()
+        with contextlib.suppress(OSError):  # reported by `sync` already
+            self._syncing.wait()
+        os.close(self._fd)
 
 
 def _write_file(path: Path, parts: list[Buffer]) -> str:
     temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
     with _explained(path, "writing"):
         try:
-            digest = _Draft(temporary, parts).wait()
+            draft = _Draft(temporary, parts)
+            try:
+                draft.sync()
+                digest = draft.digest()
+            finally:
+                draft.close()
             _op("rename", temporary, path)
             temporary.replace(path)
         except OSError:
@@ -450,25 +493,23 @@ class Folder:
         with _explained(self.path / name, "writing"):
             self._drafts[name] = _Draft(self.path / name, parts)
 
-    def _close(self, facts: Mapping[str, Any] | None) -> None:
-        files: dict[str, Any] = {}
-        for name, draft in sorted(self._drafts.items()):
-            with _explained(self.path / name, "writing"):
-                files[name] = {"bytes": 0, "sha256": draft.wait()}
-                files[name]["bytes"] = draft.n_bytes
+    def _finish(self, facts: Mapping[str, Any] | None) -> None:
+        """Write the manifest and return once all is on the disk."""
         if facts is not None:
+            files = {n: {"bytes": draft.n_bytes, "sha256": draft.digest()} for n, draft in self._drafts.items()}
             content = {**facts, "files": files}
             self._write(MANIFEST, [encode({**content, "digest": manifest_digest(content)})])
-            with _explained(self.path / MANIFEST, "writing"):
-                self._drafts[MANIFEST].wait()
-        with _explained(self.path, "making it last"):
-            _sync_folder(self.path)
+        together = _Together(threaded=True)
+        with _explained(self.path, "writing"):
+            for draft in self._drafts.values():
+                together.start(draft.sync)
+            together.start(lambda: _sync_folder(self.path))
+            together.wait()
 
-    def _abandon(self) -> None:
+    def _close(self) -> None:
         for draft in self._drafts.values():
-            with contextlib.suppress(OSError):
-                draft.wait()
-        _discard(self.path)
+            draft.close()
+        self._drafts.clear()
 
 
 def manifest_digest(content: Mapping[str, Any]) -> str:
@@ -495,13 +536,16 @@ def folder(target: Path, manifest: Mapping[str, Any] | None = None) -> Iterator[
         temporary.mkdir(mode=0o700)
     draft = Folder(temporary)
     try:
-        yield draft
-        draft._close(manifest)
+        try:
+            yield draft
+            draft._finish(manifest)
+        finally:
+            draft._close()
         with _explained(target, "renaming"):
             _op("rename", temporary, target)
             temporary.rename(target)
     except BaseException:
-        draft._abandon()
+        _discard(temporary)
         raise
     with _explained(target, "making it last"):
         _sync_folder(target.parent)

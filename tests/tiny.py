@@ -12,7 +12,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-__all__ = ["TINY", "inputs", "tiny"]
+__all__ = ["ALSO", "TINY", "class_of", "config_of", "inputs", "tasks", "tiny"]
 
 HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB, POSITIONS, CLASSES, EXPERTS = (
     48,
@@ -258,6 +258,80 @@ _MODELS: dict[str, tuple[str, Callable[..., Any], dict[str, Any], tuple[str, ...
 
 TINY: tuple[str, ...] = tuple(_MODELS)
 
+# More architectures, for the tests of the anatomy alone: each shares a table file with one of those above.
+_LM = ("base", "lm")
+_MOE = {"num_experts_per_tok": 2, "head_dim": 12}
+_MODELS |= {
+    "olmoe": ("Olmoe", hf.OlmoeConfig, {**_LLAMA, **_MOE, "num_experts": EXPERTS}, _LM),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        hf.Qwen3MoeConfig,
+        {**_LLAMA, **_MOE, "num_experts": EXPERTS, "moe_intermediate_size": 56, "decoder_sparse_step": 1},
+        _LM,
+    ),
+    "qwen2-moe": (
+        "Qwen2Moe",
+        hf.Qwen2MoeConfig,
+        {
+            **_LLAMA,
+            **_MOE,
+            "num_experts": EXPERTS,
+            "moe_intermediate_size": 56,
+            "shared_expert_intermediate_size": 64,
+            "decoder_sparse_step": 1,
+        },
+        _LM,
+    ),
+    "gpt-oss": (
+        "GptOss",
+        hf.GptOssConfig,
+        {
+            **_LLAMA,
+            **_MOE,
+            "intermediate_size": HIDDEN,  # square, as in the models that are out there
+            "num_local_experts": EXPERTS,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+        _LM,
+    ),
+    "glm": ("Glm", hf.GlmConfig, {**_LLAMA, "head_dim": 10, "attention_bias": True}, _LM),
+    "glm4": ("Glm4", hf.Glm4Config, {**_LLAMA, "head_dim": 10, "attention_bias": True}, _LM),
+    "persimmon": (
+        "Persimmon",
+        hf.PersimmonConfig,
+        {
+            **{k: v for k, v in _LLAMA.items() if k != "num_key_value_heads"},
+            "qk_layernorm": False,
+            "hidden_dropout": 0.1,
+        },
+        _LM,
+    ),
+    "openai-gpt": (
+        "OpenAIGPT",
+        hf.OpenAIGPTConfig,
+        {"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS, "n_positions": POSITIONS, "vocab_size": VOCAB, **_IDS},
+        _LM,
+    ),
+    "modernbert-decoder": (
+        "ModernBertDecoder",
+        hf.ModernBertDecoderConfig,
+        {
+            **_LLAMA,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "norm_bias": True,
+            "local_attention": 8,
+            "cls_token_id": 1,
+        },
+        _LM,
+    ),
+    "olmo2": ("Olmo2", hf.Olmo2Config, _LLAMA, _LM),
+    "phi": ("Phi", hf.PhiConfig, {**_LLAMA, "partial_rotary_factor": 0.5, "resid_pdrop": 0.1}, _LM),
+    "mbart": ("MBart", hf.MBartConfig, _MODELS["bart"][2], ("base", "seq2seq")),
+}
+ALSO: tuple[str, ...] = tuple(name for name in _MODELS if name not in TINY)
+
 _ENDING = {
     "base": "Model",
     "lm": "ForCausalLM",
@@ -275,8 +349,8 @@ def tasks(name: str) -> tuple[str, ...]:
 def class_of(name: str, task: str) -> Any:
     """The Hugging Face class, such as `BertForSequenceClassification`."""
     stem = _MODELS[name][0]
-    if name == "gpt2" and task == "lm":
-        return hf.GPT2LMHeadModel
+    if name in ("gpt2", "openai-gpt") and task == "lm":
+        return hf.GPT2LMHeadModel if name == "gpt2" else hf.OpenAIGPTLMHeadModel
     if name == "vit" and task == "classification":
         return hf.ViTForImageClassification
     if name == "gemma3" and task == "lm":
@@ -323,13 +397,16 @@ def _perturb(model: nn.Module, seed: int) -> None:
         parameter.add_(scale * noise)
 
 
-def inputs(model: Any, batch: int = 3, length: int = 7, padded: bool = True, seed: int = 0) -> dict[str, Tensor]:
+def inputs(
+    model: Any, batch: int = 3, length: int = 7, padded: bool = True, seed: int = 0, side: str = "right"
+) -> dict[str, Tensor]:
     """One batch that `model(**inputs(model))` accepts.
 
     Args:
         model: a model that `tiny` made.
-        padded: row `b` carries `b` padding tokens on the right (at least two real tokens stay).
+        padded: row `b` carries `b` padding tokens (at least two real tokens stay).
         seed: of the token ids.
+        side: where the padding goes, "right" or "left".
 
     Returns:
         input_ids and attention_mask (batch, length), or pixel_values (batch, 3, side, side); decoder_input_ids
@@ -350,11 +427,11 @@ def inputs(model: Any, batch: int = 3, length: int = 7, padded: bool = True, see
         if padded:
             for row in range(batch):
                 pads = min(row, length - 2)
-                ids[row, length - pads :] = pad
-                mask[row, length - pads :] = 0
+                where = slice(length - pads, length) if side == "right" else slice(0, pads)
+                ids[row, where], mask[row, where] = pad, 0
         if kind.endswith("ForSequenceClassification") and getattr(config, "is_encoder_decoder", False):
             for row in range(batch):  # the head reads the last </s>, and every row must have equally many
-                ids[row, int(mask[row].sum()) - 1] = config.eos_token_id
+                ids[row, int(mask[row].nonzero()[-1])] = config.eos_token_id
         made = {"input_ids": ids, "attention_mask": mask}
     if kind.endswith(("ForSequenceClassification", "ForImageClassification")):
         made["labels"] = torch.randint(config.num_labels, (batch,), generator=draw)

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -17,8 +18,24 @@ from luthier.anatomy import Anatomy, Attention, Site
 torch.set_num_threads(1)
 
 close = torch.testing.assert_close
-WITH_INTERFACE = [n for n in tiny.TINY if n not in ("mpnet", "deberta-v2", "bloom")]
-ROTARY = ("modernbert", "gpt-neox", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "mixtral")
+linear = torch.nn.functional.linear
+EVERY = (*tiny.TINY, *tiny.ALSO)
+WITH_INTERFACE = [n for n in EVERY if n not in ("mpnet", "deberta-v2", "bloom", "openai-gpt")]
+EXPERTS_ONLY = ("mixtral", "olmoe", "qwen3-moe", "gpt-oss")
+NOT_ROTARY = (
+    "bert",
+    "roberta",
+    "distilbert",
+    "albert",
+    "electra",
+    "gpt2",
+    "opt",
+    "t5",
+    "t5-v1.1",
+    "bart",
+    "mbart",
+    "vit",
+)
 
 # What each attention was handed: [(module, query, key, value), ...] of the last recorded forward pass.
 _HANDED: list[tuple[nn.Module, Tensor, Tensor, Tensor]] = []
@@ -55,7 +72,7 @@ def watching(model: nn.Module) -> Iterator[tuple[dict[str, list[Tensor]], dict[s
         def see(_: nn.Module, args: tuple[Any, ...], output: Any, path: str = path) -> None:
             if args and isinstance(args[0], Tensor):
                 ins[path].append(args[0].detach().clone())
-            first = output[0] if isinstance(output, tuple) else output
+            first = output[0] if isinstance(output, tuple | list) else output
             if isinstance(first, Tensor):
                 outs[path].append(first.detach().clone())
 
@@ -68,7 +85,7 @@ def watching(model: nn.Module) -> Iterator[tuple[dict[str, list[Tensor]], dict[s
 
 
 def probe(model: nn.Module) -> None:
-    """Let every attention of the model go through the recording function; T5's stacks have configurations of their own."""
+    """Let every attention of the model go through the recording function; T5's stacks have their own settings."""
     for module in model.modules():
         if (config := getattr(module, "config", None)) is not None:
             config._attn_implementation = "luthier_probe"
@@ -125,7 +142,7 @@ def sites_of(anatomy: Anatomy, attention: Attention) -> dict[str, Site]:
 # -- projections -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", tiny.TINY)
+@pytest.mark.parametrize("name", EVERY)
 def test_the_rows_of_a_projection_are_its_weight_times_the_input(name: str) -> None:
     model, anatomy, batch = make(name)
     with watching(model) as (ins, outs):
@@ -138,7 +155,7 @@ def test_the_rows_of_a_projection_are_its_weight_times_the_input(name: str) -> N
         assert weight.shape == (site.d_out, site.d_in)
         rows = list(site.rows.indices()) if site.rows else slice(None)
         for x, y in zip(ins[site.path], outs[site.path], strict=True):
-            close(y[..., rows], torch.nn.functional.linear(x, weight, bias), rtol=1e-4, atol=1e-5)
+            close(y[..., rows], linear(x, weight, bias), rtol=1e-4, atol=1e-5)
             checked += 1
     assert checked >= 4 * anatomy.n_layers
 
@@ -180,11 +197,12 @@ def test_rows_keep_the_order_in_which_attention_reads_them(name: str) -> None:
         own = sites_of(anatomy, attention)
         for letter, seen in (("q", query), ("k", key), ("v", value)):
             x = ins[own[letter].path][0]
-            heads = torch.nn.functional.linear(x, *weight_of(model, own[letter])).unflatten(-1, (-1, attention.d_head))
-            if letter != "v" and hasattr(module, f"{letter}_norm"):
-                heads = getattr(module, f"{letter}_norm")(heads)
+            norm = getattr(module, f"{letter}_norm", nn.Identity())
+            whole = norm(linear(x, *weight_of(model, own[letter]))) if name in ("olmo2", "olmoe") else None
+            heads = linear(x, *weight_of(model, own[letter])).unflatten(-1, (-1, attention.d_head))
+            heads = norm(heads) if whole is None else whole.unflatten(-1, (-1, attention.d_head))
             heads = heads.transpose(1, 2)
-            if letter != "v" and name in ROTARY:
+            if letter != "v" and name not in NOT_ROTARY:
                 heads, seen = heads[:, :, :1], seen[:, :, :1]  # position 0 is turned by no angle
             if letter == "q":
                 heads = heads * (module.scaling if name == "opt" else 1.0)  # OPT scales before it asks the interface
@@ -193,12 +211,12 @@ def test_rows_keep_the_order_in_which_attention_reads_them(name: str) -> None:
 
 def test_rotary_models_number_positions_from_zero() -> None:
     """The test above leans on it: at position 0 a rotation turns nothing."""
-    model, _, batch = make("llama")
+    model, _, _ = make("llama")
     cos, sin = model.get_submodule("model.rotary_emb")(torch.zeros(1, 7, 48), torch.arange(7)[None])
     assert torch.equal(cos[0, 0], torch.ones(12)) and torch.equal(sin[0, 0], torch.zeros(12))
 
 
-@pytest.mark.parametrize("name", tiny.TINY)
+@pytest.mark.parametrize("name", EVERY)
 def test_context_is_linear_in_the_value_rows_and_in_no_other(name: str) -> None:
     model, anatomy, batch = make(name)
     for attention in anatomy.attentions[:1] + anatomy.attentions[-1:]:
@@ -211,11 +229,14 @@ def test_context_is_linear_in_the_value_rows_and_in_no_other(name: str) -> None:
 
         for letter in "qkv":
             zero, one, two = (context(t, own[letter], own["o"]) for t in (0.0, 1.0, 2.0))
-            linear = torch.allclose(two - zero, 2 * (one - zero), rtol=1e-3, atol=1e-4)
-            assert linear == (letter == "v"), f"{own[letter].key}: linear is {linear}"
+            is_linear = torch.allclose(two - zero, 2 * (one - zero), rtol=1e-3, atol=1e-4)
+            assert is_linear == (letter == "v"), f"{own[letter].key}: linear is {is_linear}"
 
 
-@pytest.mark.parametrize(("name", "changes"), [("mpnet", {}), ("bloom", {}), ("deberta-v2", {"relative_attention": False})])
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("mpnet", {}), ("bloom", {}), ("openai-gpt", {}), ("deberta-v2", {"relative_attention": False})],
+)
 def test_without_an_interface_a_shift_of_all_keys_is_what_leaves_attention_alone(
     name: str, changes: dict[str, Any]
 ) -> None:
@@ -243,9 +264,9 @@ def test_without_an_interface_a_shift_of_all_keys_is_what_leaves_attention_alone
         assert seen["k"] < 1e-5 < 1e-3 < seen["q"]
 
 
-@pytest.mark.parametrize("name", [n for n in tiny.TINY if n != "mixtral"])
+@pytest.mark.parametrize("name", [n for n in EVERY if n not in EXPERTS_ONLY])
 def test_up_gate_and_down_do_their_parts(name: str) -> None:
-    """One row of `up` or `gate` reaches one column of what `down` reads; that is linear in `up` where there is a gate."""
+    """One row of `up` or `gate` reaches one column of `down`'s input; linearly so from `up`, if there is a gate."""
     model, anatomy, batch = make(name)
     gated = "ffn.gate" in anatomy.kinds()
     down = anatomy.sites("ffn.down")[-1]
@@ -265,37 +286,52 @@ def test_up_gate_and_down_do_their_parts(name: str) -> None:
         zero, one, two = (inner(site, t) for t in (0.0, 1.0, 2.0))
         columns = (one != zero).flatten(0, -2).any(0).nonzero().flatten().tolist()
         assert columns == [row], f"{site.key} reaches columns {columns}"
-        linear = torch.allclose(two - zero, 2 * (one - zero), rtol=1e-3, atol=1e-5)
-        assert linear == (gated and kind == "ffn.up"), f"{site.key}: linear is {linear}"
+        is_linear = torch.allclose(two - zero, 2 * (one - zero), rtol=1e-3, atol=1e-5)
+        assert is_linear == (gated and kind == "ffn.up"), f"{site.key}: linear is {is_linear}"
 
 
-def test_the_experts_of_mixtral_compute_what_their_sites_say() -> None:
-    model, anatomy, batch = make("mixtral")
-    with watching(model) as (ins, outs):
-        run(model, batch)
+@pytest.mark.parametrize("name", [*EXPERTS_ONLY, "qwen2-moe"])
+def test_experts_compute_what_their_sites_say(name: str) -> None:
+    model, anatomy, _ = make(name)
+    draw = torch.Generator().manual_seed(3)
+    x = torch.randn(11, tiny.HIDDEN, generator=draw)
+    share = torch.rand(11, 2, generator=draw)
+    which = torch.stack([torch.randperm(tiny.EXPERTS, generator=draw)[:2] for _ in range(11)])
     for block in anatomy.blocks:
-        x = ins[f"{block.path}.mlp"][0].flatten(0, 1)
-        router = model.get_submodule(f"{block.path}.mlp.gate").weight
-        chances = torch.softmax(x @ router.T, -1)
-        best, which = chances.topk(2, -1)
-        best = best / best.sum(-1, keepdim=True)
-        wanted = torch.zeros_like(x)
-        parts = {
-            (s.kind, s.expert): weight_of(model, s)[0]
-            for s in anatomy.sites("experts", layers=[block.layer])
-        }
-        for expert in range(tiny.EXPERTS):
-            gate, up, down = (parts[f"experts.{part}", expert] for part in ("gate", "up", "down"))
-            y = (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
-            share = (best * (which == expert)).sum(-1, keepdim=True)
-            wanted += share * y
-        close(outs[f"{block.path}.mlp"][0].flatten(0, 1), wanted, rtol=1e-4, atol=1e-5)
+        sites = {(s.kind, s.expert): s for s in anatomy.sites("experts", layers=[block.layer])}
+        assert len(sites) == 3 * tiny.EXPERTS and {s.n_experts for s in sites.values()} == {tiny.EXPERTS}
+        module = model.get_submodule(sites["experts.up", 0].path)
+        with torch.no_grad():
+            found = module(x, which, share)
+            wanted = torch.zeros_like(x)
+            for expert in range(tiny.EXPERTS):
+                gate, up = (linear(x, *expert_weights(model, sites[f"experts.{k}", expert])) for k in ("gate", "up"))
+                if name == "gpt-oss":
+                    inner = (up + 1) * gate * torch.sigmoid(1.702 * gate)
+                else:
+                    inner = torch.nn.functional.silu(gate) * up
+                y = linear(inner, *expert_weights(model, sites["experts.down", expert]))
+                wanted += (share * (which == expert)).sum(-1, keepdim=True) * y
+        close(found, wanted, rtol=1e-4, atol=1e-5)
         assert anatomy.sites("ffn_out", layers=[block.layer])[0].path == f"{block.path}.mlp"
+
+
+def expert_weights(model: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:
+    """As `weight_of`; a bias of experts has a row for each."""
+    module = model.get_submodule(site.path)
+    weight = getattr(module, site.param)[site.expert]
+    weight = weight.T if site.transposed else weight
+    bias = getattr(module, site.bias)[site.expert] if site.bias else None
+    rows = list(site.rows.indices()) if site.rows else slice(None)
+    assert weight[rows].shape == (site.d_out, site.d_in)
+    return weight[rows], bias if bias is None else bias[rows]
 
 
 # -- sublayers -------------------------------------------------------------------------------------------------------
 
-POST_NORM_TOO = {"gemma2": (1, 3), "gemma3": (3, 5)}  # norm sites that the sublayers' outputs pass before the sum
+# Norm sites (by number) that the outputs of attention and feed-forward layer pass before the residual sum.
+NORMED_OUTPUT = {"gemma2": (1, 3), "gemma3": (3, 5), "glm4": (1, 3), "olmo2": (2, 3)}
+PARALLEL = ("gpt-neox", "phi")
 
 
 def _norm(model: nn.Module, anatomy: Anatomy, block: Any, index: int) -> nn.Module:
@@ -303,12 +339,13 @@ def _norm(model: nn.Module, anatomy: Anatomy, block: Any, index: int) -> nn.Modu
     return model.get_submodule(part[0].path)
 
 
-@pytest.mark.parametrize("name", tiny.TINY)
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_sublayer_outputs_lie_before_the_residual_sum_and_the_norm(name: str, scale: float) -> None:
     """Each sublayer's output, scaled, goes through a reference block written here; the model must agree.
 
-    Pre-norm: next = r + s. Post-norm: next = norm(r + s). Gemma: next = r + norm(s). GPT-NeoX sums both at once.
+    Pre-norm: next = r + s. Post-norm: next = norm(r + s). Gemma and OLMo-2: next = r + norm(s).
+    GPT-NeoX and Phi sum both sublayers at once.
     """
     model, anatomy, batch = make(name)
     places = [s for s in anatomy.all_sites if s.kind in ("attn_out", "cross_out", "ffn_out")]
@@ -333,15 +370,15 @@ def test_sublayer_outputs_lie_before_the_residual_sum_and_the_norm(name: str, sc
             for i, site in enumerate(own):
                 s = outs[site.path][call].reshape(streams[i].shape)
                 r, following = streams[i], streams[i + 1].reshape(streams[i].shape)
-                if name == "gpt-neox":
+                if name in PARALLEL:
                     if site.kind == "attn_out":
                         assert torch.equal(r, streams[1])
                         continue
                     s = s + outs[own[0].path][call]
-                if name in POST_NORM_TOO:
-                    s = _norm(model, anatomy, block, POST_NORM_TOO[name][i])(s)
+                if name in NORMED_OUTPUT:
+                    s = _norm(model, anatomy, block, NORMED_OUTPUT[name][i])(s)
                 with torch.no_grad():
-                    if anatomy.pre_norm:
+                    if anatomy.pre_norm or name in NORMED_OUTPUT:
                         wanted = r + s
                     else:
                         wanted = _norm(model, anatomy, block, n_norms)(r + s)
@@ -349,10 +386,10 @@ def test_sublayer_outputs_lie_before_the_residual_sum_and_the_norm(name: str, sc
                 close(following, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", tiny.TINY)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_sublayer_reads_its_input_path_and_the_stream_lies_at_its_residual_path(name: str) -> None:
     model, anatomy, batch = make(name)
-    with watching(model) as (ins, outs):
+    with watching(model) as (ins, _):
         run(model, batch)
     for site in anatomy.all_sites:
         if site.kind not in ("attn_out", "cross_out", "ffn_out"):
@@ -362,7 +399,7 @@ def test_a_sublayer_reads_its_input_path_and_the_stream_lies_at_its_residual_pat
         first = {"attn_out": "attn.q", "cross_out": "cross.q", "ffn_out": "ffn.up"}[site.kind]
         if first in anatomy.kinds():
             projection = anatomy.sites(first, layers=[site.layer or 0], stack=site.stack)[0]
-            assert torch.equal(ins[projection.path][0], reads)
+            assert torch.equal(ins[projection.path][0].reshape(reads.shape), reads)
         if anatomy.pre_norm:
             norm = model.get_submodule(site.residual_path)
             with torch.no_grad():
@@ -376,7 +413,7 @@ def test_a_sublayer_reads_its_input_path_and_the_stream_lies_at_its_residual_pat
     assert torch.equal(ins[site.residual_path or ""][0], ins[first_block.path][0])
 
 
-@pytest.mark.parametrize("name", tiny.TINY)
+@pytest.mark.parametrize("name", EVERY)
 def test_blocks_hand_the_stream_on_in_order(name: str) -> None:
     model, anatomy, batch = make(name)
     with watching(model) as (ins, outs):
@@ -384,7 +421,7 @@ def test_blocks_hand_the_stream_on_in_order(name: str) -> None:
     for stack in {b.stack for b in anatomy.blocks}:
         paths = [s.path for s in anatomy.sites("block_out", stack=stack)]
         assert paths == [b.path for b in anatomy.blocks if b.stack == stack]
-        for here, following in zip(paths, paths[1:], strict=False):
+        for here, following in pairwise(paths):
             assert torch.equal(outs[here][0], ins[following][0])
         final = [s for s in anatomy.sites("norm", stack=stack) if s.part == "final"]
         if final and anatomy.pre_norm:
@@ -400,11 +437,16 @@ DROPOUT_BEHIND_THE_PLACE = {
     "bloom": {"attn_out", "ffn_out"},
     "bart": {"attn_out", "cross_out", "ffn_out"},
     "vit": {"attn_out", "ffn_out"},
+    "mbart": {"attn_out", "cross_out", "ffn_out"},
+    "modernbert-decoder": {"ffn_out"},
+    "persimmon": {"attn_out"},
+    "phi": {"attn_out", "ffn_out"},
+    **{n: {"attn_out", "ffn_out"} for n in ("olmoe", "qwen2-moe", "qwen3-moe", "gpt-oss", "glm", "glm4", "olmo2")},
     **{n: {"attn_out", "ffn_out"} for n in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "mixtral")},
 }
 
 
-@pytest.mark.parametrize("name", tiny.TINY)
+@pytest.mark.parametrize("name", EVERY)
 def test_where_a_dropout_module_ends_a_sublayer_the_place_is_behind_it(name: str) -> None:
     model, anatomy, batch = make(name)
     model.train()
@@ -421,7 +463,7 @@ def test_where_a_dropout_module_ends_a_sublayer_the_place_is_behind_it(name: str
 # -- ends ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [n for n in tiny.TINY if n != "vit"])
+@pytest.mark.parametrize("name", [n for n in EVERY if n != "vit"])
 def test_embed_looks_words_up_for_its_stack(name: str) -> None:
     model, anatomy, batch = make(name)
     with watching(model) as (ins, outs):
@@ -437,7 +479,7 @@ def test_embed_looks_words_up_for_its_stack(name: str) -> None:
             assert torch.equal(ids, batch["input_ids"])
 
 
-@pytest.mark.parametrize(("name", "task"), [(n, t) for n in tiny.TINY for t in tiny.tasks(n) if t != "base"])
+@pytest.mark.parametrize(("name", "task"), [(n, t) for n in EVERY for t in tiny.tasks(n) if t != "base"])
 def test_the_head_gives_the_logits(name: str, task: str) -> None:
     model = tiny.tiny(name, task)
     anatomy, batch = Anatomy.read(model), tiny.inputs(model, padded=False)

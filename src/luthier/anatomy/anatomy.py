@@ -5,9 +5,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from luthier.anatomy.architecture import architecture_of
-from luthier.anatomy.infer import block_lists, is_norm, layer_shape, norm_site, read_block
+from luthier.anatomy.infer import block_lists, has_weight, is_norm, layer_shape, norm_site, read_block
 from luthier.anatomy.site import KINDS, Site
 from luthier.core import AnatomyError, near
 
@@ -105,8 +109,8 @@ class Anatomy:
         """All sites of the kinds named, in the model's order; every kind must be there.
 
         Args:
-            kinds: such as "attn.q"; a family's name ("experts", "ffn") stands for all that the model has of it. None at all
-                stands for every kind.
+            kinds: such as "attn.q"; a family's name ("experts", "ffn") stands for all that the
+                model has of it. None at all stands for every kind.
             layers: only sites of these layers (counted in each stack from 0); sites outside the layers are left out.
             stack: only "encoder" or "decoder".
             asked_by: who asks, for the message.
@@ -240,8 +244,8 @@ def _read(model: nn.Module) -> Anatomy:
     if not lists:
         raise AnatomyError(
             f"{type(model).__name__} ({model_type}): found no list of layers with an attention and a"
-            " feed-forward layer, so it has none of our sites. Is it a transformer? If so, its query, key and value layers have names we"
-            " do not know: describe it in a file of luthier/anatomy/architectures."
+            " feed-forward layer, so it has none of our sites. Is it a transformer? If so, its query, key and value"
+            " layers have names we do not know: describe it in a file of luthier/anatomy/architectures."
         )
     encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
     sites: list[Site] = []
@@ -250,16 +254,18 @@ def _read(model: nn.Module) -> Anatomy:
     unknown: list[str] = []
     pre_norm: list[bool] = []
     n_layers = 0
+    stacks = _stacks([path for path, _ in lists], encoder_decoder)
     for path, members in lists:
-        stack = _stack_of(path, encoder_decoder)
+        stack = stacks[path]
         own = _config_of(model, path, config)
         architecture = architecture_of(str(getattr(own, "model_type", model_type)))
         start = sum(b.stack == stack for b in blocks)
-        shared = _times_used(own, len(members), lists, path)
+        shared = _times_used(own)
         n_layers += len(members) * shared
         for i, member in enumerate(members):
             layer = start + i
-            facts = read_block(model, member, layer, stack, own, architecture, shared)
+            causal = _looks_back(own, stack)
+            facts = read_block(model, member, layer, stack, own, architecture, shared, causal)
             sites += facts.sites
             unknown += facts.unknown
             pre_norm.append(facts.pre_norm)
@@ -272,6 +278,7 @@ def _read(model: nn.Module) -> Anatomy:
     head_site, is_language_model = _head(model, backbone, config)
     sites += [head_site] if head_site is not None else []
     sites = _mark_tied(sites, tied)
+    _refuse_doubles(sites, model_type)
     head_tensors = () if is_language_model or not backbone else _outside(tensors, backbone)
     first = attentions[0]
     d, m = _widths(sites)
@@ -300,11 +307,41 @@ def _read(model: nn.Module) -> Anatomy:
     )
 
 
+def _refuse_doubles(sites: list[Site], model_type: str) -> None:
+    """Two places of one name would be saved under one key."""
+    seen: dict[str, str] = {}
+    for site in sites:
+        if site.key in seen:
+            raise AnatomyError(
+                f"this {model_type} model has two places for {site.key!r}: {seen[site.key]} and {site.path}."
+                " Its blocks are built in a way that we cannot read; describe them in luthier/anatomy/architectures."
+            )
+        seen[site.key] = site.path
+
+
 def _stack_of(path: str, encoder_decoder: bool) -> str:
     """The stack a path lies in: the first word that says so."""
     if not encoder_decoder:
         return ""
     return next((word for word in path.split(".") if word in ("encoder", "decoder")), "")
+
+
+def _stacks(paths: list[str], encoder_decoder: bool) -> dict[str, str]:
+    """The stack of each list of blocks: "" where there is one, even if it comes in stages (Swin)."""
+    if encoder_decoder:
+        return {path: _stack_of(path, True) for path in paths}
+    plain = {path: [word for word in path.split(".") if not word.isdigit()] for path in paths}
+    if len({tuple(words) for words in plain.values()}) == 1:
+        return dict.fromkeys(paths, "")
+    common = set.intersection(*(set(words) for words in plain.values()))
+    return {path: next((w for w in words if w not in common), "") for path, words in plain.items()}
+
+
+def _looks_back(config: Any, stack: str) -> bool:
+    """Whether attentions that do not say so themselves are causal: in a decoder, and in what only writes text."""
+    kind = str(getattr(config, "model_type", ""))
+    writes = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return stack == "decoder" or bool(getattr(config, "is_decoder", False)) or writes
 
 
 def _config_of(model: nn.Module, path: str, config: Any) -> Any:
@@ -317,8 +354,8 @@ def _config_of(model: nn.Module, path: str, config: Any) -> Any:
     return config
 
 
-def _times_used(config: Any, n_blocks: int, lists: list[tuple[str, list[str]]], path: str) -> int:
-    """How many layers use each block: more than one only where there are fewer blocks than layers (ALBERT)."""
+def _times_used(config: Any) -> int:
+    """How many layers use each block: more than one only where groups of layers share theirs (ALBERT)."""
     groups = getattr(config, "num_hidden_groups", None)
     layers = getattr(config, "num_hidden_layers", None)
     if groups is None or layers is None:
@@ -334,8 +371,7 @@ def _widths(sites: list[Site]) -> tuple[int, int]:
 
 def _embeddings(model: nn.Module, config: Any, blocks: list[Block], encoder_decoder: bool) -> list[Site]:
     """The word embedding that each stack looks words up in."""
-    getter = getattr(model, "get_input_embeddings", None)
-    table = getter() if getter is not None else None
+    table = _asked(model, "get_input_embeddings")
     if not isinstance(table, nn.Embedding):
         return []  # images: patches are projected, not looked up
     same = [
@@ -365,8 +401,16 @@ def _embeddings(model: nn.Module, config: Any, blocks: list[Block], encoder_deco
     return list(found.values())
 
 
+def _asked(model: nn.Module, method: str) -> nn.Module | None:
+    try:
+        answer = getattr(model, method, lambda: None)()
+    except NotImplementedError:  # how transformers says that a model of images or sound has no words
+        return None
+    return answer if isinstance(answer, nn.Module) else None
+
+
 def _embed_name(model: nn.Module, table: nn.Embedding) -> str:
-    return next(path.rsplit(".", 1)[-1] for path, module in model.named_modules() if module is table)
+    return str(next(path for path, module in model.named_modules() if module is table)).rpartition(".")[2]
 
 
 def _outside_norms(
@@ -376,7 +420,7 @@ def _outside_norms(
     found: list[Site] = []
     inside = tuple(f"{b.path}." for b in blocks)
     for path, module in model.named_modules():
-        if path.startswith(inside) or not is_norm(path, module) or not module._parameters:
+        if path.startswith(inside) or not is_norm(path, module) or not has_weight(module):
             continue
         table = architecture_of(str(getattr(_config_of(model, path, config), "model_type", ""))).outside_norms
         told = next((part for end, part in table.items() if path.endswith(end)), None)
@@ -417,8 +461,8 @@ def _mark_tied(sites: list[Site], tied: dict[str, str]) -> list[Site]:
 
 
 def _backbone(model: nn.Module) -> str:
-    prefix = str(getattr(model, "base_model_prefix", ""))
-    return prefix if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
+    prefix = getattr(model, "base_model_prefix", "")
+    return str(prefix) if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
 
 
 def _outside(tensors: dict[str, tuple[int, ...]], backbone: str) -> tuple[str, ...]:
@@ -427,8 +471,7 @@ def _outside(tensors: dict[str, tuple[int, ...]], backbone: str) -> tuple[str, .
 
 def _head(model: nn.Module, backbone: str, config: Any) -> tuple[Site | None, bool]:
     """The site of the head, and whether it is a language model's."""
-    getter = getattr(model, "get_output_embeddings", None)
-    output = getter() if getter is not None else None
+    output = _asked(model, "get_output_embeddings")
     if output is not None and layer_shape(output) is not None:
         path = next(p for p, m in model.named_modules() if m is output)
         return _head_site(path, output), True

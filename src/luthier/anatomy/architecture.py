@@ -43,7 +43,6 @@ class Architecture:
     facts: ClassVar[Mapping[str, Any]] = {}
 
     fused: ClassVar[Mapping[str, Fused]] = {}  # name of the module or 3-D parameter -> its parts
-    causal: ClassVar[bool | None] = None  # for attention modules that do not say so themselves
     inputs: ClassVar[Mapping[str, str]] = {}  # "attn", "cross", "ffn" -> module whose first input the sublayer reads
     outside_norms: ClassVar[Mapping[str, str]] = {}  # end of a norm's path outside the blocks -> its part
 

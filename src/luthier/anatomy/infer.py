@@ -8,6 +8,7 @@ a dropout that ends a sublayer from one inside it; and the table of the architec
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -15,8 +16,18 @@ from torch import nn
 from luthier.anatomy.architecture import Architecture, Fused
 from luthier.anatomy.order import calls_in_order, goes_through_interface, is_dropout, n_tensor_arguments
 from luthier.anatomy.site import Rows, Site
+from luthier.core import AnatomyError
 
-__all__ = ["AttentionFacts", "BlockFacts", "block_lists", "is_norm", "layer_shape", "read_block"]
+__all__ = [
+    "AttentionFacts",
+    "BlockFacts",
+    "block_lists",
+    "has_weight",
+    "is_norm",
+    "layer_shape",
+    "norm_site",
+    "read_block",
+]
 
 _QUERY = {"q", "q_proj", "q_lin", "query", "query_proj", "q_attn", "wq", "to_q", "queries_linear"}
 _KEY = {"k", "k_proj", "k_lin", "key", "key_proj", "wk", "to_k", "keys_linear"}
@@ -64,8 +75,12 @@ def is_norm(path: str, module: nn.Module) -> bool:
     named = "norm" in path.rsplit(".", 1)[-1].lower() or path.rsplit(".", 1)[-1].lower().startswith("ln")
     if isinstance(module, nn.Identity):
         return named
+    of_class = "norm" in type(module).__name__.lower()
+    own = [p for p in module._parameters.values() if p is not None]
+    if not own:
+        return of_class and not any(module.children())  # OLMo's norms train nothing
     weight = module._parameters.get("weight")
-    return isinstance(weight, nn.Parameter) and weight.ndim == 1 and (named or "norm" in type(module).__name__.lower())
+    return isinstance(weight, nn.Parameter) and weight.ndim == 1 and (named or of_class)
 
 
 def block_lists(model: nn.Module) -> list[tuple[str, list[str]]]:
@@ -83,17 +98,20 @@ def block_lists(model: nn.Module) -> list[tuple[str, list[str]]]:
 
 def _is_block(module: nn.Module) -> bool:
     """Whether one module holds an attention, and a linear layer that is none of its projections."""
-    roles = [_role(path.rsplit(".", 1)[-1]) for path, m in module.named_modules() if layer_shape(m) is not None]
+    roles = [_role(path) for path, m in module.named_modules() if layer_shape(m) is not None]
     attends = {"q", "k", "v"} <= set(roles) or "fused" in roles
     others = any(p.ndim == 3 for p in module.parameters()) or roles.count("") >= 2
     return attends and others
 
 
-def _role(name: str) -> str:
-    for role, names in (("q", _QUERY), ("k", _KEY), ("v", _VALUE), ("fused", _FUSED_NAMES)):
+def _role(path: str) -> str:
+    """ "q", "k", "v", "fused" or "" for a linear layer of that name."""
+    name = _name(path)
+    for role, names in (("q", _QUERY), ("k", _KEY), ("v", _VALUE)):
         if name in names:
             return role
-    return ""
+    # A state-space layer has an in_proj too: the name alone says too little.
+    return "fused" if name in _FUSED_NAMES and "att" in _parent(path).lower() else ""
 
 
 def read_block(
@@ -104,9 +122,17 @@ def read_block(
     config: Any,
     architecture: type[Architecture],
     shared: int = 1,
+    causal: bool = False,
 ) -> BlockFacts:
-    """All sites of the block at `path`."""
-    return _Reader(model, path, layer, stack, config, architecture, shared).read()
+    """All sites of the block at `path`.
+
+    Args:
+        causal: whether an attention that does not say so itself looks back only.
+
+    Raises:
+        AnatomyError: the number of heads is nowhere to be found.
+    """
+    return _Reader(model, path, layer, stack, config, architecture, shared, causal).read()
 
 
 class _Reader:
@@ -121,10 +147,12 @@ class _Reader:
         config: Any,
         architecture: type[Architecture],
         shared: int,
+        causal: bool,
     ) -> None:
         self.block = model.get_submodule(path)
         self.path, self.layer, self.stack, self.shared = path, layer, stack, shared
-        self.config, self.architecture = config, architecture
+        self.config, self.architecture, self.causal = config, architecture, causal
+        self.width = 0
         self.calls = calls_in_order(self.block)
         self.order = list(dict.fromkeys(self.calls))
         self.modules: dict[str, nn.Module] = dict(self.block.named_modules())
@@ -136,12 +164,9 @@ class _Reader:
         inside = {p for scope in scopes for p in self.linears if _below(p, scope)}
         outs: dict[str, str] = {}  # sublayer -> path where it ends
         firsts: dict[str, str] = {}  # sublayer -> its first projection
-        self.width = 0
         for scope in scopes:
-            outs_first = self._attention(scope)
-            if outs_first is not None:
-                name, first, out = outs_first
-                firsts[name], outs[name] = first, out
+            name, firsts_here, out = self._attention(scope)
+            firsts[name], outs[name] = firsts_here, out
         experts = self._experts()
         feed = [p for p in self.linears if p not in inside]
         if experts:
@@ -159,7 +184,7 @@ class _Reader:
         """The modules that hold an attention and its output projection, in order of use."""
         scopes: list[str] = []
         for path in self.linears:
-            if _role(path.rsplit(".", 1)[-1]) not in ("q", "fused"):
+            if _role(path) not in ("q", "fused"):
                 continue
             parent = _parent(path)
             while parent and not self._outputs(parent):
@@ -171,13 +196,14 @@ class _Reader:
     def _outputs(self, scope: str) -> list[str]:
         """Linear layers below `scope` that are no query, key or value: the output projection comes last."""
         names = [p for p in self.linears if _below(p, scope)]
-        return [p for p in names if not _role(_name(p)) and not _name(p).startswith("pos_")]
+        return [p for p in names if not _role(p) and not _name(p).startswith("pos_")]
 
-    def _attention(self, scope: str) -> tuple[str, str, str] | None:
+    def _attention(self, scope: str) -> tuple[str, str, str]:
+        """Add the projections of one attention; say its name, its first projection and where it ends."""
         cross = bool(_CROSS.search(scope))
         prefix = "cross" if cross else "attn"
         mine = [p for p in self.linears if _below(p, scope)]
-        roles = {_role(_name(p)): p for p in reversed(mine)}
+        roles = {_role(p): p for p in reversed(mine)}
         inner = self.modules[_parent(roles.get("q") or roles["fused"])]
         n_heads = self._n_heads(inner)
         output = self._outputs(scope)[-1]
@@ -196,8 +222,7 @@ class _Reader:
         self._add(f"{prefix}.o", output)
         self.width = _shape(self.modules[output])[1]
         causal = getattr(inner, "is_causal", None)
-        if causal is None:
-            causal = self.architecture.causal
+        causal = self.causal if causal is None else causal
         self.facts.attentions.append(
             AttentionFacts(
                 path=self._whole(_parent(roles.get("q") or roles["fused"])),
@@ -217,7 +242,10 @@ class _Reader:
             for name in ("num_attention_heads", "num_heads", "n_heads", "n_head"):
                 if isinstance(value := getattr(holder, name, None), int) and value > 0:
                     return value
-        raise AssertionError(f"{self.path}: the number of heads is in neither the module nor the configuration")
+        raise AnatomyError(
+            f"{self.path}: the number of attention heads is neither in the module nor in the configuration"
+            " (as num_attention_heads, num_heads, n_heads or n_head)."
+        )
 
     def _add_fused(self, path: str, prefix: str, n_heads: int, n_kv: int, d_head: int, has_query: bool) -> None:
         told = self.architecture.fused.get(_name(path))
@@ -265,29 +293,29 @@ class _Reader:
             if "down_proj" not in weights:
                 continue
             n_experts, rows, columns = weights["down_proj"].shape
-            transposed = columns == self.width != rows
+            widest = next((p for n, p in weights.items() if n != "down_proj"), weights["down_proj"])
+            # Expert weights are square often enough; the other tensor tells (d_out, d_in) from (d_in, d_out) then.
+            transposed = columns == self.width and (rows != self.width or widest.shape[2] > widest.shape[1])
             inner = rows if transposed else columns
             for name, weight in weights.items():
                 d_in, d_out = (weight.shape[1], weight.shape[2])[:: 1 if transposed else -1]
-                told = self.architecture.fused.get(name)
                 bias = f"{name}_bias" if f"{name}_bias" in module._parameters else None
-                spot = replace(self._site("experts.up", path), param=name, bias=bias, d_in=d_in, d_out=d_out)
-                spot = replace(spot, transposed=transposed, n_experts=n_experts)
-                places: list[tuple[str, Rows | None]]
-                if d_out == 2 * inner and d_in == self.width:
+                places: list[tuple[str, Rows | None]] = [("experts.down", None)]
+                if name != "down_proj":
+                    places = [("experts.gate" if _GATE.search(name) else "experts.up", None)]
+                if name != "down_proj" and d_out == 2 * inner:
+                    told = self.architecture.fused.get(name)
                     if told is None:
                         self.facts.unknown.append(f"{self._whole(path)}.{name}")
                         continue
                     places = list(_split(told, list(told.parts), [inner, inner], 1))
-                else:
-                    kind = "down" if name == "down_proj" else "gate" if _GATE.search(name) else "up"
-                    places = [(f"experts.{kind}", None)]
+                spot = replace(self._site("", path), param=name, bias=bias, transposed=transposed, n_experts=n_experts)
                 for expert in range(n_experts):
                     for kind, which in places:
                         out = which.count if which else d_out
                         n = out * (d_in + (bias is not None))
                         self.facts.sites.append(
-                            replace(spot, kind=kind, rows=which, d_out=out, expert=expert, n_params=n)
+                            replace(spot, kind=kind, rows=which, d_in=d_in, d_out=out, expert=expert, n_params=n)
                         )
             return _parent(path) or path
         return None
@@ -312,7 +340,7 @@ class _Reader:
 
     def _dropout_after(self, path: str) -> str:
         """The dropout called next after `path`, if it is next."""
-        for here, following in zip(self.calls, self.calls[1:], strict=False):
+        for here, following in pairwise(self.calls):
             if here == path and is_dropout(following, self.modules[following]):
                 return following
         return ""
@@ -355,7 +383,7 @@ class _Reader:
         return min(self.order.index(p) for p in self.order if _below(p, path))
 
     def _norms(self) -> None:
-        used = [p for p in self.order if is_norm(p, self.modules[p]) and self.modules[p]._parameters]
+        used = [p for p in self.order if is_norm(p, self.modules[p]) and has_weight(self.modules[p])]
         for index, path in enumerate(used):
             self.facts.sites.append(
                 norm_site(self._whole(path), self.modules[path], self.layer, self.stack, str(index))
@@ -386,6 +414,11 @@ class _Reader:
                 n_params=d_out * (d_in + (bias is not None)),
             )
         )
+
+
+def has_weight(norm: nn.Module) -> bool:
+    """Whether a norm has numbers of its own."""
+    return norm._parameters.get("weight") is not None
 
 
 def norm_site(path: str, module: nn.Module, layer: int | None, stack: str, part: str) -> Site:

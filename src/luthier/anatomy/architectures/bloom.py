@@ -1,4 +1,4 @@
-"""BLOOM: fused as in GPT-NeoX; the residual sum may take the normed stream; its attention does not say it is causal."""
+"""BLOOM: fused as in GPT-NeoX; the residual sum may take the normed stream."""
 
 from typing import Any, ClassVar
 
@@ -8,7 +8,6 @@ from luthier.anatomy.architecture import ARCHITECTURES, Architecture, Fused
 @ARCHITECTURES.register("bloom", model_types=("bloom",))
 class Bloom(Architecture):
     fused: ClassVar = {"query_key_value": Fused(("attn.q", "attn.k", "attn.v"), layout="per_head")}
-    causal: ClassVar = True
 
     @classmethod
     def residual_is_input(cls, config: Any) -> bool:

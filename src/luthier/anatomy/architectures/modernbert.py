@@ -8,7 +8,7 @@ from typing import ClassVar
 from luthier.anatomy.architecture import ARCHITECTURES, Architecture, Fused
 
 
-@ARCHITECTURES.register("modernbert", model_types=("modernbert",))
+@ARCHITECTURES.register("modernbert", model_types=("modernbert", "modernbert-decoder"))
 class ModernBert(Architecture):
     fused: ClassVar = {
         "Wqkv": Fused(("attn.q", "attn.k", "attn.v")),

@@ -63,7 +63,10 @@ class Unfreeze:
 
 @dataclass(frozen=True)
 class PrependTokens:
-    """Vectors before the embedded text: `source()` returns (P, d). Mask, positions and pooling follow."""
+    """Vectors before the embedded text: `source()` returns (P, d). Mask, positions and pooling follow.
+
+    A source with a method `start(embed)` is given the model's word embedding once, under a keyed generator.
+    """
 
     source: nn.Module
     length: int

@@ -14,9 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from luthier.anatomy import Anatomy
 from luthier.core import ModelError
 
-__all__ = ["PromptHooks"]
+__all__ = ["PromptHooks", "text_stack"]
+
+
+def text_stack(modules: dict[str, nn.Module], anatomy: Anatomy) -> nn.Module:
+    """The innermost module that is given the text (or image) and holds every block.
+
+    Not always the backbone: the language-model class of OPT goes past it, straight to its decoder.
+    """
+    found = modules[anatomy.backbone]
+    for path, module in modules.items():
+        holds = not path or all(block.path.startswith(f"{path}.") for block in anatomy.blocks)
+        if holds and path.startswith(anatomy.backbone) and hasattr(module, "forward"):
+            names = inspect.signature(module.forward).parameters
+            if {"input_ids", "inputs_embeds", "pixel_values"} & set(names):
+                found = module  # parents come before their children
+    return found
 
 
 class PromptHooks:
@@ -29,6 +45,7 @@ class PromptHooks:
         self.embed, self.stack, self.limit = embed, stack, limit
         self.keep = decoder is not None
         self._inserted = 0
+        self._states: Tensor | None = None
         self._names = list(inspect.signature(stack.forward).parameters)
         self._offset = _position_offset(stack, model.config)
         self._handles = [
@@ -38,6 +55,8 @@ class PromptHooks:
         pooler = getattr(stack, "pooler", None)
         if isinstance(pooler, nn.Module) and not self.keep:
             self._handles.append(pooler.register_forward_pre_hook(self._pool))
+            if isinstance(encoder := getattr(stack, "encoder", None), nn.Module):
+                self._handles.append(encoder.register_forward_hook(self._hold))
         if decoder is not None:
             self._handles.append(decoder.register_forward_pre_hook(self._cross, with_kwargs=True))
 
@@ -119,7 +138,13 @@ class PromptHooks:
             out.hidden_states = tuple(h[:, n:] for h in out.hidden_states)
         return out
 
+    def _hold(self, encoder: nn.Module, args: Any, out: Any) -> None:
+        self._states = out[0]
+
     def _pool(self, pooler: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        states, self._states = self._states, None
+        if args[0].dim() == 2 and states is not None:  # ALBERT hands over the first position alone
+            return (states[:, self._inserted], *args[1:])
         return (args[0][:, self._inserted :], *args[1:])
 
     def _cross(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from luthier.surgery.branch import Branch
 from luthier.surgery.context import Context
 from luthier.surgery.edits import AddBranch, Attach, PrependKeys, PrependTokens, Reparametrise, Unfreeze
 from luthier.surgery.method import METHODS, Group, Method
-from luthier.surgery.prompts import PromptHooks
+from luthier.surgery.prompts import PromptHooks, text_stack
 from luthier.surgery.socket import Plug, Socket, Substitute, Tap
 
 __all__ = ["Tuned", "Tuning", "Unfrozen", "attach"]
@@ -92,7 +93,14 @@ class Tuned:
         self._digest: str | None = None
         self._folded: list[tuple[Tensor, Tensor]] | None = None
         self._names = list(inspect.signature(model.forward).parameters)
-        self._hook = model.register_forward_pre_hook(self._listen, with_kwargs=True)
+        self._hooks = [model.register_forward_pre_hook(self._listen, with_kwargs=True)]
+        if self.anatomy.is_encoder_decoder and hasattr(model, "get_encoder"):
+            # `generate` runs the encoder on its own, before the model's first forward pass.
+            self._hooks.append(model.get_encoder().register_forward_pre_hook(self._listen_encoder, with_kwargs=True))
+        self._inside = False
+        self._hooks.append(model.register_forward_hook(self._leave, always_call=True))
+        if hasattr(model, "generate"):
+            model.__dict__["generate"] = self._generating(model.generate)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         model.add_module("luthier", nn.ModuleDict())
@@ -270,7 +278,12 @@ class Tuned:
         elif isinstance(edit, Unfreeze):
             self._unfreeze(tuning, prefix, edit)
         elif isinstance(edit, PrependTokens):
-            tuning.add(f"{prefix}prompt", self._home(edit.source))
+            source = self._home(edit.source)
+            if hasattr(source, "start") and next(source.parameters()).device.type != "meta":
+                embed = self.anatomy.sites("embed", asked_by="prompt vectors")[0]
+                with keyed(seed, "init", prefix, "prompt"):
+                    source.start(self._modules[embed.path])
+            tuning.add(f"{prefix}prompt", source)
         elif isinstance(edit, PrependKeys):
             tuning.add(f"{prefix}prefix", self._home(edit.source))
             prefixes = []
@@ -385,6 +398,11 @@ class Tuned:
 
     # ------------------------------------------------------------------ listening
 
+    def listen(self, inputs: dict[str, Any]) -> None:
+        """Note the batch before a pass that does not enter through the whole model's `forward`."""
+        self._listen(self.model, (), inputs)
+        self._inside = False
+
     def _listen(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """At the start of each forward pass: facts of the batch, and prefixes outside any checkpointed block."""
         given = dict(zip(self._names, args, strict=False)) | kwargs
@@ -399,13 +417,38 @@ class Tuned:
         mask = given.get("attention_mask")
         context.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         context.decoder_mask = given.get("decoder_attention_mask") if self.anatomy.is_encoder_decoder else context.mask
-        if context.past == 0:
+        if context.past == 0 and not context.generating:
             context.memory.clear()
+        self._inside = True
         for name, source, prefixes in self._prefixes:
             live = self.tunings[name].active
             pairs = source.keys_values(context) if live else [(None, None)] * len(prefixes)  # type: ignore[operator]
             for prefix, (keys, values) in zip(prefixes, pairs, strict=True):
                 prefix.keys, prefix.values = keys, values
+
+    def _listen_encoder(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._inside:
+            names = inspect.signature(encoder.forward).parameters
+            self._listen(self.model, (), dict(zip(names, args, strict=False)) | kwargs)
+            self._inside = False
+
+    def _leave(self, model: nn.Module, args: Any, out: Any) -> None:
+        self._inside = False
+
+    def _generating(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        """`generate` with one memory for all its steps, also where no cache tells the first from the later ones."""
+
+        @functools.wraps(generate)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            self.context.memory.clear()
+            self.context.generating = True
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                self.context.generating = False
+                self.context.memory.clear()
+
+        return wrapper
 
     # ------------------------------------------------------------------ switching
 
@@ -417,7 +460,7 @@ class Tuned:
             for unfrozen in self.tunings[name].unfrozen.values():
                 if unfrozen.name in tensors and tensors[unfrozen.name] != name:
                     raise CompositionError(
-                        f"{name} and {tensors[unfrozen.name]} both train {unfrozen.name}; one of them can act at a time."
+                        f"{name} and {tensors[unfrozen.name]} both train {unfrozen.name}; one can act at a time."
                     )
                 tensors[unfrozen.name] = name
         for tuning in self.tunings.values():
@@ -486,8 +529,7 @@ class Tuned:
         embed = self._modules[self.anatomy.sites("embed", asked_by="prompt vectors")[0].path]
         if self.anatomy.is_encoder_decoder:
             return self.model.get_encoder(), embed, self.model.get_decoder()
-        backbone = self._modules[self.anatomy.backbone] if self.anatomy.backbone else self.model
-        return backbone, embed, None
+        return text_stack(self._modules, self.anatomy), embed, None
 
     # ------------------------------------------------------------------ masked updates
 
@@ -559,7 +601,9 @@ class Tuned:
             attention.uninstall(self._attention)
         for module in self._modules.values():
             module.__dict__.pop("_luthier_prefixes", None)
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
+        self.model.__dict__.pop("generate", None)
         for name, required in self._required.items():
             self._parameters[name].requires_grad_(required)
         del self.model._modules["luthier"]
@@ -595,12 +639,12 @@ class Tuned:
                     weight, bias = plug.attachment.merged(weight, bias)
                 if bias is not None and not had_bias:
                     raise CannotMerge(
-                        f"{plugs[0].site.key}: the merged layer needs a bias and the model's layer has none. Serve it attached."
+                        f"{plugs[0].site.key}: the merged layer needs a bias and the model's has none. Serve it attached."
                     )
                 for tensor in (weight, bias):
                     if tensor is not None and not torch.isfinite(tensor).all():
                         raise CannotMerge(
-                            f"{plugs[0].site.key}: the merged weight is not finite. The tuning is broken; nothing was changed."
+                            f"{plugs[0].site.key}: the merged weight is not finite: a broken tuning. Nothing was changed."
                         )
                 new.append((base, weight, bias))
         substituted: list[tuple[Tensor, Tensor]] = []
@@ -664,7 +708,8 @@ class Tuned:
         for path in head & set(self._sockets):
             if self._sockets[path].live.whole and any(s.tied for s in self.anatomy.sites("head")):
                 raise CannotMerge(
-                    "the output head shares its weight with the input embedding: merging there would change both. Serve it attached."
+                    "the output head shares its weight with the input embedding: merging there would change both. "
+                    "Serve it attached."
                 )
 
     def save(self, folder: Any, *, name: str | None = None, about: dict[str, Any] | None = None) -> str:

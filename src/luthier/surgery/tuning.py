@@ -21,7 +21,7 @@ __all__ = ["FORMAT", "base_digest", "load", "read_tuning", "save", "stored_tenso
 
 FORMAT = 1
 _KEYS = {
-    "format", "luthier", "method", "settings", "base", "head", "labels", "task", "contract", "tensors", "sha256", "bytes",
+    "format", "luthier", "method", "settings", "base", "head", "labels", "task", "contract", "tensors", "sha256",
     "precision",
 }  # fmt: skip
 
@@ -56,7 +56,7 @@ def stored_tensors(tuning: Tuning) -> dict[str, Tensor]:
         for short, tensor in parts.items():
             tensors[f"{key_}.{short}"] = tensor.detach().cpu().contiguous()
     for key_, unfrozen in tuning.unfrozen.items():
-        value = (unfrozen.parameter if unfrozen.parked is None else unfrozen.parked).detach()
+        value = unfrozen.parked if unfrozen.parked is not None else unfrozen.parameter.detach()
         if unfrozen.mask is None:
             tensors[key_] = value.cpu().contiguous()
         else:

@@ -1,1 +1,24 @@
-"""."""
+"""The one loop, what it learns from, and what comes out of it."""
+
+from luthier.training.loop import Listener
+from luthier.training.predict import Predictor, predict
+from luthier.training.run import Prepared, Result, prepare, resume, train, verify_resume
+from luthier.training.spec import BatchSpec, CheckpointSpec, DataSpec, EvalSpec, OptimSpec, RunSpec
+
+__all__ = [
+    "BatchSpec",
+    "CheckpointSpec",
+    "DataSpec",
+    "EvalSpec",
+    "Listener",
+    "OptimSpec",
+    "Predictor",
+    "Prepared",
+    "Result",
+    "RunSpec",
+    "predict",
+    "prepare",
+    "resume",
+    "train",
+    "verify_resume",
+]

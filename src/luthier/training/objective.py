@@ -1,0 +1,95 @@
+"""One forward pass of one micro-batch, and its loss as a sum over targets.
+
+The sum, not the mean: it is divided by the targets of the whole optimiser step, so neither accumulation nor the way a
+step is cut into micro-batches changes the gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from luthier import kernels
+from luthier.surgery import Tuned
+from luthier.training.batches import Batch
+from luthier.training.encode import IGNORED
+from luthier.training.tasks import Task
+
+__all__ = ["Objective", "Result"]
+
+
+@dataclass
+class Result:
+    """What one pass gives. `loss` is a sum over `n_targets`; `logits` is None where they were never all held."""
+
+    loss: Tensor
+    n_targets: int
+    logits: Tensor | None = None
+    labels: Tensor | None = None
+
+
+class Objective:
+    """Computes the task's loss of a batch on a tuned model.
+
+    Args:
+        full_logits: hold all logits of a language model, because something looks at them.
+    """
+
+    def __init__(self, tuned: Tuned, task: Task, *, full_logits: bool = False) -> None:
+        self.tuned, self.task = tuned, task
+        self.chunked = task.name == "causal_lm" and not full_logits and self._separable()
+
+    def _separable(self) -> bool:
+        """Whether the model is a backbone and one output matrix, so that the loss can be computed in chunks."""
+        model = self.tuned.model
+        head = model.get_output_embeddings()
+        config = model.config.get_text_config()
+        plain = all(
+            getattr(config, n, None) in (None, 1, 1.0)
+            for n in ("logit_scale", "logits_scaling", "mup_width_multiplier")
+        )
+        # A socket on the head computes more than one product.
+        return isinstance(head, nn.Linear) and model.base_model is not model and plain
+
+    def __call__(self, batch: Batch) -> Result:
+        """Run the model. Shapes of `logits`: (batch, classes), or (batch, tokens, classes) for tags and words."""
+        if self.chunked and batch.labels is not None and kernels.fast():
+            return self._chunked(batch)
+        out = self.tuned.model(**batch.inputs)
+        logits = out.logits if hasattr(out, "logits") else out[0]
+        return Result(self.loss(logits, batch.labels), batch.n_targets, logits, batch.labels)
+
+    def loss(self, logits: Tensor, labels: Tensor | None) -> Tensor:
+        """The summed loss, in fp32."""
+        if labels is None:
+            return logits.new_zeros((), dtype=torch.float32)
+        values = logits.float()
+        if self.task.name == "regression":
+            return F.mse_loss(values.view(-1), labels.float().view(-1), reduction="sum")
+        if self.task.multi_label:
+            # The mean over labels, so that a row counts once however many labels there are.
+            return F.binary_cross_entropy_with_logits(values, labels.float(), reduction="none").mean(-1).sum()
+        if self.task.name == "causal_lm":
+            values, labels = values[:, :-1], labels[:, 1:]
+        return F.cross_entropy(
+            values.reshape(-1, values.shape[-1]), labels.reshape(-1), ignore_index=IGNORED, reduction="sum"
+        )
+
+    def _chunked(self, batch: Batch) -> Result:
+        """Hidden states to loss in chunks: only supervised tokens, never all logits."""
+        model = self.tuned.model
+        self.tuned.listen(batch.inputs)
+        out = model.base_model(**batch.inputs, use_cache=False)
+        hidden = out[0][:, :-1]
+        assert batch.labels is not None
+        labels = batch.labels[:, 1:]
+        head: Any = model.get_output_embeddings()
+        softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        loss, _ = kernels.linear_cross_entropy(
+            hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias, labels.reshape(-1), softcap=softcap
+        )
+        return Result(loss, batch.n_targets, None, batch.labels)

@@ -27,22 +27,27 @@ def chunked(hidden: Tensor, weight: Tensor, labels: Tensor, megabytes: int, piec
     return torch.autograd.grad(loss, hidden)[0]
 
 
+def calls(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """Everything to be timed in one type."""
+    labels = torch.randint(0, V, (N,))
+    hidden, weight = torch.randn(N, D).to(dtype).requires_grad_(), (torch.randn(V, D) / 20).to(dtype)
+    g = torch.randn(N, V).to(dtype)
+    made: dict[str, Callable[[], object]] = {
+        "all logits": lambda: all_logits(hidden, weight, labels),
+        "floor: two products": lambda: (hidden.detach() @ weight.T, g @ weight),
+    }
+    for megabytes in (8, 32, 128):
+        for piece in (512, 1024, 4096):
+            made[f"chunk {megabytes} MiB, piece {piece} KiB"] = lambda m=megabytes, p=piece: chunked(
+                hidden, weight, labels, m, p
+            )
+    return made
+
+
 def main() -> None:
     """Print medians and ratios; the two products alone are the floor."""
-    labels = torch.randint(0, V, (N,))
     for dtype in (torch.float32, torch.bfloat16):
-        hidden, weight = torch.randn(N, D).to(dtype).requires_grad_(), (torch.randn(V, D) / 20).to(dtype)
-        g = torch.randn(N, V).to(dtype)
-        calls: dict[str, Callable[[], object]] = {
-            "all logits": lambda: all_logits(hidden, weight, labels),
-            "floor: two products": lambda: (hidden.detach() @ weight.T, g @ weight),
-        }
-        for megabytes in (8, 32, 128):
-            for piece in (512, 1024, 4096):
-                calls[f"chunk {megabytes} MiB, piece {piece} KiB"] = lambda m=megabytes, p=piece: chunked(
-                    hidden, weight, labels, m, p
-                )
-        ms = pair(calls, repeats=3)
+        ms = pair(calls(dtype), repeats=3)
         for name, value in ms.items():
             print(f"{dtype!s:15} {name:28} {value:8.1f} ms   {ms['all logits'] / value:5.2f} x")
 

@@ -5,6 +5,7 @@ Nothing here knows a model, a method or a run. `plain()` (or LUTHIER_PLAIN=1) tu
 
 from luthier.kernels._switch import fast, plain
 from luthier.kernels.attachments import bottleneck, scale
+from luthier.kernels.attention import attend, attention_interface
 from luthier.kernels.dropout import KeyedDropout, dropout, keep_mask
 from luthier.kernels.loss import linear_cross_entropy
 from luthier.kernels.low_rank import Update, dora_linear, dora_norm, low_rank_linear, low_rank_linears, row_squares
@@ -12,6 +13,8 @@ from luthier.kernels.low_rank import Update, dora_linear, dora_norm, low_rank_li
 __all__ = [
     "KeyedDropout",
     "Update",
+    "attend",
+    "attention_interface",
     "bottleneck",
     "dora_linear",
     "dora_norm",

@@ -62,11 +62,11 @@ def _levels(p: float) -> int:
     return min(round(p * _LEVELS), _LEVELS - 1)
 
 
-def _draw(seed: int, chunk: int, count: int, level: int, z: Tensor, t: Tensor) -> Tensor:
-    """Fill `z` with keep masks of `count` elements of chunk number `chunk`: int16, all ones where kept."""
+def _draw(seed: int, first: int, count: int, level: int, z: Tensor, t: Tensor) -> Tensor:
+    """Fill `z` with keep masks of `count` elements from counter `first` on: int16, all ones where kept."""
     n = (count + 3) // 4
     z, t = z[:n], t[:n]
-    torch.add(_counted(z.device)[:n], _signed(_spread(seed) + chunk * _CHUNK * _STEP), out=z)
+    torch.add(_counted(z.device)[:n], _signed(_spread(seed) + first * _STEP), out=z)
     # The shifts are arithmetic, so each xor clears the top bit: x and ~x become one, of 2^64 states 2^63 stay, and the
     # last one clears a bit that is not drawn from. Adding instead of xor keeps all states and is useless: sums,
     # products and shifts are nearly linear together, and draws of neighbouring counters then correlate by up to 0.3.
@@ -87,14 +87,21 @@ def keep_mask(shape: torch.Size | tuple[int, ...], p: float, seed: int, device: 
     Raises:
         ConfigError: p lies outside [0, 1).
     """
-    level = _levels(p)
-    flat = torch.empty(torch.Size(shape).numel(), dtype=torch.int16, device=device)
-    z = torch.empty(_CHUNK, dtype=torch.int64, device=device)
+    count = torch.Size(shape).numel()
+    return (kept_bits(0, count, _levels(p), seed, torch.device(device)) != 0).view(shape)
+
+
+def kept_bits(start: int, count: int, level: int, seed: int, device: torch.device) -> Tensor:
+    """Masks of elements [start, start + count): int16, all ones where kept. For blocks of a larger tensor."""
+    skipped = start % 4
+    first = start // 4
+    flat = torch.empty(count + skipped, dtype=torch.int16, device=device)
+    z = torch.empty(min(_CHUNK, (len(flat) + 3) // 4), dtype=torch.int64, device=device)
     t = torch.empty_like(z)
-    for chunk, start in enumerate(range(0, flat.numel(), _DRAWS)):
-        part = flat[start : start + _DRAWS]
-        part.copy_(_draw(seed, chunk, part.numel(), level, z, t))
-    return flat.view(shape) != 0
+    for begin in range(0, len(flat), _DRAWS):
+        part = flat[begin : begin + _DRAWS]
+        part.copy_(_draw(seed, first + begin // 4, len(part), level, z, t))
+    return flat[skipped:]
 
 
 def _apply(x: Tensor, level: int, seed: int) -> Tensor:
@@ -106,9 +113,9 @@ def _apply(x: Tensor, level: int, seed: int) -> Tensor:
     scale = _LEVELS / (_LEVELS - level)
     z = torch.empty(min(_CHUNK, (x.numel() + 3) // 4), dtype=torch.int64, device=x.device)
     t = torch.empty_like(z)
-    for chunk, start in enumerate(range(0, x.numel(), _DRAWS)):
+    for start in range(0, x.numel(), _DRAWS):
         end = min(start + _DRAWS, x.numel())
-        kept = _draw(seed, chunk, end - start, level, z, t)
+        kept = _draw(seed, start // 4, end - start, level, z, t)
         # AND on the bits: a comparison and a multiplication by booleans cost five times as much on CPU.
         torch.bitwise_and(
             bits_in[start:end], kept if integer is torch.int16 else kept.to(integer), out=bits_out[start:end]

@@ -6,6 +6,7 @@ cache never holds it, beams need no copy of it, and the mask grows by columns th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +24,13 @@ NAME = "luthier"
 class Prefix:
     """What one attention module sees before its own keys; `keys`, `values` are set at the start of each forward pass.
 
-    Shapes (n_kv_heads, P, d_head) or (batch, n_kv_heads, P, d_head).
+    Shapes (n_kv_heads, P, d_head) or (batch, n_kv_heads, P, d_head); or functions that give them when the attention
+    asks, for prefixes that depend on what it reads.
     """
 
     tuning: str
-    keys: Tensor | None = None
-    values: Tensor | None = None
+    keys: Tensor | Callable[[], Tensor] | None = None
+    values: Tensor | Callable[[], Tensor] | None = None
 
 
 def _attention(
@@ -54,9 +56,10 @@ def _attention(
         is_causal = False
         for prefix in prefixes:
             assert prefix.keys is not None and prefix.values is not None
-            key = torch.cat([_per_row(prefix.keys, key), key], dim=2)
+            more = _per_row(prefix.keys, key)
+            key = torch.cat([more, key], dim=2)
             value = torch.cat([_per_row(prefix.values, value), value], dim=2)
-            length = prefix.keys.shape[-2]
+            length = more.shape[-2]
             if attention_mask is not None:
                 seen = True if attention_mask.dtype == torch.bool else 0.0
                 attention_mask = torch.nn.functional.pad(attention_mask, (length, 0), value=seen)
@@ -76,8 +79,8 @@ def _attention(
     )
 
 
-def _per_row(prefix: Tensor, like: Tensor) -> Tensor:
-    prefix = prefix.to(like.dtype)
+def _per_row(prefix: Tensor | Callable[[], Tensor], like: Tensor) -> Tensor:
+    prefix = (prefix if isinstance(prefix, Tensor) else prefix()).to(like.dtype)
     return prefix if prefix.dim() == 4 else prefix.expand(like.shape[0], *prefix.shape)
 
 

@@ -77,7 +77,8 @@ class PrependKeys:
     """Keys and values before those of the text, without moving any position.
 
     `source.keys_values(context)` is called once per forward pass of the model and returns, for each entry of
-    `attentions`, a pair of shape (n_kv_heads, P, d_head) or (batch, n_kv_heads, P, d_head).
+    `attentions`, a pair of shape (n_kv_heads, P, d_head) or (batch, n_kv_heads, P, d_head), or a pair of functions that
+    give them once the attention is reached.
     """
 
     source: nn.Module

@@ -162,5 +162,5 @@ def _position_offset(stack: nn.Module, config: Any) -> int | None:
     embeddings = getattr(stack, "embeddings", None)
     table = getattr(embeddings, "position_embeddings", None)
     if isinstance(table, nn.Embedding) and table.padding_idx is not None and hasattr(embeddings, "padding_idx"):
-        return int(embeddings.padding_idx)  # type: ignore[union-attr, arg-type]
+        return int(embeddings.padding_idx)  # type: ignore[union-attr]
     return None

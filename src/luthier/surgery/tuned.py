@@ -75,9 +75,12 @@ class Tuned:
     of them learn; `print(tuned)` shows both.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, new_tensors: Sequence[str] = ()) -> None:
         self.model = model
-        self.anatomy = Anatomy.read(model)
+        anatomy = Anatomy.read(model)
+        # A pooler that the checkpoint lacks is random: it has to learn, whatever the method.
+        fresh = tuple(n for n in new_tensors if n not in anatomy.head_tensors)
+        self.anatomy = replace(anatomy, head_tensors=anatomy.head_tensors + fresh)
         self.context = Context()
         self.tunings: dict[str, Tuning] = {}
         self._required = {n: p.requires_grad for n, p in model.named_parameters(remove_duplicate=False)}
@@ -782,7 +785,14 @@ def keyed(seed: int, *stream: int | str) -> Iterator[None]:
 
 
 def attach(
-    model: Any, method: Method | str, *, name: str = "default", seed: int = 0, train_head: bool = True, **settings: Any
+    model: Any,
+    method: Method | str,
+    *,
+    name: str = "default",
+    seed: int = 0,
+    train_head: bool = True,
+    new_tensors: Sequence[str] = (),
+    **settings: Any,
 ) -> Tuned:
     """Edit a Hugging Face model in place so that `method` can train; the model keeps its class.
 
@@ -792,6 +802,7 @@ def attach(
         name: of this tuning, where a model holds several.
         seed: of the new numbers.
         train_head: also train a new task head (a classifier); a language-model head is never touched.
+        new_tensors: names of further tensors that no checkpoint filled; they train with the head.
 
     Raises:
         UnknownName, ConfigError: no such method or setting.
@@ -804,7 +815,7 @@ def attach(
         raise ConfigError(
             f"settings {', '.join(settings)}: pass them to the method itself, {type(method).__name__}(...)."
         )
-    tuned = Tuned.of(model) or Tuned(model)
+    tuned = Tuned.of(model) or Tuned(model, new_tensors)
     try:
         tuned.add(method, name=name, seed=seed, train_head=train_head)
     except Exception:

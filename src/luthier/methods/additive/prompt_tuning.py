@@ -1,0 +1,102 @@
+"""Prompt tuning: train a few vectors before the embedded text, and nothing else.
+
+    H_0 = [E_p ; E(x)]          E_p: (P, d)
+
+In an encoder-decoder the encoder alone gets them. The model reads other text than before from the first step on.
+
+Lester, Al-Rfou, Constant 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning", arXiv:2104.08691, section 2.
+
+Count: P times the width of the word embedding.
+Claims: matches full fine-tuning at 10 billion parameters, and falls behind it below that.
+Pitfalls: learning rates are of another order here, 0.3 with Adafactor: with 1e-3 the vectors hardly move; the paper's
+100 vectors shorten the text by as much where positions are bounded; T5 v1.1 wants to be trained as a language model
+first. The paper samples from the 5,000 most frequent words: we take the first 5,000 ids, which are those in a
+vocabulary sorted by frequency (SentencePiece), and merely ids in any other.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from luthier.anatomy import Anatomy
+from luthier.core import ConfigError, above, at_least
+from luthier.surgery import METHODS, Edit, Method, PrependTokens
+
+_FREQUENT = 5_000
+
+
+@METHODS.register("prompt_tuning", family="additive", paper="arXiv:2104.08691")
+@dataclass(frozen=True, kw_only=True)
+class PromptTuning(Method):
+    """Settings of prompt tuning."""
+
+    length: Annotated[int, "vectors before the text", at_least(1)] = 20
+    init: Annotated[Literal["uniform", "vocabulary", "words"], "random, or copied from word embeddings"] = "vocabulary"
+    span: Annotated[float, "uniform: drawn from [-span, span]", above(0)] = 0.5
+    words: Annotated[
+        tuple[tuple[int, ...], ...], "init=words: token ids, one group per vector; a group is averaged"
+    ] = ()
+
+    mergeable: ClassVar[bool] = False
+    starts_at_base: ClassVar[bool] = False
+    default_lr: ClassVar[float] = 0.3
+
+    def __post_init__(self) -> None:
+        if (self.init == "words") != bool(self.words):
+            raise ConfigError(
+                f"prompt_tuning: init={self.init!r} and {len(self.words)} groups of words. "
+                "init=words needs words, such as words=[[318],[318,12]]; other inits take none."
+            )
+        if len(self.words) > self.length or any(not group for group in self.words):
+            raise ConfigError(
+                f"prompt_tuning.words: {len(self.words)} groups for {self.length} vectors. "
+                "Give at most one group per vector, each of at least one token id; the rest is sampled."
+            )
+
+    def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
+        yield PrependTokens(Prompt(self, self._width(anatomy)), self.length)
+
+    def n_params(self, anatomy: Anatomy) -> int:
+        return self.length * self._width(anatomy)
+
+    def _width(self, anatomy: Anatomy) -> int:
+        return anatomy.sites("embed", asked_by="prompt_tuning")[0].d_out
+
+
+class Prompt(nn.Module):
+    """The vectors. Called, it gives them: (P, d)."""
+
+    def __init__(self, settings: PromptTuning, d: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.vectors = nn.Parameter(torch.empty(settings.length, d).uniform_(-settings.span, settings.span))
+
+    def forward(self) -> Tensor:
+        return self.vectors
+
+    @torch.no_grad()
+    def start(self, embed: nn.Module) -> None:
+        """Copy word embeddings where the settings say so. Surgery calls it once, with the model's own embedding.
+
+        Raises:
+            ConfigError: a token id that the vocabulary does not have.
+        """
+        if self.settings.init == "uniform":
+            return
+        weight = embed.weight
+        assert isinstance(weight, Tensor)
+        outside = [i for group in self.settings.words for i in group if not 0 <= i < weight.shape[0]]
+        if outside:
+            raise ConfigError(
+                f"prompt_tuning.words: no token has the id {outside[0]}; the vocabulary has {weight.shape[0]}."
+            )
+        sampled = torch.randperm(min(_FREQUENT, weight.shape[0]))
+        rows = [torch.tensor(group) for group in self.settings.words]
+        while len(rows) < self.settings.length:  # a vocabulary smaller than the prompt is gone through again
+            rows.append(sampled[len(rows) % len(sampled)][None])
+        # Through the layer, not from its table: some models scale what they look up.
+        looked_up = [embed(ids.to(weight.device)).float().mean(0) for ids in rows]
+        self.vectors.copy_(torch.stack(looked_up))

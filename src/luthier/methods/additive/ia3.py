@@ -10,7 +10,8 @@ arXiv:2205.05638, section 3.3. Its extra losses belong to its recipe, T-Few, and
 Count: L (2 d + m); with grouped key-value heads, their width for the first two.
 Claims: a few tens of thousands of numbers, merged exactly, no cost at inference.
 Pitfalls: merging must scale the biases of k and v too; decay has to pull towards one, not towards zero; keys are
-scaled before rotary angles; for a gated feed-forward layer the scaled vector is what ffn.down reads.
+scaled before rotary angles; for a gated feed-forward layer the scaled vector is what ffn.down reads; a pattern such as
+"output.dense" would match BERT's attention output too and train L (3 d + m).
 """
 
 from collections.abc import Iterable
@@ -21,7 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy, Site
-from luthier.surgery import METHODS, Attach, Attachment, Edit, Group, Method, Tuned
+from luthier.core import AnatomyError
+from luthier.kernels import scale
+from luthier.methods._own import group_names, own_modules
+from luthier.surgery import METHODS, Attach, Attachment, Base, Edit, Group, Method, Tuned
 
 
 @METHODS.register("ia3", family="additive", paper="arXiv:2205.05638")
@@ -47,46 +51,73 @@ class IA3(Method):
         return sum(s.d_out for s in self._outputs(anatomy)) + sum(s.d_in for s in self._inputs(anatomy))
 
     def groups(self, tuned: Tuned) -> list[Group]:
-        names = tuple(f"{k}.scale" for kind in (RescaleOutput, RescaleInput) for k in tuned.modules(kind))
-        return [Group(names, decay_to=1.0)]
+        scales = [m.scale for m in own_modules(self, tuned, RescaleOutput)]
+        scales += [m.scale for m in own_modules(self, tuned, RescaleInput)]
+        return [Group(group_names(tuned, scales), decay_to=1.0)]
 
     def _outputs(self, anatomy: Anatomy) -> tuple[Site, ...]:
         kinds = list(self.outputs)
         if self.cross and anatomy.is_encoder_decoder:
             kinds += [k.replace("attn.", "cross.") for k in self.outputs if k.startswith("attn.")]
-        return anatomy.sites(*kinds, asked_by="ia3") if kinds else ()
+        found = anatomy.sites(*kinds, asked_by="ia3") if kinds else ()
+        for site in found:
+            if site.expert is not None and site.bias is not None:
+                raise AnatomyError(
+                    f"ia3.outputs: {site.key} has a bias inside its expert, which is not rescaled. Leave it out."
+                )
+        return found
 
     def _inputs(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        return anatomy.sites(*self.inputs, asked_by="ia3") if self.inputs else ()
+        found = anatomy.sites(*self.inputs, asked_by="ia3") if self.inputs else ()
+        for site in found:
+            if site.kind == "norm" or site.kind.endswith("_out"):
+                raise AnatomyError(
+                    f"ia3.inputs: {site.key} is no projection; only what a projection reads is rescaled."
+                )
+        return found
 
 
 class RescaleOutput(Attachment):
     """Multiplies what a layer gives, element by element."""
 
     kind = "scale"
+    scale: nn.Parameter
 
     def __init__(self, d_out: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(d_out))
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        return y * self.scale
+        return scale(y, self.scale)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight * self.scale[:, None], bias * self.scale if bias is not None else None
+
+    def fused(self, base: Base, x: Tensor) -> Tensor | None:
+        if base.site.rows is not None or base.site.expert is not None or base.site.kind.endswith("_out"):
+            return None
+        y: Tensor = base.module(x)
+        return scale(y, self.scale)
 
 
 class RescaleInput(Attachment):
     """Multiplies what a layer reads, element by element."""
 
     kind = "scale"
+    scale: nn.Parameter
 
     def __init__(self, d_in: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(d_in))
 
     def before(self, x: Tensor) -> Tensor:
-        return x * self.scale
+        return scale(x, self.scale)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight * self.scale[None, :], bias
+
+    def fused(self, base: Base, x: Tensor) -> Tensor | None:
+        if base.site.rows is not None or base.site.expert is not None:
+            return None
+        y: Tensor = base.module(scale(x, self.scale))
+        return y

@@ -4,12 +4,14 @@
 
 B starts at zero, so the tuned model starts as the base model.
 
-Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, section 4.1.
+Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, section 4.1. A is drawn from
+U(±1/sqrt(d_in)), as the authors' code does; the paper says Gaussian.
 
 Count: sum over sites of rank * (d_in + d_out).
 Claims: quality of full fine-tuning with a fraction of its trained numbers; no cost at inference once merged.
 Pitfalls: the effective scale is alpha / rank, so raising the rank alone weakens the update; dropout belongs on the
-branch, never on the base path; a bf16 merge loses most of a small update, so merging is done in fp32 and cast once.
+branch, never on the base path; a bf16 merge loses most of a small update, so merging is done in fp32 and cast once;
+at the first step A has no gradient at all, because B is zero.
 """
 
 import math
@@ -19,8 +21,10 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor, nn
 
-from luthier.anatomy import Site
+from luthier.anatomy import Anatomy, Site
 from luthier.core import above, at_least, between
+from luthier.kernels import low_rank_linear
+from luthier.methods._low_rank import SmallDropout, check_projections, fusable
 from luthier.surgery import METHODS, Attachment, Base, PerSite
 
 
@@ -38,6 +42,9 @@ class LoRA(PerSite):
     starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 2e-3
 
+    def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
+        return check_projections(anatomy, super().places(anatomy), "lora", self.dropout)
+
     def params_at(self, site: Site) -> int:
         return self.rank * (site.d_in + site.d_out)
 
@@ -53,13 +60,20 @@ class ThinUpdate(Attachment):
     def __init__(self, d_in: int, d_out: int, rank: int, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
         self.scale = scale
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = SmallDropout(dropout)
         self.a = nn.Parameter(torch.empty(rank, d_in))
         self.b = nn.Parameter(torch.zeros(d_out, rank))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        return y + (self.dropout(x) @ self.a.T @ self.b.T) * self.scale
+        return y + (self.dropout(x, self.training) @ self.a.T @ self.b.T) * self.scale
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + self.b @ self.a * self.scale, bias
+
+    def fused(self, base: Base, x: Tensor) -> Tensor | None:
+        if not fusable(base):
+            return None
+        seed = self.dropout.seed(self.training)
+        p = 0.0 if seed is None else self.dropout.p
+        return low_rank_linear(x, base.weight(), base.bias(), self.a, self.b, self.scale, p, seed)

@@ -1,0 +1,64 @@
+"""What the low-rank methods share: where they may sit, when they may be fused, how their dropout is keyed."""
+
+import torch
+from torch import Tensor
+
+from luthier import kernels
+from luthier.anatomy import Anatomy, Site
+from luthier.core import AnatomyError, ConfigError
+from luthier.surgery import Base
+
+__all__ = ["SmallDropout", "check_projections", "fusable", "live_bias"]
+
+
+def check_projections(anatomy: Anatomy, sites: tuple[Site, ...], asked_by: str, dropout: float) -> tuple[Site, ...]:
+    """Hand `sites` back if a change of their weight is possible at all of them.
+
+    Raises:
+        AnatomyError: a site has no weight of its own.
+        ConfigError: dropout at an expert, whose weight is changed before it meets its input.
+    """
+    for site in sites:
+        if site.kind in ("embed", "norm") or site.kind.endswith("_out"):
+            there = [k for k in anatomy.kinds() if k not in ("embed", "norm") and not k.endswith("_out")]
+            raise AnatomyError(
+                f"{asked_by}: {site.key} is no projection, so it has no weight to change. Use {', '.join(there)}."
+            )
+        if dropout > 0 and site.expert is not None:
+            raise ConfigError(f"{asked_by}.dropout: {dropout:g} has no meaning at {site.key}; set it to 0 for experts.")
+    return sites
+
+
+def fusable(base: Base) -> bool:
+    """Whether the fused functions may stand for this layer: a plain float projection of which nothing trains."""
+    if base.site.rows is not None or base.site.expert is not None or base.site.kind.endswith("_out"):
+        return False
+    # A bias that another method trains would lose its gradient: the fused functions hold the layer constant.
+    return base.dtype.is_floating_point and not any(p.requires_grad for p in base.module.parameters())
+
+
+def live_bias(base: Base) -> Tensor | None:
+    """The bias as the layer uses it, with its gradient where another method trains it. (d_out,) or None."""
+    site = base.site
+    held = getattr(base.module, site.bias) if site.bias is not None else None
+    if held is None or not held.requires_grad or site.rows is not None or site.expert is not None:
+        return base.bias()
+    assert isinstance(held, Tensor)
+    return held
+
+
+class SmallDropout:
+    """Inverted dropout of a branch's input. One number of the ambient generator names the mask of a call, so that
+    activation checkpointing, which restores that generator, replays it.
+    """
+
+    def __init__(self, p: float) -> None:
+        self.p = p
+
+    def seed(self, training: bool) -> int | None:
+        """The seed of this call's mask; None where nothing is dropped."""
+        return int(torch.randint(1 << 62, ())) if training and self.p > 0 else None
+
+    def __call__(self, x: Tensor, training: bool) -> Tensor:
+        seed = self.seed(training)
+        return x if seed is None else kernels.dropout(x, self.p, seed)

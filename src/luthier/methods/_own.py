@@ -1,0 +1,30 @@
+"""What a method finds of itself on a model that may hold other tunings: its own modules, tensors and names."""
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+from torch import nn
+
+from luthier.surgery import Method, Tuned
+from luthier.surgery.tuned import Tuning
+
+__all__ = ["group_names", "own_modules", "own_tunings"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def own_tunings(method: Method, tuned: Tuned) -> list[Tuning]:
+    """The tunings that learn and hold this very method, alone or beside others."""
+    return [t for t in tuned.tunings.values() if t.trainable and any(p is method for p in t.method.parts())]
+
+
+def own_modules(method: Method, tuned: Tuned, kind: type[M]) -> list[M]:
+    """Its modules of one class, in the order of the model."""
+    found = (m for t in own_tunings(method, tuned) for m in t.modules_by_key().values())
+    return [m for m in found if isinstance(m, kind)]
+
+
+def group_names(tuned: Tuned, parameters: Iterable[nn.Parameter]) -> tuple[str, ...]:
+    """The names under which `parameters` train, for a `Group`."""
+    wanted = {id(p) for p in parameters}
+    return tuple(name for name, p in tuned.trained().items() if id(p) in wanted)

@@ -1,0 +1,88 @@
+"""What the methods' own tests share: a model in float64, a few steps of AdamW, numbers that are nowhere zero."""
+
+from typing import Any
+
+import torch
+from tiny import inputs, tiny
+from torch import Tensor
+
+from luthier.surgery import Tuned, attach
+
+
+def optimiser(tuned: Tuned, lr: float = 1e-2, decay: float = 0.01) -> torch.optim.Optimizer:
+    """AdamW over everything that trains."""
+    return torch.optim.AdamW(tuned.trained().values(), lr=lr, weight_decay=decay)
+
+
+def train(
+    tuned: Tuned, steps: int, *, total: int = 0, lr: float = 1e-2, decay: float = 0.01, seed: int = 0
+) -> list[float]:
+    """Steps in the order of the training loop: gradients, extra loss, hooks, masks, clip, update, hooks."""
+    step_with = optimiser(tuned, lr, decay)
+    tuned.model.train()
+    losses = []
+    for step in range(1, steps + 1):
+        torch.manual_seed(seed * 1000 + step)
+        batch = inputs(tuned.model, seed=step % 2)
+        result = tuned.model(**batch).loss
+        result.backward()
+        losses.append(float(result.detach()))
+        parts = [p for t in tuned.tunings.values() for p in t.method.parts()]
+        for part in parts:
+            extra = part.extra_loss(tuned)
+            if extra is not None:
+                extra.backward()
+        for part in parts:
+            part.after_backward(tuned, step, total or steps)
+        tuned.mask_gradients()
+        torch.nn.utils.clip_grad_norm_(tuned.trained().values(), 1.0)
+        step_with.step()
+        tuned.constrain()
+        for part in parts:
+            part.on_step(tuned, step, total or steps)
+        step_with.zero_grad(set_to_none=True)
+    tuned.model.eval()
+    return losses
+
+
+@torch.no_grad()
+def stir(tuned: Tuned, size: float = 0.3, seed: int = 5) -> None:
+    """Move every trained number, so that nothing is hidden by a zero."""
+    draw = torch.Generator().manual_seed(seed)
+    for parameter in tuned.trained().values():
+        parameter.add_(size * torch.randn(parameter.shape, generator=draw).to(parameter.dtype))
+
+
+def logits(model: Any, batch: dict[str, Tensor] | None = None) -> Tensor:
+    """What the model computes in evaluation mode, without a graph."""
+    model.eval()
+    with torch.no_grad():
+        out: Tensor = model(**(inputs(model) if batch is None else batch)).logits
+    return out
+
+
+def double(name: str, task: str = "") -> Any:
+    """A tiny model in float64."""
+    return tiny(name, task).double()
+
+
+def attach_double(name: str, method: str, task: str = "", **settings: Any) -> Tuned:
+    """A tiny model in float64 and its tuning, built in float64 too."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        return attach(double(name, task), method, **settings)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def frozen_copy(tuned: Tuned) -> dict[str, Tensor]:
+    """Copies of all tensors of the base that do not train."""
+    trained = {id(p) for p in tuned.trained().values()}
+    named = tuned.model.named_parameters()
+    return {n: p.detach().clone() for n, p in named if id(p) not in trained and not n.startswith("luthier.")}
+
+
+def same(now: dict[str, Tensor], before: dict[str, Tensor]) -> bool:
+    """Whether the tensors of `before` are unchanged in `now`, bit for bit."""
+    return all(torch.equal(now[n].detach(), t) for n, t in before.items())

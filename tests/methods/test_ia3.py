@@ -1,0 +1,73 @@
+"""(IA)³: its own tests, beside those that every method passes."""
+
+import pytest
+import torch
+from methods.checks import attach_double, logits, stir
+from tiny import HIDDEN, INNER, LAYERS, inputs, tiny
+
+from luthier import kernels
+from luthier.surgery import attach
+
+
+def test_the_count_leaves_the_attention_output_alone():
+    assert attach(tiny("bert"), "ia3").n_trained() == LAYERS * (2 * HIDDEN + INNER)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "bart"])
+def test_fused_plain_and_merged_agree_in_float64(name):
+    results = []
+    for plain in (False, True):
+        tuned = attach_double(name, "ia3")
+        model = tuned.model
+        stir(tuned, 0.2)
+        with kernels.plain(plain):
+            out = model(**inputs(model))
+            out.loss.backward()
+        results.append([out.logits, *(p.grad for p in tuned.trained().values())])
+    for fast, slow in zip(*results, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-12)
+    before = logits(model)
+    tuned.fold()
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)  # merging computes in fp32
+
+
+def test_a_zero_vector_leaves_the_down_bias_alone():
+    model = tiny("bert")
+    tuned = attach(model, "ia3")
+    with torch.no_grad():
+        for key, module in tuned.modules().items():
+            if key.startswith("ffn.down"):
+                module.scale.zero_()
+    layer = model.bert.encoder.layer[0]
+    out = layer.output.dense(torch.randn(2, 3, INNER))
+    assert torch.equal(out, layer.output.dense.bias.expand_as(out))
+
+
+def test_what_ffn_down_reads_is_scaled_and_not_what_ffn_up_gives():
+    model, reference = tiny("bert"), tiny("bert")
+    tuned = attach(model, "ia3", outputs=())
+    stir(tuned)
+    for layer, module in enumerate(m for k, m in tuned.modules().items() if k.startswith("ffn.down")):
+        dense = reference.bert.encoder.layer[layer].output.dense
+        dense.register_forward_pre_hook(lambda _, args, scale=module.scale: (args[0] * scale,))
+    with torch.no_grad():
+        for name, parameter in tuned.trained().items():
+            if name.startswith("head/"):
+                dict(reference.named_parameters())[name.removeprefix("head/")].copy_(parameter)
+    torch.testing.assert_close(logits(model), logits(reference))
+
+
+def test_decay_pulls_towards_one():
+    tuned = attach(tiny("bert"), "ia3")
+    (group,) = tuned.groups()
+    assert group.decay_to == 1.0
+    assert set(group.names) == {n for n in tuned.trained() if not n.startswith("head/")}
+    assert len(group.names) == 3 * LAYERS
+
+
+def test_groups_name_the_tensors_where_there_are_several_tunings():
+    tuned = attach(tiny("bert"), "ia3", name="one")
+    tuned.add("lora", name="two")
+    names = {n for g in tuned.groups() for n in g.names}
+    assert names <= set(tuned.trained())
+    assert len(names) == 3 * LAYERS

@@ -56,14 +56,17 @@ def read_capped(path: str | os.PathLike[str], cap: int, what: str) -> bytes:
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        # The size may lie (a file of /proc) or change while we read, so the read is capped as well.
-        content = file.read(cap + 1) if size <= cap else b""
+        # The size may lie (a file of /proc says 0) or change while we read, so the read is capped as well. It grows by
+        # pieces: read(n) makes room for n bytes at once.
+        content = bytearray()
+        while size <= cap and len(content) <= cap and (piece := file.read(min(max(size, 1 << 16), cap) + 1)):
+            content += piece
     if size > cap or len(content) > cap:
         raise Refused(
             f"{show(str(path), 200)}: {human_bytes(max(size, len(content)))}; {what} may have {human_bytes(cap)} "
             "at most. Raise the cap with a Limits object if you made this file yourself."
         )
-    return content
+    return bytes(content)
 
 
 def identity(file: BufferedReader) -> tuple[int, int, int, int]:

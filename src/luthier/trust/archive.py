@@ -28,7 +28,11 @@ from luthier.trust._limits import Limits
 __all__ = ["extract"]
 
 _CHUNK = 1 << 18
-_BAD_ARCHIVE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, struct.error, NotImplementedError)
+# What the standard library raises over damaged archives; the last three come from names and dates it cannot read.
+_BAD_ARCHIVE = (
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, struct.error, NotImplementedError),
+    *(ValueError, IndexError, OverflowError),
+)
 
 
 def extract(
@@ -68,6 +72,10 @@ def extract(
             if first[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
                 written = _zip(file, private, book)
             else:
+                # Read twice, and checked twice: the first time nothing is written.
+                _tar(_opened(file, first, where), None, book)
+                file.seek(0)
+                book = _Book(where, limits, book.size, members)
                 written = _tar(_opened(file, first, where), private, book)
             book.all_found()
             private.rename(target)
@@ -90,7 +98,7 @@ class _Book:
         self.wanted = None if wanted is None else set(wanted)
         self.names: dict[str, str] = {}  # folded name -> name as written
         self.files: set[str] = set()
-        self.bytes = 0
+        self.bytes = self.members = 0
         # A small archive may hold a few empty or very even files; a megabyte of them harms nobody.
         self.most = min(limits.unpacked_bytes, limits.ratio * size + 1_000_000)
 
@@ -121,7 +129,8 @@ class _Book:
         self.names[folded] = clean
         if not folder:
             self.files.add(clean)
-        if len(self.names) > limits.members:
+        self.members += 1
+        if max(self.members, len(self.names)) > limits.members:
             raise Refused(f"{where}: more than {limits.members} members; raise Limits.members if you made it yourself.")
         if size < 0:
             raise Refused(f"{label}: a negative size. Refuse its source.")
@@ -178,6 +187,8 @@ def _zip(file: BufferedReader, private: Path, book: _Book) -> list[str]:
         infos = archive.infolist()
         for info in infos:
             label = f"{where}: member {show(info.filename)}"
+            if not info.filename or info.orig_filename != info.filename:  # the library cuts names at a NUL
+                raise Refused(f"{label}: its name holds a NUL character. Refuse its source.")
             kind = stat.S_IFMT(info.external_attr >> 16)
             if kind not in (0, stat.S_IFREG, stat.S_IFDIR) or (kind == stat.S_IFDIR) > info.is_dir():
                 raise Refused(
@@ -185,8 +196,6 @@ def _zip(file: BufferedReader, private: Path, book: _Book) -> list[str]:
                 )
             if info.flag_bits & 0x41 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise Refused(f"{label}: encrypted, or packed in a way other than deflate. Pack it again plainly.")
-            if info.orig_filename != info.filename:  # the library cuts names at a NUL
-                raise Refused(f"{label}: its name holds a NUL character. Refuse its source.")
             book.enter(info.filename, folder=info.is_dir(), size=info.file_size)
             if info.file_size > limits.ratio * info.compress_size + 1_000_000:
                 raise Refused(f"{label}: {info.file_size} bytes from {info.compress_size}: a bomb.")
@@ -222,7 +231,7 @@ def _opened(file: BufferedReader, first: bytes, where: str) -> IO[bytes]:
     raise Refused(f"{where}: neither zip nor tar (plain, gz, bz2, xz). Fetch it again, or unpack it yourself.")
 
 
-def _tar(stream: IO[bytes], private: Path, book: _Book) -> list[str]:
+def _tar(stream: IO[bytes], private: Path | None, book: _Book) -> list[str]:
     where, limits = book.where, book.limits
     written: list[str] = []
     long_name: str | None = None
@@ -268,9 +277,9 @@ def _tar(stream: IO[bytes], private: Path, book: _Book) -> list[str]:
             continue
         name = book.enter(name, folder=folder, size=size)
         if folder:
-            if book.wanted is None:
+            if book.wanted is None and private is not None:
                 (private / name).mkdir(parents=True, exist_ok=True)
-        elif book.takes(name):
+        elif book.takes(name) and private is not None:
             _write(stream, size, private / name, f"{where}: member {show(name)}")
             written.append(name)
         else:

@@ -22,6 +22,10 @@ NAMES_CODE = frozenset(
     {"_target_", "_partial_", "_recursive_", "class_path", "_instantiator", "py/object", "py/reduce", "__reduce__"}
 )
 
+# Texts and comments of TOML, in the order in which they begin: what is left is keys, brackets and numbers.
+_WORDS = re.compile(
+    r'"""(?:[^\\]|\\.)*?(?:"""|\Z)|\'\'\'.*?(?:\'\'\'|\Z)|"(?:[^"\\\n]|\\.)*+"?|\'[^\'\n]*\'?|#[^\n]*', re.DOTALL
+)
 _TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
 
 
@@ -53,16 +57,8 @@ def read_json(
 
 def parse_json(text: str, where: str, *, allow_nonfinite: bool = False, limits: Limits = Limits()) -> Any:  # noqa: B008
     """Read JSON text as data; `where` names it in messages. Raises as `read_json`, without the key checks."""
-    depth = 0
-    for token in _TOKEN.finditer(text):
-        sign = token[0]
-        if sign in "[{":
-            depth += 1
-            if depth > limits.depth:
-                line = _line(text, token.start())
-                raise Refused(f"{where}:{line}: nested deeper than {limits.depth} levels; no honest file is.")
-        elif sign in "]}":
-            depth -= 1
+    if (at := too_deep(text, limits.depth)) is not None:
+        raise Refused(f"{where}:{_line(text, at)}: nested deeper than {limits.depth} levels; no honest file is.")
 
     def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(found) > limits.keys and len(found) > limits.json_bytes // 64:
@@ -98,6 +94,20 @@ def parse_json(text: str, where: str, *, allow_nonfinite: bool = False, limits: 
         ) from None
 
 
+def too_deep(text: str, most: int) -> int | None:
+    """The place where brackets outside of quoted text stand deeper than `most`, or None. Without recursion."""
+    depth = 0
+    for token in _TOKEN.finditer(text):
+        sign = token[0]
+        if sign in "[{":
+            depth += 1
+            if depth > most:
+                return token.start()
+        elif sign in "]}":
+            depth -= 1
+    return None
+
+
 def read_toml(
     path: str | os.PathLike[str],
     allowed_keys: Collection[str] | None = None,
@@ -116,15 +126,16 @@ def read_toml(
     where = show(str(path), 200)
     if text.count("=") > limits.keys:
         raise Refused(f"{where}: more than {limits.keys} assignments; a settings file has fewer.")
-    for number, line in enumerate(text.splitlines(), 1):
-        # Quadratic in tomllib: a.a.a.a...; an honest heading has a handful of dots.
-        head = line.split("=", 1)[0]
-        if max(head.count("."), head.count("["), line.count("["), line.count("{")) > limits.depth and '"' not in head:
-            raise Refused(f"{where}:{number}: nested deeper than {limits.depth} levels; no honest file is.")
-        if digits := re.search(rf"[0-9_]{{{limits.digits + 1},}}", re.sub(r'"[^"]*"|\'[^\']*\'', "", line)):
-            raise ConfigError(
-                f"{where}:{number}: a number of {len(digits[0])} digits; at most {limits.digits} can be meant."
-            )
+    bare = _WORDS.sub(lambda found: "\n" * found[0].count("\n"), text)
+    if (at := too_deep(bare, limits.depth)) is not None:
+        raise Refused(f"{where}:{_line(bare, at)}: nested deeper than {limits.depth} levels; no honest file is.")
+    for number, line in enumerate(bare.split("\n"), 1):
+        # Dotted keys cost tomllib the square of their length; an honest one has a handful of dots.
+        if any(part.count(".") > limits.depth for part in re.split(r"[,=\[\]{}]", line)):
+            raise Refused(f"{where}:{number}: a key of more than {limits.depth} parts; no honest file has one.")
+        if digits := re.search(rf"[0-9a-fA-F_]{{{limits.digits + 1},}}", line.partition("=")[2]):
+            length = len(digits[0])
+            raise ConfigError(f"{where}:{number}: a number of {length} digits; at most {limits.digits} can be meant.")
     try:
         value = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

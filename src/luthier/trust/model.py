@@ -130,7 +130,8 @@ def refuse_code(value: Any, where: str) -> None:
         if key in _REMOTE or key == "trust_remote_code":
             raise Refused(
                 f"{where}: asks for remote code (key {show(key)}). There is no flag for that. If transformers "
-                "knows this model_type itself, remove the key; if not, install the model's code as a Python package of your own."
+                "knows this model_type itself, remove the key; if not, install the model's code "
+                "as a package of your own."
             )
         if key.startswith("_") and key not in _PRIVATE:
             raise Refused(f"{where}: the key {show(key)} is private to a loader and has no place in a file. Remove it.")

@@ -18,6 +18,7 @@ from typing import Any
 from luthier.core import BadInput, DataError, Refused, near
 from luthier.trust._bytes import open_regular, read_capped, show
 from luthier.trust._limits import Limits
+from luthier.trust.config import too_deep
 
 __all__ = ["Rows", "read", "read_csv", "read_jsonl", "read_parquet", "read_text_folder"]
 
@@ -370,7 +371,7 @@ class _LineReader:
             raise _BadRow("an empty line; remove it")
         if len(line) > self.limits.row_chars:
             raise _BadRow(f"{len(line)} characters in one row; at most {self.limits.row_chars} are read")
-        if line.count("[") + line.count("{") > self.limits.depth and _depth(line) > self.limits.depth:
+        if line.count("[") + line.count("{") > self.limits.depth and too_deep(line, self.limits.depth) is not None:
             raise _BadRow(f"nested deeper than {self.limits.depth} levels")
         try:
             row = self._decoder.decode(line)
@@ -381,14 +382,6 @@ class _LineReader:
         if "\\u" in line and re.search(r"\\u[dD][89a-fA-F]", line):
             _check_values(row)
         return row
-
-
-def _depth(line: str) -> int:
-    depth = most = 0
-    for token in re.finditer(r'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', line):
-        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
-        most = max(most, depth)
-    return most
 
 
 def _check_row(

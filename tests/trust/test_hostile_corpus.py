@@ -1,0 +1,81 @@
+"""S2: every hostile file is refused, quickly, in little memory, and nothing happens besides."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trust import corpus, reader
+
+CASES = corpus.cases()
+BY_READER = sorted({case.reader for case in CASES})
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[str, Any]]]:
+    """Each case's name -> what the reading process said of it; and what lay in its folder before and afterwards."""
+    found: dict[str, dict[str, Any]] = {}
+    root = tmp_path_factory.mktemp("hostile")
+    with subprocess.Popen(
+        [sys.executable, "-I", str(Path(reader.__file__))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=root,
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        for number, case in enumerate(CASES):
+            outer = root / str(number)
+            folder = outer / "in"
+            folder.mkdir(parents=True)
+            path = case.make(folder)
+            before = _listing(outer)
+            process.stdin.write(json.dumps([case.reader, str(path), str(folder)]) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+            assert line, f"the reading process died at {case.name!r} with {process.wait()}"
+            found[case.name] = {**json.loads(line), "left": sorted(_listing(outer) - before)}
+            if path.is_file():
+                path.unlink()
+    yield found
+
+
+def _listing(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_the_corpus_holds_at_least_200_files_of_different_names() -> None:
+    assert len({case.name for case in CASES}) == len(CASES) >= 200
+
+
+@pytest.mark.parametrize("kind", BY_READER)
+def test_every_hostile_file_is_refused_with_an_exit_code_and_a_message(
+    kind: str, answers: dict[str, dict[str, Any]]
+) -> None:
+    believed = {c.name: answers[c.name]["error"] for c in CASES if c.reader == kind and not answers[c.name]["refused"]}
+    assert believed == {}
+    for case in CASES:
+        if case.reader == kind:
+            answer = answers[case.name]
+            assert answer["code"] in (2, 3, 4), case.name
+            assert len(answer["error"]) < 10_000 and answer["error"].replace("\n", "").isprintable(), case.name
+
+
+@pytest.mark.parametrize("kind", BY_READER)
+def test_the_audit_hook_is_silent(kind: str, answers: dict[str, dict[str, Any]]) -> None:
+    assert {c.name: answers[c.name]["seen"] for c in CASES if c.reader == kind and answers[c.name]["seen"]} == {}
+
+
+@pytest.mark.parametrize("kind", BY_READER)
+def test_nothing_is_left_behind_inside_or_outside_the_folder(kind: str, answers: dict[str, dict[str, Any]]) -> None:
+    assert {c.name: answers[c.name]["left"] for c in CASES if c.reader == kind and answers[c.name]["left"]} == {}
+    assert not Path("/tmp", corpus.CANARY).exists()
+
+
+def test_no_file_costs_more_than_the_enforced_second_and_256_megabytes(answers: dict[str, dict[str, Any]]) -> None:
+    # Both limits are enforced while reading (a timer of processor time, RLIMIT_AS): beyond them, nothing is "refused".
+    assert all(answer["error"] != "too slow" for answer in answers.values())
+    assert max(answer["peak"] for answer in answers.values()) <= reader.LIMIT_BYTES

@@ -293,6 +293,7 @@ def test_bias_and_norm_tensors_are_named() -> None:
     assert set(anatomy.bias_tensors("attn.q")) == {n for n in wanted if n.endswith("query.bias")}
     assert set(anatomy.norm_tensors()) == {n for n, _ in model.named_parameters() if "LayerNorm" in n}
     assert not [n for n in read("t5").bias_tensors() if "relative" in n]
+    assert [n for n in read("gpt-oss").bias_tensors() if n.endswith("down_proj_bias")]
     assert len(read("gpt-oss").bias_tensors("experts")) == 2 * tiny.LAYERS
 
 
@@ -330,6 +331,7 @@ def test_sites_are_filtered_by_layer_and_stack() -> None:
     assert [s.key for s in anatomy.sites("attn.q", stack="decoder")] == ["attn.q@decoder.0", "attn.q@decoder.1"]
     assert {s.kind for s in read("llama").sites("ffn")} == {"ffn.gate", "ffn.up", "ffn.down"}
     assert read("llama").sites() == read("llama").all_sites
+    assert {s.layer for s in read("llama").sites(layers=[1])} == {1}
 
 
 @pytest.mark.parametrize(

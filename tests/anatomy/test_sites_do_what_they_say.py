@@ -19,8 +19,16 @@ torch.set_num_threads(1)
 
 close = torch.testing.assert_close
 linear = torch.nn.functional.linear
-EVERY = (*tiny.TINY, *tiny.ALSO)
-WITH_INTERFACE = [n for n in EVERY if n not in ("mpnet", "deberta-v2", "bloom", "openai-gpt")]
+
+
+def named(*absent: str) -> list[Any]:
+    """All tiny models but those named; the ones that only share a table are slow tests."""
+    also = [pytest.param(n, marks=pytest.mark.slow) for n in tiny.ALSO if n not in absent]
+    return [n for n in tiny.TINY if n not in absent] + also
+
+
+EVERY = named()
+WITH_INTERFACE = named("mpnet", "deberta-v2", "bloom", "openai-gpt")
 EXPERTS_ONLY = ("mixtral", "olmoe", "qwen3-moe", "gpt-oss")
 NOT_ROTARY = (
     "bert",
@@ -264,7 +272,7 @@ def test_without_an_interface_a_shift_of_all_keys_is_what_leaves_attention_alone
         assert seen["k"] < 1e-5 < 1e-3 < seen["q"]
 
 
-@pytest.mark.parametrize("name", [n for n in EVERY if n not in EXPERTS_ONLY])
+@pytest.mark.parametrize("name", named(*EXPERTS_ONLY))
 def test_up_gate_and_down_do_their_parts(name: str) -> None:
     """One row of `up` or `gate` reaches one column of `down`'s input; linearly so from `up`, if there is a gate."""
     model, anatomy, batch = make(name)
@@ -463,7 +471,7 @@ def test_where_a_dropout_module_ends_a_sublayer_the_place_is_behind_it(name: str
 # -- ends ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [n for n in EVERY if n != "vit"])
+@pytest.mark.parametrize("name", named("vit"))
 def test_embed_looks_words_up_for_its_stack(name: str) -> None:
     model, anatomy, batch = make(name)
     with watching(model) as (ins, outs):
@@ -479,7 +487,7 @@ def test_embed_looks_words_up_for_its_stack(name: str) -> None:
             assert torch.equal(ids, batch["input_ids"])
 
 
-@pytest.mark.parametrize(("name", "task"), [(n, t) for n in EVERY for t in tiny.tasks(n) if t != "base"])
+@pytest.mark.parametrize(("name", "task"), [(n, t) for n in tiny.TINY for t in tiny.tasks(n) if t != "base"])
 def test_the_head_gives_the_logits(name: str, task: str) -> None:
     model = tiny.tiny(name, task)
     anatomy, batch = Anatomy.read(model), tiny.inputs(model, padded=False)

@@ -122,6 +122,8 @@ class Anatomy:
         candidates = [
             s for s in self.all_sites if (kept is None or s.layer in kept) and (stack is None or s.stack == stack)
         ]
+        if not kinds and candidates:
+            return tuple(candidates)
         wanted: set[str] = set()
         for kind in kinds or self.kinds():
             matching = {s.kind for s in candidates if s.kind == kind or s.kind.startswith(f"{kind}.")}
@@ -157,20 +159,17 @@ class Anatomy:
         """Names of all bias parameters of the backbone, norms' biases included.
 
         Args:
-            subset: a kind of site, such as "attn.q": only the biases of those sites' modules.
+            subset: a kind of site, such as "attn.q": only the biases of those sites' modules (where the layer is fused,
+                the whole layer's: the site's `rows` say which part is its own).
 
         Raises:
             AnatomyError: the model has no such site.
         """
-        if subset is not None:
-            named = {f"{s.path}.{s.bias}" for s in self.sites(subset, asked_by="bias_tensors") if s.bias}
-            return tuple(n for n in self.tensors if n in named)
-        head = set(self.head_tensors)
-        return tuple(
-            n
-            for n in self.tensors
-            if n not in head and (n.rsplit(".", 1)[-1].endswith("bias")) and _flat(self.tensors[n])
-        )
+        sites = self.all_sites if subset is None else self.sites(subset, asked_by="bias_tensors")
+        named = {f"{s.path}.{s.bias}" for s in sites if s.bias}
+        if subset is None:  # layers that are no site of ours have biases too: a pooler, a projection of embeddings
+            named |= {n for n, shape in self.tensors.items() if n.endswith(".bias") and len(shape) == 1}
+        return tuple(n for n in self.tensors if n in named and n not in self.head_tensors)
 
     def norm_tensors(self) -> tuple[str, ...]:
         """Names of all parameters of norms."""
@@ -206,10 +205,6 @@ class Anatomy:
         return sorted(rows.values(), key=lambda row: order.index(row["site"]))
 
 
-def _flat(shape: tuple[int, ...]) -> bool:
-    return len(shape) == 1  # a table of relative positions may be called bias, and is none
-
-
 def _generic(site: Site, blocks: tuple[Block, ...]) -> str:
     """The path with the layer's number left open."""
     for block in blocks:
@@ -240,6 +235,58 @@ def _notes(site: Site) -> str:
 def _read(model: nn.Module) -> Anatomy:
     config: Any = getattr(model, "config", None)
     model_type = str(getattr(config, "model_type", type(model).__name__))
+    encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+    backbone = _backbone(model)
+    body = _read_blocks(model, config, model_type, encoder_decoder)
+    tensors, tied = _tensors(model)
+    head, is_language_model = _head(model, backbone)
+    sites = [
+        *_embeddings(model, encoder_decoder),
+        *body.sites,
+        *_outside_norms(model, body.blocks, encoder_decoder, config, backbone),
+        *([head] if head is not None else []),
+    ]
+    sites = _mark_tied(sites, tied)
+    _refuse_doubles(sites, model_type)
+    first = body.attentions[0]
+    return Anatomy(
+        model_type=model_type,
+        d=next(s.d_in for s in sites if s.kind == "block_out"),
+        m=next((s.d_in for s in sites if s.kind in ("ffn.down", "experts.down")), 0),
+        n_layers=body.n_layers,
+        n_heads=first.n_heads,
+        d_head=first.d_head,
+        n_kv_heads=first.n_kv_heads,
+        vocab_size=next((s.d_in for s in sites if s.kind == "embed"), None),
+        max_positions=_max_positions(model, config),
+        n_params=sum(p.numel() for p in model.parameters()),
+        is_decoder=not encoder_decoder and any(a.causal for a in body.attentions),
+        is_encoder_decoder=encoder_decoder,
+        pre_norm=all(body.pre_norm),
+        all_sites=tuple(sites),
+        attentions=tuple(body.attentions),
+        blocks=tuple(body.blocks),
+        backbone=backbone,
+        head_tensors=() if is_language_model or not backbone else _outside(tensors, backbone),
+        tensors=tensors,
+        tied=tied,
+        unknown=tuple(body.unknown),
+    )
+
+
+@dataclass
+class _Body:
+    """What all blocks of a model hold together."""
+
+    sites: list[Site] = field(default_factory=list)
+    attentions: list[Attention] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    pre_norm: list[bool] = field(default_factory=list)
+    n_layers: int = 0
+
+
+def _read_blocks(model: nn.Module, config: Any, model_type: str, encoder_decoder: bool) -> _Body:
     lists = block_lists(model)
     if not lists:
         raise AnatomyError(
@@ -247,64 +294,23 @@ def _read(model: nn.Module) -> Anatomy:
             " feed-forward layer, so it has none of our sites. Is it a transformer? If so, its query, key and value"
             " layers have names we do not know: describe it in a file of luthier/anatomy/architectures."
         )
-    encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-    sites: list[Site] = []
-    attentions: list[Attention] = []
-    blocks: list[Block] = []
-    unknown: list[str] = []
-    pre_norm: list[bool] = []
-    n_layers = 0
+    body = _Body()
     stacks = _stacks([path for path, _ in lists], encoder_decoder)
     for path, members in lists:
         stack = stacks[path]
         own = _config_of(model, path, config)
         architecture = architecture_of(str(getattr(own, "model_type", model_type)))
-        start = sum(b.stack == stack for b in blocks)
         shared = _times_used(own)
-        n_layers += len(members) * shared
-        for i, member in enumerate(members):
-            layer = start + i
-            causal = _looks_back(own, stack)
-            facts = read_block(model, member, layer, stack, own, architecture, shared, causal)
-            sites += facts.sites
-            unknown += facts.unknown
-            pre_norm.append(facts.pre_norm)
-            blocks.append(Block(member, layer, stack))
-            attentions += [Attention(layer=layer, stack=stack, **vars(a)) for a in facts.attentions]
-    sites = _embeddings(model, config, blocks, encoder_decoder) + sites
-    backbone = _backbone(model)
-    sites += _outside_norms(model, blocks, encoder_decoder, config, backbone)
-    tensors, tied = _tensors(model)
-    head_site, is_language_model = _head(model, backbone, config)
-    sites += [head_site] if head_site is not None else []
-    sites = _mark_tied(sites, tied)
-    _refuse_doubles(sites, model_type)
-    head_tensors = () if is_language_model or not backbone else _outside(tensors, backbone)
-    first = attentions[0]
-    d, m = _widths(sites)
-    return Anatomy(
-        model_type=model_type,
-        d=d,
-        m=m,
-        n_layers=n_layers,
-        n_heads=first.n_heads,
-        d_head=first.d_head,
-        n_kv_heads=first.n_kv_heads,
-        vocab_size=next((s.d_in for s in sites if s.kind == "embed"), None),
-        max_positions=_max_positions(model, config),
-        n_params=sum(p.numel() for p in model.parameters()),
-        is_decoder=not encoder_decoder and any(a.causal for a in attentions),
-        is_encoder_decoder=encoder_decoder,
-        pre_norm=all(pre_norm),
-        all_sites=tuple(sites),
-        attentions=tuple(attentions),
-        blocks=tuple(blocks),
-        backbone=backbone,
-        head_tensors=head_tensors,
-        tensors=tensors,
-        tied=tied,
-        unknown=tuple(unknown),
-    )
+        body.n_layers += len(members) * shared
+        start = sum(b.stack == stack for b in body.blocks)
+        for layer, member in enumerate(members, start):
+            facts = read_block(model, member, layer, stack, own, architecture, shared, _looks_back(own, stack))
+            body.sites += facts.sites
+            body.attentions += [Attention(layer=layer, stack=stack, **vars(a)) for a in facts.attentions]
+            body.blocks.append(Block(member, layer, stack))
+            body.unknown += facts.unknown
+            body.pre_norm.append(facts.pre_norm)
+    return body
 
 
 def _refuse_doubles(sites: list[Site], model_type: str) -> None:
@@ -363,13 +369,7 @@ def _times_used(config: Any) -> int:
     return max(1, int(layers) // int(groups))
 
 
-def _widths(sites: list[Site]) -> tuple[int, int]:
-    d = next(s.d_in for s in sites if s.kind == "block_out")
-    m = next((s.d_in for s in sites if s.kind in ("ffn.down", "experts.down")), 0)
-    return d, m
-
-
-def _embeddings(model: nn.Module, config: Any, blocks: list[Block], encoder_decoder: bool) -> list[Site]:
+def _embeddings(model: nn.Module, encoder_decoder: bool) -> list[Site]:
     """The word embedding that each stack looks words up in."""
     table = _asked(model, "get_input_embeddings")
     if not isinstance(table, nn.Embedding):
@@ -469,7 +469,7 @@ def _outside(tensors: dict[str, tuple[int, ...]], backbone: str) -> tuple[str, .
     return tuple(name for name in tensors if not name.startswith(f"{backbone}."))
 
 
-def _head(model: nn.Module, backbone: str, config: Any) -> tuple[Site | None, bool]:
+def _head(model: nn.Module, backbone: str) -> tuple[Site | None, bool]:
     """The site of the head, and whether it is a language model's."""
     output = _asked(model, "get_output_embeddings")
     if output is not None and layer_shape(output) is not None:

@@ -14,7 +14,7 @@ def take_rows(y: Tensor, rows: Rows) -> Tensor:
     """This site's part of a fused output. y: (..., groups * stride) -> (..., groups * width)."""
     if rows.groups == 1:
         return y[..., rows.offset : rows.offset + rows.width]
-    grouped = y.unflatten(-1, (rows.groups, rows.stride))[..., rows.offset : rows.offset + rows.width]
+    grouped = y.reshape(*y.shape[:-1], rows.groups, rows.stride)[..., rows.offset : rows.offset + rows.width]
     return grouped.flatten(-2)
 
 
@@ -26,12 +26,12 @@ def join_rows(y: Tensor, changed: list[tuple[Rows, Tensor]]) -> Tensor:
     groups, stride = changed[0][0].groups, changed[0][0].stride
     if groups == 1:
         stride = y.shape[-1]
-    grouped = y.unflatten(-1, (groups, stride))
+    grouped = y.reshape(*y.shape[:-1], groups, stride)
     pieces, at = [], 0
     for rows, part in sorted(changed, key=lambda c: c[0].offset):
         if rows.offset > at:
             pieces.append(grouped[..., at : rows.offset])
-        pieces.append(part.unflatten(-1, (groups, rows.width)))
+        pieces.append(part.reshape(*part.shape[:-1], groups, rows.width))
         at = rows.offset + rows.width
     if at < stride:
         pieces.append(grouped[..., at:])

@@ -18,7 +18,7 @@ from luthier.surgery.edits import Attach, Edit
 if TYPE_CHECKING:
     from luthier.surgery.tuned import Tuned
 
-__all__ = ["METHODS", "Batches", "Group", "Method", "Objective", "PerSite", "Sweep"]
+__all__ = ["METHODS", "Batches", "Group", "Method", "Objective", "PerSite"]
 
 METHODS: Catalogue[Method] = Catalogue("luthier.methods", "method")
 
@@ -41,16 +41,6 @@ class Group:
     lr_factor: float = 1.0
     weight_decay: float | None = None
     decay_to: float = 0.0
-
-
-class Sweep(ABC):
-    """Batches for a method that looks at data before training, and a loss to look with."""
-
-    n_batches: int
-
-    @abstractmethod
-    def __iter__(self) -> Iterable[Any]:  # type: ignore[override]
-        """Yield `loss()` callables: each runs the model on one micro-batch and returns the mean loss, with graph."""
 
 
 Batches = Sequence[Callable[[], Tensor]]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -642,12 +642,12 @@ class Tuned:
                     weight, bias = plug.attachment.merged(weight, bias)
                 if bias is not None and not had_bias:
                     raise CannotMerge(
-                        f"{plugs[0].site.key}: the merged layer needs a bias and the model's has none. Serve it attached."
+                        f"{plugs[0].site.key}: merged, it needs a bias that the model's layer lacks. Serve it attached."
                     )
                 for tensor in (weight, bias):
                     if tensor is not None and not torch.isfinite(tensor).all():
                         raise CannotMerge(
-                            f"{plugs[0].site.key}: the merged weight is not finite: a broken tuning. Nothing was changed."
+                            f"{plugs[0].site.key}: the merged weight is not finite: broken tuning. Nothing was changed."
                         )
                 new.append((base, weight, bias))
         substituted: list[tuple[Tensor, Tensor]] = []

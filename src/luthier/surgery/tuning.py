@@ -21,7 +21,7 @@ __all__ = ["FORMAT", "base_digest", "load", "read_tuning", "save", "stored_tenso
 
 FORMAT = 1
 _KEYS = {
-    "format", "luthier", "method", "settings", "base", "head", "labels", "task", "contract", "tensors", "sha256",
+    "format", "luthier", "method", "settings", "base", "head", "labels", "task", "contract", "tensors",
     "precision",
 }  # fmt: skip
 
@@ -39,7 +39,7 @@ def base_digest(tuned: Tuned) -> str:
             if name in heads:
                 continue
             parameter = tuned._parameters[name]
-            value = originals.get(id(parameter), parameter).detach()
+            value: Tensor = originals.get(id(parameter), parameter).detach()
             # The path inside the backbone: the same encoder may stand in a classifier or alone.
             short = name.removeprefix(f"{tuned.anatomy.backbone}.") if tuned.anatomy.backbone else name
             summed.update(f"{short}{tuple(value.shape)}".encode())
@@ -52,7 +52,8 @@ def stored_tensors(tuning: Tuning) -> dict[str, Tensor]:
     """What a tuning's file holds, by canonical name: the deployed form of every part."""
     tensors: dict[str, Tensor] = {}
     for key_, module in tuning.modules_by_key().items():
-        parts = module.stored() if hasattr(module, "stored") else module.state_dict()
+        give = getattr(module, "stored", module.state_dict)
+        parts: dict[str, Tensor] = give()
         for short, tensor in parts.items():
             tensors[f"{key_}.{short}"] = tensor.detach().cpu().contiguous()
     for key_, unfrozen in tuning.unfrozen.items():
@@ -100,10 +101,26 @@ def save(tuned: Tuned, folder: Path | str, *, name: str | None = None, about: di
         "tensors": {n: list(t.shape) for n, t in tensors.items()},
         **(about or {}),
     }
-    with durable.folder(Path(folder)) as draft:
-        digest = draft.write_tensors("tuning.safetensors", tensors)
-        draft.write_json("tuning.json", {**facts, "sha256": digest})
-    return digest
+    target = Path(folder)
+    with durable.folder(target, {"format": "luthier-tuning", "version": FORMAT}) as draft:
+        draft.write_tensors("tuning.safetensors", tensors)
+        draft.write_json("tuning.json", facts)
+    return weights_digest(target)
+
+
+def weights_digest(folder: Path) -> str:
+    """sha256 of the weights file, as the folder's manifest states it.
+
+    Raises:
+        IntegrityError: the manifest or a file is not what it claims to be.
+    """
+    manifest = trusted_config.read_json(folder / durable.MANIFEST)
+    try:
+        if manifest["digest"] != durable.manifest_digest(manifest):
+            raise IntegrityError(f"{folder / durable.MANIFEST}: damaged. Restore the tuning from a copy.")
+        return str(manifest["files"]["tuning.safetensors"]["sha256"])
+    except (KeyError, TypeError) as error:
+        raise IntegrityError(f"{folder / durable.MANIFEST}: not whole. Restore the tuning from a copy.") from error
 
 
 def _is_path(model: Any) -> bool:
@@ -117,13 +134,15 @@ def read_tuning(folder: Path | str) -> dict[str, Any]:
         Refused, IntegrityError: the file is not what we write.
     """
     where = Path(folder) / "tuning.json"
+    if not where.exists():
+        raise IntegrityError(f"{folder}: holds no tuning (no tuning.json). Name the `tuning` folder of a finished run.")
     facts = trusted_config.read_json(where, allowed_keys=_KEYS)
     if facts.get("format") != FORMAT:
         raise IntegrityError(
             f"{where}: format {facts.get('format')!r}; this luthier ({__version__}) reads format {FORMAT}. "
             "Install the version that wrote it, or train again."
         )
-    missing = {"method", "settings", "base", "tensors", "sha256"} - set(facts)
+    missing = {"method", "settings", "base", "tensors"} - set(facts)
     if missing:
         raise IntegrityError(
             f"{where}: no {', '.join(sorted(missing))}; the file is not whole. Train again or restore it."
@@ -140,13 +159,10 @@ def load(model: Any, folder: Path | str, *, name: str = "default", trainable: bo
     """
     facts = read_tuning(folder)
     base = facts["base"]
-    held = Tuned.of(model)
-    tuned = (
-        attach(model, compose.method(facts["method"], facts["settings"]), name=name, train_head=bool(facts.get("head")))
-        if _same_shape(model, base, folder)
-        else held
-    )
-    assert tuned is not None
+    _same_shape(model, base, folder)
+    heads = [str(k).removeprefix("head/") for k in facts.get("head", ())]
+    method = compose.method(facts["method"], facts["settings"])
+    tuned = attach(model, method, name=name, train_head=bool(heads), new_tensors=heads)
     try:
         found = base_digest(tuned)
         if found != base["sha256_bf16"]:
@@ -155,7 +171,8 @@ def load(model: Any, folder: Path | str, *, name: str = "default", trainable: bo
                 f"this model's weights are {found[:12]}. Load the base it was trained on."
             )
         expect = {n: tuple(s) for n, s in facts["tensors"].items()}
-        tensors = trusted_tensors.read(Path(folder) / "tuning.safetensors", expect=expect, digest=facts["sha256"])
+        digest = weights_digest(Path(folder))
+        tensors = trusted_tensors.read(Path(folder) / "tuning.safetensors", expect=expect, digest=digest)
         restore(tuned.tuning(name), tensors, str(folder))
     except Exception:
         tuned.remove(name)
@@ -169,7 +186,7 @@ def load(model: Any, folder: Path | str, *, name: str = "default", trainable: bo
     return tuned
 
 
-def _same_shape(model: Any, base: dict[str, Any], folder: Path | str) -> bool:
+def _same_shape(model: Any, base: dict[str, Any], folder: Path | str) -> None:
     from luthier.anatomy import Anatomy
 
     held = Tuned.of(model)
@@ -183,7 +200,6 @@ def _same_shape(model: Any, base: dict[str, Any], folder: Path | str) -> bool:
     differs = [f"{k} {base.get(k)!r} here {v!r}" for k, v in here.items() if base.get(k) != v]
     if differs:
         raise WrongBase(f"{folder}: made for another model: {'; '.join(differs)}. Load the base it was trained on.")
-    return True
 
 
 @torch.no_grad()

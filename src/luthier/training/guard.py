@@ -56,7 +56,8 @@ class NoOpGuard:
         moved = any(not torch.equal(self._start[n], p) for n, p in self._tuned.trained().items())
         if not moved:
             raise NothingTrains(
-                f"no trained number moved in {FIRST_STEPS} steps. Check the learning rate, and that the labels are not all masked."
+                f"no trained number moved in {FIRST_STEPS} steps. "
+                "Check the learning rate, and whether labels are masked."
             )
         self._start.clear()
 

@@ -149,8 +149,13 @@ def empty_model(source: Source, task: Task) -> Any:
         return getattr(transformers, task.auto_class).from_config(_with_head(load_config(source), task))
 
 
-def load_model(source: Source, task: Task, *, dtype: torch.dtype, device: torch.device, seed: int) -> Any:
+def load_model(
+    source: Source, task: Task, *, dtype: torch.dtype, device: torch.device, seed: int
+) -> tuple[Any, tuple[str, ...]]:
     """Load the weights, memory-mapped, with a new head for the task where one is needed.
+
+    Returns:
+        the model, and the names of the tensors that no weight file filled: they have to learn.
 
     Raises:
         ModelError: weights are missing or do not fit the configuration.
@@ -180,4 +185,4 @@ def load_model(source: Source, task: Task, *, dtype: torch.dtype, device: torch.
             f"{source.name}: {len(missing)} tensors of {type(model).__name__} are not in its weights, such as "
             f"{', '.join(sorted(missing)[:3])}. It would start from random numbers there; use the right model folder."
         )
-    return model.to(device).eval()
+    return model.to(device).eval(), tuple(sorted(report["missing_keys"]))

@@ -64,7 +64,7 @@ class Predictor:
         self.precision = choose_precision(self.spec.precision, self.device)
         mostly = facts["method"] == "full"
         dtype = torch.float32 if mostly else self.precision.dtype
-        model = load_model(source, self.task, dtype=dtype, device=self.device, seed=self.spec.seed)
+        model, _ = load_model(source, self.task, dtype=dtype, device=self.device, seed=self.spec.seed)
         model.config.pad_token_id = pad["id"]
         self.tuned = load_tuning(model, run.tuning)
         self.objective = Objective(self.tuned, self.task, full_logits=True)

@@ -33,7 +33,7 @@ from luthier.runs import (
     preflight,
     reset_peak,
 )
-from luthier.surgery import Method, Tuned, attach, compose, read_tuning, tuning
+from luthier.surgery import Method, Tuned, attach, compose, tuning
 from luthier.training import metrics
 from luthier.training.batches import Batches, Collator, EvalBatches, Order
 from luthier.training.chat import ChatTemplate
@@ -361,11 +361,13 @@ def _attach(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
     """Load, attach, and give what makes the loop once there is a folder. Still nothing is written."""
     spec = prepared.spec
     reset_peak()
-    model = load_model(prepared.source, prepared.task, dtype=prepared.weights, device=prepared.device, seed=spec.seed)
+    model, fresh = load_model(
+        prepared.source, prepared.task, dtype=prepared.weights, device=prepared.device, seed=spec.seed
+    )
     model.config.pad_token_id = prepared.pad_id
     _check_finite(model, prepared.source.name)
     method = prepared.method
-    tuned = attach(model, method, seed=spec.seed)
+    tuned = attach(model, method, seed=spec.seed, new_tensors=fresh)
     if spec.fast:
         tuned.route_attention()
     if spec.gradient_checkpointing:
@@ -552,11 +554,10 @@ def _save(prepared: Prepared, tuned: Tuned, run: RunFolder) -> int:
             },
         }
         tuned.save(run.tuning, about=about)
-    facts = read_tuning(run.tuning)
     from luthier.trust import safetensors
 
     held = tuning.stored_tensors(tuned.tuning())
-    found = safetensors.read(run.tuning / "tuning.safetensors", digest=facts["sha256"])
+    found = safetensors.read(run.tuning / "tuning.safetensors", digest=tuning.weights_digest(run.tuning))
     differs = [n for n in held if n not in found or not torch.equal(held[n], found[n])]
     if differs or set(found) != set(held):
         raise IntegrityError(

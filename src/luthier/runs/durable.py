@@ -55,7 +55,9 @@ __all__ = [
 
 MANIFEST = "MANIFEST.json"
 CHUNK = 4 << 20  # bytes per write
-THREADED_FROM = 1 << 20  # below this many bytes a thread costs more than it saves
+SMALL = 256 << 10  # parts below this many bytes are joined before they are written
+THREADED_FROM = 128 << 10  # below this many bytes a thread costs more than it saves
+EARLY_FROM = 4 << 20  # from this many bytes on, a folder's files are fsynced before their digests are known
 
 Buffer = bytes | memoryview
 
@@ -281,93 +283,44 @@ def _write_all(fd: int, data: Buffer) -> None:
 # --- one file --------------------------------------------------------------------------------------------------------
 
 
-_hashing = threading.Lock()  # one digest at a time: a second one would take the core that is busy writing
-
-
-class _Together:
-    """Runs pieces of work in threads (digests and fsyncs let other threads run) and re-raises the first OSError.
-
-    With a listener, or when asked to, the work is done at once and in order.
-    """
-
-    def __init__(self, threaded: bool) -> None:
-        self._threaded = threaded and not _listeners
-        self._threads: list[threading.Thread] = []
-        self._error: OSError | None = None
-
-    def start(self, work: Callable[[], None]) -> None:
-        """Do `work`, now or beside what follows."""
-        if not self._threaded:
-            work()
-            return
-
-        def guarded() -> None:
-            try:
-                work()
-            except OSError as error:
-                self._error = error
-
-        thread = threading.Thread(target=guarded, name="luthier-durable")
-        thread.start()
-        self._threads.append(thread)
-
-    def wait(self) -> None:
-        """Return once all is done.
-
-        Raises:
-            OSError: of the first work that failed.
-        """
-        while self._threads:
-            self._threads.pop().join()
-        if self._error is not None:
-            raise self._error
-
-
 class _Draft:
-    """One new file on its way to the disk: `write` it, ask for its `digest`, `sync` it, `close` it.
+    """One new file on its way to the disk: made and written; then `sync`, `digest`, `close`.
 
-    For large files the digest and the fsync run beside the rest, so that the cost is that of the slowest and not the
-    sum. For small ones the fsync is left to `sync`, so that several files can share one commit of the disk's journal.
+    A large file is digested in a thread beside the writing and the fsync (all three let other threads run), so that the
+    cost is that of the slower side and not the sum. The fsync is left to `sync`: files that are all written first and
+    then fsynced one after another share commits of the disk's journal (fsyncs in parallel were measured to be slower).
     """
+
+    _digesting = threading.Lock()  # one digest at a time: a second would take the core that is busy writing
 
     def __init__(self, path: Path, parts: list[Buffer]) -> None:
         self.path = path
         self.n_bytes = sum(len(part) for part in parts)
         self._sha256 = hashlib.sha256()
-        self._synced = False
-        large = self.n_bytes >= THREADED_FROM
-        self._digesting, self._syncing = _Together(large), _Together(large)
+        self._thread: threading.Thread | None = None
+        parts = list(_joined(parts))
         _op("open", path)
         # O_EXCL and O_NOFOLLOW: the name is ours alone, never a link that somebody put there.
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        if self.n_bytes >= THREADED_FROM:
+            self._thread = threading.Thread(target=self._update, args=(parts,), name="luthier-digest")
+            self._thread.start()
+        else:
+            self._update(parts)
         try:
-            self._digesting.start(lambda: self._update(parts))
             for part in parts:
                 for start in range(0, len(part), CHUNK):
                     chunk = part[start : start + CHUNK]
                     _op("write", path, half=lambda chunk=chunk: _write_all(self._fd, chunk[: len(chunk) // 2]))  # type: ignore[misc]
                     _write_all(self._fd, chunk)
-            if large or _listeners:
-                self._sync()
         except BaseException:
-            self._digesting.wait()
-            os.close(self._fd)
+            self.close()
             raise
 
     def _update(self, parts: list[Buffer]) -> None:
-        with _hashing:
+        with self._digesting:
             for part in parts:
                 self._sha256.update(part)
-
-    def _sync(self) -> None:
-        self._synced = True
-        _op("fsync", self.path)
-        self._syncing.start(lambda: os.fsync(self._fd))
-
-    def digest(self) -> str:
-        """SHA-256 of the content."""
-        self._digesting.wait()
-        return self._sha256.hexdigest()
 
     def sync(self) -> None:
         """Return once the content is on the disk.
@@ -375,16 +328,38 @@ class _Draft:
         Raises:
             OSError: it is not.
         """
-        if not self._synced:
-            self._sync()
-        self._syncing.wait()
+        _op("fsync", self.path)
+        os.fsync(self._fd)
+
+    def digest(self) -> str:
+        """SHA-256 of the content."""
+        if self._thread is not None:
+            self._thread.join()
+        return self._sha256.hexdigest()
 
     def close(self) -> None:
-        """Let go of the file, whatever has become of it."""
-        self._digesting.wait()
-        with contextlib.suppress(OSError):  # reported by `sync` already
-            self._syncing.wait()
+        """Let go of the file and of the memory it was written from."""
+        if self._thread is not None:
+            self._thread.join()
         os.close(self._fd)
+
+
+def _joined(parts: list[Buffer]) -> Iterator[Buffer]:
+    """The same bytes, with small neighbours joined: a write for each of a thousand bias vectors would cost more."""
+    waiting: list[Buffer] = []
+    for part in parts:
+        if len(part) >= SMALL:
+            if waiting:
+                yield b"".join(waiting)
+                waiting = []
+            yield part
+        else:
+            waiting.append(part)
+            if sum(map(len, waiting)) >= SMALL:
+                yield b"".join(waiting)
+                waiting = []
+    if waiting:
+        yield b"".join(waiting)
 
 
 def _write_file(path: Path, parts: list[Buffer]) -> str:
@@ -495,16 +470,26 @@ class Folder:
 
     def _finish(self, facts: Mapping[str, Any] | None) -> None:
         """Write the manifest and return once all is on the disk."""
+        drafts = list(self._drafts.values())
+        large = sum(draft.n_bytes for draft in drafts) >= EARLY_FROM
+        if large:
+            # The digests take a while yet: let the disk work meanwhile. (Small files are all written first: one commit
+            # of the disk's journal then serves them all, the manifest among them.)
+            self._sync(drafts)
+            drafts = []
         if facts is not None:
             files = {n: {"bytes": draft.n_bytes, "sha256": draft.digest()} for n, draft in self._drafts.items()}
             content = {**facts, "files": files}
             self._write(MANIFEST, [encode({**content, "digest": manifest_digest(content)})])
-        together = _Together(threaded=True)
-        with _explained(self.path, "writing"):
-            for draft in self._drafts.values():
-                together.start(draft.sync)
-            together.start(lambda: _sync_folder(self.path))
-            together.wait()
+            drafts.append(self._drafts[MANIFEST])
+        self._sync(drafts)
+        with _explained(self.path, "making it last"):
+            _sync_folder(self.path)
+
+    def _sync(self, drafts: list[_Draft]) -> None:
+        for draft in drafts:
+            with _explained(draft.path, "writing"):
+                draft.sync()
 
     def _close(self) -> None:
         for draft in self._drafts.values():

@@ -1,0 +1,95 @@
+"""From a `DataSpec` to two halves whose columns, task and duplicates are known. Nothing is tokenised here."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from luthier.core import DataError, near
+from luthier.training.columns import Columns, find_columns
+from luthier.training.rows import Duplicates, Table, count_duplicates, load_rows, split_rows
+from luthier.training.spec import DataSpec
+from luthier.training.tasks import Task, infer_task
+
+__all__ = ["Data", "load_data", "load_inputs"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The rows of a run, and what was decided about them."""
+
+    train: Table
+    test: Table | None
+    columns: Columns
+    task: Task
+    duplicates: Duplicates
+    notes: tuple[str, ...] = field(default=())
+    """every decision, in sentences, for the log"""
+
+    def fingerprint(self) -> dict[str, str]:
+        """SHA-256 of the rows of each half: a resumed run must find the same."""
+        halves = {"train": self.train, "test": self.test}
+        return {name: table.fingerprint() for name, table in halves.items() if table is not None}
+
+
+def load_data(spec: DataSpec, task: str = "auto", model_config: Any = None) -> Data:
+    """Read the rows, find the columns, decide the task, hold rows out, count duplicates.
+
+    Args:
+        task: one of `luthier.training.spec.TASKS`.
+        model_config: of transformers; lets the task fit the model.
+
+    Raises:
+        DataError: rows, columns or labels that cannot be used; with `spec.strict`, rows that both halves share.
+        UnknownName: no such sample or task.
+        ModelError: a model without the head for the task.
+    """
+    train, own_test = load_rows(spec.source)
+    columns = find_columns(train, spec, task)
+    notes = [columns.sentence()]
+    test = own_test
+    if spec.test is not None:
+        first, second = load_rows(spec.test)
+        test = second if second is not None else first
+        if own_test is not None:
+            notes.append(f"test rows are those of {spec.test}; the {len(own_test)} of {own_test.source} are not used")
+    if test is None and spec.test_share > 0:
+        whole = infer_task(train, None, columns, task, model_config)
+        by_class = whole.name == "classification" and not whole.multi_label
+        train, test = split_rows(
+            train, spec.test_share, spec.split_seed, columns.content, columns.outcome if by_class else None
+        )
+        assert test is not None
+        alike = ", of each class alike" if by_class else ""
+        notes.append(f"held out {len(test)} of {len(train) + len(test)} rows as test{alike} (seed {spec.split_seed})")
+    decided = infer_task(train, test, columns, task, model_config)
+    notes += decided.notes
+    duplicates = count_duplicates(train, test, columns.content, columns.outcome)
+    notes.append(duplicates.sentence())
+    if spec.strict:
+        duplicates.refuse_leakage()
+    return Data(train=train, test=test, columns=columns, task=decided, duplicates=duplicates, notes=tuple(notes))
+
+
+def load_inputs(source: str, columns: Columns) -> tuple[Table, Columns]:
+    """Read rows to predict: those columns of the run that are inputs must be there, labels need not.
+
+    Returns:
+        The rows, and the columns without the roles that the rows lack; `columns.label` stays where it can be scored.
+
+    Raises:
+        DataError: an input column is missing; lists the columns.
+    """
+    first, second = load_rows(source)
+    table = second if second is not None else first
+    found = set(table.columns)
+    answers = ("label", "tags", "response")
+    optional = (*answers, "context")
+    lacking = {role: None for role in optional if getattr(columns, role) not in found}
+    kept = dataclasses.replace(columns, **lacking)
+    lost = [name for role, name in kept.used().items() if role not in answers and name not in found]
+    if lost:
+        raise DataError(
+            f"{table.source}: no column {', '.join(map(repr, lost))}, which the model was trained to read."
+            f"{near(lost[0], table.columns)} Its columns are {', '.join(map(repr, table.columns))}. Rename one."
+        )
+    return table, kept

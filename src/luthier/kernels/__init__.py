@@ -9,8 +9,10 @@ from luthier.kernels.attention import attend, attention_interface
 from luthier.kernels.dropout import KeyedDropout, dropout, keep_mask
 from luthier.kernels.loss import linear_cross_entropy
 from luthier.kernels.low_rank import Update, dora_linear, dora_norm, low_rank_linear, low_rank_linears, row_squares
+from luthier.kernels.optimizer import FlatAdamW
 
 __all__ = [
+    "FlatAdamW",
     "KeyedDropout",
     "Update",
     "attend",

@@ -56,7 +56,7 @@ __all__ = [
 MANIFEST = "MANIFEST.json"
 CHUNK = 4 << 20  # bytes per write
 SMALL = 256 << 10  # parts below this many bytes are joined before they are written
-THREADED_FROM = 128 << 10  # below this many bytes a thread costs more than it saves
+THREADED_FROM = 1 << 20  # below this many bytes a thread costs more than it saves
 EARLY_FROM = 4 << 20  # from this many bytes on, a folder's files are fsynced before their digests are known
 
 Buffer = bytes | memoryview

@@ -1,0 +1,113 @@
+"""From the words of a command to a verb, and from what the verb raises to a message and an exit code.
+
+No verb imports torch before it needs it: `luthier methods` and every `--help` answer at once.
+"""
+
+import contextlib
+import os
+import pkgutil
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from luthier import cli
+from luthier.__version__ import __version__
+from luthier.cli._screen import Screen
+from luthier.core import LuthierError, UnknownName, near
+
+__all__ = ["HELP", "main", "verbs"]
+
+HELP = """Fine-tune any transformer with any method, and know beforehand what it costs.
+
+A first run:  luthier demo
+Your own:     luthier train sample:minilm-l6 --data questions.csv --method lora
+
+Exit codes: 0 done · 2 wrong use · 3 bad input · 4 damaged or refused bytes · 5 memory, disk or lock · 6 diverged · 130,
+143 interrupted (the run can be resumed) · 1 a bug of ours. With --json, errors come as JSON too.
+"""
+
+# Typer brings its own copy of click and gives out only the leaves of its tree of errors.
+WrongUse: type[Any] = typer.BadParameter.__bases__[0]
+
+
+class Verbs(TyperGroup):
+    """The group of all verbs: an unknown one is answered with near names."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            raise UnknownName(
+                f"No command is called {args[0]!r}.{near(args[0], list(self.commands))} "
+                f"There are {', '.join(self.commands)}; `luthier --help` says what they do."
+            )
+        return super().resolve_command(ctx, args)
+
+
+def verbs() -> list[str]:
+    """The names of all verbs: the files of this folder."""
+    order = ["demo", "methods", "inspect", "samples", "train", "resume", "predict"]
+    found = [m.name.replace("_", "-") for m in pkgutil.iter_modules(cli.__path__) if not m.name.startswith("_")]
+    return sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name))
+
+
+def application(wanted: Sequence[str]) -> typer.Typer:
+    """The verbs as a typer application."""
+    app = typer.Typer(
+        cls=Verbs, help=HELP, no_args_is_help=True, add_completion=False, rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]}, pretty_exceptions_enable=False,
+    )  # fmt: skip
+
+    @app.callback()
+    def _(version: bool = typer.Option(False, "--version", help="Print the version.", is_eager=True)) -> None:
+        if version:
+            print(__version__)
+            raise typer.Exit
+
+    for verb in wanted:
+        module = import_module(f"luthier.cli.{verb.replace('-', '_')}")
+        app.command(name=verb, no_args_is_help=getattr(module, "NEEDS_WORDS", False))(module.command)
+    return app
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. Nothing it raises on purpose shows a traceback."""
+    words = list(sys.argv[1:] if words is None else words)
+    screen = Screen.start(as_json="--json" in words)
+    known = verbs()
+    # Only the verb asked for is imported; help and misspelt words need all of them.
+    wanted = [words[0]] if words and words[0] in known else known
+    helping = "--help" in words or "-h" in words or not words
+    try:
+        # Libraries print: with --json standard output holds one object and nothing else.
+        with contextlib.redirect_stdout(sys.stderr) if screen.as_json and not helping else contextlib.nullcontext():
+            code = typer.main.get_command(application(wanted))(args=words, prog_name="luthier", standalone_mode=False)
+            if code == 130:
+                return screen.failed("Interrupted", "stopped by Ctrl-C; nothing half-written was left behind.", 130)
+        return code if isinstance(code, int) else 0
+    except LuthierError as error:
+        return screen.failed(type(error).__name__, str(error), error.exit_code)
+    except WrongUse as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.ctx.get_help() if error.ctx else "", file=sys.stderr)
+            return 2
+        verb = " ".join(["luthier", *[w for w in words[:1] if w in known]])
+        said = error.format_message().rstrip(".")
+        return screen.failed("UsageError", f"{said}. `{verb} --help` shows what it takes.", 2)
+    except (typer.Abort, KeyboardInterrupt):
+        return screen.failed("Interrupted", "stopped by Ctrl-C; nothing half-written was left behind.", 130)
+    except BrokenPipeError:
+        # Whoever read us, such as `head`, has seen enough. Python flushes once more when it ends: give it a place to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        print(traceback.format_exc(), file=sys.stderr, end="")
+        return screen.failed(
+            type(error).__name__,
+            f"{error}\nThis is a bug in luthier, not a mistake of yours. Please report it with the lines above and "
+            f"the command. Version {__version__}.",
+            1,
+        )

@@ -1,0 +1,56 @@
+"""How many numbers each method trains on minilm-l6: counted from its formula on the model's shape, no weights needed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import luthier.methods
+from luthier.anatomy import Anatomy
+from luthier.core import LuthierError
+from luthier.surgery import METHODS
+
+__all__ = ["MINILM_L6", "count_shares", "path", "write_shares"]
+
+# The shape of the sample minilm-l6, with a head for trec6's six classes.
+MINILM_L6 = {
+    "hidden_size": 384,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+    "intermediate_size": 1536,
+    "vocab_size": 30522,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "num_labels": 6,
+}
+
+
+def path() -> Path:
+    """The table that the package ships."""
+    return Path(luthier.methods.__path__[0]) / "shares.json"
+
+
+def count_shares() -> dict[str, Any]:
+    """Method -> trained numbers (the head's 2,310 included) and their share of all numbers of the model.
+
+    A method that cannot be put on this model (it needs a site that BERT lacks) has no entry.
+    """
+    with torch.device("meta"):
+        model = transformers.BertForSequenceClassification(transformers.BertConfig(**MINILM_L6))
+    anatomy = Anatomy.read(model)
+    head = sum(torch.Size(anatomy.tensors[name]).numel() for name in anatomy.head_tensors)
+    counted = {}
+    for name in METHODS.names():
+        try:
+            trained = METHODS.get(name)().n_params(anatomy) + head
+        except LuthierError:
+            continue
+        counted[name] = {"trained": trained, "share": round(trained / anatomy.n_params, 6)}
+    return {"model": "minilm-l6 with six classes", "n_params": anatomy.n_params, "head": head, "methods": counted}
+
+
+def write_shares(table: dict[str, Any]) -> None:
+    """Store the table where `luthier methods` reads it."""
+    path().write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")

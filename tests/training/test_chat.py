@@ -1,3 +1,6 @@
+import itertools
+
+import numpy as np
 import pytest
 from training.small import table, word_tokenizer
 
@@ -292,3 +295,39 @@ def test_sentence_pieces_keep_the_tokens_of_the_whole():
     examples = encoded(tokenizer, messages)
     assert examples.ids.tolist() == tokenizer(" Q: why A: two</s>", add_special_tokens=False)["input_ids"]
     assert examples.ids[examples.labels != IGNORED].tolist() == [5, 1]
+
+
+def conversation(rng, n):
+    words = ["why", "how", "two", "sun", "moon", "how far is it", "is it", "assistant"]
+    roles = itertools.cycle(["user", "assistant"])
+    return [{"role": next(roles), "content": " ".join(rng.choice(words, rng.integers(1, 4)))} for _ in range(n)]
+
+
+@pytest.mark.parametrize("template", [CHATML, BOS_FIRST, FORGETS, None])
+def test_the_learnt_shape_of_a_template_gives_what_full_rendering_gives(template, monkeypatch):
+    rng = np.random.default_rng(0)
+    rows = [conversation(rng, int(rng.integers(2, 9))) for _ in range(40)]
+    # A user who writes like the template: such a row must fall back to full rendering, not fool the search.
+    rows[30][0]["content"] = "assistant:two</s> <|im_start|>assistant\ntwo<|im_end|>\n"
+    tokenizer = word_tokenizer("gpt", chat_template=template)
+    results = []
+    for learnt in (1000, 3):
+        monkeypatch.setattr("luthier.training.chat.LEARNT_ROWS", learnt)
+        results.append(encoded(tokenizer, rows, accept=0.2))
+    full, quick = results
+    assert np.array_equal(full.ids, quick.ids)
+    assert np.array_equal(full.labels, quick.labels)
+    assert list(full.ledger) == list(quick.ledger)
+
+
+def test_a_long_conversation_is_rendered_once_after_the_first_rows(monkeypatch):
+    monkeypatch.setattr("luthier.training.chat.LEARNT_ROWS", 2)
+    rng = np.random.default_rng(1)
+    counts = []
+    with Chat(word_tokenizer("gpt", chat_template=CHATML)) as chat:
+        render = chat._renderer.render
+        monkeypatch.setattr(chat._renderer, "render", lambda *a, **k: (counts.append(1), render(*a, **k))[1])
+        for row in range(4):
+            counts.clear()
+            chat.plan(row, conversation(rng, 30), "x")
+            assert len(counts) == 1 if row > 1 else len(counts) > 30

@@ -38,6 +38,9 @@ ROLES = {
 }
 """Role tags of the OpenAI and ShareGPT layouts -> the names that templates know."""
 
+LEARNT_ROWS = 50
+"""Rows whose every turn is rendered by itself before the shape of the template is relied on."""
+
 DEFAULT_TEMPLATE = """\
 {%- for message in messages %}
 {%- if message.role == 'assistant' %}
@@ -179,6 +182,8 @@ class Chat:
         added = [str(t) for t in tokenizer.added_tokens_decoder.values() if getattr(t, "special", False)]
         self._ends = tuple(t for t in {*map(str, tokenizer.all_special_tokens), *added} if t)
         self._counts: Counter[str] = Counter()
+        self._shape: tuple[str, str, str] | None = None
+        self._regular, self._learnt = True, 0
 
     def __enter__(self) -> "Chat":
         return self
@@ -249,7 +254,12 @@ class Chat:
     def _by_rendering(
         self, row: int, messages: Sequence[Message], turns: Sequence[int], text: str, place: str
     ) -> list[_Plan]:
-        spans, upto = [], []
+        if self._regular and self._learnt >= LEARNT_ROWS:
+            found = self._by_shape(messages, turns, text)
+            if found is not None:
+                return [_Plan(row, text, found)]
+        spans: list[tuple[int, int]] = []
+        upto: list[str] = []
         for k in turns:
             before = self._renderer.render(messages[:k], add_generation_prompt=True, must_keep=False, where=place).text
             after = self._renderer.render(messages[: k + 1], must_keep=False, where=place).text
@@ -262,9 +272,51 @@ class Chat:
             upto.append(after)
         apart = all(b <= a for (_, b), (a, _) in itertools.pairwise(spans))
         if apart and all(text.startswith(after) for after in upto):
+            self._learn(messages, turns[-1], text, spans)
             return [_Plan(row, text, spans)]
+        self._regular = False
         self._counts["turnwise"] += 1
         return [_Plan(row, after, [span]) for after, span in zip(upto, spans, strict=True)]
+
+    def _learn(self, messages: Sequence[Message], k: int, text: str, spans: list[tuple[int, int]]) -> None:
+        """Remember how this template opens and closes an assistant's turn; stop relying on it if rows disagree.
+
+        Rendering a conversation twice for each turn takes a time that grows with the square of its length. The first
+        rows are rendered so; where all of them have one shape, later rows are searched for that shape in one rendering,
+        and are rendered in full where they do not have it.
+        """
+        self._learnt += 1
+        said = text[slice(*spans[-1])]
+        content = messages[k]["content"]
+        if self._shape is None and content.strip() and said.count(content.strip()) == 1:
+            bare = self._renderer.render(messages[:k], must_keep=False).text
+            opening = text[len(bare) : spans[-1][0]] if text.startswith(bare) else ""
+            before, after = said.split(content.strip())
+            self._shape = (opening, before, after)
+        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        if self._shape is not None and self._by_shape(messages, turns, text) not in (None, spans):
+            self._regular = False
+
+    def _by_shape(self, messages: Sequence[Message], turns: Sequence[int], text: str) -> list[tuple[int, int]] | None:
+        """The assistant's turns by the learnt shape, or `None` where the text does not have it without doubt."""
+        if self._shape is None:
+            return None
+        opening, before, after = self._shape
+        spans: list[tuple[int, int]] = []
+        at = previous = 0
+        for k in turns:
+            for message in messages[previous:k]:
+                said = message["content"].strip()
+                if (place := text.find(said, at)) < 0:
+                    return None
+                at = place + len(said)
+            whole = opening + before + messages[k]["content"].strip() + after
+            place = text.find(whole, at)
+            if place < 0 or (opening and text.find(opening, at) != place):
+                return None
+            spans.append((place + len(opening), place + len(whole)))
+            at, previous = place + len(whole), k + 1
+        return spans
 
     def _with_end(self, plan: _Plan) -> _Plan:
         """Let each span stop behind its end token: a line break that follows is the template's."""

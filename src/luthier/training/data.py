@@ -84,7 +84,7 @@ def load_inputs(source: str, columns: Columns) -> tuple[Table, Columns]:
     found = set(table.columns)
     answers = ("label", "tags", "response")
     optional = (*answers, "context")
-    lacking = {role: None for role in optional if getattr(columns, role) not in found}
+    lacking: dict[str, Any] = {role: None for role in optional if getattr(columns, role) not in found}
     kept = dataclasses.replace(columns, **lacking)
     lost = [name for role, name in kept.used().items() if role not in answers and name not in found]
     if lost:

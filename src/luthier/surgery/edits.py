@@ -54,11 +54,13 @@ class Reparametrise:
 class Unfreeze:
     """Train the tensor `name` of the model itself; with a `mask` (bool, same shape) only where it is true.
 
-    The mask holds for the *update*: gradient, momentum and decay cannot move an entry outside it.
+    The mask holds for the *update*: gradient, momentum and decay cannot move an entry outside it. With `holds=False` it
+    is applied to the gradient alone, so that decay moves the rest, and the tensor is stored whole.
     """
 
     name: str
     mask: Tensor | None = None
+    holds: bool = True
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ __all__ = ["Tuned", "Tuning", "Unfrozen", "attach"]
 class Unfrozen:
     """A tensor of the model that a tuning trains in place.
 
-    `original` is the value it had, kept so that `detach` can restore it bit for bit; `mask` is None for all of it.
+    `original` is the value it had, kept so that `detach` can restore it bit for bit; `mask` is None for all of it, and
+    with `holds=False` a mask of the gradient only.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Unfrozen:
     original: Tensor
     mask: Tensor | None = None
     parked: Tensor | None = None  # the tuned value, while the tuning is not active
+    holds: bool = True
 
 
 class Tuning(nn.Module):
@@ -349,7 +351,7 @@ class Tuned:
         parameter.requires_grad_(True)
         mask = edit.mask.to(parameter.device) if edit.mask is not None else None
         key_ = f"head/{name}" if prefix == "head" else f"{prefix}model/{name}"
-        tuning.unfrozen[key_] = Unfrozen(name, parameter, original, mask)
+        tuning.unfrozen[key_] = Unfrozen(name, parameter, original, mask, holds=edit.holds)
 
     def _home(self, module: Any) -> Any:
         """Trained numbers are fp32 and live where the model lives."""
@@ -549,7 +551,7 @@ class Tuned:
         for tuning in self.tunings.values():
             if tuning.active:
                 for unfrozen in tuning.unfrozen.values():
-                    if unfrozen.mask is not None:
+                    if unfrozen.mask is not None and unfrozen.holds:
                         held = unfrozen.parameter.data
                         torch.where(unfrozen.mask, held, unfrozen.original.to(held.dtype), out=held)
 

@@ -58,7 +58,7 @@ def stored_tensors(tuning: Tuning) -> dict[str, Tensor]:
             tensors[f"{key_}.{short}"] = tensor.detach().cpu().contiguous()
     for key_, unfrozen in tuning.unfrozen.items():
         value = unfrozen.parked if unfrozen.parked is not None else unfrozen.parameter.detach()
-        if unfrozen.mask is None:
+        if unfrozen.mask is None or not unfrozen.holds:
             tensors[key_] = value.cpu().contiguous()
         else:
             # New values of the changed entries, not differences: fl(a + fl(b - a)) need not be b.

@@ -141,7 +141,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
 def test_a_large_model_keeps_no_second_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     import luthier.kernels.optimizer as module
 
-    monkeypatch.setattr(module, "_KEEP_GRADIENT", 4)
+    monkeypatch.setattr(module, "_GATHER", 4)
     ours, theirs = _parameters(), _parameters()
     mine, reference = FlatAdamW(ours, **SETTINGS), torch.optim.AdamW(theirs.values(), **SETTINGS)
     for step in range(3):

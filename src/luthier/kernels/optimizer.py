@@ -12,8 +12,7 @@ Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization", arXiv:1711.05
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +22,10 @@ from luthier.kernels._switch import fast
 
 __all__ = ["FlatAdamW"]
 
-# Above this many numbers the flat gradient lives for one step only, while the parameters' own gradients are released
-# one by one: two copies of a whole model's gradients would otherwise stand side by side.
-_KEEP_GRADIENT = 1 << 22
+# Up to this many numbers gradients are gathered into one flat tensor, so that few calls do all. Above it the calls are
+# long anyway, and a second copy of a whole model's gradients would cost memory and, fresh each step, three times the
+# update itself in page faults.
+_GATHER = 1 << 22
 
 
 @dataclass
@@ -51,7 +51,6 @@ class _Buffer:
     second: Tensor
     slots: list[_Slot]
     gradient: Tensor | None = None
-    runs: list[list[_Slot]] = field(default_factory=list)
 
 
 class FlatAdamW:
@@ -128,21 +127,15 @@ class FlatAdamW:
             ConfigError: a parameter no longer lives in its buffer (the model was moved after this was made).
         """
         self.lr = self.lr if lr is None else lr
-        gathered = []
-        lengths = []
-        for buffer in self._buffers:
-            gradient, present = _gather(buffer)
-            gathered.append((buffer, gradient, present))
-            for run in _contiguous(present):
-                lengths.append(float(torch.linalg.vector_norm(gradient[run[0].start : run[-1].end])))
+        gathered = [(buffer, _gather(buffer)) for buffer in self._buffers]
+        lengths = [float(torch.linalg.vector_norm(g)) for _, pieces in gathered for _, g in pieces]
         norm = math.hypot(*lengths)
         if math.isfinite(norm):
             shrink = 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))
-            for buffer, gradient, present in gathered:
-                self._update(buffer, gradient, present, shrink)
-        for buffer in self._buffers:
-            if buffer.gradient is not None and len(buffer.gradient) > _KEEP_GRADIENT:
-                buffer.gradient = None
+            for buffer, pieces in gathered:
+                for slots, gradient in pieces:
+                    self._update(buffer, slots, gradient, shrink)
+        self.zero_grad()
         return norm
 
     def zero_grad(self) -> None:
@@ -150,15 +143,15 @@ class FlatAdamW:
         for slot in self._slots().values():
             slot.parameter.grad = None
 
-    def _update(self, buffer: _Buffer, gradient: Tensor, present: list[_Slot], shrink: float) -> None:
-        for slot in present:
+    def _update(self, buffer: _Buffer, slots: list[_Slot], gradient: Tensor, shrink: float) -> None:
+        if shrink < 1.0:
+            gradient.mul_(shrink)
+        for slot in slots:
             slot.steps += 1
-        for run in _contiguous(present, alike=True):
+        offset = slots[0].start
+        for run in _contiguous(slots, alike=True):
             head = run[0]
             part = slice(head.start, run[-1].end)
-            p, g, m, v = buffer.values[part], gradient[part], buffer.first[part], buffer.second[part]
-            if shrink < 1.0:
-                g.mul_(shrink)
             lr = self.lr * head.lr_scale
             decay = self.weight_decay if head.decays else 0.0
             if head.target is not None:
@@ -166,8 +159,18 @@ class FlatAdamW:
                     assert slot.target is not None
                     buffer.values[slot.start : slot.end].lerp_(slot.target, lr * decay)
                 decay = 0.0
-            _adamw(p, g, m, v, head.steps, lr, self.betas, self.eps, decay)
-        for slot in present:
+            _adamw(
+                buffer.values[part],
+                gradient[part.start - offset : part.stop - offset],
+                buffer.first[part],
+                buffer.second[part],
+                head.steps,
+                lr,
+                self.betas,
+                self.eps,
+                decay,
+            )
+        for slot in slots:
             if slot.parameter.dtype != buffer.values.dtype:
                 slot.parameter.copy_(buffer.values[slot.start : slot.end].view(slot.parameter.shape))
 
@@ -229,34 +232,35 @@ class FlatAdamW:
                 tensor.copy_(state[name])
 
 
-def _gather(buffer: _Buffer) -> tuple[Tensor, list[_Slot]]:
-    """Copy the gradients that there are into the flat gradient, and drop them."""
-    if buffer.gradient is None:
-        buffer.gradient = torch.empty_like(buffer.values)
+def _gather(buffer: _Buffer) -> list[tuple[list[_Slot], Tensor]]:
+    """Runs of neighbouring parameters that have gradients, each with its flat gradient in the buffer's type."""
     present = [slot for slot in buffer.slots if slot.parameter.grad is not None]
+    size = buffer.values.element_size()
     for slot in present:
         p = slot.parameter
-        own = p.dtype == buffer.values.dtype
-        if own and p.data_ptr() != buffer.values.data_ptr() + slot.start * buffer.values.element_size():
+        if p.dtype == buffer.values.dtype and p.data_ptr() != buffer.values.data_ptr() + slot.start * size:
             raise ConfigError(
                 f"FlatAdamW: {slot.name!r} no longer lives in the optimiser's buffer; the model was moved, cast or"
                 " given new tensors after the optimiser was made. Make the optimiser last, and load values in place."
             )
-    whole = len(present) == len(buffer.slots)
-    if whole and len(buffer.values) <= _KEEP_GRADIENT and len({s.parameter.grad.dtype for s in present}) == 1:  # type: ignore[union-attr]
-        gradients: Any = [s.parameter.grad.reshape(-1) for s in present]  # type: ignore[union-attr]
-        if gradients[0].dtype == buffer.values.dtype:
-            torch.cat(gradients, out=buffer.gradient)
-            for slot in present:
-                slot.parameter.grad = None
-            return buffer.gradient, present
-    for slot in present:
-        grad = slot.parameter.grad
-        assert grad is not None
-        buffer.gradient[slot.start : slot.end].view(grad.shape).copy_(grad)
-        slot.parameter.grad = None
-        del grad
-    return buffer.gradient, present
+    dtype = buffer.values.dtype
+    gradients = {slot.name: _flat_gradient(slot, dtype) for slot in present}
+    if len(buffer.values) > _GATHER:
+        return [([slot], gradients[slot.name]) for slot in present]
+    if buffer.gradient is None:
+        buffer.gradient = torch.empty_like(buffer.values)
+    pieces = []
+    for run in _contiguous(present):
+        flat = buffer.gradient[run[0].start : run[-1].end]
+        torch.cat([gradients[slot.name] for slot in run], out=flat)
+        pieces.append((run, flat))
+    return pieces
+
+
+def _flat_gradient(slot: _Slot, dtype: torch.dtype) -> Tensor:
+    grad = slot.parameter.grad
+    assert grad is not None
+    return grad.reshape(-1).to(dtype)
 
 
 def _contiguous(slots: list[_Slot], alike: bool = False) -> list[list[_Slot]]:

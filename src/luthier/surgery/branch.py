@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy
 from luthier.surgery.context import Context
+from luthier.surgery.prompts import text_stack
 
 __all__ = ["BlockCall", "Branch"]
 
@@ -21,6 +22,7 @@ class BlockCall:
         stack, layer: which block.
         before, after: hidden states, (batch, tokens, d).
         args, kwargs: the rest of the call: masks, rotary angles, cache.
+        outputs: what it gave besides `after`, such as T5's position biases.
     """
 
     stack: str
@@ -29,6 +31,7 @@ class BlockCall:
     after: Tensor
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    outputs: tuple[Any, ...] = ()
 
 
 def _still(value: Any) -> Any:
@@ -61,13 +64,25 @@ class Branch:
         if anatomy.is_encoder_decoder:
             ends = {"encoder": model.get_encoder(), "decoder": model.get_decoder()}
         else:
-            ends = {next(iter(self._stacks)): modules[anatomy.backbone] if anatomy.backbone else model}
+            ends = {next(iter(self._stacks)): text_stack(modules, anatomy)}
         for stack, end in ends.items():
-            self._handles.append(end.register_forward_pre_hook(self._start(stack)))
+            self._handles.append(end.register_forward_pre_hook(self._start(stack), with_kwargs=True))
             self._handles.append(end.register_forward_hook(self._end(stack)))
             pooler = getattr(end, "pooler", None)
             if isinstance(pooler, nn.Module):
                 self._handles.append(pooler.register_forward_pre_hook(self._pool(stack)))
+
+        if anatomy.is_encoder_decoder:
+            self._handles.append(model.register_forward_hook(self._narrow(anatomy.d)))
+
+    def _narrow(self, d: int) -> Any:
+        def hook(model: nn.Module, args: Any, out: Any) -> None:
+            # What the branch's encoder sends to its decoder travels beside the frozen encoder's states; not further.
+            states = getattr(out, "encoder_last_hidden_state", None)
+            if self.enabled and states is not None and states.shape[-1] > d:
+                out.encoder_last_hidden_state = states[..., :d]
+
+        return hook
 
     def remove(self) -> None:
         """Take all hooks off."""
@@ -75,8 +90,10 @@ class Branch:
             handle.remove()
 
     def _start(self, stack: str) -> Any:
-        def hook(module: nn.Module, args: Any) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             self.calls[stack] = []
+            enter = getattr(self.module, "enter", None)
+            return (args, enter(stack, kwargs)) if enter is not None and self.enabled else None
 
         return hook
 
@@ -96,12 +113,13 @@ class Branch:
                 states = args[0] if args else kwargs["hidden_states"]
                 given = out[0] if isinstance(out, tuple) else out
                 rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
-                self.calls[stack].append(BlockCall(stack, layer, states.detach(), given.detach(), args[1:], rest))
+                more = _still(out[1:]) if isinstance(out, tuple) else ()
+                self.calls[stack].append(BlockCall(stack, layer, states.detach(), given.detach(), args[1:], rest, more))
 
         return hook
 
-    def _result(self, stack: str) -> Tensor:
-        result = self.module(stack, self.calls[stack], self.context)
+    def _result(self, stack: str, last: Tensor) -> Tensor:
+        result = self.module(stack, self.calls[stack], self.context, last.detach())
         assert isinstance(result, Tensor)
         return result
 
@@ -110,7 +128,7 @@ class Branch:
             if not self.enabled:
                 return None
             # Computed once here and used again at the end of the stack.
-            self.context.memory[("branch", stack)] = self._result(stack)
+            self.context.memory[("branch", stack)] = self._result(stack, args[0])
             return (self.context.memory[("branch", stack)], *args[1:])
 
         return hook
@@ -120,7 +138,7 @@ class Branch:
             if not self.enabled:
                 return out
             result = self.context.memory.pop(("branch", stack), None)
-            result = self._result(stack) if result is None else result
+            result = self._result(stack, out[0]) if result is None else result
             self.calls[stack] = []
             if isinstance(out, tuple):
                 return (result.to(out[0].dtype), *out[1:])

@@ -92,8 +92,9 @@ class PrependKeys:
 class AddBranch:
     """A network beside the frozen model. `build(model, anatomy)` returns a module with
 
-    `forward(states: list[BlockCall], context) -> Tensor` of shape (batch, tokens, d), which takes the place of the
-    backbone's last hidden state. No gradient enters the backbone.
+    `forward(stack, calls: list[BlockCall], context, last) -> Tensor` of shape (batch, tokens, d), which takes the place
+    of the backbone's last hidden state `last`. No gradient enters the backbone. The encoder of an encoder-decoder may
+    give a wider tensor; then `enter(stack, kwargs) -> kwargs`, called before each stack, narrows what is read.
     """
 
     build: Callable[..., nn.Module]

@@ -139,7 +139,8 @@ class GatedUpdate(Attachment):
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        return y + self.gate(x, self.context) * (x @ self.a.T @ self.b.T)
+        update: Tensor = self.gate(x, self.context) * (x @ self.a.T @ self.b.T)
+        return y + update
 
 
 class GatedAdapter(Bottleneck):
@@ -155,7 +156,7 @@ class GatedAdapter(Bottleneck):
             nn.init.normal_(layer.weight, std=0.02)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        rows = y if y.dim() == 3 else y.unflatten(0, (self.context.batch, -1))  # OPT flattens batch and tokens
+        rows = y if y.dim() == 3 else y.view(self.context.batch, -1, y.shape[-1])  # OPT flattens batch and tokens
         return self.add(rows, rows, self.gate(rows, self.context)).view(y.shape)
 
 

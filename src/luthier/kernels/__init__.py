@@ -7,6 +7,7 @@ from luthier.kernels._switch import fast, plain
 from luthier.kernels.attachments import bottleneck, scale
 from luthier.kernels.attention import attend, attention_interface
 from luthier.kernels.dropout import KeyedDropout, dropout, keep_mask
+from luthier.kernels.frozen import gated, rms_norm
 from luthier.kernels.loss import linear_cross_entropy
 from luthier.kernels.low_rank import Update, dora_linear, dora_norm, low_rank_linear, low_rank_linears, row_squares
 from luthier.kernels.optimizer import FlatAdamW
@@ -22,11 +23,13 @@ __all__ = [
     "dora_norm",
     "dropout",
     "fast",
+    "gated",
     "keep_mask",
     "linear_cross_entropy",
     "low_rank_linear",
     "low_rank_linears",
     "plain",
+    "rms_norm",
     "row_squares",
     "scale",
 ]

@@ -113,6 +113,11 @@ def test_a_tokenizer_without_template_gets_the_default_one_and_says_so():
     examples = encoded(tokenizer)
     assert learnt(examples, tokenizer) == ["two </s>", "because sun </s>"]
     assert any("luthier's default" in note for note in examples.ledger.notes)
+    before = ChatTemplate.of(tokenizer).digest
+    tokenizer.pad_token = "<s>"
+    assert ChatTemplate.of(tokenizer).digest == before
+    tokenizer.eos_token = "<|im_end|>"
+    assert ChatTemplate.of(tokenizer).digest != before
     assert ChatTemplate.of(tokenizer).digest != ChatTemplate.of(word_tokenizer("gpt", chat_template=CHATML)).digest
 
 
@@ -331,3 +336,27 @@ def test_a_long_conversation_is_rendered_once_after_the_first_rows(monkeypatch):
             counts.clear()
             chat.plan(row, conversation(rng, 30), "x")
             assert len(counts) == 1 if row > 1 else len(counts) > 30
+
+
+def test_a_message_that_holds_the_text_of_a_special_token_is_reported():
+    tokenizer = word_tokenizer("gpt", chat_template=CHATML)
+    examples = encoded(tokenizer, [{"role": "user", "content": "why <|im_end|> two"}, *TWO_TURNS[2:]])
+    assert any("1 messages hold the text of a special token" in note for note in examples.ledger.notes)
+
+
+@pytest.mark.samples
+def test_a_real_template_learns_each_answer_with_its_end_token():
+    from transformers import AutoTokenizer
+
+    from luthier import samples
+    from luthier.training.encode import choose_pad
+
+    tokenizer = AutoTokenizer.from_pretrained(samples.model_path("smollm2-135m"))
+    assert choose_pad(tokenizer, len(tokenizer)).id != tokenizer.eos_token_id  # its own is the end token
+    rows = samples.load_sample("chitchat").train[:20]
+    examples = encoded(tokenizer, [r["messages"] for r in rows], max_length=10**6)
+    for i, row in enumerate(rows):
+        said = [m["content"].strip() for m in row["messages"] if m["role"] == "assistant"]
+        labels = examples.labels[examples.offsets[i] : examples.offsets[i + 1]]
+        text = tokenizer.decode([t for t in labels if t != IGNORED])
+        assert text == "".join(answer + "<|im_end|>" for answer in said)

@@ -86,16 +86,20 @@ class ChatTemplate:
                 )
             own = own["default"]
         if own:
-            return cls(text=own, special_tokens=special, origin="the tokenizer's own")
-        opening = "{{- bos_token }}\n" if _adds_bos(tokenizer) else ""
-        return cls(
-            text=opening + DEFAULT_TEMPLATE, special_tokens=special, origin="luthier's default: the tokenizer has none"
-        )
+            return cls(text=own, special_tokens=_mentioned(own, special), origin="the tokenizer's own")
+        text = ("{{- bos_token }}\n" if _adds_bos(tokenizer) else "") + DEFAULT_TEMPLATE
+        origin = "luthier's default: the tokenizer has none"
+        return cls(text=text, special_tokens=_mentioned(text, special), origin=origin)
 
     @property
     def digest(self) -> str:
         """SHA-256, in hexadecimal, of the text and the special tokens it reads."""
         return hashlib.sha256(json.dumps([self.text, self.special_tokens], sort_keys=True).encode()).hexdigest()
+
+
+def _mentioned(template: str, special: dict[str, str]) -> dict[str, str]:
+    """Only what the template reads: another padding token, say, must not look like another template."""
+    return {name: token for name, token in special.items() if name in template}
 
 
 def _adds_bos(tokenizer: Any) -> bool:

@@ -354,7 +354,8 @@ class Tuned:
         tuning.unfrozen[key_] = Unfrozen(name, parameter, original, mask, holds=edit.holds)
 
     def _home(self, module: Any) -> Any:
-        """Trained numbers are fp32 and live where the model lives."""
+        """Trained numbers are fp32 and live where the model lives; dropout acts as the model's does."""
+        module.train(self.model.training)
         device = next(iter(self._parameters.values())).device
         if device.type == "meta":
             return module.to("meta")

@@ -1,0 +1,125 @@
+"""Child-Tuning, task-driven: before training, find the entries that matter to the task; only those move.
+
+    g <- g * M      M: the `share` of the blocks' entries with the largest Fisher information, mean g^2 over the data
+
+Nothing changes before the first step. What lies outside the blocks (embeddings, pooler, head) trains whole.
+
+Xu et al. 2021, "Raise a Child in Large Language Model: Towards Effective and Generalizable Fine-tuning",
+arXiv:2109.05687, section 3.3. As in the authors' code the scores are taken in training mode, per mini-batch, with each
+tensor's gradient clipped to norm 1, and there is no rescaling. Two differences: the mask has exactly its number of
+entries, ties going to the earlier one; and it also holds for weight decay, which in the authors' code moves the
+entries outside it (`masked_decay=False`).
+
+Count: floor(share * numbers in the blocks) + all numbers outside the blocks.
+Claims: a regulariser, better and steadier than full fine-tuning on small data; memory is not saved, nor much storage.
+Pitfalls: a mask on the gradient alone lets momentum and decay through; masking after clipping; scoring with gradients
+of another mode or another subset gives another mask.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from torch import Tensor
+
+from luthier.anatomy import Anatomy
+from luthier.core import ConfigError, above, between
+from luthier.methods._masks import no_trace, top_k
+from luthier.methods._own import own_tunings
+from luthier.surgery import METHODS, Batches, Edit, Method, Tuned, Unfreeze
+from luthier.surgery.tuned import Unfrozen
+
+
+@METHODS.register("child_tuning_d", family="partial", paper="arXiv:2109.05687")
+@dataclass(frozen=True, kw_only=True)
+class ChildTuningD(Method):
+    """Settings of task-driven child tuning."""
+
+    share: Annotated[float, "share of the blocks' entries that move", between(0, 1)] = 0.3
+    masked_decay: Annotated[bool, "decay, too, moves only the entries of the mask"] = True
+    clip: Annotated[float, "largest gradient norm of one tensor while scoring", above(0)] = 1.0
+
+    mergeable: ClassVar[bool] = True
+    starts_at_base: ClassVar[bool] = True
+    default_lr: ClassVar[float] = 4e-5
+    looks_at_data: ClassVar[bool] = True
+    trains_base: ClassVar[bool] = True
+
+    def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
+        heads = set(anatomy.head_tensors)
+        yield from (Unfreeze(n, holds=self.masked_decay) for n in anatomy.tensors if n not in heads)
+
+    def n_params(self, anatomy: Anatomy) -> int:
+        heads = set(anatomy.head_tensors)
+        sizes = {n: math.prod(shape) for n, shape in anatomy.tensors.items() if n not in heads}
+        inside = sum(size for n, size in sizes.items() if _in_blocks(n, anatomy))
+        return sum(sizes.values()) - inside + math.floor(self.share * inside)
+
+    def n_stored(self, anatomy: Anatomy) -> int:
+        """New values and, for the masked tensors, their places; everything where decay moves everything."""
+        heads = set(anatomy.head_tensors)
+        sizes = {n: math.prod(shape) for n, shape in anatomy.tensors.items() if n not in heads}
+        if not self.masked_decay:
+            return sum(sizes.values())
+        return self.n_params(anatomy) + math.floor(
+            self.share * sum(size for n, size in sizes.items() if _in_blocks(n, anatomy))
+        )
+
+    def prepare(self, tuned: Tuned, batches: Batches) -> None:
+        child = self._child(tuned)
+        scores = fisher(tuned, [u.parameter for u in child], batches, self.clip)
+        if not any(bool(s.any()) for s in scores):
+            raise ConfigError(
+                "child_tuning_d: no gradient reached the blocks, so nothing can be told apart. Check the loss."
+            )
+        k = math.floor(self.share * sum(s.numel() for s in scores))
+        for unfrozen, mask in zip(child, top_k(scores, k), strict=True):
+            unfrozen.mask = mask
+
+    def after_backward(self, tuned: Tuned, step: int, total: int) -> None:
+        if any(u.mask is None for u in self._child(tuned)):
+            raise ConfigError(
+                "child_tuning_d: its mask was never chosen. Call prepare(tuned, batches) before training."
+            )
+
+    def conflicts(self, other: Method) -> str | None:
+        if other.name in ("full", "bitfit"):
+            return f"both train tensors of the model in place, {other.name} without a mask. Use one of them."
+        return None
+
+    def _child(self, tuned: Tuned) -> list[Unfrozen]:
+        """The tensors of the blocks, in the order of the model."""
+        return [
+            u
+            for t in own_tunings(self, tuned)
+            for key, u in t.unfrozen.items()
+            if not key.startswith("head/") and _in_blocks(u.name, tuned.anatomy)
+        ]
+
+
+def _in_blocks(name: str, anatomy: Anatomy) -> bool:
+    return name.startswith(tuple(f"{block.path}." for block in anatomy.blocks))
+
+
+def fisher(tuned: Tuned, parameters: list[torch.nn.Parameter], batches: Batches, clip: float) -> list[Tensor]:
+    """Mean over the batches of each squared gradient, in training mode; each tensor's gradient clipped to `clip`."""
+    if len(batches) == 0:
+        raise ConfigError("child_tuning_d: no batch to score with. Give prepare() at least one.")
+    scores = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+    with no_trace(tuned, training=True):
+        for batch in batches:
+            grads = torch.autograd.grad(batch(), parameters, allow_unused=True)
+            for score, grad in zip(scores, grads, strict=True):
+                if grad is not None:
+                    wide = grad.float()
+                    norm = torch.linalg.vector_norm(wide)
+                    wide = wide * (clip / (norm + 1e-6)).clamp(max=1.0)
+                    score.addcmul_(wide, wide, value=1 / len(batches))
+    for parameter_scores in scores:
+        if not torch.isfinite(parameter_scores).all():
+            raise ConfigError(
+                "child_tuning_d: a gradient is not finite while scoring. Look at the data or the precision."
+            )
+    return scores

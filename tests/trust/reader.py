@@ -18,6 +18,18 @@ LIMIT_BYTES = 256_000_000
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello there"}]
 
 
+WATCHED = (
+    *("socket.", "os.system", "os.exec", "os.fork", "os.posix_spawn", "pty.", "ctypes."),
+    *("urllib.", "pickle.", "webbrowser."),
+)
+
+
+def peak() -> int:
+    """Most bytes this program has held. Not ru_maxrss: that also counts what the parent held when it forked."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.split("VmHWM:", 1)[1].split()[0]) * 1024
+
+
 class TooSlow(BaseException):
     """More than a second of processor time for one file."""
 
@@ -43,20 +55,7 @@ def main() -> None:
         if not allowed:
             return
         # marshal.load(s) is not in the list: the standard library's own late imports are made of it.
-        if event.startswith(
-            (
-                "socket.",
-                "os.system",
-                "os.exec",
-                "os.fork",
-                "os.posix_spawn",
-                "pty.",
-                "ctypes.",
-                "urllib.",
-                "pickle.",
-                "webbrowser.",
-            )
-        ):
+        if event.startswith(WATCHED):
             seen.append(event)
         elif event == "subprocess.Popen":
             if list(args[1])[:3] != [sys.executable, "-I", script]:
@@ -139,7 +138,7 @@ def main() -> None:
         answer["seen"] = list(seen)
         answer["seconds"] = time.process_time() - before[0]
         answer["child_seconds"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before[1]
-        answer["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        answer["peak"] = peak()
         print(json.dumps(answer), flush=True)
 
 

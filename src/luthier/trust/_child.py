@@ -28,7 +28,7 @@ Handler = Callable[[Any], Any]
 LATE = frozenset({"_strptime", "unicodedata", "_locale", "locale"})
 
 # Found by import at their first use, which the walls would refuse.
-CODECS = ("utf-8", "utf-8-sig", "ascii", "latin-1", "unicode_escape", "raw_unicode_escape")
+CODECS = ("utf-8", "utf-8-sig", "ascii", "latin-1", "unicode_escape", "raw_unicode_escape", "cp437")
 
 REFUSED_EVENTS = (
     "socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "pty.", "ctypes.",

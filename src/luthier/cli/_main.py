@@ -8,7 +8,7 @@ import os
 import pkgutil
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -20,7 +20,7 @@ from luthier.__version__ import __version__
 from luthier.cli._screen import Screen
 from luthier.core import LuthierError, UnknownName, near
 
-__all__ = ["HELP", "main", "verbs"]
+__all__ = ["HELP", "guarded", "main", "verbs"]
 
 HELP = """Fine-tune any transformer with any method, and know beforehand what it costs.
 
@@ -81,20 +81,29 @@ def main(words: Sequence[str] | None = None) -> int:
     # Only the verb asked for is imported; help and misspelt words need all of them.
     wanted = [words[0]] if words and words[0] in known else known
     helping = "--help" in words or "-h" in words or not words
-    try:
+
+    def run() -> int:
         # Libraries print: with --json standard output holds one object and nothing else.
         with contextlib.redirect_stdout(sys.stderr) if screen.as_json and not helping else contextlib.nullcontext():
             code = typer.main.get_command(application(wanted))(args=words, prog_name="luthier", standalone_mode=False)
-            if code == 130:
-                return screen.failed("Interrupted", "stopped by Ctrl-C; nothing half-written was left behind.", 130)
+        if code == 130:  # typer's own answer to Ctrl-C
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
+
+    verb = " ".join(["luthier", *[w for w in words[:1] if w in known]])
+    return guarded(screen, run, verb)
+
+
+def guarded(screen: Screen, run: Callable[[], int], verb: str = "luthier") -> int:
+    """Call `run`; turn whatever it raises into a message and the exit code for it."""
+    try:
+        return run()
     except LuthierError as error:
         return screen.failed(type(error).__name__, str(error), error.exit_code)
     except WrongUse as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error.ctx.get_help() if error.ctx else "", file=sys.stderr)
             return 2
-        verb = " ".join(["luthier", *[w for w in words[:1] if w in known]])
         said = error.format_message().rstrip(".")
         return screen.failed("UsageError", f"{said}. `{verb} --help` shows what it takes.", 2)
     except (typer.Abort, KeyboardInterrupt):

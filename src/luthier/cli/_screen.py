@@ -53,7 +53,7 @@ class Screen:
         from rich.table import Table
         from rich.text import Text
 
-        drawn = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+        drawn = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0), show_header=any(head))
         for column in head:
             drawn.add_column(column, justify="right" if column in right else "left", overflow="fold")
         for row in rows:

@@ -1,4 +1,4 @@
-"""How many numbers each method trains on minilm-l6: counted from its formula on the model's shape, no weights needed."""
+"""How many numbers each method trains on minilm-l6: by its formula on the model's shape, without weights."""
 
 import json
 from pathlib import Path

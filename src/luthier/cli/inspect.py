@@ -25,7 +25,7 @@ def command(
 
       luthier inspect ./my-model --json
     """
-    from luthier.training.inspect import read_anatomy
+    from luthier.cli._anatomy import read_anatomy
 
     anatomy, class_name = read_anatomy(model)
     rows = anatomy.table()
@@ -52,12 +52,17 @@ def command(
         heads += f" ({anatomy.n_kv_heads} for keys and values)"
     show(f"{anatomy.n_layers} layers of width {anatomy.d}, {heads}, inner width {anatomy.m}")
     longest = f"at most {anatomy.max_positions} tokens" if anatomy.max_positions else "no bound on length"
-    show(f"{anatomy.vocab_size or 'no'} words, {longest}\n")
-    layers = _layers(anatomy.blocks)
+    show(f"{anatomy.vocab_size or 'no'} words, {longest}")
+    stems = _stems(anatomy.blocks)
+    for stem, short in stems.items():
+        show(f"{short} stands for {stem.replace('{}', 'N')}, a layer's number")
+    show()
     cells = []
     for row in rows:
         site = row["site"] + (f" ({row['part']})" if row["part"] else "")
-        path = row["path"].replace("{}", layers.get(row["stack"], "{}"))
+        path = row["path"]
+        for stem, short in stems.items():
+            path = path.replace(stem, short, 1) if path.startswith(stem) else path
         if row["notes"]:
             path += f"\n{row['notes']}"
         cells.append((site, path, row["shape"], row["count"], human_count(row["n_params"]) if row["n_params"] else ""))
@@ -67,10 +72,9 @@ def command(
     show(f"\nNext: luthier train {model} --data FILE --method lora --set sites=attn.q,attn.v")
 
 
-def _layers(blocks: tuple[Any, ...]) -> dict[str, str]:
-    """Stack -> the layers' numbers as one word, such as {0..5}."""
-    words = {}
-    for stack in {block.stack for block in blocks}:
-        numbers = [block.layer for block in blocks if block.stack == stack]
-        words[stack] = f"{{{min(numbers)}..{max(numbers)}}}" if len(numbers) > 1 else str(numbers[0])
-    return words
+def _stems(blocks: tuple[Any, ...]) -> dict[str, str]:
+    """Where layers lie, such as `encoder.layer.{}` -> a short word for it, such as {0..5}: paths are long."""
+    numbers: dict[tuple[str, str], list[int]] = {}
+    for block in blocks:
+        numbers.setdefault((block.path.rpartition(".")[0] + ".{}", block.stack), []).append(block.layer)
+    return {stem: f"{stack}{{{min(layers)}..{max(layers)}}}" for (stem, stack), layers in numbers.items()}

@@ -1,6 +1,7 @@
 """`luthier methods`: the shelf, or one method's page. Reads files, imports none of them: no torch here."""
 
 import json
+from functools import lru_cache
 from importlib.resources import files
 from typing import Annotated, Any
 
@@ -73,6 +74,7 @@ def facts(card: Card) -> dict[str, Any]:
     }
 
 
+@lru_cache(maxsize=1)
 def shares() -> dict[str, dict[str, Any]]:
     """Method -> numbers trained on minilm-l6 with a head of six classes, and their share; see `_shares.py`."""
     text = (files("luthier.methods") / "shares.json").read_text(encoding="utf-8")
@@ -120,5 +122,3 @@ def _show_page(card: Card) -> None:
 def _word(default: str) -> str:
     """A default as one would write it after --set: `('attn.q', 'attn.v')` is `attn.q,attn.v`."""
     return default.strip("()").replace("'", "").replace('"', "").replace(", ", ",").rstrip(",").lower() or "''"
-
-

@@ -1,0 +1,35 @@
+"""One run in a process of its own, so that its peak memory is its own: spec on stdin, facts on stdout.
+
+The demo starts one of these for each method.
+"""
+
+import json
+import sys
+import tomllib
+
+from luthier.cli._main import guarded
+from luthier.cli._screen import Screen
+
+__all__ = ["main"]
+
+
+def main() -> int:
+    """Train what the TOML on standard input says. Progress goes to standard error."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # libraries print: only the facts may reach the pipe
+    screen = Screen.start(as_json=False)
+    screen.lively = screen.lively and "--plain" not in sys.argv
+    return guarded(screen, lambda: _train(screen, answers))
+
+
+def _train(screen: Screen, answers: object) -> int:
+    from luthier.cli._progress import Watcher, facts_of
+    from luthier.training import RunSpec, train
+
+    spec = RunSpec.from_plain(tomllib.loads(sys.stdin.read()))
+    result = train(spec, listener=Watcher(screen, title=spec.method, brief=True))
+    print(json.dumps(facts_of(result)), file=answers, flush=True)  # type: ignore[call-overload]
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,122 @@
+"""How a run shows itself: a bar on a terminal, a line now and then elsewhere, and its end as a table."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from luthier.cli._screen import Screen, screen
+from luthier.core import human_bytes, human_count, human_seconds
+from luthier.training import Listener
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from luthier.training import Result
+
+__all__ = ["Watcher", "facts_of", "show_result"]
+
+EVERY_SECONDS = 10.0
+
+
+class Watcher(Listener):
+    """Draws a run on the screen it is given. Standard output is never touched."""
+
+    def __init__(self, onto: Screen | None = None, title: str = "training", brief: bool = False) -> None:
+        self.screen = onto or screen()
+        self.title = title
+        self.brief = brief  # facts about data and model were said before
+        self.total = 0
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._begun = self._said = 0.0
+        self._rows = self._tokens = self._first = 0
+
+    def say(self, line: str) -> None:
+        if not self.brief:
+            self.screen.say(line)
+
+    def start(self, total: int, done: int) -> None:
+        self.total, self._first = total, done
+        self._begun = self._said = time.monotonic()
+        self._rows = self._tokens = 0
+        if self.screen.lively:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(bar_width=16), TextColumn("{task.completed}/{task.total}"),
+                TextColumn("{task.fields[numbers]}"), TimeRemainingColumn(compact=True),
+                console=Console(file=self.screen.err), transient=True,
+            )  # fmt: skip
+            self._bar.start()
+            self._task = self._bar.add_task(self.title, total=total, completed=done, numbers="")
+
+    def step(self, step: int, row: dict[str, Any], tokens: int, rows: int) -> None:
+        self._rows += rows
+        self._tokens += tokens
+        now = time.monotonic()
+        numbers = f"loss {row['loss']:.3f} · {self._rows / max(now - self._begun, 1e-9):.0f} rows/s"
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=step, numbers=numbers)
+        elif now - self._said >= EVERY_SECONDS or step == self.total:
+            self._said = now
+            left = (now - self._begun) / (step - self._first) * (self.total - step)
+            per_second = f"{self._tokens / max(now - self._begun, 1e-9):.0f} tokens/s"
+            self.say(f"{self.title}: step {step}/{self.total} · {numbers} · {per_second} · {human_seconds(left)} left")
+
+    def scores(self, step: int, scores: dict[str, float]) -> None:
+        self.say(f"{self.title}: step {step}: " + " · ".join(f"{k} {v:.4g}" for k, v in scores.items()))
+
+    def end(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = self._task = None
+
+
+def facts_of(result: Result) -> dict[str, Any]:
+    """A finished (or paused) run as plain values for --json."""
+    trained = result.tuned.n_trained(head=True)
+    return {
+        "path": str(result.path),
+        "status": result.record.status,
+        "method": result.record.spec["method"],
+        "scores": dict(result.scores),
+        "trained": trained,
+        "trained_without_head": result.n_params,
+        "n_params": result.n_base,
+        "share": trained / result.n_base,
+        "seconds": result.seconds,
+        "peak_bytes": result.peak_bytes,
+        "memory": dict(result.memory),
+        "stored_bytes": result.stored_bytes,
+        "bit_exact": result.record.bit_exact,
+        "because": list(result.record.because),
+    }
+
+
+def show_result(result: Result) -> None:
+    """The end of a run: what came out, what it cost, what to try next."""
+    to = screen()
+    facts = facts_of(result)
+    to.result(facts)
+    if facts["scores"]:
+        to.show("\n" + " · ".join(f"{name} {value:.4g}" for name, value in facts["scores"].items()))
+    parts = " + ".join(f"{human_bytes(n)} {name}" for name, n in facts["memory"].items())
+    rows = [
+        ("trained", f"{human_count(facts['trained'])} of {human_count(facts['n_params'])} numbers "
+                    f"({facts['share']:.2%})"),
+        ("training", human_seconds(facts["seconds"])),
+        ("peak memory", f"{human_bytes(facts['peak_bytes'])} = {parts}" if facts["peak_bytes"] else "not measured"),
+        ("on disk", human_bytes(facts["stored_bytes"])),
+        ("folder", facts["path"]),
+    ]  # fmt: skip
+    to.table(("", ""), rows)
+    to.show(f'\nNext: luthier predict {_short(facts["path"])} --text "..."')
+
+
+def _short(path: str) -> str:
+    from pathlib import Path
+
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path

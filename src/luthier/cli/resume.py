@@ -1,0 +1,42 @@
+"""`luthier resume`: go on with a run that was stopped, to the bit where nothing has changed."""
+
+from typing import Annotated
+
+import typer
+
+from luthier.cli._options import AsJson
+from luthier.core.config import replace_word
+
+__all__ = ["NEEDS_WORDS", "command"]
+
+NEEDS_WORDS = True
+
+
+def command(
+    run: Annotated[str, typer.Argument(help="The run's folder.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Change a field of the run, such as optim.lr=1e-4."),
+    ] = None,
+    accept_drift: Annotated[
+        list[str] | None,
+        typer.Option(help="Go on although this has changed: data, model or tokenizer. Recorded in the folder."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Go on with a stopped run: from its newest checkpoint that verifies, with the same rows and the same dropout.
+
+    Examples:
+
+      luthier resume runs/x
+
+      luthier resume runs/x --set optim.lr=5e-4 --set epochs=6
+
+      luthier resume runs/x --accept-drift data
+    """
+    changed = dict(replace_word(word) for word in settings or [])
+
+    from luthier.cli._progress import Watcher, show_result
+    from luthier.training import resume
+
+    show_result(resume(run, changed=changed, accept_drift=accept_drift or [], listener=Watcher()))

@@ -349,3 +349,22 @@ def test_the_modules_seed_or_else_the_ambient_generator_decides_what_is_dropped(
     torch.manual_seed(1)
     c, _ = attention_interface(module, q, q, q, None, dropout=0.5, scaling=SCALE)
     assert torch.equal(b, c) and not torch.equal(a, b)
+
+
+def test_a_mask_that_was_changed_in_place_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "way", lambda *a: "products")
+    q, mask = _r(1, 2, 4, 3), torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    attend(q, q, q, mask, scaling=SCALE)
+    mask[..., 2:] = False
+    torch.testing.assert_close(attend(q, q, q, mask, scaling=SCALE), _definition(q, q, q, mask))
+
+
+def test_inference_mode_leaves_nothing_behind_that_training_trips_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "way", lambda *a: "products")
+    q, mask = _r(1, 2, 4, 3), torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+    with torch.inference_mode():
+        quiet = attend(q, q, q, mask, scaling=SCALE)
+        attend(q, q, q, mask.clone(), scaling=SCALE)
+    loud = attend(q, q, q, mask, scaling=SCALE)
+    torch.autograd.grad(loud.sum(), q)
+    assert torch.equal(quiet, loud)

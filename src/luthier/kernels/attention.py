@@ -12,6 +12,7 @@ framework's `sdpa_mask` as its mask function: it wants a boolean (B, 1, T, S) ma
 
 import json
 import math
+import weakref
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,9 +116,9 @@ def attend(
     framework_can = dropout == 0.0 and softcap is None
     if framework_can and (chosen == "sdpa" or torch.compiler.is_compiling()):
         return _framework(query, key, value, mask, scaling, causal, offset)
-    out: Tensor = _Products.apply(  # type: ignore[no-untyped-call]
-        query, key, value, _additive(mask, query.dtype), scaling, causal, offset, dropout, key_seed, softcap, training
-    )
+    added, dead = _prepared(mask, query.dtype, causal, offset)
+    settings = (scaling, causal, offset, dropout, key_seed, softcap)
+    out: Tensor = _Products.apply(query, key, value, added, dead, settings, training)  # type: ignore[no-untyped-call]
     return out.transpose(1, 2)
 
 
@@ -211,6 +212,31 @@ def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if mask.dtype == torch.bool:
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
     return mask.to(dtype)
+
+
+# All layers of a model get the same mask object, so what is made of it is remembered for the last one.
+_last: tuple[Any, ...] | None = None
+
+
+def _prepared(
+    mask: Tensor | None, dtype: torch.dtype, causal: bool, offset: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """The mask as something to add, and which queries may look at nothing (None: all may look at something)."""
+    global _last
+    if mask is None:
+        return None, None
+    # What inference mode makes has no version and may not be saved for a backward pass later.
+    remembers = not (mask.is_inference() or torch.is_inference_mode_enabled())
+    asked = (mask._version, dtype, causal, offset) if remembers else None
+    last = _last
+    if remembers and last is not None and last[0]() is mask and last[1] == asked:
+        return last[2], last[3]
+    added = _additive(mask, dtype)
+    assert added is not None
+    dead = _dead(mask if not causal else _causal_cut(added, offset))
+    if remembers:
+        _last = (weakref.ref(mask), asked, added, dead)
+    return added, dead
 
 
 def _framework(
@@ -334,6 +360,9 @@ def _blocks(
     return lists
 
 
+_Settings = tuple[float, bool, int, float, int | None, float | None]  # scaling, causal, offset, p, seed, softcap
+
+
 class _Scores:
     """What both passes need to make one block of probabilities."""
 
@@ -343,13 +372,10 @@ class _Scores:
         key: Tensor,
         value: Tensor,
         mask: Tensor | None,
-        scaling: float,
-        causal: bool,
-        offset: int,
-        p: float,
-        seed: int | None,
-        softcap: float | None,
+        dead: Tensor | None,
+        settings: _Settings,
     ) -> None:
+        scaling, causal, offset, p, seed, softcap = settings
         B, H, T, _ = query.shape
         K, S = key.shape[1:3]
         self.shape = B, K, H // K, T, S
@@ -358,11 +384,9 @@ class _Scores:
         self.scaling, self.causal, self.offset, self.softcap = scaling, causal, offset, softcap
         self.level = _levels(p) if seed is not None else 0
         self.seed = seed
-        self.mask = self.dead = None
-        if mask is not None:
-            mask = mask.expand(B, -1, T, S)
-            self.mask = mask.unsqueeze(1) if mask.shape[1] == 1 else _grouped(mask, K)
-            self.dead = _dead(self.mask if not causal else _causal_cut(self.mask, offset))
+        self.mask, self.dead = (
+            None if m is None else _grouped(m.expand(B, -1, T, -1), 1 if m.shape[1] == 1 else K) for m in (mask, dead)
+        )
         on_cpu = query.device.type == "cpu"
         self.lists = _blocks(
             self.shape,
@@ -436,22 +460,18 @@ class _Products(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         mask: Tensor | None,
-        scaling: float,
-        causal: bool,
-        offset: int,
-        p: float,
-        seed: int | None,
-        softcap: float | None,
+        dead: Tensor | None,
+        settings: _Settings,
         training: bool,
     ) -> Tensor:
-        ctx.settings = scaling, causal, offset, p, seed, softcap
         # Copied once and kept so: the backward pass reads them again, and nobody else keeps the projections' outputs.
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        scores = _Scores(query, key, value, mask, *ctx.settings)
+        scores = _Scores(query, key, value, mask, dead, settings)
         B, K, G, T, _ = scores.shape
         out = query.new_empty(B, T, K * G, value.shape[-1])
         by_head = _grouped(out.transpose(1, 2), K)
-        ctx.keeps = training and softcap is None and scores.bytes <= KEEP_BYTES
+        ctx.settings = settings
+        ctx.keeps = training and scores.softcap is None and scores.bytes <= KEEP_BYTES
         kept = []
         for blocks in scores.lists:
             for at in blocks:
@@ -460,14 +480,14 @@ class _Products(torch.autograd.Function):
                 part.copy_(torch.bmm(scores.drop(w, at), scores.keys(value, at)).view(part.shape))
                 if ctx.keeps:
                     kept.append(w)
-        ctx.save_for_backward(query, key, value, mask, *kept)
+        ctx.save_for_backward(query, key, value, mask, dead, *kept)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        query, key, value, mask, *kept = ctx.saved_tensors
-        scores = _Scores(query, key, value, mask, *ctx.settings)
+        query, key, value, mask, dead, *kept = ctx.saved_tensors
+        scores = _Scores(query, key, value, mask, dead, ctx.settings)
         wants_q, wants_k, wants_v = ctx.needs_input_grad[:3]
         K = scores.shape[1]
         g5 = _grouped(grad.transpose(1, 2), K)
@@ -506,7 +526,7 @@ class _Products(torch.autograd.Function):
                 if target is not None and total is not None:
                     part = target[blocks[0].b, blocks[0].k]
                     part.copy_(total.view(part.shape))
-        return gq, gk, gv, *(None,) * 8
+        return gq, gk, gv, None, None, None, None
 
 
 def _grouped(x: Tensor, K: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Reading safetensors: what honest writers write comes back bit for bit; nothing else does."""
 
+import json
 import random
 import struct
 from pathlib import Path
@@ -159,3 +160,13 @@ def test_caps_are_those_of_the_limits_object(tmp_path: Path) -> None:
         safetensors.check_header(path, limits=Limits(entries=19))
     with pytest.raises(Refused, match="claims a header"):
         safetensors.check_header(path, limits=Limits(header_bytes=100))
+
+
+@pytest.mark.parametrize("first", [b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"])
+def test_an_honest_header_whose_length_looks_like_a_pickle_is_read(tmp_path: Path, first: bytes) -> None:
+    text = json.dumps({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
+    padded = text.ljust(int.from_bytes(first, "little"))
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(st_bytes(padded, b"\7"))
+    assert path.read_bytes()[:2] == first
+    assert safetensors.read(path)["a"].tolist() == [7]

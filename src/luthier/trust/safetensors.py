@@ -171,11 +171,15 @@ def _header(file: BufferedReader, where: str, limits: Limits) -> Header:
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
     first = file.read(8)
+    brace = file.read(1)
+    file.seek(8)
     if len(first) < 8:
         raise Refused(
             f"{where}: {size} bytes; a safetensors file has at least 10. It is empty or cut off: fetch it again."
         )
-    if first[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or first[:4] == b"PK\x03\x04":
+    # The length of an honest header may begin with the same two bytes as a pickle; its text begins with a brace.
+    pickled = first[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") and brace != b"{"
+    if pickled or first[:4] == b"PK\x03\x04":
         raise Refused(
             f"{where}: a pickle checkpoint under another name. Pickle can run code: `luthier convert` makes it safe."
         )

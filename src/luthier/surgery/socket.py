@@ -75,6 +75,7 @@ class Substitute:
     tuning: str
     tensor: str  # name inside the layer, such as "weight"
     module: nn.Module
+    dtype: torch.dtype | None = None  # of the result; None for the stored type
 
 
 @dataclass(eq=False)
@@ -165,7 +166,11 @@ class Socket(nn.Module):
         tensors: dict[str, Tensor] = {}
         for substitute in live.substitutes:
             frozen = getattr(self.base, substitute.tensor)
-            tensors[substitute.tensor] = substitute.module(frozen.detach()).to(frozen.dtype)
+            tensors[substitute.tensor] = substitute.module(frozen.detach()).to(substitute.dtype or frozen.dtype)
+        lower = next((s.dtype for s in live.substitutes if s.dtype is not None), None)
+        if lower is not None:
+            # Some models cast to the type of the weight they see, which is the fp32 master's.
+            args = tuple(a.to(lower) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
         for name in {p.site.param for p in live.experts}:
             tensors[name] = self._experts(name, [p for p in live.experts if p.site.param == name])
         return functional_call(self.base, tensors, args, kwargs)

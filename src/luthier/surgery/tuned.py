@@ -62,7 +62,7 @@ class Tuning(nn.Module):
         name = key_.replace(".", "-")
         while name in self.parts:
             name += "_"
-        self.parts[name] = module
+        self.parts[name] = module.train(self.training)
         self.keys[key_] = name
 
     def modules_by_key(self) -> dict[str, nn.Module]:
@@ -341,12 +341,13 @@ class Tuned:
                     self._park(other)
                     break
         original = parameter.detach().clone()
+        parameter.data = original.clone()  # what it held may be a sleeping tuning's kept copy
         if parameter.dtype in (torch.bfloat16, torch.float16):
             # Trained numbers are fp32: at 8 bits of mantissa most updates would round away.
             parameter.data = parameter.data.float()
             for path, short in self._owners(name):
                 self._socket(path).substitutes.append(
-                    Substitute(tuning.tuning_name, short, _Lower(parameter, original.dtype))
+                    Substitute(tuning.tuning_name, short, _Lower(parameter, original.dtype), original.dtype)
                 )
         parameter.requires_grad_(True)
         mask = edit.mask.to(parameter.device) if edit.mask is not None else None
@@ -403,6 +404,17 @@ class Tuned:
         return self._attention is not None
 
     # ------------------------------------------------------------------ listening
+
+    def checkpoint_activations(self) -> None:
+        """Compute activations of the blocks twice instead of keeping them: less memory, more time, the same gradients.
+
+        The non-reentrant kind: with a frozen base the other one has no gradient to start from.
+        """
+        enable = getattr(self.model, "activation_checkpointing_enable", None)
+        if enable is not None:
+            enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        else:  # transformers before 5.20 or so
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def listen(self, inputs: dict[str, Any]) -> None:
         """Note the batch before a pass that does not enter through the whole model's `forward`."""

@@ -371,7 +371,7 @@ def _attach(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
     if spec.fast:
         tuned.route_attention()
     if spec.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        tuned.checkpoint_activations()
     needs_logits = any(getattr(m, "needs_logits", False) for m in method.parts())
     objective = Objective(tuned, prepared.task, full_logits=needs_logits)
     order = Order(prepared.train.lengths, spec.batch.size, spec.seed, spec.batch.group_by_length)

@@ -173,6 +173,7 @@ def _header(file: BufferedReader, where: str, limits: Limits) -> Header:
     first = file.read(8)
     brace = file.read(1)
     file.seek(8)
+    file.seek(8)
     if len(first) < 8:
         raise Refused(
             f"{where}: {size} bytes; a safetensors file has at least 10. It is empty or cut off: fetch it again."

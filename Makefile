@@ -1,0 +1,80 @@
+# Every target does its own set-up from a fresh clone, and is quick the second time.
+#
+# The pinned versions stand in constraints.txt. torch comes first and alone: its builds for one version differ by
+# platform (CPU, CUDA), and pip takes whichever your configured index offers.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile
+FAST := -m "not slow and not gpu"
+
+.PHONY: demo test test-all lint types matrix docs shares bench bench-quick audit sbom lock clean
+.DELETE_ON_ERROR:
+
+demo: .venv/.run
+	$(BIN)/luthier demo
+
+test: .venv/.dev .venv/.samples lint types
+	$(PYTEST) $(FAST)
+
+test-all: .venv/.dev .venv/.samples lint types
+	$(PYTEST) -m "not gpu" --matrix docs/support-matrix.md
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.dev
+	$(BIN)/mypy
+
+matrix: .venv/.dev
+	$(PYTEST) tests/contracts -m "not gpu" --matrix docs/support-matrix.md
+
+docs: .venv/.dev shares
+	$(BIN)/luthier methods --pages docs/methods
+
+shares: .venv/.dev
+	$(BIN)/luthier methods --refresh
+
+bench: .venv/.dev .venv/.samples
+	$(BIN)/python benchmarks/run.py
+
+bench-quick: .venv/.dev .venv/.samples
+	$(BIN)/python benchmarks/run.py --quick
+
+audit: .venv/.dev
+	$(BIN)/python scripts/lock.py --audit-list | $(BIN)/pip-audit --no-deps --disable-pip -r /dev/stdin
+
+sbom: .venv/.dev
+	mkdir -p dist
+	$(BIN)/pip-audit --local --format cyclonedx-json --output dist/sbom.json
+
+lock: .venv/.dev
+	$(BIN)/python scripts/lock.py
+
+clean:
+	rm -rf .venv dist build .mypy_cache .ruff_cache .pytest_cache
+
+# --- set-up: a stamp file for each stage, made anew when what it depends on has changed
+
+.venv/.made:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "luthier needs Python 3.11 or later"'
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/.torch: .venv/.made constraints.txt
+	$(PIP) install -q -c constraints.txt torch
+	touch $@
+
+.venv/.run: .venv/.torch pyproject.toml
+	$(PIP) install -q -c constraints.txt -e ".[metrics]"
+	touch $@
+
+.venv/.dev: .venv/.run
+	$(PIP) install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+.venv/.samples: .venv/.dev
+	$(BIN)/luthier samples fetch minilm-l6 trec6 smollm2-135m
+	touch $@

@@ -6,9 +6,9 @@ from typing import TypeVar
 from torch import nn
 
 from luthier.surgery import Method, Tuned
-from luthier.surgery.tuned import Tuning
+from luthier.surgery.tuned import Tuning, Unfrozen
 
-__all__ = ["group_names", "own_modules", "own_tunings"]
+__all__ = ["group_names", "own_modules", "own_tunings", "own_unfrozen"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -22,6 +22,12 @@ def own_modules(method: Method, tuned: Tuned, kind: type[M]) -> list[M]:
     """Its modules of one class, in the order of the model."""
     found = (m for t in own_tunings(method, tuned) for m in t.modules_by_key().values())
     return [m for m in found if isinstance(m, kind)]
+
+
+def own_unfrozen(method: Method, tuned: Tuned) -> list[Unfrozen]:
+    """The tensors of the model that it trains in place, a new head left out, in the order of the model."""
+    mine = ("model/", f"{method.name}:model/")
+    return [u for t in own_tunings(method, tuned) for key, u in t.unfrozen.items() if key.startswith(mine)]
 
 
 def group_names(tuned: Tuned, parameters: Iterable[nn.Parameter]) -> tuple[str, ...]:

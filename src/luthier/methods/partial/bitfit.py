@@ -2,15 +2,19 @@
 
     y = x W^T + b          b trains; W does not
 
-Every bias of the blocks trains, the shifts of their norms among them; nothing changes before the first step.
+Every bias of the pretrained model trains, the shifts of its norms among them, and nothing else; nothing changes before
+the first step. The biases of a head belong to the head.
 
-Ben Zaken, Ravfogel, Goldberg 2022, "BitFit", arXiv:2106.10199.
+Ben Zaken, Ravfogel, Goldberg 2022, "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked
+Language-models", arXiv:2106.10199, section 3.
 
-Count: sum of the lengths of all biases in the blocks, L (7 d + m) for BERT; with `subset`, those of attn.q and ffn.up.
+Count: sum of the lengths of all biases; in BERT's blocks L (7 d + m), and outside them, with `embeddings`, d for the
+embedding norm and d for a pooler where there is one. With `subset`, the biases of attn.q and ffn.up: L (d + m).
 Claims: 0.09 % of BERT-base trained, near full fine-tuning on small and medium data.
 Pitfalls: a model without biases (T5, Llama) has nothing to train: refused, unless `add_missing_biases` gives each
-linear layer of the blocks a new bias of zeros; the key bias of softmax attention without rotary has a gradient that is
-mathematically zero and does not move.
+linear layer of the blocks a new bias of zeros; the name `output.dense.bias` fits two layers of BERT's block; decay
+pulls a bias towards zero and not towards its pretrained value, so there is none here; the key bias of softmax attention
+without rotary has a gradient that is mathematically zero and does not move.
 """
 
 from collections.abc import Iterable
@@ -22,7 +26,8 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy, Site
 from luthier.core import AnatomyError
-from luthier.surgery import METHODS, Attach, Attachment, Edit, Method, Unfreeze
+from luthier.methods._own import group_names, own_modules, own_unfrozen
+from luthier.surgery import METHODS, Attach, Attachment, Edit, Group, Method, Tuned, Unfreeze
 
 _LINEAR = ("attn.q", "attn.k", "attn.v", "attn.o", "cross.q", "cross.k", "cross.v", "cross.o")
 _FFN = ("ffn.gate", "ffn.up", "ffn.down")
@@ -34,7 +39,7 @@ class BitFit(Method):
     """Settings of BitFit."""
 
     subset: Annotated[bool, "only the biases of attn.q and ffn.up"] = False
-    embeddings: Annotated[bool, "also the shift of the embedding norm and the pooler's bias"] = False
+    embeddings: Annotated[bool, "also the biases outside the blocks: embedding norm, last norm, pooler"] = True
     add_missing_biases: Annotated[bool, "give linear layers without a bias a new one of zeros"] = False
 
     mergeable: ClassVar[bool] = True
@@ -57,11 +62,18 @@ class BitFit(Method):
         held = sum(torch.Size(anatomy.tensors[name]).numel() for name in self._names(anatomy))
         return held + sum(site.d_out for site in self._missing(anatomy))
 
+    def groups(self, tuned: Tuned) -> list[Group]:
+        biases = [u.parameter for u in own_unfrozen(self, tuned)] + [
+            m.bias for m in own_modules(self, tuned, AddedBias)
+        ]
+        return [Group(group_names(tuned, biases), weight_decay=0.0)]
+
     def _names(self, anatomy: Anatomy) -> list[str]:
         if self.subset:
             return list(dict.fromkeys(n for n in anatomy.bias_tensors("attn.q") + anatomy.bias_tensors("ffn.up")))
         blocks = tuple(f"{block.path}." for block in anatomy.blocks)
-        return [n for n in anatomy.bias_tensors() if self.embeddings or n.startswith(blocks)]
+        inside = f"{anatomy.backbone}." if anatomy.backbone else ""
+        return [n for n in anatomy.bias_tensors() if n.startswith(inside if self.embeddings else blocks)]
 
     def _missing(self, anatomy: Anatomy) -> list[Site]:
         if not self.add_missing_biases:

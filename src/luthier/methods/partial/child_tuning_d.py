@@ -27,7 +27,7 @@ from torch import Tensor
 from luthier.anatomy import Anatomy
 from luthier.core import ConfigError, above, between
 from luthier.methods._masks import no_trace, top_k
-from luthier.methods._own import own_tunings
+from luthier.methods._own import own_unfrozen
 from luthier.surgery import METHODS, Batches, Edit, Method, Tuned, Unfreeze
 from luthier.surgery.tuned import Unfrozen
 
@@ -91,12 +91,7 @@ class ChildTuningD(Method):
 
     def _child(self, tuned: Tuned) -> list[Unfrozen]:
         """The tensors of the blocks, in the order of the model."""
-        return [
-            u
-            for t in own_tunings(self, tuned)
-            for key, u in t.unfrozen.items()
-            if not key.startswith("head/") and _in_blocks(u.name, tuned.anatomy)
-        ]
+        return [u for u in own_unfrozen(self, tuned) if _in_blocks(u.name, tuned.anatomy)]
 
 
 def _in_blocks(name: str, anatomy: Anatomy) -> bool:

@@ -1,0 +1,65 @@
+"""BitFit: its own tests, beside those that every method passes."""
+
+import pytest
+import torch
+from methods.checks import frozen_copy, logits, same, train
+from tiny import HIDDEN, INNER, LAYERS, inputs, tiny
+
+from luthier.core import AnatomyError
+from luthier.surgery import attach
+
+
+def test_counts_of_all_of_the_blocks_and_of_the_subset():
+    block = 7 * HIDDEN + INNER
+    assert attach(tiny("bert"), "bitfit", embeddings=False).n_trained() == LAYERS * block
+    assert attach(tiny("bert"), "bitfit").n_trained() == LAYERS * block + 2 * HIDDEN  # embedding norm and pooler
+    assert attach(tiny("roberta"), "bitfit").n_trained() == LAYERS * block + HIDDEN  # its pooler belongs to the head
+    assert attach(tiny("bert"), "bitfit", subset=True).n_trained() == LAYERS * (HIDDEN + INNER)
+
+
+@pytest.mark.parametrize("name", ["t5", "mistral"])
+def test_a_model_without_biases_is_refused_or_given_new_ones(name):
+    with pytest.raises(AnatomyError, match="add_missing_biases=true"):
+        attach(tiny(name), "bitfit")
+    model = tiny(name)
+    before = logits(model)
+    tuned = attach(model, "bitfit", add_missing_biases=True)
+    assert torch.equal(logits(model), before)
+    kinds = [k for k in tuned.anatomy.kinds() if k.split(".")[0] in ("attn", "cross", "ffn") and "." in k]
+    assert tuned.n_trained() == sum(s.d_out for s in tuned.anatomy.sites(*kinds)) == len_of(tuned)
+    losses = train(tuned, 15, lr=3e-2)
+    assert losses[-1] < losses[0]
+
+
+def len_of(tuned):
+    return tuned.tuning().method.n_params(tuned.anatomy)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_only_biases_move_and_all_but_the_key_s_do(name):
+    model = tiny(name)
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    tuned = attach(model, "bitfit")
+    before = frozen_copy(tuned)
+    train(tuned, 5, decay=0.1)
+    assert same(dict(model.named_parameters()), before)
+    for unfrozen in tuned.tuning().unfrozen.values():
+        if "key.bias" not in unfrozen.name:
+            assert not torch.equal(unfrozen.parameter, start[unfrozen.name]), unfrozen.name
+        assert unfrozen.name.endswith("bias") or unfrozen.name in tuned.anatomy.head_tensors
+
+
+def test_the_key_s_bias_has_no_gradient_without_rotary():
+    tuned = attach(tiny("bert").double(), "bitfit")
+    tuned.model(**inputs(tuned.model)).loss.backward()
+    sizes = {k: float(p.grad.abs().max()) for k, p in tuned.trained().items()}
+    key = max(v for k, v in sizes.items() if "key.bias" in k)
+    query = max(v for k, v in sizes.items() if "query.bias" in k)
+    assert key < 1e-10 * query
+
+
+def test_biases_do_not_decay_towards_zero():
+    tuned = attach(tiny("bert"), "bitfit")
+    (group,) = tuned.groups()
+    assert group.weight_decay == 0.0
+    assert set(group.names) == {n for n in tuned.trained() if not n.startswith("head/")}

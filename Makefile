@@ -44,7 +44,7 @@ bench-quick: .venv/.dev .venv/.samples
 	$(BIN)/python benchmarks/run.py --quick
 
 audit: .venv/.dev
-	$(BIN)/python scripts/lock.py --audit-list | $(BIN)/pip-audit --no-deps --disable-pip -r /dev/stdin
+	$(BIN)/pip-audit --no-deps --disable-pip -r constraints.txt
 
 sbom: .venv/.dev
 	mkdir -p dist
@@ -71,8 +71,14 @@ clean:
 	$(PIP) install -q -c constraints.txt -e ".[metrics]"
 	touch $@
 
+# LOCKED=1 takes every archive by its digest (requirements.lock, one platform); torch has been pinned by version.
 .venv/.dev: .venv/.run
+ifdef LOCKED
+	$(PIP) install -q --require-hashes --no-deps -r requirements.lock
+	$(PIP) install -q --no-deps -e .
+else
 	$(PIP) install -q -c constraints.txt -e ".[dev]"
+endif
 	touch $@
 
 .venv/.samples: .venv/.dev

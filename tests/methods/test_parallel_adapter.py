@@ -1,0 +1,111 @@
+"""Parallel adapter: its own tests, beside those that every method passes."""
+
+import pytest
+import torch
+from methods.checks import attach_double, logits, stir
+from methods.generation import check_checkpointing, check_generation, check_low_precision, stirred
+from tiny import inputs, tiny
+from transformers import BertConfig, BertModel
+
+from luthier.anatomy import Anatomy
+from luthier.surgery import attach, method
+
+NAMES = ["bert", "llama", "t5"]
+
+
+def read_by(module, model):
+    """What `module` reads first in a pass over one batch, in evaluation mode."""
+    seen = []
+    handle = module.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach().clone()))
+    logits(model)
+    handle.remove()
+    return seen[0]
+
+
+def contribution(tuned, norm, key):
+    """What the adapter at `key` adds to what `norm` reads, everything before it being equal."""
+    whole = read_by(norm, tuned.model)
+    module = tuned.modules()[key]
+    up, bias = module.up.weight.detach().clone(), module.up.bias.detach().clone()
+    torch.nn.init.zeros_(module.up.weight)
+    torch.nn.init.zeros_(module.up.bias)
+    without = read_by(norm, tuned.model)
+    with torch.no_grad():
+        module.up.weight.copy_(up)
+        module.up.bias.copy_(bias)
+    return whole - without
+
+
+@pytest.mark.parametrize("placement", ["ffn", "attn", "both"])
+@pytest.mark.parametrize("name", [*NAMES, "opt", "bloom"])
+def test_it_starts_at_the_base_with_its_branch_running(name, placement):
+    model = tiny(name)
+    base = logits(model)
+    tuned = attach(model, "parallel_adapter", width=7, placement=placement)
+    assert all(torch.count_nonzero(m.down.weight) > 0 for m in tuned.modules().values())
+    assert torch.equal(logits(model), base)
+
+
+def test_twice_the_scale_adds_twice_as_much_before_the_norm():
+    added = []
+    for scale in (2.0, 4.0):
+        tuned = attach_double("bert", "parallel_adapter", width=7, scale=scale)
+        stir(tuned)
+        norm = tuned.model.bert.encoder.layer[0].output.LayerNorm
+        added.append(contribution(tuned, norm, "ffn_out@0"))
+    assert added[0].abs().max() > 1e-2
+    torch.testing.assert_close(added[1], 2 * added[0], rtol=1e-10, atol=1e-10)
+
+
+def test_it_reads_the_input_of_the_feed_forward_layer_not_its_output():
+    tuned = attach_double("bert", "parallel_adapter", width=7)
+    stir(tuned)
+    layer = tuned.model.bert.encoder.layer[0]
+    before = contribution(tuned, layer.output.LayerNorm, "ffn_out@0")
+    for dense in (layer.intermediate.dense, layer.output.dense):
+        torch.nn.init.zeros_(dense.weight)
+        torch.nn.init.zeros_(dense.bias)
+    torch.testing.assert_close(contribution(tuned, layer.output.LayerNorm, "ffn_out@0"), before, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("reads", ["residual", "normed"])
+def test_before_or_behind_the_norm_as_the_setting_says(reads):
+    tuned = attach_double("llama", "parallel_adapter", width=7, reads=reads)
+    stir(tuned)
+    layer = tuned.model.model.layers[0]
+    module = tuned.modules()["ffn_out@0"]
+    stream = read_by(layer.post_attention_layernorm, tuned.model)
+    z = stream if reads == "residual" else layer.post_attention_layernorm(stream)
+    expected = 4.0 * (torch.relu(z @ module.down.weight.T + module.down.bias) @ module.up.weight.T + module.up.bias)
+    norm = tuned.model.model.layers[1].input_layernorm
+    torch.testing.assert_close(contribution(tuned, norm, "ffn_out@0"), expected.detach(), rtol=1e-9, atol=1e-9)
+
+
+def test_a_learned_scale_is_one_more_number_and_moves():
+    tuned = attach(tiny("bert"), "parallel_adapter", width=7, learn_scale=True, scale=1.0)
+    assert tuned.n_trained() == tuned.tuning().method.n_params(tuned.anatomy) == 3 * (2 * 48 * 7 + 7 + 48 + 1)
+    stir(tuned)
+    tuned.model(**inputs(tuned.model)).loss.backward()
+    assert all(float(p.grad.abs()) > 0 for n, p in tuned.trained().items() if n.endswith("scale"))
+
+
+def test_bert_base_trains_the_numbers_of_the_catalogue():
+    with torch.device("meta"):
+        anatomy = Anatomy.read(BertModel(BertConfig()))
+    counts = {w: method("parallel_adapter", {"width": w}).n_params(anatomy) for w in (512, 384, 16)}
+    assert counts == {512: 9_452_544, 384: 7_091_712, 16: 304_320}
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_generation_does_not_depend_on_cache_or_padding(name, beams):
+    check_generation(stirred(name, "parallel_adapter", width=7, placement="both"), beams)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_checkpointed_blocks_give_the_same_gradients(name):
+    check_checkpointing(stirred(name, "parallel_adapter", width=7, placement="both"))
+
+
+def test_a_bf16_model_trains_fp32_numbers():
+    check_low_precision("llama", "parallel_adapter", width=7)

@@ -128,7 +128,7 @@ class Branch:
             if not self.enabled:
                 return None
             # Computed once here and used again at the end of the stack.
-            self.context.memory[("branch", stack)] = self._result(stack, args[0])
+            self.context.memory[("branch", stack)] = self._result(stack, args[0]).to(args[0].dtype)
             return (self.context.memory[("branch", stack)], *args[1:])
 
         return hook

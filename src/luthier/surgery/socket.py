@@ -134,7 +134,7 @@ class Socket(nn.Module):
         if live.empty:
             return self.base(*args, **kwargs)
         if live.fused is not None and kernels.fast():
-            fused = live.fused.attachment.fused(live.fused.base, args[0])
+            fused = _fused(live.fused, args[0])
             if fused is not None:
                 return fused
         if not (live.whole or live.parts):
@@ -218,6 +218,17 @@ class Socket(nn.Module):
             x = seen[id(plug.tap)] if plug.tap is not None else own
             y = plug.call(plug.attachment.after, x, y)
         return (y, *out[1:]) if isinstance(out, tuple) else y
+
+
+def _fused(plug: Plug, x: Tensor) -> Tensor | None:
+    """Layer and attachment in one function, which chooses its own types: autocast stays out of it."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return plug.attachment.fused(plug.base, x)
+    if plug.base.dtype != torch.get_autocast_dtype(device):
+        return None  # a base in fp32 is cast by autocast, which the plain path follows
+    with torch.autocast(device, enabled=False):
+        return plug.attachment.fused(plug.base, x.to(plug.base.dtype))
 
 
 _SUBLAYERS = ("attn_out", "cross_out", "ffn_out", "block_out")

@@ -89,7 +89,9 @@ class Objective:
         labels = batch.labels[:, 1:]
         head: Any = model.get_output_embeddings()
         softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        loss, _ = kernels.linear_cross_entropy(
-            hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias, labels.reshape(-1), softcap=softcap
-        )
+        # The function chooses its own types: bf16 products, fp32 softmax.
+        with torch.autocast(hidden.device.type, enabled=False):
+            loss, _ = kernels.linear_cross_entropy(
+                hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias, labels.reshape(-1), softcap=softcap
+            )
         return Result(loss, batch.n_targets, None, batch.labels)

@@ -62,11 +62,11 @@ class Watcher(Listener):
         elif now - self._said >= EVERY_SECONDS or step == self.total:
             self._said = now
             left = (now - self._begun) / (step - self._first) * (self.total - step)
-            per_second = f"{self._tokens / max(now - self._begun, 1e-9):.0f} tokens/s"
-            self.say(f"{self.title}: step {step}/{self.total} · {numbers} · {per_second} · {human_seconds(left)} left")
+            numbers += f" · {self._tokens / max(now - self._begun, 1e-9):.0f} tokens/s · {human_seconds(left)} left"
+            self.screen.say(f"{self.title}: step {step}/{self.total} · {numbers}")
 
     def scores(self, step: int, scores: dict[str, float]) -> None:
-        self.say(f"{self.title}: step {step}: " + " · ".join(f"{k} {v:.4g}" for k, v in scores.items()))
+        self.screen.say(f"{self.title}: step {step}: " + " · ".join(f"{k} {v:.4g}" for k, v in scores.items()))
 
     def end(self) -> None:
         if self._bar is not None:

@@ -1,0 +1,107 @@
+"""A room imports only rooms below it: every import is read, those inside functions and under TYPE_CHECKING too."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+SOURCE = Path(__file__).resolve().parent.parent / "src" / "luthier"
+
+# Floor by floor. Beside a room, what it may import; nothing else, whatever its floor.
+ALLOWED: dict[str, set[str]] = {
+    "core": set(),
+    "kernels": {"core"},
+    "runs": {"core"},
+    "trust": {"core"},
+    "anatomy": {"core"},
+    "samples": {"core", "runs", "trust"},
+    "surgery": {"core", "kernels", "runs", "trust", "anatomy"},
+    "methods": {"core", "kernels", "anatomy", "surgery"},
+    "training": {"core", "kernels", "runs", "trust", "anatomy", "samples", "surgery"},
+    "strategies": {"core", "kernels", "runs", "trust", "anatomy", "surgery", "training"},
+    "cli": {"core", "runs", "trust", "anatomy", "samples", "surgery", "methods", "training", "strategies"},
+    "testing": {"core", "runs"},  # for tests of any floor; no room may import it
+}
+FLOORS = ["core", "kernels runs trust anatomy samples", "surgery", "methods training", "strategies", "cli testing"]
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0]
+
+
+def imports_of(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of everything of ours that a file imports, wherever in the file it does so."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names if alias.name.split(".")[0] == "luthier")
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import; write the whole name"
+            if node.module == "luthier":
+                yield from ((node.lineno, f"luthier.{alias.name}") for alias in node.names)
+            elif node.module and node.module.startswith("luthier."):
+                yield node.lineno, node.module
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == "import_module":
+            first = node.args[0] if node.args else None
+            if isinstance(first, ast.Constant) and str(first.value).startswith("luthier."):
+                yield node.lineno, str(first.value)
+
+
+def files_in_rooms() -> list[Path]:
+    return sorted(path for path in SOURCE.rglob("*.py") if path.parent != SOURCE)
+
+
+def test_imports_only_go_down() -> None:
+    wrong = []
+    for path in files_in_rooms():
+        room = room_of(path)
+        for line, name in imports_of(path):
+            parts = name.split(".")
+            # The number of the version is the one thing on the ground that has no room.
+            if len(parts) < 2 or parts[1] == "__version__" or parts[1] == room:
+                continue
+            if parts[1] not in ALLOWED[room]:
+                wrong.append(f"{path.relative_to(SOURCE)}:{line}: {room} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_folder_has_its_floor_and_no_arrow_goes_up() -> None:
+    rooms = {path.parent.name for path in SOURCE.glob("*/__init__.py")}
+    assert rooms == set(ALLOWED)
+    floor = {room: n for n, line in enumerate(FLOORS) for room in line.split()}
+    assert set(floor) == set(ALLOWED)
+    for room, below in ALLOWED.items():
+        for other in below:
+            assert floor[other] <= floor[room], f"{room} on floor {floor[room]} may import {other} above it"
+
+
+def test_the_table_has_no_circle() -> None:
+    done: set[str] = set()
+
+    def visit(room: str, path: tuple[str, ...]) -> None:
+        assert room not in path, " imports ".join((*path, room))
+        if room not in done:
+            for other in ALLOWED[room]:
+                visit(other, (*path, room))
+            done.add(room)
+
+    for room in ALLOWED:
+        visit(room, ())
+
+
+def test_nothing_inside_imports_the_front_page() -> None:
+    for path in files_in_rooms():
+        for line, name in imports_of(path):
+            home = SOURCE.joinpath(*name.split(".")[1:])
+            assert home.is_dir() or home.with_suffix(".py").is_file(), f"{path}:{line}: {name} is no module of ours"
+
+
+def test_the_reader_sees_imports_that_hide(tmp_path: Path) -> None:
+    hidden = tmp_path / "hidden.py"
+    hidden.write_text(
+        "from typing import TYPE_CHECKING\n"
+        "if TYPE_CHECKING:\n    from luthier.cli import main\n"
+        "def f():\n    import luthier.training.run as r\n    from luthier import samples\n"
+        "    import_module('luthier.methods.x')\n"
+    )
+    assert [name for _, name in imports_of(hidden)] == [
+        "luthier.cli", "luthier.training.run", "luthier.samples", "luthier.methods.x",
+    ]  # fmt: skip

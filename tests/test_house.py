@@ -1,0 +1,188 @@
+"""The house itself: names, cards, pages, exports, errors. A new file is held to it by being there."""
+
+import ast
+import dataclasses
+import importlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import luthier
+from luthier.cli._main import verbs
+from luthier.cli._pages import as_markdown
+from luthier.cli.methods import SHELF, shares
+from luthier.core import LuthierError, errors
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "src" / "luthier"
+EVERY = SHELF.names()
+
+
+# --- methods
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_file_registers_the_class_of_its_own_name(name: str) -> None:
+    assert SHELF.card(name).name == name
+    assert Path(SHELF.card(name).path).parent.name == SHELF.card(name).family
+
+
+def test_no_two_files_on_the_shelf_have_one_name() -> None:
+    stems = [p.stem for p in (SOURCE / "methods").rglob("*.py") if not p.name.startswith("_")]
+    assert len(stems) == len(set(stems)) == len(EVERY)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_card_read_from_the_file_equals_the_imported_class(name: str) -> None:
+    from luthier.surgery import METHODS
+
+    card, cls = SHELF.card(name), METHODS.get(name)
+    assert cls.name == name
+    assert (card.mergeable, card.starts_at_base) == (cls.mergeable, cls.starts_at_base)
+    assert card.facts.get("default_lr", cls.default_lr) == cls.default_lr
+    assert cls.facts == {k: v for k, v in card.facts.items() if k in cls.facts}
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    assert [s.name for s in card.settings] == [f.name for f in fields], "a setting without a meaning is on no page"
+    for setting, field in zip(card.settings, fields, strict=True):
+        assert setting.meaning
+        if field.default is not dataclasses.MISSING:
+            assert eval(setting.default, vars(importlib.import_module(cls.__module__))) == field.default
+    module = importlib.import_module(cls.__module__)
+    assert card.page == ast.get_docstring(ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_page_of_a_method_has_its_parts(name: str) -> None:
+    page = SHELF.card(name).page
+    lines = page.splitlines()
+    assert lines[0].endswith(".") and len(lines[0]) <= 120, "one plain sentence first"
+    assert any(line.startswith("    ") for line in lines), "an equation, indented"
+    for part in ("Count:", "Claims:", "Pitfalls:"):
+        assert any(line.startswith(part) for line in lines), f"no {part}"
+    assert re.fullmatch(r"arXiv:\d{4}\.\d{4,5}|doi:\S+", SHELF.card(name).paper), "a paper that can be found"
+    assert SHELF.card(name).paper in page
+
+
+def test_the_shipped_shares_are_what_the_formulas_give() -> None:
+    from luthier.cli._shares import count_shares
+
+    counted = count_shares()["methods"]
+    stale = {name for name in set(shares()) | set(counted) if shares().get(name) != counted.get(name)}
+    assert not stale, f"{sorted(stale)}: run `luthier methods --refresh`"
+
+
+def test_the_shape_that_shares_are_counted_on_is_that_of_the_sample(minilm_l6: Path) -> None:
+    from luthier.cli._shares import MINILM_L6
+
+    config = json.loads((minilm_l6 / "config.json").read_text())
+    assert {k: config[k] for k in MINILM_L6 if k != "num_labels"} == {
+        k: v for k, v in MINILM_L6.items() if k != "num_labels"
+    }
+
+
+def test_the_written_pages_are_those_of_the_shelf() -> None:
+    folder = ROOT / "docs" / "methods"
+    stale = [
+        name
+        for name in EVERY
+        if not (folder / f"{name}.md").is_file()
+        or (folder / f"{name}.md").read_text(encoding="utf-8") != as_markdown(SHELF.card(name))
+    ]
+    assert not stale, f"{stale}: run `make docs`"
+
+
+# --- rooms
+
+
+def rooms() -> Iterator[str]:
+    for path in sorted(SOURCE.glob("*/__init__.py")):
+        yield f"luthier.{path.parent.name}"
+
+
+@pytest.mark.parametrize("room", rooms())
+def test_a_room_says_what_it_is_for_and_gives_out_what_it_lists(room: str) -> None:
+    module = importlib.import_module(room)
+    assert module.__doc__, f"{room}: no docstring"
+    named = getattr(module, "__all__", [])
+    assert sorted(named) == sorted(set(named))
+    for name in named:
+        assert getattr(module, name, None) is not None, f"{room}.__all__ lists {name}, which is not there"
+    imported = {
+        alias.asname or alias.name
+        for node in ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("luthier")
+        for alias in node.names
+        if alias.name != "*"
+    }
+    assert imported <= set(named), f"{room}: imported but not given out: {sorted(imported - set(named))}"
+
+
+def test_the_front_page_gives_out_what_it_lists() -> None:
+    assert luthier.__all__ == sorted(luthier.__all__, key=lambda n: (n.islower(), n)) or luthier.__all__
+    for name in luthier.__all__:
+        assert getattr(luthier, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        luthier.trian  # noqa: B018
+
+
+def test_every_file_of_ours_says_what_it_holds() -> None:
+    silent = [str(p) for p in SOURCE.rglob("*.py") if not ast.get_docstring(ast.parse(p.read_text(encoding="utf-8")))]
+    assert silent in ([], [str(SOURCE / "__version__.py")])
+
+
+# --- errors
+
+
+def every_error() -> list[type[LuthierError]]:
+    found = [getattr(errors, n) for n in errors.__all__ if isinstance(getattr(errors, n), type)]
+    return [e for e in found if issubclass(e, LuthierError)]
+
+
+@pytest.mark.parametrize("error", every_error())
+def test_every_error_has_its_exit_code_and_its_place_in_the_tree(error: type[LuthierError]) -> None:
+    documented = {2, 3, 4, 5, 6}
+    if error is LuthierError:
+        assert error.exit_code == 1
+    elif error.__name__ == "Interrupted":
+        assert errors.Interrupted("stopped", 15).exit_code == 143
+        assert errors.Interrupted("stopped", 2).exit_code == 130
+    else:
+        assert error.exit_code in documented
+        line = next(line for line in str(errors.__doc__).splitlines() if re.search(rf"\b{error.__name__}\b", line))
+        assert line.split()[-1] == str(error.exit_code) or str(error.exit_code) in line
+    assert error.__doc__
+
+
+def test_the_exit_codes_are_documented_where_a_user_looks() -> None:
+    page = (ROOT / "docs" / "exit-codes.md").read_text(encoding="utf-8")
+    for error in every_error():
+        if error is not LuthierError:
+            assert f"`{error.__name__}`" in page
+    for code in (0, 1, 2, 3, 4, 5, 6, 130, 143):
+        assert f"| {code} |" in page
+
+
+def test_no_error_of_ours_is_defined_outside_the_tree() -> None:
+    strays = []
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and any(
+                isinstance(b, ast.Name) and (b.id in errors.__all__ or b.id in ("Exception", "ValueError"))
+                for b in node.bases
+            ):
+                strays.append((path.relative_to(SOURCE).as_posix(), node.name))
+    outside = [name for path, name in strays if path != "core/errors.py" and not name.startswith("_")]
+    assert not outside, outside
+
+
+# --- verbs
+
+
+@pytest.mark.parametrize("verb", verbs())
+def test_a_verb_teaches_and_is_one_file(verb: str) -> None:
+    module = importlib.import_module(f"luthier.cli.{verb.replace('-', '_')}")
+    assert "Examples:" in module.command.__doc__
+    assert f"luthier {verb}" in module.command.__doc__

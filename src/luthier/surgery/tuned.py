@@ -578,10 +578,12 @@ class Tuned:
         """Take one tuning off, and restore what it changed bit for bit."""
         tuning = self.tuning(name)
         self._park(tuning)
+        others = [u.parameter for t in self.tunings.values() if t is not tuning for u in t.unfrozen.values()]
         for unfrozen in tuning.unfrozen.values():
-            unfrozen.parameter.data = unfrozen.original
-            unfrozen.parameter.grad = None
-            unfrozen.parameter.requires_grad_(False)
+            if not any(unfrozen.parameter is held for held in others):  # else another tuning's value stands in it
+                unfrozen.parameter.data = unfrozen.original
+                unfrozen.parameter.grad = None
+                unfrozen.parameter.requires_grad_(False)
         for socket in self._sockets.values():
             socket.__dict__["plugs"] = [p for p in socket.plugs if p.tuning != name]
             socket.__dict__["substitutes"] = [s for s in socket.substitutes if s.tuning != name]

@@ -51,6 +51,10 @@ class Plug:
         cls = type(self.attachment)
         self.changes_input = cls.before is not Attachment.before
         self.has_fused = cls.fused is not Attachment.fused
+        self.read_dtype()
+
+    def read_dtype(self) -> None:
+        """Note the precision of the attachment; again after the user has cast the whole model."""
         self.dtype = next((p.dtype for p in self.attachment.parameters() if p.is_floating_point()), None)
 
     @property
@@ -58,14 +62,28 @@ class Plug:
         """Place in the onion: what reads the base weight innermost, then by kind."""
         return (0 if self.attachment.reads_base_weight else 1, ORDER[self.attachment.kind])
 
-    def call(self, hook: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
-        """Run `before` or `after` in the attachment's own precision, and give back the stream's."""
-        stream = next(t for t in reversed(tensors) if t is not None)
-        if self.dtype is None or self.dtype == stream.dtype or torch.is_autocast_enabled(stream.device.type):
-            out = hook(*tensors)
+    def before(self, x: Tensor) -> Tensor:
+        """Run the attachment's `before` in its own precision, and give back the stream's."""
+        if self.dtype is None or self.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+            out = self.attachment.before(x)
         else:
-            out = hook(*(t.to(self.dtype) if t is not None and t.is_floating_point() else t for t in tensors))
-        return out.to(stream.dtype)
+            out = self.attachment.before(_cast(x, self.dtype))
+        return out if out.dtype == x.dtype else out.to(x.dtype)
+
+    def after(self, x: Any, y: Tensor) -> Tensor:
+        """Run the attachment's `after` in its own precision, and give back the stream's.
+
+        x is None at sublayers where the attachment says that it does not read it.
+        """
+        if self.dtype is None or self.dtype == y.dtype or torch.is_autocast_enabled(y.device.type):
+            out = self.attachment.after(x, y)
+        else:
+            out = self.attachment.after(_cast(x, self.dtype), _cast(y, self.dtype))
+        return out if out.dtype == y.dtype else out.to(y.dtype)
+
+
+def _cast(t: Any, dtype: torch.dtype | None) -> Any:
+    return t.to(dtype) if t is not None and t.is_floating_point() else t
 
 
 @dataclass(eq=False)
@@ -85,10 +103,8 @@ class _Live:
     experts: list[Plug] = field(default_factory=list)
     substitutes: list[Substitute] = field(default_factory=list)
     fused: Plug | None = None
-
-    @property
-    def empty(self) -> bool:
-        return not (self.whole or self.parts or self.experts or self.substitutes)
+    single: Plug | None = None  # the only thing here, and it reads what the layer reads
+    empty: bool = True
 
 
 class Socket(nn.Module):
@@ -125,8 +141,11 @@ class Socket(nn.Module):
                 live.whole.append(plug)
         live.parts = list(by_site.values())
         live.substitutes = [s for s in self.substitutes if s.tuning in active]
-        if len(live.whole) == 1 and live.whole[0].has_fused and not live.parts and not live.substitutes:
-            live.fused = live.whole[0]
+        live.empty = not (live.whole or live.parts or live.experts or live.substitutes)
+        if len(live.whole) == 1 and not (live.parts or live.experts or live.substitutes):
+            only = live.whole[0]
+            live.fused = only if only.has_fused else None
+            live.single = only if not only.changes_input and only.site.kind not in _SUBLAYERS else None
         self.__dict__["live"] = live
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -137,6 +156,11 @@ class Socket(nn.Module):
             fused = _fused(live.fused, args[0])
             if fused is not None:
                 return fused
+        if live.single is not None and args:
+            y = self.base(*args, **kwargs)
+            return (
+                live.single.after(args[0], y) if isinstance(y, Tensor) else (live.single.after(args[0], y[0]), *y[1:])
+            )
         if not (live.whole or live.parts):
             return self._run(live, args, kwargs)
         if live.whole and live.whole[0].site.kind in _SUBLAYERS:
@@ -145,18 +169,18 @@ class Socket(nn.Module):
         if live.parts:
             y = self._parts(live, x, args, kwargs)
             for plug in live.whole:
-                y = plug.call(plug.attachment.after, x, y)
+                y = plug.after(x, y)
             return y
         inputs = [x]
         for plug in reversed(live.whole):
-            inputs.append(plug.call(plug.attachment.before, inputs[-1]) if plug.changes_input else inputs[-1])
+            inputs.append(plug.before(inputs[-1]) if plug.changes_input else inputs[-1])
         if args:
             out = self._run(live, (inputs[-1], *args[1:]), kwargs)
         else:
             out = self._run(live, (), {**kwargs, "hidden_states": inputs[-1]})
         y = out[0] if isinstance(out, tuple) else out
         for plug, seen in zip(live.whole, reversed(inputs[:-1]), strict=True):
-            y = plug.call(plug.attachment.after, seen, y)
+            y = plug.after(seen, y)
         return (y, *out[1:]) if isinstance(out, tuple) else y
 
     def _run(self, live: _Live, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -199,11 +223,11 @@ class Socket(nn.Module):
             assert site.rows is not None
             inputs = [x]
             for plug in reversed(plugs):
-                inputs.append(plug.call(plug.attachment.before, inputs[-1]) if plug.changes_input else inputs[-1])
+                inputs.append(plug.before(inputs[-1]) if plug.changes_input else inputs[-1])
             # One more product for this part, and only where a method changes what the layer reads.
             part = take_rows(y, site.rows) if inputs[-1] is x else plugs[0].base.linear(inputs[-1])
             for plug, seen in zip(plugs, reversed(inputs[:-1]), strict=True):
-                part = plug.call(plug.attachment.after, seen, part)
+                part = plug.after(seen, part)
             changed.append((site.rows, part))
         return join_rows(y, changed)
 
@@ -216,7 +240,7 @@ class Socket(nn.Module):
         own = args[0] if args else kwargs.get("hidden_states")
         for plug in live.whole:
             x = seen[id(plug.tap)] if plug.tap is not None else own
-            y = plug.call(plug.attachment.after, x, y)
+            y = plug.after(x, y)
         return (y, *out[1:]) if isinstance(out, tuple) else y
 
 

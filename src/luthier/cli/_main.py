@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from itertools import pairwise
 from typing import Any
 
 import typer
@@ -91,8 +92,7 @@ def main(words: Sequence[str] | None = None) -> int:
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
 
-    verb = " ".join(["luthier", *[w for w in words[:1] if w in known]])
-    return guarded(screen, run, verb)
+    return guarded(screen, run, words)
 
 
 def polite() -> None:
@@ -105,7 +105,7 @@ def polite() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def guarded(screen: Screen, run: Callable[[], int], verb: str = "luthier") -> int:
+def guarded(screen: Screen, run: Callable[[], int], words: Sequence[str] = ()) -> int:
     """Call `run`; turn whatever it raises into a message and the exit code for it."""
     try:
         return run()
@@ -115,8 +115,9 @@ def guarded(screen: Screen, run: Callable[[], int], verb: str = "luthier") -> in
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error.ctx.get_help() if error.ctx else "", file=sys.stderr)
             return 2
+        verb = " ".join(["luthier", *[w for w in words[:1] if w in verbs()]])
         said = error.format_message().rstrip(".")
-        return screen.failed("UsageError", f"{said}. `{verb} --help` shows what it takes.", 2)
+        return screen.failed("UsageError", f"{said}{_given(error, words)}. `{verb} --help` shows what it takes.", 2)
     except (typer.Abort, KeyboardInterrupt):
         return screen.failed("Interrupted", "stopped by Ctrl-C; nothing half-written was left behind.", 130)
     except BrokenPipeError:
@@ -131,3 +132,16 @@ def guarded(screen: Screen, run: Callable[[], int], verb: str = "luthier") -> in
             f"the command. Version {__version__}.",
             1,
         )
+
+
+def _given(error: Any, words: Sequence[str]) -> str:
+    """What stood after the option that an error is about: typer names the option and not always the value."""
+    names = getattr(getattr(error, "param", None), "opts", ())
+    for option, value in pairwise(words):
+        if option in names:
+            return f" (got {value!r})"
+    for word in words:
+        name, sign, value = word.partition("=")
+        if sign and name in names:
+            return f" (got {value!r})"
+    return ""

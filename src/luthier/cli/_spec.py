@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from luthier.cli.methods import SHELF
+from luthier.core import UnknownName
 from luthier.core.config import replace_word
 
 __all__ = ["check_names", "overlay", "settings_of"]
@@ -19,9 +20,12 @@ def check_names(method: str | None, *sources: str | None) -> None:
     Raises:
         UnknownName: no such method or sample; offers near ones.
     """
-    for name in (method or "").split("+"):
-        if name.strip():
-            SHELF.card(name.strip())
+    for name in method.split("+") if method is not None else ():
+        if not name.strip():
+            raise UnknownName(
+                f"--method {method!r}: a name is missing. Write one, such as lora, or lora+prefix_tuning."
+            )
+        SHELF.card(name.strip())
     for source in sources:
         if source is not None and source.startswith("sample:"):
             from luthier import samples

@@ -143,7 +143,7 @@ def read_card(path: Path) -> Card:
                 and decorator.func.attr == "register"
             ):
                 facts: dict[str, Any] = {k.arg: ast.literal_eval(k.value) for k in decorator.keywords if k.arg}
-                constants, settings = _fields(node)
+                constants, settings = _fields(node, _assigned(tree))
                 facts = {**constants, **facts}
                 return Card(
                     name=ast.literal_eval(decorator.args[0]),
@@ -162,14 +162,26 @@ def read_card(path: Path) -> Card:
     )
 
 
-def _fields(node: ast.ClassDef) -> tuple[dict[str, Any], list[Setting]]:
+def _assigned(tree: ast.Module) -> dict[str, ast.expr]:
+    """The constants of a file, by name: a setting's default may be one of them, and its page shows the value."""
+    return {
+        target.id: item.value
+        for item in tree.body
+        if isinstance(item, ast.Assign)
+        for target in item.targets
+        if isinstance(target, ast.Name)
+    }
+
+
+def _fields(node: ast.ClassDef, assigned: dict[str, ast.expr]) -> tuple[dict[str, Any], list[Setting]]:
     constants: dict[str, Any] = {}
     settings: list[Setting] = []
     for item in node.body:
         if not isinstance(item, ast.AnnAssign) or not isinstance(item.target, ast.Name):
             continue
         text = ast.unparse(item.annotation)
-        default = ast.unparse(item.value) if item.value is not None else ""
+        value = assigned.get(item.value.id, item.value) if isinstance(item.value, ast.Name) else item.value
+        default = ast.unparse(value) if value is not None else ""
         if text.startswith("ClassVar"):
             try:
                 constants[item.target.id] = ast.literal_eval(item.value) if item.value is not None else None

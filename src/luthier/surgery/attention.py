@@ -65,17 +65,26 @@ def _attention(
                 attention_mask = torch.nn.functional.pad(attention_mask, (length, 0), value=seen)
             if position_bias is not None:
                 position_bias = torch.nn.functional.pad(position_bias, (length, 0), value=0.0)
+    device = query.device.type
+    if torch.is_autocast_enabled(device) and query.dtype == key.dtype == value.dtype == torch.get_autocast_dtype(
+        device
+    ):
+        # The function chooses its own types; inside autocast it could only follow the plain formula.
+        with torch.autocast(device, enabled=False):
+            return kernels.attention_interface(
+                module,
+                query,
+                key,
+                value,
+                attention_mask,
+                dropout,
+                scaling,
+                is_causal,
+                position_bias=position_bias,
+                **kwargs,
+            )
     return kernels.attention_interface(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        dropout=dropout,
-        scaling=scaling,
-        is_causal=is_causal,
-        position_bias=position_bias,
-        **kwargs,
+        module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias=position_bias, **kwargs
     )
 
 

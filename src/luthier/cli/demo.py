@@ -20,7 +20,7 @@ __all__ = ["EPOCHS", "METHODS", "QUESTIONS", "command", "free_folder", "show_tab
 
 MODEL, DATA = "minilm-l6", "trec6"
 METHODS = ("head_only", "bitfit", "ia3", "lora", "full")
-EPOCHS = 3.0
+EPOCHS = 2.0
 BATCH = 32
 QUESTIONS = ("How tall is the Eiffel tower?", "Who wrote Moby Dick?", "Where do penguins live?")
 

@@ -31,6 +31,7 @@ __all__ = [
     "checkpoints",
     "gate_finite",
     "load_newest",
+    "load_step",
     "preflight",
     "prune",
     "save_checkpoint",
@@ -211,6 +212,19 @@ def load_newest(run: RunFolder) -> tuple[Checkpoint | None, list[tuple[Path, str
             f" them.\n{reasons}\nRestore one from a copy, or start a new run with another --out."
         )
     return None, skipped
+
+
+def load_step(run: RunFolder, step: int) -> Checkpoint | None:
+    """The newest checkpoint of one step that verifies; None if there is none.
+
+    Raises:
+        IntegrityError: it is of a newer format.
+    """
+    for path in checkpoints(run):
+        if _age_key(path)[0] == step:
+            with contextlib.suppress(Damaged):
+                return _load(path)
+    return None
 
 
 def _load(path: Path) -> Checkpoint:

@@ -166,8 +166,9 @@ class RunFolder:
 
     @property
     def spec(self) -> dict[str, Any]:
-        """The resolved specification."""
-        return dict(self.facts["spec"])
+        """The resolved specification, as the last accepted change left it."""
+        specs = [drift["spec"] for drift in self.drifts() if drift.get("spec") is not None]
+        return dict(specs[-1] if specs else self.facts["spec"])
 
     @property
     def fingerprints(self) -> dict[str, Any]:
@@ -221,15 +222,29 @@ class RunFolder:
             n += 1
         return found
 
-    def accept_drift(self, differences: list[str], fingerprints: Mapping[str, Any], step: int) -> None:
+    def accept_drift(
+        self,
+        differences: list[str],
+        fingerprints: Mapping[str, Any],
+        step: int,
+        *,
+        spec: Mapping[str, Any] | None = None,
+    ) -> None:
         """Record that the run goes on although something has changed, in a new file drift-N.json.
+
+        Args:
+            differences: one sentence each.
+            fingerprints: those that hold from now on.
+            spec: the whole specification that holds from now on, where it has changed.
 
         Raises:
             DiskFull, ResourceError: it cannot be written.
         """
         self._must_hold_lock()
         n = len(self.drifts()) + 1
-        content = {"step": step, "differences": differences, "fingerprints": dict(fingerprints)}
+        content: dict[str, Any] = {"step": step, "differences": differences, "fingerprints": dict(fingerprints)}
+        if spec is not None:
+            content["spec"] = dict(spec)
         durable.write_json(self.path / f"drift-{n}.json", content)
         self.event("drift_accepted", step=step, differences=differences)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,27 +13,52 @@ from numpy.typing import NDArray
 from luthier.core import ResourceError
 from luthier.surgery import Tuned
 from luthier.training import metrics
-from luthier.training.batches import Batch, EvalBatches
+from luthier.training.batches import Batch, EvalBatches, cut
 from luthier.training.encode import IGNORED, Examples
-from luthier.training.loop import out_of_memory
+from luthier.training.memory import make_room, out_of_memory
 from luthier.training.objective import Objective
 from luthier.training.precision import Precision
 from luthier.training.tasks import Task
 
-__all__ = ["Evaluator"]
+__all__ = ["Evaluator", "plain_scores"]
 
 
 class Evaluator:
     """Runs a tuned model over examples without training it.
 
-    A batch that does not fit in memory is halved, and stays halved.
+    A batch that does not fit in memory is cut finer, and so are all that follow, in later evaluations too.
+
+    Args:
+        check: called between batches; what it raises ends the evaluation (a signal that asks for a stop).
+
+    Attributes:
+        budget: padded tokens of a batch, at most.
     """
 
     def __init__(
-        self, tuned: Tuned, objective: Objective, batches: EvalBatches, precision: Precision, device: torch.device
+        self,
+        tuned: Tuned,
+        objective: Objective,
+        batches: EvalBatches,
+        precision: Precision,
+        device: torch.device,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self.tuned, self.objective, self.batches = tuned, objective, batches
-        self.precision, self.device = precision, device
+        self.precision, self.device, self.check = precision, device, check
+        self.budget = batches.tokens
+
+    def try_longest(self) -> None:
+        """Run the widest batch: memory runs out here, before step 1, or not at all.
+
+        Raises:
+            ResourceError: one row alone does not fit.
+        """
+        self.tuned.model.eval()
+        pieces = self.batches.pieces(self.budget)[:1]
+        with torch.inference_mode():
+            while pieces:
+                pieces = self._finer(pieces[:1])[:1] if self._try(pieces[0]) is None else []
 
     def outputs(self) -> dict[str, Any]:
         """Everything the scores need, in the order of the examples.
@@ -40,34 +67,28 @@ class Evaluator:
             loss: mean over targets; n_targets; and by task
             logits: (rows, outputs) for labels and measures, or a list of (targets, tags) for each row of tags;
             correct: tokens of a language model predicted right.
+
+        Raises:
+            ResourceError: one row alone does not fit in memory.
         """
         self.tuned.model.eval()
         losses, targets, correct = 0.0, 0, 0
         parts: list[tuple[NDArray[np.int64], list[Any]]] = []
-        tokens = self.batches.tokens
-        waiting = list(self.batches.pieces(tokens))
+        waiting = self.batches.pieces(self.budget)
         with torch.inference_mode():
             while waiting:
-                piece = waiting.pop(0)
-                try:
-                    batch = self.batches.collator(self.batches.examples, piece)
-                    loss, right, rows = self._one(batch)
-                except Exception as error:
-                    if not out_of_memory(error):
-                        raise
-                    if len(piece) == 1:
-                        raise ResourceError(
-                            f"evaluation: one row of {batch.inputs['input_ids'].shape[1]} tokens alone does not fit "
-                            "in memory. Lower max_length."
-                        ) from error
-                    half = len(piece) // 2
-                    waiting[:0] = [piece[:half], piece[half:]]
+                self.check()
+                found = self._try(waiting[0])
+                if found is None:
+                    waiting = self._finer(waiting)
                     continue
+                loss, n_targets, right, rows = found
                 losses += loss
-                targets += batch.n_targets
+                targets += n_targets
                 correct += right
                 if rows is not None:
-                    parts.append((piece, rows))
+                    parts.append((waiting[0], rows))
+                waiting = waiting[1:]
         result: dict[str, Any] = {"loss": losses / max(1, targets), "n_targets": targets, "correct": correct}
         if parts:
             order = np.argsort(np.concatenate([p for p, _ in parts]), kind="stable")
@@ -75,6 +96,29 @@ class Evaluator:
             ordered = [values[i] for i in order]
             result["logits"] = np.stack(ordered) if self.objective.task.name != "token_classification" else ordered
         return result
+
+    def _try(self, piece: NDArray[np.int64]) -> tuple[float, int, int, list[Any] | None] | None:
+        """One batch's (loss, targets, right tokens, rows); None where memory ran out."""
+        try:
+            return self._one(self.batches.collator(self.batches.examples, piece))
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            if len(piece) == 1:
+                width = int(self.batches.examples.lengths[piece[0]])
+                raise ResourceError(
+                    f"evaluation: one row of {width} tokens alone does not fit in memory ({error}). Lower max_length, "
+                    "or take a smaller model."
+                ) from error
+        make_room()
+        return None
+
+    def _finer(self, waiting: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+        """The same rows in batches half as wide as the first one, which did not fit."""
+        lengths, rows = self.batches.examples.lengths, np.concatenate(waiting)
+        self.budget = max(1, int(lengths[waiting[0]].max()) * (len(waiting[0]) // 2))
+        most = min(self.batches.most, max(1, len(waiting[0]) // 2))
+        return cut(rows, lengths, self.budget, most, self.batches.collator.pad_to)
 
     def scores(self) -> dict[str, float]:
         """The task's scores, rounded by nobody, under their names."""
@@ -92,28 +136,36 @@ class Evaluator:
             found |= metrics.score(wanted, predictions, references)
         return {name: found[name] for name in task.metrics}
 
-    def _one(self, batch: Batch) -> tuple[float, int, list[Any] | None]:
-        batch = batch.to(self.device)
+    def _one(self, batch: Batch) -> tuple[float, int, int, list[Any] | None]:
+        batch, n = batch.to(self.device), batch.n_targets
         with self.precision.autocast(self.device):
             result = self.objective(batch)
         task = self.objective.task
         loss = float(result.loss)
         if result.logits is None:
-            return loss, 0, None
+            return loss, n, 0, None
         logits = result.logits.float()
         if task.name in ("causal_lm", "seq2seq"):
             labels = result.labels
             if labels is None:
-                return loss, 0, None
+                return loss, n, 0, None
             best = logits.argmax(-1)
             if task.name == "causal_lm":
                 best, labels = best[:, :-1], labels[:, 1:]
-            return loss, int(((best == labels) & (labels != IGNORED)).sum()), None
+            return loss, n, int(((best == labels) & (labels != IGNORED)).sum()), None
         if task.name == "token_classification":
             labels = result.labels
             assert labels is not None
-            return loss, 0, [row[mark != IGNORED].cpu().numpy() for row, mark in zip(logits, labels, strict=True)]
-        return loss, 0, list(logits.cpu().numpy())
+            return loss, n, 0, [row[mark != IGNORED].cpu().numpy() for row, mark in zip(logits, labels, strict=True)]
+        return loss, n, 0, list(logits.cpu().numpy())
+
+
+def plain_scores(scores: dict[str, float], digits: int | None = None) -> dict[str, float | str]:
+    """Scores for a JSON file, which has no word for what is not finite: a perplexity of "inf" is written as text."""
+    return {
+        name: (value if digits is None else round(value, digits)) if math.isfinite(value) else str(value)
+        for name, value in scores.items()
+    }
 
 
 def _references(task: Task, examples: Examples) -> list[Any]:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from luthier.core import NothingTrains
+from luthier.core import Diverged, NothingTrains
 from luthier.surgery import Tuned
 
-__all__ = ["FIRST_STEPS", "NoOpGuard", "NumberGuard"]
+__all__ = ["FIRST_STEPS", "LossScale", "NoOpGuard", "NumberGuard"]
 
 FIRST_STEPS = 3
 
 
 class NoOpGuard:
-    """Within the first steps every declared target has received a gradient and moved, and the output has changed.
+    """Within the first sound steps every trained target has received a gradient, and something has moved.
 
     Otherwise training would be a silent no-op: the classic of the field (a frozen base under checkpointing, a dead
     branch, labels that are all masked).
@@ -29,8 +30,9 @@ class NoOpGuard:
         self._tuned = tuned
         self._targets = _targets(tuned)
         self._live: set[str] = set()
-        self._start = {n: p.detach().clone() for n, p in tuned.trained().items()}
-        self.done = False
+        self._moved = False
+        self._start = _sums(tuned)
+        self.steps = 0
 
     def after_backward(self) -> None:
         """Note which targets have a gradient."""
@@ -38,32 +40,54 @@ class NoOpGuard:
             if target not in self._live and any(p.grad is not None and bool(p.grad.any()) for p in parameters):
                 self._live.add(target)
 
+    def after_update(self) -> None:
+        """Count a step whose update was made."""
+        self.steps += 1
+        self._moved = self._moved or _sums(self._tuned) != self._start
+
+    @property
+    def due(self) -> bool:
+        """Whether enough steps have been seen."""
+        return self.steps >= FIRST_STEPS
+
     def check(self) -> None:
         """After the last of the first steps.
 
         Raises:
             NothingTrains: names the dead targets, or says that no number has moved.
         """
-        self.done = True
         dead = [t for t in self._targets if t not in self._live and not _may_rest(t)]
         attached = [t for t in dead if not t.startswith(("model/", "head/")) and ":model/" not in t]
         if attached or len(dead) == len(self._targets):
-            shown = ", ".join((attached or dead)[:5]) + (f" and {len(dead) - 5} more" if len(dead) > 5 else "")
+            named = attached or dead
+            shown = ", ".join(named[:5]) + (f" and {len(named) - 5} more" if len(named) > 5 else "")
             raise NothingTrains(
-                f"{len(dead)} of {len(self._targets)} trained places got no gradient in {FIRST_STEPS} steps: {shown}. "
+                f"{len(named)} of {len(self._targets)} trained places got no gradient in {self.steps} steps: {shown}. "
                 "They cannot learn: choose other sites, or check that the loss depends on them."
             )
-        moved = any(not torch.equal(self._start[n], p) for n, p in self._tuned.trained().items())
-        if not moved:
+        if not self._moved:
             raise NothingTrains(
-                f"no trained number moved in {FIRST_STEPS} steps. "
+                f"no trained number moved in {self.steps} steps. "
                 "Check the learning rate, and whether labels are masked."
             )
-        self._start.clear()
 
-    def resting(self) -> list[str]:
-        """Tensors of the model that have had no gradient so far: said, not refused."""
-        return [t for t in self._targets if t not in self._live]
+    def state(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return {"steps": self.steps, "live": sorted(self._live), "moved": self._moved}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`, after the tensors of the same checkpoint were loaded."""
+        self.steps, self._live, self._moved = int(state["steps"]), set(state["live"]), bool(state["moved"])
+        self._start = _sums(self._tuned)
+
+
+def _sums(tuned: Tuned) -> list[tuple[float, float]]:
+    # Two sums of each tensor instead of a copy of it: a copy of a whole model would be felt.
+    found = []
+    for parameter in tuned.trained().values():
+        values = parameter.detach()
+        found.append((float(values.sum(dtype=torch.float64)), float(torch.linalg.vector_norm(values))))
+    return found
 
 
 def _targets(tuned: Tuned) -> dict[str, list[Tensor]]:
@@ -100,6 +124,7 @@ class NumberGuard:
     first: list[float] = field(default_factory=list)
     in_a_row: int = 0
     rollbacks: int = 0
+    suspects: list[int] = field(default_factory=list)  # examples of the bad steps in a row
 
     def judge(self, loss: float, norm: float) -> str | None:
         """What is wrong with this step ("non-finite loss", "non-finite gradient", "loss spike"), or None."""
@@ -117,9 +142,19 @@ class NumberGuard:
             if len(self.first) < 8:
                 self.first.append(loss)
             self.in_a_row = 0
+            self.suspects.clear()
         else:
             self.in_a_row += 1
         return wrong
+
+    def suspect(self, examples: Iterable[int]) -> None:
+        """Note the examples of a bad step."""
+        self.suspects += [int(i) for i in examples]
+
+    def went_back(self, rollbacks: int) -> None:
+        """After a roll-back, `rollbacks` in all: the steps to come are judged anew."""
+        self.rollbacks, self.in_a_row = rollbacks, 0
+        self.suspects.clear()
 
     def _spike(self, loss: float) -> bool:
         if len(self.seen) < self.enough:
@@ -135,10 +170,60 @@ class NumberGuard:
             "first": self.first,
             "in_a_row": self.in_a_row,
             "rollbacks": self.rollbacks,
+            "suspects": self.suspects,
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
         self.seen = deque(state["seen"], maxlen=self.window)
-        self.first = list(state["first"])
+        self.first, self.suspects = list(state["first"]), list(state["suspects"])
         self.in_a_row, self.rollbacks = int(state["in_a_row"]), int(state["rollbacks"])
+
+
+@dataclass
+class LossScale:
+    """fp16 loses small gradients; the loss is scaled up by a power of two, and the gradients back down.
+
+    Micikevicius et al. 2018, "Mixed Precision Training", arXiv:1710.03740, section 3.2. In other precisions the scale
+    is 1 and stays 1.
+    """
+
+    on: bool
+    value: float = 1.0
+    good: int = 0
+    floor: float = 1.0
+    patience: int = 2000
+
+    def __post_init__(self) -> None:
+        if self.on:
+            self.value = 2.0**16
+
+    def fits(self, loss: float, norm: float) -> bool:
+        """Judge one step's gradient, and move the scale; False means that it overflowed and makes no update.
+
+        Raises:
+            Diverged: it overflows at the smallest scale.
+        """
+        if not self.on or not math.isfinite(loss):
+            return True  # a loss that is not finite is no matter of scale
+        if math.isfinite(norm):
+            self.good += 1
+            if self.good >= self.patience:
+                self.value, self.good = self.value * 2, 0
+            return True
+        if self.value <= self.floor:
+            raise Diverged(
+                f"fp16 gradients overflow even at loss scale {self.value:g}. Use precision bf16 or fp32, or lower the "
+                "learning rate; the last good checkpoint stays."
+            )
+        self.value, self.good = self.value / 2, 0
+        return False
+
+    def state(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return {"value": self.value, "good": self.good}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        if self.on:
+            self.value, self.good = float(state["value"]), int(state["good"])

@@ -1,13 +1,17 @@
-"""The one loop. It reads from top to bottom: `Loop.run` tells the story, each chapter is a function below it.
+"""The one loop. It reads from top to bottom: `Loop.run_to` tells the story, each chapter is a function below it.
 
 Everything a step depends on is a number: which rows (seed, epoch, step), which dropout (seed, step, micro-batch), which
 learning rate (step). So a checkpoint holds tensors and numbers, and a resumed run takes the same steps to the bit.
+
+A step is made in two halves. Until the gradient is whole nothing has moved, and the half can be begun again as often as
+it takes (memory, signals). The update is made once; where it fails midway the run goes back to its last checkpoint.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,18 +23,20 @@ from torch import Tensor
 from luthier import kernels
 from luthier.core import Diverged, Interrupted, ResourceError, key
 from luthier.runs import Checkpoint, RunFolder, load_newest, prune, save_checkpoint
-from luthier.surgery import Tuned
-from luthier.training import metrics
-from luthier.training.batches import Batch, Batches
-from luthier.training.guard import FIRST_STEPS, NoOpGuard, NumberGuard
+from luthier.surgery import Method, Tuned
+from luthier.training.batches import Batch, Batches, ahead
+from luthier.training.evaluate import Evaluator, plain_scores
+from luthier.training.guard import LossScale, NoOpGuard, NumberGuard
+from luthier.training.memory import make_room, out_of_memory
 from luthier.training.objective import Objective, Result
 from luthier.training.optimiser import Optimiser
 from luthier.training.precision import Precision
 from luthier.training.schedule import factor
-from luthier.training.signals import StopSignals
+from luthier.training.selection import Selection
+from luthier.training.signals import Asked, StopSignals
 from luthier.training.spec import RunSpec
 
-__all__ = ["Listener", "Loop", "out_of_memory"]
+__all__ = ["Listener", "Loop"]
 
 
 class Listener:
@@ -58,9 +64,11 @@ class Loop:
 
     Args:
         run: where checkpoints and the log go; its lock is held.
-        evaluate: scores the held-out rows; called every `eval_every` steps (0: never inside the loop).
+        evaluator: scores held-out rows, `eval_every` steps apart (None or 0: never inside the loop).
+        selection: what follows from those scores.
         place: names a row of the training table, for messages.
         identity: plain facts stored with each checkpoint.
+        signals: asked at every safe place.
     """
 
     spec: RunSpec
@@ -70,26 +78,32 @@ class Loop:
     optimiser: Optimiser
     precision: Precision
     device: torch.device
-    total: int
     run: RunFolder
-    evaluate: Callable[[], dict[str, float]]
+    evaluator: Evaluator | None
     eval_every: int
-    metric: str
-    higher_is_better: bool
+    selection: Selection
     place: Callable[[int], str]
     identity: dict[str, Any]
     trunk_dropout: bool
+    signals: StopSignals = field(default_factory=StopSignals)
     listener: Listener = field(default_factory=Listener)
 
     step: int = 0  # optimiser steps done, skipped ones included
+    origin: tuple[int, int] = (0, 0)  # an epoch, and the step it began at; moves where the batch size changes
     budget: int = 0  # padded tokens of a micro-batch; halved when memory runs out
-    best: dict[str, Any] = field(default_factory=dict)
-    waited: int = 0  # evaluations without a better score
-    skipped_rows: set[int] = field(default_factory=set)
+    left_out: set[int] = field(default_factory=set)  # examples that a roll-back left out
     numbers: NumberGuard = field(default_factory=NumberGuard)
     seconds: float = 0.0
     rows_seen: int = 0
     tokens_seen: int = 0
+    failed_update: int | None = None  # the step whose update ran out of memory
+
+    def __post_init__(self) -> None:
+        self.budget = self.budget or self.spec.batch.tokens
+        self.guard: NoOpGuard | None = None
+        self.scale = LossScale(self.precision.name == "fp16")
+        self.parts: list[Method] = [p for t in self.tuned.tunings.values() for p in t.method.parts()]
+        self._saved: dict[str, Any] = {}  # the state at the last save
 
     def run_to(self, until: int | None = None) -> None:
         """Train to the last step, or to `until`.
@@ -101,100 +115,122 @@ class Loop:
             ResourceError: one row alone does not fit in memory.
         """
         stop = self.total if until is None else min(until, self.total)
-        self.budget = self.budget or self.spec.batch.tokens
-        guard = NoOpGuard(self.tuned) if self.step < FIRST_STEPS else None
-        with StopSignals() as signals:
+        saved = begun = time.monotonic()
+        try:
             if self.step == 0:
                 self._try_longest()
+                self.guard = NoOpGuard(self.tuned)
                 self.save()
             self.listener.start(self.total, self.step)
-            saved = begun = time.monotonic()
-            while self.step < stop:
+            self._evaluate_when_due()  # of a run that was stopped during an evaluation
+            while self.step < stop and not self.selection.enough:
                 for step, micro_batches in self._ahead(stop):
-                    row = self._train_step(step, micro_batches, guard, signals)
+                    row = self._train_step(step, micro_batches)
                     if row is None:
-                        break  # rolled back: fetch batches from the step gone back to
+                        break  # gone back: fetch batches from the step gone back to
                     self.step = step + 1
                     self.run.event("step", lasting=False, **row)
-                    if guard is not None and (self.step == min(FIRST_STEPS, self.total)):
-                        guard.check()
-                        guard = None
+                    self._guard_first_steps()
                     self._evaluate_when_due()
-                    if self._stopped_early():
-                        stop = self.step
-                        break
-                    if signals.asked is not None:
-                        self._leave(signals.asked, begun)
+                    self.signals.check()
                     if self._checkpoint_is_due(saved):
                         self.save()
                         saved = time.monotonic()
+                    if self.selection.enough:
+                        break
+            if self.selection.enough and self.step < self.total:
+                self.run.event("stopped_early", step=self.step, best_step=self.selection.best_step)
+                self.listener.say(
+                    f"no better {self.selection.metric} in {self.selection.waited} evaluations: stopped at step "
+                    f"{self.step}"
+                )
+            self.save()
             self.seconds += time.monotonic() - begun
-            if self.step > 0:
-                self.save()
-        self.listener.end()
+        except Asked as asked:
+            self.seconds += time.monotonic() - begun
+            self._leave(asked.number)
+        finally:
+            self.listener.end()
+
+    @property
+    def total(self) -> int:
+        """Optimiser steps of the whole run."""
+        epoch, step = self.origin
+        if self.spec.steps is not None or step == 0:
+            return self.spec.total_steps(self.batches.order.steps_per_epoch)
+        whole = self.spec.total_steps(1) if self.spec.epochs is None else self.spec.epochs
+        return step + max(0, round((whole - epoch) * self.batches.order.steps_per_epoch))
 
     # ------------------------------------------------------------------ one step
 
-    def _train_step(
-        self, step: int, micro_batches: list[Batch], guard: NoOpGuard | None, signals: StopSignals
-    ) -> dict[str, Any] | None:
-        """Gradients of all micro-batches, judged, clipped, applied. The row for the log; None after a roll-back."""
-        method = self.tuned
+    def _train_step(self, step: int, micro_batches: list[Batch]) -> dict[str, Any] | None:
+        """Gradients of all micro-batches, judged, clipped, applied. The row for the log; None after going back."""
         self._mode(training=True)
-        while True:
-            try:
-                losses = self._gradients(step, micro_batches, signals)
-                norm = self._ready_gradients(step, guard)
-                wrong = self.numbers.judge(sum(losses), norm)
-                rate = factor(self.spec.optim.schedule, step + 1, self.total, self.spec.optim.warmup)
-                if wrong is None:
-                    self.optimiser.clip(norm)
-                    self.optimiser.step(rate)
-                break
-            except Exception as error:
-                if not out_of_memory(error):
-                    raise
-                # Weights have not moved: the step is begun again, in smaller pieces of the same rows.
-                self.optimiser.zero_grad()
-                micro_batches = self._halve(step, micro_batches, error)
-        if wrong is None:
-            method.constrain()
-            for tuning in method.tunings.values():
-                for part in tuning.method.parts():
-                    part.on_step(method, step + 1, self.total)
-        self.optimiser.zero_grad()
+        losses, norm, micro_batches = self._whole_gradient(step, micro_batches)
+        if not micro_batches:
+            return _row(step, skipped="all its rows are left out")
+        if not self.scale.fits(sum(losses), norm):
+            self.optimiser.zero_grad()
+            return _row(step, skipped=f"fp16 overflow, loss scale now {self.scale.value:g}")
+        wrong = self.numbers.judge(sum(losses), norm)
         if wrong is not None:
-            return self._bad_step(step, wrong, losses, norm, micro_batches)
+            self.optimiser.zero_grad()
+            return self._bad_step(step, wrong, losses, micro_batches)
+        rate = factor(self.spec.optim.schedule, step + 1, self.total, self.spec.optim.warmup)
+        try:
+            self._update(step, norm, rate)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            self._update_failed(step, error)
+            return None
+        finally:
+            self.optimiser.zero_grad()
         tokens, rows = sum(b.n_tokens for b in micro_batches), sum(len(b.rows) for b in micro_batches)
         self.tokens_seen += tokens
         self.rows_seen += rows
-        row = {
-            "step": step + 1,
-            "loss": round(sum(losses), 6),
-            "norm": round(norm, 6),
-            "lr": self.optimiser.lr * rate,
-            "tokens": tokens,
-        }
+        row = _row(step, loss=round(sum(losses), 6), norm=round(norm, 6), lr=self.optimiser.lr * rate, tokens=tokens)
         self.listener.step(step + 1, row, tokens, rows)
         return row
 
-    def _gradients(self, step: int, micro_batches: list[Batch], signals: StopSignals | None) -> list[float]:
+    def _whole_gradient(self, step: int, micro_batches: list[Batch]) -> tuple[list[float], float, list[Batch]]:
+        """The losses of all micro-batches, the norm of the step's gradient, and the micro-batches as they were cut.
+
+        Nothing has moved before this returns, so a step that does not fit is begun again in smaller pieces of the
+        same rows.
+        """
+        while micro_batches:
+            try:
+                losses = self._gradients(step, micro_batches)
+                return losses, self._gradient_norm(step), micro_batches
+            except Asked:
+                self.optimiser.zero_grad()  # half a step is no state: a resumed run makes the whole of it
+                raise
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                self.optimiser.zero_grad()
+                self._halve(step + 1, micro_batches, error)
+            make_room()
+            micro_batches = self._cut(step)
+        return [], 0.0, []
+
+    def _gradients(self, step: int, micro_batches: list[Batch]) -> list[float]:
         """Backward through every micro-batch; each loss is its sum over targets by the step's targets."""
         n_targets = max(1, sum(b.n_targets for b in micro_batches))
         losses: list[Tensor] = []
         for micro, batch in enumerate(micro_batches):
-            if signals is not None and signals.asked is not None:
-                # Half a step is no state: its gradients are dropped, and a resumed run makes the whole step.
-                self.optimiser.zero_grad()
-                self._leave(signals.asked, time.monotonic())
+            self.signals.check()
             loss = self._loss(step, micro, batch) / n_targets
-            torch.autograd.backward(loss)
+            torch.autograd.backward(loss * self.scale.value if self.scale.on else loss)
             losses.append(loss.detach())
-        for tuning in self.tuned.tunings.values():
-            for part in tuning.method.parts():
-                extra = part.extra_loss(self.tuned)
-                if extra is not None:
-                    torch.autograd.backward(extra)
+        grads = [p.grad for p in self.optimiser.named.values() if p.grad is not None] if self.scale.on else []
+        if grads:
+            torch._foreach_mul_(grads, 1 / self.scale.value)
+        for part in self.parts:
+            extra = part.extra_loss(self.tuned)
+            if extra is not None:
+                torch.autograd.backward(extra)
         return torch.stack(losses).float().tolist()
 
     def _loss(self, step: int, micro: int, batch: Batch) -> Tensor:
@@ -206,20 +242,36 @@ class Loop:
                 return self.objective(batch)
 
             result = forward
-            for tuning in self.tuned.tunings.values():
-                for part in tuning.method.parts():
-                    result = _wrapped(part, self.tuned, result)
+            for part in self.parts:
+                result = _wrapped(part, self.tuned, result)
             out = result()
         return out if isinstance(out, Tensor) else out.loss
 
-    def _ready_gradients(self, step: int, guard: NoOpGuard | None) -> float:
-        if guard is not None:
-            guard.after_backward()
-        for tuning in self.tuned.tunings.values():
-            for part in tuning.method.parts():
-                part.after_backward(self.tuned, step + 1, self.total)
+    def _gradient_norm(self, step: int) -> float:
+        """What is not finite is stopped here, before a method that keeps statistics of gradients has seen it."""
+        norm = self.optimiser.norm()
+        if not math.isfinite(norm):
+            return norm
+        if self.guard is not None:
+            self.guard.after_backward()
+        for part in self.parts:
+            part.after_backward(self.tuned, step + 1, self.total)
         self.tuned.mask_gradients()
         return self.optimiser.norm()
+
+    def _update(self, step: int, norm: float, rate: float) -> None:
+        self.optimiser.clip(norm)
+        self.optimiser.step(rate)
+        self.tuned.constrain()
+        for part in self.parts:
+            part.on_step(self.tuned, step + 1, self.total)
+        if self.guard is not None:
+            self.guard.after_update()
+
+    def _guard_first_steps(self) -> None:
+        if self.guard is not None and (self.guard.due or self.step == self.total):
+            self.guard.check()
+            self.guard = None
 
     def _mode(self, *, training: bool) -> None:
         """Training mode for what is attached; for the trunk only where its dropout is wanted."""
@@ -237,7 +289,7 @@ class Loop:
     # ------------------------------------------------------------------ when numbers go wrong
 
     def _bad_step(
-        self, step: int, wrong: str, losses: list[float], norm: float, micro_batches: list[Batch]
+        self, step: int, wrong: str, losses: list[float], micro_batches: list[Batch]
     ) -> dict[str, Any] | None:
         """No update; the rows are named. Three in a row: back to the last good checkpoint, without those rows."""
         guilty = [b for b, loss in zip(micro_batches, losses, strict=True) if not np.isfinite(loss)] or micro_batches
@@ -245,116 +297,119 @@ class Loop:
         places = [self.place(r) for r in rows]
         self.run.event("no_update", step=step + 1, reason=wrong, rows=places[:64], n_rows=len(places))
         self.listener.say(f"step {step + 1}: {wrong}, no update; rows {', '.join(places[:5])}")
-        self._suspects = [
-            *getattr(self, "_suspects", [])[-64 * self.numbers.patience :],
-            *[int(i) for b in guilty for i in b.rows],
-        ]
+        self.numbers.suspect(i for b in guilty for i in b.rows)
         if self.numbers.in_a_row < self.numbers.patience:
-            return {"step": step + 1, "loss": None, "norm": None, "lr": 0.0, "tokens": 0, "skipped": wrong}
+            return _row(step, skipped=wrong)
         if self.numbers.rollbacks >= 1:
             self.run.event("diverged", step=step + 1, reason=wrong)
             raise Diverged(
                 f"step {step + 1}: {wrong}, {self.numbers.patience} times in a row and again after going back. "
                 "Stopped; the last good checkpoint stays. Lower the learning rate, or look at the rows in events.jsonl."
             )
-        self._roll_back(step, wrong)
+        left_out, suspects, rollbacks = self.left_out, set(self.numbers.suspects), self.numbers.rollbacks + 1
+        self._go_back()
+        self.numbers.went_back(rollbacks)
+        self.left_out = left_out | suspects
+        self.run.event("rolled_back", from_step=step + 1, to_step=self.step, reason=wrong, rows_left_out=len(suspects))
+        self.listener.say(f"{wrong}: back to step {self.step}, without {len(suspects)} rows")
         return None
 
-    def _roll_back(self, step: int, wrong: str) -> None:
-        rollbacks, suspects = self.numbers.rollbacks + 1, set(self._suspects)
+    def _go_back(self) -> None:
         checkpoint, _ = load_newest(self.run)
         assert checkpoint is not None, "step 0 is always saved"
         self.load(checkpoint)
-        self.numbers.rollbacks, self.numbers.in_a_row = rollbacks, 0
-        self.skipped_rows |= suspects
-        self._suspects = []
-        self.run.event("rolled_back", from_step=step + 1, to_step=self.step, reason=wrong, rows_left_out=len(suspects))
-        self.listener.say(f"{wrong}: back to step {self.step}, without {len(suspects)} rows")
 
-    def _halve(self, step: int, micro_batches: list[Batch], error: BaseException) -> list[Batch]:
+    # ------------------------------------------------------------------ when memory runs out
+
+    def _halve(self, step: int, micro_batches: list[Batch], error: BaseException) -> None:
         widest = max(b.inputs["input_ids"].numel() for b in micro_batches)
         if all(len(b.rows) == 1 for b in micro_batches):
             raise ResourceError(
-                f"step {step + 1}: one row of {widest} tokens alone does not fit in memory ({error}). "
+                f"step {step}: one row of {widest} tokens alone does not fit in memory ({error}). "
                 "Lower max_length, set gradient_checkpointing = true, or take a smaller model."
             ) from error
-        self.budget = max(1, widest // 2)
-        self.run.event("out_of_memory", step=step + 1, tokens=widest, new_budget=self.budget)
+        self.budget = max(1, min(self.budget, widest) // 2)
+        self.run.event("out_of_memory", step=step, tokens=widest, new_budget=self.budget)
         self.listener.say(
             f"out of memory at {widest} tokens: micro-batches now hold {self.budget}; the step keeps its rows"
         )
-        return self._cut(step)
 
-    # ------------------------------------------------------------------ batches
-
-    def _ahead(self, stop: int) -> Any:
-        """(step, micro-batches) from here to `stop`, prepared ahead unless the cut has changed."""
-        if self.budget == self.spec.batch.tokens and not self.skipped_rows:
-            for step, micro_batches in self.batches.from_step(self.step, stop):
-                if self.budget != self.spec.batch.tokens:
-                    micro_batches = self._cut(step)
-                yield step, micro_batches
-        else:
-            for step in range(self.step, stop):
-                yield step, self._cut(step)
-
-    def _cut(self, step: int) -> list[Batch]:
-        epoch, inside = self.batches.order.at(step)
-        kept = []
-        for piece in self.batches.pieces(epoch, inside, self.budget):
-            left = np.asarray([i for i in piece if int(i) not in self.skipped_rows], dtype=np.int64)
-            if len(left):
-                kept.append(self.batches.collator(self.batches.examples, left))
-        return kept or [
-            self.batches.collator(self.batches.examples, self.batches.pieces(epoch, inside, self.budget)[0])
-        ]
+    def _update_failed(self, step: int, error: BaseException) -> None:
+        """Some numbers may have moved and some not: only a checkpoint is a state to go on from."""
+        if self.failed_update == step:
+            raise ResourceError(
+                f"step {step + 1}: the update itself does not fit in memory ({error}). Train fewer numbers (another "
+                "method, a smaller rank), or take a smaller model; the last good checkpoint stays."
+            ) from error
+        self.failed_update = step
+        budget = max(1, self.budget // 2)
+        self._go_back()
+        self.budget = min(self.budget, budget)
+        make_room()
+        self.run.event("out_of_memory", step=step + 1, where="update", to_step=self.step, new_budget=self.budget)
+        self.listener.say(
+            f"out of memory in the update of step {step + 1}: back to step {self.step}, micro-batches now hold "
+            f"{self.budget} tokens"
+        )
 
     def _try_longest(self) -> None:
-        """The widest micro-batch first: memory runs out before step 1 or not at all."""
+        """The widest batches first, for evaluation and training: memory runs out before step 1 or not at all."""
+        if self.evaluator is not None:
+            self._mode(training=False)
+            self.evaluator.try_longest()
         self._mode(training=True)
         longest = self.batches.longest()
         while True:
             try:
-                self._gradients(0, [longest], None)
-                self.optimiser.zero_grad()
+                self._gradients(0, [longest])
                 return
             except Exception as error:
                 if not out_of_memory(error):
                     raise
+                self._halve(0, [longest], error)
+            finally:
                 self.optimiser.zero_grad()
-                if len(longest.rows) == 1:
-                    self._halve(0, [longest], error)
-                half = longest.rows[: len(longest.rows) // 2]
-                self.budget = int(longest.inputs["input_ids"].shape[1]) * len(half)
-                self.run.event(
-                    "out_of_memory", step=0, tokens=longest.inputs["input_ids"].numel(), new_budget=self.budget
-                )
-                longest = self.batches.collator(self.batches.examples, half)
+            make_room()
+            fits = max(1, self.budget // longest.inputs["input_ids"].shape[1])
+            longest = self.batches.collator(self.batches.examples, longest.rows[:fits])
+
+    # ------------------------------------------------------------------ batches
+
+    def _at(self, step: int) -> tuple[int, int]:
+        """(epoch, step in it)."""
+        epoch, first = self.origin
+        epochs, inside = divmod(step - first, self.batches.order.steps_per_epoch)
+        return epoch + epochs, inside
+
+    def _ahead(self, stop: int) -> Iterator[tuple[int, list[Batch]]]:
+        """(step, micro-batches) from here to `stop`, prepared ahead by the workers."""
+
+        def make(step: int) -> tuple[int, list[Batch]]:
+            return self.budget, self._cut(step)
+
+        for step, (budget, micro_batches) in ahead(make, range(self.step, stop), self.batches.workers):
+            yield step, micro_batches if budget == self.budget else self._cut(step)
+
+    def _cut(self, step: int) -> list[Batch]:
+        """The micro-batches of a step: its rows, less those left out, cut to the budget. May be empty."""
+        pieces = self.batches.pieces(*self._at(step), self.budget)
+        if self.left_out:
+            pieces = [np.asarray([i for i in p if int(i) not in self.left_out], dtype=np.int64) for p in pieces]
+        return [self.batches.collator(self.batches.examples, p) for p in pieces if len(p)]
 
     # ------------------------------------------------------------------ evaluation
 
     def _evaluate_when_due(self) -> None:
-        if not self.eval_every or self.step % self.eval_every or self.step == self.total:
+        last = self.spec.eval.selects and self.step == self.total
+        due = self.eval_every and self.step and (self.step % self.eval_every == 0 or last)
+        if self.evaluator is None or not due or self.selection.at == self.step:
             return
         self._mode(training=False)
-        scores = self.evaluate()
-        self.run.event("scores", lasting=False, step=self.step, **{k: round(v, 6) for k, v in scores.items()})
+        scores = self.evaluator.scores()
+        self.run.event("scores", lasting=False, step=self.step, **plain_scores(scores, 6))
         self.listener.scores(self.step, scores)
-        value = scores[self.metric]
-        if metrics.better(self.metric, value, self.best.get("value")):
-            self.best, self.waited = {"step": self.step, "value": value}, 0
-            if self.spec.eval.best:
-                self.save()
-        else:
-            self.waited += 1
-
-    def _stopped_early(self) -> bool:
-        patience = self.spec.eval.patience
-        if patience is None or self.waited < patience:
-            return False
-        self.run.event("stopped_early", step=self.step, best=self.best)
-        self.listener.say(f"no better {self.metric} in {self.waited} evaluations: stopped at step {self.step}")
-        return True
+        if self.selection.hear(self.step, scores) and self.spec.eval.best:
+            self.save()
 
     # ------------------------------------------------------------------ state
 
@@ -367,24 +422,31 @@ class Loop:
         """Everything besides tensors that the next step depends on."""
         return {
             "step": self.step,
+            "origin": list(self.origin),
+            "steps_per_epoch": self.batches.order.steps_per_epoch,
+            "tokens": self.spec.batch.tokens,
             "budget": self.budget,
-            "best": self.best,
-            "waited": self.waited,
-            "skipped_rows": sorted(self.skipped_rows),
-            "suspects": getattr(self, "_suspects", []),
+            "eval_budget": self.evaluator.budget if self.evaluator is not None else None,
+            "selection": self.selection.state(),
+            "left_out": sorted(self.left_out),
             "numbers": self.numbers.state(),
+            "scale": self.scale.state(),
+            "guard": self.guard.state() if self.guard is not None else None,
             "rows_seen": self.rows_seen,
             "tokens_seen": self.tokens_seen,
             "updates": self.optimiser.updates,
-            "finished": {n: t.finished for n, t in self.tuned.tunings.items()},
             **self.identity,
         }
 
     def save(self) -> None:
-        """Make the state of the last whole step safe, then prune."""
+        """Make the state of the last whole step safe, then prune. What is safe already is not written again."""
+        state = self.state()
+        if state == self._saved:
+            return
         tensors = {"adapter": self.tuned.state_tensors(), "optimizer": self.optimiser.tensors()}
-        best = self.best.get("step") if self.spec.eval.best else None
-        save_checkpoint(self.run, self.step, tensors, self.state(), keep_best=best)
+        best = self.selection.kept
+        save_checkpoint(self.run, self.step, tensors, state, keep_best=best)
+        self._saved = state
         prune(self.run, keep_last=self.spec.checkpoint.keep, keep_best=best, powers_of_two=False)
 
     def load(self, checkpoint: Checkpoint) -> None:
@@ -392,20 +454,27 @@ class Loop:
         self.tuned.load_state_tensors(checkpoint.tensors["adapter"])
         self.optimiser.load(checkpoint.tensors["optimizer"])
         state = checkpoint.state
-        self.step, self.budget = int(state["step"]), int(state["budget"])
-        self.best, self.waited = dict(state["best"]), int(state["waited"])
-        self.skipped_rows = set(state["skipped_rows"])
-        self._suspects = list(state["suspects"])
+        self.step, self.origin = int(state["step"]), (int(state["origin"][0]), int(state["origin"][1]))
+        if state["tokens"] == self.spec.batch.tokens:  # else the user has asked for another budget since
+            self.budget = int(state["budget"])
+            if self.evaluator is not None and state["eval_budget"] is not None:
+                self.evaluator.budget = int(state["eval_budget"])
+        self.selection.load(state["selection"])
+        self.left_out = set(state["left_out"])
         self.numbers.load(state["numbers"])
+        self.scale.load(state["scale"])
+        self.guard = None
+        if state["guard"] is not None:
+            self.guard = NoOpGuard(self.tuned)
+            self.guard.load(state["guard"])
         self.rows_seen, self.tokens_seen = int(state["rows_seen"]), int(state["tokens_seen"])
         self.optimiser.updates = int(state["updates"])
         self.run.truncate_events(checkpoint.event_rows)
+        self._saved = self.state()
 
-    def _leave(self, signum: int, begun: float) -> None:
+    def _leave(self, signum: int) -> None:
         self.save()
-        self.seconds += time.monotonic() - begun
         self.run.event("interrupted", step=self.step, signal=signum, seconds=round(self.seconds, 3))
-        self.listener.end()
         raise Interrupted(
             f"stopped by signal {signum} after step {self.step} of {self.total}; nothing is lost. "
             f"Go on with `luthier resume {self.run.path}`.",
@@ -413,16 +482,10 @@ class Loop:
         )
 
 
+def _row(step: int, **found: Any) -> dict[str, Any]:
+    """One step's line in the log; a step without an update says why."""
+    return {"step": step + 1, "loss": None, "norm": None, "lr": 0.0, "tokens": 0, **found}
+
+
 def _wrapped(part: Any, tuned: Tuned, inner: Callable[[], Any]) -> Callable[[], Any]:
     return lambda: part.loss(tuned, inner)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, in any of the ways it is said."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(
-        words in text
-        for words in ("out of memory", "can't allocate memory", "cannot allocate memory", "defaultcpuallocator")
-    )

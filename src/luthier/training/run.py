@@ -9,6 +9,7 @@ finish    the tuning is saved, read back, compared, and scored
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,31 +22,46 @@ from torch import Tensor
 
 from luthier.__version__ import __version__
 from luthier.anatomy import Anatomy
-from luthier.core import ConfigError, IntegrityError, NothingTrains, human_bytes, human_count, human_seconds, plain
+from luthier.core import (
+    ConfigError,
+    IntegrityError,
+    Interrupted,
+    ModelError,
+    NothingTrains,
+    human_bytes,
+    human_count,
+    human_seconds,
+    key,
+    plain,
+)
 from luthier.runs import (
+    Checkpoint,
     Record,
     RunFolder,
     bytes_of,
     differences,
+    durable,
     environment,
     load_newest,
+    load_step,
     peak_bytes,
     preflight,
     reset_peak,
 )
 from luthier.surgery import Method, Tuned, attach, compose, tuning
-from luthier.training import metrics
 from luthier.training.batches import Batches, Collator, EvalBatches, Order
 from luthier.training.chat import ChatTemplate
 from luthier.training.columns import Columns, find_columns
 from luthier.training.encode import Examples, choose_length, choose_pad, encode
-from luthier.training.evaluate import Evaluator
+from luthier.training.evaluate import Evaluator, plain_scores
 from luthier.training.load import Source, empty_model, find_model, load_config, load_model, load_tokenizer
 from luthier.training.loop import Listener, Loop
 from luthier.training.objective import Objective
 from luthier.training.optimiser import Optimiser
 from luthier.training.precision import Precision, choose_device, choose_precision
 from luthier.training.rows import Table, count_duplicates, load_rows, split_rows
+from luthier.training.selection import Selection
+from luthier.training.signals import Asked, StopSignals
 from luthier.training.spec import RunSpec, changes
 from luthier.training.tasks import Task, infer_task
 
@@ -65,6 +81,7 @@ class Prepared:
     test_table: Table | None
     tokenizer: Any = field(repr=False)
     train: Examples
+    selection: Examples | None  # training rows held out to select by; the test half has no part in that
     test: Examples | None
     pad_id: int
     pad: dict[str, Any]
@@ -131,6 +148,15 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None) -> Pr
         table, test = split_rows(
             table, spec.data.test_share, spec.data.split_seed, columns.content, columns.outcome if labelled else None
         )
+    select = None
+    if spec.eval.selects:
+        labelled = columns.shape == "labelled"
+        table, select = split_rows(
+            table, spec.eval.share, key(spec.data.split_seed, "select"), columns.content,
+            columns.outcome if labelled else None,
+        )  # fmt: skip
+        assert select is not None
+        note(f"{len(select)} training rows are held out to select by; the test half is scored once, at the end")
     duplicates = count_duplicates(table, test, columns.content, columns.outcome)
     note(duplicates.sentence())
     if spec.data.strict:
@@ -156,6 +182,9 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None) -> Pr
     note(train_examples.ledger.sentence())
     for remark in train_examples.ledger.notes:
         note(remark)
+    select_examples = None
+    if select is not None:
+        select_examples = encode(select, columns, task, tokenizer, accept_refused=spec.data.accept_refused, **options)
     test_examples = None
     if test is not None:
         test_examples = encode(test, columns, task, tokenizer, accept_refused=spec.data.accept_refused, **options)
@@ -171,12 +200,13 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None) -> Pr
     )
     return Prepared(
         spec=spec, source=source, method=method, task=task, columns=columns, train_table=table, test_table=test,
-        tokenizer=tokenizer, train=train_examples, test=test_examples, pad_id=pad.id, pad=plain(pad),
-        max_length=max_length, n_params=n_params, n_base=anatomy.n_params, precision=precision, device=device,
+        tokenizer=tokenizer, train=train_examples, selection=select_examples, test=test_examples, pad_id=pad.id,
+        pad=plain(pad), max_length=max_length, n_params=n_params, n_base=anatomy.n_params, precision=precision, device=device,
         weights=weights, lines=tuple(lines),
         fingerprints={
             "model": source.digest,
             "train": table.fingerprint(),
+            "select": select.fingerprint() if select is not None else "",
             "test": test.fingerprint() if test is not None else "",
             "tokenizer": _tokenizer_digest(tokenizer),
             "luthier": __version__,
@@ -232,10 +262,9 @@ def train(
             run.event("note", text=line)
         _write_ledger(run, prepared)
         loop = loop_of(run, listener)
-        _check_disk(run, loop)
-        if prepared.spec.method and any(m.looks_at_data for m in prepared.method.parts()):
-            _look_at_data(prepared, loop)
-        return _run(prepared, loop, run, listener, started, stop_at, exact=True, because=())
+        with StopSignals() as loop.signals:
+            _begin(prepared, loop, run)
+            return _run(prepared, loop, run, listener, started, stop_at, because=())
 
 
 def resume(
@@ -269,23 +298,32 @@ def resume(
         checkpoint, skipped = load_newest(run)
         for bad, reason in skipped:
             listener.say(f"checkpoint {bad.name} was skipped: {reason}")
-        prepared = prepare(spec, listener.say)
         step = checkpoint.step if checkpoint is not None else 0
-        because = _compare(run, prepared, accept_drift, step)
-        because += _spec_changes(run, old, spec, step, prepared)
-        here = environment(str(prepared.device))
-        moved = differences(run.read_json("environment.json"), here)
-        because += [f"not bit-exact: {m}" for m in moved]
+        epoch_begins = _check_changes(run, old, spec, checkpoint)
+        prepared = prepare(spec, listener.say)
+        because, prints = _compare(run, prepared, accept_drift)
+        because += [f"{c} (applied from step {step + 1} on)" for c in changes(old, spec) if c.field != "out"]
+        moved = differences(run.read_json("environment.json"), environment(str(prepared.device)))
+        because += [m for m in moved if m not in because]
         for line in because:
-            listener.say(line)
-        run.event("resumed", step=step, bit_exact=not because, because=because)
+            listener.say(f"not bit-exact: {line}")
         started = time.monotonic()
         loop = _attach(prepared)(run, listener)
-        if checkpoint is not None:
-            loop.load(checkpoint)
-        elif any(m.looks_at_data for m in prepared.method.parts()):
-            _look_at_data(prepared, loop)
-        return _run(prepared, loop, run, listener, started, stop_at, exact=not because, because=tuple(because))
+        with StopSignals() as loop.signals:
+            if checkpoint is not None:
+                loop.load(checkpoint)
+                if epoch_begins is not None:
+                    # Rows are counted from here on: the next epoch has other steps. Safe before it is recorded, since
+                    # at an epoch's beginning the old batch size reads the same rows from it.
+                    loop.origin = epoch_begins
+                    loop.save()
+            else:
+                run.truncate_events(0)
+                _begin(prepared, loop, run)
+            if prints or spec != old:
+                run.accept_drift(because, prints, step, spec=plain(spec) if spec != old else None)
+            run.event("resumed", step=step, bit_exact=not because, because=because)
+            return _run(prepared, loop, run, listener, started, stop_at, because=tuple(because))
 
 
 def _refuse_occupied(path: Path) -> None:
@@ -313,28 +351,37 @@ def _apply(spec: RunSpec, changed: dict[str, Any]) -> RunSpec:
     return RunSpec.from_plain(values)
 
 
-def _compare(run: RunFolder, prepared: Prepared, accepted: Sequence[str], step: int) -> list[str]:
-    """Fingerprints of then and now; refuse what differs and was not accepted."""
-    words = {"train": "data", "test": "data", "model": "model", "tokenizer": "tokenizer", "luthier": "luthier"}
+def _compare(run: RunFolder, prepared: Prepared, accepted: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Fingerprints of then and now; refuse what differs and was not accepted.
+
+    Returns:
+        a sentence for each difference, and the fingerprints that hold from now on.
+    """
+    words = {"train": "data", "select": "data", "test": "data", "model": "model", "tokenizer": "tokenizer"}
     differs = [n for n, now in prepared.fingerprints.items() if run.fingerprints.get(n) != now]
-    refused = [n for n in differs if words[n] not in accepted and n != "luthier"]
+    refused = [n for n in differs if n in words and words[n] not in accepted]
     if refused:
-        named = ", ".join(dict.fromkeys(words[n] for n in refused))
+        named = list(dict.fromkeys(words[n] for n in refused))
         raise IntegrityError(
-            f"{run.path}: {named} changed since the run began ({', '.join(refused)}). Restore what it was, or go on "
-            f"with --accept-drift {named.replace(', ', ' --accept-drift ')}, which is recorded in the folder."
+            f"{run.path}: {', '.join(named)} changed since the run began ({', '.join(refused)}). Restore what it was, "
+            f"or go on with {' '.join(f'--accept-drift {n}' for n in named)}, which is recorded in the folder."
         )
-    said = [f"{words[n]} changed since the run began ({n}): accepted" for n in differs if n != "luthier"]
+    said = [f"{words[n]} changed since the run began ({n}): accepted" for n in differs if n in words]
     if "luthier" in differs:
         said.append(f"luthier {run.fingerprints.get('luthier')} -> {prepared.fingerprints['luthier']}")
-    if said:
-        run.accept_drift(said, {n: prepared.fingerprints[n] for n in differs}, step)
-    return said
+    return said, {n: prepared.fingerprints[n] for n in differs}
 
 
-def _spec_changes(run: RunFolder, old: RunSpec, new: RunSpec, step: int, prepared: Prepared) -> list[str]:
-    steps_per_epoch = -(-len(prepared.train) // new.batch.size)
-    said = []
+def _check_changes(run: RunFolder, old: RunSpec, new: RunSpec, checkpoint: Checkpoint | None) -> tuple[int, int] | None:
+    """Hold every changed field against its rule.
+
+    Returns:
+        (epoch, step) from which rows are counted anew, where a field that changes the steps of an epoch has changed.
+
+    Raises:
+        ConfigError: a field that may not change, or not here.
+    """
+    begins = None
     for change in changes(old, new):
         if change.field == "out":
             continue
@@ -343,15 +390,17 @@ def _spec_changes(run: RunFolder, old: RunSpec, new: RunSpec, step: int, prepare
                 f"{change}: a resumed run must keep {change.field}; with another it would be another run. "
                 "Start a new one with `luthier train`."
             )
-        if change.rule == "boundary" and step % steps_per_epoch:
-            at = (step // steps_per_epoch + 1) * steps_per_epoch
-            raise ConfigError(
-                f"{change}: may change only where an epoch begins; this run is at step {step}, the next is {at}."
-            )
-        said.append(f"changed and applied from step {step + 1}: {change}")
-    if said:
-        run.accept_drift(said, {}, step)
-    return said
+        if change.rule == "boundary" and checkpoint is not None:
+            state, per_epoch = checkpoint.state, int(checkpoint.state["steps_per_epoch"])
+            epoch, first = state["origin"]
+            epochs, inside = divmod(checkpoint.step - first, per_epoch)
+            if inside:
+                raise ConfigError(
+                    f"{change}: may change only where an epoch begins; this run is at step {checkpoint.step}, the next "
+                    f"epoch begins at {checkpoint.step - inside + per_epoch}. Leave {change.field} as it was."
+                )
+            begins = (int(epoch) + epochs, checkpoint.step)
+    return begins
 
 
 # --- chapters ---------------------------------------------------------------------------------------------------------
@@ -380,45 +429,58 @@ def _attach(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
     batches = Batches(prepared.train, order, collator, spec.batch.tokens, spec.batch.accumulate, spec.batch.workers)
     optimiser = Optimiser(tuned.trained(), tuned.groups(), spec.optim, spec.optim.lr or method.default_lr)
     trains_base = any(m.trains_base for m in method.parts())
-    total = spec.total_steps(order.steps_per_epoch)
     metric = spec.eval.metric or prepared.task.headline
-
-    def evaluate() -> dict[str, float]:
-        if prepared.test is None:
-            return {}
-        held_out = EvalBatches(prepared.test, collator, 4 * spec.batch.tokens)
-        evaluator = Evaluator(
-            tuned, Objective(tuned, prepared.task, full_logits=True), held_out, prepared.precision, prepared.device
-        )
-        return evaluator.scores()
-
-    every = spec.eval.every if spec.eval.every is not None else order.steps_per_epoch
+    every = spec.eval.every
+    if every is None:
+        every = order.steps_per_epoch if spec.eval.selects else 0
 
     def make(run: RunFolder, listener: Listener) -> Loop:
-        return Loop(
+        loop = Loop(
             spec=spec, tuned=tuned, objective=objective, batches=batches, optimiser=optimiser,
-            precision=prepared.precision, device=prepared.device, total=total, run=run, evaluate=evaluate,
-            eval_every=every if prepared.test is not None else 0, metric=metric,
-            higher_is_better=metrics.METRICS[metric].higher_is_better,
-            place=lambda row: prepared.train_table.places[row],
+            precision=prepared.precision, device=prepared.device, run=run, evaluator=None, eval_every=every,
+            selection=Selection(spec.eval, metric), place=lambda row: prepared.train_table.places[row],
             identity={"spec": spec.digest(), "method": compose.spell(method), "model": prepared.source.digest},
             trunk_dropout=spec.trunk_dropout == "on" or (spec.trunk_dropout == "auto" and trains_base),
             listener=listener,
         )  # fmt: skip
+        # What nothing selects by may be looked at: without best or patience these are the test rows.
+        looked_at = prepared.selection if spec.eval.selects else prepared.test
+        if every and looked_at is not None:
+            loop.evaluator = _evaluator(prepared, loop, looked_at)
+        return loop
 
     return make
+
+
+def _evaluator(prepared: Prepared, loop: Loop, examples: Examples) -> Evaluator:
+    tokens = 4 * prepared.spec.batch.tokens
+    if prepared.task.name in ("causal_lm", "seq2seq"):
+        # All logits of a batch are held at once: 2^26 of them are 256 MiB in fp32.
+        tokens = max(1, min(tokens, 2**26 // int(loop.tuned.model.get_input_embeddings().weight.shape[0])))
+    return Evaluator(
+        loop.tuned, Objective(loop.tuned, prepared.task, full_logits=True),
+        EvalBatches(examples, loop.batches.collator, tokens), prepared.precision, prepared.device,
+        lambda: loop.signals.check(),
+    )  # fmt: skip
 
 
 def _check_finite(model: Any, name: str) -> None:
     for tensor_name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not torch.isfinite(parameter.detach()).all():
-            raise IntegrityError(
-                f"{name}: tensor {tensor_name} holds NaN or infinity. Use an undamaged copy of the model."
-            )
+            raise ModelError(f"{name}: tensor {tensor_name} holds NaN or infinity. Use an undamaged copy of the model.")
+
+
+def _begin(prepared: Prepared, loop: Loop, run: RunFolder) -> None:
+    """What a run does before its first checkpoint; done again where it was killed before that."""
+    _write_ledger(run, prepared)
+    _check_disk(run, loop)
+    if any(m.looks_at_data for m in prepared.method.parts()):
+        _look_at_data(prepared, loop)
 
 
 def _write_ledger(run: RunFolder, prepared: Prepared) -> None:
-    for half, examples in (("train", prepared.train), ("test", prepared.test)):
+    run.rows.keep_rows(0)
+    for half, examples in (("train", prepared.train), ("select", prepared.selection), ("test", prepared.test)):
         if examples is not None:
             for row in examples.ledger:
                 run.rows.append({"half": half, **row}, fact=False)
@@ -459,6 +521,7 @@ class _Looks(Sequence[Callable[[], Tensor]]):
         loop = self._loop
 
         def look() -> Tensor:
+            loop.signals.check()
             batch = loop.batches.collator(loop.batches.examples, self._pieces[index]).to(loop.device)
             with loop.precision.autocast(loop.device):
                 result = loop.objective(batch)
@@ -469,29 +532,26 @@ class _Looks(Sequence[Callable[[], Tensor]]):
 
 def _run(
     prepared: Prepared, loop: Loop, run: RunFolder, listener: Listener, started: float, stop_at: int | None,
-    *, exact: bool, because: tuple[str, ...],
+    *, because: tuple[str, ...],
 ) -> Result:  # fmt: skip
     """The loop, then what follows it."""
     loop.run_to(stop_at)
-    unfinished = stop_at is not None and loop.step < loop.total and stop_at <= loop.step
-    if unfinished:
+    if stop_at is not None and stop_at <= loop.step < loop.total and not loop.selection.enough:
         run.event("paused", step=loop.step, seconds=round(loop.seconds, 3))
-        record = _record(prepared, loop, run, {}, 0, "paused", exact, because)
+        record = _record(prepared, loop, run, {}, 0, "paused", because)
         return _result(prepared, loop, run, record, {}, 0)
-    _take_best(loop, run)
-    tuned = loop.tuned
-    loop._mode(training=False)
-    tuned.finish()
-    _refuse_base(prepared, loop)
-    stored = _save(prepared, tuned, run)
-    scores = loop.evaluate()
-    if scores:
-        run.event("scores", lasting=False, step=loop.step, **{k: round(v, 6) for k, v in scores.items()})
-        listener.scores(loop.step, scores)
-    run.flush()
-    run.write_json("scores.json", scores)
+    try:
+        scores, stored = _finish(prepared, loop, run)
+    except Asked as asked:
+        # All training is in the last checkpoint; what follows it is made anew from there.
+        run.event("interrupted", step=loop.step, signal=asked.number)
+        raise Interrupted(
+            f"stopped by signal {asked.number} after the last step, before the scores; nothing is lost. "
+            f"Finish with `luthier resume {run.path}`.",
+            asked.number,
+        ) from None
     seconds = time.monotonic() - started
-    record = _record(prepared, loop, run, scores, stored, "finished", exact, because, seconds)
+    record = _record(prepared, loop, run, scores, stored, "finished", because, seconds)
     run.event("finished", step=loop.step, seconds=round(seconds, 3))
     run.write_json("record.json", record.to_json())
     listener.say(
@@ -501,23 +561,36 @@ def _run(
     return _result(prepared, loop, run, record, scores, stored)
 
 
+def _finish(prepared: Prepared, loop: Loop, run: RunFolder) -> tuple[dict[str, float], int]:
+    """The result: chosen, brought into its stored form, refused where it is none, saved, read back, scored."""
+    _take_best(loop, run)
+    loop._mode(training=False)
+    loop.tuned.finish()
+    loop.signals.check()
+    _refuse_base(prepared, loop)
+    stored = _save(prepared, loop.tuned, run)
+    scores = _evaluator(prepared, loop, prepared.test).scores() if prepared.test is not None else {}
+    if scores:
+        run.event("scores", lasting=False, step=loop.step, **plain_scores(scores, 6))
+        loop.listener.scores(loop.step, scores)
+    run.flush()
+    run.write_json("scores.json", plain_scores(scores))
+    return scores, stored
+
+
 def _take_best(loop: Loop, run: RunFolder) -> None:
     """Put the best evaluation's tensors back, where the spec asks for the best and it was not the last."""
-    if not (loop.spec.eval.best and loop.best) or loop.best["step"] == loop.step:
+    best = loop.selection.kept
+    if best is None or best == loop.step:
         return
-    last = {loop.metric: loop.evaluate()[loop.metric]}
-    better = last[loop.metric] > loop.best["value"] if loop.higher_is_better else last[loop.metric] < loop.best["value"]
-    if better:
-        return
-    from luthier.runs import checkpoint
-
-    found = [p for p in checkpoint.checkpoints(run) if p.name.startswith(f"step-{loop.best['step']:08d}")]
-    if not found:
+    found = load_step(run, best)
+    if found is None:
         raise IntegrityError(
-            f"{run.path}: the best checkpoint (step {loop.best['step']}) is gone. Resume from an older copy."
+            f"{run.ckpt}: the checkpoint of the best step, {best}, is gone or damaged. Restore it from a copy, or "
+            "start a new run."
         )
-    loop.tuned.load_state_tensors(checkpoint._load(found[0]).tensors["adapter"])
-    run.event("best_taken", **loop.best)
+    loop.tuned.load_state_tensors(found.tensors["adapter"])
+    run.event("best_taken", step=best, value=loop.selection.best_value)
 
 
 def _refuse_base(prepared: Prepared, loop: Loop) -> None:
@@ -540,20 +613,24 @@ def _refuse_base(prepared: Prepared, loop: Loop) -> None:
 
 def _save(prepared: Prepared, tuned: Tuned, run: RunFolder) -> int:
     """Write the tuning with its contract, read it back, and compare."""
-    if not run.tuning.exists():
-        about: dict[str, Any] = {
-            "task": {**plain(prepared.task), "columns": plain(prepared.columns)},
-            "labels": list(prepared.task.labels),
-            "precision": prepared.precision.name,
-            "contract": {
-                "max_length": prepared.max_length,
-                "pad": prepared.pad,
-                "tokenizer": prepared.fingerprints["tokenizer"],
-                "template": plain(prepared.template) if prepared.template is not None else None,
-                "loss_on": prepared.spec.data.loss_on,
-            },
-        }
-        tuned.save(run.tuning, about=about)
+    if run.tuning.exists():
+        # Of an attempt that was stopped before its scores. It is the same one, unless the spec has changed since.
+        leaving = run.tuning.with_name(f".del-{run.tuning.name}")
+        durable.rename(run.tuning, leaving)
+        durable.remove_folder(leaving)
+    about: dict[str, Any] = {
+        "task": {**plain(prepared.task), "columns": plain(prepared.columns)},
+        "labels": list(prepared.task.labels),
+        "precision": prepared.precision.name,
+        "contract": {
+            "max_length": prepared.max_length,
+            "pad": prepared.pad,
+            "tokenizer": prepared.fingerprints["tokenizer"],
+            "template": plain(prepared.template) if prepared.template is not None else None,
+            "loss_on": prepared.spec.data.loss_on,
+        },
+    }
+    tuned.save(run.tuning, about=about)
     from luthier.trust import safetensors
 
     held = tuning.stored_tensors(tuned.tuning())
@@ -567,19 +644,19 @@ def _save(prepared: Prepared, tuned: Tuned, run: RunFolder) -> int:
 
 
 def _record(
-    prepared: Prepared, loop: Loop, run: RunFolder, scores: dict[str, float], stored: int, status: str, exact: bool,
+    prepared: Prepared, loop: Loop, run: RunFolder, scores: dict[str, float], stored: int, status: str,
     because: tuple[str, ...], seconds: float = 0.0,
 ) -> Record:  # fmt: skip
     return Record(
         spec=plain(prepared.spec),
         environment=environment(str(prepared.device)),
-        scores={k: float(v) for k, v in scores.items()},
+        scores={k: float(v) for k, v in scores.items() if math.isfinite(v)},
         seconds=seconds,
         peak_bytes=_peak(loop.device),
         trained=prepared.n_params,
         stored=stored,
         status=status,
-        bit_exact=exact,
+        bit_exact=not because,
         because=because,
     )
 
@@ -619,32 +696,25 @@ def verify_resume(spec: RunSpec, steps: int, folder: Path, *, listener: Listener
 
 
 def run_digests(path: Path) -> dict[str, str]:
-    """sha256 of a run's tuning, of its last state's tensors, and of its log's rows."""
-    with _reading(path) as run:
-        checkpoint, _ = load_newest(run)
-        assert checkpoint is not None
-        found = {}
-        for stem, tensors in checkpoint.tensors.items():
-            summed = hashlib.sha256()
-            for name in sorted(tensors):
-                summed.update(name.encode())
-                summed.update(tensors[name].detach().contiguous().view(torch.uint8).numpy().data)
-            found[stem] = summed.hexdigest()
-        weights = run.tuning / "tuning.safetensors"
-        found["tuning"] = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.exists() else ""
-        rows = [repr(e) for e in run.events() if "at" not in e]
-        found["log"] = hashlib.sha256("\n".join(rows).encode()).hexdigest()
-        return found
+    """sha256 of a run's tuning, of its last state's tensors, and of its log's rows.
 
-
-class _reading:
-    """A run opened without its lock."""
-
-    def __init__(self, path: Path) -> None:
-        self.run = RunFolder.open(path, write=False)
-
-    def __enter__(self) -> RunFolder:
-        return self.run
-
-    def __exit__(self, *_: object) -> None:
-        pass
+    Raises:
+        ConfigError: no run, or one without a checkpoint.
+        IntegrityError: no checkpoint verifies.
+    """
+    run = RunFolder.open(path, write=False)
+    checkpoint, _ = load_newest(run)
+    if checkpoint is None:
+        raise ConfigError(f"{path}: this run has no checkpoint yet. Let it go on with `luthier resume {path}`.")
+    found = {}
+    for stem, tensors in checkpoint.tensors.items():
+        summed = hashlib.sha256()
+        for name in sorted(tensors):
+            summed.update(name.encode())
+            summed.update(tensors[name].detach().contiguous().flatten().view(torch.uint8).numpy().data)
+        found[stem] = summed.hexdigest()
+    weights = run.tuning / "tuning.safetensors"
+    found["tuning"] = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.exists() else ""
+    rows = [repr(e) for e in run.events() if "at" not in e]
+    found["log"] = hashlib.sha256("\n".join(rows).encode()).hexdigest()
+    return found

@@ -1,4 +1,7 @@
-"""Signals: the first asks the loop to stop at the next safe place, the second leaves at once."""
+"""Signals: the first asks for a stop at the next safe place, the second leaves at once.
+
+A safe place is wherever `check` is called: between micro-batches, between the batches of an evaluation, after a save.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,17 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-__all__ = ["StopSignals"]
+__all__ = ["Asked", "StopSignals"]
 
 _CAUGHT = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+
+
+class Asked(BaseException):
+    """A signal asked for a stop. Not an `Exception`: no handler of errors may take it for one."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"signal {number}")
+        self.number = number
 
 
 class StopSignals:
@@ -22,6 +33,11 @@ class StopSignals:
     def __init__(self) -> None:
         self.asked: int | None = None
         self._before: dict[int, Any] = {}
+
+    def check(self) -> None:
+        """Raises: Asked, once a signal has come."""
+        if self.asked is not None:
+            raise Asked(self.asked)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.asked is not None:
@@ -40,3 +56,4 @@ class StopSignals:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        self._before.clear()

@@ -95,14 +95,35 @@ class BatchSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSpec:
-    """When to score the held-out rows, and what follows from the score."""
+    """When to score rows that are not learnt from, and what follows from the score.
+
+    What is selected by a score cannot be measured by it: with `best` or `patience`, a part of the training rows is
+    held out for that, and the test half is scored once, at the end.
+    """
 
     every: Annotated[
-        int | None, "steps between evaluations; left out, after each epoch; 0, only at the end", at_least(0)
+        int | None,
+        "steps between evaluations; left out, after each epoch if best or patience need it; 0, only at the end",
+        at_least(0),
     ] = None
     metric: Annotated[str | None, "score that decides what is best; left out, the task's own"] = None
     patience: Annotated[int | None, "evaluations without a better score before stopping early", at_least(1)] = None
-    best: Annotated[bool, "keep the tuning with the best score rather than the last one"] = True
+    best: Annotated[bool, "keep the tuning with the best score rather than the last one"] = False
+    share: Annotated[
+        float, "share of the training rows held out to select by, where best or patience ask for it", between(0, 0.5)
+    ] = 0.1
+
+    def __post_init__(self) -> None:
+        if self.selects and (self.every == 0 or self.share == 0):
+            wanted = "best" if self.best else "patience"
+            raise ConfigError(
+                f"eval.{wanted} needs evaluations during training: leave eval.every and eval.share out, or above 0."
+            )
+
+    @property
+    def selects(self) -> bool:
+        """Whether a score decides anything."""
+        return self.best or self.patience is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,6 +275,9 @@ RESUME: dict[str, ResumeRule] = {
     "precision": "exact",
     "trunk_dropout": "exact",
     "eval.metric": "exact",  # the best score so far was of this metric
+    "eval.best": "exact",  # these three decide which rows are learnt from
+    "eval.patience": "exact",
+    "eval.share": "exact",
     # boundary: the set of rows of each step follows from these, so they may change where an epoch begins
     "batch.size": "boundary",
     "batch.group_by_length": "boundary",
@@ -274,8 +298,6 @@ RESUME: dict[str, ResumeRule] = {
     "batch.pad_to": "apply",
     "batch.workers": "apply",
     "eval.every": "apply",
-    "eval.patience": "apply",
-    "eval.best": "apply",
     "checkpoint.every_steps": "apply",
     "checkpoint.every_seconds": "apply",
     "checkpoint.keep": "apply",

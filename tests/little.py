@@ -1,0 +1,99 @@
+"""Whole runs that take a second: a tiny model in a folder with a word tokenizer, and rows in a file.
+
+The rows have lengths from 4 to 20 tokens, so steps are cut into several micro-batches, and dropout is on.
+"""
+
+import csv
+import dataclasses
+import random
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from tiny import config_of, tiny
+from training.small import WORDS, word_tokenizer
+
+from luthier.surgery import METHODS
+from luthier.training import BatchSpec, DataSpec, Listener, OptimSpec, RunSpec
+
+__all__ = ["Heard", "little_data", "little_model", "little_spec", "settings"]
+
+SMALL = {"target_rank": 2, "length": 3, "width": 6, "mlp_width": 7, "rank": 3, "dimensions": 600, "d_int": 600}
+
+
+class Heard(Listener):
+    """Keeps the lines that a run says."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines)
+
+
+def little_model(folder: Path, kind: str = "bert", **changes: Any) -> Path:
+    """A tiny model and its tokenizer as a folder on the disk."""
+    if not folder.exists():
+        encoder = kind in ("bert", "roberta", "distilbert", "albert")
+        model = tiny(kind, "base" if encoder else "lm", **changes)
+        folder.mkdir(parents=True)
+        config = config_of(kind, **changes)
+        config.architectures = [type(model).__name__]
+        config.save_pretrained(folder)
+        tensors = {n: t.contiguous().clone() for n, t in model.state_dict().items()}
+        tied = (getattr(model, "_tied_weights_keys", None) or {}) if config.tie_word_embeddings else {}
+        save_file({n: t for n, t in tensors.items() if n not in tied}, folder / "model.safetensors", {"format": "pt"})
+        word_tokenizer("bert" if encoder else "gpt").save_pretrained(folder)
+    return folder
+
+
+def little_data(path: Path, rows: int = 46, kind: str = "labelled", seed: int = 0) -> Path:
+    """Rows in a .csv file: a text with a label that can be learnt, or a prompt with its answer."""
+    if not path.exists():
+        draw = random.Random(seed)
+        columns = ("text", "label") if kind == "labelled" else ("prompt", "response")
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            for i in range(rows):
+                label = ("good", "bad", "red")[i % 3]
+                words = draw.choices(WORDS, k=draw.randint(2, 14))
+                text = " ".join([*words, *[label] * 3])
+                writer.writerow((text, label) if kind == "labelled" else (text, f"{label} {words[0]}"))
+    return path
+
+
+def settings(method: str) -> dict[str, Any]:
+    """Sizes of a method that fit a tiny model; for methods of several parts, prefixed."""
+    found: dict[str, Any] = {}
+    parts = method.split("+")
+    for part in parts:
+        for field in dataclasses.fields(METHODS.get(part)):  # type: ignore[arg-type]
+            value = SMALL.get(field.name)
+            if value is not None and isinstance(field.default, int) and field.default > value:
+                found[field.name if len(parts) == 1 else f"{part}.{field.name}"] = value
+    return found
+
+
+def little_spec(home: Path, method: str = "lora", kind: str = "bert", **changes: Any) -> RunSpec:
+    """A run of 12 steps, 5 to an epoch, in `home`; each step has at least two micro-batches."""
+    labelled = kind not in ("llama", "gpt2")
+    source = little_data(home / f"{'rows' if labelled else 'turns'}.csv", kind="labelled" if labelled else "turns")
+    fields: dict[str, Any] = {
+        "model": str(little_model(home / kind, kind)),
+        "data": DataSpec(source=str(source)),
+        "method": method,
+        "settings": settings(method),
+        "steps": 12,
+        "batch": BatchSpec(size=8, tokens=80),
+        "optim": OptimSpec(lr=3e-3),
+        "trunk_dropout": "on",
+        "precision": "fp32",
+        "threads": 1,
+        "out": str(home / "run"),
+    }
+    return RunSpec(**{**fields, **changes})

@@ -87,7 +87,7 @@ def test_what_is_frozen_stays_and_what_trains_moves(name: str, arch: str) -> Non
     assert all(t.dtype == torch.float32 for t in start.values())
     seen: set[str] = set()
     model.luthier.train()
-    for _ in range(4):
+    while len(trainer.losses) < 4 or (len(trainer.losses) < 24 and not set(start) <= seen):  # experts are drawn by lot
         trainer.step()
         seen |= {n for n, g in trainer.gradients.items() if bool(g.any())}
     for n, value in frozen.items():
@@ -95,11 +95,11 @@ def test_what_is_frozen_stays_and_what_trains_moves(name: str, arch: str) -> Non
     masked_out = {k for k, u in tuned.tuning().unfrozen.items() if u.mask is not None and not bool(u.mask.any())}
     start = {n: t for n, t in start.items() if n not in masked_out}
     dead = [n for n in start if n not in seen and not _may_rest(n)]
-    assert not dead, f"no gradient in four steps: {dead[:5]}"
+    assert not dead, f"no gradient in {len(trainer.losses)} steps: {dead[:5]}"
     still = [
         n for n, p in tuned.trained().items() if n in start and torch.equal(p.detach(), start[n]) and not _may_rest(n)
     ]
-    assert not still, f"did not move in four steps: {still[:5]}"
+    assert not still, f"did not move in {len(trainer.losses)} steps: {still[:5]}"
     for unfrozen in tuned.tuning().unfrozen.values():
         if unfrozen.mask is not None:
             outside = ~unfrozen.mask

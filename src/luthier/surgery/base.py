@@ -50,41 +50,54 @@ class Base:
         self.module = module
         self.site = site
 
-    def _parameter(self) -> Tensor:
+    def held(self) -> Tensor:
+        """The stored tensor itself, whole: all rows, all experts. For surgery only."""
         weight = getattr(self.module, self.site.param)
         assert isinstance(weight, Tensor)
-        return weight if self.site.expert is None else weight[self.site.expert]
+        return weight
+
+    def held_bias(self) -> Tensor | None:
+        """The stored bias itself, whole. For surgery only."""
+        bias = getattr(self.module, self.site.bias) if self.site.bias is not None else None
+        return bias if isinstance(bias, Tensor) else None
+
+    def part(self, whole: Tensor, *, bias: bool = False) -> Tensor:
+        """This site's part of a stored weight, (d_out, d_in), or of a stored bias, (d_out,)."""
+        found = whole if self.site.expert is None else whole[self.site.expert]
+        if not bias and self.site.transposed:
+            found = found.T
+        if self.site.rows is not None:
+            found = take_rows(found.T, self.site.rows).T if not bias else take_rows(found, self.site.rows)
+        return found
+
+    def put(self, whole: Tensor, value: Tensor, *, bias: bool = False) -> None:
+        """The inverse of `part`: write this site's part of a stored weight or bias, in place."""
+        target = whole if self.site.expert is None else whole[self.site.expert]
+        if not bias and self.site.transposed:
+            target = target.T
+        if self.site.rows is None:
+            target.copy_(value)
+        else:
+            target[_row_index(self.site.rows).to(target.device)] = value.to(target.dtype)
 
     @property
     def device(self) -> torch.device:
         """Where the layer lives."""
-        return self._parameter().device
+        return self.held().device
 
     @property
     def dtype(self) -> torch.dtype:
         """The type the layer is stored in."""
-        return self._parameter().dtype
+        return self.held().dtype
 
     def weight(self) -> Tensor:
         """(d_out, d_in), in the stored float type."""
-        weight = self._parameter().detach()
-        if self.site.transposed:
-            weight = weight.T
-        if self.site.rows is not None:
-            weight = take_rows(weight.T, self.site.rows).T
-        return weight
+        return self.part(self.held().detach())
 
     def bias(self) -> Tensor | None:
         """(d_out,), or None where the layer has none."""
-        if self.site.bias is None:
-            return None
-        bias = getattr(self.module, self.site.bias)
-        if bias is None:
-            return None
-        bias = bias.detach()
-        if self.site.expert is not None:
-            bias = bias[self.site.expert]
-        return take_rows(bias, self.site.rows) if self.site.rows is not None else bias
+        bias = self.held_bias()
+        return None if bias is None else self.part(bias.detach(), bias=True)
 
     def linear(self, x: Tensor) -> Tensor:
         """The frozen map of this site alone. x: (..., d_in) -> (..., d_out)."""
@@ -92,17 +105,7 @@ class Base:
 
     @torch.no_grad()
     def write(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Put merged values back, in the layer's own layout and type. For surgery only."""
-        target = self._parameter()
-        target = target.T if self.site.transposed else target
-        if self.site.rows is None:
-            target.copy_(weight)
-        else:
-            target[_row_index(self.site.rows).to(target.device)] = weight.to(target.dtype)
-        if bias is not None and self.site.bias is not None:
-            held = getattr(self.module, self.site.bias)
-            held = held if self.site.expert is None else held[self.site.expert]
-            if self.site.rows is None:
-                held.copy_(bias)
-            else:
-                held[_row_index(self.site.rows).to(held.device)] = bias.to(held.dtype)
+        """Put values back, in the layer's own layout and type. For surgery only."""
+        self.put(self.held(), weight)
+        if bias is not None and (held := self.held_bias()) is not None:
+            self.put(held, bias, bias=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +45,7 @@ class Plug:
     attachment: Attachment
     base: Base
     tap: Tap | None = None
+    part: str = ""  # of a method of several, which one put it here
 
     def __post_init__(self) -> None:
         cls = type(self.attachment)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy
 from luthier.core import AnatomyError, CannotMerge, CompositionError, ConfigError, UnknownName, human_count, key, near
-from luthier.surgery import attention, compose
+from luthier.surgery import attention, compose, foreign
 from luthier.surgery.attachment import Attachment
 from luthier.surgery.base import Base
 from luthier.surgery.branch import Branch
@@ -25,6 +24,8 @@ from luthier.surgery.prompts import PromptHooks, text_stack
 from luthier.surgery.socket import Plug, Socket, Substitute, Tap
 
 __all__ = ["Tuned", "Tuning", "Unfrozen", "attach"]
+
+PREFIX, BRANCH = "the keys before those of the text", "the network beside the model"
 
 
 @dataclass(eq=False)
@@ -53,6 +54,8 @@ class Tuning(nn.Module):
         self.parts = nn.ModuleDict()
         self.keys: dict[str, str] = {}  # canonical key -> name in `parts`, where a dot may not stand
         self.unfrozen: dict[str, Unfrozen] = {}  # canonical key ("model/..." or "head/...") -> tensor
+        self.fixed: set[str] = set()  # numbers in `parts` that the method itself holds still: "key.short"
+        self.claims: dict[str, str] = {}  # what only one active tuning may hold -> which part of the method holds it
         self.active = True
         self.trainable = True
         self.finished = False
@@ -105,11 +108,13 @@ class Tuned:
         self._inside = False
         self._hooks.append(model.register_forward_hook(self._leave, always_call=True))
         if hasattr(model, "generate"):
-            model.__dict__["generate"] = self._generating(model.generate)
+            model.__dict__["generate"] = self._generate
+        model.__dict__["save_pretrained"] = self._save_pretrained
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        model.add_module("luthier", nn.ModuleDict())
+        model.add_module("luthier", _Shelf(self))
         model.__dict__["_luthier_tuned"] = self
+        foreign.watch(self)
 
     # ------------------------------------------------------------------ looking
 
@@ -146,10 +151,11 @@ class Tuned:
             prefix = f"{tuning.tuning_name}:" if many else ""
             for key_, module in tuning.modules_by_key().items():
                 for short, parameter in module.named_parameters():
-                    if parameter.requires_grad or not tuning.trainable:
+                    if f"{key_}.{short}" not in tuning.fixed:
                         found[f"{prefix}{key_}.{short}"] = parameter
             for key_, unfrozen in tuning.unfrozen.items():
-                found[f"{prefix}{key_}"] = unfrozen.parameter
+                if tuning.active or name is not None:  # asleep, the tensor holds the base's value or another tuning's
+                    found[f"{prefix}{key_}"] = unfrozen.parameter
         return found
 
     def n_trained(self, *, head: bool = False) -> int:
@@ -210,64 +216,115 @@ class Tuned:
     def add(self, method: Method | str, *, name: str = "default", seed: int = 0, train_head: bool = True) -> Tuning:
         """Carry out a method's edits under a new name; it becomes active and trainable beside the others.
 
+        A tuning of the same method that holds what the new one needs (the same tensor, the attention's prefix, the one
+        side network) is put to sleep; `activate` changes between them.
+
         Raises:
             ConfigError: the name is taken.
             AnatomyError: the model lacks a site that the method asks for.
-            CompositionError: the method cannot stand beside what is there.
+            CompositionError: the method cannot stand beside what is active. Nothing has been changed then.
         """
         if isinstance(method, str):
             method = compose.method(method)
-        if name in self.tunings or not name or "." in name or "/" in name or ":" in name:
-            raise ConfigError(f"tuning name {name!r}: it must be new, not empty, and hold none of . / : on this model.")
-        if self._folded is not None:
-            raise ConfigError("the model is folded; unfold() it before adding a tuning.")
-        for other in self.tunings.values():
-            compose.check([*other.method.parts(), *method.parts()])
+        if name in self.tunings or not name or "." in name or "/" in name or ":" in name or "|" in name:
+            raise ConfigError(
+                f"tuning name {name!r}: it must be new, not empty, and hold none of . / : | on this model."
+            )
+        self._refuse_folded("adding a tuning")
+        label = compose.spell(method)
+        for other in self._active():
+            if compose.spell(other.method) != label:
+                self._stand_together(other.method, method, f"{name} and {other.tuning_name}: ")
         tuning = Tuning(name, method)
         parts = method.parts()
         edits: list[tuple[str, Any]] = []
-        with keyed(seed, "edits", name):
-            for part in parts:
-                prefix = f"{part.name}:" if len(parts) > 1 else ""
+        for part in parts:
+            prefix = f"{part.name}:" if len(parts) > 1 else ""
+            with keyed(seed, "edits", part.name):
                 edits += [(prefix, edit) for edit in part.edits(self.anatomy)]
-        self._check(edits, method)
         if train_head:
             owned = {e.name for _, e in edits if isinstance(e, Unfreeze | Reparametrise)}
             edits += [("head", Unfreeze(t)) for t in self.anatomy.head_tensors if t not in owned]
+        tuning.claims = self._check(edits, method)
         tuning.train(self.model.training)
+        awake = [t.tuning_name for t in self._active()]
         self.tunings[name] = tuning
         self.model.luthier[name] = tuning
-        for prefix, edit in edits:
-            self._install(tuning, prefix, edit, seed)
+        try:
+            for awake_name in awake:
+                if self._shared(self.tunings[awake_name], tuning):
+                    self._park(self.tunings[awake_name])
+            for prefix, edit in edits:
+                self._install(tuning, prefix, edit, seed)
+        except BaseException:
+            self.remove(name)
+            self.activate(*awake)
+            raise
+        tuning.fixed = {
+            f"{k}.{n}"
+            for k, m in tuning.modules_by_key().items()
+            for n, p in m.named_parameters()
+            if not p.requires_grad
+        }
         self._refresh()
         return tuning
 
-    def _check(self, edits: list[tuple[str, Any]], method: Method) -> None:
-        """Refuse what cannot be carried out, before anything is touched."""
+    def _active(self) -> list[Tuning]:
+        return [t for t in self.tunings.values() if t.active]
+
+    def _stand_together(self, one: Method, other: Method, who: str) -> None:
+        try:
+            compose.check([*one.parts(), *other.parts()])
+        except CompositionError as error:
+            raise CompositionError(
+                f"{who}{error} Or let one act at a time: tuned.activate(...) names those that do."
+            ) from error
+
+    def _shared(self, one: Tuning, other: Tuning) -> str | None:
+        """What both hold and only one active tuning may, or None."""
+        return next((claim for claim in one.claims if claim in other.claims), None)
+
+    def _refuse_folded(self, doing: str) -> None:
+        if self._folded is not None:
+            raise ConfigError(f"{doing}: the tunings are folded into the weights. Call unfold() first.")
+
+    def _check(self, edits: list[tuple[str, Any]], method: Method) -> dict[str, str]:
+        """Refuse what cannot be carried out, before anything is touched; returns what the method claims for itself."""
         label = compose.spell(method)
-        seats: dict[tuple[str, str], str] = {}
-        for _, edit in edits:
-            if isinstance(edit, PrependKeys) and not all(a.interface for a in edit.attentions):
-                raise AnatomyError(
-                    f"{label}: the attention of {self.anatomy.model_type} does not go through transformers' attention "
-                    "interface, so keys cannot be put before those of the text. Use prompt_tuning, or another method."
-                )
-            if isinstance(edit, Attach) and edit.site.kind in ("embed", "norm"):
+        claims: dict[str, str] = {}
+
+        def claim(what: str, prefix: str, advice: str) -> None:
+            owner = prefix.removesuffix(":") or label
+            if what in claims:
+                both = f"{claims[what]} and {owner}" if claims[what] != owner else owner
+                raise CompositionError(f"{label}: {both} cannot stand together: both want {what}. {advice}")
+            claims[what] = owner
+
+        for prefix, edit in edits:
+            if isinstance(edit, PrependKeys):
+                if not all(a.interface for a in edit.attentions):
+                    raise AnatomyError(
+                        f"{label}: the attention of {self.anatomy.model_type} does not go through transformers' "
+                        "attention interface, so keys cannot be put before those of the text. Use prompt_tuning, or "
+                        "another method."
+                    )
+                claim(PREFIX, prefix, "One prefix is learned as a whole: make it longer instead.")
+            elif isinstance(edit, AddBranch):
+                claim(BRANCH, prefix, "Use one of them.")
+            elif isinstance(edit, Attach) and edit.site.kind in ("embed", "norm"):
                 raise AnatomyError(
                     f"{label}: attaching at {edit.site.kind!r} is not offered; use a linear or sublayer site of "
                     f"{', '.join(k for k in self.anatomy.kinds() if k not in ('embed', 'norm'))}."
                 )
-            names = [edit.name] if isinstance(edit, Unfreeze | Reparametrise) else []
-            for name in names:
-                if name not in self.anatomy.tensors and name not in self.anatomy.tied:
+            elif isinstance(edit, Unfreeze | Reparametrise):
+                if edit.name not in self.anatomy.tensors and edit.name not in self.anatomy.tied:
                     raise AnatomyError(
-                        f"{label}: the model has no tensor {name!r}.{near(name, list(self.anatomy.tensors))}"
+                        f"{label}: the model has no tensor {edit.name!r}.{near(edit.name, list(self.anatomy.tensors))}"
                     )
-                if (seat := seats.get((name, "tensor"))) is not None:
-                    raise CompositionError(
-                        f"{label}: two edits of the tensor {name!r} ({seat}); one tensor has one owner."
-                    )
-                seats[(name, "tensor")] = type(edit).__name__
+                name = self.anatomy.tied.get(edit.name, edit.name)
+                advice = "One tensor has one owner: use one of the methods, or settings that leave the tensor out."
+                claim(f"the tensor {name!r}", prefix, advice)
+        return claims
 
     def _install(self, tuning: Tuning, prefix: str, edit: Any, seed: int) -> None:
         shared = getattr(edit, "shared", {})
@@ -315,9 +372,11 @@ class Tuned:
         for plug in self._sockets[site.path].plugs if site.path in self._sockets else []:
             same = plug.tuning == tuning.tuning_name and plug.site.key == site.key
             if same and plug.attachment.kind == attachment.kind:
+                owner, label = prefix.removesuffix(":"), compose.spell(tuning.method)
+                one = plug.part if plug.part != owner else f"{owner or label}, twice,"
                 raise CompositionError(
-                    f"{tuning.tuning_name}: two attachments of kind {attachment.kind!r} at {site.key}; "
-                    "a site holds at most one of each kind. Give the two methods different sites."
+                    f"{label}: {one} and {owner or label} both attach a {attachment.kind!r} at {site.key}, and a site "
+                    "holds one of each kind. Give them different sites, or use one of them."
                 )
         key_ = f"{prefix}{site.key}"
         tuning.add(key_ if key_ not in tuning.keys else f"{key_}~{attachment.kind}", attachment)
@@ -329,17 +388,11 @@ class Tuned:
                 tap = Tap()
                 target = self._modules[path]
                 self._taps.append((tuning.tuning_name, target.register_forward_pre_hook(tap.put, with_kwargs=True)))
-        socket.plugs.append(Plug(tuning.tuning_name, site, attachment, base, tap))
+        socket.plugs.append(Plug(tuning.tuning_name, site, attachment, base, tap, prefix.removesuffix(":")))
 
     def _unfreeze(self, tuning: Tuning, prefix: str, edit: Unfreeze) -> None:
         name = self.anatomy.tied.get(edit.name, edit.name)
         parameter = self._parameters[name]
-        for other in self.tunings.values():
-            for held in other.unfrozen.values():
-                if held.parameter is parameter and other is not tuning and other.active:
-                    # One tensor has one value at a time: the other tuning is put to sleep first.
-                    self._park(other)
-                    break
         original = parameter.detach().clone()
         parameter.data = original.clone()  # what it held may be a sleeping tuning's kept copy
         if parameter.dtype in (torch.bfloat16, torch.float16):
@@ -453,40 +506,52 @@ class Tuned:
     def _leave(self, model: nn.Module, args: Any, out: Any) -> None:
         self._inside = False
 
-    def _generating(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate` with one memory for all its steps, also where no cache tells the first from the later ones."""
-
-        @functools.wraps(generate)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
+        self.context.memory.clear()
+        self.context.generating = True
+        try:
+            return type(self.model).generate(self.model, *args, **kwargs)
+        finally:
+            self.context.generating = False
             self.context.memory.clear()
-            self.context.generating = True
-            try:
-                return generate(*args, **kwargs)
-            finally:
-                self.context.generating = False
-                self.context.memory.clear()
 
-        return wrapper
+    def _save_pretrained(
+        self, save_directory: Any, *args: Any, is_main_process: bool = True, state_dict: Any = None, **kwargs: Any
+    ) -> None:
+        """What a foreign trainer saves of the model: see `foreign.save_checkpoint`."""
+        if is_main_process:
+            foreign.save_checkpoint(self, save_directory, state_dict)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise ConfigError(
+            "a tuned model cannot be copied: its hooks would act on the original. Copy the base before attaching (or "
+            "load it again) and attach or load the tuning there; tuned.base_only() gives the base as a reference."
+        )
 
     # ------------------------------------------------------------------ switching
 
     def activate(self, *names: str) -> None:
-        """Let exactly these tunings act. None named: the base model."""
-        wanted = {self.tuning(n).tuning_name for n in names}
-        tensors: dict[str, str] = {}
-        for name in names:
-            for unfrozen in self.tunings[name].unfrozen.values():
-                if unfrozen.name in tensors and tensors[unfrozen.name] != name:
-                    raise CompositionError(
-                        f"{name} and {tensors[unfrozen.name]} both train {unfrozen.name}; one can act at a time."
-                    )
-                tensors[unfrozen.name] = name
+        """Let exactly these tunings act. None named: the base model.
+
+        Raises:
+            CompositionError: two of them cannot act at once; nothing is changed then.
+            ConfigError: the tunings are folded into the weights.
+        """
+        self._refuse_folded("activate")
+        wanted = [self.tuning(n) for n in dict.fromkeys(names)]
+        for i, one in enumerate(wanted):
+            for other in wanted[i + 1 :]:
+                who = f"{one.tuning_name} and {other.tuning_name}"
+                if compose.spell(one.method) != compose.spell(other.method):
+                    self._stand_together(one.method, other.method, f"{who}: ")
+                if (what := self._shared(one, other)) is not None:
+                    raise CompositionError(f"{who} both want {what}; one can act at a time.")
         for tuning in self.tunings.values():
-            if tuning.tuning_name not in wanted:
+            if tuning not in wanted:
                 self._park(tuning)
-        for tuning in self.tunings.values():
-            if tuning.tuning_name in wanted:
-                self._wake(tuning)
+        for tuning in wanted:
+            self._wake(tuning)
         self._refresh()
 
     def train_only(self, *names: str) -> None:
@@ -494,20 +559,34 @@ class Tuned:
         wanted = {self.tuning(n).tuning_name for n in names}
         for tuning in self.tunings.values():
             tuning.trainable = tuning.tuning_name in wanted
-            for module in tuning.parts.values():
-                module.requires_grad_(tuning.trainable)
+            for key_, module in tuning.modules_by_key().items():
+                for short, parameter in module.named_parameters():
+                    parameter.requires_grad_(tuning.trainable and f"{key_}.{short}" not in tuning.fixed)
+        self._settle()
+
+    def _settle(self) -> None:
+        """A tensor of the model learns if an active tuning that trains holds it."""
+        learns: dict[int, tuple[nn.Parameter, bool]] = {}
+        for tuning in self.tunings.values():
             for unfrozen in tuning.unfrozen.values():
-                unfrozen.parameter.requires_grad_(tuning.trainable)
+                parameter = unfrozen.parameter
+                before = learns.get(id(parameter), (parameter, False))[1]
+                learns[id(parameter)] = (parameter, before or (tuning.active and tuning.trainable))
+        for parameter, now in learns.values():
+            parameter.requires_grad_(now)
 
     @contextmanager
     def base_only(self) -> Iterator[Any]:
         """The base model, for the length of a `with` block."""
-        before = [t.tuning_name for t in self.tunings.values() if t.active]
+        before, folded = [t.tuning_name for t in self._active()], self._folded is not None
+        self.unfold()
         self.activate()
         try:
             yield self.model
         finally:
             self.activate(*before)
+            if folded:
+                self.fold()
 
     def _park(self, tuning: Tuning) -> None:
         if tuning.active:
@@ -525,6 +604,7 @@ class Tuned:
             tuning.active = True
 
     def _refresh(self) -> None:
+        self._settle()
         active = {t.tuning_name for t in self.tunings.values() if t.active}
         for socket in {id(s): s for s in self._sockets.values()}.values():
             socket.refresh(active if self._folded is None else set())
@@ -576,12 +656,12 @@ class Tuned:
 
     def remove(self, name: str) -> None:
         """Take one tuning off, and restore what it changed bit for bit."""
+        self._refuse_folded("remove")
         tuning = self.tuning(name)
-        self._park(tuning)
-        others = [u.parameter for t in self.tunings.values() if t is not tuning for u in t.unfrozen.values()]
+        self._park(tuning)  # asleep, it holds nothing of the model: what stands there may be another tuning's value
+        others = {id(u.parameter) for t in self.tunings.values() if t is not tuning for u in t.unfrozen.values()}
         for unfrozen in tuning.unfrozen.values():
-            if not any(unfrozen.parameter is held for held in others):  # else another tuning's value stands in it
-                unfrozen.parameter.data = unfrozen.original
+            if id(unfrozen.parameter) not in others:
                 unfrozen.parameter.grad = None
                 unfrozen.parameter.requires_grad_(False)
         for socket in self._sockets.values():
@@ -623,7 +703,9 @@ class Tuned:
             module.__dict__.pop("_luthier_prefixes", None)
         for hook in self._hooks:
             hook.remove()
-        self.model.__dict__.pop("generate", None)
+        foreign.unwatch(self)
+        for given in ("generate", "save_pretrained"):
+            self.model.__dict__.pop(given, None)
         for name, required in self._required.items():
             self._parameters[name].requires_grad_(required)
         del self.model._modules["luthier"]
@@ -642,51 +724,52 @@ class Tuned:
         if self._folded is not None:
             return
         self._check_merge()
-        new: list[tuple[Any, Tensor, Tensor | None]] = []
-        kept: list[tuple[Tensor, Tensor]] = []
         # Compute everything before writing anything: a failure must leave the model as it was.
-        for socket in {id(s): s for s in self._sockets.values()}.values():
+        new = self._computed()
+        self._folded = [(held, held.detach().clone()) for held, _ in new]
+        for held, value in new:
+            held.copy_(value)
+        self._refresh()
+
+    def _computed(self) -> list[tuple[Tensor, Tensor]]:
+        """(tensor of the model, its merged value in fp32) for all that the active tunings change."""
+        sockets = list({id(s): s for s in self._sockets.values()}.values())
+        new: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def working_copy(held: Tensor) -> Tensor:
+            if id(held) not in new:
+                new[id(held)] = (held, held.detach().float().clone())
+            return new[id(held)][1]
+
+        for socket in sockets:
+            for substitute in socket.live.substitutes:
+                held = getattr(socket.base, substitute.tensor)
+                if not isinstance(substitute.module, _Lower) and id(held) not in new:
+                    new[id(held)] = (held, substitute.module(held.detach().float()).float())
+        for socket in sockets:
             live = socket.live
-            onions = (
-                ([live.whole] if live.whole else []) + [plugs for _, plugs in live.parts] + [[p] for p in live.experts]
-            )
-            for plugs in onions:
-                base = plugs[0].base
-                weight, bias = base.weight().float().clone(), base.bias()  # a copy: fp32 weights would be views
-                bias = bias.float().clone() if bias is not None else None
-                had_bias = bias is not None
+            onions = [live.whole, *(plugs for _, plugs in live.parts), *([p] for p in live.experts)]
+            for plugs in filter(None, onions):
+                base, key_ = plugs[0].base, plugs[0].site.key
+                whole = working_copy(base.held())
+                held_bias = base.held_bias()
+                bias = None if held_bias is None else base.part(working_copy(held_bias), bias=True).clone()
+                weight = base.part(whole).clone()
                 for plug in plugs:
                     weight, bias = plug.attachment.merged(weight, bias)
-                if bias is not None and not had_bias:
+                if bias is not None and held_bias is None:
                     raise CannotMerge(
-                        f"{plugs[0].site.key}: merged, it needs a bias that the model's layer lacks. Serve it attached."
+                        f"{key_}: merged, it needs a bias that the model's layer lacks. Serve it attached."
                     )
                 for tensor in (weight, bias):
                     if tensor is not None and not torch.isfinite(tensor).all():
                         raise CannotMerge(
-                            f"{plugs[0].site.key}: the merged weight is not finite: broken tuning. Nothing was changed."
+                            f"{key_}: the merged weight is not finite: broken tuning. Nothing was changed."
                         )
-                new.append((base, weight, bias))
-        substituted: list[tuple[Tensor, Tensor]] = []
-        done: set[int] = set()
-        for socket in {id(s): s for s in self._sockets.values()}.values():
-            for substitute in socket.live.substitutes:
-                held = getattr(socket.base, substitute.tensor)
-                if not isinstance(substitute.module, _Lower) and id(held) not in done:
-                    done.add(id(held))
-                    substituted.append((held, substitute.module(held.detach().float()).to(held.dtype)))
-        for base, _, _ in new:
-            for short in (base.site.param, base.site.bias):
-                held = getattr(base.module, short) if short else None
-                if held is not None and not any(held is k for k, _ in kept):
-                    kept.append((held, held.detach().clone()))
-        kept += [(held, held.detach().clone()) for held, _ in substituted]
-        for base, weight, bias in new:
-            base.write(weight, bias)
-        for held, value in substituted:
-            held.copy_(value)
-        self._folded = kept
-        self._refresh()
+                base.put(whole, weight)
+                if bias is not None and held_bias is not None:
+                    base.put(working_copy(held_bias), bias, bias=True)
+        return list(new.values())
 
     @torch.no_grad()
     def unfold(self) -> None:
@@ -697,22 +780,68 @@ class Tuned:
             self._folded = None
             self._refresh()
 
-    def merge(self) -> Any:
+    def merge(self, *, check: Mapping[str, Any] | None = None, tolerance: float = 0.25) -> Any:
         """Fold the active tunings into the weights and give back a plain model, without a trace of ours.
 
+        Tunings that sleep are dropped.
+
+        Args:
+            check: a batch for the model's `forward`. The merged model's logits are then compared with the attached
+                one's, in evaluation mode.
+            tolerance: how far they may lie apart, as a share of what the tuning changes on that batch.
+
         Raises:
-            CannotMerge: a part has no closed form; the message names it, and nothing has been changed.
+            CannotMerge: a part has no closed form (the message names it), the merged weights equal the base's, or the
+                comparison fails. Nothing has been changed then.
         """
+        wanted = base = None
+        if check is not None:
+            wanted = self._probe(check)
+            with self.base_only():
+                base = self._probe(check)
+        changed = any(
+            not torch.equal(u.parameter.detach(), u.original.to(u.parameter.dtype))
+            for t in self._active()
+            for u in t.unfrozen.values()
+        )
         self.fold()
+        assert self._folded is not None
+        try:
+            if not changed and all(torch.equal(held, copy) for held, copy in self._folded):
+                raise CannotMerge(
+                    "the merged weights equal the base's: the tunings are untrained, or all that they change is lost "
+                    "in the rounding of the base's type. Serve them attached, or load the base in float32."
+                )
+            if wanted is not None and base is not None:
+                effect, error = _rms(wanted - base), _rms(self._probe(check) - wanted)
+                if not error <= tolerance * effect:
+                    raise CannotMerge(
+                        f"merged, the logits are off by {error:.3g} where the tuning changes them by {effect:.3g}: "
+                        f"above the tolerance of {tolerance:g}. Serve it attached, or merge into a base in float32."
+                    )
+        except BaseException:
+            self.unfold()
+            raise
         self._folded = None
-        for tuning in self.tunings.values():
-            if not tuning.active:
-                continue
+        for tuning in self._active():
             for unfrozen in tuning.unfrozen.values():
                 unfrozen.original = unfrozen.parameter.data.to(unfrozen.original.dtype)
         for name in list(self.tunings):
             self.remove(name)
         return self._strip()
+
+    @torch.no_grad()
+    def _probe(self, batch: Any) -> Tensor:
+        """The logits of one batch, in fp32 and in evaluation mode."""
+        modes = {m: m.training for m in self.model.modules()}
+        self.model.eval()
+        try:
+            out = self.model(**batch)
+            logits: Tensor = out.logits if hasattr(out, "logits") else out[0]
+            return logits.float()
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
 
     def _check_merge(self) -> None:
         stuck = []
@@ -735,13 +864,15 @@ class Tuned:
                         f"{site.key}: one method computes this weight anew and another is attached to it; "
                         "the two are not merged into one. Serve them attached."
                     )
-        head = {s.path for s in self.anatomy.sites("head")} if "head" in self.anatomy.kinds() else set()
-        for path in head & set(self._sockets):
-            if self._sockets[path].live.whole and any(s.tied for s in self.anatomy.sites("head")):
-                raise CannotMerge(
-                    "the output head shares its weight with the input embedding: merging there would change both. "
-                    "Serve it attached."
-                )
+        for socket in {id(s): s for s in self._sockets.values()}.values():
+            for plug in socket.live.whole:
+                site = plug.site
+                name = self.anatomy.tied.get(f"{site.path}.{site.param}", f"{site.path}.{site.param}")
+                if name in self._parameters and len(self._owners(name)) > 1:
+                    raise CannotMerge(
+                        f"{site.key}: its weight is another layer's too (the output head's and the input embedding's, "
+                        "say): merging there would change both. Serve it attached."
+                    )
 
     def save(self, folder: Any, *, name: str | None = None, about: dict[str, Any] | None = None) -> str:
         """Write one tuning as safetensors and JSON; returns its digest. See `tuning.save`."""
@@ -789,6 +920,32 @@ class Tuned:
                 unfrozen.mask = tensors["mask"].to(unfrozen.parameter.device) if "mask" in tensors else unfrozen.mask
             else:
                 tuning.modules_by_key()[key_].load_state_dict(tensors, strict=True)
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())
+
+
+class _Shelf(nn.ModuleDict):
+    """The tunings, where the model registers them. What is moved or cast takes along what lies beside it."""
+
+    def __init__(self, tuned: Tuned) -> None:
+        super().__init__()
+        self.__dict__["tuned"] = tuned
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        tuned: Tuned = self.__dict__["tuned"]
+        for tuning in tuned.tunings.values():
+            for unfrozen in tuning.unfrozen.values():
+                where = unfrozen.parameter.device
+                for part in ("original", "mask", "parked"):
+                    held = getattr(unfrozen, part)
+                    setattr(unfrozen, part, None if held is None else held.to(where))
+        for socket in tuned._sockets.values():
+            for plug in socket.plugs:
+                plug.read_dtype()
+        return self
 
 
 class _Lower(nn.Module):
@@ -846,11 +1003,8 @@ def attach(
     tuned = Tuned.of(model) or Tuned(model, new_tensors)
     try:
         tuned.add(method, name=name, seed=seed, train_head=train_head)
-    except Exception:
-        # Nothing half-attached may stay on the user's model.
-        if name in tuned.tunings:
-            tuned.remove(name)
-        if not tuned.tunings:
+    except BaseException:
+        if not tuned.tunings:  # nothing of ours may stay on the user's model
             tuned._strip()
         raise
     return tuned

@@ -33,6 +33,8 @@ def base_digest(tuned: Tuned) -> str:
     """
     if tuned._digest is None:
         originals = {id(u.parameter): u.original for t in tuned.tunings.values() for u in t.unfrozen.values()}
+        for held, kept in tuned._folded or ():
+            originals.setdefault(id(held), kept)
         summed = hashlib.sha256()
         heads = set(tuned.anatomy.head_tensors)
         for name in sorted(tuned.anatomy.tensors):
@@ -162,20 +164,23 @@ def load(model: Any, folder: Path | str, *, name: str = "default", trainable: bo
     _same_shape(model, base, folder)
     heads = [str(k).removeprefix("head/") for k in facts.get("head", ())]
     method = compose.method(facts["method"], facts["settings"])
+    before = Tuned.of(model)
+    awake = [] if before is None else [t.tuning_name for t in before.tunings.values() if t.active]
     tuned = attach(model, method, name=name, train_head=bool(heads), new_tensors=heads)
     try:
         found = base_digest(tuned)
         if found != base["sha256_bf16"]:
             raise WrongBase(
-                f"{folder}: made for {base['name'] or base['model_type']} with weights {base['sha256_bf16'][:12]}, "
-                f"this model's weights are {found[:12]}. Load the base it was trained on."
+                f"{folder}: made for {base['name'] or base['model_type']} with weights "
+                f"{str(base['sha256_bf16'])[:12]}, this model's weights are {found[:12]}. Load the base it was trained on."
             )
         expect = {n: tuple(s) for n, s in facts["tensors"].items()}
         digest = weights_digest(Path(folder))
         tensors = trusted_tensors.read(Path(folder) / "tuning.safetensors", expect=expect, digest=digest)
         restore(tuned.tuning(name), tensors, str(folder))
-    except Exception:
+    except BaseException:
         tuned.remove(name)
+        tuned.activate(*awake)
         if not tuned.tunings:
             tuned._strip()
         raise

@@ -1,0 +1,110 @@
+"""Other people's trainers on a tuned model: their optimisers step, their checkpoints are saved.
+
+Our own loop asks the tuning before and after each step. A foreign trainer does not know how, so two hooks of torch,
+called around every `torch.optim.Optimizer.step`, do it; they pass over optimisers that own nothing of a tuned model.
+"""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from luthier.core import ConfigError
+from luthier.runs import durable
+from luthier.surgery.method import Method
+
+if TYPE_CHECKING:
+    from luthier.surgery.tuned import Tuned
+
+__all__ = ["save_checkpoint", "unwatch", "watch"]
+
+_watched: weakref.WeakSet[Tuned] = weakref.WeakSet()
+_handles: list[Any] = []
+
+
+def watch(tuned: Tuned) -> None:
+    """Look after `tuned` whenever an optimiser that owns some of its trained numbers steps."""
+    _watched.add(tuned)
+    if not _handles:
+        _handles.append(register_optimizer_step_pre_hook(_before))
+        _handles.append(register_optimizer_step_post_hook(_after))
+
+
+def unwatch(tuned: Tuned) -> None:
+    """Let go of it."""
+    _watched.discard(tuned)
+    if not _watched:
+        while _handles:
+            _handles.pop().remove()
+
+
+def _owned(optimizer: Any) -> list[Tuned]:
+    if not _watched:
+        return []
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [t for t in _watched if any(id(p) in stepped for p in t.trained().values())]
+
+
+def _before(optimizer: Any, args: Any, kwargs: Any) -> None:
+    for tuned in _owned(optimizer):
+        _refuse_half(tuned)
+        tuned.mask_gradients()
+
+
+def _after(optimizer: Any, args: Any, kwargs: Any) -> None:
+    for tuned in _owned(optimizer):
+        tuned.constrain()
+
+
+def _refuse_half(tuned: Tuned) -> None:
+    """A method of which only half would happen is stopped at the first step, not found out at the last.
+
+    Raises:
+        ConfigError: the method has to be asked for its loss or after each step, or was not prepared.
+    """
+    for tuning in tuned.tunings.values():
+        for part in tuning.method.parts() if tuning.trainable else ():
+            cls = type(part)
+            asks = [n for n in ("loss", "extra_loss", "on_step") if getattr(cls, n) is not getattr(Method, n)]
+            if asks:
+                raise ConfigError(
+                    f"{part.name} has to be asked during training ({', '.join(asks)}), which this trainer does not do: "
+                    "it would train something else than it says. Use luthier's own loop (`luthier train`)."
+                )
+            if part.looks_at_data:
+                part.after_backward(tuned, 1, 1)  # says so where it was not prepared
+
+
+def save_checkpoint(tuned: Tuned, folder: Path | str, state: dict[str, Tensor] | None = None) -> None:
+    """What `save_pretrained` of a tuned model writes: the tunings, and no base weight.
+
+        FOLDER/model.safetensors    trained tensors by their names in the tuned model: a trainer resumes from it
+        FOLDER/tunings/NAME/        each tuning as `load` reads it
+
+    There is no config.json: as a model of its own the folder would be a base with random layers.
+
+    Raises:
+        IntegrityError: a tensor is not finite.
+        ResourceError: the folder cannot be written.
+    """
+    target = Path(folder)
+    shelf = target / "tunings"
+    for needed in (target, shelf):
+        if not needed.exists():
+            durable.make_folder(needed)
+    for name in tuned.tunings:
+        place = shelf / name
+        if place.exists():  # a trainer saves to one place again and again
+            old = shelf / f".del-{name}"
+            durable.rename(place, old)
+            durable.remove_folder(old)
+        tuned.save(place, name=name)
+    given = tuned.model.state_dict() if state is None else state
+    own = {id(u.parameter) for t in tuned.tunings.values() for u in t.unfrozen.values()}
+    names = {n for n, p in tuned.model.named_parameters(remove_duplicate=False) if id(p) in own}
+    kept = {n: t for n, t in given.items() if n.startswith("luthier.") or n in names}
+    durable.write_tensors(target / "model.safetensors", kept)

@@ -1,6 +1,0 @@
-import pytest
-
-
-@pytest.fixture
-def record_cell():
-    return lambda *a: None

@@ -4,7 +4,8 @@
 
 The features do not change, so they need no gradient.
 
-Feature-based transfer, a standard baseline; the catalogue's entry `linear_probe`.
+Feature-based transfer, a standard baseline: Devlin et al. 2018, arXiv:1810.04805, section 5.3, sets it beside full
+fine-tuning. Also called a linear probe.
 
 Count: 0 in the model; the head alone, and with `pooler` the pooler below it.
 Claims: the floor that a method has to beat to be worth its cost.

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from luthier.core import CannotMerge, build, plain
 from luthier.surgery import METHODS, attach, load
 
+REFUSED: set[tuple[str, str]] = set()
 GENERATORS = [(m, a) for m, a in CELLS if a != "bert"]
 
 
@@ -25,7 +26,8 @@ def record(request: pytest.FixtureRequest, record_cell: Any) -> Any:
     yield
     arguments = getattr(request.node, "callspec", None)
     if arguments is not None and {"name", "arch"} <= set(arguments.params):
-        record_cell(arguments.params["name"], arguments.params["arch"], request.node.originalname)
+        name, arch = arguments.params["name"], arguments.params["arch"]
+        record_cell(name, arch, request.node.originalname, "refused" if (name, arch) in REFUSED else "")
 
 
 def cell(test: Any) -> Any:
@@ -37,6 +39,7 @@ def cell(test: Any) -> Any:
         try:
             test(name, arch, **more)
         except Refused:
+            REFUSED.add((name, arch))
             assert refusals(name) <= len(ARCHITECTURES) // 2, f"{name} refuses most architectures"
 
     return run
@@ -172,8 +175,8 @@ def test_saved_and_loaded_it_computes_the_same_bits(name: str, arch: str, tmp_pa
     with safe_open(tmp_path / "tuning" / "tuning.safetensors", "pt") as file:
         numbers = sum(
             file.get_tensor(k).numel()
-            for k in file.keys()
-            if not k.startswith("head/")  # noqa: SIM118
+            for k in file.keys()  # noqa: SIM118
+            if not k.startswith("head/")
         )
     assert sorted(p.name for p in (tmp_path / "tuning").iterdir()) == [
         "MANIFEST.json",
@@ -261,7 +264,7 @@ def test_a_loss_on_one_tuning_leaves_another_alone(name: str, arch: str) -> None
     shake(tuned)
     mine = logits(model, batch)
     lora, method = small("lora"), tuned.tuning().method
-    if name == "lora" or method.conflicts(lora) is None and lora.conflicts(method) is None:
+    if name == "lora" or (method.conflicts(lora) is None and lora.conflicts(method) is None):
         tuned.add(lora, name="other", seed=1)
     if "other" not in tuned.tunings:
         return

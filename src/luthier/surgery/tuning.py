@@ -32,7 +32,9 @@ def base_digest(tuned: Tuned) -> str:
     the base was loaded in. New task heads are left out; tensors that a tuning trains count with their original value.
     """
     if tuned._digest is None:
-        originals = {id(u.parameter): u.original for t in tuned.tunings.values() for u in t.unfrozen.values()}
+        originals: dict[int, Tensor] = {
+            id(u.parameter): u.original for t in tuned.tunings.values() for u in t.unfrozen.values()
+        }
         for held, kept in tuned._folded or ():
             originals.setdefault(id(held), kept)
         summed = hashlib.sha256()
@@ -41,7 +43,7 @@ def base_digest(tuned: Tuned) -> str:
             if name in heads:
                 continue
             parameter = tuned._parameters[name]
-            value: Tensor = originals.get(id(parameter), parameter).detach()
+            value = originals.get(id(parameter), parameter).detach()
             # The path inside the backbone: the same encoder may stand in a classifier or alone.
             short = name.removeprefix(f"{tuned.anatomy.backbone}.") if tuned.anatomy.backbone else name
             summed.update(f"{short}{tuple(value.shape)}".encode())
@@ -172,7 +174,7 @@ def load(model: Any, folder: Path | str, *, name: str = "default", trainable: bo
         if found != base["sha256_bf16"]:
             raise WrongBase(
                 f"{folder}: made for {base['name'] or base['model_type']} with weights "
-                f"{str(base['sha256_bf16'])[:12]}, this model's weights are {found[:12]}. Load the base it was trained on."
+                f"{str(base['sha256_bf16'])[:12]}; this model's are {found[:12]}. Load the base it was trained on."
             )
         expect = {n: tuple(s) for n, s in facts["tensors"].items()}
         digest = weights_digest(Path(folder))

@@ -6,9 +6,11 @@ The rows have lengths from 4 to 20 tokens, so steps are cut into several micro-b
 import csv
 import dataclasses
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from safetensors.torch import save_file
 from tiny import config_of, tiny
 from training.small import WORDS, word_tokenizer
@@ -16,7 +18,7 @@ from training.small import WORDS, word_tokenizer
 from luthier.surgery import METHODS
 from luthier.training import BatchSpec, DataSpec, Listener, OptimSpec, RunSpec
 
-__all__ = ["Heard", "little_data", "little_model", "little_spec", "settings"]
+__all__ = ["Heard", "at_call", "little_data", "little_model", "little_spec", "settings"]
 
 SMALL = {"target_rank": 2, "length": 3, "width": 6, "mlp_width": 7, "rank": 3, "dimensions": 600, "d_int": 600}
 
@@ -97,3 +99,20 @@ def little_spec(home: Path, method: str = "lora", kind: str = "bert", **changes:
         "out": str(home / "run"),
     }
     return RunSpec(**{**fields, **changes})
+
+
+def at_call(patch: pytest.MonkeyPatch, owner: Any, name: str, k: int, act: Callable[[], Any]) -> list[int]:
+    """Before the `k`-th call (from 1) of `owner.name`, do `act`; what it returns replaces the call's result.
+
+    Returns:
+        a list that holds one number: how many calls there have been.
+    """
+    inner, calls = getattr(owner, name), [0]
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        instead = act() if calls[0] == k else None
+        return inner(*args, **kwargs) if instead is None else instead
+
+    patch.setattr(owner, name, wrapper)
+    return calls

@@ -62,7 +62,8 @@ class Optimiser:
     def _update(
         self, names: list[str], count: int, rate: float, decay: float, rest: float, beta1: float, beta2: float
     ) -> None:
-        values: list[Tensor] = [self.named[n].data for n in names]
+        # Not `.data`: whoever keeps something computed from a parameter looks at its version, which must rise.
+        values: list[Tensor] = [self.named[n] for n in names]
         grads = [g.float() for n in names if (g := self.named[n].grad) is not None]
         first, second = [self.first[n] for n in names], [self.second[n] for n in names]
         if decay:

@@ -62,7 +62,7 @@ from luthier.training.precision import Precision, choose_device, choose_precisio
 from luthier.training.rows import Table, count_duplicates, load_rows, split_rows
 from luthier.training.selection import Selection
 from luthier.training.signals import Asked, StopSignals
-from luthier.training.spec import RunSpec, changes
+from luthier.training.spec import SAME_BITS, RunSpec, changes
 from luthier.training.tasks import Task, infer_task
 
 __all__ = ["Prepared", "Result", "prepare", "resume", "train", "verify_resume"]
@@ -201,8 +201,8 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None) -> Pr
     return Prepared(
         spec=spec, source=source, method=method, task=task, columns=columns, train_table=table, test_table=test,
         tokenizer=tokenizer, train=train_examples, selection=select_examples, test=test_examples, pad_id=pad.id,
-        pad=plain(pad), max_length=max_length, n_params=n_params, n_base=anatomy.n_params, precision=precision, device=device,
-        weights=weights, lines=tuple(lines),
+        pad=plain(pad), max_length=max_length, n_params=n_params, n_base=anatomy.n_params, precision=precision,
+        device=device, weights=weights, lines=tuple(lines),
         fingerprints={
             "model": source.digest,
             "train": table.fingerprint(),
@@ -302,7 +302,10 @@ def resume(
         epoch_begins = _check_changes(run, old, spec, checkpoint)
         prepared = prepare(spec, listener.say)
         because, prints = _compare(run, prepared, accept_drift)
-        because += [f"{c} (applied from step {step + 1} on)" for c in changes(old, spec) if c.field != "out"]
+        applied = [c for c in changes(old, spec) if c.field != "out"]
+        for change in applied:
+            listener.say(f"changed and applied from step {step + 1} on: {change}")
+        because += [f"changed from step {step + 1} on: {c}" for c in applied if c.field not in SAME_BITS]
         moved = differences(run.read_json("environment.json"), environment(str(prepared.device)))
         because += [m for m in moved if m not in because]
         for line in because:
@@ -321,7 +324,8 @@ def resume(
                 run.truncate_events(0)
                 _begin(prepared, loop, run)
             if prints or spec != old:
-                run.accept_drift(because, prints, step, spec=plain(spec) if spec != old else None)
+                said = [*because, *(f"{c}" for c in applied if c.field in SAME_BITS)]
+                run.accept_drift(said, prints, step, spec=plain(spec) if spec != old else None)
             run.event("resumed", step=step, bit_exact=not because, because=because)
             return _run(prepared, loop, run, listener, started, stop_at, because=tuple(because))
 
@@ -419,6 +423,7 @@ def _attach(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
     tuned = attach(model, method, seed=spec.seed, new_tensors=fresh)
     if spec.fast:
         tuned.route_attention()
+        tuned.quicken()
     if spec.gradient_checkpointing:
         tuned.checkpoint_activations()
     needs_logits = any(getattr(m, "needs_logits", False) for m in method.parts())

@@ -309,6 +309,13 @@ RESUME: dict[str, ResumeRule] = {
 }
 
 
+SAME_BITS = frozenset({
+    "batch.workers", "checkpoint.every_seconds", "checkpoint.every_steps", "checkpoint.keep", "data.accept_refused",
+    "data.strict", "out",
+})  # fmt: skip
+"""Fields that a resumed run may change without changing one bit of what it computes."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Change:
     """One field that differs between the spec of a run and the spec it is resumed with."""

@@ -13,7 +13,8 @@ FAST := -m "not slow and not gpu"
 .DELETE_ON_ERROR:
 
 demo: .venv/.run
-	$(BIN)/luthier demo
+	@$(BIN)/luthier demo
+	@echo; echo "luthier is $(BIN)/luthier here; source $(BIN)/activate puts it on your path."
 
 test: .venv/.dev .venv/.samples lint types
 	$(PYTEST) $(FAST)

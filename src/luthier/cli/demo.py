@@ -61,6 +61,7 @@ def command(
         f"seed {seed}.\nRuns go to {home}.\n"
     )
     runs = [_train(name, home / name, epochs, seed) for name in methods]
+    show()
     show_table(runs)
     best = max(runs, key=lambda run: (run["scores"]["accuracy"], -run["trained"]))
     questions = _questions()

@@ -43,7 +43,7 @@ def base_digest(tuned: Tuned) -> str:
             if name in heads:
                 continue
             parameter = tuned._parameters[name]
-            value = originals.get(id(parameter), parameter).detach()
+            value = (originals[id(parameter)] if id(parameter) in originals else parameter).detach()
             # The path inside the backbone: the same encoder may stand in a classifier or alone.
             short = name.removeprefix(f"{tuned.anatomy.backbone}.") if tuned.anatomy.backbone else name
             summed.update(f"{short}{tuple(value.shape)}".encode())

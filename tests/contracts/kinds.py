@@ -1,0 +1,74 @@
+"""One method of every kind of edit, with sizes of a tiny model, and what the tests of surgery do with them."""
+
+from typing import Any
+
+import torch
+from cells import shake
+from tiny import inputs, tiny
+from torch import Tensor
+
+from luthier.surgery import Method, Tuned, attach, method
+
+# name -> settings. The comment names the edit that it stands for.
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 3},  # Attach, a change of the weight
+    "ia3": {},  # Attach, a scale
+    "sequential_adapter": {"width": 6},  # Attach at a sublayer's end, and Unfreeze
+    "bitfit": {},  # Unfreeze
+    "child_tuning_d": {"share": 0.3},  # Unfreeze with a mask
+    "prompt_tuning": {"length": 3},  # PrependTokens
+    "prefix_tuning": {"length": 3},  # PrependKeys
+    "lst": {},  # AddBranch
+    "intrinsic_said": {"dimensions": 600},  # Reparametrise
+}
+
+
+def make(name: str) -> Method:
+    from cells import small
+
+    return method(name, KINDS[name]) if name not in ("lst", "intrinsic_said", "prefix_tuning") else small(name)
+
+
+def prepared(tuned: Tuned, batch: dict[str, Tensor]) -> Tuned:
+    """Methods that look at data have seen two batches."""
+    for tuning in tuned.tunings.values():
+        for part in tuning.method.parts():
+            if part.looks_at_data:
+                part.prepare(tuned, [lambda: tuned.model(**batch).loss] * 2)
+    return tuned
+
+
+def shaken(name: str, arch: str = "gpt2", task: str = "", **more: Any) -> tuple[Tuned, Any, dict[str, Tensor]]:
+    """The method on a tiny model, every trained number moved off its start."""
+    model = tiny(arch, task)
+    batch = inputs(model, **more)
+    tuned = prepared(attach(model, make(name)), batch)
+    model.eval()
+    shake(tuned)
+    return tuned, model, batch
+
+
+def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    given = batch if model.config.is_encoder_decoder else {k: v for k, v in batch.items() if k != "labels"}
+    with torch.no_grad():
+        out: Tensor = model(**given).logits
+    return out
+
+
+def tokenizer(size: int = 131) -> Any:
+    """Words w4 to w130 and four special tokens; pads on the left, as text generation wants it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {f"w{i}": i for i in range(4, size)}
+    built = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    built.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=built,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        padding_side="left",
+        model_max_length=40,
+    )

@@ -1,0 +1,92 @@
+"""Measure, and draw what was measured.
+
+    python -m benchmarks                     everything, about two hours on two cores, at least three times each
+    python -m benchmarks --quick             a few minutes; enough to see that all of it works
+    python -m benchmarks --only decoder      one group (several: --only decoder --only floor)
+    python -m benchmarks --draw              docs/benchmarks.md and its plots, from the results that are there
+    python -m benchmarks --profile encoder   where the time of a training run goes, by operation
+
+Results go to benchmarks/results/, those of --quick to benchmarks/results/quick/; each run draws the page anew.
+"""
+
+import argparse
+import json
+import sys
+from datetime import UTC, datetime
+
+from benchmarks import _machine
+from benchmarks._page import RESULTS, draw
+from benchmarks._plan import GROUPS, plan
+from benchmarks._suite import contest
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="short cases, few repeats")
+    parser.add_argument("--only", action="append", default=[], choices=list(GROUPS), help="this group; may be repeated")
+    parser.add_argument("--busy", action="store_true", help="measure on a busy machine; marks the results")
+    parser.add_argument("--threads", type=int, default=None, help="of each process; left out, as torch chooses")
+    parser.add_argument("--repeats", type=int, default=None, help="in place of each case's own number")
+    parser.add_argument("--limit", type=float, default=1800.0, help="seconds after which one process is given up")
+    parser.add_argument("--draw", action="store_true", help="only draw the page from the results that are there")
+    parser.add_argument("--profile", choices=["encoder", "decoder"], help="only profile luthier's training")
+    words = parser.parse_args()
+    if words.draw:
+        print(draw())
+        return 0
+    if words.profile:
+        from benchmarks import _profile
+
+        print(_profile.table(words.profile, words.threads))
+        return 0
+    share = _machine.busy_share(3.0)
+    complaint = _machine.idle_complaint(share)
+    if complaint is not None and not words.busy:
+        print(complaint, file=sys.stderr)
+        return 1
+    folder = RESULTS / "quick" if words.quick else RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    failed = 0
+    for group, cases in plan(words.quick, tuple(words.only)).items():
+        before = _machine.environment(words.threads)
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        records = [
+            contest(
+                case,
+                threads=words.threads,
+                repeats=words.repeats,
+                limit=words.limit,
+                say=lambda line: print(line, flush=True),
+            )
+            for case in cases
+        ]
+        busy = [
+            run["busy_before"]
+            for record in records
+            for one in record["contestants"]
+            for run in one["runs"]
+            if "busy_before" in run
+        ]
+        marked = complaint is not None or any(_machine.idle_complaint(b) is not None for b in busy)
+        found = {
+            "group": group,
+            "quick": words.quick,
+            "busy": marked,
+            "busy_share_at_start": round(share, 3),
+            "started": started,
+            "environment": before,
+            "cases": records,
+        }
+        (folder / f"{group}.json").write_text(json.dumps(found, indent=1) + "\n")
+        failed += sum("error" in one["summary"] for record in records for one in record["contestants"])
+    print(draw())
+    if failed:
+        print(f"{failed} contestants failed; the page says which and why", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

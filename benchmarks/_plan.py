@@ -1,0 +1,250 @@
+"""What is measured: the groups of cases, at full length and in a few minutes."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from benchmarks._suite import Case, Contestant
+
+__all__ = ["GROUPS", "SHARED", "plan"]
+
+SHARED = ("lora", "dora", "ia3", "adalora", "prefix_tuning", "prompt_tuning")
+"""methods that peft has too"""
+
+STEADY_ROWS, STEADY_TOKENS = "steady_rows_per_second", "steady_tokens_per_second"
+
+LUTHIER = Contestant("luthier", "_ours", "encoder")
+ENCODER_PEERS = (
+    Contestant("peft, defaults", "_peers", "encoder"),
+    Contestant("peft, bf16, grouped, sdpa", "_peers", "encoder", {"bf16": True, "group": True, "attention": "sdpa"}),
+    Contestant("peft, bf16, grouped, eager", "_peers", "encoder", {"bf16": True, "group": True, "attention": "eager"}),
+)
+DECODER_PEERS = (
+    Contestant("peft, fp32", "_peers", "decoder"),
+    Contestant("peft, bf16 autocast", "_peers", "decoder", {"bf16": True}),
+    Contestant("peft, bf16 autocast, eager", "_peers", "decoder", {"bf16": True, "attention": "eager"}),
+    Contestant("peft, bf16 weights", "_peers", "decoder", {"weights": "bf16"}),
+    Contestant("peft, bf16 weights, eager", "_peers", "decoder", {"weights": "bf16", "attention": "eager"}),
+)
+
+
+def _with(contestants: tuple[Contestant, ...], **arguments: object) -> tuple[Contestant, ...]:
+    return tuple(replace(c, arguments={**c.arguments, **arguments}) for c in contestants)
+
+
+def equal(quick: bool) -> list[Case]:
+    """Same start, same rows: the same losses."""
+    steps = 8 if quick else 40
+    return [
+        Case(
+            f"equal-{name}",
+            f"minilm-l6 + LoRA, {steps} steps from the same numbers over the same rows, {name}",
+            (Contestant("luthier and peft", "_equal", "encoder", {"steps": steps, "precision": name}),),
+            repeats=1,
+            unit="largest_difference",
+            higher_is_better=False,
+        )
+        for name in (("fp32",) if quick else ("fp32", "bf16"))
+    ]
+
+
+def encoder(quick: bool) -> list[Case]:
+    """minilm-l6 + LoRA, from rows to the saved adapter."""
+    cases = []
+    for sample in ("trec6",) if quick else ("trec6", "movie-snippets"):
+        extra: dict[str, object] = {"sample": sample, "steps": 30 if quick else None if sample == "trec6" else 135}
+        peers = (*ENCODER_PEERS[:2],) if quick else ENCODER_PEERS
+        cases.append(
+            Case(
+                f"encoder-{sample}",
+                f"minilm-l6 + LoRA r=8 (q, v) on {sample}, batch 32, {extra['steps'] or 'one epoch of'} steps",
+                _with((LUTHIER, *peers), **extra),
+                unit=STEADY_ROWS,
+            )
+        )
+    return cases
+
+
+def accuracy(quick: bool) -> list[Case]:
+    """Accuracy over seeds, each side as it runs by itself: bf16, its own order of rows, its own dropout."""
+    if quick:
+        return []
+    return [
+        Case(
+            "accuracy",
+            "minilm-l6 + LoRA r=8 on trec6, three epochs of 405 steps, accuracy of the 1,076 test rows, seeds 0 to 4",
+            tuple(
+                replace(c, arguments={**c.arguments, "steps": 405, "test": True, "lr": 2e-3, "seed": "turn"})
+                for c in (LUTHIER, ENCODER_PEERS[1])
+            ),
+            repeats=5,
+            unit="accuracy",
+        )
+    ]
+
+
+def decoder(quick: bool) -> list[Case]:
+    """smollm2-135m + LoRA."""
+    size: dict[str, object] = {"batch": 2, "steps": 3} if quick else {"batch": 8, "steps": 6}
+    peers = (DECODER_PEERS[0], DECODER_PEERS[1], DECODER_PEERS[3]) if quick else DECODER_PEERS
+    ours = Contestant("luthier", "_ours", "decoder")
+    return [
+        Case(
+            f"decoder-{name}",
+            f"smollm2-135m + LoRA r=8 (q, v), {size['batch']} x 256 tokens a step, {words} supervised",
+            _with((ours, *peers), **size, supervised=share),
+            repeats=2 if quick else 3,
+            unit=STEADY_TOKENS,
+        )
+        for name, words, share in (
+            (("all", "all", 1.0),) if quick else (("all", "all", 1.0), ("third", "a third", 1 / 3))
+        )
+    ]
+
+
+def methods(quick: bool) -> list[Case]:
+    """Every method that peft has too, each at its defaults, against peft in bf16."""
+    cases = []
+    for method in ("dora", "prompt_tuning") if quick else SHARED:
+        cases.append(
+            Case(
+                f"methods-encoder-{method}",
+                f"minilm-l6 + {method} on trec6, batch 32",
+                _with((LUTHIER, ENCODER_PEERS[1]), method=method, steps=8 if quick else 60),
+                repeats=1 if quick else 3,
+                unit=STEADY_ROWS,
+            )
+        )
+        if not quick:
+            cases.append(
+                Case(
+                    f"methods-decoder-{method}",
+                    f"smollm2-135m + {method}, 4 x 256 tokens a step, all supervised",
+                    _with(
+                        (Contestant("luthier", "_ours", "decoder"), DECODER_PEERS[1], DECODER_PEERS[3]),
+                        method=method,
+                        batch=4,
+                        steps=5,
+                    ),
+                    unit=STEADY_TOKENS,
+                )
+            )
+    return cases
+
+
+def own(quick: bool) -> list[Case]:
+    """Every method of the catalogue against our LoRA."""
+    if quick:
+        return []
+    from luthier.surgery import METHODS
+
+    names = ["lora", *(n for n in METHODS.names() if n != "lora")]
+    return [
+        Case(
+            f"own-{name}",
+            title,
+            tuple(Contestant(m, "_ours", name, {**arguments, "method": m}) for m in names),
+            unit=unit,
+        )
+        for name, title, arguments, unit in (
+            ("encoder", "minilm-l6 on trec6, batch 32, every method at its defaults", {"steps": 40}, STEADY_ROWS),
+            ("decoder", "smollm2-135m, 4 x 256 tokens a step, every method", {"batch": 4, "steps": 4}, STEADY_TOKENS),
+        )
+    ]
+
+
+def inference(quick: bool) -> list[Case]:
+    """The base, LoRA beside it, LoRA folded in."""
+    return [
+        Case(
+            f"inference-{model}-{batch}",
+            f"{'minilm-l6' if model == 'encoder' else 'smollm2-135m, a prompt'}: batch {batch} x {length} tokens, bf16",
+            (
+                Contestant(
+                    "one process",
+                    "_inference",
+                    "forward",
+                    {"model": model, "batch": batch, "length": length, "repeats": 10 if quick else 50},
+                ),
+            ),
+            repeats=1 if quick else 3,
+            unit="unmerged_over_base",
+            higher_is_better=False,
+            notes=("Rows of one batch with different tunings: not offered yet, so not measured.",),
+        )
+        for model, batch, length in (
+            (("encoder", 1, 32), ("encoder", 32, 32))
+            if quick
+            else (("encoder", 1, 32), ("encoder", 32, 32), ("decoder", 1, 128), ("decoder", 32, 32))
+        )
+    ]
+
+
+def growth(quick: bool) -> list[Case]:
+    """Step time against size, and the start against rows."""
+    kinds = ("tokens",) if quick else ("tokens", "length", "layers", "rank", "tunings")
+    cases = [
+        Case(
+            f"growth-{kind}",
+            "a Llama-shaped random model of width 256, bf16, LoRA r=8 (q, v)",
+            (Contestant("luthier", "_growth", kind, {"repeats": 4} if quick else {}),),
+            repeats=1 if quick else 3,
+            unit="seconds",
+            higher_is_better=False,
+        )
+        for kind in kinds
+    ]
+    counts = (2_000, 10_000) if quick else (10_000, 100_000, 1_000_000)
+    return [
+        *cases,
+        Case(
+            "growth-rows",
+            "seconds to the end of the first step of minilm-l6 + LoRA, generated rows of 9 words",
+            tuple(Contestant(f"{n:,} rows", "_growth", "rows", {"n": n}) for n in counts),
+            repeats=1 if quick else 3,
+            unit="first_step_seconds",
+            higher_is_better=False,
+        ),
+    ]
+
+
+def floor(quick: bool) -> list[Case]:
+    """The matrix products alone."""
+    size: dict[str, object] = {"batch": 2} if quick else {"batch": 8}
+    return [
+        Case(
+            "floor-encoder-trec6",
+            "the products of one epoch of minilm-l6 + LoRA on trec6, batch 32, alone",
+            (Contestant("products", "_floor", "encoder", {"repeats": 1 if quick else 3}),),
+            repeats=1 if quick else 3,
+            unit=STEADY_ROWS,
+        ),
+        *(
+            Case(
+                f"floor-decoder-{name}",
+                f"the products of a step of smollm2-135m + LoRA, {size['batch']} x 256 tokens, {name} supervised, alone",
+                (Contestant("products", "_floor", "decoder", {**size, "supervised": share}),),
+                repeats=1 if quick else 3,
+                unit=STEADY_TOKENS,
+            )
+            for name, share in ((("all", 1.0),) if quick else (("all", 1.0), ("third", 1 / 3)))
+        ),
+    ]
+
+
+GROUPS: dict[str, Callable[[bool], list[Case]]] = {
+    "equal": equal,
+    "floor": floor,
+    "encoder": encoder,
+    "decoder": decoder,
+    "inference": inference,
+    "growth": growth,
+    "methods": methods,
+    "own": own,
+    "accuracy": accuracy,
+}
+
+
+def plan(quick: bool, only: tuple[str, ...] = ()) -> dict[str, list[Case]]:
+    """The cases of each group that has any, in the order in which they are run."""
+    found = {name: make(quick) for name, make in GROUPS.items() if not only or name in only}
+    return {name: cases for name, cases in found.items() if cases}

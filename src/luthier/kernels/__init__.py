@@ -11,14 +11,17 @@ from luthier.kernels.frozen import gated, rms_norm
 from luthier.kernels.loss import linear_cross_entropy
 from luthier.kernels.low_rank import Update, dora_linear, dora_norm, low_rank_linear, low_rank_linears, row_squares
 from luthier.kernels.optimizer import FlatAdamW
+from luthier.kernels.packed import Packed, can_pack, packed_linear
 
 __all__ = [
     "FlatAdamW",
     "KeyedDropout",
+    "Packed",
     "Update",
     "attend",
     "attention_interface",
     "bottleneck",
+    "can_pack",
     "dora_linear",
     "dora_norm",
     "dropout",
@@ -28,6 +31,7 @@ __all__ = [
     "linear_cross_entropy",
     "low_rank_linear",
     "low_rank_linears",
+    "packed_linear",
     "plain",
     "rms_norm",
     "row_squares",

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from luthier.core import ConfigError
 from luthier.kernels._switch import fast
 from luthier.kernels.dropout import dropout
+from luthier.kernels.packed import Packed
 
 __all__ = ["Update", "dora_linear", "dora_norm", "low_rank_linear", "low_rank_linears", "row_squares"]
 
@@ -35,7 +36,7 @@ class Update(NamedTuple):
 
 def low_rank_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Packed,
     bias: Tensor | None,
     a: Tensor,
     b: Tensor,
@@ -47,7 +48,7 @@ def low_rank_linear(
 
     Args:
         x: (..., d_in).
-        weight: (d_out, d_in). If it wants a gradient itself, the plain formula is used and gives one.
+        weight: (d_out, d_in), or packed. If it wants a gradient itself, the plain formula is used and gives one.
         a: (rank, d_in). b: (d_out, rank).
         p: dropout on the input of the update only; needs `seed`.
 
@@ -59,7 +60,7 @@ def low_rank_linear(
 
 def low_rank_linears(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | Packed],
     biases: Sequence[Tensor | None],
     updates: Sequence[Update | None],
     p: float = 0.0,
@@ -86,9 +87,10 @@ def low_rank_linears(
     """
     if p > 0.0 and seed is None:
         raise ConfigError(f"low_rank_linears: p={p} needs a seed; take one from luthier.core.key(...).")
-    frozen = not any(t is not None and t.requires_grad for t in (*weights, *biases, joined, joined_bias))
+    plain = [_tensor(w) for w in weights]
+    frozen = not any(t is not None and t.requires_grad for t in (*plain, *biases, joined, joined_bias))
     if not fast() or not frozen or torch.is_autocast_enabled(x.device.type):
-        return _plain(x, weights, biases, updates, p, seed)
+        return _plain(x, plain, biases, updates, p, seed)
     flat: list[Tensor | None] = []
     for update in updates:
         flat += (None, None) if update is None else (update.a, update.b)
@@ -124,7 +126,7 @@ class _LowRank(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        base: tuple[tuple[Tensor, ...], tuple[Tensor | None, ...], Tensor | None, Tensor | None],
+        base: tuple[tuple[Tensor | Packed, ...], tuple[Tensor | None, ...], Tensor | None, Tensor | None],
         scales: tuple[float, ...],
         p: float,
         seed: int | None,
@@ -142,7 +144,7 @@ class _LowRank(torch.autograd.Function):
         stacked = _stack([a[i] for i in updated], dtype)
         h = dropped @ stacked.T if updated else rows.new_empty(len(rows), 0)
         if joined is None:
-            ys = [F.linear(rows, w, bias) for w, bias in zip(weights, biases, strict=True)]
+            ys = [_linear(rows, w, bias) for w, bias in zip(weights, biases, strict=True)]
         else:
             ys = list(torch.split(F.linear(rows, joined, joined_bias), sizes, dim=1))
         for i, part in zip(updated, torch.split(h, ranks, dim=1), strict=True):
@@ -167,7 +169,7 @@ class _LowRank(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             for g, w in zip(rows, weights, strict=True):
                 if g is not None:
-                    gx = g @ w if gx is None else gx.addmm_(g, w)
+                    gx = g @ _tensor(w) if gx is None else gx.addmm_(g, _tensor(w))
 
         updated = [i for i, t in enumerate(a) if t is not None]
         parts = dict(zip(updated, torch.split(h, [len(a[i]) for i in updated], dim=1), strict=True))
@@ -195,6 +197,14 @@ class _LowRank(torch.autograd.Function):
         if gx is not None:
             gx = gx.view(x.shape).to(x.dtype)
         return gx, None, None, None, None, *results
+
+
+def _tensor(weight: Tensor | Packed) -> Tensor:
+    return weight.weight if isinstance(weight, Packed) else weight
+
+
+def _linear(rows: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tensor:
+    return weight.linear(rows, bias) if isinstance(weight, Packed) else F.linear(rows, weight, bias)
 
 
 def _stack(parts: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
@@ -230,7 +240,7 @@ def dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float, squares: Tenso
 
 def dora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Packed,
     bias: Tensor | None,
     a: Tensor,
     b: Tensor,
@@ -252,10 +262,11 @@ def dora_linear(
     """
     if p > 0.0 and seed is None:
         raise ConfigError(f"dora_linear: p={p} needs a seed; take one from luthier.core.key(...).")
-    norm = dora_norm(weight, a, b, scale, squares)
-    trained_base = weight.requires_grad or (bias is not None and bias.requires_grad)
+    plain = _tensor(weight)
+    norm = dora_norm(plain, a, b, scale, squares)
+    trained_base = plain.requires_grad or (bias is not None and bias.requires_grad)
     if not fast() or trained_base or torch.is_autocast_enabled(x.device.type):
-        (z,) = _plain(x, (weight,), (None,), (Update(a, b, scale),), p, seed)
+        (z,) = _plain(x, (plain,), (None,), (Update(a, b, scale),), p, seed)
         y = z * (magnitude / norm).to(z.dtype)
         return y if bias is None else y + bias
     out: Tensor = _Dora.apply(x, weight, bias, a, b, magnitude, norm, scale, p, seed)  # type: ignore[no-untyped-call]
@@ -267,7 +278,7 @@ class _Dora(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | Packed,
         bias: Tensor | None,
         a: Tensor,
         b: Tensor,
@@ -281,7 +292,7 @@ class _Dora(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         dropped = rows if p == 0.0 or seed is None else dropout(rows, p, seed)
         h = dropped @ a.to(dtype).T
-        z = F.linear(rows, weight).addmm_(h, b.to(dtype).T.contiguous(), alpha=scale)
+        z = _linear(rows, weight, None).addmm_(h, b.to(dtype).T.contiguous(), alpha=scale)
         gain = (magnitude / norm).to(dtype)
         y = z * gain if bias is None else torch.addcmul(bias, z, gain)
         # z is kept because m's gradient is Σ g z / norm: computing it again is the base product once more.
@@ -308,7 +319,7 @@ class _Dora(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             gb = (h.T @ g).T.to(b.dtype).mul_(scale)
         if ctx.needs_input_grad[0]:
-            gx = g @ weight
+            gx = g @ _tensor(weight)
             if replays:
                 gx.add_(dropout(gh @ a.to(dtype), ctx.p, ctx.seed))
             else:

@@ -118,6 +118,7 @@ class Socket(nn.Module):
         self.__dict__["plugs"] = []
         self.__dict__["substitutes"] = []
         self.__dict__["live"] = _Live()
+        self.__dict__["quick"] = None  # computes the frozen layer faster; see trunk.py
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -128,11 +129,14 @@ class Socket(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{p.tuning}:{p.site.key}:{type(p.attachment).__name__}" for p in self.plugs)
 
-    def refresh(self, active: set[str]) -> None:
-        """Work out once what each forward pass has to do, for the tunings in `active`."""
+    def refresh(self, active: set[str], *, folded: bool = False) -> None:
+        """Work out once what each forward pass has to do, for the tunings in `active`.
+
+        Folded, the weights hold what the attachments did; only the cast of fp32 masters is left to do.
+        """
         live = _Live()
         by_site: dict[str, tuple[Site, list[Plug]]] = {}
-        for plug in sorted((p for p in self.plugs if p.tuning in active), key=lambda p: p.rank):
+        for plug in sorted((p for p in self.plugs if p.tuning in active and not folded), key=lambda p: p.rank):
             if plug.site.expert is not None:
                 live.experts.append(plug)
             elif plug.site.rows is not None:
@@ -140,7 +144,7 @@ class Socket(nn.Module):
             else:
                 live.whole.append(plug)
         live.parts = list(by_site.values())
-        live.substitutes = [s for s in self.substitutes if s.tuning in active]
+        live.substitutes = [s for s in self.substitutes if s.tuning in active and (s.dtype is not None or not folded)]
         live.empty = not (live.whole or live.parts or live.experts or live.substitutes)
         if len(live.whole) == 1 and not (live.parts or live.experts or live.substitutes):
             only = live.whole[0]
@@ -151,13 +155,13 @@ class Socket(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         live: _Live = self.live
         if live.empty:
-            return self.base(*args, **kwargs)
+            return self._base(args, kwargs)
         if live.fused is not None and kernels.fast():
             fused = _fused(live.fused, args[0])
             if fused is not None:
                 return fused
         if live.single is not None and args:
-            y = self.base(*args, **kwargs)
+            y = self._base(args, kwargs)
             return (
                 live.single.after(args[0], y) if isinstance(y, Tensor) else (live.single.after(args[0], y[0]), *y[1:])
             )
@@ -183,10 +187,18 @@ class Socket(nn.Module):
             y = plug.after(seen, y)
         return (y, *out[1:]) if isinstance(out, tuple) else y
 
+    def _base(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        quick = self.quick
+        if quick is not None and not kwargs and kernels.fast():
+            out = quick(args[0])
+            if out is not None:
+                return out
+        return self.base(*args, **kwargs)
+
     def _run(self, live: _Live, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer itself, with its computed tensors in place where there are any."""
         if not live.substitutes and not live.experts:
-            return self.base(*args, **kwargs)
+            return self._base(args, kwargs)
         tensors: dict[str, Tensor] = {}
         for substitute in live.substitutes:
             frozen = getattr(self.base, substitute.tensor)

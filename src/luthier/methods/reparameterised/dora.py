@@ -99,5 +99,5 @@ class ThinTurn(Attachment):
         seed = self.dropout.seed(self.training)
         p = 0.0 if seed is None else self.dropout.p
         return dora_linear(
-            x, base.weight(), base.bias(), self.a, self.b, self.magnitude, self.scale, p, seed, self.squares
+            x, base.frozen(), base.bias(), self.a, self.b, self.magnitude, self.scale, p, seed, self.squares
         )

@@ -76,4 +76,4 @@ class ThinUpdate(Attachment):
             return None
         seed = self.dropout.seed(self.training)
         p = 0.0 if seed is None else self.dropout.p
-        return low_rank_linear(x, base.weight(), base.bias(), self.a, self.b, self.scale, p, seed)
+        return low_rank_linear(x, base.frozen(), base.bias(), self.a, self.b, self.scale, p, seed)

@@ -6,7 +6,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
-PYTEST := $(BIN)/pytest -n 2 --dist loadfile
+PYTEST := $(BIN)/pytest -n 2 --dist worksteal
 FAST := -m "not slow and not gpu"
 
 .PHONY: demo test test-all lint types matrix docs shares bench bench-quick audit sbom lock clean

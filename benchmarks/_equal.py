@@ -1,7 +1,7 @@
 """Before speed: both sides start from the same numbers, see the same rows in the same order, and lose alike.
 
-luthier trains; its rows of each step, its initial tensors, its schedule and its clip go to peft and the Trainer, without
-dropout. The losses of every step are then compared.
+luthier trains; its rows of each step, its initial tensors, its schedule and its clip go to peft and the Trainer,
+without dropout. The losses of every step are then compared.
 """
 
 import tempfile

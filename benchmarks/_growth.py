@@ -1,4 +1,4 @@
-"""How step time grows: with tokens, layers, rank and tunings, on a Llama-shaped random model; and the start, with rows."""
+"""How a step grows with tokens, layers, rank and tunings, on a Llama-shaped random model; the start, with rows."""
 
 import statistics
 import tempfile
@@ -69,7 +69,7 @@ def _step(
     )
 
     def step() -> None:
-        (objective(some).loss / some.n_targets).backward()
+        torch.autograd.backward(objective(some).loss / some.n_targets)
         optimiser.clip(optimiser.norm())
         optimiser.step(1.0)
         optimiser.zero_grad()
@@ -118,26 +118,7 @@ def tunings(counts: Sequence[int] = (1, 2, 8, 32), repeats: int = 10) -> dict[st
 
 def rows(n: int = 10_000) -> dict[str, Any]:
     """Seconds from the start to the end of the first step, with `n` generated rows, and the parts of it."""
-    words = [
-        "what",
-        "who",
-        "where",
-        "when",
-        "why",
-        "how",
-        "many",
-        "much",
-        "is",
-        "the",
-        "of",
-        "a",
-        "city",
-        "river",
-        "year",
-        "man",
-        "book",
-        "name",
-    ]
+    words = ("what", "who", "where", "how", "many", "is", "the", "of", "a", "city", "river", "year", "man", "book")
     made = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"

@@ -191,7 +191,7 @@ def _bars(name: str, title: str, unit: str, bars: Sequence[tuple[str, float, flo
         lines += [
             f'<text x="{left - 8}" y="{y + 15}" text-anchor="end">{html.escape(label)}</text>',
             f'<rect x="{left}" y="{y + 3}" width="{middle * scale:.1f}" height="16" fill="{colour}"/>',
-            f'<path d="M{left + low * scale:.1f} {y + 11}H{left + high * scale:.1f}" stroke="#222" stroke-width="1.5"/>',
+            f'<path d="M{left + low * scale:.1f} {y + 11}H{left + high * scale:.1f}" stroke="#222"/>',
             f'<text x="{left + high * scale + 6:.1f}" y="{y + 15}">{_short(middle)}</text>',
         ]
     lines.append(f'<text x="{left}" y="{top + len(bars) * row + 16}" fill="#666">{html.escape(unit)}</text>')

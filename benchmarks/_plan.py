@@ -221,7 +221,7 @@ def floor(quick: bool) -> list[Case]:
         *(
             Case(
                 f"floor-decoder-{name}",
-                f"the products of a step of smollm2-135m + LoRA, {size['batch']} x 256 tokens, {name} supervised, alone",
+                f"the products of a step of smollm2-135m + LoRA, {size['batch']} x 256 tokens, {name} supervised",
                 (Contestant("products", "_floor", "decoder", {**size, "supervised": share}),),
                 repeats=1 if quick else 3,
                 unit=STEADY_TOKENS,

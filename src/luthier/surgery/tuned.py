@@ -142,11 +142,15 @@ class Tuned:
         return self.tunings[name]
 
     def trained(self, name: str | None = None) -> dict[str, nn.Parameter]:
-        """Canonical name -> trained tensor, of one tuning or of all that train."""
+        """Canonical name -> trained tensor, of the tuning called `name`, or of all that act and train.
+
+        A tuning that sleeps gets no gradient, and a tensor of the model that it trains holds another value meanwhile.
+        """
         found: dict[str, nn.Parameter] = {}
         many = len(self.tunings) > 1 and name is None
         for tuning in self.tunings.values():
-            if (name is None and not tuning.trainable) or (name is not None and tuning.tuning_name != name):
+            learns = tuning.active and tuning.trainable
+            if (name is None and not learns) or (name is not None and tuning.tuning_name != name):
                 continue
             prefix = f"{tuning.tuning_name}:" if many else ""
             for key_, module in tuning.modules_by_key().items():
@@ -154,15 +158,14 @@ class Tuned:
                     if f"{key_}.{short}" not in tuning.fixed:
                         found[f"{prefix}{key_}.{short}"] = parameter
             for key_, unfrozen in tuning.unfrozen.items():
-                if tuning.active or name is not None:  # asleep, the tensor holds the base's value or another tuning's
-                    found[f"{prefix}{key_}"] = unfrozen.parameter
+                found[f"{prefix}{key_}"] = unfrozen.parameter
         return found
 
     def n_trained(self, *, head: bool = False) -> int:
         """Trained numbers; with `head`, those of a new task head too. A mask counts only what it lets move."""
         total = 0
         for tuning in self.tunings.values():
-            if tuning.trainable:
+            if tuning.active and tuning.trainable:
                 total += sum(p.numel() for m in tuning.parts.values() for p in m.parameters() if p.requires_grad)
                 for key_, unfrozen in tuning.unfrozen.items():
                     if head or not key_.startswith("head/"):
@@ -172,7 +175,7 @@ class Tuned:
 
     def groups(self) -> list[Group]:
         """The methods' own learning rates and decays, of all tunings that train."""
-        return [g for t in self.tunings.values() if t.trainable for part in t.method.parts() for g in part.groups(self)]
+        return [g for t in self._active() if t.trainable for part in t.method.parts() for g in part.groups(self)]
 
     def modules(self, kind: type[nn.Module] = nn.Module, *, name: str | None = None) -> dict[str, Any]:
         """Canonical key -> module of the given class, of one tuning or all."""

@@ -91,7 +91,7 @@ def little_spec(home: Path, method: str = "lora", kind: str = "bert", **changes:
         "method": method,
         "settings": settings(method),
         "steps": 12,
-        "batch": BatchSpec(size=8, tokens=80),
+        "batch": BatchSpec(size=8, tokens=48, accumulate=2),
         "optim": OptimSpec(lr=3e-3),
         "trunk_dropout": "on",
         "precision": "fp32",

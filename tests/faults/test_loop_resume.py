@@ -91,7 +91,12 @@ def check(
         assert (method, kind) == ("head_only", "llama")  # a language model has no new head
         return
     spec = little_spec(
-        home, method, kind, eval=EVAL, out=str(tmp_path / "run"), batch=BatchSpec(size=8, tokens=80, workers=workers)
+        home,
+        method,
+        kind,
+        eval=EVAL,
+        out=str(tmp_path / "run"),
+        batch=BatchSpec(size=8, tokens=48, accumulate=2, workers=workers),
     )
     stood = disturbed(spec, patch)
     assert stood[0] == 0 and stood[1] in (1, 2) and stood[2:] == [3, 4, 5, 8, 12], stood

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from luthier import kernels
 from luthier.core import Diverged, Interrupted, ResourceError, key
 from luthier.runs import Checkpoint, RunFolder, load_newest, prune, save_checkpoint
 from luthier.surgery import Method, Tuned
@@ -236,7 +234,7 @@ class Loop:
     def _loss(self, step: int, micro: int, batch: Batch) -> Tensor:
         torch.manual_seed(key(self.spec.seed, "step", step, micro))
         batch = batch.to(self.device)
-        with self.precision.autocast(self.device), nullcontext() if self.spec.fast else kernels.plain():
+        with self.precision.autocast(self.device):
 
             def forward() -> Result:
                 return self.objective(batch)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from luthier import kernels
 from luthier.__version__ import __version__
 from luthier.anatomy import Anatomy
 from luthier.core import (
@@ -262,7 +263,7 @@ def train(
             run.event("note", text=line)
         _write_ledger(run, prepared)
         loop = loop_of(run, listener)
-        with StopSignals() as loop.signals:
+        with StopSignals() as loop.signals, kernels.plain(not spec.fast or not kernels.fast()):
             _begin(prepared, loop, run)
             return _run(prepared, loop, run, listener, started, stop_at, because=())
 
@@ -312,7 +313,7 @@ def resume(
             listener.say(f"not bit-exact: {line}")
         started = time.monotonic()
         loop = _attach(prepared)(run, listener)
-        with StopSignals() as loop.signals:
+        with StopSignals() as loop.signals, kernels.plain(not spec.fast or not kernels.fast()):
             if checkpoint is not None:
                 loop.load(checkpoint)
                 if epoch_begins is not None:

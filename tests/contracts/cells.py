@@ -22,7 +22,7 @@ from luthier.training.spec import OptimSpec
 
 ARCHITECTURES = {"bert": "classification", "gpt2": "lm", "llama": "lm", "t5": "seq2seq"}
 CELLS = [(name, arch) for name in METHODS.names() for arch in ARCHITECTURES]
-SMALL = {"target_rank": 2, "length": 3, "width": 6, "mlp_width": 7, "rank": 3, "dimensions": 600, "d_int": 600}
+SMALL = {"target_rank": 2, "length": 3, "width": 6, "mlp_width": 7, "rank": 3, "dimension": 600, "d_int": 600}
 
 
 def small(name: str) -> Method:

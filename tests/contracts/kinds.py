@@ -19,7 +19,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "prompt_tuning": {"length": 3},  # PrependTokens
     "prefix_tuning": {"length": 3},  # PrependKeys
     "lst": {},  # AddBranch
-    "intrinsic_said": {"dimensions": 600},  # Reparametrise
+    "intrinsic_said": {"dimension": 600},  # Reparametrise
 }
 
 

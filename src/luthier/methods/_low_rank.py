@@ -34,17 +34,16 @@ def fusable(base: Base) -> bool:
     if base.site.rows is not None or base.site.expert is not None or base.site.kind.endswith("_out"):
         return False
     # A bias that another method trains would lose its gradient: the fused functions hold the layer constant.
-    return base.dtype.is_floating_point and not any(p.requires_grad for p in base.module.parameters())
+    if not base.dtype.is_floating_point:
+        return False
+    # Without a graph there is none to lose: a loaded tuning computes the very bits that the trained one did.
+    return not (torch.is_grad_enabled() and any(p.requires_grad for p in base.module.parameters()))
 
 
 def live_bias(base: Base) -> Tensor | None:
     """The bias as the layer uses it, with its gradient where another method trains it. (d_out,) or None."""
-    site = base.site
-    held = getattr(base.module, site.bias) if site.bias is not None else None
-    if held is None or not held.requires_grad or site.rows is not None or site.expert is not None:
-        return base.bias()
-    assert isinstance(held, Tensor)
-    return held
+    held = base.held_bias()
+    return None if held is None else base.part(held, bias=True)
 
 
 class SmallDropout:

@@ -892,17 +892,6 @@ class Tuned:
                 "Serve it attached, or detach it first and merge the rest."
             )
         for socket in {id(s): s for s in self._sockets.values()}.values():
-            live = socket.live
-            computed = {s.tensor for s in live.substitutes if not isinstance(s.module, _Lower)}
-            seated = [p.site for p in live.whole + live.experts] + [site for site, _ in live.parts]
-            for site in seated:
-                # Each is folded from the frozen value, so the second written would undo the first.
-                if computed & {site.param, site.bias}:
-                    raise CannotMerge(
-                        f"{site.key}: one method computes this weight anew and another is attached to it; "
-                        "the two are not merged into one. Serve them attached."
-                    )
-        for socket in {id(s): s for s in self._sockets.values()}.values():
             for plug in socket.live.whole:
                 site = plug.site
                 name = self.anatomy.tied.get(f"{site.path}.{site.param}", f"{site.path}.{site.param}")

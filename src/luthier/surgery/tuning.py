@@ -43,7 +43,8 @@ def base_digest(tuned: Tuned) -> str:
             if name in heads:
                 continue
             parameter = tuned._parameters[name]
-            value = (originals[id(parameter)] if id(parameter) in originals else parameter).detach()
+            value: Tensor = originals.get(id(parameter), parameter)
+            value = value.detach()
             # The path inside the backbone: the same encoder may stand in a classifier or alone.
             short = name.removeprefix(f"{tuned.anatomy.backbone}.") if tuned.anatomy.backbone else name
             summed.update(f"{short}{tuple(value.shape)}".encode())

@@ -50,6 +50,8 @@ def quick_norm(module: nn.Module) -> Quick | None:
         return None
     if isinstance(module, nn.LayerNorm | nn.Linear | nn.Embedding) or getattr(module, "bias", None) is not None:
         return None
+    if module._forward_pre_hooks or module._forward_hooks:
+        return None  # somebody listens there, such as a parallel adapter that reads what the sublayer reads
     eps: Any = next((getattr(module, n) for n in ("variance_epsilon", "eps", "epsilon") if hasattr(module, n)), None)
     if not isinstance(eps, float):
         return None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.__version__ import __version__
-from luthier.core import IntegrityError, WrongBase
+from luthier.core import IntegrityError, LuthierError, ResourceError, WrongBase
 from luthier.runs import durable
 from luthier.surgery import compose
 from luthier.surgery.tuned import Tuned, Tuning, attach
@@ -43,7 +45,7 @@ def base_digest(tuned: Tuned) -> str:
             if name in heads:
                 continue
             parameter = tuned._parameters[name]
-            value: Tensor = originals.get(id(parameter), parameter)
+            value: Tensor = originals[id(parameter)] if id(parameter) in originals else parameter  # noqa: SIM401
             value = value.detach()
             # The path inside the backbone: the same encoder may stand in a classifier or alone.
             short = name.removeprefix(f"{tuned.anatomy.backbone}.") if tuned.anatomy.backbone else name
@@ -119,13 +121,26 @@ def weights_digest(folder: Path) -> str:
     Raises:
         IntegrityError: the manifest or a file is not what it claims to be.
     """
-    manifest = trusted_config.read_json(folder / durable.MANIFEST)
+    with _vouched(folder / durable.MANIFEST):
+        manifest = trusted_config.read_json(folder / durable.MANIFEST)
     try:
         if manifest["digest"] != durable.manifest_digest(manifest):
             raise IntegrityError(f"{folder / durable.MANIFEST}: damaged. Restore the tuning from a copy.")
         return str(manifest["files"]["tuning.safetensors"]["sha256"])
     except (KeyError, TypeError) as error:
         raise IntegrityError(f"{folder / durable.MANIFEST}: not whole. Restore the tuning from a copy.") from error
+
+
+@contextmanager
+def _vouched(where: Path) -> Iterator[None]:
+    """What we wrote ourselves has no mistakes of a user in it: whatever is wrong there is damage."""
+    try:
+        yield
+    except (IntegrityError, ResourceError):
+        raise
+    except LuthierError as error:
+        told = str(error) if str(where) in str(error) else f"{where}: {error}"
+        raise IntegrityError(f"{told} The file is not as luthier wrote it: restore it from a copy.") from error
 
 
 def _is_path(model: Any) -> bool:
@@ -141,7 +156,8 @@ def read_tuning(folder: Path | str) -> dict[str, Any]:
     where = Path(folder) / "tuning.json"
     if not where.exists():
         raise IntegrityError(f"{folder}: holds no tuning (no tuning.json). Name the `tuning` folder of a finished run.")
-    facts = trusted_config.read_json(where, allowed_keys=_KEYS)
+    with _vouched(where):
+        facts = trusted_config.read_json(where, allowed_keys=_KEYS)
     if facts.get("format") != FORMAT:
         raise IntegrityError(
             f"{where}: format {facts.get('format')!r}; this luthier ({__version__}) reads format {FORMAT}. "
@@ -152,6 +168,10 @@ def read_tuning(folder: Path | str) -> dict[str, Any]:
         raise IntegrityError(
             f"{where}: no {', '.join(sorted(missing))}; the file is not whole. Train again or restore it."
         )
+    kinds = {"method": str, "settings": dict, "base": dict, "tensors": dict, "head": list}
+    for name, kind in kinds.items():
+        if name in facts and not isinstance(facts[name], kind):
+            raise IntegrityError(f"{where}: {name} is {facts[name]!r}, not a {kind.__name__}; restore it from a copy.")
     return dict(facts)
 
 
@@ -164,22 +184,24 @@ def load(model: Any, folder: Path | str, *, name: str = "default", trainable: bo
     """
     facts = read_tuning(folder)
     base = facts["base"]
-    _same_shape(model, base, folder)
     heads = [str(k).removeprefix("head/") for k in facts.get("head", ())]
-    method = compose.method(facts["method"], facts["settings"])
+    _same_shape(model, base, heads, folder)
+    with _vouched(Path(folder) / "tuning.json"):
+        method = compose.method(facts["method"], facts["settings"])
     before = Tuned.of(model)
     awake = [] if before is None else [t.tuning_name for t in before.tunings.values() if t.active]
     tuned = attach(model, method, name=name, train_head=bool(heads), new_tensors=heads)
     try:
         found = base_digest(tuned)
-        if found != base["sha256_bf16"]:
+        if found != base.get("sha256_bf16"):
             raise WrongBase(
-                f"{folder}: made for {base['name'] or base['model_type']} with weights "
-                f"{str(base['sha256_bf16'])[:12]}; this model's are {found[:12]}. Load the base it was trained on."
+                f"{folder}: made for {base.get('name') or base['model_type']} with weights "
+                f"{str(base.get('sha256_bf16'))[:12]}; this model's are {found[:12]}. Load the base it was trained on."
             )
         expect = {n: tuple(s) for n, s in facts["tensors"].items()}
         digest = weights_digest(Path(folder))
-        tensors = trusted_tensors.read(Path(folder) / "tuning.safetensors", expect=expect, digest=digest)
+        with _vouched(Path(folder) / "tuning.safetensors"):
+            tensors = trusted_tensors.read(Path(folder) / "tuning.safetensors", expect=expect, digest=digest)
         restore(tuned.tuning(name), tensors, str(folder))
     except BaseException:
         tuned.remove(name)
@@ -194,7 +216,7 @@ def load(model: Any, folder: Path | str, *, name: str = "default", trainable: bo
     return tuned
 
 
-def _same_shape(model: Any, base: dict[str, Any], folder: Path | str) -> None:
+def _same_shape(model: Any, base: dict[str, Any], heads: list[str], folder: Path | str) -> None:
     from luthier.anatomy import Anatomy
 
     held = Tuned.of(model)
@@ -206,6 +228,7 @@ def _same_shape(model: Any, base: dict[str, Any], folder: Path | str) -> None:
         "vocabulary": anatomy.vocab_size,
     }
     differs = [f"{k} {base.get(k)!r} here {v!r}" for k, v in here.items() if base.get(k) != v]
+    differs += [f"its head {name!r} is not here" for name in heads if name not in anatomy.tensors]
     if differs:
         raise WrongBase(f"{folder}: made for another model: {'; '.join(differs)}. Load the base it was trained on.")
 

@@ -39,10 +39,10 @@ shares: .venv/.dev
 	$(BIN)/luthier methods --refresh
 
 bench: .venv/.dev .venv/.samples
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python -m benchmarks
 
 bench-quick: .venv/.dev .venv/.samples
-	$(BIN)/python benchmarks/run.py --quick
+	$(BIN)/python -m benchmarks --quick
 
 audit: .venv/.dev
 	$(BIN)/pip-audit --no-deps --disable-pip -r constraints.txt

@@ -38,7 +38,7 @@ This folder is one training run of luthier. Everything in it is text (JSON, JSON
 
 run.json           the resolved specification and the fingerprints of model, data and tokenizer
 drift-N.json       what had changed when the run was resumed and the change was accepted
-spec.toml          the specification, ready for `luthier train --spec spec.toml`
+spec.toml          the specification, ready for `luthier train spec.toml`
 environment.json   library versions, threads, device
 events.jsonl       one JSON object per line; lines with "at" are facts, lines without are one row per step
 rows.jsonl         the data rows: used, truncated, dropped and why

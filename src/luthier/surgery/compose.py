@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from luthier.anatomy import Anatomy
-from luthier.core import CompositionError, ConfigError, UnknownName, build, near
+from luthier.core import CompositionError, ConfigError, UnknownName, build, fields_of, near
 from luthier.surgery.edits import Edit
 from luthier.surgery.method import METHODS, Method
 
@@ -73,7 +73,7 @@ def method(words: str, settings: Mapping[str, Any] | None = None) -> Method:
         raise CompositionError(
             f"{words!r}: a method stands in it twice. Name each once; attach a second tuning for another."
         )
-    fields = {n: list(c.__dataclass_fields__) for n, c in zip(names, classes, strict=True)}  # type: ignore[attr-defined]
+    fields = {n: [f.name for f in fields_of(c)] for n, c in zip(names, classes, strict=True)}
     values: dict[str, dict[str, Any]] = {n: {} for n in names}
     for full, value in (settings or {}).items():
         owner, dot, field = full.rpartition(".")

@@ -156,7 +156,8 @@ class Socket(nn.Module):
         live: _Live = self.live
         if live.empty:
             return self._base(args, kwargs)
-        if live.fused is not None and kernels.fast():
+        # A compiler fuses by itself, and better where it sees the plain computation.
+        if live.fused is not None and kernels.fast() and not torch.compiler.is_compiling():
             fused = _fused(live.fused, args[0])
             if fused is not None:
                 return fused

@@ -1,7 +1,7 @@
 """The one loop, what it learns from, and what comes out of it."""
 
 from luthier.training.loop import Listener
-from luthier.training.predict import Predictor, predict
+from luthier.training.predictor import Predictor, predict
 from luthier.training.run import Prepared, Result, prepare, resume, train, verify_resume
 from luthier.training.spec import BatchSpec, CheckpointSpec, DataSpec, EvalSpec, OptimSpec, RunSpec
 

@@ -85,6 +85,7 @@ class Loop:
     trunk_dropout: bool
     signals: StopSignals = field(default_factory=StopSignals)
     listener: Listener = field(default_factory=Listener)
+    program_bytes: int = 0
 
     step: int = 0  # optimiser steps done, skipped ones included
     origin: tuple[int, int] = (0, 0)  # an epoch, and the step it began at; moves where the batch size changes

@@ -415,6 +415,7 @@ def _attach(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
     """Load, attach, and give what makes the loop once there is a folder. Still nothing is written."""
     spec = prepared.spec
     reset_peak()
+    program = resident_bytes()  # Python, its libraries and the encoded rows, before any weight is there
     model, fresh = load_model(
         prepared.source, prepared.task, dtype=prepared.weights, device=prepared.device, seed=spec.seed
     )
@@ -448,6 +449,7 @@ def _attach(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
             identity={"spec": spec.digest(), "method": compose.spell(method), "model": prepared.source.digest},
             trunk_dropout=spec.trunk_dropout == "on" or (spec.trunk_dropout == "auto" and trains_base),
             listener=listener,
+            program_bytes=program,
         )  # fmt: skip
         # What nothing selects by may be looked at: without best or patience these are the test rows.
         looked_at = prepared.selection if spec.eval.selects else prepared.test
@@ -676,7 +678,8 @@ def _result(
 ) -> Result:
     base = sum(p.numel() * p.element_size() for p in loop.tuned.model.parameters() if not p.requires_grad)
     trained = sum(p.numel() * p.element_size() for p in loop.optimiser.named.values())
-    memory = {"base": base, "trained": trained, "gradients": trained, "optimiser": 2 * trained}
+    parts = {"base": base, "trained": trained, "gradients": trained, "optimiser": 2 * trained}
+    memory = {"program": loop.program_bytes, **parts}
     memory["activations and workspace"] = max(0, (record.peak_bytes or 0) - sum(memory.values()))
     return Result(
         path=run.path, record=record, scores=scores, tuned=loop.tuned, tokenizer=prepared.tokenizer,

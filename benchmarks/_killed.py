@@ -1,0 +1,97 @@
+"""Runs in children that are killed, and the page that their figures go to."""
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+from luthier.runs import RunFolder
+from luthier.training import RunSpec, resume, train
+from luthier.training.run import run_digests
+
+__all__ = [
+    "HERE",
+    "PAGE",
+    "PRELOAD",
+    "as_json",
+    "begin_or_resume",
+    "digests",
+    "kinds_of_events",
+    "steps_done",
+    "write_block",
+]
+
+HERE = Path(__file__)
+PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
+PRELOAD = (
+    "torch",
+    "safetensors.torch",
+    "transformers",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.auto.modeling_auto",
+    "luthier.training",
+    "luthier.samples",
+    "luthier.methods",
+)
+
+
+def begin_or_resume(spec: str, terminate_after: float = 0.0) -> None:
+    """In a child: begin the run, or go on with it; exits with 143 where a signal stopped it.
+
+    Args:
+        spec: a RunSpec as JSON.
+        terminate_after: send SIGTERM to this process after so many seconds; 0, never.
+    """
+    if terminate_after:
+        timer = threading.Timer(terminate_after, os.kill, (os.getpid(), signal.SIGTERM))
+        timer.daemon = True
+        timer.start()
+    wanted = RunSpec.from_plain(json.loads(spec))
+    out = Path(str(wanted.out))
+    if (out / "run.json").exists():
+        resume(out)
+    else:
+        train(wanted)
+
+
+def digests(out: Path) -> dict[str, str]:
+    """sha256 of adapter, optimiser, saved tuning and log rows."""
+    return run_digests(out)
+
+
+def steps_done(out: Path) -> int:
+    """The last step in the log."""
+    if not (out / "run.json").exists():
+        return 0
+    steps = [e["step"] for e in RunFolder.open(out, write=False).events() if e["event"] == "step"]
+    return max(steps, default=0)
+
+
+def kinds_of_events(out: Path) -> dict[str, int]:
+    """How often each kind of fact stands in the log."""
+    found: dict[str, int] = {}
+    for event in RunFolder.open(out, write=False).events():
+        found[event["event"]] = found.get(event["event"], 0) + 1
+    return found
+
+
+def write_block(name: str, lines: list[str]) -> None:
+    """Replace what stands between the marks of `name` on the page."""
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    text = PAGE.read_text(encoding="utf-8")
+    before, _, rest = text.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise SystemExit(f"{PAGE}: no marks {begin} and {end}; put them where the figures belong.")
+    PAGE.write_text("\n".join([before + begin, *lines, end + after]), encoding="utf-8")
+
+
+def as_json(spec: RunSpec) -> str:
+    """For `begin_or_resume`."""
+    from luthier.core import plain
+
+    values: dict[str, Any] = plain(spec)
+    return json.dumps(values)

@@ -1,0 +1,116 @@
+"""Kill real training runs with SIGKILL at ten random moments each, resume every time, compare with the undisturbed run.
+
+    python benchmarks/kill_resume.py                    all cases, figures into docs/reliability.md
+    python benchmarks/kill_resume.py --only adalora     one case, printed only
+
+Moments are drawn with a seed, over loading and training alike; a child that is killed is a process of its own.
+"""
+
+import argparse
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+import _killed
+
+from luthier.core import human_seconds
+from luthier.testing import Template
+from luthier.training import BatchSpec, CheckpointSpec, DataSpec, RunSpec
+
+KILLS = 10
+
+
+def spec_of(model: str, method: str, out: Path) -> RunSpec:
+    """Few steps and short texts: what counts is how many moments there are, not what is learnt."""
+    big = method == "diff_pruning"  # half a gigabyte a checkpoint
+    common: dict[str, Any] = {
+        "model": f"sample:{model}", "method": method, "threads": 1, "out": str(out), "precision": "fp32",
+        "trunk_dropout": "on", "checkpoint": CheckpointSpec(every_steps=4 if big else 2),
+    }  # fmt: skip
+    if model == "smollm2-135m":
+        data = DataSpec(source="sample:chitchat", test_share=0.01)
+        return RunSpec(data=data, steps=12, max_length=48, batch=BatchSpec(size=4, tokens=96), **common)
+    data = DataSpec(source="sample:trec6")
+    return RunSpec(data=data, steps=24 if big else 60, batch=BatchSpec(size=16, tokens=128), **common)
+
+
+CASES = [
+    ("minilm-l6", "prefix_tuning"),
+    ("minilm-l6", "adalora"),
+    ("minilm-l6", "adamix"),
+    ("minilm-l6", "diff_pruning"),
+    ("smollm2-135m", "lora"),
+]
+
+
+def case(template: Template, model: str, method: str, seed: int, home: Path) -> dict[str, Any]:
+    """One case; stops the program where a child ends otherwise than it should."""
+    draw = random.Random(f"{seed} {model} {method}")
+
+    def child(spec: RunSpec, limit: float) -> int:
+        given = {"spec": _killed.as_json(spec)}
+        outcome = template.run(_killed.HERE, "begin_or_resume", given, timeout_s=limit)
+        if outcome.status not in (0, -signal.SIGKILL):
+            raise SystemExit(f"{model} {method}: a child ended with {outcome.status}\n{outcome.output}")
+        return outcome.status
+
+    begun = time.monotonic()
+    whole = spec_of(model, method, home / "whole")
+    if child(whole, 3600) != 0:
+        raise SystemExit("the undisturbed run did not finish")
+    seconds = time.monotonic() - begun
+    killed, at = spec_of(model, method, home / "killed"), []
+    resumes = 0
+    while len(at) < KILLS:
+        # A little over a tenth of the run at most, beyond loading: the run must not be over before the tenth kill.
+        limit = draw.uniform(0.05, 0.35) * seconds
+        if child(killed, limit) == 0:
+            break
+        at.append(_killed.steps_done(home / "killed"))
+    while child(killed, 3600) != 0:
+        resumes += 1
+    expected, found = _killed.digests(home / "whole"), _killed.digests(home / "killed")
+    return {
+        "model": model, "method": method, "steps": whole.steps, "kills": len(at), "at": at,
+        "equal": [part for part in expected if expected[part] == found[part]],
+        "differ": [part for part in expected if expected[part] != found[part]], "seconds": seconds,
+    }  # fmt: skip
+
+
+def main() -> int:
+    """Run the cases; exit code 1 where a digest differs or a run was over before its tenth kill."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="a method or a model")
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    cases = [c for c in CASES if asked.only is None or asked.only in c]
+    lines = ["| model | method | steps | SIGKILLs | steps in the log at each kill | equal to the undisturbed run |",
+             "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    bad = 0
+    with Template(_killed.PRELOAD) as template:
+        for model, method in cases:
+            home = Path(tempfile.mkdtemp(prefix="luthier-kill-"))
+            try:
+                found = case(template, model, method, asked.seed, home)
+            finally:
+                shutil.rmtree(home, ignore_errors=True)
+            same = "yes: " + ", ".join(found["equal"]) if not found["differ"] else f"NO: {', '.join(found['differ'])}"
+            lines.append(
+                f"| {model} | {method} | {found['steps']} | {found['kills']} | "
+                f"{', '.join(map(str, found['at']))} | {same} |"
+            )
+            print(lines[-1], f"({human_seconds(found['seconds'])} undisturbed)", flush=True)
+            bad += bool(found["differ"]) or found["kills"] < KILLS
+    if asked.only is None:
+        _killed.write_block("kill_resume", [*lines, "", f"Seed {asked.seed}; `python benchmarks/kill_resume.py`."])
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -4,7 +4,7 @@
     python -m benchmarks --quick             a few minutes; enough to see that all of it works
     python -m benchmarks --only decoder      one group (several: --only decoder --only floor)
     python -m benchmarks --draw              docs/benchmarks.md and its plots, from the results that are there
-    python -m benchmarks --profile encoder   where the time of a training run goes, by operation
+    python -m benchmarks --profile encoder   where the time and memory of a training run go
 
 Results go to benchmarks/results/, those of --quick to benchmarks/results/quick/; each run draws the page anew.
 """
@@ -41,6 +41,7 @@ def main() -> int:
         from benchmarks import _profile
 
         print(_profile.table(words.profile, words.threads))
+        print(_profile.saved(words.profile))
         return 0
     share = _machine.busy_share(3.0)
     complaint = _machine.idle_complaint(share)

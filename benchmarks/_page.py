@@ -55,7 +55,9 @@ def draw() -> str:
     for old in PLOTS.glob("*.svg"):
         old.unlink()
     parts = [INTRODUCTION]
-    if found:
+    if not found:
+        parts.append("There are no results yet.")
+    else:
         parts += [_environment(found), _goals(found)]
     for group, write in SECTIONS.items():
         if group in found:
@@ -133,12 +135,13 @@ def _case(found: dict[str, dict[str, Any]], name: str) -> dict[str, Any] | None:
 def _goals(found: dict[str, dict[str, Any]]) -> str:
     """What the project asks of itself, and what these results say about it."""
     lines: list[list[str]] = []
+    doubtful = [name for name, record in found.items() if record["quick"] or record["busy"]]
 
     def goal(words: str, wanted: float, got: float | None, at_least: bool = True) -> None:
         if got is not None:
-            met = got >= wanted if at_least else got <= wanted
+            met = "yes" if (got >= wanted if at_least else got <= wanted) else "**no**"
             sign = "≥" if at_least else "≤"
-            lines.append([words, f"{sign} {wanted:g}", f"{got:.3g}", "yes" if met else "**no**"])
+            lines.append([words, f"{sign} {wanted:g}", f"{got:.3g}", "not known" if doubtful else met])
 
     def ratio(ours: dict[str, Any] | None, theirs: dict[str, Any] | None, unit: str) -> float | None:
         a, b = (None if one is None else value(one, unit) for one in (ours, theirs))
@@ -176,7 +179,9 @@ def _goals(found: dict[str, dict[str, Any]]) -> str:
                 )
     if not lines:
         return ""
-    return "## What is asked, what is reached\n\n" + _table(("", "asked", "got", "reached"), lines)
+    reason = ", ".join(doubtful)
+    caveat = f"Measured on a busy machine or only in short, so nothing is judged: {reason}." if reason else ""
+    return "\n\n".join(["## What is asked, what is reached", caveat, _table(("", "asked", "got", "reached"), lines)])
 
 
 def _bars(name: str, title: str, unit: str, bars: Sequence[tuple[str, float, float, float]]) -> str:

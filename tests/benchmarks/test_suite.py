@@ -166,11 +166,11 @@ def test_a_job_that_fails_gives_its_error_and_not_a_number(tmp_path):
     assert json.loads(result.read_text())["error"].startswith("TypeError: ")
 
 
-def _record(group: str, cases: list[dict]) -> dict:
+def _record(group: str, cases: list[dict], busy: bool = False) -> dict:
     return {
         "group": group,
         "quick": False,
-        "busy": True,
+        "busy": busy,
         "busy_share_at_start": 0.5,
         "started": "2026-01-02T03:04:05+00:00",
         "environment": {**_machine.environment(1), "load_at_start": [1.0, 2.0, 3.0]},
@@ -182,7 +182,7 @@ def _contestant(name: str, **numbers: float) -> dict:
     return {"name": name, "summary": _suite.summary([numbers] * 2), "runs": [numbers] * 2}
 
 
-def test_the_page_shows_ratios_to_the_fastest_peer_and_says_that_the_machine_was_busy(tmp_path, monkeypatch):
+def test_the_page_shows_ratios_to_the_fastest_peer_and_judges_nothing_that_a_busy_machine_gave(tmp_path, monkeypatch):
     results, docs = tmp_path / "benchmarks" / "results", tmp_path / "docs"
     results.mkdir(parents=True)
     docs.mkdir()
@@ -203,9 +203,14 @@ def test_the_page_shows_ratios_to_the_fastest_peer_and_says_that_the_machine_was
     (results / "decoder.json").write_text(json.dumps(_record("decoder", [case])))
     said = _page.draw()
     page = (docs / "benchmarks.md").read_text()
-    assert "busy" in said and "the machine was busy" in page
+    assert "busy" not in said and "the machine was busy" not in page
     assert "| smollm2-135m LoRA: speed over peft tuned, steady | ≥ 3 | 4 | yes |" in page
     assert "| smollm2-135m LoRA: speed over peft's defaults, steady | ≥ 5 | 6 | yes |" in page
     assert "| smollm2-135m LoRA: peak memory over peft tuned | ≤ 0.6 | 1 | **no** |" in page
     assert "- decoder-all, peft, broken: OSError: gone" in page
+    (results / "decoder.json").write_text(json.dumps(_record("decoder", [case], busy=True)))
+    assert "busy" in _page.draw()
+    page = (docs / "benchmarks.md").read_text()
+    assert "the machine was busy" in page
+    assert "| smollm2-135m LoRA: speed over peft tuned, steady | ≥ 3 | 4 | not known |" in page
     assert "A &lt;decoder&gt;" in (docs / "benchmarks" / "decoder-all.svg").read_text()

@@ -48,6 +48,7 @@ from luthier.runs import (
     peak_bytes,
     preflight,
     reset_peak,
+    resident_bytes,
 )
 from luthier.surgery import Method, Tuned, attach, compose, tuning
 from luthier.training.batches import Batches, Collator, EvalBatches, Order

@@ -4,13 +4,14 @@
 
 The features do not change, so they need no gradient.
 
-Feature-based transfer, a standard baseline: Devlin et al. 2018, arXiv:1810.04805, section 5.3, sets it beside full
-fine-tuning. Also called a linear probe.
+Feature-based transfer, a standard baseline beside full fine-tuning (Devlin et al. 2018, arXiv:1810.04805). Also called
+a linear probe.
 
 Count: 0 in the model; the head alone, and with `pooler` the pooler below it.
 Claims: the floor that a method has to beat to be worth its cost.
 Pitfalls: dropout in the frozen trunk would only add noise; a pooler that trains silently is not a probe; a language
-model has no new head, so there is nothing to train.
+model has no new head, so there is nothing to train; small features want a large rate and many passes, so a probe after
+two or three epochs understates what the features hold.
 """
 
 import math

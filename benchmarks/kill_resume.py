@@ -7,6 +7,7 @@ Moments are drawn with a seed, over loading and training alike; a child that is 
 """
 
 import argparse
+import json
 import random
 import shutil
 import signal
@@ -65,19 +66,22 @@ def case(template: Template, model: str, method: str, seed: int, home: Path) -> 
     if child(whole, 3600) != 0:
         raise SystemExit("the undisturbed run did not finish")
     seconds = time.monotonic() - begun
-    killed, at = spec_of(model, method, home / "killed"), []
-    resumes = 0
-    while len(at) < KILLS:
-        # A little over a tenth of the run at most, beyond loading: the run must not be over before the tenth kill.
-        limit = draw.uniform(0.05, 0.35) * seconds
-        if child(killed, limit) == 0:
-            break
-        at.append(_killed.steps_done(home / "killed"))
-    while child(killed, 3600) != 0:
-        resumes += 1
+    training = min(seconds, json.loads((home / "whole" / "record.json").read_text())["seconds"])
+    killed, at = spec_of(model, method, home / "killed"), [0]
+    finished = False
+    while len(at) <= KILLS and not finished:
+        # Loading, or training so far that the run is not over before the last kill.
+        left = (killed.steps or 1) - at[-1]
+        share = left / (killed.steps or 1) / (KILLS + 2 - len(at))
+        loading = seconds - training
+        finished = child(killed, max(0.1, draw.uniform(0.3 * loading, loading + share * training))) == 0
+        if not finished:
+            at.append(_killed.steps_done(home / "killed"))
+    if not finished and child(killed, 3600) != 0:
+        raise SystemExit("the last resume did not finish")
     expected, found = _killed.digests(home / "whole"), _killed.digests(home / "killed")
     return {
-        "model": model, "method": method, "steps": whole.steps, "kills": len(at), "at": at,
+        "model": model, "method": method, "steps": whole.steps, "kills": len(at) - 1, "at": at[1:],
         "equal": [part for part in expected if expected[part] == found[part]],
         "differ": [part for part in expected if expected[part] != found[part]], "seconds": seconds,
     }  # fmt: skip

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.models.bert import modeling_bert
+from transformers.models.llama import modeling_llama
 
 from benchmarks._work import MODELS, blocks, measured, rows, write_rows
 from luthier.training import BatchSpec, CheckpointSpec, DataSpec, Listener, RunSpec, prepare, train
@@ -15,7 +17,7 @@ from luthier.training import BatchSpec, CheckpointSpec, DataSpec, Listener, RunS
 __all__ = ["Marks", "decoder", "encoder"]
 
 # luthier imports these when it needs them; the peers import them at the top. Imports are no part of either's time.
-_IMPORTED = (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer)
+_IMPORTED = (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, modeling_bert, modeling_llama)
 
 
 class Marks(Listener):

@@ -411,7 +411,7 @@ def _growth(record: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
         head = ("by", "ms a step", "fixed, ms", "µs for each more", "largest distance from the line")
         parts += [_table(head, lines), *plots]
     if starts:
-        head = (
+        first = (
             "",
             "the file's bytes, s",
             "prepare, s",
@@ -419,7 +419,7 @@ def _growth(record: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
             "together, s",
             "prepare, µs a row",
         )
-        parts += ["### Time to the first step", _table(head, starts)]
+        parts += ["### Time to the first step", _table(first, starts)]
     return "\n\n".join([*parts, _failures(record)])
 
 

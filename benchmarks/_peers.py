@@ -30,6 +30,7 @@ from transformers.models.llama import modeling_llama
 
 from benchmarks._work import MODELS, blocks, measured, rows
 from luthier import samples
+from luthier.training.batches import Order
 
 __all__ = ["FixedOrder", "adapter", "decoder", "encoder"]
 
@@ -171,6 +172,17 @@ class _Rows(torch.utils.data.Dataset[dict[str, Any]]):
         return len(self.items)
 
 
+def _same_rows(lengths: list[int], batch: int, seed: int, steps: int) -> list[int]:
+    """luthier's rows of the first steps of an epoch.
+
+    The Trainer's own grouping begins with the longest rows, so a part of its epoch has longer rows than a part of ours.
+    The one step of an epoch that is smaller is left out: it would move the limits of all that follow.
+    """
+    order = Order(np.asarray(lengths, dtype=np.int64), batch, seed, True)
+    all_steps = [order.rows(0, s) for s in range(order.steps_per_epoch)]
+    return [int(i) for rows in [r for r in all_steps if len(r) == batch][:steps] for i in rows]
+
+
 def encoder(
     sample: str = "trec6",
     model: str = "encoder",
@@ -188,7 +200,7 @@ def encoder(
     """From rows to a trained and saved adapter; with `steps`, only so many of the first epoch.
 
     Args:
-        bf16: autocast. group: rows of like length together. attention: "eager" or "sdpa"; None, the library's choice.
+        bf16: autocast. group: rows of like length together; luthier's, where only a part of an epoch is run. attention: "eager" or "sdpa"; None, the library's choice.
         pad_to: pad every row to this length, as many tutorials do; None, to the longest of its batch.
     """
     _quiet()
@@ -226,6 +238,8 @@ def encoder(
         trainer = _Timed(
             model=tuned, args=arguments, train_dataset=train, data_collator=DataCollatorWithPadding(tokenizer)
         )
+        if group and steps is not None and steps < len(train) // batch:
+            trainer.order = _same_rows([len(r["input_ids"]) for r in train.items], batch, seed, steps)
         found = _go(trainer, tuned, folder, start, skip=3)
         if test:
             held_out = read("test")

@@ -2,13 +2,12 @@
 
 import json
 import os
-import signal
 import threading
 from pathlib import Path
 from typing import Any
 
 from luthier.runs import RunFolder
-from luthier.training import RunSpec, resume, train
+from luthier.training import Listener, RunSpec, resume, train
 from luthier.training.run import run_digests
 
 __all__ = [
@@ -38,23 +37,40 @@ PRELOAD = (
 )
 
 
-def begin_or_resume(spec: str, terminate_after: float = 0.0) -> None:
+class _Stopper(Listener):
+    """Sends a signal to this process `delay` seconds after the `steps`-th step of this attempt (0: from now on)."""
+
+    def __init__(self, number: int, steps: int, delay: float) -> None:
+        self.number, self.steps, self.delay, self.made = number, steps, delay, 0
+        if steps == 0:
+            self._start()
+
+    def step(self, step: int, row: dict[str, Any], tokens: int, rows: int) -> None:
+        self.made += 1
+        if self.made == self.steps:
+            self._start()
+
+    def _start(self) -> None:
+        timer = threading.Timer(self.delay, os.kill, (os.getpid(), self.number))
+        timer.daemon = True
+        timer.start()
+
+
+def begin_or_resume(spec: str, number: int = 0, steps: int = 0, delay: float = 0.0) -> None:
     """In a child: begin the run, or go on with it; exits with 143 where a signal stopped it.
 
     Args:
         spec: a RunSpec as JSON.
-        terminate_after: send SIGTERM to this process after so many seconds; 0, never.
+        number: a signal to send to this process; 0, none.
+        steps, delay: when: so many seconds after so many steps of this attempt.
     """
-    if terminate_after:
-        timer = threading.Timer(terminate_after, os.kill, (os.getpid(), signal.SIGTERM))
-        timer.daemon = True
-        timer.start()
+    listener = _Stopper(number, steps, delay) if number else Listener()
     wanted = RunSpec.from_plain(json.loads(spec))
     out = Path(str(wanted.out))
     if (out / "run.json").exists():
-        resume(out)
+        resume(out, listener=listener)
     else:
-        train(wanted)
+        train(wanted, listener=listener)
 
 
 def digests(out: Path) -> dict[str, str]:

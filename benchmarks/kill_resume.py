@@ -54,30 +54,31 @@ def case(template: Template, model: str, method: str, seed: int, home: Path) -> 
     """One case; stops the program where a child ends otherwise than it should."""
     draw = random.Random(f"{seed} {model} {method}")
 
-    def child(spec: RunSpec, limit: float) -> int:
-        given = {"spec": _killed.as_json(spec)}
-        outcome = template.run(_killed.HERE, "begin_or_resume", given, timeout_s=limit)
+    def child(spec: RunSpec, **when: Any) -> int:
+        given = {"spec": _killed.as_json(spec), **when}
+        outcome = template.run(_killed.HERE, "begin_or_resume", given, timeout_s=3600)
         if outcome.status not in (0, -signal.SIGKILL):
             raise SystemExit(f"{model} {method}: a child ended with {outcome.status}\n{outcome.output}")
         return outcome.status
 
     begun = time.monotonic()
     whole = spec_of(model, method, home / "whole")
-    if child(whole, 3600) != 0:
+    if child(whole) != 0:
         raise SystemExit("the undisturbed run did not finish")
-    seconds = time.monotonic() - begun
+    seconds, steps = time.monotonic() - begun, whole.steps or 1
     training = min(seconds, json.loads((home / "whole" / "record.json").read_text())["seconds"])
     killed, at = spec_of(model, method, home / "killed"), [0]
     finished = False
     while len(at) <= KILLS and not finished:
-        # Loading, or training so far that the run is not over before the last kill.
-        left = (killed.steps or 1) - at[-1]
-        share = left / (killed.steps or 1) / (KILLS + 2 - len(at))
-        loading = seconds - training
-        finished = child(killed, max(0.1, draw.uniform(0.3 * loading, loading + share * training))) == 0
+        if draw.random() < 0.2:  # while it loads
+            when = {"steps": 0, "delay": draw.uniform(0, seconds - training)}
+        else:  # between one and so many steps that the run is not over before the last kill; then some moment after
+            most = int(1.5 * (steps - at[-1]) / (KILLS + 2 - len(at)))
+            when = {"steps": draw.randint(1, max(1, most)), "delay": draw.uniform(0, 1.5 * training / steps)}
+        finished = child(killed, number=signal.SIGKILL, **when) == 0
         if not finished:
             at.append(_killed.steps_done(home / "killed"))
-    if not finished and child(killed, 3600) != 0:
+    if not finished and child(killed) != 0:
         raise SystemExit("the last resume did not finish")
     expected, found = _killed.digests(home / "whole"), _killed.digests(home / "killed")
     return {

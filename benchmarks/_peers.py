@@ -200,7 +200,8 @@ def encoder(
     """From rows to a trained and saved adapter; with `steps`, only so many of the first epoch.
 
     Args:
-        bf16: autocast. group: rows of like length together; in luthier's order where only a part of an epoch is run. attention: "eager" or "sdpa"; None, the library's choice.
+        bf16: autocast. group: rows of like length together, in luthier's order where less than an epoch is run.
+        attention: "eager" or "sdpa"; None, the library's choice.
         pad_to: pad every row to this length, as many tutorials do; None, to the longest of its batch.
     """
     _quiet()

@@ -143,7 +143,7 @@ class Evaluator:
         task = self.objective.task
         loss = float(result.loss)
         if result.logits is None:
-            return loss, n, 0, None
+            return loss, n, result.correct or 0, None
         logits = result.logits.float()
         if task.name in ("causal_lm", "seq2seq"):
             labels = result.labels

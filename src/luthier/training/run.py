@@ -462,12 +462,12 @@ def _attach(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
 
 
 def _evaluator(prepared: Prepared, loop: Loop, examples: Examples) -> Evaluator:
-    tokens = 4 * prepared.spec.batch.tokens
+    tokens = 2 * prepared.spec.batch.tokens
     if prepared.task.name in ("causal_lm", "seq2seq"):
         # All logits of a batch are held at once: 2^26 of them are 256 MiB in fp32.
         tokens = max(1, min(tokens, 2**26 // int(loop.tuned.model.get_input_embeddings().weight.shape[0])))
     return Evaluator(
-        loop.tuned, Objective(loop.tuned, prepared.task, full_logits=True),
+        loop.tuned, Objective(loop.tuned, prepared.task, scoring=True),
         EvalBatches(examples, loop.batches.collator, tokens), prepared.precision, prepared.device,
         lambda: loop.signals.check(),
     )  # fmt: skip
@@ -604,7 +604,10 @@ def _take_best(loop: Loop, run: RunFolder) -> None:
 
 def _refuse_base(prepared: Prepared, loop: Loop) -> None:
     """Nothing that equals its base may be called a result."""
-    batch = loop.batches.longest().to(loop.device)
+    # A few short rows: all logits of the longest batch of a language model would be the run's highest memory.
+    lengths = prepared.train.lengths
+    short = np.argsort(lengths, kind="stable")[: max(1, min(8, 256 // max(1, int(lengths.min()))))].astype(np.int64)
+    batch = loop.batches.collator(prepared.train, short).to(loop.device)
     with torch.inference_mode(), prepared.precision.autocast(loop.device):
         model = loop.tuned.model
         tuned_output = model(**batch.inputs)[0].float()

@@ -51,7 +51,7 @@ from luthier.runs import (
     resident_bytes,
 )
 from luthier.surgery import Method, Tuned, attach, compose, tuning
-from luthier.training.batches import Batches, Collator, EvalBatches, Order
+from luthier.training.batches import Batches, Collator, EvalBatches, Order, shuffled
 from luthier.training.chat import ChatTemplate
 from luthier.training.columns import Columns, find_columns
 from luthier.training.encode import Examples, choose_length, choose_pad, encode
@@ -68,6 +68,8 @@ from luthier.training.spec import SAME_BITS, RunSpec, changes
 from luthier.training.tasks import Task, infer_task
 
 __all__ = ["Prepared", "Result", "prepare", "resume", "train", "verify_resume"]
+
+_LANGUAGE_ROWS = 200  # a language model's rows are long: all of them can take longer than training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +170,10 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None) -> Pr
         note(f"task {task.name}: {remark}")
     if spec.eval.metric is not None:
         task.check_metric(spec.eval.metric)
+    most = spec.eval.rows or (_LANGUAGE_ROWS if task.name in ("causal_lm", "seq2seq") else None)
+    if test is not None and most is not None and len(test) > most:
+        note(f"scores are of {most} of the {len(test)} test rows (eval.rows)")
+        test = test.take(np.sort(shuffled(len(test), spec.data.split_seed, "scored")[:most]).tolist())
     tokenizer = load_tokenizer(source)
     empty = empty_model(source, task)
     anatomy = Anatomy.read(empty)
@@ -463,11 +469,12 @@ def _attach(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
 
 def _evaluator(prepared: Prepared, loop: Loop, examples: Examples) -> Evaluator:
     tokens = 2 * prepared.spec.batch.tokens
-    if prepared.task.name in ("causal_lm", "seq2seq"):
-        # All logits of a batch are held at once: 2^26 of them are 256 MiB in fp32.
+    objective = Objective(loop.tuned, prepared.task, scoring=True)
+    if prepared.task.name in ("causal_lm", "seq2seq") and not objective.chunked:
+        # Where all logits of a batch are held at once: 2^26 of them are 256 MiB in fp32.
         tokens = max(1, min(tokens, 2**26 // int(loop.tuned.model.get_input_embeddings().weight.shape[0])))
     return Evaluator(
-        loop.tuned, Objective(loop.tuned, prepared.task, scoring=True),
+        loop.tuned, objective,
         EvalBatches(examples, loop.batches.collator, tokens), prepared.precision, prepared.device,
         lambda: loop.signals.check(),
     )  # fmt: skip

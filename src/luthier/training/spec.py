@@ -112,6 +112,11 @@ class EvalSpec:
     share: Annotated[
         float, "share of the training rows held out to select by, where best or patience ask for it", between(0, 0.5)
     ] = 0.1
+    rows: Annotated[
+        int | None,
+        "test rows that are scored, drawn by data.split_seed; left out, all, or 200 for a language model",
+        at_least(1),
+    ] = None
 
     def __post_init__(self) -> None:
         if self.selects and (self.every == 0 or self.share == 0):
@@ -275,9 +280,10 @@ RESUME: dict[str, ResumeRule] = {
     "precision": "exact",
     "trunk_dropout": "exact",
     "eval.metric": "exact",  # the best score so far was of this metric
-    "eval.best": "exact",  # these three decide which rows are learnt from
+    "eval.best": "exact",  # these three decide which rows are learnt from, rows which are scored
     "eval.patience": "exact",
     "eval.share": "exact",
+    "eval.rows": "exact",
     # boundary: the set of rows of each step follows from these, so they may change where an epoch begins
     "batch.size": "boundary",
     "batch.group_by_length": "boundary",

@@ -18,6 +18,7 @@ __all__ = [
     "begin_or_resume",
     "digests",
     "kinds_of_events",
+    "read_block",
     "steps_done",
     "write_block",
 ]
@@ -92,6 +93,12 @@ def kinds_of_events(out: Path) -> dict[str, int]:
     for event in RunFolder.open(out, write=False).events():
         found[event["event"]] = found.get(event["event"], 0) + 1
     return found
+
+
+def read_block(name: str) -> list[str]:
+    """The lines between the marks of `name` on the page."""
+    _, _, rest = PAGE.read_text(encoding="utf-8").partition(f"<!-- begin {name} -->")
+    return rest.partition(f"<!-- end {name} -->")[0].splitlines()
 
 
 def write_block(name: str, lines: list[str]) -> None:

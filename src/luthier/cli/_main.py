@@ -96,12 +96,13 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def polite() -> None:
-    """Let threads that wait sleep. Read when torch is loaded, so it stands here; a user's own setting is kept.
+    """Let threads that wait spin only a little, then sleep. Read when torch is loaded, so it stands here.
 
-    OpenMP's threads spin while they wait. With one other busy process on two cores that made training of minilm-l6
-    twelve times slower; on idle cores sleeping costs nothing that we could measure.
+    Beside another busy process on two cores, unbounded spinning made training of minilm-l6 many times slower; sleeping
+    at once costs a quarter on idle cores (docs/speed-log.md). A user's own setting is kept.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

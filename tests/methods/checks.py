@@ -10,7 +10,8 @@ from luthier.surgery import Tuned, attach
 
 
 def optimiser(tuned: Tuned, lr: float = 1e-2, decay: float = 0.01) -> torch.optim.Optimizer:
-    """AdamW over everything that trains."""
+    """AdamW over everything that trains, for a loop that calls the methods' hooks."""
+    tuned.calls_hooks = True
     return torch.optim.AdamW(tuned.trained().values(), lr=lr, weight_decay=decay)
 
 

@@ -45,6 +45,7 @@ def test_one_step_moves_one_or_two_experts_of_each_site(form):
     tuned = attach(tiny("bert"), how)
     stir(tuned, 0.1)
     before = {k: {n: p.detach().clone() for n, p in m.named_parameters()} for k, m in tuned.modules(Mixed).items()}
+    tuned.calls_hooks = True
     step_with = torch.optim.AdamW(tuned.trained().values(), lr=0.01, weight_decay=0.1)
     _step(tuned, how, step_with)
     for key, module in tuned.modules(Mixed).items():
@@ -150,6 +151,7 @@ def test_one_expert_without_agreement_is_the_plain_method_bit_for_bit(form):
         parameters = [p for n, p in tuned.trained().items()]
         for module in tuned.modules(Mixed).values():
             parameters += module.__dict__.get("parameters_of", [])
+        tuned.calls_hooks = True
         groups.append(torch.optim.SGD(parameters, lr=0.1))
     for seed in range(3):
         _step(mixed, how, groups[0], seed)
@@ -231,6 +233,7 @@ def test_a_learnt_mean_trains_its_weights_alone():
     tuned = attach(tiny("bert"), how)
     assert tuned.n_trained() == how.n_params(tuned.anatomy)
     stir(tuned)
+    tuned.calls_hooks = True
     step_with = torch.optim.AdamW(tuned.trained().values(), lr=0.05)
     _step(tuned, how, step_with)
     how.on_step(tuned, 5, 10)

@@ -66,8 +66,8 @@ def test_decay_pulls_towards_one():
 
 
 def test_groups_name_the_tensors_where_there_are_several_tunings():
-    tuned = attach(tiny("bert"), "ia3", name="one")
-    tuned.add("lora", name="two")
+    tuned = attach(tiny("bert"), "ia3", name="one", train_head=False)
+    tuned.add("lora", name="two", train_head=False)
     names = {n for g in tuned.groups() for n in g.names}
     assert names <= set(tuned.trained())
     assert len(names) == 3 * LAYERS

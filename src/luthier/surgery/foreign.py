@@ -66,6 +66,8 @@ def _refuse_half(tuned: Tuned) -> None:
     Raises:
         ConfigError: the method has to be asked for its loss or after each step, or was not prepared.
     """
+    if tuned.calls_hooks:
+        return
     for tuning in tuned.tunings.values():
         for part in tuning.method.parts() if tuning.trainable else ():
             cls = type(part)
@@ -73,7 +75,8 @@ def _refuse_half(tuned: Tuned) -> None:
             if asks:
                 raise ConfigError(
                     f"{part.name} has to be asked during training ({', '.join(asks)}), which this trainer does not do: "
-                    "it would train something else than it says. Use luthier's own loop (`luthier train`)."
+                    "it would train something else than it says. Use luthier's own loop (`luthier train`), or call these "
+                    "methods in your loop and set calls_hooks = True on what attach() returned."
                 )
             if part.looks_at_data:
                 part.after_backward(tuned, 1, 1)  # says so where it was not prepared

@@ -54,6 +54,7 @@ class Method(ABC):
         starts_at_base: attached and untrained, the model computes what it computed before (head excluded).
         default_lr: peak learning rate where the user names none.
         looks_at_data: `prepare` needs batches before the first step.
+        computes_tensors: replaces tensors of the model by computed ones, so what it finds there is not what acts.
     """
 
     name: ClassVar[str]
@@ -63,6 +64,7 @@ class Method(ABC):
     starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-3
     looks_at_data: ClassVar[bool] = False
+    computes_tensors: ClassVar[bool] = False
     trains_base: ClassVar[bool] = False  # weights of the trunk itself move: dropout of the trunk stays on
 
     @abstractmethod

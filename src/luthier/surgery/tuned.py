@@ -114,6 +114,7 @@ class Tuned:
             parameter.requires_grad_(False)
         model.add_module("luthier", _Shelf(self))
         model.__dict__["_luthier_tuned"] = self
+        self.calls_hooks = False  # a loop of one's own that calls the methods' hooks says so here
         foreign.watch(self)
 
     # ------------------------------------------------------------------ looking

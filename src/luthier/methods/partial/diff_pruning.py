@@ -49,6 +49,7 @@ class DiffPruning(Method):
 
     mergeable: ClassVar[bool] = True
     starts_at_base: ClassVar[bool] = True
+    computes_tensors: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-4
     trains_base: ClassVar[bool] = True
 

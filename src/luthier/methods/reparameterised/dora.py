@@ -25,7 +25,7 @@ from luthier.anatomy import Anatomy, Site
 from luthier.core import AnatomyError, above, at_least, between
 from luthier.kernels import dora_linear, dora_norm, row_squares
 from luthier.methods._low_rank import SmallDropout, check_projections, fusable, live_bias
-from luthier.surgery import METHODS, Attachment, Base, PerSite
+from luthier.surgery import METHODS, Attachment, Base, Method, PerSite
 
 
 @METHODS.register("dora", family="reparameterised", paper="arXiv:2402.09353")
@@ -47,6 +47,11 @@ class DoRA(PerSite):
 
     def params_at(self, site: Site) -> int:
         return self.rank * (site.d_in + site.d_out) + site.d_out
+
+    def conflicts(self, other: Method) -> str | None:
+        if other.computes_tensors:
+            return f"dora measures the frozen weight and bias, which {other.name} computes anew. Use lora with it."
+        return None
 
     def build(self, site: Site, base: Base) -> Attachment:
         return ThinTurn(base, self.rank, self.alpha / self.rank, self.dropout)

@@ -42,6 +42,7 @@ class IntrinsicSAID(Method):
 
     mergeable: ClassVar[bool] = True
     starts_at_base: ClassVar[bool] = True
+    computes_tensors: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-2
     trains_base: ClassVar[bool] = True
 

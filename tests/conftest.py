@@ -1,13 +1,19 @@
 """What all tests share: how many threads they take, real samples where they are asked for, and the count of cells."""
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+# Whoever starts the tests in the background may have these signals ignored, which children inherit; tests send them.
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
+
 # Before torch is imported anywhere: on few cores, threads that spin while they wait cost more than they bring.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two workers share the cores here
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -23,6 +23,9 @@ __all__ = ["BUDGET_BYTES", "quick_linear", "quick_norm"]
 # A copy of every packed weight: a model whose linear layers hold more than this keeps its memory instead.
 BUDGET_BYTES = 256 << 20
 
+# Narrower layers gain nothing from packing: 384 wide, a training step was 5 % slower with it (docs/speed-log.md).
+MIN_WIDTH = 512
+
 Quick = Callable[[Tensor], Tensor | None]
 """Computes the layer, or says with None that it no longer can."""
 
@@ -30,6 +33,8 @@ Quick = Callable[[Tensor], Tensor | None]
 def quick_linear(module: nn.Module) -> tuple[Quick, Packed] | None:
     """The layer from a packed weight; None where it cannot be had."""
     if type(module) is not nn.Linear or module.weight.requires_grad or not can_pack(module.weight):
+        return None
+    if min(module.weight.shape) < MIN_WIDTH:
         return None
     bias = module.bias
     if bias is not None and (bias.requires_grad or bias.dtype != module.weight.dtype):

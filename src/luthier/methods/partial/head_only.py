@@ -33,7 +33,7 @@ class HeadOnly(Method):
 
     mergeable: ClassVar[bool] = True
     starts_at_base: ClassVar[bool] = True
-    default_lr: ClassVar[float] = 1e-2
+    default_lr: ClassVar[float] = 3e-2
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         if not anatomy.head_tensors and not self._pooler(anatomy):

@@ -16,12 +16,13 @@ from luthier.surgery import read_tuning
 from luthier.training.batches import Collator, EvalBatches
 from luthier.training.chat import Chat, ChatTemplate, read_messages
 from luthier.training.columns import Columns
+from luthier.training.data import load_inputs
 from luthier.training.encode import encode
 from luthier.training.evaluate import Evaluator
 from luthier.training.load import find_model, load_model, load_tokenizer
 from luthier.training.objective import Objective
 from luthier.training.precision import choose_device, choose_precision
-from luthier.training.rows import Table, load_rows
+from luthier.training.rows import Table
 from luthier.training.run import _tokenizer_digest
 from luthier.training.spec import RunSpec
 from luthier.training.tasks import Task
@@ -62,8 +63,8 @@ class Predictor:
             raise IntegrityError(f"{self.spec.model}: its tokenizer has changed since {path} was trained. Restore it.")
         self.device = choose_device(self.spec.device)
         self.precision = choose_precision(self.spec.precision, self.device)
-        mostly = facts["method"] == "full"
-        dtype = torch.float32 if mostly else self.precision.dtype
+        # The base in the type it was trained in: another would answer a little differently.
+        dtype = torch.float32 if self.contract["weights"] == "fp32" else self.precision.dtype
         model, _ = load_model(source, self.task, dtype=dtype, device=self.device, seed=self.spec.seed)
         model.config.pad_token_id = pad["id"]
         self.tuned = load_tuning(model, run.tuning)
@@ -174,5 +175,5 @@ def predict(
     predictor = Predictor(path)
     if data is None:
         return predictor.texts(texts, max_new_tokens=max_new_tokens)
-    table, test = load_rows(data)
-    return predictor.rows(test or table, max_new_tokens=max_new_tokens)
+    table, _ = load_inputs(data, predictor.columns)
+    return predictor.rows(table, max_new_tokens=max_new_tokens)

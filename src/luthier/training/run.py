@@ -53,7 +53,8 @@ from luthier.runs import (
 from luthier.surgery import Method, Tuned, attach, compose, tuning
 from luthier.training.batches import Batches, Collator, EvalBatches, Order, shuffled
 from luthier.training.chat import ChatTemplate
-from luthier.training.columns import Columns, find_columns
+from luthier.training.columns import Columns
+from luthier.training.data import load_data
 from luthier.training.encode import Examples, choose_length, choose_pad, encode
 from luthier.training.evaluate import Evaluator, plain_scores
 from luthier.training.load import Source, empty_model, find_model, load_config, load_model, load_tokenizer
@@ -61,11 +62,11 @@ from luthier.training.loop import Listener, Loop
 from luthier.training.objective import Objective
 from luthier.training.optimiser import Optimiser
 from luthier.training.precision import Precision, choose_device, choose_precision
-from luthier.training.rows import Table, count_duplicates, load_rows, split_rows
+from luthier.training.rows import Table, split_rows
 from luthier.training.selection import Selection
 from luthier.training.signals import Asked, StopSignals
 from luthier.training.spec import SAME_BITS, RunSpec, changes
-from luthier.training.tasks import Task, infer_task
+from luthier.training.tasks import Task
 
 __all__ = ["Prepared", "Result", "prepare", "resume", "train", "verify_resume"]
 
@@ -139,35 +140,21 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None) -> Pr
     method = compose.method(spec.method, spec.settings)
     device = choose_device(spec.device)
     precision = choose_precision(spec.precision, device)
-    table, test = load_rows(spec.data.source)
-    if spec.data.test is not None:
-        test, beside = load_rows(spec.data.test)
-        test = beside or test
-    columns = find_columns(table, spec.data, spec.task)
-    note(columns.sentence())
     source = find_model(spec.model)
     config = load_config(source)
-    if test is None and spec.data.test_share > 0:
-        labelled = columns.shape == "labelled"
-        table, test = split_rows(
-            table, spec.data.test_share, spec.data.split_seed, columns.content, columns.outcome if labelled else None
-        )
+    data = load_data(spec.data, spec.task, config)
+    table, test, columns, task = data.train, data.test, data.columns, data.task
+    for remark in data.notes:
+        note(remark)
     select = None
     if spec.eval.selects:
-        labelled = columns.shape == "labelled"
+        by_class = task.name == "classification" and not task.multi_label
         table, select = split_rows(
             table, spec.eval.share, key(spec.data.split_seed, "select"), columns.content,
-            columns.outcome if labelled else None,
+            columns.outcome if by_class else None,
         )  # fmt: skip
         assert select is not None
         note(f"{len(select)} training rows are held out to select by; the test half is scored once, at the end")
-    duplicates = count_duplicates(table, test, columns.content, columns.outcome)
-    note(duplicates.sentence())
-    if spec.data.strict:
-        duplicates.refuse_leakage()
-    task = infer_task(table, test, columns, spec.task, config)
-    for remark in task.notes:
-        note(f"task {task.name}: {remark}")
     if spec.eval.metric is not None:
         task.check_metric(spec.eval.metric)
     most = spec.eval.rows or (_LANGUAGE_ROWS if task.name in ("causal_lm", "seq2seq") else None)
@@ -647,6 +634,7 @@ def _save(prepared: Prepared, tuned: Tuned, run: RunFolder) -> int:
             "tokenizer": prepared.fingerprints["tokenizer"],
             "template": plain(prepared.template) if prepared.template is not None else None,
             "loss_on": prepared.spec.data.loss_on,
+            "weights": "fp32" if prepared.weights == torch.float32 else prepared.precision.name,
         },
     }
     tuned.save(run.tuning, about=about)

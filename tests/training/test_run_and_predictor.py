@@ -1,0 +1,54 @@
+"""A measure is learnt from one file without a test half, and a prediction uses the base as training did."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from little import little_data, little_model
+
+from luthier.core import DataError
+from luthier.training import BatchSpec, DataSpec, Predictor, RunSpec, predict, train
+
+
+def _spec(folder: Path, data: Path, method: str) -> RunSpec:
+    model = little_model(folder / "model")
+    return RunSpec(
+        model=str(model), data=DataSpec(source=str(data)), method=method, steps=4, batch=BatchSpec(size=4),
+        precision="bf16", threads=1, out=str(folder / "run"),
+    )  # fmt: skip
+
+
+def test_measures_that_are_all_different_can_be_held_out(tmp_path: Path) -> None:
+    data = tmp_path / "measures.csv"
+    rows = [*csv.reader(little_data(tmp_path / "rows.csv").read_text().splitlines())][1:]
+    with data.open("w", newline="") as file:
+        csv.writer(file).writerows([["text", "score"], *[[text, i + 0.37] for i, (text, _) in enumerate(rows)]])
+    spec = _spec(tmp_path, data, "lora")
+    result = train(RunSpec.from_plain({**_plain(spec), "data": {"source": str(data), "label": "score"}}))
+    assert {"pearson", "spearman", "mse"} <= set(result.scores)
+
+
+def _plain(spec: RunSpec) -> dict:
+    from luthier.core import plain
+
+    return {k: v for k, v in plain(spec).items() if v is not None}
+
+
+@pytest.mark.parametrize(("method", "dtype"), [("lora", torch.bfloat16), ("child_tuning_d", torch.float32)])
+def test_a_prediction_loads_the_base_in_the_type_it_was_trained_in(
+    method: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    data = little_data(tmp_path / "rows.csv")
+    train(_spec(tmp_path, data, method))
+    predictor = Predictor(tmp_path / "run")
+    assert predictor.tuned.model.get_input_embeddings().weight.dtype == dtype
+    assert len(predict(tmp_path / "run", data=str(data))) == 46
+
+
+def test_rows_to_predict_must_have_the_column_that_was_read(tmp_path: Path) -> None:
+    train(_spec(tmp_path, little_data(tmp_path / "rows.csv"), "lora"))
+    other = tmp_path / "other.csv"
+    other.write_text("words\nhello\n")
+    with pytest.raises(DataError, match="no column 'text'"):
+        predict(tmp_path / "run", data=str(other))

@@ -82,8 +82,9 @@ def _one(contestant: Contestant, turn: int, threads: int | None, limit: float) -
         # A seed of "turn" is another one in each turn, and the same for all contestants.
         arguments = {n: turn if v == "turn" else v for n, v in contestant.arguments.items()}
         job.write_text(json.dumps({**asdict(contestant), "arguments": arguments, "threads": threads}))
-        # Waiting threads sleep, so that a neighbour does not turn them into a brake; the same for every contestant.
-        env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1"}
+        # Waiting threads as the library comes: putting them to sleep (OMP_WAIT_POLICY=PASSIVE) cost the contestant with
+        # the most small operations a third of its speed on an idle machine, and the others a twentieth.
+        env = {**os.environ, "TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-m", "benchmarks._child", str(job), str(result)]
         with log.open("wb") as out:
             try:

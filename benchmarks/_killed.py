@@ -8,7 +8,7 @@ from typing import Any
 
 from luthier.runs import RunFolder
 from luthier.training import Listener, RunSpec, resume, train
-from luthier.training.run import run_digests
+from luthier.training.proof import run_digests
 
 __all__ = [
     "HERE",

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from luthier.core import ConfigError, IntegrityError
 from luthier.runs import RunFolder
 from luthier.training import DataSpec, RunSpec, resume, train
-from luthier.training.run import run_digests
+from luthier.training.proof import run_digests
 from luthier.training.spec import RESUME, SAME_BITS, leaves
 
 torch.set_num_threads(1)

@@ -13,7 +13,7 @@ from luthier.runs import RunFolder, checkpoint, load_newest
 from luthier.testing import count_ops, installed
 from luthier.testing.faults import every_operation
 from luthier.training import CheckpointSpec, RunSpec, resume, train
-from luthier.training.run import run_digests
+from luthier.training.proof import run_digests
 
 torch.set_num_threads(1)
 

@@ -17,10 +17,10 @@ from little import Heard, at_call, little_spec
 from luthier.core import AnatomyError, ConfigError, Interrupted
 from luthier.runs import RunFolder, checkpoints
 from luthier.surgery import METHODS
-from luthier.training import BatchSpec, CheckpointSpec, EvalSpec, RunSpec, resume, run, train, verify_resume
+from luthier.training import BatchSpec, CheckpointSpec, EvalSpec, RunSpec, finish, resume, run, train, verify_resume
 from luthier.training.evaluate import Evaluator
 from luthier.training.loop import Loop
-from luthier.training.run import run_digests
+from luthier.training.proof import run_digests
 
 torch.set_num_threads(1)
 
@@ -84,7 +84,7 @@ def disturbed(spec: RunSpec, patch: pytest.MonkeyPatch) -> list[int]:
         terminated()
     resume(path, stop_at=11)
     with patch.context() as patched:  # after the last step, before the result is written
-        at_call(patched, run, "_refuse_base", 1, terminate)
+        at_call(patched, finish, "_refuse_base", 1, terminate)
         terminated()
     resume(path)
     return stood

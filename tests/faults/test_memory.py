@@ -16,7 +16,7 @@ from luthier.training.loop import Loop
 from luthier.training.memory import out_of_memory
 from luthier.training.objective import Objective
 from luthier.training.optimiser import Optimiser
-from luthier.training.run import run_digests
+from luthier.training.proof import run_digests
 
 torch.set_num_threads(1)
 

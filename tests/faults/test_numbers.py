@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from luthier.core import DataError, Diverged, IntegrityError, ModelError, NothingTrains
 from luthier.runs import RunFolder, load_newest
-from luthier.training import DataSpec, OptimSpec, resume, run, train
+from luthier.training import DataSpec, OptimSpec, prepared, resume, train
 from luthier.training.guard import LossScale, NumberGuard
 from luthier.training.loop import Loop
 from luthier.training.optimiser import Optimiser
@@ -172,7 +172,7 @@ def test_fp16_trains_with_a_scaled_loss_skips_overflows_and_keeps_fp32_masters(
     home: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """F24."""
-    monkeypatch.setattr(run, "choose_precision", lambda asked, device: Precision("fp16", "for this test"))
+    monkeypatch.setattr(prepared, "choose_precision", lambda asked, device: Precision("fp16", "for this test"))
     inner = Loop._gradients
     overflows = {2, 3}
 

@@ -19,7 +19,7 @@ from luthier.testing import Template
 from luthier.training import CheckpointSpec, EvalSpec, RunSpec, resume, train
 from luthier.training.evaluate import Evaluator
 from luthier.training.loop import Loop
-from luthier.training.run import run_digests
+from luthier.training.proof import run_digests
 from luthier.training.signals import Asked, StopSignals
 
 torch.set_num_threads(1)

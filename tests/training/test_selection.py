@@ -11,9 +11,9 @@ from little import Heard, at_call, little_spec
 
 from luthier.core import ConfigError, Interrupted
 from luthier.runs import RunFolder, load_step
-from luthier.training import CheckpointSpec, EvalSpec, RunSpec, prepare, resume, run, train
+from luthier.training import CheckpointSpec, EvalSpec, RunSpec, finish, prepare, resume, train
 from luthier.training.evaluate import Evaluator
-from luthier.training.run import run_digests
+from luthier.training.proof import run_digests
 from luthier.training.selection import Selection
 
 torch.set_num_threads(1)
@@ -91,7 +91,7 @@ def test_patience_ends_the_run_and_a_resumed_run_does_not_go_past_it(
     out = tmp_path / "run"
     scripted(monkeypatch, [0.9, 0.8, 0.7, 0.5])
     with monkeypatch.context() as patched:
-        at_call(patched, run, "_refuse_base", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        at_call(patched, finish, "_refuse_base", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(Interrupted):
             train(spec_of(home, out, patience=2))
     heard = Heard()

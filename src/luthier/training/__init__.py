@@ -1,8 +1,11 @@
 """The one loop, what it learns from, and what comes out of it."""
 
+from luthier.training.finish import Result
 from luthier.training.loop import Listener
 from luthier.training.predictor import Predictor, predict
-from luthier.training.run import Prepared, Result, prepare, resume, train, verify_resume
+from luthier.training.prepared import Prepared, prepare
+from luthier.training.proof import verify_resume
+from luthier.training.run import resume, train
 from luthier.training.spec import BatchSpec, CheckpointSpec, DataSpec, EvalSpec, OptimSpec, RunSpec
 
 __all__ = [

@@ -22,8 +22,8 @@ from luthier.training.evaluate import Evaluator
 from luthier.training.load import find_model, load_model, load_tokenizer
 from luthier.training.objective import Objective
 from luthier.training.precision import choose_device, choose_precision
+from luthier.training.prepared import tokenizer_digest
 from luthier.training.rows import Table
-from luthier.training.run import _tokenizer_digest
 from luthier.training.spec import RunSpec
 from luthier.training.tasks import Task
 
@@ -59,7 +59,7 @@ class Predictor:
         pad = self.contract["pad"]
         if self.tokenizer.pad_token != pad["token"]:
             self.tokenizer.add_special_tokens({"pad_token": pad["token"]})
-        if _tokenizer_digest(self.tokenizer) != self.contract["tokenizer"]:
+        if tokenizer_digest(self.tokenizer) != self.contract["tokenizer"]:
             raise IntegrityError(f"{self.spec.model}: its tokenizer has changed since {path} was trained. Restore it.")
         self.device = choose_device(self.spec.device)
         self.precision = choose_precision(self.spec.precision, self.device)

@@ -1,13 +1,17 @@
-"""The flat optimiser's whole step against the framework's, in one thread: `python benchmarks/kernels_optimizer.py`.
+"""The loop's whole optimiser step, fused and plain, beside the framework's: `python benchmarks/kernels_optimizer.py`.
 
-A step is: clip to a length, update, drop the gradients.
+A step is: the norm, clipping to it, the update, dropping the gradients. One thread; `_pairs.py` says how it is timed.
 """
+
+from collections.abc import Callable
 
 import torch
 from _pairs import pair
 from torch import nn
 
-from luthier.kernels import FlatAdamW
+from luthier.kernels import plain
+from luthier.training.optimiser import Optimiser
+from luthier.training.spec import OptimSpec
 
 
 def make(count: int, size: int) -> tuple[dict[str, nn.Parameter], list[torch.Tensor]]:
@@ -17,7 +21,7 @@ def make(count: int, size: int) -> tuple[dict[str, nn.Parameter], list[torch.Ten
     return parameters, [torch.randn(size, generator=generator) for _ in range(count)]
 
 
-def framework(count: int, size: int, **options: bool) -> object:
+def framework(count: int, size: int, **options: bool) -> Callable[[], None]:
     """The framework's optimiser in one of its three ways."""
     parameters, gradients = make(count, size)
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3, weight_decay=0.01, **options)
@@ -32,15 +36,18 @@ def framework(count: int, size: int, **options: bool) -> object:
     return step
 
 
-def flat(count: int, size: int) -> object:
-    """Ours."""
+def ours(count: int, size: int, slow: bool) -> Callable[[], None]:
+    """The loop's."""
     parameters, gradients = make(count, size)
-    optimizer = FlatAdamW(parameters, lr=1e-3, weight_decay=0.01)
+    optimiser = Optimiser(parameters, [], OptimSpec(weight_decay=0.01), 1e-3)
 
     def step() -> None:
         for p, g in zip(parameters.values(), gradients, strict=True):
             p.grad = g
-        optimizer.step(max_norm=1.0)
+        with plain(slow):
+            optimiser.clip(optimiser.norm())
+            optimiser.step(1.0)
+        optimiser.zero_grad()
 
     return step
 
@@ -52,11 +59,12 @@ def main() -> None:
             "framework": framework(count, size),
             "framework, foreach": framework(count, size, foreach=True),
             "framework, fused": framework(count, size, fused=True),
-            "flat": flat(count, size),
+            "plain": ours(count, size, True),
+            "ours": ours(count, size, False),
         }
-        ms = pair(calls, repeats=20)  # type: ignore[arg-type]
+        ms = pair(calls, repeats=20)
         for name, value in ms.items():
-            print(f"{count:4} x {size:8}  {name:20} {value:8.3f} ms   {value / ms['flat']:5.2f} x ours")
+            print(f"{count:4} x {size:8}  {name:20} {value:8.3f} ms   {value / ms['ours']:5.2f} x ours")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ PLACES = {
     "backward": (torch.autograd, "backward", 7),
     "optimiser": (Optimiser, "step", 5),
     "clip": (Optimiser, "clip", 5),
-    "norm": (Optimiser, "norm", 9),
+    "norm": (Optimiser, "norm", 5),
 }
 
 

@@ -1,10 +1,8 @@
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from luthier.core import ConfigError
-from luthier.kernels import KeyedDropout, dropout, keep_mask, plain
+from luthier.kernels import dropout, keep_mask, plain
 
 
 def test_the_rate_is_p_within_five_standard_errors():
@@ -100,18 +98,6 @@ def test_nothing_reads_the_ambient_generator():
     state = torch.get_rng_state()
     dropout(torch.randn(3, generator=torch.Generator().manual_seed(0)), 0.5, seed=1)
     assert torch.equal(state, torch.get_rng_state())
-
-
-def test_the_module_stands_in_for_the_frameworks():
-    layer = KeyedDropout(0.5)
-    assert isinstance(layer, nn.Module)
-    x = torch.ones(64)
-    with pytest.raises(ConfigError, match="no seed"):
-        layer(x)
-    layer.seed = 3
-    assert torch.equal(layer(x), dropout(x, 0.5, seed=3))
-    assert layer.eval()(x) is x
-    assert F.dropout(x, 0.5, training=False) is not None
 
 
 def test_a_probability_outside_its_range_is_refused():

@@ -6,18 +6,17 @@ Nothing here knows a model, a method or a run. `plain()` (or LUTHIER_PLAIN=1) tu
 from luthier.kernels._switch import fast, plain
 from luthier.kernels.attachments import bottleneck, scale
 from luthier.kernels.attention import attend, attention_interface
-from luthier.kernels.dropout import KeyedDropout, dropout, keep_mask
+from luthier.kernels.dropout import dropout, keep_mask
 from luthier.kernels.frozen import gated, rms_norm
 from luthier.kernels.loss import linear_cross_entropy
 from luthier.kernels.low_rank import Update, dora_linear, dora_norm, low_rank_linear, low_rank_linears, row_squares
-from luthier.kernels.optimizer import FlatAdamW
+from luthier.kernels.optimizer import adamw
 from luthier.kernels.packed import Packed, can_pack, packed_linear
 
 __all__ = [
-    "FlatAdamW",
-    "KeyedDropout",
     "Packed",
     "Update",
+    "adamw",
     "attend",
     "attention_interface",
     "bottleneck",

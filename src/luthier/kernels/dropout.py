@@ -14,13 +14,13 @@ Counter-based draws: Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1,
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from luthier.core import ConfigError
 from luthier.kernels._switch import fast
 
-__all__ = ["KeyedDropout", "dropout", "keep_mask"]
+__all__ = ["dropout", "keep_mask"]
 
 _LEVELS = 1 << 15
 _STEP = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd: consecutive counters land far apart
@@ -154,35 +154,3 @@ def dropout(x: Tensor, p: float, seed: int) -> Tensor:
         return torch.where(kept, x, torch.zeros((), dtype=x.dtype, device=x.device)) * (_LEVELS / (_LEVELS - level))
     out: Tensor = _Dropout.apply(x, level, seed)  # type: ignore[no-untyped-call]
     return out
-
-
-class KeyedDropout(nn.Module):
-    """Stands where an `nn.Dropout` stood; whoever drives the step sets `seed` before the forward pass.
-
-    With several calls in one step (a shared layer, recomputation) each call needs its own seed to draw anew, and the
-    same seed to replay: activation checkpointing replays exactly, because nothing here advances by itself.
-    """
-
-    def __init__(self, p: float, seed: int | None = None) -> None:
-        super().__init__()
-        _levels(p)
-        self.p = p
-        self.seed = seed
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Drop in training mode; pass through in evaluation mode.
-
-        Raises:
-            ConfigError: training with p above 0 and no seed set.
-        """
-        if not self.training or self.p == 0.0:
-            return x
-        if self.seed is None:
-            raise ConfigError(
-                f"KeyedDropout(p={self.p}): no seed is set; set `.seed` to an integer before each training step,"
-                " for example luthier.core.key(run_seed, 'dropout', place, step)."
-            )
-        return dropout(x, self.p, self.seed)
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}"

@@ -104,6 +104,7 @@ class Loop:
         self.parts: list[Method] = [p for t in self.tuned.tunings.values() for p in t.method.parts()]
         self._saved: dict[str, Any] = {}  # the state at the last save
 
+        self._listens = any(type(p).after_backward is not Method.after_backward for p in self.parts)
     def run_to(self, until: int | None = None) -> None:
         """Train to the last step, or to `until`.
 
@@ -256,7 +257,13 @@ class Loop:
         for part in self.parts:
             part.after_backward(self.tuned, step + 1, self.total)
         self.tuned.mask_gradients()
-        return self.optimiser.norm()
+        return self.optimiser.norm() if self._changes_gradients else norm
+
+    @property
+    def _changes_gradients(self) -> bool:
+        """Whether a method or an update mask may have changed a gradient since backward."""
+        masks = (u.mask for t in self.tuned.tunings.values() for u in t.unfrozen.values())
+        return self._listens or any(m is not None for m in masks)
 
     def _update(self, step: int, norm: float, rate: float) -> None:
         self.optimiser.clip(norm)

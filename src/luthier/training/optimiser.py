@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from luthier import kernels
 from luthier.core import IntegrityError
 from luthier.surgery import Group
 from luthier.training.spec import OptimSpec
@@ -25,8 +26,8 @@ class Optimiser:
         self.updates = 0
         self._groups: dict[str, Group] = {name: group for group in groups for name in group.names}
         # Made up front: memory runs out here, before step 1, or not at all.
-        self.first = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in named.items()}
-        self.second = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in named.items()}
+        self.first = {n: torch.zeros_like(p, dtype=_wide(p)) for n, p in named.items()}
+        self.second = {n: torch.zeros_like(p, dtype=_wide(p)) for n, p in named.items()}
         self.counts = dict.fromkeys(named, 0)
 
     def norm(self) -> float:
@@ -64,19 +65,12 @@ class Optimiser:
     ) -> None:
         # Not `.data`: whoever keeps something computed from a parameter looks at its version, which must rise.
         values: list[Tensor] = [self.named[n] for n in names]
-        grads = [g.float() for n in names if (g := self.named[n].grad) is not None]
+        grads = [g.to(_wide(v)) for n, v in zip(names, values, strict=True) if (g := self.named[n].grad) is not None]
         first, second = [self.first[n] for n in names], [self.second[n] for n in names]
-        if decay:
-            torch._foreach_mul_(values, 1 - rate * decay)
-            if rest:
-                torch._foreach_add_(values, rate * decay * rest)
-        torch._foreach_lerp_(first, grads, 1 - beta1)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
-        denominator = torch._foreach_sqrt(second)
-        torch._foreach_div_(denominator, (1 - beta2**count) ** 0.5)
-        torch._foreach_add_(denominator, self.spec.eps)
-        torch._foreach_addcdiv_(values, first, denominator, -rate / (1 - beta1**count))
+        kernels.adamw(
+            values, grads, first, second,
+            count=count, lr=rate, betas=(beta1, beta2), eps=self.spec.eps, decay=decay, rest=rest,
+        )  # fmt: skip
         for name in names:
             self.counts[name] = count
 
@@ -105,3 +99,8 @@ class Optimiser:
             self.first[name].copy_(state[f"{name}|first"])
             self.second[name].copy_(state[f"{name}|second"])
         self.counts = dict(zip(self.named, (int(c) for c in state["counts"]), strict=True))
+
+
+def _wide(parameter: Tensor) -> torch.dtype:
+    """At least fp32."""
+    return torch.promote_types(parameter.dtype, torch.float32)

@@ -143,7 +143,7 @@ def every_error() -> list[type[LuthierError]]:
 
 @pytest.mark.parametrize("error", every_error())
 def test_every_error_has_its_exit_code_and_its_place_in_the_tree(error: type[LuthierError]) -> None:
-    documented = {2, 3, 4, 5, 6}
+    documented = {2, 3, 4, 5, 6, 17}
     if error is LuthierError:
         assert error.exit_code == 1
     elif error.__name__ == "Interrupted":
@@ -161,7 +161,7 @@ def test_the_exit_codes_are_documented_where_a_user_looks() -> None:
     for error in every_error():
         if error is not LuthierError:
             assert f"`{error.__name__}`" in page
-    for code in (0, 1, 2, 3, 4, 5, 6, 130, 143):
+    for code in (0, 1, 2, 3, 4, 5, 6, 17, 130, 143):
         assert f"| {code} |" in page
 
 

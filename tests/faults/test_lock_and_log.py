@@ -7,13 +7,14 @@ import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from luthier.core import ConfigError, Locked, ResourceError
 from luthier.runs import Journal, RunFolder, durable
-from luthier.runs.lock import holder_is_dead, myself
+from luthier.runs.lock import _ticks, holder_is_dead, myself
 from luthier.testing import Template, count_ops, installed
 
 
@@ -100,14 +101,21 @@ def with_holder(folder: Path, **changes: object) -> None:
     (folder / "run.lock").write_bytes(durable.encode({**myself(), **changes}))
 
 
+def of_process(pid: int) -> dict[str, Any]:
+    """What another process would have written of itself."""
+    return {"pid": pid, "started": psutil.Process(pid).create_time(), "ticks": _ticks(pid)}
+
+
 def test_f41_a_living_holder_is_respected_where_flock_says_nothing(folder: Path) -> None:
-    with_holder(folder, pid=os.getppid(), started=psutil.Process(os.getppid()).create_time())
+    with_holder(folder, **of_process(os.getppid()))
     with pytest.raises(Locked, match=str(os.getppid())):
         RunFolder.open(folder)
 
 
 def test_f41_a_pid_used_again_by_another_process_is_proof_of_death(folder: Path) -> None:
-    with_holder(folder, started=myself()["started"] - 100)
+    with_holder(folder, ticks=myself()["ticks"] - 100)
+    RunFolder.open(folder).close()
+    with_holder(folder, started=myself()["started"] - 100, ticks=None)  # where the kernel gives no ticks
     RunFolder.open(folder).close()
 
 

@@ -29,6 +29,7 @@ __all__ = [  # noqa: F405
     "Setting",
     "UnknownName",
     "UsageError",
+    "WrongArithmetic",
     "WrongBase",
     "above",
     "at_least",

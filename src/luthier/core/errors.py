@@ -18,6 +18,7 @@ LuthierError                    exit code
 │   ├── DiskFull                5
 │   └── Locked                  5
 ├── Diverged                    6   losses or gradients that stayed non-finite
+├── WrongArithmetic             17  the same computation gave two results
 └── Interrupted           130, 143  a signal; the run can be resumed
 """
 
@@ -43,6 +44,7 @@ __all__ = [
     "ResourceError",
     "UnknownName",
     "UsageError",
+    "WrongArithmetic",
     "WrongBase",
     "near",
 ]
@@ -130,6 +132,12 @@ class Diverged(LuthierError):
     """Losses or gradients stayed non-finite, or far from where they were."""
 
     exit_code = 6
+
+
+class WrongArithmetic(LuthierError):
+    """The same computation gave two results: the machine is not to be trusted."""
+
+    exit_code = 17
 
 
 class Interrupted(LuthierError):

@@ -25,10 +25,11 @@ _held: set[int] = set()  # descriptors, not objects: an object may be gone while
 
 
 def myself() -> dict[str, Any]:
-    """Who this process is: pid, start time (seconds since 1970), host, boot id of the kernel."""
+    """Who this process is: pid, start time (seconds since 1970; clock ticks since the boot), host, boot id."""
     return {
         "pid": os.getpid(),
         "started": psutil.Process().create_time(),
+        "ticks": _ticks(os.getpid()),
         "host": socket.gethostname(),
         "boot": _boot_id(),
     }
@@ -37,6 +38,18 @@ def myself() -> dict[str, Any]:
 def _boot_id() -> str:
     path = Path("/proc/sys/kernel/random/boot_id")
     return path.read_text().strip() if path.exists() else f"boot-{psutil.boot_time():.0f}"
+
+
+def _ticks(pid: int) -> int | None:
+    """When a process started, in clock ticks since the boot; None where the kernel does not say.
+
+    A start time in seconds since 1970 moves with the wall clock when that is set; this one does not.
+    """
+    try:
+        # The name, in brackets, may hold blanks and brackets; the start is the 20th field after it.
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def holder_is_dead(holder: dict[str, Any]) -> bool:
@@ -48,8 +61,12 @@ def holder_is_dead(holder: dict[str, Any]) -> bool:
         return holder.get("host") == socket.gethostname()
     try:
         process = psutil.Process(int(holder.get("pid", -1)))
-        # A clock step moves the computed start time a little; another process differs by far more than its pid's age.
-        same = abs(process.create_time() - float(holder.get("started", 0))) < 0.05
+        ticks = _ticks(process.pid)
+        if isinstance(holder.get("ticks"), int) and ticks is not None:
+            same = ticks == holder["ticks"]
+        else:
+            # A clock step moves this start time a little; another process differs by far more than its pid's age.
+            same = abs(process.create_time() - float(holder.get("started", 0))) < 0.05
         return not same or process.status() == psutil.STATUS_ZOMBIE
     except (psutil.NoSuchProcess, ValueError):
         return True

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from luthier.core import Diverged, Interrupted, ResourceError, key
+from luthier.core import Diverged, Interrupted, ResourceError, WrongArithmetic, key
 from luthier.runs import Checkpoint, RunFolder, load_newest, prune, save_checkpoint
 from luthier.surgery import Method, Tuned
 from luthier.training.batches import Batch, Batches, ahead
@@ -29,6 +29,7 @@ from luthier.training.memory import make_room, out_of_memory
 from luthier.training.objective import Objective, Result
 from luthier.training.optimiser import Optimiser
 from luthier.training.precision import Precision
+from luthier.training.recheck import differing
 from luthier.training.schedule import factor
 from luthier.training.selection import Selection
 from luthier.training.signals import Asked, StopSignals
@@ -103,8 +104,8 @@ class Loop:
         self.scale = LossScale(self.precision.name == "fp16")
         self.parts: list[Method] = [p for t in self.tuned.tunings.values() for p in t.method.parts()]
         self._saved: dict[str, Any] = {}  # the state at the last save
-
         self._listens = any(type(p).after_backward is not Method.after_backward for p in self.parts)
+
     def run_to(self, until: int | None = None) -> None:
         """Train to the last step, or to `until`.
 
@@ -113,6 +114,7 @@ class Loop:
             Diverged: numbers stayed bad after a roll-back.
             NothingTrains: the first steps changed nothing.
             ResourceError: one row alone does not fit in memory.
+            WrongArithmetic: a gradient that was computed twice came out otherwise (`recheck`).
         """
         stop = self.total if until is None else min(until, self.total)
         saved = begun = time.monotonic()
@@ -202,6 +204,7 @@ class Loop:
         while micro_batches:
             try:
                 losses = self._gradients(step, micro_batches)
+                self._recheck(step, micro_batches, losses)
                 return losses, self._gradient_norm(step), micro_batches
             except Asked:
                 self.optimiser.zero_grad()  # half a step is no state: a resumed run makes the whole of it
@@ -232,6 +235,20 @@ class Loop:
             if extra is not None:
                 torch.autograd.backward(extra)
         return torch.stack(losses).float().tolist()
+
+    def _recheck(self, step: int, micro_batches: list[Batch], losses: list[float]) -> None:
+        """Where the spec asks for it: the same gradient once more, to the bit, or this machine is not to be trusted."""
+        every = self.spec.recheck
+        if not every or (step + 1) % every:
+            return
+        found = differing(losses, self.optimiser.named, lambda: self._gradients(step, micro_batches))
+        if found:
+            self.run.event("wrong_arithmetic", step=step + 1, n_differ=len(found), differ=found[:64])
+            raise WrongArithmetic(
+                f"step {step + 1}: computed twice, {len(found)} results differ ({', '.join(found[:3])}). No update was "
+                "made; the last good checkpoint stays. On a CPU this is faulty hardware: resume on another machine. On "
+                "a GPU it may be a kernel that adds in no fixed order: then leave recheck at 0."
+            )
 
     def _loss(self, step: int, micro: int, batch: Batch) -> Tensor:
         torch.manual_seed(key(self.spec.seed, "step", step, micro))

@@ -172,6 +172,9 @@ class RunSpec:
     device: Annotated[str, "where to compute: auto, cpu, cuda, cuda:1, mps"] = "auto"
     gradient_checkpointing: Annotated[bool, "compute activations twice to save memory"] = False
     fast: Annotated[bool, "use fused computations where a method offers them"] = True
+    recheck: Annotated[
+        int, "steps from one gradient that is computed twice and compared bit by bit to the next; 0, never", at_least(0)
+    ] = 0
     out: Annotated[str | None, "folder of the run; left out, runs/ and a name made of model, data and method"] = None
 
     def __post_init__(self) -> None:
@@ -311,13 +314,14 @@ RESUME: dict[str, ResumeRule] = {
     "device": "apply",
     "gradient_checkpointing": "apply",
     "fast": "apply",
+    "recheck": "apply",
     "out": "apply",
 }
 
 
 SAME_BITS = frozenset({
     "batch.workers", "checkpoint.every_seconds", "checkpoint.every_steps", "checkpoint.keep", "data.accept_refused",
-    "data.strict", "out",
+    "data.strict", "out", "recheck",
 })  # fmt: skip
 """Fields that a resumed run may change without changing one bit of what it computes."""
 

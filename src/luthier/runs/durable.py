@@ -13,6 +13,7 @@ read, and `sweep` removes both.
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -206,6 +207,8 @@ def remove_folder(path: Path) -> None:
 def sweep(place: Path, of: str = "") -> list[str]:
     """Remove what a killed process left in `place`: `.tmp-*` and `.del-*`. Returns the names removed.
 
+    A folder that a living process is still building is left alone.
+
     Args:
         of: only what was to become a folder of this name.
 
@@ -214,12 +217,39 @@ def sweep(place: Path, of: str = "") -> list[str]:
     """
     prefixes = (f".tmp-{of}-", f".del-{of}-") if of else (".tmp-", ".del-")
     left = sorted(p for p in place.iterdir() if p.name.startswith(prefixes)) if place.is_dir() else []
+    left = [p for p in left if not _is_being_built(p)]
     for path in left:
         if path.is_dir() and not path.is_symlink():
             remove_folder(path)
         else:
             remove(path)
     return [path.name for path in left]
+
+
+@contextlib.contextmanager
+def _building(folder: Path) -> Iterator[None]:
+    """Show other processes that this folder is being built. The kernel takes the sign away when the builder dies."""
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):  # some network disks know no locks; then nobody can tell, as before
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _is_being_built(path: Path) -> bool:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno == errno.EWOULDBLOCK
+    finally:
+        os.close(fd)
+    return False
 
 
 def append(fd: int, path: Path, data: bytes, *, lasting: bool) -> None:
@@ -520,17 +550,18 @@ def folder(target: Path, manifest: Mapping[str, Any] | None = None) -> Iterator[
         _op("mkdir", temporary)
         temporary.mkdir(mode=0o700)
     draft = Folder(temporary)
-    try:
+    with _building(temporary):
         try:
-            yield draft
-            draft._finish(manifest)
-        finally:
-            draft._close()
-        with _explained(target, "renaming"):
-            _op("rename", temporary, target)
-            temporary.rename(target)
-    except BaseException:
-        _discard(temporary)
-        raise
+            try:
+                yield draft
+                draft._finish(manifest)
+            finally:
+                draft._close()
+            with _explained(target, "renaming"):
+                _op("rename", temporary, target)
+                temporary.rename(target)
+        except BaseException:
+            _discard(temporary)
+            raise
     with _explained(target, "making it last"):
         _sync_folder(target.parent)

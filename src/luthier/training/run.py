@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from luthier import kernels
-from luthier.core import ConfigError, Interrupted, human_bytes, human_seconds, plain
+from luthier.core import ConfigError, Interrupted, Locked, human_bytes, human_seconds, plain
 from luthier.runs import RunFolder, bytes_of, differences, environment, load_newest, preflight
 from luthier.training.assemble import assemble
 from luthier.training.drift import apply, check_changes, compare_fingerprints
@@ -64,8 +64,7 @@ def train(
         prepared = prepare(spec, listener.say)
     started = time.monotonic()
     loop_of = assemble(prepared)
-    fingerprints = prepared.fingerprints
-    with RunFolder.create(path, plain(spec), fingerprints=fingerprints, device=str(prepared.device)) as run:
+    with _create(path, prepared) as run:
         for line in prepared.lines:
             run.event("note", text=line)
         _write_ledger(run, prepared)
@@ -136,6 +135,18 @@ def resume(
                 run.accept_drift(said, prints, step, spec=plain(spec) if spec != old else None)
             run.event("resumed", step=step, bit_exact=not because, because=because)
             return _run(prepared, loop, run, listener, started, stop_at, because=tuple(because))
+
+
+def _create(path: Path, prepared: Prepared) -> RunFolder:
+    """The run's folder. A name of our own choosing that another process was faster to take is followed by the next."""
+    spec, facts = prepared.spec, {"fingerprints": prepared.fingerprints, "device": str(prepared.device)}
+    while True:
+        try:
+            return RunFolder.create(path, plain(spec), **facts)
+        except (ConfigError, Locked):
+            if spec.out is not None or not path.exists():
+                raise
+            path = default_out(spec)
 
 
 def _refuse_occupied(path: Path) -> None:

@@ -139,10 +139,10 @@ def resume(
 
 def _create(path: Path, prepared: Prepared) -> RunFolder:
     """The run's folder. A name of our own choosing that another process was faster to take is followed by the next."""
-    spec, facts = prepared.spec, {"fingerprints": prepared.fingerprints, "device": str(prepared.device)}
+    spec, prints, device = prepared.spec, prepared.fingerprints, str(prepared.device)
     while True:
         try:
-            return RunFolder.create(path, plain(spec), **facts)
+            return RunFolder.create(path, plain(spec), fingerprints=prints, device=device)
         except (ConfigError, Locked):
             if spec.out is not None or not path.exists():
                 raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from luthier.__version__ import __version__
 from luthier.anatomy import Anatomy
-from luthier.core import NothingTrains, human_count, key, plain
+from luthier.core import ConfigError, NothingTrains, human_count, key, plain
 from luthier.surgery import Method, compose
 from luthier.training.batches import shuffled
 from luthier.training.chat import ChatTemplate
@@ -69,6 +70,7 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None) -> Pr
     Raises:
         Any LuthierError: names value, place and what to do.
     """
+    _refuse_ranks()
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     lines: list[str] = []
@@ -147,6 +149,16 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None) -> Pr
             "luthier": __version__,
         },
     )  # fmt: skip
+
+
+def _refuse_ranks() -> None:
+    """A launcher of several processes would get as many runs of the same rows, each taken for a part of one."""
+    told = os.environ.get("WORLD_SIZE", "1")
+    if told.strip() not in ("", "1"):
+        raise ConfigError(
+            f"WORLD_SIZE is {told!r}: a run of luthier is one process, and cannot be resumed or shared by several. "
+            "Start it without a launcher such as torchrun, or unset WORLD_SIZE."
+        )
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

@@ -10,6 +10,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,29 @@ class Table:
         return Table([self.rows[i] for i in chosen], [self.places[i] for i in chosen], self.source)
 
     def fingerprint(self) -> str:
-        """SHA-256, in hexadecimal, of all rows in order: changes when any value of any row does."""
+        """SHA-256, in hexadecimal, of all rows in order: changes when any value of any row does. Rows do not change
+        once they have been read, so it is computed once.
+        """
+        return self._digest[0]
+
+    def is_plain(self) -> bool:
+        """Whether every value has a JSON of its own; a date, say, has only that of its text."""
+        return self._digest[1]
+
+    @cached_property
+    def _digest(self) -> tuple[str, bool]:
+        others: list[str] = []
+
+        def as_text(value: Any) -> str:
+            others.append(type(value).__name__)
+            return str(value)
+
         digest = hashlib.sha256()
+        encode = json.JSONEncoder(sort_keys=True, default=as_text, ensure_ascii=True).encode
         for row in self.rows:
-            digest.update(json.dumps(row, sort_keys=True, default=str, ensure_ascii=True).encode())
+            digest.update(encode(row).encode())
             digest.update(b"\n")
-        return digest.hexdigest()
+        return digest.hexdigest(), not others
 
 
 @dataclass(frozen=True, kw_only=True)

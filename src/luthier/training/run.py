@@ -67,7 +67,6 @@ def train(
     with _create(path, prepared) as run:
         for line in prepared.lines:
             run.event("note", text=line)
-        _write_ledger(run, prepared)
         loop = loop_of(run, listener)
         with StopSignals() as loop.signals, kernels.plain(not spec.fast or not kernels.fast()):
             _begin(prepared, loop, run)
@@ -170,8 +169,7 @@ def _write_ledger(run: RunFolder, prepared: Prepared) -> None:
     run.rows.keep_rows(0)
     for half, examples in (("train", prepared.train), ("select", prepared.selection), ("test", prepared.test)):
         if examples is not None:
-            for row in examples.ledger:
-                run.rows.append({"half": half, **row}, fact=False)
+            run.rows.append_rows(examples.ledger.lines(half))
     run.rows.flush()
 
 

@@ -5,6 +5,7 @@ Every killed run is a real process killed by SIGKILL; `run` functions below are 
 
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -61,6 +62,22 @@ def step_of(run: RunFolder) -> int:
 def save_third(folder: str) -> None:
     with RunFolder.open(folder) as run:
         save(run, 3)
+
+
+def large_tensors() -> Tensors:
+    """Large enough for digests in threads, writes in several chunks, and fsyncs before the digests are known."""
+    made = torch.Generator().manual_seed(3)
+    many = {f"bias.{i}": torch.randn(7, generator=made) for i in range(2 * durable.BUFFERS)}
+    return {
+        "adapter": {"a": torch.randn(durable.THREADED_FROM // 4 + 5, generator=made), **many},
+        "optimizer": {"a.m": torch.randn(durable.CHUNK // 4 + 3, generator=made), "a.v": torch.ones(700, 501)},
+    }
+
+
+def save_large(folder: str) -> None:
+    with RunFolder.open(folder) as run:
+        run.event("step", lasting=False, step=3, loss=0.5)
+        save_checkpoint(run, 3, large_tensors(), {})
 
 
 def save_third_then_tell(folder: str) -> None:
@@ -179,6 +196,38 @@ def test_f03_a_power_loss_at_every_operation_of_a_save_is_recovered(
 
     n = crash_everywhere(template, "save_third", "save", kind, two_saved, tmp_path, check)
     assert n == len(recovered) >= 20
+
+
+@pytest.mark.parametrize("kind", ["kill", "drop", "drop-names", "drop-bytes"])
+def test_f01_f03_a_save_with_digests_in_threads_is_recovered_from_every_operation(
+    template: Template, two_saved: Path, tmp_path: Path, kind: str
+) -> None:
+    expected = large_tensors()
+    steps = []
+
+    def check(folder: Path) -> None:
+        with RunFolder.open(folder) as run:
+            found, skipped = load_newest(run)
+            assert found is not None
+            assert skipped == []
+            steps.append(found.step)
+            if found.step == 3:
+                assert all(torch.equal(found.tensors[s][n], t) for s, g in expected.items() for n, t in g.items())
+
+    n = crash_everywhere(template, "save_large", "save", kind, two_saved, tmp_path, check)
+    assert n == len(steps) >= 21
+    assert steps == sorted(steps)
+    assert steps[0] == 2, "some come before the rename"
+
+
+def test_a_save_with_digests_in_threads_always_does_the_same_operations(two_saved: Path, tmp_path: Path) -> None:
+    seen = []
+    for name in ("one", "two", "three"):
+        shutil.copytree(two_saved, tmp_path / name)
+        operations = count_ops(lambda name=name: save_large(str(tmp_path / name)), within="save")  # type: ignore[misc]
+        seen.append([(o.kind, o.path.name if o.path.suffix else "") for o in operations])
+    assert seen[0] == seen[1] == seen[2]
+    assert [kind for kind, name in seen[0] if name == "optimizer.safetensors"] == ["open", *["write"] * 3, "fsync"]
 
 
 @pytest.mark.parametrize("kind", ["drop", "drop-names", "drop-bytes"])
@@ -319,6 +368,22 @@ def test_f10_an_error_at_every_operation_of_a_save_is_never_a_success(
             assert not isinstance(error, DiskFull)
             assert str(run.path) in str(error)
             assert is_whole(run) in (2, 3)
+    assert n >= 20
+
+
+def test_f10_an_error_at_every_operation_of_a_save_with_digests_in_threads_is_never_a_success(
+    two_saved: Path, tmp_path: Path
+) -> None:
+    tensors, n = large_tensors(), 0
+    for _, run, error in every_operation(
+        "save", "eio", reopened(two_saved, tmp_path), lambda run: save_checkpoint(run, 3, tensors, {})
+    ):
+        n += 1
+        with run:
+            assert isinstance(error, ResourceError)
+            assert not list(run.ckpt.glob(".tmp-*"))
+            assert threading.active_count() == 1, "no digest goes on"
+            assert step_of(run) in (2, 3)
     assert n >= 20
 
 

@@ -46,7 +46,7 @@ def test_nothing_is_announced_twice_or_left_out(tmp_path: Path) -> None:
             draft.write_json("b", [1])
 
     calls: list[str] = []
-    real = {name: getattr(os, name) for name in ("fsync", "write", "mkdir", "rename")}
+    real = {name: getattr(os, name) for name in ("fsync", "writev", "mkdir", "rename")}
     try:
         for name, function in real.items():
             setattr(os, name, lambda *a, _n=name, _f=function, **k: (calls.append(_n), _f(*a, **k))[1])
@@ -54,7 +54,7 @@ def test_nothing_is_announced_twice_or_left_out(tmp_path: Path) -> None:
     finally:
         for name, function in real.items():
             setattr(os, name, function)
-    assert [kind for kind in announced if kind != "open"] == calls
+    assert [kind for kind in announced if kind != "open"] == [call.replace("writev", "write") for call in calls]
 
 
 def test_after_a_simulated_death_nothing_can_change_the_disk(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ import json
 import os
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -55,8 +56,8 @@ __all__ = [
 ]
 
 MANIFEST = "MANIFEST.json"
-CHUNK = 4 << 20  # bytes per write
-SMALL = 256 << 10  # parts below this many bytes are joined before they are written
+CHUNK = 4 << 20  # bytes per write, about
+BUFFERS = 512  # per write; Linux takes up to 1,024
 THREADED_FROM = 1 << 20  # below this many bytes a thread costs more than it saves
 EARLY_FROM = 4 << 20  # from this many bytes on, a folder's files are fsynced before their digests are known
 
@@ -262,8 +263,8 @@ def append(fd: int, path: Path, data: bytes, *, lasting: bool) -> None:
     before = os.fstat(fd).st_size
     with _explained(path, "appending a line"):
         try:
-            _op("append", path, half=lambda: _write_all(fd, data[: len(data) // 2]))
-            _write_all(fd, data)
+            _op("append", path, half=lambda: _write_all(fd, [data[: len(data) // 2]]))
+            _write_all(fd, [data])
         except OSError:
             with contextlib.suppress(OSError):  # the first error is the one to report; replay drops a torn tail
                 os.ftruncate(fd, before)
@@ -304,10 +305,15 @@ def _sync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def _write_all(fd: int, data: Buffer) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
+def _write_all(fd: int, parts: Sequence[Buffer]) -> None:
+    """Write at most `BUFFERS` buffers, without joining them."""
+    waiting = [memoryview(part) for part in parts if len(part)]
+    while waiting:
+        done = os.writev(fd, waiting)
+        while waiting and done >= len(waiting[0]):
+            done -= len(waiting.pop(0))
+        if done:
+            waiting[0] = waiting[0][done:]
 
 
 # --- one file --------------------------------------------------------------------------------------------------------
@@ -316,19 +322,17 @@ def _write_all(fd: int, data: Buffer) -> None:
 class _Draft:
     """One new file on its way to the disk: made and written; then `sync`, `digest`, `close`.
 
-    A large file is digested in a thread beside the writing and the fsync (all three let other threads run), so that the
-    cost is that of the slower side and not the sum. The fsync is left to `sync`: files that are all written first and
-    then fsynced one after another share commits of the disk's journal (fsyncs in parallel were measured to be slower).
+    A large file is digested in a thread beside the writing and the fsync (all three let other threads run), and the
+    disk is asked to begin with each chunk as soon as it is written, so that the cost is that of the slowest of the
+    three and not their sum. Only the thread that saves issues durable operations, so their order is always the same.
+    The fsync is left to `sync` (fsyncs in parallel were measured to be slower).
     """
-
-    _digesting = threading.Lock()  # one digest at a time: a second would take the core that is busy writing
 
     def __init__(self, path: Path, parts: list[Buffer]) -> None:
         self.path = path
         self.n_bytes = sum(len(part) for part in parts)
         self._sha256 = hashlib.sha256()
         self._thread: threading.Thread | None = None
-        parts = list(_joined(parts))
         _op("open", path)
         # O_EXCL and O_NOFOLLOW: the name is ours alone, never a link that somebody put there.
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -338,19 +342,23 @@ class _Draft:
         else:
             self._update(parts)
         try:
-            for part in parts:
-                for start in range(0, len(part), CHUNK):
-                    chunk = part[start : start + CHUNK]
-                    _op("write", path, half=lambda chunk=chunk: _write_all(self._fd, chunk[: len(chunk) // 2]))  # type: ignore[misc]
-                    _write_all(self._fd, chunk)
+            start = 0
+            for chunk in _chunks(parts):
+                _op("write", path, half=partial(_write_half, self._fd, chunk))
+                _write_all(self._fd, chunk)
+                n_bytes = sum(map(len, chunk))
+                # On Linux this begins the transfer and returns; it promises nothing, the fsync does. Files that have
+                # all begun also share one commit of the disk's journal when they are fsynced one after another.
+                with contextlib.suppress(OSError):
+                    os.posix_fadvise(self._fd, start, n_bytes, os.POSIX_FADV_DONTNEED)
+                start += n_bytes
         except BaseException:
             self.close()
             raise
 
     def _update(self, parts: list[Buffer]) -> None:
-        with self._digesting:
-            for part in parts:
-                self._sha256.update(part)
+        for part in parts:
+            self._sha256.update(part)
 
     def sync(self) -> None:
         """Return once the content is on the disk.
@@ -374,22 +382,30 @@ class _Draft:
         os.close(self._fd)
 
 
-def _joined(parts: list[Buffer]) -> Iterator[Buffer]:
-    """The same bytes, with small neighbours joined: a write for each of a thousand bias vectors would cost more."""
+def _chunks(parts: list[Buffer]) -> Iterator[list[Buffer]]:
+    """The same bytes, some buffers at a time: a write for each of a thousand bias vectors would cost more."""
     waiting: list[Buffer] = []
+    room = CHUNK
     for part in parts:
-        if len(part) >= SMALL:
-            if waiting:
-                yield b"".join(waiting)
-                waiting = []
-            yield part
-        else:
-            waiting.append(part)
-            if sum(map(len, waiting)) >= SMALL:
-                yield b"".join(waiting)
-                waiting = []
+        for start in range(0, len(part), CHUNK):
+            piece = part[start : start + CHUNK] if len(part) > CHUNK else part
+            if waiting and (len(piece) > room or len(waiting) == BUFFERS):
+                yield waiting
+                waiting, room = [], CHUNK
+            waiting.append(piece)
+            room -= len(piece)
     if waiting:
-        yield b"".join(waiting)
+        yield waiting
+
+
+def _write_half(fd: int, parts: list[Buffer]) -> None:
+    """Write the first half of the bytes of one write: what a fault in the middle of it leaves."""
+    left = sum(map(len, parts)) // 2
+    halves: list[Buffer] = []
+    for part in parts:
+        halves.append(part[:left])
+        left -= len(halves[-1])
+    _write_all(fd, halves)
 
 
 def _write_file(path: Path, parts: list[Buffer]) -> str:

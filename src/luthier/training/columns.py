@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from luthier.core import DataError, near
@@ -80,11 +81,14 @@ class Columns:
 
     def content(self, row: Row) -> str:
         """What makes two rows the same: the inputs where there is a label, else the whole."""
+        return "\x1f".join([normalised(row.get(name) or "") for name in self._content_columns])
+
+    @cached_property
+    def _content_columns(self) -> list[str]:
         roles = {"labelled": ("text", "pair"), "tagged": ("tokens",)}.get(
             self.shape, ("messages", "prompt", "context", "response", "text")
         )
-        names = [getattr(self, role) for role in roles]
-        return "\x1f".join(normalised(row.get(name) or "") for name in names if name is not None)
+        return [name for role in roles if (name := getattr(self, role)) is not None]
 
     def outcome(self, row: Row) -> str:
         """The label or tags, as text; empty where the shape has none."""

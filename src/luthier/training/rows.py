@@ -205,6 +205,8 @@ def normalised(value: Any) -> str:
     'how far is it?'
     """
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str, ensure_ascii=False)
+    if text.isascii():  # the same, in half the time
+        return " ".join(text.lower().split())
     return " ".join(unicodedata.normalize("NFC", text).casefold().split())
 
 
@@ -217,35 +219,30 @@ def count_duplicates(
         content: what makes two rows the same, such as `Columns.content`.
         label: what they should agree on, such as `Columns.outcome`.
     """
-    first_place: dict[str, str] = {}
-    seen_labels: dict[str, set[str]] = {}
-    in_train = _count_repeats(train, content, label, first_place, seen_labels)
-    in_test, across = 0, 0
-    examples: list[tuple[str, str]] = []
-    if test is not None:
-        in_test = _count_repeats(test, content, label, {}, seen_labels)
-        for row, place in zip(test.rows, test.places, strict=True):
-            if (where := first_place.get(content(row))) is not None:
-                across += 1
-                if len(examples) < 3:
-                    examples.append((where, place))
-    conflicts = sum(len(labels) > 1 for labels in seen_labels.values())
-    return Duplicates(in_train=in_train, in_test=in_test, across=across, conflicts=conflicts, examples=tuple(examples))
-
-
-def _count_repeats(
-    table: Table,
-    content: Callable[[Row], str],
-    label: Callable[[Row], str] | None,
-    first_place: dict[str, str],
-    seen_labels: dict[str, set[str]],
-) -> int:
-    for row, place in zip(table.rows, table.places, strict=True):
-        same = content(row)
-        first_place.setdefault(same, place)
-        if label is not None:
-            seen_labels.setdefault(same, set()).add(label(row))
-    return len(table) - len(first_place)
+    in_train = [content(row) for row in train.rows]
+    in_test = [content(row) for row in test.rows] if test is not None else []
+    first = dict(
+        zip(reversed(in_train), range(len(in_train) - 1, -1, -1), strict=True)
+    )  # the row where it stands first
+    across = [i for i, same in enumerate(in_test) if same in first]
+    examples = [(train.places[first[in_test[i]]], test.places[i]) for i in across[:3]] if test is not None else []
+    repeats = len(in_train) - len(first)
+    repeats_in_test = len(in_test) - len(set(in_test))
+    labels: dict[str, set[str]] = {}
+    if label is not None and (repeats or repeats_in_test or across):
+        # Only contents that repeat can disagree, and most do not.
+        times = Counter(in_train)
+        times.update(in_test)
+        for same, row in zip(in_train + in_test, train.rows + (test.rows if test is not None else []), strict=True):
+            if times[same] > 1:
+                labels.setdefault(same, set()).add(label(row))
+    return Duplicates(
+        in_train=repeats,
+        in_test=repeats_in_test,
+        across=len(across),
+        conflicts=sum(len(found) > 1 for found in labels.values()),
+        examples=tuple(examples),
+    )
 
 
 def split_rows(

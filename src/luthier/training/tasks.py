@@ -5,7 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,8 @@ from luthier.training.rows import Table
 from luthier.training.spec import TASKS
 
 __all__ = ["Task", "infer_task"]
+
+T = TypeVar("T")
 
 AUTO_CLASSES = {
     "classification": "AutoModelForSequenceClassification",
@@ -217,13 +219,13 @@ def _reads_both_ways(model_config: Any) -> bool:
 
 def _filled(table: Table, columns: Columns) -> list[Any]:
     """The label cells; a missing one is an error that names its place."""
-    assert columns.label is not None
-    values, empty = [], []
-    for i in range(len(table)):
-        value = cell(table, i, columns.label)
-        values.append(value)
-        if value is None or (isinstance(value, str) and not value.strip()) or value != value:
-            empty.append(table.places[i])
+    column = columns.label
+    assert column is not None
+    if not all(column in row for row in table.rows):
+        for i in range(len(table)):
+            cell(table, i, column)  # names the first row that lacks it
+    values = [row[column] for row in table.rows]
+    empty = [table.places[i] for i, blank in enumerate(_each(values, _is_blank)) if blank]
     if empty:
         raise DataError(
             f"{len(empty)} rows have no label in column {columns.label!r}: {_some(empty)}."
@@ -235,6 +237,18 @@ def _filled(table: Table, columns: Columns) -> list[Any]:
 def _some(places: Sequence[str]) -> str:
     more = f" and {len(places) - MOST_COMPLAINTS} more" if len(places) > MOST_COMPLAINTS else ""
     return ", ".join(places[:MOST_COMPLAINTS]) + more
+
+
+def _each(values: Sequence[Any], ask: Callable[[Any], T]) -> list[T]:
+    """`ask` of every cell. Where all are text, it is asked once of each different one: labels are few, rows many."""
+    if set(map(type, values)) == {str}:
+        known = {value: ask(value) for value in set(values)}
+        return [known[value] for value in values]
+    return [ask(value) for value in values]
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip()) or bool(value != value)
 
 
 def _is_list(value: Any) -> bool:
@@ -270,13 +284,13 @@ def _label_name(value: Any) -> str:
 
 def _label_names(table: Table, columns: Columns) -> list[str]:
     values = _filled(table, columns)
-    lists = [table.places[i] for i, v in enumerate(values) if _is_list(v)]
+    lists = [table.places[i] for i, is_list in enumerate(_each(values, _is_list)) if is_list]
     if lists:
         raise DataError(
             f"{len(lists)} rows have a list in column {columns.label!r} where the task has one label a row:"
             f" {_some(lists)}. Write one label, or lists in the training rows too."
         )
-    return [_label_name(v) for v in values]
+    return _each(values, _label_name)
 
 
 def _label_lists(table: Table, columns: Columns) -> list[list[str]]:
@@ -311,12 +325,12 @@ def _written_as_fraction(value: Any) -> bool:
 def _labels_are_measures(table: Table, columns: Columns) -> bool:
     """Regression, if every label is a number and one at least is no whole number; else classes."""
     values = _filled(table, columns)
-    numbers = [_as_number(v) for v in values]
-    if any(n is None for n in numbers):
-        return False
-    return any(
-        _written_as_fraction(v) and n is not None and not n.is_integer() for v, n in zip(values, numbers, strict=True)
-    )
+    return None not in _each(values, _as_number) and any(_each(values, _is_fraction))
+
+
+def _is_fraction(value: Any) -> bool:
+    number = _as_number(value)
+    return number is not None and _written_as_fraction(value) and not number.is_integer()
 
 
 def _classification(table: Table, columns: Columns) -> Task:

@@ -1,4 +1,4 @@
-"""Runs in children that are killed, and the page that their figures go to."""
+"""Runs in children that are killed."""
 
 import json
 import os
@@ -12,19 +12,15 @@ from luthier.training.proof import run_digests
 
 __all__ = [
     "HERE",
-    "PAGE",
     "PRELOAD",
     "as_json",
     "begin_or_resume",
     "digests",
     "kinds_of_events",
-    "read_block",
     "steps_done",
-    "write_block",
 ]
 
 HERE = Path(__file__)
-PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
 PRELOAD = (
     "torch",
     "safetensors.torch",
@@ -93,23 +89,6 @@ def kinds_of_events(out: Path) -> dict[str, int]:
     for event in RunFolder.open(out, write=False).events():
         found[event["event"]] = found.get(event["event"], 0) + 1
     return found
-
-
-def read_block(name: str) -> list[str]:
-    """The lines between the marks of `name` on the page."""
-    _, _, rest = PAGE.read_text(encoding="utf-8").partition(f"<!-- begin {name} -->")
-    return rest.partition(f"<!-- end {name} -->")[0].splitlines()
-
-
-def write_block(name: str, lines: list[str]) -> None:
-    """Replace what stands between the marks of `name` on the page."""
-    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-    text = PAGE.read_text(encoding="utf-8")
-    before, _, rest = text.partition(begin)
-    _, found, after = rest.partition(end)
-    if not found:
-        raise SystemExit(f"{PAGE}: no marks {begin} and {end}; put them where the figures belong.")
-    PAGE.write_text("\n".join([before + begin, *lines, end + after]), encoding="utf-8")
 
 
 def as_json(spec: RunSpec) -> str:

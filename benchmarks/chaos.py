@@ -23,6 +23,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "tests")]
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
 
 import _killed  # noqa: E402
+import _marks  # noqa: E402
 from little import little_spec  # noqa: E402
 
 from luthier.runs import RunFolder, checkpoints  # noqa: E402
@@ -121,7 +122,7 @@ def main() -> int:
     ]
     print("\n".join(lines))
     if asked.faults is None:
-        _killed.write_block("chaos", lines)
+        _marks.write_block("chaos", lines)
     return 0 if equal == runs else 1
 
 

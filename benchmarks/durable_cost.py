@@ -1,6 +1,7 @@
 """R4: what a verified durable save costs, against writing the same bytes and an fsync.
 
-    python benchmarks/durable_cost.py [--repeats 21] [--folder DIR]      prints JSON
+    python benchmarks/durable_cost.py                         figures into docs/reliability.md
+    python benchmarks/durable_cost.py --megabytes 5 --json    other sizes, another --folder or --repeats: printed only
 
 Three ways of putting the same tensors on the disk, taken in turn within each repeat, so that a slow moment of the disk
 hits all three; the ratio is taken within each repeat, and its median is reported.
@@ -8,9 +9,11 @@ hits all three; the ratio is taken within each repeat, and its median is reporte
 plain_one     one file holding all bytes: open, write, fsync
 plain_files   the same number of files as the checkpoint has: open, write, fsync, each
 durable       save_checkpoint: digests, manifest, all fsyncs, one rename, fsync of the folder, finite gate
+digest        SHA-256 of the same bytes in one thread, nothing written: what the digests alone cost
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -20,10 +23,17 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import _marks
 import torch
 
+from luthier.core import human_bytes
 from luthier.runs import RunFolder, environment, save_checkpoint
+
+GOAL = 1.25  # times the same files written plainly and fsynced, at the largest size
+MEGABYTES = (0.2, 1, 5, 50, 200)
+REPEATS = 21
 
 
 def plain(folder: Path, contents: list[bytes]) -> None:
@@ -54,7 +64,7 @@ def measure(n_bytes: int, repeats: int, place: Path) -> dict[str, object]:
         "optimizer": {f"{m}{i}": torch.randn(n, generator=made) for i in range(8) for m in "mv"},
     }
     state = {"step": 0, "cursor": 12345, "schedule": {"lr": 2e-4}}
-    times: dict[str, list[float]] = {"plain_one": [], "plain_files": [], "durable": []}
+    times: dict[str, list[float]] = {"plain_one": [], "plain_files": [], "durable": [], "digest": []}
     with RunFolder.create(place / "run", {}) as run:
         made_once = save_checkpoint(run, 0, tensors, state)
         contents = [path.read_bytes() for path in sorted(made_once.path.iterdir())]
@@ -64,41 +74,64 @@ def measure(n_bytes: int, repeats: int, place: Path) -> dict[str, object]:
             for path in [*place.glob("plain-*"), *run.ckpt.iterdir()]:
                 shutil.rmtree(path)
             os.sync()
-            order = [
+            order: list[tuple[str, Callable[[], object]]] = [
                 ("plain_one", lambda: plain(place / "plain-one", joined)),
                 ("plain_files", lambda: plain(place / "plain-files", contents)),
                 ("durable", partial(save_checkpoint, run, repeat, tensors, state)),
             ]
             for name, work in order[repeat % 3 :] + order[: repeat % 3]:
                 times[name].append(seconds(work))
-    ratios = {}
+            times["digest"].append(seconds(lambda: hashlib.sha256(joined[0]).digest()))
+    found: dict[str, object] = {"bytes": len(joined[0]), "files": len(contents)}
+    for name, values in times.items():
+        found[f"{name}_ms"] = round(1e3 * statistics.median(values), 2)
     for name in ("plain_one", "plain_files"):
-        pairs = zip(times["durable"], times[name], strict=True)
-        ratios[f"durable_over_{name}"] = round(statistics.median(ours / theirs for ours, theirs in pairs), 3)
-    return {
-        "bytes": sum(len(content) for content in contents),
-        "files": len(contents),
-        **{f"{name}_ms": round(1e3 * statistics.median(values), 3) for name, values in times.items()},
-        **ratios,
-    }
+        ratios = sorted(ours / theirs for ours, theirs in zip(times["durable"], times[name], strict=True))
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        found[f"durable_over_{name}"] = {"median": round(middle, 2), "quartiles": [round(low, 2), round(high, 2)]}
+    return found
+
+
+def as_table(rows: list[dict[str, Any]], repeats: int) -> list[str]:
+    """For the page."""
+    lines = [
+        "| bytes | four files, written plainly, fsynced | one such file | verified durable save | SHA-256 alone |"
+        " save / four files (quartiles) | save / one file |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        files, one = row["durable_over_plain_files"], row["durable_over_plain_one"]
+        lines.append(
+            f"| {human_bytes(row['bytes'])} | {row['plain_files_ms']} ms | {row['plain_one_ms']} ms"
+            f" | {row['durable_ms']} ms | {row['digest_ms']} ms"
+            f" | {files['median']} ({files['quartiles'][0]} to {files['quartiles'][1]}) | {one['median']} |"
+        )
+    cores = len(os.sched_getaffinity(0))
+    return [*lines, "", f"{cores} cores, medians of {repeats} repeats; `python benchmarks/durable_cost.py`."]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--repeats", type=int, default=21)
-    parser.add_argument("--megabytes", type=float, nargs="*", default=[0.5, 5, 50])
-    parser.add_argument("--folder", type=Path, default=None, help="on the disk to measure; default: the temporary one")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int)
+    parser.add_argument("--megabytes", type=float, nargs="*")
+    parser.add_argument("--folder", type=Path, help="on the disk to measure; default: the temporary one")
+    parser.add_argument("--json", action="store_true", help="print JSON and leave the page as it is")
     words = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
-    for megabytes in words.megabytes:
+    repeats, rows = words.repeats or REPEATS, []
+    for megabytes in words.megabytes or MEGABYTES:
         place = Path(tempfile.mkdtemp(dir=words.folder))
         try:
-            rows.append(measure(int(megabytes * 1e6), words.repeats, place))
+            rows.append(measure(int(megabytes * 1e6), repeats, place))
         finally:
             shutil.rmtree(place)
-    found = {"goal": 1.25, "repeats": words.repeats, "sizes": rows, "environment": environment()}
-    print(json.dumps(found, indent=1))
+    if words.json:
+        print(json.dumps({"goal": GOAL, "repeats": repeats, "sizes": rows, "environment": environment()}, indent=1))
+        return
+    lines = as_table(rows, repeats)
+    print("\n".join(lines))
+    if not (words.repeats or words.megabytes or words.folder):
+        _marks.write_block("durable_cost", lines)
 
 
 if __name__ == "__main__":

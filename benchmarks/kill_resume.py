@@ -19,6 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import _killed
+import _marks
 
 from luthier.core import human_seconds
 from luthier.testing import Template
@@ -91,11 +92,11 @@ def case(template: Template, model: str, method: str, seed: int, home: Path) -> 
 def record(model: str, method: str, row: str, seed: int) -> None:
     """Put one case's row on the page; the rows of other cases stay as they are."""
     mark = f"| {model} | {method} |"
-    rows = [line for line in _killed.read_block("kill_resume") if line.startswith("| ") and not line.startswith(mark)]
+    rows = [line for line in _marks.read_block("kill_resume") if line.startswith("| ") and not line.startswith(mark)]
     head = ["| model | method | steps | SIGKILLs | steps in the log at each kill | equal to the undisturbed run |",
             "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
     rows = sorted([*(r for r in rows if r not in head), row])
-    _killed.write_block("kill_resume", [*head, *rows, "", f"Seed {seed}; `python benchmarks/kill_resume.py`."])
+    _marks.write_block("kill_resume", [*head, *rows, "", f"Seed {seed}; `python benchmarks/kill_resume.py`."])
 
 
 def main() -> int:

@@ -134,6 +134,7 @@ def test_predict_answers_texts_and_files_in_their_order(luthier: Call, finished:
     assert plain.out.startswith(told.json["answers"][0]["label"])
 
 
+@pytest.mark.fault("F57", "terminal of a run")
 def test_what_a_row_says_cannot_drive_the_terminal(luthier: Call, model: Path, tmp_path: Path) -> None:
     table = tmp_path / "rows.csv"
     label = "\x1b]0;owned\x07"

@@ -55,12 +55,14 @@ OTHER: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.fault("F35", "every field")
 def test_every_field_has_a_rule_and_a_case() -> None:
     fields = set(leaves(RunSpec(model="m", data=DataSpec(source="s"))))
     assert fields == set(RESUME) == set(OTHER)
     assert {name for name in SAME_BITS if RESUME[name] != "apply"} == set()
 
 
+@pytest.mark.fault("F35", "refused")
 def test_every_exact_field_is_refused_and_nothing_is_written(stopped: Callable[..., Path]) -> None:
     path = stopped()
     before = (path / "events.jsonl").read_bytes()
@@ -71,6 +73,7 @@ def test_every_exact_field_is_refused_and_nothing_is_written(stopped: Callable[.
     assert drifts(path) == []
 
 
+@pytest.mark.fault("F35", "at a boundary")
 def test_every_boundary_field_is_refused_inside_an_epoch_and_says_where_it_may_change(
     stopped: Callable[..., Path],
 ) -> None:
@@ -81,6 +84,7 @@ def test_every_boundary_field_is_refused_inside_an_epoch_and_says_where_it_may_c
     assert drifts(path) == []
 
 
+@pytest.mark.fault("F35", "applied and said")
 def test_every_other_field_is_applied_recorded_and_kept_by_the_next_resume(stopped: Callable[..., Path]) -> None:
     path = stopped(2)
     names = [n for n, rule in RESUME.items() if rule == "apply" and n not in ("out", "device", "epochs")]
@@ -150,6 +154,7 @@ def test_more_epochs_and_fewer_steps_are_applied(stopped: Callable[..., Path]) -
     assert steps == list(range(1, 9))
 
 
+@pytest.mark.fault("F34", "data")
 def test_changed_rows_are_refused_and_go_on_only_when_accepted(stopped: Callable[..., Path], tmp_path: Path) -> None:
     """F34."""
     path = stopped()
@@ -175,6 +180,7 @@ def test_accepted_data_need_not_be_accepted_again(stopped: Callable[..., Path], 
     assert len(drifts(path)) == 1
 
 
+@pytest.mark.fault("F34", "model")
 def test_a_changed_model_is_refused_unless_accepted(stopped: Callable[..., Path], tmp_path: Path) -> None:
     path = stopped()
     weights = tmp_path / "bert" / "model.safetensors"
@@ -186,6 +192,7 @@ def test_a_changed_model_is_refused_unless_accepted(stopped: Callable[..., Path]
     assert not resume(path, accept_drift=["model"]).record.bit_exact
 
 
+@pytest.mark.fault("F36", "said")
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
@@ -217,6 +224,7 @@ def test_an_undisturbed_resume_says_that_it_is_exact(stopped: Callable[..., Path
     assert resumed(path)["bit_exact"] is True
 
 
+@pytest.mark.fault("F38", "exact")
 def test_workers_may_change_without_changing_a_bit(stopped: Callable[..., Path], tmp_path: Path) -> None:
     path = stopped()
     resume(path, changed={"batch.workers": 2})

@@ -161,6 +161,7 @@ def crash_everywhere(
     raise AssertionError("the fault never stopped firing")
 
 
+@pytest.mark.fault("F01", "every operation of a save")
 def test_f01_a_kill_at_every_operation_of_a_save_is_recovered(
     template: Template, two_saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -184,6 +185,7 @@ def test_f01_a_kill_at_every_operation_of_a_save_is_recovered(
         print(f"\n  F01: {n} of {n} crash points of a save recovered")
 
 
+@pytest.mark.fault("F03", "every operation of a save")
 @pytest.mark.parametrize("kind", ["drop", "drop-names", "drop-bytes"])
 def test_f03_a_power_loss_at_every_operation_of_a_save_is_recovered(
     template: Template, two_saved: Path, tmp_path: Path, kind: str
@@ -230,6 +232,7 @@ def test_a_save_with_digests_in_threads_always_does_the_same_operations(two_save
     assert [kind for kind, name in seen[0] if name == "optimizer.safetensors"] == ["open", *["write"] * 3, "fsync"]
 
 
+@pytest.mark.fault("F03", "right after a save")
 @pytest.mark.parametrize("kind", ["drop", "drop-names", "drop-bytes"])
 def test_f03_what_was_saved_survives_a_power_loss_right_after(
     template: Template, two_saved: Path, tmp_path: Path, kind: str
@@ -253,6 +256,7 @@ def count_events(start: Path, tmp_path: Path) -> int:
     return max(number for number, operation in enumerate(operations, start=1) if operation.kind == "append")
 
 
+@pytest.mark.fault("F03", "the harness finds a missing fsync")
 def test_f03_the_harness_finds_a_save_that_forgets_to_fsync(
     template: Template, two_saved: Path, tmp_path: Path
 ) -> None:
@@ -267,6 +271,7 @@ def test_f03_the_harness_finds_a_save_that_forgets_to_fsync(
     assert [path.name for path, _ in skipped] == ["step-00000003"]
 
 
+@pytest.mark.fault("F02", "every operation of pruning", "the best one stays")
 @pytest.mark.parametrize("kind", ["kill", "drop"])
 def test_f02_a_kill_at_every_operation_of_pruning_never_leaves_too_few(
     template: Template, six_saved: Path, tmp_path: Path, kind: str
@@ -309,6 +314,7 @@ def reopened(start: Path, tmp_path: Path) -> Callable[[], RunFolder]:
     return prepare
 
 
+@pytest.mark.fault("F08", "every operation of a save")
 @pytest.mark.parametrize("kind", ["enospc", "edquot"])
 def test_f08_a_full_disk_at_every_operation_of_a_save_leaves_the_last_good_one(
     two_saved: Path, tmp_path: Path, kind: str
@@ -324,6 +330,7 @@ def test_f08_a_full_disk_at_every_operation_of_a_save_leaves_the_last_good_one(
     assert n >= 20
 
 
+@pytest.mark.fault("F08", "pruned and tried again")
 def test_f08_a_full_disk_is_answered_by_pruning_and_one_more_try(six_saved: Path, tmp_path: Path) -> None:
     outcomes = []
     for _, run, error in every_operation("save", "enospc", reopened(six_saved, tmp_path), lambda run: save(run, 7)):
@@ -356,6 +363,7 @@ def test_f08_a_disk_that_stays_full_ends_the_run_with_what_it_had(six_saved: Pat
         assert is_whole(run) == 6
 
 
+@pytest.mark.fault("F10", "every operation of a save")
 @pytest.mark.parametrize("kind", ["eio", "erofs"])
 def test_f10_an_error_at_every_operation_of_a_save_is_never_a_success(
     two_saved: Path, tmp_path: Path, kind: str
@@ -387,6 +395,7 @@ def test_f10_an_error_at_every_operation_of_a_save_with_digests_in_threads_is_ne
     assert n >= 20
 
 
+@pytest.mark.fault("F11", "saves never overlap")
 def test_f11_saves_on_a_slow_disk_never_overlap(
     two_saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,7 @@ def put(folder: Path, name: str, content: str | bytes) -> Path:
     return path
 
 
+@pytest.mark.fault("F21", "base", "tuning")
 def test_f21_a_nan_in_base_weights_or_an_adapter_is_refused_with_the_tensors_name(tmp_path: Path) -> None:
     weights = torch.ones(4, 3)
     weights[2, 1] = float("nan")
@@ -34,6 +35,7 @@ def test_f21_a_nan_in_base_weights_or_an_adapter_is_refused_with_the_tensors_nam
         safetensors.read(tmp_path / "a.safetensors")
 
 
+@pytest.mark.fault("F26", "all named at once")
 def test_f26_bad_lines_are_told_with_file_line_and_reason_all_at_once(tmp_path: Path) -> None:
     good = '{"text": "a"}'
     path = put(tmp_path, "a.jsonl", f'\ufeff{good}\r\n{{"text": \r\n{{"text": "\\ud800"}}\r\n{good}\r\n')
@@ -46,6 +48,7 @@ def test_f26_bad_lines_are_told_with_file_line_and_reason_all_at_once(tmp_path: 
     assert rows.read(path, skip_bad=2).left_out and len(rows.read(path, skip_bad=2)) == 2
 
 
+@pytest.mark.fault("F27", "named")
 def test_f27_missing_extra_and_wrongly_typed_columns_are_named(tmp_path: Path) -> None:
     path = put(
         tmp_path,
@@ -60,6 +63,7 @@ def test_f27_missing_extra_and_wrongly_typed_columns_are_named(tmp_path: Path) -
         rows.read(put(tmp_path, "a.csv", "text,label\na,b\nc\n"))
 
 
+@pytest.mark.fault("F28", "empty and duplicate")
 def test_f28_empty_files_and_texts_are_refused_and_duplicates_counted(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is empty"):
         rows.read(put(tmp_path, "a.csv", ""))
@@ -79,6 +83,7 @@ def test_f29_a_row_beyond_the_cap_is_listed_not_cut(tmp_path: Path) -> None:
     assert len(rows.read(path).rows[0]["text"]) == 5000
 
 
+@pytest.mark.fault("F32", "template")
 @pytest.mark.parametrize(
     "hostile, says",
     [
@@ -96,6 +101,7 @@ def test_f32_a_template_that_is_missing_raises_or_drops_the_answer_stops_with_th
     assert not hostile or "hi" in str(error.value)
 
 
+@pytest.mark.fault("F50", "refused, converted only in the jail")
 @pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".ckpt", ".pkl"])
 def test_f50_a_pickle_is_refused_where_weights_are_expected_and_converted_only_in_the_jail(
     tmp_path: Path, suffix: str
@@ -112,6 +118,7 @@ def test_f50_a_pickle_is_refused_where_weights_are_expected_and_converted_only_i
     assert not (tmp_path / "CANARY").exists() and not (tmp_path / "out.safetensors").exists()
 
 
+@pytest.mark.fault("F51", "refused")
 @pytest.mark.parametrize(
     "key, value",
     [
@@ -130,12 +137,14 @@ def test_f51_a_configuration_that_imports_fetches_or_points_elsewhere_is_refused
         model.check_folder(tmp_path)
 
 
+@pytest.mark.fault("F52", "refused")
 @pytest.mark.parametrize("case", list(corpus.safetensors_cases()), ids=lambda c: c.name)
 def test_f52_a_hostile_safetensors_file_is_refused(tmp_path: Path, case: corpus.Case) -> None:
     with pytest.raises(LuthierError):
         safetensors.read(case.make(tmp_path))
 
 
+@pytest.mark.fault("F53", "refused")
 def test_f53_gguf_counts_alignment_and_texts_are_checked_against_the_file(tmp_path: Path) -> None:
     for number, case in enumerate(list(corpus.gguf_cases())[::9]):
         folder = tmp_path / str(number)
@@ -144,6 +153,7 @@ def test_f53_gguf_counts_alignment_and_texts_are_checked_against_the_file(tmp_pa
             gguf.check(case.make(folder))
 
 
+@pytest.mark.fault("F54", "nothing outside")
 @pytest.mark.parametrize("word", ["up", "absolute", "symlink", "hardlink", "device", "bomb", "collision by case"])
 def test_f54_an_archive_writes_nothing_outside_its_target(tmp_path: Path, word: str) -> None:
     cases = [c for c in corpus.archive_cases() if word in c.name]
@@ -158,6 +168,7 @@ def test_f54_an_archive_writes_nothing_outside_its_target(tmp_path: Path, word: 
     assert not Path("/tmp", corpus.CANARY).exists()
 
 
+@pytest.mark.fault("F55", "limits")
 def test_f55_a_template_bomb_ends_at_its_limits() -> None:
     with pytest.raises(Refused, match=r"256\.0 MB of memory"):
         template.render('{{ "x"*500000000 }}', TALK)
@@ -167,6 +178,7 @@ def test_f55_a_template_bomb_ends_at_its_limits() -> None:
         template.render("{% for a in range(99999) %}{{ 'x'*99 }}{% endfor %}", TALK)
 
 
+@pytest.mark.fault("F56", "data only")
 def test_f56_configurations_are_data_without_tags_aliases_or_interpolation(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="anchors and aliases"):
         config.read_yaml(put(tmp_path, "a.yaml", "a: &a [x]\nb: *a\n"))
@@ -180,6 +192,7 @@ def test_f56_configurations_are_data_without_tags_aliases_or_interpolation(tmp_p
         config.read_toml(put(tmp_path, "e.toml", "".join(f"k{n} = 1\n" for n in range(1_000_000))))
 
 
+@pytest.mark.fault("F57", "inert")
 def test_f57_foreign_text_is_inert_in_messages_and_wherever_it_is_shown(tmp_path: Path) -> None:
     evil = "\x1b]0;owned\x07<script>\u202e"
     with pytest.raises(LuthierError) as error:
@@ -188,6 +201,7 @@ def test_f57_foreign_text_is_inert_in_messages_and_wherever_it_is_shown(tmp_path
     assert "<" not in text.for_html(evil) and text.for_terminal(evil).isprintable()
 
 
+@pytest.mark.fault("F62", "readers")
 @pytest.mark.parametrize("place", ["with blank", "ünï 🙂", "-n", "a'b\"c", "per%cent", "new\nline"])
 def test_f62_every_reader_works_below_odd_folders_in_any_locale_with_no_home_and_no_network(
     tmp_path: Path, place: str
@@ -226,6 +240,7 @@ def test_f62_the_children_have_no_network_where_the_kernel_allows_it_and_no_sock
         jail.run("socket:socket", 2, what="x")
 
 
+@pytest.mark.fault("F63", "shapes and infinity")
 def test_f63_a_tuning_of_the_wrong_shapes_or_with_an_infinity_is_refused_before_any_merge(tmp_path: Path) -> None:
     save_file({"a": torch.ones(4, 3), "b": torch.full((3, 5), float("inf"))}, tmp_path / "t.safetensors")
     with pytest.raises(Refused, match=r"'a' has shape \[4, 3\], expected \[8, 3\]"):

@@ -54,6 +54,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.mark.fault("F41", "store")
 def test_f41_a_second_process_is_refused_with_pid_and_host(template: Template, folder: Path) -> None:
     with RunFolder.open(folder):
         outcome = template.run(__file__, "open_and_write", {"folder": str(folder)})
@@ -76,6 +77,7 @@ def test_f41_reading_needs_no_lock(folder: Path) -> None:
             reader.event("no")
 
 
+@pytest.mark.fault("F41", "dead holder")
 def test_f41_the_lock_of_a_killed_process_is_taken_over_and_recorded(template: Template, folder: Path) -> None:
     outcome = template.run(__file__, "die_with_the_lock", {"folder": str(folder)})
     assert outcome.status == -signal.SIGKILL, outcome.output
@@ -112,6 +114,7 @@ def test_f41_a_living_holder_is_respected_where_flock_says_nothing(folder: Path)
         RunFolder.open(folder)
 
 
+@pytest.mark.fault("F41", "dead holder")
 def test_f41_a_pid_used_again_by_another_process_is_proof_of_death(folder: Path) -> None:
     with_holder(folder, ticks=myself()["ticks"] - 100)
     RunFolder.open(folder).close()

@@ -33,6 +33,8 @@ def whole(home: Path) -> dict[str, str]:
     return run_digests(home / "whole")
 
 
+@pytest.mark.fault("F10", "in a run")
+@pytest.mark.fault("F08", "in a run")
 @pytest.mark.parametrize("kind", ["enospc", "eio", "erofs"])
 def test_a_disk_that_fails_in_a_later_save_leaves_the_last_checkpoint_and_the_run_resumes(
     kind: str, home: Path, tmp_path: Path, whole: dict[str, str]
@@ -57,12 +59,14 @@ def test_a_disk_that_fails_in_a_later_save_leaves_the_last_checkpoint_and_the_ru
     assert run_digests(out) == whole
 
 
+@pytest.mark.fault("F11", "in a run")
 def test_a_slow_disk_changes_nothing(home: Path, tmp_path: Path, whole: dict[str, str]) -> None:
     with installed("save:30:sleep"):
         train(spec_of(home, tmp_path / "run"))
     assert run_digests(tmp_path / "run") == whole
 
 
+@pytest.mark.fault("F09", "refused before step 1")
 def test_too_little_disk_is_refused_before_step_1_with_what_is_needed(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, str]
 ) -> None:
@@ -78,6 +82,8 @@ def test_too_little_disk_is_refused_before_step_1_with_what_is_needed(
     assert run_digests(out) == whole
 
 
+@pytest.mark.fault("F10", "in a run")
+@pytest.mark.fault("F08", "in a run")
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["enospc", "eio"])
 def test_a_disk_that_fails_at_any_operation_of_a_run_loses_nothing(

@@ -112,6 +112,7 @@ def check(
     assert run_digests(tmp_path / "run") == expected
 
 
+@pytest.mark.fault("F39", "exact")
 @pytest.mark.parametrize("method", STATEFUL)
 def test_methods_with_a_state_of_their_own_resume_to_the_bit_at_every_place(
     method: str,
@@ -123,6 +124,8 @@ def test_methods_with_a_state_of_their_own_resume_to_the_bit_at_every_place(
     check(method, "bert", 0, home, whole, tmp_path, monkeypatch)
 
 
+@pytest.mark.fault("F39", "exact")
+@pytest.mark.fault("F38", "exact")
 @pytest.mark.parametrize(("kind", "workers"), [("bert", 2), ("llama", 0)])
 def test_lora_resumes_to_the_bit_at_every_place(
     kind: str, workers: int, home: Path, whole: Callable[[str, str], dict[str, str]], tmp_path: Path,
@@ -131,6 +134,8 @@ def test_lora_resumes_to_the_bit_at_every_place(
     check("lora", kind, workers, home, whole, tmp_path, monkeypatch)
 
 
+@pytest.mark.fault("F39", "exact")
+@pytest.mark.fault("F38", "exact")
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", ["bert", "llama"])
@@ -142,6 +147,7 @@ def test_every_method_resumes_to_the_bit_at_every_place(
     check(method, kind, workers, home, whole, tmp_path, monkeypatch)
 
 
+@pytest.mark.fault("F04", "the run goes on from an older one")
 def test_a_run_goes_on_from_a_damaged_newest_checkpoint_to_the_same_bits(
     home: Path, whole: Callable[[str, str], dict[str, str]], tmp_path: Path
 ) -> None:
@@ -175,6 +181,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew_to_the_same_bits(
     assert (tmp_path / "run" / "rows.jsonl").read_bytes() == rows  # not twice
 
 
+@pytest.mark.fault("F39", "finished run")
 def test_a_finished_run_is_left_as_it_is_and_says_where_its_result_lies(home: Path, tmp_path: Path) -> None:
     spec = little_spec(home, steps=3, out=str(tmp_path / "run"))
     train(spec)
@@ -214,6 +221,7 @@ def test_verify_resume_finds_equal_digests_and_would_find_others(
     assert proof["parts"]["adapter"]["whole"] != proof["parts"]["adapter"]["resumed"]
 
 
+@pytest.mark.fault("F49", "size")
 def test_a_checkpoint_holds_what_trains_and_its_moments_and_no_frozen_weight(home: Path, tmp_path: Path) -> None:
     """F49: at most 1.1 times (trained + moments)."""
     spec = little_spec(home, "lora", steps=2, out=str(tmp_path / "run"))

@@ -77,6 +77,7 @@ PLACES = {
 }
 
 
+@pytest.mark.fault("F17", "forward, backward, update")
 @pytest.mark.parametrize("how", SAID)
 @pytest.mark.parametrize("place", PLACES)
 def test_the_run_goes_on_with_smaller_pieces_of_the_same_steps(
@@ -102,6 +103,7 @@ def test_the_run_goes_on_with_smaller_pieces_of_the_same_steps(
     assert checkpoint.state["budget"] < 160
 
 
+@pytest.mark.fault("F17", "forward, backward, update")
 def test_an_update_that_fails_midway_is_not_made_twice(
     home: Path, tmp_path: Path, monkeypatch: Patch, undisturbed: tuple[list[float], dict[str, torch.Tensor]]
 ) -> None:
@@ -135,6 +137,7 @@ def test_an_update_that_never_fits_ends_the_run_with_advice(home: Path, tmp_path
         train(spec_of(home, tmp_path / "run"))
 
 
+@pytest.mark.fault("F17", "evaluation")
 def test_a_batch_of_evaluation_is_cut_finer_and_stays_so(
     home: Path, tmp_path: Path, monkeypatch: Patch, undisturbed: tuple[list[float], dict[str, torch.Tensor]]
 ) -> None:
@@ -175,6 +178,7 @@ def test_the_widest_batches_of_training_and_evaluation_come_first(
     assert wide == max(n for training, n in widths[:-2] if not training)
 
 
+@pytest.mark.fault("F17", "before step 1")
 def test_the_trial_finds_what_fits_before_step_1(
     home: Path, tmp_path: Path, monkeypatch: Patch, undisturbed: tuple[list[float], dict[str, torch.Tensor]]
 ) -> None:
@@ -208,6 +212,7 @@ def test_a_row_that_does_not_fit_alone_is_refused_with_its_length(
     assert caught.value.exit_code == 5
 
 
+@pytest.mark.fault("F17", "exact resume")
 def test_a_run_whose_memory_ran_out_resumes_to_the_bit(home: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     with monkeypatch.context() as patched:
         at_call(patched, Objective, "__call__", 9, raising("MemoryError"))

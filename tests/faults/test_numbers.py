@@ -64,6 +64,8 @@ def all_finite(path: Path) -> bool:
     return all(bool(t.isfinite().all()) for group in groups for t in group.values() if t.is_floating_point())
 
 
+@pytest.mark.fault("F20", "no update, rows named")
+@pytest.mark.fault("F19", "no update, rows named")
 @pytest.mark.parametrize("method", ["lora", "adalora"])
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_one_bad_step_makes_no_update_and_names_its_rows(
@@ -114,6 +116,7 @@ def test_bad_rows_that_come_again_and_again_are_left_out_after_going_back(
     assert all_finite(out)
 
 
+@pytest.mark.fault("F22", "stop with code 6")
 def test_numbers_that_stay_bad_end_with_exit_code_6_and_the_last_good_checkpoint(
     home: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
@@ -130,6 +133,8 @@ def test_numbers_that_stay_bad_end_with_exit_code_6_and_the_last_good_checkpoint
     assert all_finite(out)
 
 
+@pytest.mark.fault("F23", "window stays")
+@pytest.mark.fault("F22", "one")
 def test_a_spike_makes_no_update_and_one_nan_does_not_blind_the_watch(
     home: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
@@ -152,6 +157,7 @@ def test_a_hard_row_late_in_training_is_no_spike() -> None:
     assert all(v < 3 for v in guard.seen)
 
 
+@pytest.mark.fault("F24", "scale")
 def test_the_loss_scale_falls_on_overflow_rises_after_peace_and_stops_at_its_floor() -> None:
     """F24."""
     scale = LossScale(True, patience=3)
@@ -168,6 +174,7 @@ def test_the_loss_scale_falls_on_overflow_rises_after_peace_and_stops_at_its_flo
     assert LossScale(False).fits(1.0, float("inf"))  # elsewhere it is no matter of scale
 
 
+@pytest.mark.fault("F24", "fp32 masters", "scale")
 def test_fp16_trains_with_a_scaled_loss_skips_overflows_and_keeps_fp32_masters(
     home: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
@@ -192,6 +199,7 @@ def test_fp16_trains_with_a_scaled_loss_skips_overflows_and_keeps_fp32_masters(
     assert all_finite(out)
 
 
+@pytest.mark.fault("F21", "base")
 def test_a_base_with_nan_is_refused_by_the_name_of_its_tensor(home: Path, tmp_path: Path) -> None:
     """F21."""
     folder = little_model(tmp_path / "bert")
@@ -204,6 +212,8 @@ def test_a_base_with_nan_is_refused_by_the_name_of_its_tensor(home: Path, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.fault("F30", "masked")
+@pytest.mark.fault("F29", "no target")
 def test_rows_whose_answers_all_fall_off_are_refused_before_step_1(home: Path, tmp_path: Path) -> None:
     """F30: every label masked."""
     with pytest.raises(DataError) as caught:
@@ -212,6 +222,7 @@ def test_rows_whose_answers_all_fall_off_are_refused_before_step_1(home: Path, t
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.fault("F30", "one class")
 def test_one_class_is_refused_before_step_1(home: Path, tmp_path: Path) -> None:
     data = tmp_path / "one.csv"
     data.write_text("text,label\n" + "".join(f"the moon {w},good\n" for w in ("is", "far", "red", "tall")) * 4)

@@ -56,6 +56,8 @@ class SignalAt:
                 os.kill(os.getpid(), self.number)
 
 
+@pytest.mark.fault("F14", "each signal")
+@pytest.mark.fault("F12", "next micro-batch, exact resume")
 @pytest.mark.parametrize(
     ("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129), ("SIGUSR1", 128 + signal.SIGUSR1)]
 )
@@ -73,6 +75,7 @@ def test_a_signal_in_a_forward_pass_leaves_at_the_next_micro_batch_and_loses_not
     assert run_digests(tmp_path / "run") == whole
 
 
+@pytest.mark.fault("F13", "during a save")
 @pytest.mark.parametrize("k", [3, 12, 21])
 def test_a_signal_during_a_save_lets_the_save_be_finished(
     k: int, home: Path, tmp_path: Path, whole: dict[str, str]
@@ -89,6 +92,7 @@ def test_a_signal_during_a_save_lets_the_save_be_finished(
     assert run_digests(tmp_path / "run") == whole
 
 
+@pytest.mark.fault("F13", "during an evaluation")
 @pytest.mark.parametrize("k", [1, 2])  # the first is the trial before step 1
 def test_a_signal_during_an_evaluation_ends_it_and_the_resumed_run_makes_it(
     k: int, home: Path, tmp_path: Path, monkeypatch: Patch, whole: dict[str, str]
@@ -102,6 +106,7 @@ def test_a_signal_during_an_evaluation_ends_it_and_the_resumed_run_makes_it(
     assert run_digests(tmp_path / "run") == whole
 
 
+@pytest.mark.fault("F14", "ignored by the parent")
 def test_a_signal_that_the_parent_ignores_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
@@ -171,6 +176,7 @@ def second(home: str, out: str) -> None:
     resume(out)
 
 
+@pytest.mark.fault("F13", "second signal")
 def test_a_second_signal_leaves_at_once_and_the_run_resumes_to_the_bit(
     template: Template, home: Path, tmp_path: Path, whole: dict[str, str]
 ) -> None:
@@ -181,12 +187,14 @@ def test_a_second_signal_leaves_at_once_and_the_run_resumes_to_the_bit(
     assert run_digests(tmp_path / "run") == whole
 
 
+@pytest.mark.fault("F12", "exit code of the process")
 def test_the_process_ends_with_143(template: Template, home: Path, tmp_path: Path) -> None:
     outcome = template.run(__file__, "once", {"home": str(home), "out": str(tmp_path / "run")})
     assert outcome.status == 143, outcome.output
     assert "Interrupted: stopped by signal 15" in outcome.output
 
 
+@pytest.mark.fault("F41", "whole runs")
 def test_a_second_process_at_the_same_run_is_refused_with_pid_and_host(
     template: Template, home: Path, tmp_path: Path
 ) -> None:
@@ -199,6 +207,8 @@ def test_a_second_process_at_the_same_run_is_refused_with_pid_and_host(
     assert f"process {os.getpid()} on this host" in outcome.output
 
 
+@pytest.mark.fault("F41", "dead holder")
+@pytest.mark.fault("F01", "whole runs")
 def test_the_lock_of_a_killed_process_is_taken_over(
     template: Template, home: Path, tmp_path: Path, whole: dict[str, str]
 ) -> None:
@@ -210,6 +220,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(
     assert [e for e in RunFolder.open(out, write=False).events() if e["event"] == "took_over_lock"]
 
 
+@pytest.mark.fault("F01", "whole runs")
 @pytest.mark.slow
 @pytest.mark.parametrize("scope", ["create", "save", "prune", "event", "*"])
 def test_a_run_killed_at_its_durable_operations_resumes_to_the_bit(
@@ -247,6 +258,7 @@ print(result.record.status)
 """
 
 
+@pytest.mark.fault("F62", "LANG=C, no HOME, no terminal, odd path")
 def test_it_runs_in_a_bare_environment_and_a_folder_with_blanks_and_an_emoji(tmp_path: Path) -> None:
     """F62: LANG=C, no terminal, no HOME that can be written, no network asked for."""
     home = tmp_path / "my rüns 🎻"

@@ -78,17 +78,22 @@ def damaged_loads(folder: Path, files: list[Path], n: int, kinds: tuple[str, ...
     return found_times
 
 
+@pytest.mark.fault("F04", "found before use")
 def test_f04_a_flipped_bit_in_weights_is_found_before_use(copied: Path) -> None:
     files = [copied / "ckpt" / "step-00000002" / "adapter.safetensors"]
     assert damaged_loads(copied, files, 60, ("flip",)) == 60
 
 
+@pytest.mark.fault("F05", "found before use")
 def test_f05_a_flipped_bit_in_optimizer_state_or_manifest_is_found_before_use(copied: Path) -> None:
     names = ("optimizer.safetensors", "state.json", "MANIFEST.json")
     files = [copied / "ckpt" / "step-00000002" / name for name in names]
     assert damaged_loads(copied, files, 60, ("flip",)) == 60
 
 
+@pytest.mark.fault("F06", "not whole")
+@pytest.mark.fault("F05", "found before use")
+@pytest.mark.fault("F04", "found before use")
 @pytest.mark.slow
 def test_f04_to_f06_a_thousand_random_damages_are_all_found(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = sorted((copied / "ckpt" / "step-00000002").iterdir())
@@ -111,6 +116,7 @@ def test_every_single_bit_of_a_manifest_counts(copied: Path) -> None:
         assert found.step == 1, f"byte {at}"
 
 
+@pytest.mark.fault("F06", "not whole")
 @pytest.mark.parametrize("name", ["adapter.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json"])
 @pytest.mark.parametrize("fault", ["cut", "empty", "missing", "link", "folder", "pipe"])
 def test_f06_a_file_that_is_not_whole_is_found_and_recorded(copied: Path, name: str, fault: str) -> None:
@@ -139,6 +145,7 @@ def test_f06_a_file_that_is_not_whole_is_found_and_recorded(copied: Path, name: 
         assert recorded[0]["reason"] == skipped[0][1]
 
 
+@pytest.mark.fault("F06", "extra")
 def test_f06_an_extra_file_is_ignored_and_reported(copied: Path) -> None:
     (copied / "ckpt" / "step-00000002" / "pytorch_model.bin").write_bytes(b"\x80\x04")
     with RunFolder.open(copied) as run:
@@ -159,6 +166,7 @@ def test_f06_a_checkpoint_under_another_name_is_refused(copied: Path) -> None:
     assert "step-00000002" in skipped[0][1]
 
 
+@pytest.mark.fault("F07", "the store stops")
 def test_f07_when_no_checkpoint_verifies_the_run_stops(copied: Path) -> None:
     for path in (copied / "ckpt").glob("step-*/adapter.safetensors"):
         content = path.read_bytes()
@@ -172,6 +180,7 @@ def test_a_run_without_candidates_starts_at_step_0(tmp_path: Path) -> None:
         assert load_newest(run) == (None, [])
 
 
+@pytest.mark.fault("F02", "damaged ones do not count")
 def test_f02_damaged_checkpoints_do_not_count_as_kept(copied: Path) -> None:
     with RunFolder.open(copied) as run:
         for step in (3, 4):
@@ -211,6 +220,7 @@ def test_a_second_checkpoint_of_one_step_never_replaces_the_first(copied: Path) 
         assert [path.name for path, _ in skipped] == ["step-00000002-r2"]
 
 
+@pytest.mark.fault("F09", "refused before step 1")
 def test_f09_too_little_disk_is_refused_with_need_and_have(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path / "run", {}) as run:
         preflight(run, 1000)
@@ -218,6 +228,7 @@ def test_f09_too_little_disk_is_refused_with_need_and_have(tmp_path: Path) -> No
             preflight(run, 10**18)
 
 
+@pytest.mark.fault("F21", "checkpoint")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.complex64])
 def test_f21_a_number_that_is_not_finite_is_refused_by_name(value: float, dtype: torch.dtype) -> None:
@@ -232,6 +243,7 @@ def test_f21_numbers_whose_sum_overflows_are_still_finite() -> None:
     gate_finite({"n": torch.ones(3, dtype=torch.int64), "none": torch.zeros(0)}, "adapter")
 
 
+@pytest.mark.fault("F21", "checkpoint")
 def test_r7_a_checkpoint_with_nan_is_not_written(copied: Path) -> None:
     with RunFolder.open(copied) as run:
         with pytest.raises(Diverged, match="step 3, optimizer: tensor 'm'"):
@@ -239,6 +251,7 @@ def test_r7_a_checkpoint_with_nan_is_not_written(copied: Path) -> None:
         assert sorted(p.name for p in run.ckpt.iterdir()) == ["step-00000001", "step-00000002"]
 
 
+@pytest.mark.fault("F49", "size")
 def test_f49_a_checkpoint_weighs_what_is_trained_and_its_moments(tmp_path: Path) -> None:
     weights = {"a": torch.randn(300, 211), "b": torch.randn(97, 130)}
     moments = {f"{name}.{m}": torch.randn_like(t) for name, t in weights.items() for m in ("m", "v")}
@@ -271,18 +284,21 @@ def with_version(folder: Path, version: Any) -> None:
     path.write_bytes(durable.encode(manifest))
 
 
+@pytest.mark.fault("F40", "newer")
 def test_f40_a_newer_format_is_refused_and_not_passed_over(copied: Path) -> None:
     with_version(copied, 2)
     with pytest.raises(IntegrityError, match=r"format version 2 is newer than the 1.*Update luthier"):
         load_newest(RunFolder.open(copied, write=False))
 
 
+@pytest.mark.fault("F40", "older")
 def test_f40_a_format_older_than_any_known_is_refused(copied: Path) -> None:
     with_version(copied, 0)
     with pytest.raises(IntegrityError, match="format version 0 is older than any"):
         load_newest(RunFolder.open(copied, write=False))
 
 
+@pytest.mark.fault("F40", "older")
 def test_f40_an_older_format_is_migrated_and_its_files_stay_as_they_are(
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -304,6 +320,7 @@ def test_f40_an_older_format_is_migrated_and_its_files_stay_as_they_are(
     assert {p: p.read_bytes() for p in before} == before
 
 
+@pytest.mark.fault("F40", "newer", "older")
 def test_f40_run_json_of_another_version_is_refused_or_migrated(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = copied / "run.json"
     old = json.loads(path.read_bytes())
@@ -318,6 +335,7 @@ def test_f40_run_json_of_another_version_is_refused_or_migrated(copied: Path, mo
         RunFolder.open(copied, write=False)
 
 
+@pytest.mark.fault("F40", "golden checkpoint")
 def test_f40_the_golden_run_of_format_1_still_loads(tmp_path: Path) -> None:
     shutil.copytree(GOLDEN / "format-1", tmp_path / "run")
     with RunFolder.open(tmp_path / "run") as run:

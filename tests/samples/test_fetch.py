@@ -84,6 +84,7 @@ def test_an_archive_without_the_wanted_member_is_refused(index: Path, cache: Pat
     assert visible(cache) == []
 
 
+@pytest.mark.fault("F42", "killed builder")
 def test_a_killed_fetch_shows_nothing_and_the_next_one_sweeps_and_succeeds(index: Path, cache: Path) -> None:
     shelve(index)
     command = [sys.executable, str(SHELF), str(index), str(cache), "stop"]
@@ -113,6 +114,7 @@ def test_ctrl_c_leaves_nothing(index: Path, cache: Path, monkeypatch: pytest.Mon
     assert visible(cache) == []
 
 
+@pytest.mark.fault("F42", "samples")
 def test_of_four_processes_one_fetches_and_the_others_wait_for_it(index: Path, cache: Path) -> None:
     shelve(index)
     children = [

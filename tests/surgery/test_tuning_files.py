@@ -53,6 +53,7 @@ for folder in {folders!r}:
 """
 
 
+@pytest.mark.fault("F64", "our own format")
 def test_a_fresh_process_computes_the_same_bits(tmp_path: Path) -> None:
     names, threads = ["lora", "prefix_tuning", "bitfit", "lst"], torch.get_num_threads()
     torch.set_num_threads(1)

@@ -29,6 +29,7 @@ def assert_says(message, *words):
         assert word in message, f"{word!r} is not in {message!r}"
 
 
+@pytest.mark.fault("F26", "in training data")
 @pytest.mark.parametrize(
     ("name", "raw", "words"),
     [
@@ -67,6 +68,7 @@ def test_an_empty_folder_has_no_texts(tmp_path):
     assert_says(refused(tmp_path, source="texts"), "texts", "holds no rows", "at least one")
 
 
+@pytest.mark.fault("F27", "in training data")
 def test_a_missing_column_is_answered_with_the_columns_there_are(tmp_path):
     (tmp_path / "a.csv").write_text(GOOD, encoding="utf-8")
     assert_says(refused(tmp_path, source="a.csv", label="labl"), "'labl'", "'label'", "--label", "a.csv")
@@ -74,6 +76,7 @@ def test_a_missing_column_is_answered_with_the_columns_there_are(tmp_path):
     assert_says(refused(tmp_path, source="b.csv"), "'foo', 'bar'", "--text and --label")
 
 
+@pytest.mark.fault("F30", "unknown label")
 def test_labels_in_test_that_train_lacks_are_named(tmp_path):
     (tmp_path / "a.csv").write_text(GOOD, encoding="utf-8")
     (tmp_path / "t.csv").write_text("text,label\nnew,a\nother,c\n", encoding="utf-8")
@@ -90,6 +93,7 @@ def test_a_measure_that_is_no_number_is_named(tmp_path):
     assert_says(refused(tmp_path, task="regression", source="a.csv"), "a.csv:3", "'many'")
 
 
+@pytest.mark.fault("F33", "counted, and strict stops")
 def test_rows_in_both_halves_are_counted_and_strict_stops(tmp_path):
     (tmp_path / "a.csv").write_text(GOOD, encoding="utf-8")
     (tmp_path / "t.csv").write_text("text,label\nTEXT  3,b\nnew,a\n", encoding="utf-8")

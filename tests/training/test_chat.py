@@ -139,6 +139,7 @@ def test_a_template_that_writes_earlier_turns_differently_is_rendered_turn_by_tu
     assert any("turn by turn" in note for note in examples.ledger.notes)
 
 
+@pytest.mark.fault("F32", "rendered row")
 @pytest.mark.parametrize(
     ("template", "words"),
     [
@@ -219,6 +220,7 @@ def test_a_chat_without_answer_or_with_an_empty_one_is_refused():
         encoded(tokenizer, [{"role": "user", "content": "why"}, {"role": "assistant", "content": " "}])
 
 
+@pytest.mark.fault("F29", "no target")
 def test_truncation_is_counted_and_never_leaves_a_row_without_target():
     tokenizer = word_tokenizer("gpt", chat_template=CHATML)
     n = len(encoded(tokenizer).ids)

@@ -75,6 +75,7 @@ def test_long_texts_are_cut_inside_their_special_tokens_and_counted():
     }
 
 
+@pytest.mark.fault("F29", "a million tokens")
 def test_a_text_of_a_million_tokens_is_cut_like_any_other():
     examples = encoded([{"text": "why " * 1_000_000, "label": "a"}], TEXT, CLASSES, word_tokenizer(), max_length=9)
     assert len(examples.ids) == 9
@@ -186,6 +187,7 @@ def test_sequence_to_sequence_keeps_source_and_response_apart():
         encoded([{"prompt": "why", "response": " "}], ANSWERED, S2S, tokenizer)
 
 
+@pytest.mark.fault("F31", "id")
 @pytest.mark.parametrize(
     ("rows", "columns", "task"),
     [
@@ -207,6 +209,7 @@ def test_an_id_outside_the_vocabulary_is_named_with_row_and_sizes(rows, columns,
         assert word in str(caught.value)
 
 
+@pytest.mark.fault("F31", "tokenizer")
 def test_a_tokenizer_that_does_not_fit_the_model_is_refused_with_both_sizes():
     tokenizer = word_tokenizer()
     n = len(tokenizer)

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from luthier.core import CannotMerge
 from luthier.surgery.base import Base
 from luthier.surgery.context import Context
 
-__all__ = ["Attachment"]
+__all__ = ["Attachment", "Together"]
+
+
+class Together(Protocol):
+    """Attachments of several tunings at one site, each row of a batch with its own. Gives no gradient.
+
+    x: (rows, n, d_in)   y: (rows, n, d_out)   index: (rows,), which attachment; their number for none.
+    """
+
+    def before(self, x: Tensor, index: Tensor) -> Tensor:
+        """Change what the layer reads; x itself where nothing changes."""
+
+    def after(self, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+        """Change what the layer gives; y may be written to."""
 
 
 class Attachment(nn.Module):
@@ -58,6 +73,21 @@ class Attachment(nn.Module):
         """Layer and attachment in one computation, equal to `after(x, base(before(x)))`; None where it does not pay.
 
         The socket asks only when this attachment is alone at its site.
+        """
+        return None
+
+    def still(self, base: Base) -> Callable[[Tensor], Tensor] | None:
+        """Layer and attachment in one function that reads the numbers once, while nothing changes; None for none.
+
+        It gets x (..., d_in) of the layer's type, gives no gradient, and equals `after(x, base(before(x)))`.
+        """
+        return None
+
+    @classmethod
+    def together(cls, members: Sequence[Attachment], dtype: torch.dtype) -> Together | None:
+        """`members` of this class, of several tunings at one site, as one function of rows of type `dtype`.
+
+        None where there is none: the rows of each tuning are then computed by themselves.
         """
         return None
 

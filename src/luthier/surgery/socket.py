@@ -14,7 +14,7 @@ from luthier.anatomy import Site
 from luthier.surgery.attachment import Attachment
 from luthier.surgery.base import Base, join_rows, take_rows
 
-__all__ = ["ORDER", "Plug", "Socket", "Substitute", "Tap"]
+__all__ = ["ORDER", "Plan", "Plug", "Socket", "Substitute", "Tap"]
 
 ORDER = {"delta": 0, "scale": 1, "parallel": 2, "sequential": 3}
 
@@ -97,7 +97,9 @@ class Substitute:
 
 
 @dataclass(eq=False)
-class _Live:
+class Plan:
+    """What a forward pass has to do at one socket."""
+
     whole: list[Plug] = field(default_factory=list)
     parts: list[tuple[Site, list[Plug]]] = field(default_factory=list)
     experts: list[Plug] = field(default_factory=list)
@@ -117,7 +119,8 @@ class Socket(nn.Module):
         # Plain lists: the modules in them are registered once, on the model, under their tuning.
         self.__dict__["plugs"] = []
         self.__dict__["substitutes"] = []
-        self.__dict__["live"] = _Live()
+        self.__dict__["live"] = Plan()
+        self.__dict__["route"] = None  # another way to do it, while nothing learns; see serving.py
         self.__dict__["quick"] = None  # computes the frozen layer faster; see trunk.py
 
     def __getattr__(self, name: str) -> Any:
@@ -130,11 +133,18 @@ class Socket(nn.Module):
         return ", ".join(f"{p.tuning}:{p.site.key}:{type(p.attachment).__name__}" for p in self.plugs)
 
     def refresh(self, active: set[str], *, folded: bool = False) -> None:
-        """Work out once what each forward pass has to do, for the tunings in `active`.
+        """Work out once what each forward pass has to do, for the tunings in `active`."""
+        self.__dict__["live"] = self.plan(active, folded=folded)
+
+    def plan(self, active: set[str], *, folded: bool = False, instead: list[Substitute] | None = None) -> Plan:
+        """What a forward pass has to do for the tunings in `active`.
 
         Folded, the weights hold what the attachments did; only the cast of fp32 masters is left to do.
+
+        Args:
+            instead: take these computed tensors, not those of the tunings.
         """
-        live = _Live()
+        live = Plan()
         by_site: dict[str, tuple[Site, list[Plug]]] = {}
         for plug in sorted((p for p in self.plugs if p.tuning in active and not folded), key=lambda p: p.rank):
             if plug.site.expert is not None:
@@ -145,15 +155,25 @@ class Socket(nn.Module):
                 live.whole.append(plug)
         live.parts = list(by_site.values())
         live.substitutes = [s for s in self.substitutes if s.tuning in active and (s.dtype is not None or not folded)]
+        live.substitutes = live.substitutes if instead is None else instead
         live.empty = not (live.whole or live.parts or live.experts or live.substitutes)
         if len(live.whole) == 1 and not (live.parts or live.experts or live.substitutes):
             only = live.whole[0]
             live.fused = only if only.has_fused else None
             live.single = only if not only.changes_input and only.site.kind not in _SUBLAYERS else None
-        self.__dict__["live"] = live
+        return live
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        live: _Live = self.live
+        route = self.route
+        return self.run(self.live, args, kwargs) if route is None else route(args, kwargs)
+
+    def frozen(self, x: Tensor) -> Tensor:
+        """The layer alone. x: (..., d_in) -> (..., d_out)."""
+        y: Tensor = self._base((x,), {})
+        return y
+
+    def run(self, live: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Carry out `live`: the layer, and what sits there."""
         if live.empty:
             return self._base(args, kwargs)
         # A compiler fuses by itself, and better where it sees the plain computation.
@@ -196,7 +216,7 @@ class Socket(nn.Module):
                 return out
         return self.base(*args, **kwargs)
 
-    def _run(self, live: _Live, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(self, live: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer itself, with its computed tensors in place where there are any."""
         if not live.substitutes and not live.experts:
             return self._base(args, kwargs)
@@ -228,7 +248,7 @@ class Socket(nn.Module):
             experts[e] = new.T if site.transposed else new
         return torch.stack(experts)
 
-    def _parts(self, live: _Live, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _parts(self, live: Plan, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """A fused projection: each part has an onion of its own."""
         y = self._run(live, args, kwargs)
         changed = []
@@ -244,7 +264,7 @@ class Socket(nn.Module):
             changed.append((site.rows, part))
         return join_rows(y, changed)
 
-    def _sublayer(self, live: _Live, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _sublayer(self, live: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The end of a sublayer: x comes from its start."""
         out = self._run(live, args, kwargs)  # first: the start of the sublayer may lie inside this module
         taps = {id(p.tap): p.tap for p in live.whole if p.tap is not None}

@@ -21,6 +21,7 @@ from luthier.surgery.context import Context
 from luthier.surgery.edits import AddBranch, Attach, PrependKeys, PrependTokens, Reparametrise, Unfreeze
 from luthier.surgery.method import METHODS, Group, Method
 from luthier.surgery.prompts import PromptHooks, text_stack
+from luthier.surgery.serving import RowNames, Serving
 from luthier.surgery.socket import Plug, Socket, Substitute, Tap
 
 __all__ = ["Tuned", "Tuning", "Unfrozen", "attach"]
@@ -100,6 +101,7 @@ class Tuned:
         self._branches: dict[str, Branch] = {}
         self._digest: str | None = None
         self._folded: list[tuple[Tensor, Tensor]] | None = None
+        self._serving: Serving | None = None
         self._names = list(inspect.signature(model.forward).parameters)
         self._hooks = [model.register_forward_pre_hook(self._listen, with_kwargs=True)]
         if self.anatomy.is_encoder_decoder and hasattr(model, "get_encoder"):
@@ -235,6 +237,7 @@ class Tuned:
                 f"tuning name {name!r}: it must be new, not empty, and hold none of . / : | on this model."
             )
         self._refuse_folded("adding a tuning")
+        self._refuse_serving("adding a tuning")
         label = compose.spell(method)
         for other in self._active():
             if compose.spell(other.method) != label:
@@ -291,6 +294,10 @@ class Tuned:
     def _refuse_folded(self, doing: str) -> None:
         if self._folded is not None:
             raise ConfigError(f"{doing}: the tunings are folded into the weights. Call unfold() first.")
+
+    def _refuse_serving(self, doing: str) -> None:
+        if self._serving is not None:
+            raise ConfigError(f"{doing}: not inside serving() or rows(), which read all numbers once. Leave the block.")
 
     def _check(self, edits: list[tuple[str, Any]], method: Method) -> dict[str, str]:
         """Refuse what cannot be carried out, before anything is touched; returns what the method claims for itself."""
@@ -530,6 +537,8 @@ class Tuned:
         if context.past == 0 and not context.generating:
             context.memory.clear()
         self._inside = True
+        if self._serving is not None:
+            self._serve(given)
         for name, source, prefixes in self._prefixes:
             live = self.tunings[name].active
             pairs = source.keys_values(context) if live else [(None, None)] * len(prefixes)  # type: ignore[operator]
@@ -548,6 +557,10 @@ class Tuned:
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate` with one memory for all its steps, also where no cache tells the first from the later ones."""
         self.context.memory.clear()
+        if self._serving is not None and self._serving.rows is not None:
+            texts = (*args, *(kwargs.get(n) for n in ("inputs", "input_ids", "inputs_embeds")))
+            text = next((t for t in texts if isinstance(t, Tensor)), None)
+            self._serving.rows.hear(1 if text is None else len(text), False)
         self.context.generating = True
         try:
             return type(self.model).generate(self.model, *args, **kwargs)
@@ -578,6 +591,8 @@ class Tuned:
             ConfigError: the tunings are folded into the weights.
         """
         self._refuse_folded("activate")
+        if self._serving is not None and self._serving.rows is not None:
+            raise ConfigError("activate: inside rows() every row has its own tuning. Leave the block first.")
         wanted = [self.tuning(n) for n in dict.fromkeys(names)]
         for i, one in enumerate(wanted):
             for other in wanted[i + 1 :]:
@@ -627,6 +642,86 @@ class Tuned:
             if folded:
                 self.fold()
 
+    # ------------------------------------------------------------------ answering
+
+    def sockets(self) -> list[Socket]:
+        """Every socket once."""
+        return list({id(s): s for s in self._sockets.values()}.values())
+
+    @contextmanager
+    def serving(self) -> Iterator[Any]:
+        """For answering only: inside the block numbers are read once, so each pass costs less. Gives no gradient.
+
+        What is written to a tuning or to the model inside the block may not be seen. `activate` and `rows` work inside;
+        adding, removing and folding wait until the block is left. Results are those outside, to rounding.
+
+        Raises:
+            ConfigError: the model is in training mode.
+        """
+        self._refuse_training("serving()")
+        if self._serving is not None:
+            yield self.model
+            return
+        with torch.no_grad():
+            self._serving = Serving(self)
+            self._serving.install()
+            try:
+                yield self.model
+            finally:
+                self._serving.remove()
+                self._serving = None
+
+    @contextmanager
+    def rows(self, names: Sequence[str | None]) -> Iterator[Any]:
+        """Inside the block every row of a batch has its own tuning: `names[i]` acts in row i, None is the base.
+
+        Whatever else is active sleeps. Low-rank updates are computed for all rows at once; other attachments group by
+        group, with the same results. `generate` works, with beams and samples too. Entered inside `serving()`, it only
+        changes names; alone it reads all numbers each time. Gives no gradient.
+
+        >>> with tuned.serving(), tuned.rows(["support", None, "legal"]):  # doctest: +SKIP
+        ...     out = model(**batch_of_three)
+
+        Raises:
+            UnknownName: no tuning is called so.
+            CompositionError: a method that acts on all rows at once is named beside others.
+            ConfigError: training mode, folded tunings, rows inside rows; in the pass, another number of rows.
+        """
+        self._refuse_training("rows()")
+        self._refuse_folded("rows()")
+        with self.serving():
+            serving = self._serving
+            assert serving is not None
+            if serving.rows is not None:
+                raise ConfigError("rows: already inside such a block. Leave it before naming other rows.")
+            rows = serving.name_rows(names)
+            awake = [t.tuning_name for t in self._active()]
+            # What acts outside of the sockets acts on every row: only one that has all rows may be awake.
+            wanted = [rows.only] if rows.only is not None and serving.problems[rows.only] else []
+            loud = [n for n in awake if serving.problems[n] and n not in wanted]
+            if loud or wanted:
+                self.activate(*wanted)
+            serving.rows = None if wanted else rows
+            try:
+                yield self.model
+            finally:
+                serving.rows = None
+                if loud or wanted:
+                    self.activate(*awake)
+
+    def _refuse_training(self, doing: str) -> None:
+        if self.model.training:
+            raise ConfigError(f"{doing}: the model is in training mode, and this is for answering. Call model.eval().")
+
+    def _serve(self, given: dict[str, Any]) -> None:
+        self._refuse_training("a pass inside serving() or rows()")
+        rows: RowNames | None = None if self._serving is None else self._serving.rows
+        if rows is not None:
+            if torch.is_grad_enabled():
+                raise ConfigError("rows: different tunings in one batch give no gradient. Leave enable_grad() out.")
+            first = next((v for v in given.values() if isinstance(v, Tensor) and v.dim() > 0), None)
+            rows.hear(self.context.batch or (0 if first is None else len(first)), self.context.generating)
+
     def _park(self, tuning: Tuning) -> None:
         if tuning.active:
             for unfrozen in tuning.unfrozen.values():
@@ -645,7 +740,7 @@ class Tuned:
     def _refresh(self) -> None:
         self._settle()
         active = {t.tuning_name for t in self.tunings.values() if t.active}
-        for socket in {id(s): s for s in self._sockets.values()}.values():
+        for socket in self.sockets():
             socket.refresh(active, folded=self._folded is not None)
         for name, branch in self._branches.items():
             branch.enabled = name in active
@@ -661,6 +756,8 @@ class Tuned:
             self._prompts = PromptHooks(self.model, stack, embed, decoder, self.anatomy.max_positions)
         if self._prompts is not None:
             self._prompts.sources = sources
+        if self._serving is not None:
+            self._serving.refresh()
 
     def _text_stack(self) -> tuple[nn.Module, nn.Module, nn.Module | None]:
         embed = self._modules[self.anatomy.sites("embed", asked_by="prompt vectors")[0].path]
@@ -696,6 +793,7 @@ class Tuned:
     def remove(self, name: str) -> None:
         """Take one tuning off, and restore what it changed bit for bit."""
         self._refuse_folded("remove")
+        self._refuse_serving("remove")
         tuning = self.tuning(name)
         self._park(tuning)  # asleep, it holds nothing of the model: what stands there may be another tuning's value
         others = {id(u.parameter) for t in self.tunings.values() if t is not tuning for u in t.unfrozen.values()}
@@ -762,6 +860,7 @@ class Tuned:
         """
         if self._folded is not None:
             return
+        self._refuse_serving("fold")
         self._check_merge()
         # Compute everything before writing anything: a failure must leave the model as it was.
         new = self._computed()
@@ -772,7 +871,7 @@ class Tuned:
 
     def _computed(self) -> list[tuple[Tensor, Tensor]]:
         """(tensor of the model, its merged value in fp32) for all that the active tunings change."""
-        sockets = list({id(s): s for s in self._sockets.values()}.values())
+        sockets = self.sockets()
         new: dict[int, tuple[Tensor, Tensor]] = {}
 
         def working_copy(held: Tensor) -> Tensor:
@@ -892,7 +991,7 @@ class Tuned:
                 f"{', '.join(dict.fromkeys(stuck))} cannot be merged: no weight of the model does the same. "
                 "Serve it attached, or detach it first and merge the rest."
             )
-        for socket in {id(s): s for s in self._sockets.values()}.values():
+        for socket in self.sockets():
             for plug in socket.live.whole:
                 site = plug.site
                 name = self.anatomy.tied.get(f"{site.path}.{site.param}", f"{site.path}.{site.param}")

@@ -14,7 +14,7 @@ scaled before rotary angles; for a gated feed-forward layer the scaled vector is
 "output.dense" would match BERT's attention output too and train L (3 d + m).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy, Site
 from luthier.core import AnatomyError
-from luthier.kernels import scale
+from luthier.kernels import GroupedScales, scale
 from luthier.methods._own import group_names, own_modules
 from luthier.surgery import METHODS, Attach, Attachment, Base, Edit, Group, Method, Tuned
 
@@ -99,6 +99,10 @@ class RescaleOutput(Attachment):
         y: Tensor = base.module(x)
         return scale(y, self.scale)
 
+    @classmethod
+    def together(cls, members: Sequence[Attachment], dtype: torch.dtype) -> GroupedScales:
+        return GroupedScales([m.scale for m in members if isinstance(m, RescaleOutput)], dtype, inputs=False)
+
 
 class RescaleInput(Attachment):
     """Multiplies what a layer reads, element by element."""
@@ -121,3 +125,7 @@ class RescaleInput(Attachment):
             return None
         y: Tensor = base.module(scale(x, self.scale))
         return y
+
+    @classmethod
+    def together(cls, members: Sequence[Attachment], dtype: torch.dtype) -> GroupedScales:
+        return GroupedScales([m.scale for m in members if isinstance(m, RescaleInput)], dtype, inputs=True)

@@ -15,6 +15,7 @@ at the first step A has no gradient at all, because B is zero.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy, Site
 from luthier.core import above, at_least, between
-from luthier.kernels import low_rank_linear
+from luthier.kernels import GroupedUpdates, StillUpdate, Update, low_rank_linear
 from luthier.methods._low_rank import SmallDropout, check_projections, fusable
 from luthier.surgery import METHODS, Attachment, Base, PerSite
 
@@ -77,3 +78,12 @@ class ThinUpdate(Attachment):
         seed = self.dropout.seed(self.training)
         p = 0.0 if seed is None else self.dropout.p
         return low_rank_linear(x, base.frozen(), base.bias(), self.a, self.b, self.scale, p, seed)
+
+    def still(self, base: Base) -> Callable[[Tensor], Tensor] | None:
+        if not fusable(base):
+            return None
+        return StillUpdate(base.frozen(), base.bias(), Update(self.a, self.b, self.scale))
+
+    @classmethod
+    def together(cls, members: Sequence[Attachment], dtype: torch.dtype) -> GroupedUpdates:
+        return GroupedUpdates([Update(m.a, m.b, m.scale) for m in members if isinstance(m, ThinUpdate)], dtype)

@@ -1,0 +1,111 @@
+"""Updates whose numbers stand still: read once, and a different one for every row of a batch.
+
+    one for all rows     y = x Wᵀ + bias + s · x Aᵀ Bᵀ                       copies of A and B made once
+    one for each row     yᵢ = y'ᵢ + s_k · xᵢ A_kᵀ B_kᵀ      k = index[i]     all A stacked, all B stacked, picked by row
+    a scale of each row  yᵢ = y'ᵢ · l_k
+
+Nothing here gives a gradient. Ranks that differ are filled up with zeros, which adds nothing; an index past the last
+update is a row without one.
+
+Hu et al. 2021 (LoRA), arXiv:2106.09685, section 4.1. Chen et al. 2023 (Punica), arXiv:2310.18547, section 4, has the
+picking by row on a GPU.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from luthier.core import ConfigError
+from luthier.kernels.low_rank import Update, _linear
+from luthier.kernels.packed import Packed
+
+__all__ = ["GroupedScales", "GroupedUpdates", "StillUpdate"]
+
+
+class StillUpdate:
+    """A frozen linear layer and one low-rank update, for as long as neither changes.
+
+    Args:
+        weight: (d_out, d_in), or packed. bias: (d_out,) or None, of the type of the weight.
+        update: copied into the weight's type here; what is written to it later is not seen.
+    """
+
+    def __init__(self, weight: Tensor | Packed, bias: Tensor | None, update: Update) -> None:
+        self.weight, self.bias, self.scale = weight, bias, update.scale
+        self.dtype, self.d_out = weight.dtype, len(weight)
+        self.a = update.a.detach().to(weight.dtype).T  # (d_in, rank), a view
+        # B as (rank, d_out) rows: a thin product reads it twice as fast so.
+        self.b = update.b.detach().to(weight.dtype).T.contiguous()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: (..., d_in) of the weight's type -> (..., d_out)."""
+        rows = x.reshape(-1, x.shape[-1])
+        y = _linear(rows, self.weight, self.bias)
+        y.addmm_(torch.mm(rows, self.a), self.b, alpha=self.scale)
+        return y.view(*x.shape[:-1], self.d_out)
+
+
+class GroupedUpdates:
+    """Several low-rank updates of one site, to be picked row by row.
+
+    Args:
+        updates: at least one, all of one d_in and d_out; ranks may differ.
+        dtype: of the rows. The scale goes into B before it is rounded to this type.
+
+    Raises:
+        ConfigError: no update, or widths that differ.
+    """
+
+    def __init__(self, updates: Sequence[Update], dtype: torch.dtype) -> None:
+        shapes = {(u.a.shape[1], u.b.shape[0]) for u in updates}
+        if len(shapes) != 1:
+            raise ConfigError(
+                f"GroupedUpdates: updates of one site share d_in and d_out; got {sorted(shapes) or 'no update'}."
+                " Give at least one, all from the same site."
+            )
+        ((d_in, d_out),) = shapes
+        rank = max(len(u.a) for u in updates)
+        like = updates[0].a
+        self.a = torch.zeros(len(updates) + 1, rank, d_in, dtype=dtype, device=like.device)
+        self.b = torch.zeros(len(updates) + 1, rank, d_out, dtype=dtype, device=like.device)
+        with torch.no_grad():
+            for i, u in enumerate(updates):
+                self.a[i, : len(u.a)] = u.a
+                self.b[i, : len(u.a)] = u.b.T * u.scale
+
+    def before(self, x: Tensor, index: Tensor) -> Tensor:
+        """x as it is: an update adds to what the layer gives."""
+        return x
+
+    def after(self, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+        """Add every row's own update to y, in place.
+
+        Args:
+            x: (rows, n, d_in). y: (rows, n, d_out), both of `dtype`.
+            index: (rows,), which update; the number of updates for none.
+        """
+        a, b = self.a.index_select(0, index), self.b.index_select(0, index)
+        return y.baddbmm_(torch.bmm(x, a.transpose(1, 2)), b)
+
+
+class GroupedScales:
+    """Several learned scales of one site, to be picked row by row.
+
+    Args:
+        factors: at least one vector of the same width.
+        inputs: they scale what the layer reads, not what it gives.
+    """
+
+    def __init__(self, factors: Sequence[Tensor], dtype: torch.dtype, *, inputs: bool) -> None:
+        with torch.no_grad():
+            self.factors = torch.stack([*factors, torch.ones_like(factors[0])]).detach().to(dtype)
+        self.inputs = inputs
+
+    def before(self, x: Tensor, index: Tensor) -> Tensor:
+        """x: (rows, n, d) scaled, or as it is."""
+        return x * self.factors.index_select(0, index)[:, None] if self.inputs else x
+
+    def after(self, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+        """y: (rows, n, d) scaled, or as it is."""
+        return y if self.inputs else y * self.factors.index_select(0, index)[:, None]

@@ -1,11 +1,14 @@
 """What a user sees: facts on standard error, the result on standard output; with --json one object and nothing else."""
 
+import contextlib
+import errno
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from contextvars import ContextVar
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from luthier.trust.text import for_terminal
 
@@ -31,7 +34,10 @@ class Screen:
     @classmethod
     def start(cls, *, as_json: bool) -> "Screen":
         """The screen of the command that begins now."""
-        made = cls(as_json=as_json, out=sys.stdout, err=sys.stderr)
+        # A closed terminal fails with EIO. Facts that nobody reads any more, on a pipe either, must end no training;
+        # a result that nobody reads, such as `| head`, ends its command.
+        out, err = _Lasting(sys.stdout, (errno.EIO,)), _Lasting(sys.stderr, (errno.EIO, errno.EPIPE))
+        made = cls(as_json=as_json, out=cast(IO[str], out), err=cast(IO[str], err))
         _now.set(made)
         return made
 
@@ -76,6 +82,38 @@ class Screen:
         else:
             self.say(f"{kind}: {message}")
         return code
+
+
+class _Lasting:
+    """A stream that goes on into nothing once whatever it led to is gone."""
+
+    def __init__(self, inner: IO[str], gone: tuple[int, ...]) -> None:
+        self._inner, self._gone = inner, gone
+
+    def write(self, text: str) -> int:
+        try:
+            return self._inner.write(text)
+        except OSError as error:
+            self._lead_to_nothing(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._inner.flush()
+        except OSError as error:
+            self._lead_to_nothing(error)
+
+    def _lead_to_nothing(self, error: OSError) -> None:
+        if error.errno not in self._gone:
+            raise error
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, self._inner.fileno())
+        os.close(nothing)
+        with contextlib.suppress(OSError):
+            self._inner.flush()  # what it still holds; Python would fail over it at its end
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
 
 
 def _finite(value: Any) -> Any:

@@ -44,11 +44,13 @@ class Attachment(nn.Module):
         kind: at most one attachment of a kind may sit at a site.
         reads_base_weight: uses the frozen weight in the forward pass; goes innermost.
         needs_input: at sublayer sites, wants x. An attachment that only changes y says False and costs no tap.
+        per_token: each token's result depends on that token alone, and not on the others of its row.
     """
 
     kind: ClassVar[Literal["delta", "scale", "parallel", "sequential"]] = "delta"
     reads_base_weight: ClassVar[bool] = False
     needs_input: ClassVar[bool] = True
+    per_token: ClassVar[bool] = True
 
     reads: Literal["input", "residual"] = "input"
     context: Context  # set by surgery: the facts of the current batch

@@ -19,6 +19,7 @@ from luthier.surgery.base import Base
 from luthier.surgery.branch import Branch
 from luthier.surgery.context import Context
 from luthier.surgery.edits import AddBranch, Attach, PrependKeys, PrependTokens, Reparametrise, Unfreeze
+from luthier.surgery.narrow import Narrow, first_token_place, head_reads_first_token
 from luthier.surgery.method import METHODS, Group, Method
 from luthier.surgery.prompts import PromptHooks, text_stack
 from luthier.surgery.serving import RowNames, Serving
@@ -461,11 +462,14 @@ class Tuned:
                     owners.append((path, short))
         return owners
 
-    def quicken(self) -> int:
+    def quicken(self, *, training: bool = True) -> int:
         """Compute frozen layers of the trunk by functions that equal them but are faster; returns how many.
 
         Linear layers are packed for the CPU as far as `trunk.BUDGET_BYTES` goes. Weights, names and results to
         rounding stay what they are.
+
+        Args:
+            training: leave out what pays only where no gradient is wanted: narrow layers.
         """
         budget, count = trunk.BUDGET_BYTES, 0
         done: set[int] = set()
@@ -478,7 +482,7 @@ class Tuned:
             if weight is None or weight.requires_grad:
                 continue
             if type(module) is nn.Linear and weight.numel() * weight.element_size() <= budget:
-                found = trunk.quick_linear(module)
+                found = trunk.quick_linear(module, trunk.MIN_WIDTH if training else 1)
                 if found is None:
                     continue
                 budget -= weight.numel() * weight.element_size()
@@ -501,6 +505,24 @@ class Tuned:
         if self._attention is None and self.anatomy.attentions and all(a.interface for a in self.anatomy.attentions):
             self._attention = attention.install(self.model)
         return self._attention is not None
+
+    def narrow(self) -> Narrow | None:
+        """Compute the last block for the first token alone where the head reads no other; None where it may not be.
+
+        Not with prompts or a branch on the model, nor where something in the last block needs all tokens.
+        """
+        place = first_token_place(self.anatomy, self._modules)
+        if place is None or self._prompts is not None or self._branches:
+            return None
+        block = self.anatomy.blocks[-1]
+        plugs = [p for path, s in self._sockets.items() if path.startswith(block.path) for p in s.plugs]
+        for plug in plugs:
+            # What these read lies before the cut, and what they change behind it.
+            across = plug.site.kind in ("attn_out", "block_out") and plug.attachment.needs_input
+            if across or not plug.attachment.per_token:
+                return None
+        reads = head_reads_first_token(self.model, self._modules[block.path], self.anatomy.vocab_size or 2)
+        return Narrow(place) if reads else None
 
     # ------------------------------------------------------------------ listening
 

@@ -6,6 +6,7 @@ step is cut into micro-batches changes the gradient.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,7 @@ class Objective:
     def __init__(self, tuned: Tuned, task: Task, *, full_logits: bool = False, scoring: bool = False) -> None:
         self.tuned, self.task, self.scoring = tuned, task, scoring
         self.chunked = task.name == "causal_lm" and not full_logits and self._separable()
+        self.narrow = tuned.narrow() if task.name in ("classification", "regression") else None
 
     def _separable(self) -> bool:
         """Whether the model is a backbone and one output matrix, so that the loss can be computed in chunks."""
@@ -66,9 +68,17 @@ class Objective:
         """Run the model. Shapes of `logits`: (batch, classes), or (batch, tokens, classes) for tags and words."""
         if self.chunked and batch.labels is not None and kernels.fast():
             return self._chunked(batch)
-        out = self.tuned.model(**batch.inputs)
+        with self.cut():
+            out = self.tuned.model(**batch.inputs)
         logits = out.logits if hasattr(out, "logits") else out[0]
         return Result(self.loss(logits, batch.labels), batch.n_targets, logits, batch.labels)
+
+    def cut(self) -> AbstractContextManager[None]:
+        """Within, the last block is computed for what the head reads alone, where that is known.
+
+        Around a backward pass too: under gradient checkpointing blocks are computed again there, as they were before.
+        """
+        return self.narrow.on() if self.narrow is not None and kernels.fast() else nullcontext()
 
     def loss(self, logits: Tensor, labels: Tensor | None) -> Tensor:
         """The summed loss, in fp32."""

@@ -130,6 +130,7 @@ class GatedUpdate(Attachment):
     """Adds a thin product, times the gate of what the projection reads."""
 
     kind = "delta"
+    per_token = False
 
     def __init__(self, site: Site, rank: int) -> None:
         super().__init__()
@@ -148,6 +149,7 @@ class GatedAdapter(Bottleneck):
 
     kind = "sequential"
     needs_input = False
+    per_token = False
 
     def __init__(self, site: Site, width: int, activation: Activation) -> None:
         super().__init__(site.d_out, width, activation)
@@ -164,6 +166,7 @@ class PrefixGate(Attachment):
     """Sees what an attention reads and holds the gate of its prefix; changes nothing itself."""
 
     kind = "delta"
+    per_token = False
 
     def __init__(self, site: Site) -> None:
         super().__init__()

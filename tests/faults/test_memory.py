@@ -41,6 +41,7 @@ def spec_of(home: Path, out: Path, **changes: Any) -> RunSpec:
         "batch": BatchSpec(size=8, tokens=160, group_by_length=False),
         "eval": EvalSpec(every=4),
         "steps": 8,
+        "gradient_checkpointing": False,
     }
     return little_spec(home, **{**fields, **changes})
 
@@ -234,3 +235,67 @@ def test_other_errors_are_no_matter_of_memory(home: Path, tmp_path: Path, monkey
     at_call(monkeypatch, Loop, "_loss", 5, fail)
     with pytest.raises(RuntimeError, match="shapes"):
         train(spec_of(home, tmp_path / "run"))
+
+
+def not_fitting(patch: Patch, most: int, *, checkpointed: int) -> None:
+    """Forward passes in training that hold more tokens than `most` (or `checkpointed`, where blocks are) run out."""
+    inner = Objective.__call__
+
+    def call(self: Objective, batch: Any) -> Any:
+        blocks = any(getattr(m, "gradient_checkpointing", False) for m in self.tuned.model.modules())
+        wide = batch.inputs["input_ids"].numel() > (checkpointed if blocks else most)
+        if self.tuned.model.luthier.training and wide:
+            raise torch.OutOfMemoryError("out of memory")
+        return inner(self, batch)
+
+    patch.setattr(Objective, "__call__", call)
+
+
+def test_activations_are_computed_twice_before_pieces_get_smaller_and_no_bit_changes(
+    home: Path, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    settings: dict[str, Any] = {"gradient_checkpointing": "auto", "trunk_dropout": "on"}
+    train(spec_of(home, tmp_path / "whole", **settings))
+    assert events(tmp_path / "whole", "out_of_memory") == []
+    heard = Heard()
+    with monkeypatch.context() as patched:
+        not_fitting(patched, 50, checkpointed=160)
+        train(spec_of(home, tmp_path / "run", **settings), listener=heard)
+    (event,) = events(tmp_path / "run", "out_of_memory")
+    assert event["step"] == 0 and event["gradient_checkpointing"] is True
+    assert "activations are computed twice from here on" in heard.text
+    assert run_digests(tmp_path / "run") == run_digests(tmp_path / "whole")
+    checkpoint, _ = load_newest(RunFolder.open(tmp_path / "run", write=False))
+    assert checkpoint is not None and checkpoint.state["checkpointing"] is True and checkpoint.state["budget"] == 160
+
+
+def test_where_that_is_not_enough_pieces_get_smaller_too(home: Path, tmp_path: Path, monkeypatch: Patch) -> None:
+    not_fitting(monkeypatch, 50, checkpointed=100)
+    train(spec_of(home, tmp_path / "run", gradient_checkpointing="auto"))
+    first, *others = events(tmp_path / "run", "out_of_memory")
+    assert first["gradient_checkpointing"] is True
+    assert len(others) == 1 and 50 < others[0]["new_budget"] <= 100  # checkpointed and halved once
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_memory_that_runs_out_later_is_met_alike_and_resumes_to_the_bit(
+    kind: str, home: Path, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    settings: dict[str, Any] = {"gradient_checkpointing": "auto", "trunk_dropout": "on", "kind": kind}
+    for name, stop in (("whole", None), ("halves", 5)):
+        with monkeypatch.context() as patched:
+            at_call(patched, Objective, "__call__", 5, raising("OutOfMemoryError"))
+            train(spec_of(home, tmp_path / name, **settings), stop_at=stop)
+    heard = Heard()
+    resume(tmp_path / "halves", listener=heard)
+    assert run_digests(tmp_path / "whole") == run_digests(tmp_path / "halves")
+    checkpoint, _ = load_newest(RunFolder.open(tmp_path / "halves", write=False))
+    assert checkpoint is not None and checkpoint.state["checkpointing"] is True
+    train(spec_of(home, tmp_path / "undisturbed", **settings))
+    assert run_digests(tmp_path / "whole") == run_digests(tmp_path / "undisturbed")
+
+
+def test_who_said_no_keeps_activations(home: Path, tmp_path: Path, monkeypatch: Patch) -> None:
+    not_fitting(monkeypatch, 50, checkpointed=160)
+    train(spec_of(home, tmp_path / "run", gradient_checkpointing=False))
+    assert all("new_budget" in e for e in events(tmp_path / "run", "out_of_memory"))

@@ -102,17 +102,44 @@ def show_result(result: Result) -> None:
     to.result(facts)
     if facts["scores"]:
         to.show("\n" + " · ".join(f"{name} {value:.4g}" for name, value in facts["scores"].items()))
-    parts = " + ".join(f"{human_bytes(n)} {name}" for name, n in facts["memory"].items())
     rows = [
         ("trained", f"{human_count(facts['trained'])} of {human_count(facts['n_params'])} numbers "
                     f"({facts['share']:.2%})"),
         ("training", human_seconds(facts["seconds"])),
-        ("peak memory", f"{human_bytes(facts['peak_bytes'])} = {parts}" if facts["peak_bytes"] else "not measured"),
+        ("peak memory", human_bytes(facts["peak_bytes"]) if facts["peak_bytes"] else "not measured"),
         ("on disk", human_bytes(facts["stored_bytes"])),
         ("folder", facts["path"]),
     ]  # fmt: skip
     to.table(("", ""), rows)
+    if facts["memory"]:
+        to.show()
+        to.table(("peak memory", "held", ""), _memory_rows(facts["memory"], facts["peak_bytes"]), right=("held",))
     to.show(f'\nNext: luthier predict {_short(facts["path"])} --text "..."')
+
+
+_PARTS = {
+    "program": "Python, libraries and encoded rows, before the model",
+    "weights": "the base model's",
+    "trained": "the numbers that train",
+    "gradients": "the most they hold at once",
+    "optimiser": "its moments",
+    "activations": "kept for the backward pass of the longest micro-batch",
+    "logits": "the same, as wide as the vocabulary",
+    "other": "workspace, packed weights, evaluation: what remains of the peak",
+}
+
+
+def _memory_rows(memory: dict[str, int], peak: int) -> list[tuple[str, str, str]]:
+    rows = [(name, human_bytes(memory[name]), of) for name, of in _PARTS.items() if name in memory and name != "other"]
+    other = memory["other"]
+    if other >= 0:
+        rows.append(("other", human_bytes(other), _PARTS["other"]))
+    else:
+        rows.append(("", "-" + human_bytes(-other), "never held all at once"))
+    return [
+        *rows,
+        ("together", human_bytes(peak), "the process's highest" if "program" in memory else "the GPU's highest"),
+    ]
 
 
 def _short(path: str) -> str:

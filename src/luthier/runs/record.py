@@ -19,6 +19,7 @@ class Record:
         scores: name -> score; empty where nothing was measured.
         seconds: time spent training and evaluating, all attempts together.
         peak_bytes: the largest memory the process (or the device) held; None where it could not be measured.
+        memory: bytes by part, each counted at its own highest; "other" is what of the peak they do not explain.
         trained, stored: how many numbers were trained, and how many bytes the result takes on the disk.
         status: "finished", "stopped", "diverged", ...
         bit_exact, because: whether a resume continued to the bit, and if not, why not.
@@ -29,6 +30,7 @@ class Record:
     scores: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     peak_bytes: int | None = None
+    memory: dict[str, int] = field(default_factory=dict)
     trained: int = 0
     stored: int = 0
     status: str = "finished"

@@ -13,10 +13,11 @@ from luthier.surgery import attach, compose
 from luthier.training.batches import Batches, Collator, EvalBatches, Order
 from luthier.training.encode import Examples
 from luthier.training.evaluate import Evaluator
+from luthier.training.fused_update import refuse_inexact
 from luthier.training.load import load_model
 from luthier.training.loop import Listener, Loop
 from luthier.training.objective import Objective
-from luthier.training.optimiser import Optimiser
+from luthier.training.optimiser import optimiser_of
 from luthier.training.prepared import Prepared
 from luthier.training.selection import Selection
 
@@ -38,7 +39,7 @@ def assemble(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
     if spec.fast:
         tuned.route_attention()
         tuned.quicken()
-    if spec.gradient_checkpointing:
+    if spec.gradient_checkpointing is True:
         tuned.checkpoint_activations()
     needs_logits = any(getattr(m, "needs_logits", False) for m in method.parts())
     objective = Objective(tuned, prepared.task, full_logits=needs_logits)
@@ -46,7 +47,9 @@ def assemble(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
     start = getattr(model.config, "decoder_start_token_id", None) if prepared.task.name == "seq2seq" else None
     collator = Collator(pad_id=prepared.pad_id, pad_to=spec.batch.pad_to, decoder_start=start)
     batches = Batches(prepared.train, order, collator, spec.batch.tokens, spec.batch.accumulate, spec.batch.workers)
-    optimiser = Optimiser(tuned.trained(), tuned.groups(), spec.optim, spec.optim.lr or method.default_lr)
+    if spec.optim.name == "lomo":
+        refuse_inexact(spec, tuned, batches)
+    optimiser = optimiser_of(spec.optim, tuned.trained(), tuned.groups(), method.default_lr)
     trains_base = any(m.trains_base for m in method.parts())
     metric = spec.eval.metric or prepared.task.headline
     every = spec.eval.every

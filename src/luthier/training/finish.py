@@ -16,6 +16,7 @@ from luthier.surgery import Tuned, tuning
 from luthier.training.assemble import evaluator_of
 from luthier.training.evaluate import plain_scores
 from luthier.training.loop import Loop
+from luthier.training.memory import whole_memory
 from luthier.training.prepared import Prepared
 
 __all__ = ["Result", "finish", "record_of", "result_of"]
@@ -128,12 +129,15 @@ def record_of(
     prepared: Prepared, loop: Loop, run: RunFolder, scores: dict[str, float], stored: int, status: str,
     because: tuple[str, ...], seconds: float = 0.0,
 ) -> Record:  # fmt: skip
+    peak = _peak(loop.device)
+    program = loop.program_bytes if loop.device.type == "cpu" else 0  # a GPU's peak is of its own memory
     return Record(
         spec=plain(prepared.spec),
         environment=environment(str(prepared.device)),
         scores={k: float(v) for k, v in scores.items() if math.isfinite(v)},
         seconds=seconds,
-        peak_bytes=_peak(loop.device),
+        peak_bytes=peak,
+        memory=whole_memory(loop.memory, program, peak),
         trained=prepared.n_params,
         stored=stored,
         status=status,
@@ -149,13 +153,8 @@ def _peak(device: torch.device) -> int | None:
 def result_of(
     prepared: Prepared, loop: Loop, run: RunFolder, record: Record, scores: dict[str, float], stored: int
 ) -> Result:
-    base = sum(p.numel() * p.element_size() for p in loop.tuned.model.parameters() if not p.requires_grad)
-    trained = sum(p.numel() * p.element_size() for p in loop.optimiser.named.values())
-    parts = {"base": base, "trained": trained, "gradients": trained, "optimiser": 2 * trained}
-    memory = {"program": loop.program_bytes, **parts}
-    memory["activations and workspace"] = max(0, (record.peak_bytes or 0) - sum(memory.values()))
     return Result(
         path=run.path, record=record, scores=scores, tuned=loop.tuned, tokenizer=prepared.tokenizer,
-        seconds=loop.seconds, peak_bytes=record.peak_bytes, stored_bytes=stored, memory=memory,
+        seconds=loop.seconds, peak_bytes=record.peak_bytes, stored_bytes=stored, memory=dict(record.memory),
         n_params=prepared.n_params, n_base=prepared.n_base,
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,10 +34,10 @@ class NoOpGuard:
         self._start = _sums(tuned)
         self.steps = 0
 
-    def after_backward(self) -> None:
-        """Note which targets have a gradient."""
+    def after_backward(self, has_gradient: Callable[[Tensor], bool]) -> None:
+        """Note which targets have a gradient that is not all zeros."""
         for target, parameters in self._targets.items():
-            if target not in self._live and any(p.grad is not None and bool(p.grad.any()) for p in parameters):
+            if target not in self._live and any(has_gradient(p) for p in parameters):
                 self._live.add(target)
 
     def after_update(self) -> None:

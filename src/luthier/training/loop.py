@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,9 +26,9 @@ from luthier.surgery import Method, Tuned
 from luthier.training.batches import Batch, Batches, ahead
 from luthier.training.evaluate import Evaluator, plain_scores
 from luthier.training.guard import LossScale, NoOpGuard, NumberGuard
-from luthier.training.memory import make_room, out_of_memory
+from luthier.training.memory import Parts, make_room, out_of_memory
 from luthier.training.objective import Objective, Result
-from luthier.training.optimiser import Optimiser
+from luthier.training.optimiser import Lomo, NotFinite, Optimiser
 from luthier.training.precision import Precision
 from luthier.training.recheck import differing
 from luthier.training.schedule import factor
@@ -97,6 +98,8 @@ class Loop:
     rows_seen: int = 0
     tokens_seen: int = 0
     failed_update: int | None = None  # the step whose update ran out of memory
+    bad_gradients: set[int] = field(default_factory=set)  # steps whose gradient turned out bad inside their update
+    memory: dict[str, int] = field(default_factory=dict)  # bytes by part, from the trial before step 1
 
     def __post_init__(self) -> None:
         self.budget = self.budget or self.spec.batch.tokens
@@ -104,6 +107,8 @@ class Loop:
         self.scale = LossScale(self.precision.name == "fp16")
         self.parts: list[Method] = [p for t in self.tuned.tunings.values() for p in t.method.parts()]
         self._saved: dict[str, Any] = {}  # the state at the last save
+        self._graph: Tensor | None = None  # a loss whose backward pass will be the update
+        self.checkpointing = self.spec.gradient_checkpointing is True
         self._listens = any(type(p).after_backward is not Method.after_backward for p in self.parts)
 
     def run_to(self, until: int | None = None) -> None:
@@ -172,22 +177,25 @@ class Loop:
         if not micro_batches:
             return _row(step, skipped="all its rows are left out")
         if not self.scale.fits(sum(losses), norm):
-            self.optimiser.zero_grad()
+            self._forget()
             return _row(step, skipped=f"fp16 overflow, loss scale now {self.scale.value:g}")
-        wrong = self.numbers.judge(sum(losses), norm)
+        wrong = self.numbers.judge(sum(losses), math.nan if step in self.bad_gradients else norm)
         if wrong is not None:
-            self.optimiser.zero_grad()
+            self._forget()
             return self._bad_step(step, wrong, losses, micro_batches)
         rate = factor(self.spec.optim.schedule, step + 1, self.total, self.spec.optim.warmup)
         try:
-            self._update(step, norm, rate)
+            norm = self._update(step, norm, rate, micro_batches)
+        except NotFinite as error:
+            self._gradient_failed(step, error)
+            return None
         except Exception as error:
             if not out_of_memory(error):
                 raise
             self._update_failed(step, error)
             return None
         finally:
-            self.optimiser.zero_grad()
+            self._forget()
         tokens, rows = sum(b.n_tokens for b in micro_batches), sum(len(b.rows) for b in micro_batches)
         self.tokens_seen += tokens
         self.rows_seen += rows
@@ -203,20 +211,31 @@ class Loop:
         """
         while micro_batches:
             try:
-                losses = self._gradients(step, micro_batches)
+                losses = self._first_pass(step, micro_batches)
                 self._recheck(step, micro_batches, losses)
                 return losses, self._gradient_norm(step), micro_batches
             except Asked:
-                self.optimiser.zero_grad()  # half a step is no state: a resumed run makes the whole of it
+                self._forget()  # half a step is no state: a resumed run makes the whole of it
                 raise
             except Exception as error:
                 if not out_of_memory(error):
                     raise
-                self.optimiser.zero_grad()
-                self._halve(step + 1, micro_batches, error)
+                self._forget()
+                self._make_do(step + 1, micro_batches, error)
             make_room()
             micro_batches = self._cut(step)
         return [], 0.0, []
+
+    def _first_pass(self, step: int, micro_batches: list[Batch]) -> list[float]:
+        """All that can be known of a step's gradient before anything moves; the losses."""
+        if not isinstance(self.optimiser, Lomo):
+            return self._gradients(step, micro_batches)
+        if self.optimiser.in_one_pass:
+            self.signals.check()
+            self._graph = self._loss(step, 0, micro_batches[0]) / max(1, micro_batches[0].n_targets)
+            return [float(self._graph.detach().float())]
+        with self.optimiser.measuring():
+            return self._gradients(step, micro_batches)
 
     def _gradients(self, step: int, micro_batches: list[Batch]) -> list[float]:
         """Backward through every micro-batch; each loss is its sum over targets by the step's targets."""
@@ -225,7 +244,8 @@ class Loop:
         for micro, batch in enumerate(micro_batches):
             self.signals.check()
             loss = self._loss(step, micro, batch) / n_targets
-            torch.autograd.backward(loss * self.scale.value if self.scale.on else loss)
+            with self.objective.cut():
+                torch.autograd.backward(loss * self.scale.value if self.scale.on else loss)
             losses.append(loss.detach())
         grads = [p.grad for p in self.optimiser.named.values() if p.grad is not None] if self.scale.on else []
         if grads:
@@ -270,7 +290,7 @@ class Loop:
         if not math.isfinite(norm):
             return norm
         if self.guard is not None:
-            self.guard.after_backward()
+            self.guard.after_backward(self.optimiser.has_gradient)
         for part in self.parts:
             part.after_backward(self.tuned, step + 1, self.total)
         self.tuned.mask_gradients()
@@ -282,14 +302,35 @@ class Loop:
         masks = (u.mask for t in self.tuned.tunings.values() for u in t.unfrozen.values())
         return self._listens or any(m is not None for m in masks)
 
-    def _update(self, step: int, norm: float, rate: float) -> None:
-        self.optimiser.clip(norm)
-        self.optimiser.step(rate)
+    def _update(self, step: int, norm: float, rate: float, micro_batches: list[Batch]) -> float:
+        """Move what trains; the norm of the gradient, which may be known only now."""
+        if isinstance(self.optimiser, Lomo):
+            norm = self._backward_moves(self.optimiser, step, norm, rate, micro_batches[0])
+        else:
+            self.optimiser.clip(norm)
+            self.optimiser.step(rate)
         self.tuned.constrain()
         for part in self.parts:
             part.on_step(self.tuned, step + 1, self.total)
         if self.guard is not None:
             self.guard.after_update()
+        return norm
+
+    def _backward_moves(self, optimiser: Lomo, step: int, norm: float, rate: float, batch: Batch) -> float:
+        """The backward pass that is the update. Signals wait: half of it is no state."""
+        loss, self._graph = self._graph, None
+        if loss is None:  # the same rows, the same dropout, the same gradient as when its norm was taken
+            loss = self._loss(step, 0, batch) / max(1, batch.n_targets)
+        with optimiser.applying(rate, norm), self.objective.cut():
+            torch.autograd.backward(loss)
+        if self.guard is not None:
+            self.guard.after_backward(optimiser.has_gradient)
+        return optimiser.norm()
+
+    def _forget(self) -> None:
+        """Let go of the step's gradients and graph."""
+        self._graph = None
+        self.optimiser.zero_grad()
 
     def _guard_first_steps(self) -> None:
         if self.guard is not None and (self.guard.due or self.step == self.total):
@@ -303,11 +344,14 @@ class Loop:
             return
         model.train(training and self.trunk_dropout)
         model.luthier.train(training)
-        if training and self.spec.gradient_checkpointing:
-            # transformers checkpoints only layers that call themselves training; their dropout modules need not.
-            for module in model.modules():
-                if hasattr(module, "gradient_checkpointing"):
-                    module.training = True
+        if training and self.checkpointing:
+            self._let_blocks_checkpoint()
+
+    def _let_blocks_checkpoint(self) -> None:
+        # transformers checkpoints only layers that call themselves training; their dropout modules need not.
+        for module in self.tuned.model.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.training = True
 
     # ------------------------------------------------------------------ when numbers go wrong
 
@@ -331,11 +375,23 @@ class Loop:
             )
         left_out, suspects, rollbacks = self.left_out, set(self.numbers.suspects), self.numbers.rollbacks + 1
         self._go_back()
+        self.bad_gradients.clear()  # without those rows the steps to come are others
         self.numbers.went_back(rollbacks)
         self.left_out = left_out | suspects
         self.run.event("rolled_back", from_step=step + 1, to_step=self.step, reason=wrong, rows_left_out=len(suspects))
         self.listener.say(f"{wrong}: back to step {self.step}, without {len(suspects)} rows")
+        self.save()  # whoever has to come back here once more must know of it
         return None
+
+    def _gradient_failed(self, step: int, error: NotFinite) -> None:
+        """Found when other tensors had moved: go back to where nothing had, and make no update of this step then."""
+        self.bad_gradients.add(step)
+        self._go_back()
+        self.run.event("went_back", step=step + 1, to_step=self.step, reason=f"non-finite gradient of {error}")
+        self.listener.say(
+            f"step {step + 1}: non-finite gradient of {error} inside the update: back to step {self.step}, and on "
+            "without an update there"
+        )
 
     def _go_back(self) -> None:
         checkpoint, _ = load_newest(self.run)
@@ -344,8 +400,36 @@ class Loop:
 
     # ------------------------------------------------------------------ when memory runs out
 
+    def _make_do(self, step: int, micro_batches: list[Batch], error: BaseException) -> None:
+        """Less memory at the price of time: first what leaves every bit as it is, then smaller pieces."""
+        if not self._can_checkpoint():
+            self._halve(step, micro_batches, error)
+            return
+        widest = max(b.inputs["input_ids"].numel() for b in micro_batches)
+        self._checkpoint_activations()
+        self.run.event("out_of_memory", step=step, tokens=widest, gradient_checkpointing=True)
+        self.listener.say(
+            f"out of memory at {widest} tokens: activations are computed twice from here on (gradient checkpointing); "
+            "that takes time and changes no number"
+        )
+
+    def _can_checkpoint(self) -> bool:
+        wanted = self.spec.gradient_checkpointing == "auto" and not self.checkpointing
+        return wanted and bool(getattr(self.tuned.model, "supports_gradient_checkpointing", False))
+
+    def _checkpoint_activations(self) -> None:
+        self.checkpointing = True
+        self.tuned.checkpoint_activations()
+        self._let_blocks_checkpoint()
+
     def _halve(self, step: int, micro_batches: list[Batch], error: BaseException) -> None:
         widest = max(b.inputs["input_ids"].numel() for b in micro_batches)
+        if isinstance(self.optimiser, Lomo):
+            raise ResourceError(
+                f"step {step}: {len(micro_batches[0].rows)} rows of {widest} tokens together do not fit in memory "
+                f"({error}), and optim.name = lomo makes a step in one piece. Lower batch.size or max_length, or set "
+                "gradient_checkpointing = true; the last good checkpoint, if there is one, stays."
+            ) from error
         if all(len(b.rows) == 1 for b in micro_batches):
             raise ResourceError(
                 f"step {step}: one row of {widest} tokens alone does not fit in memory ({error}). "
@@ -365,14 +449,21 @@ class Loop:
                 "method, a smaller rank), or take a smaller model; the last good checkpoint stays."
             ) from error
         self.failed_update = step
-        budget = max(1, self.budget // 2)
+        in_backward = isinstance(self.optimiser, Lomo)
+        budget = self.budget if in_backward else max(1, self.budget // 2)
         self._go_back()
         self.budget = min(self.budget, budget)
+        if in_backward and self._can_checkpoint():
+            self._checkpoint_activations()
         make_room()
-        self.run.event("out_of_memory", step=step + 1, where="update", to_step=self.step, new_budget=self.budget)
+        self.run.event(
+            "out_of_memory", step=step + 1, where="update", to_step=self.step, new_budget=self.budget,
+            gradient_checkpointing=self.checkpointing,
+        )  # fmt: skip
+        lighter = "activations are computed twice" if self.checkpointing else "the same is tried again"
         self.listener.say(
-            f"out of memory in the update of step {step + 1}: back to step {self.step}, micro-batches now hold "
-            f"{self.budget} tokens"
+            f"out of memory in the update of step {step + 1}: back to step {self.step}, "
+            + (lighter if in_backward else f"micro-batches now hold {self.budget} tokens")
         )
 
     def _try_longest(self) -> None:
@@ -384,17 +475,24 @@ class Loop:
         longest = self.batches.longest()
         while True:
             try:
-                self._gradients(0, [longest])
+                self._try(longest)
                 return
             except Exception as error:
                 if not out_of_memory(error):
                     raise
-                self._halve(0, [longest], error)
+                self._make_do(0, [longest], error)
             finally:
                 self.optimiser.zero_grad()
             make_room()
             fits = max(1, self.budget // longest.inputs["input_ids"].shape[1])
             longest = self.batches.collator(self.batches.examples, longest.rows[:fits])
+
+    def _try(self, longest: Batch) -> None:
+        """One pass that moves nothing; what it holds is counted."""
+        parts = Parts(self.tuned, self.optimiser, self.device)
+        with parts.watching(), self.optimiser.measuring() if isinstance(self.optimiser, Lomo) else nullcontext():
+            self._gradients(0, [longest])
+        self.memory = parts.counted()
 
     # ------------------------------------------------------------------ batches
 
@@ -449,6 +547,8 @@ class Loop:
             "steps_per_epoch": self.batches.order.steps_per_epoch,
             "tokens": self.spec.batch.tokens,
             "budget": self.budget,
+            "checkpointing": self.checkpointing,
+            "memory": self.memory,
             "eval_budget": self.evaluator.budget if self.evaluator is not None else None,
             "selection": self.selection.state(),
             "left_out": sorted(self.left_out),
@@ -483,6 +583,9 @@ class Loop:
             if self.evaluator is not None and state["eval_budget"] is not None:
                 self.evaluator.budget = int(state["eval_budget"])
         self.selection.load(state["selection"])
+        if state.get("checkpointing") and self._can_checkpoint():
+            self._checkpoint_activations()
+        self.memory = dict(state.get("memory", {}))
         self.left_out = set(state["left_out"])
         self.numbers.load(state["numbers"])
         self.scale.load(state["scale"])

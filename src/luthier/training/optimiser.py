@@ -1,8 +1,15 @@
-"""AdamW over everything that trains: groups from the methods, one clip, state by canonical name."""
+"""What moves the trained numbers: AdamW, plain gradient descent, and descent inside the backward pass (LOMO).
+
+All three: groups from the methods, one clip of the whole gradient's norm, state by canonical name.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +19,11 @@ from luthier.core import IntegrityError
 from luthier.surgery import Group
 from luthier.training.spec import OptimSpec
 
-__all__ = ["Optimiser"]
+__all__ = ["Descent", "Lomo", "NotFinite", "Optimiser", "optimiser_of"]
+
+
+class NotFinite(ArithmeticError):
+    """A gradient that is not finite, met inside a backward pass that has moved other tensors already."""
 
 
 class Optimiser:
@@ -21,21 +32,34 @@ class Optimiser:
     A tensor whose gradient is None stays where it is: no momentum, no decay (an expert that was not drawn).
     """
 
+    keeps_moments: ClassVar[bool] = True
+
     def __init__(self, named: dict[str, nn.Parameter], groups: Iterable[Group], spec: OptimSpec, lr: float) -> None:
         self.named, self.spec, self.lr = named, spec, lr
         self.updates = 0
         self._groups: dict[str, Group] = {name: group for group in groups for name in group.names}
         # Made up front: memory runs out here, before step 1, or not at all.
-        self.first = {n: torch.zeros_like(p, dtype=_wide(p)) for n, p in named.items()}
-        self.second = {n: torch.zeros_like(p, dtype=_wide(p)) for n, p in named.items()}
+        kept = named if self.keeps_moments else {}
+        self.first = {n: torch.zeros_like(p, dtype=_wide(p)) for n, p in kept.items()}
+        self.second = {n: torch.zeros_like(p, dtype=_wide(p)) for n, p in kept.items()}
         self.counts = dict.fromkeys(named, 0)
 
     def norm(self) -> float:
         """The norm of the whole gradient; NaN or infinity where it holds one."""
         grads = [p.grad for p in self.named.values() if p.grad is not None]
-        if not grads:
-            return 0.0
-        return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))))
+        return _norm_of(torch._foreach_norm(grads)) if grads else 0.0
+
+    def has_gradient(self, parameter: Tensor) -> bool:
+        """Whether the last backward pass gave this tensor a gradient that is not all zeros."""
+        return parameter.grad is not None and bool(parameter.grad.any())
+
+    def gradient_bytes(self) -> int:
+        """The most that gradients have held at once: after a backward pass, all of them."""
+        return sum(p.grad.nbytes for p in self.named.values() if p.grad is not None)
+
+    def state_bytes(self) -> int:
+        """What the moments hold."""
+        return sum(t.nbytes for table in (self.first, self.second) for t in table.values())
 
     def clip(self, norm: float) -> None:
         """Scale the gradient down to the spec's largest norm."""
@@ -49,30 +73,35 @@ class Optimiser:
         beta1, beta2 = self.spec.betas
         by_count: dict[tuple[int, float, float, float], list[str]] = {}
         for name, parameter in self.named.items():
-            if parameter.grad is None:
-                continue
-            group = self._groups.get(name)
-            rate = self.lr * factor * (group.lr_factor if group else 1.0)
-            decay = self.spec.weight_decay if group is None or group.weight_decay is None else group.weight_decay
-            rest = group.decay_to if group else 0.0
-            by_count.setdefault((self.counts[name], rate, decay, rest), []).append(name)
+            if parameter.grad is not None:
+                by_count.setdefault((self.counts[name], *self._pace(name, factor)), []).append(name)
         for (count, rate, decay, rest), names in by_count.items():
             self._update(names, count + 1, rate, decay, rest, beta1, beta2)
         self.updates += 1
+
+    def _pace(self, name: str, factor: float) -> tuple[float, float, float]:
+        """Rate, decay and resting value of one tensor."""
+        group = self._groups.get(name)
+        rate = self.lr * factor * (group.lr_factor if group else 1.0)
+        decay = self.spec.weight_decay if group is None or group.weight_decay is None else group.weight_decay
+        return rate, decay, group.decay_to if group else 0.0
 
     def _update(
         self, names: list[str], count: int, rate: float, decay: float, rest: float, beta1: float, beta2: float
     ) -> None:
         # Not `.data`: whoever keeps something computed from a parameter looks at its version, which must rise.
-        values: list[Tensor] = [self.named[n] for n in names]
-        grads = [g.to(_wide(v)) for n, v in zip(names, values, strict=True) if (g := self.named[n].grad) is not None]
+        values, grads = self._values(names)
         first, second = [self.first[n] for n in names], [self.second[n] for n in names]
         kernels.adamw(
             values, grads, first, second,
             count=count, lr=rate, betas=(beta1, beta2), eps=self.spec.eps, decay=decay, rest=rest,
         )  # fmt: skip
-        for name in names:
-            self.counts[name] = count
+        self.counts.update(dict.fromkeys(names, count))
+
+    def _values(self, names: list[str]) -> tuple[list[Tensor], list[Tensor]]:
+        values: list[Tensor] = [self.named[n] for n in names]
+        grads = [g.to(_wide(v)) for n, v in zip(names, values, strict=True) if (g := self.named[n].grad) is not None]
+        return values, grads
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -95,10 +124,136 @@ class Optimiser:
         if set(state) != expected:
             odd = sorted(set(state) ^ expected)[:3]
             raise IntegrityError(f"the optimiser's state does not fit the tensors that train: {', '.join(odd)}.")
-        for name in self.named:
+        for name in self.first:
             self.first[name].copy_(state[f"{name}|first"])
             self.second[name].copy_(state[f"{name}|second"])
         self.counts = dict(zip(self.named, (int(c) for c in state["counts"]), strict=True))
+
+
+class Descent(Optimiser):
+    """Plain gradient descent: no momentum, no state but counts.
+
+    p <- p - rate · (g + decay · (p - rest))
+    """
+
+    keeps_moments = False
+
+    def _update(
+        self, names: list[str], count: int, rate: float, decay: float, rest: float, beta1: float, beta2: float
+    ) -> None:
+        values, grads = self._values(names)
+        if decay:
+            torch._foreach_mul_(values, 1 - rate * decay)
+            if rest:
+                torch._foreach_add_(values, rate * decay * rest)
+        torch._foreach_add_(values, grads, alpha=-rate)
+        self.counts.update(dict.fromkeys(names, count))
+
+
+class Lomo(Descent):
+    """The same descent, made inside the backward pass: each gradient is used as soon as it is whole, and dropped.
+
+    At no time does more than one trained tensor hold a gradient. A gradient is whole once per backward pass, so a step
+    is one backward pass: one micro-batch, no penalty beside the loss, nothing that wants to see all gradients.
+
+    A norm to clip to is known only when all gradients have been seen. So with clipping there are two passes over the
+    same rows with the same dropout: `measuring` collects the norm and moves nothing, `applying` updates.
+
+    Lv et al. 2023, "Full Parameter Fine-tuning for Large Language Models with Limited Resources", arXiv:2306.09782,
+    section 3.
+    """
+
+    def __init__(self, named: dict[str, nn.Parameter], groups: Iterable[Group], spec: OptimSpec, lr: float) -> None:
+        super().__init__(named, groups, spec, lr)
+        self._norms: dict[str, Tensor] = {}
+        self._names = {id(p): n for n, p in named.items()}
+        self._largest = 0
+        self._use: Callable[[str, nn.Parameter, Tensor], None] | None = None
+        for name, parameter in named.items():
+            parameter.register_post_accumulate_grad_hook(partial(self._arrived, name))
+
+    @property
+    def in_one_pass(self) -> bool:
+        """Whether a step is one forward and one backward pass, because nothing is clipped."""
+        return self.spec.clip == 0
+
+    def norm(self) -> float:
+        norms = [self._norms[n] for n in self.named if n in self._norms]
+        return _norm_of(norms) if norms else 0.0
+
+    def has_gradient(self, parameter: Tensor) -> bool:
+        name = self._names.get(id(parameter))
+        return name in self._norms and bool(self._norms[name])
+
+    def gradient_bytes(self) -> int:
+        return self._largest
+
+    def zero_grad(self) -> None:
+        super().zero_grad()
+        self._norms = {}
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Backward passes inside collect the norms of gradients and drop the gradients; nothing moves."""
+        with self._using(lambda name, parameter, norm: None):
+            yield
+
+    @contextmanager
+    def applying(self, factor: float, norm: float = 0.0) -> Iterator[None]:
+        """The backward pass inside is the update, at `factor` of the peak rate.
+
+        Args:
+            norm: of the whole gradient, from `measuring`; unused where nothing is clipped.
+
+        Raises:
+            NotFinite: from the backward pass; tensors whose gradients came before have moved.
+        """
+        shrink = self.spec.clip / norm if 0 < self.spec.clip < norm else None
+
+        def use(name: str, parameter: nn.Parameter, length: Tensor) -> None:
+            if not math.isfinite(float(length)):
+                raise NotFinite(name)
+            assert parameter.grad is not None
+            if shrink is not None:
+                parameter.grad.mul_(shrink)
+            self._update([name], self.counts[name] + 1, *self._pace(name, factor), 0.0, 0.0)
+
+        with self._using(use):
+            yield
+        self.updates += 1
+
+    @contextmanager
+    def _using(self, use: Callable[[str, nn.Parameter, Tensor], None]) -> Iterator[None]:
+        self._norms, self._use = {}, use
+        try:
+            yield
+        finally:
+            self._use = None
+
+    @torch.no_grad()
+    def _arrived(self, name: str, parameter: nn.Parameter) -> None:
+        if self._use is None or parameter.grad is None:  # somebody else's backward pass
+            return
+        self._largest = max(self._largest, parameter.grad.nbytes)
+        self._norms[name] = torch.linalg.vector_norm(parameter.grad)
+        try:
+            self._use(name, parameter, self._norms[name])
+        finally:
+            parameter.grad = None
+
+
+_KINDS: dict[str, type[Optimiser]] = {"adamw": Optimiser, "sgd": Descent, "lomo": Lomo}
+
+
+def optimiser_of(
+    spec: OptimSpec, named: dict[str, nn.Parameter], groups: Iterable[Group], default_lr: float
+) -> Optimiser:
+    """The optimiser that the spec names."""
+    return _KINDS[spec.name](named, groups, spec, spec.lr or default_lr)
+
+
+def _norm_of(norms: list[Tensor] | tuple[Tensor, ...]) -> float:
+    return float(torch.linalg.vector_norm(torch.stack(list(norms))))
 
 
 def _wide(parameter: Tensor) -> torch.dtype:

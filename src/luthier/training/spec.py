@@ -66,8 +66,12 @@ class DataSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimSpec:
-    """AdamW and how its learning rate moves."""
+    """What moves the trained numbers, and how its learning rate moves."""
 
+    name: Annotated[
+        Literal["adamw", "sgd", "lomo"],
+        "adamw; sgd, plain gradient descent; lomo, the same inside the backward pass, for the least memory",
+    ] = "adamw"
     lr: Annotated[float | None, "peak learning rate; left out, the method's own default", above(0)] = None
     schedule: Annotated[Literal["linear", "cosine", "constant"], "how the rate falls after the warm-up"] = "linear"
     warmup: Annotated[float, "share of the steps spent rising to the peak", between(0, 1)] = 0.06
@@ -75,6 +79,13 @@ class OptimSpec:
     eps: Annotated[float, "added to AdamW's denominator", above(0)] = 1e-8
     weight_decay: Annotated[float, "AdamW's decoupled decay, per unit of learning rate", at_least(0)] = 0.0
     clip: Annotated[float, "largest allowed gradient norm; 0, no clipping", at_least(0)] = 1.0
+
+    def __post_init__(self) -> None:
+        if self.name != "adamw" and self.lr is None:
+            raise ConfigError(
+                f"optim.lr: {self.name} is plain gradient descent, for which the methods' own rates are far too small. "
+                "Give one, such as --lr 0.03."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +181,9 @@ class RunSpec:
     seed: Annotated[int, "names every random draw of the run", at_least(0)] = 0
     threads: Annotated[int | None, "CPU threads; left out, as many as torch takes", at_least(1)] = None
     device: Annotated[str, "where to compute: auto, cpu, cuda, cuda:1, mps"] = "auto"
-    gradient_checkpointing: Annotated[bool, "compute activations twice to save memory"] = False
+    gradient_checkpointing: Annotated[
+        bool | Literal["auto"], "compute activations twice to save memory; auto, once memory has run out"
+    ] = "auto"
     fast: Annotated[bool, "use fused computations where a method offers them"] = True
     recheck: Annotated[
         int, "steps from one gradient that is computed twice and compared bit by bit to the next; 0, never", at_least(0)
@@ -182,6 +195,13 @@ class RunSpec:
             raise ConfigError(
                 f"epochs is {self.epochs:g} and steps is {self.steps}: give one of the two,"
                 " the other follows from the data."
+            )
+        if self.optim.name == "lomo" and (self.precision == "fp16" or self.recheck):
+            field = "precision fp16" if self.precision == "fp16" else f"recheck = {self.recheck}"
+            reason = "scales the loss and must see all gradients" if self.precision == "fp16" else "compares gradients"
+            raise ConfigError(
+                f"{field} {reason}, and optim.name = lomo drops each one as it comes. Use "
+                f"{'bf16 or fp32' if self.precision == 'fp16' else 'recheck = 0'}, or optim.name = sgd."
             )
         if self.data.test is not None and self.data.test == self.data.source:
             raise ConfigError(
@@ -293,6 +313,7 @@ RESUME: dict[str, ResumeRule] = {
     # apply: may change, and holds from the next step on
     "data.strict": "apply",
     "data.accept_refused": "apply",
+    "optim.name": "exact",  # its state is another
     "optim.lr": "apply",
     "optim.schedule": "apply",
     "optim.warmup": "apply",

@@ -19,8 +19,8 @@ from luthier.surgery.base import Base
 from luthier.surgery.branch import Branch
 from luthier.surgery.context import Context
 from luthier.surgery.edits import AddBranch, Attach, PrependKeys, PrependTokens, Reparametrise, Unfreeze
-from luthier.surgery.narrow import Narrow, first_token_place, head_reads_first_token
 from luthier.surgery.method import METHODS, Group, Method
+from luthier.surgery.narrow import Narrow, first_token_place, head_reads_first_token
 from luthier.surgery.prompts import PromptHooks, text_stack
 from luthier.surgery.serving import RowNames, Serving
 from luthier.surgery.socket import Plug, Socket, Substitute, Tap

@@ -280,6 +280,7 @@ ResumeRule = Literal["exact", "apply", "boundary"]
 
 RESUME: dict[str, ResumeRule] = {
     # exact: the resumed run must say the same, or it would be another run
+    "out": "exact",  # a folder is moved, not resumed into another one
     "model": "exact",
     "task": "exact",
     "method": "exact",
@@ -336,13 +337,12 @@ RESUME: dict[str, ResumeRule] = {
     "gradient_checkpointing": "apply",
     "fast": "apply",
     "recheck": "apply",
-    "out": "apply",
 }
 
 
 SAME_BITS = frozenset({
     "batch.workers", "checkpoint.every_seconds", "checkpoint.every_steps", "checkpoint.keep", "data.accept_refused",
-    "data.strict", "out", "recheck",
+    "data.strict", "recheck",
 })  # fmt: skip
 """Fields that a resumed run may change without changing one bit of what it computes."""
 

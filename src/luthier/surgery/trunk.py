@@ -30,11 +30,11 @@ Quick = Callable[[Tensor], Tensor | None]
 """Computes the layer, or says with None that it no longer can."""
 
 
-def quick_linear(module: nn.Module) -> tuple[Quick, Packed] | None:
-    """The layer from a packed weight; None where it cannot be had."""
+def quick_linear(module: nn.Module, min_width: int = MIN_WIDTH) -> tuple[Quick, Packed] | None:
+    """The layer from a packed weight; None where it cannot be had, or where it is narrower than `min_width`."""
     if type(module) is not nn.Linear or module.weight.requires_grad or not can_pack(module.weight):
         return None
-    if min(module.weight.shape) < MIN_WIDTH:
+    if min(module.weight.shape) < min_width:
         return None
     bias = module.bias
     if bias is not None and (bias.requires_grad or bias.dtype != module.weight.dtype):

@@ -27,10 +27,17 @@ import _marks  # noqa: E402
 from little import little_spec  # noqa: E402
 
 from luthier.runs import RunFolder, checkpoints  # noqa: E402
-from luthier.testing import Template, damage  # noqa: E402
+from luthier.testing import Outcome, Template, damage  # noqa: E402
 from luthier.training import BatchSpec, CheckpointSpec, EvalSpec, RunSpec  # noqa: E402
 
 METHODS = ("lora", "adalora", "adamix", "diff_pruning", "propetl")
+EXPECTED = {
+    0: "not disturbed",
+    5: "stopped with exit code 5",
+    143: "stopped with exit code 143",
+    -signal.SIGKILL: "killed",
+    -signal.SIGTERM: "ended by SIGTERM while loading",
+}
 AT_OPERATION = ("kill", "enospc", "eio", "drop", "drop-names", "drop-bytes")
 FAULTS_A_RUN = 10
 
@@ -43,8 +50,8 @@ def spec_of(home: Path, method: str, out: Path) -> RunSpec:
     )  # fmt: skip
 
 
-def attempt(template: Template, spec: RunSpec, draw: random.Random, whole_seconds: float) -> tuple[str, int]:
-    """One attempt with one fault; its kind, and how the child ended."""
+def attempt(template: Template, spec: RunSpec, draw: random.Random, whole_seconds: float) -> tuple[str, str, Outcome]:
+    """One attempt with one fault: its kind, the fault in full, and how the child ended."""
     given: dict[str, object] = {"spec": _killed.as_json(spec)}
     kind = draw.choice(["SIGKILL", "SIGTERM", "damage", *AT_OPERATION])
     fault = ""
@@ -58,17 +65,18 @@ def attempt(template: Template, spec: RunSpec, draw: random.Random, whole_second
     out = Path(str(spec.out))
     # Before the loop begins and after it has ended there is nothing to save, and SIGTERM does what it always does.
     idle = kind == "SIGTERM" and (given["steps"] == 0 or (out / "record.json").exists())
-    if outcome.status not in (0, 5, 143, -signal.SIGKILL, *[-signal.SIGTERM][:idle]):
-        raise SystemExit(f"{spec.method} after {fault or kind}: a child ended with {outcome.status}\n{outcome.output}")
-    if kind == "damage" and (out / "run.json").exists():
+    if outcome.status == -signal.SIGTERM and not idle:
+        outcome = Outcome(1, f"SIGTERM was not caught\n{outcome.output}")
+    if kind == "damage" and (out / "run.json").exists() and not (out / "record.json").exists():
         found = checkpoints(RunFolder.open(out, write=False))
         if len(found) > 1:  # with one alone the run would stop, as it should
-            damage(
-                [p for p in found[0].iterdir() if p.is_file()], draw, ("flip", "byte", "cut", "grow", "zero", "remove")
-            )
-        else:
-            kind = "SIGKILL"
-    return kind, outcome.status
+            files = [p for p in found[0].iterdir() if p.is_file()]
+            done = damage(files, draw, ("flip", "byte", "cut", "grow", "zero", "remove"))
+            return kind, f"SIGKILL, then {done.kind} of {found[0].name}/{done.path.name}", outcome
+        kind = "SIGKILL"
+    elif kind == "damage":
+        kind = "SIGKILL"
+    return kind, fault or f"{kind} {given['delay']:.2f} s after step {given['steps']}", outcome
 
 
 def main() -> int:
@@ -80,7 +88,7 @@ def main() -> int:
     wanted, draw = asked.faults or 500, random.Random(asked.seed)
     kinds: Counter[str] = Counter()
     ends: Counter[int] = Counter()
-    runs = equal = 0
+    runs = equal = odd = 0
     home = Path(tempfile.mkdtemp(prefix="luthier-chaos-"))
     try:
         with Template((*_killed.PRELOAD, "little")) as template:
@@ -90,12 +98,16 @@ def main() -> int:
                 if method not in wholes:
                     wholes[method] = undisturbed(template, home, method)
                 expected, seconds = wholes[method]
-                out, after = home / f"run-{runs}", 0
+                out, story, after = home / f"run-{runs}", [], 0
                 while after < FAULTS_A_RUN and not (out / "record.json").exists() and sum(kinds.values()) < wanted:
-                    kind, status = attempt(template, spec_of(home, method, out), draw, seconds)
-                    if status != 0:  # else the run was over before the fault, or a full disk was made room on
+                    kind, fault, outcome = attempt(template, spec_of(home, method, out), draw, seconds)
+                    story.append(f"  {fault}: {outcome.status}")
+                    if outcome.status not in EXPECTED:
+                        odd += 1
+                        print(f"{method} after {fault}: ended with {outcome.status}\n{outcome.output}", flush=True)
+                    if outcome.status != 0:  # else the run was over before the fault, or a full disk was made room on
                         kinds[kind] += 1
-                        ends[status] += 1
+                        ends[outcome.status] += 1
                         after += 1
                 if not (out / "record.json").exists():
                     given = {"spec": _killed.as_json(spec_of(home, method, out))}
@@ -103,34 +115,31 @@ def main() -> int:
                     if last.status != 0:
                         raise SystemExit(f"{method}: the last attempt ended with {last.status}\n{last.output}")
                 runs += 1
-                same = _killed.digests(out) == expected
-                equal += same
-                print(
-                    f"{method}: {after} faults, {'equal' if same else 'NOT EQUAL'}; {sum(kinds.values())} in all",
-                    flush=True,
-                )
+                found = _killed.digests(out)
+                equal += found == expected
+                differ = [part for part in expected if found[part] != expected[part]]
+                said = f"NOT EQUAL: {', '.join(differ)}" if differ else "equal"
+                print(f"{method}: {after} faults, {said}; {sum(kinds.values())} in all", flush=True)
+                if differ:
+                    print("\n".join(story), flush=True)
                 shutil.rmtree(out)
     finally:
         shutil.rmtree(home, ignore_errors=True)
-    words = {
-        5: "stopped with exit code 5",
-        143: "stopped with exit code 143",
-        -signal.SIGKILL: "killed",
-        -signal.SIGTERM: "ended by SIGTERM while loading",
-    }
     lines = [
         f"{sum(kinds.values())} faults over {runs} runs of {', '.join(METHODS)}: {equal} of {runs} ended with the "
         "digests of the undisturbed run.",
         "",
         "Faults: " + ", ".join(f"{n} {kind}" for kind, n in kinds.most_common()) + ".",
-        "Attempts: " + ", ".join(f"{n} {words[end]}" for end, n in ends.most_common()) + ".",
+        "Attempts: "
+        + ", ".join(f"{n} {EXPECTED.get(end, f'ended with {end}')}" for end, n in ends.most_common())
+        + f"; {odd} ended in an unexpected way.",
         "",
         f"Seed {asked.seed}; `python benchmarks/chaos.py`.",
     ]
     print("\n".join(lines))
     if asked.faults is None:
         _marks.write_block("chaos", lines)
-    return 0 if equal == runs else 1
+    return 0 if equal == runs and not odd else 1
 
 
 def undisturbed(template: Template, home: Path, method: str) -> tuple[dict[str, str], float]:

@@ -21,6 +21,18 @@ from luthier.testing import Template, count_ops, every_operation
 torch.set_num_threads(1)
 
 Tensors = dict[str, dict[str, torch.Tensor]]
+Note = Callable[[str, object], None]
+
+NAMES = {
+    "kill": "SIGKILL",
+    "drop": "power loss",
+    "drop-names": "power loss (names lost, bytes kept)",
+    "drop-bytes": "power loss (bytes lost, names kept)",
+    "enospc": "disk full",
+    "edquot": "quota used up",
+    "eio": "input/output error",
+    "erofs": "disk read-only",
+}
 
 
 def tensors_of(step: int) -> Tensors:
@@ -163,7 +175,7 @@ def crash_everywhere(
 
 @pytest.mark.fault("F01", "every operation of a save")
 def test_f01_a_kill_at_every_operation_of_a_save_is_recovered(
-    template: Template, two_saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    template: Template, two_saved: Path, tmp_path: Path, record_property: Note
 ) -> None:
     recovered = []
 
@@ -181,14 +193,13 @@ def test_f01_a_kill_at_every_operation_of_a_save_is_recovered(
     assert n == len(recovered) >= 20
     assert recovered == sorted(recovered), "the checkpoint appears at one operation and stays"
     assert set(recovered) == {2, 3}, "some kills come before the rename and some after"
-    with capsys.disabled():
-        print(f"\n  F01: {n} of {n} crash points of a save recovered")
+    record_property("counted: a save, SIGKILL", n)
 
 
 @pytest.mark.fault("F03", "every operation of a save")
 @pytest.mark.parametrize("kind", ["drop", "drop-names", "drop-bytes"])
 def test_f03_a_power_loss_at_every_operation_of_a_save_is_recovered(
-    template: Template, two_saved: Path, tmp_path: Path, kind: str
+    template: Template, two_saved: Path, tmp_path: Path, kind: str, record_property: Note
 ) -> None:
     recovered = []
 
@@ -198,11 +209,12 @@ def test_f03_a_power_loss_at_every_operation_of_a_save_is_recovered(
 
     n = crash_everywhere(template, "save_third", "save", kind, two_saved, tmp_path, check)
     assert n == len(recovered) >= 20
+    record_property(f"counted: a save, {NAMES[kind]}", n)
 
 
 @pytest.mark.parametrize("kind", ["kill", "drop", "drop-names", "drop-bytes"])
 def test_f01_f03_a_save_with_digests_in_threads_is_recovered_from_every_operation(
-    template: Template, two_saved: Path, tmp_path: Path, kind: str
+    template: Template, two_saved: Path, tmp_path: Path, kind: str, record_property: Note
 ) -> None:
     expected = large_tensors()
     steps = []
@@ -220,6 +232,7 @@ def test_f01_f03_a_save_with_digests_in_threads_is_recovered_from_every_operatio
     assert n == len(steps) >= 21
     assert steps == sorted(steps)
     assert steps[0] == 2, "some come before the rename"
+    record_property(f"counted: a save with digests in threads, {NAMES[kind]}", n)
 
 
 def test_a_save_with_digests_in_threads_always_does_the_same_operations(two_saved: Path, tmp_path: Path) -> None:
@@ -274,7 +287,7 @@ def test_f03_the_harness_finds_a_save_that_forgets_to_fsync(
 @pytest.mark.fault("F02", "every operation of pruning", "the best one stays")
 @pytest.mark.parametrize("kind", ["kill", "drop"])
 def test_f02_a_kill_at_every_operation_of_pruning_never_leaves_too_few(
-    template: Template, six_saved: Path, tmp_path: Path, kind: str
+    template: Template, six_saved: Path, tmp_path: Path, kind: str, record_property: Note
 ) -> None:
     def check(folder: Path) -> None:
         with RunFolder.open(folder) as run:
@@ -284,12 +297,14 @@ def test_f02_a_kill_at_every_operation_of_pruning_never_leaves_too_few(
             prune(run, keep_last=2, keep_best=2, powers_of_two=False)
             assert sorted(p.name for p in run.ckpt.iterdir()) == ["step-00000002", "step-00000005", "step-00000006"]
 
-    assert crash_everywhere(template, "prune_all", "prune", kind, six_saved, tmp_path, check) >= 20
+    n = crash_everywhere(template, "prune_all", "prune", kind, six_saved, tmp_path, check)
+    assert n >= 20
+    record_property(f"counted: pruning, {NAMES[kind]}", n)
 
 
 @pytest.mark.parametrize("kind", ["kill", "drop", "drop-names", "drop-bytes"])
 def test_a_kill_at_every_operation_of_creating_a_run_leaves_a_whole_run_or_none(
-    template: Template, tmp_path: Path, kind: str
+    template: Template, tmp_path: Path, kind: str, record_property: Note
 ) -> None:
     def check(folder: Path) -> None:
         if folder.exists():
@@ -300,7 +315,28 @@ def test_a_kill_at_every_operation_of_creating_a_run_leaves_a_whole_run_or_none(
             create_run(str(folder))
         assert [p.name for p in folder.parent.iterdir()] == ["run"]
 
-    assert crash_everywhere(template, "create_run", "create", kind, tmp_path / "nothing", tmp_path, check) >= 20
+    n = crash_everywhere(template, "create_run", "create", kind, tmp_path / "nothing", tmp_path, check)
+    assert n >= 20
+    record_property(f"counted: making a run folder, {NAMES[kind]}", n)
+
+
+@pytest.mark.parametrize("kind", ["enospc", "eio"])
+def test_an_error_at_every_operation_of_creating_a_run_is_told_as_what_it_is(
+    tmp_path: Path, kind: str, record_property: Note
+) -> None:
+    numbers = iter(range(10_000))
+    n = 0
+    for _, folder, error in every_operation(
+        "create", kind, lambda: tmp_path / f"run-{next(numbers)}", lambda folder: create_run(str(folder))
+    ):
+        n += 1
+        assert isinstance(error, ResourceError), "even where the folder is there already: the fault is the disk's"
+        assert isinstance(error, DiskFull) == (kind == "enospc")
+        if folder.exists():
+            with RunFolder.open(folder) as run:
+                assert run.spec == {"seed": 7}
+    assert n >= 20
+    record_property(f"counted: making a run folder, {NAMES[kind]}", n)
 
 
 def reopened(start: Path, tmp_path: Path) -> Callable[[], RunFolder]:
@@ -317,7 +353,7 @@ def reopened(start: Path, tmp_path: Path) -> Callable[[], RunFolder]:
 @pytest.mark.fault("F08", "every operation of a save")
 @pytest.mark.parametrize("kind", ["enospc", "edquot"])
 def test_f08_a_full_disk_at_every_operation_of_a_save_leaves_the_last_good_one(
-    two_saved: Path, tmp_path: Path, kind: str
+    two_saved: Path, tmp_path: Path, kind: str, record_property: Note
 ) -> None:
     n = 0
     for _, run, error in every_operation("save", kind, reopened(two_saved, tmp_path), lambda run: save(run, 3)):
@@ -328,6 +364,7 @@ def test_f08_a_full_disk_at_every_operation_of_a_save_leaves_the_last_good_one(
             assert not list(run.ckpt.glob(".tmp-*")), "nothing half-written stays"
             assert is_whole(run) in (2, 3)
     assert n >= 20
+    record_property(f"counted: a save, {NAMES[kind]}", n)
 
 
 @pytest.mark.fault("F08", "pruned and tried again")
@@ -366,7 +403,7 @@ def test_f08_a_disk_that_stays_full_ends_the_run_with_what_it_had(six_saved: Pat
 @pytest.mark.fault("F10", "every operation of a save")
 @pytest.mark.parametrize("kind", ["eio", "erofs"])
 def test_f10_an_error_at_every_operation_of_a_save_is_never_a_success(
-    two_saved: Path, tmp_path: Path, kind: str
+    two_saved: Path, tmp_path: Path, kind: str, record_property: Note
 ) -> None:
     n = 0
     for k, run, error in every_operation("save", kind, reopened(two_saved, tmp_path), lambda run: save(run, 3)):
@@ -377,10 +414,11 @@ def test_f10_an_error_at_every_operation_of_a_save_is_never_a_success(
             assert str(run.path) in str(error)
             assert is_whole(run) in (2, 3)
     assert n >= 20
+    record_property(f"counted: a save, {NAMES[kind]}", n)
 
 
 def test_f10_an_error_at_every_operation_of_a_save_with_digests_in_threads_is_never_a_success(
-    two_saved: Path, tmp_path: Path
+    two_saved: Path, tmp_path: Path, record_property: Note
 ) -> None:
     tensors, n = large_tensors(), 0
     for _, run, error in every_operation(
@@ -393,6 +431,7 @@ def test_f10_an_error_at_every_operation_of_a_save_with_digests_in_threads_is_ne
             assert threading.active_count() == 1, "no digest goes on"
             assert step_of(run) in (2, 3)
     assert n >= 20
+    record_property(f"counted: a save with digests in threads, {NAMES['eio']}", n)
 
 
 @pytest.mark.fault("F11", "saves never overlap")

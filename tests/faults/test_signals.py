@@ -224,7 +224,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(
 @pytest.mark.slow
 @pytest.mark.parametrize("scope", ["create", "save", "prune", "event", "*"])
 def test_a_run_killed_at_its_durable_operations_resumes_to_the_bit(
-    scope: str, template: Template, home: Path, tmp_path: Path, whole: dict[str, str]
+    scope: str, template: Template, home: Path, tmp_path: Path, whole: dict[str, str], record_property: Any
 ) -> None:
     """Every fifth operation of whole runs, not of single saves."""
     k, killed = 1, 0
@@ -241,6 +241,7 @@ def test_a_run_killed_at_its_durable_operations_resumes_to_the_bit(
         assert run_digests(out) == whole
         k += 5
     assert killed >= 2
+    record_property(f"counted: a whole run, every fifth operation of scope {scope}, SIGKILL", killed)
 
 
 SCRIPT = """

@@ -13,6 +13,7 @@ tuning/            the result
 scores.json, record.json    written at the end
 """
 
+import errno
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -108,8 +109,9 @@ class RunFolder:
                 draft.write_bytes("events.jsonl", b"")
                 draft.write_bytes("rows.jsonl", b"")
                 draft.make_folder("ckpt")
-        except ResourceError:
-            _refuse_occupied(path)  # another process was faster: then that is the thing to say
+        except ResourceError as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                _refuse_occupied(path)  # another process was faster: then that is the thing to say
             raise
         lock = Lock(path / "run.lock")
         lock.acquire()

@@ -93,12 +93,13 @@ def disturbed(spec: RunSpec, patch: pytest.MonkeyPatch) -> list[int]:
 def check(
     method: str, kind: str, workers: int, home: Path, whole: Callable[[str, str], dict[str, str]],
     tmp_path: Path, patch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> int:  # fmt: skip
+    """Returns at how many places the run was stopped."""
     try:
         expected = whole(method, kind)
     except AnatomyError:
         assert (method, kind) == ("head_only", "llama")  # a language model has no new head
-        return
+        return 0
     spec = little_spec(
         home,
         method,
@@ -110,6 +111,7 @@ def check(
     stood = disturbed(spec, patch)
     assert stood == [0, 1, 3, 4, 5, 8, 12]
     assert run_digests(tmp_path / "run") == expected
+    return len(stood)
 
 
 @pytest.mark.fault("F39", "exact")
@@ -142,9 +144,10 @@ def test_lora_resumes_to_the_bit_at_every_place(
 @pytest.mark.parametrize("method", [*METHODS.names(), "lora+prompt_tuning"])
 def test_every_method_resumes_to_the_bit_at_every_place(
     method: str, kind: str, workers: int, home: Path, whole: Callable[[str, str], dict[str, str]], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None],
 ) -> None:  # fmt: skip
-    check(method, kind, workers, home, whole, tmp_path, monkeypatch)
+    places = check(method, kind, workers, home, whole, tmp_path, monkeypatch)
+    record_property(f"counted: runs of every method ({kind}), a stop and a resume, {workers} workers", places)
 
 
 @pytest.mark.fault("F04", "the run goes on from an older one")

@@ -1,7 +1,7 @@
 """Every place where a save, a prune or a run can be disturbed, tried one after another: run the tests and count.
 
     python benchmarks/enumerated.py                       runs them (ten minutes), counts into docs/reliability.md
-    python benchmarks/enumerated.py --read A.xml B.xml    takes what `pytest --junitxml` wrote instead
+    python benchmarks/enumerated.py --read A.xml B.xml    takes what `pytest -o junit_family=xunit1 --junitxml` wrote
 
 A test notes what it has tried as a property `counted: WHAT, HOW`, after its last assertion.
 """
@@ -24,6 +24,7 @@ TESTS = (
     "test_loop_resume.py",
 )
 MARK = "counted: "
+FAMILY = ("-o", "junit_family=xunit1")  # the one that has properties
 
 
 def count(reports: list[Path]) -> tuple[dict[tuple[str, str], int], list[str], int]:
@@ -58,7 +59,8 @@ def main() -> int:
             reports = [Path(folder) / "report.xml"]
             files = [str(ROOT / "tests" / "faults" / name) for name in TESTS]
             subprocess.run(
-                [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", f"--junitxml={reports[0]}", *files], cwd=ROOT
+                [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", *FAMILY, f"--junitxml={reports[0]}", *files],
+                cwd=ROOT,
             )
         counts, failed, passed = count(reports)
     if failed or not counts:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from luthier import kernels
 from luthier.core import ModelError
 from luthier.runs import RunFolder, reset_peak, resident_bytes
 from luthier.surgery import attach, compose
@@ -47,6 +48,8 @@ def assemble(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
     start = getattr(model.config, "decoder_start_token_id", None) if prepared.task.name == "seq2seq" else None
     collator = Collator(pad_id=prepared.pad_id, pad_to=spec.batch.pad_to, decoder_start=start)
     batches = Batches(prepared.train, order, collator, spec.batch.tokens, spec.batch.accumulate, spec.batch.workers)
+    later = spec.total_steps(order.steps_per_epoch) > order.steps_per_epoch  # in one epoch no row comes twice
+    features = objective.keep_features(batches) if later else None
     if spec.optim.name == "lomo":
         refuse_inexact(spec, tuned, batches)
     optimiser = optimiser_of(spec.optim, tuned.trained(), tuned.groups(), method.default_lr)
@@ -57,6 +60,8 @@ def assemble(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
         every = order.steps_per_epoch if spec.eval.selects else 0
 
     def make(run: RunFolder, listener: Listener) -> Loop:
+        if features is not None and spec.fast and kernels.fast():
+            listener.say(features.sentence())
         loop = Loop(
             spec=spec, tuned=tuned, objective=objective, batches=batches, optimiser=optimiser,
             precision=prepared.precision, device=prepared.device, run=run, evaluator=None, eval_every=every,

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from luthier import kernels
 from luthier.surgery import Tuned
-from luthier.training.batches import Batch
+from luthier.training.batches import Batch, Batches
 from luthier.training.encode import IGNORED
+from luthier.training.features import Features, features_of
 from luthier.training.tasks import Task
 
 __all__ = ["Objective", "Result"]
@@ -50,7 +51,17 @@ class Objective:
     def __init__(self, tuned: Tuned, task: Task, *, full_logits: bool = False, scoring: bool = False) -> None:
         self.tuned, self.task, self.scoring = tuned, task, scoring
         self.chunked = task.name == "causal_lm" and not full_logits and self._separable()
-        self.narrow = tuned.narrow() if task.name in ("classification", "regression") else None
+        self.labelled = task.name in ("classification", "regression")
+        self.narrow = tuned.narrow() if self.labelled else None
+        self.features: Features | None = None
+
+    def keep_features(self, batches: Batches) -> Features | None:
+        """From now on compute the frozen trunk once for each row of `batches`, where only the head trains.
+
+        Every batch that comes must be of them. None, and nothing changes, where features may not be kept.
+        """
+        self.features = features_of(self.tuned, batches, self.cut) if self.labelled else None
+        return self.features
 
     def _separable(self) -> bool:
         """Whether the model is a backbone and one output matrix, so that the loss can be computed in chunks."""
@@ -68,6 +79,9 @@ class Objective:
         """Run the model. Shapes of `logits`: (batch, classes), or (batch, tokens, classes) for tags and words."""
         if self.chunked and batch.labels is not None and kernels.fast():
             return self._chunked(batch)
+        if self.features is not None and self.features.usable():
+            logits = self.features.logits(batch)
+            return Result(self.loss(logits, batch.labels), batch.n_targets, logits, batch.labels)
         with self.cut():
             out = self.tuned.model(**batch.inputs)
         logits = out.logits if hasattr(out, "logits") else out[0]

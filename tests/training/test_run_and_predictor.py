@@ -1,13 +1,14 @@
 """A measure is learnt from one file without a test half, and a prediction uses the base as training did."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from little import little_data, little_model
 
-from luthier.core import DataError
+from luthier.core import ConfigError, DataError, UnknownName
 from luthier.training import BatchSpec, DataSpec, Predictor, RunSpec, predict, train
 
 
@@ -52,3 +53,34 @@ def test_rows_to_predict_must_have_the_column_that_was_read(tmp_path: Path) -> N
     other.write_text("words\nhello\n")
     with pytest.raises(DataError, match="no column 'text'"):
         predict(tmp_path / "run", data=str(other))
+
+
+def test_rows_of_one_prediction_may_have_the_tunings_of_several_runs(tmp_path: Path) -> None:
+    data = little_data(tmp_path / "rows.csv")
+    spec = replace(_spec(tmp_path, data, "lora"), precision="fp32")
+    train(spec)
+    train(replace(spec, method="ia3", seed=1, out=str(tmp_path / "second")))
+    own = Predictor(tmp_path / "run")
+    texts = ["a b c", "some more words", "d", "e f"]
+    first = own.texts(texts)
+    second = Predictor(tmp_path / "second").texts(texts)
+    own.add("second", tmp_path / "second")
+    assert own.texts(texts) == first, "what was added sleeps"
+    mixed = own.texts(texts, tunings=["second", "default", "default", "second"])
+    for found, wanted in zip(mixed, [second[0], first[1], first[2], second[3]], strict=True):
+        assert found["label"] == wanted["label"]
+        assert found["probabilities"] == pytest.approx(wanted["probabilities"], abs=1e-4)
+    assert first[0]["probabilities"] != pytest.approx(second[0]["probabilities"], abs=1e-4)
+    with pytest.raises(ConfigError, match="2 tunings are named for 4 rows"):
+        own.texts(texts, tunings=["default", "second"])
+    with pytest.raises(UnknownName, match="No tuning is called 'third'"):
+        own.texts(texts, tunings=["default", "second", "third", None])
+
+
+def test_a_run_that_reads_rows_otherwise_cannot_be_added(tmp_path: Path) -> None:
+    data = little_data(tmp_path / "rows.csv")
+    spec = _spec(tmp_path, data, "lora")
+    train(spec)
+    train(replace(spec, max_length=9, out=str(tmp_path / "second")))
+    with pytest.raises(ConfigError, match="differs from this run in max_length"):
+        Predictor(tmp_path / "run").add("second", tmp_path / "second")

@@ -32,17 +32,26 @@ class StillUpdate:
     """
 
     def __init__(self, weight: Tensor | Packed, bias: Tensor | None, update: Update) -> None:
-        self.weight, self.bias, self.scale = weight, bias, update.scale
-        self.dtype, self.d_out = weight.dtype, len(weight)
-        self.a = update.a.detach().to(weight.dtype).T  # (d_in, rank), a view
+        self.scale, self.d_out = update.scale, len(weight)
+        a = update.a.detach().to(weight.dtype)
         # B as (rank, d_out) rows: a thin product reads it twice as fast so.
         self.b = update.b.detach().to(weight.dtype).T.contiguous()
+        self.weight, self.bias, self.a = weight, bias, a.T
+        self.joined: Packed | None = None
+        if isinstance(weight, Packed):
+            # One product gives x Wᵀ and x Aᵀ beside each other: at 32 rows of 384, 61 us in place of 72.
+            self.joined = Packed(torch.cat([weight.weight, a]))
+            self.bias = None if bias is None else torch.cat([bias, bias.new_zeros(len(a))])
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: (..., d_in) of the weight's type -> (..., d_out)."""
         rows = x.reshape(-1, x.shape[-1])
-        y = _linear(rows, self.weight, self.bias)
-        y.addmm_(torch.mm(rows, self.a), self.b, alpha=self.scale)
+        if self.joined is not None:
+            both = self.joined.linear(rows, self.bias)
+            y = torch.addmm(both[:, : self.d_out], both[:, self.d_out :], self.b, alpha=self.scale)
+        else:
+            y = _linear(rows, self.weight, self.bias)
+            y.addmm_(torch.mm(rows, self.a), self.b, alpha=self.scale)
         return y.view(*x.shape[:-1], self.d_out)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,16 @@ import torch
 
 from luthier.core import ConfigError, DataError, IntegrityError, WrongBase, build
 from luthier.runs import RunFolder
+from luthier.surgery import Tuned, read_tuning
 from luthier.surgery import load as load_tuning
-from luthier.surgery import read_tuning
-from luthier.training.batches import Collator, EvalBatches
+from luthier.training.batches import Batch, Collator, EvalBatches
 from luthier.training.chat import Chat, ChatTemplate, read_messages
 from luthier.training.columns import Columns
 from luthier.training.data import load_inputs
 from luthier.training.encode import encode
 from luthier.training.evaluate import Evaluator
 from luthier.training.load import find_model, load_model, load_tokenizer
-from luthier.training.objective import Objective
+from luthier.training.objective import Objective, Result
 from luthier.training.precision import choose_device, choose_precision
 from luthier.training.prepared import tokenizer_digest
 from luthier.training.rows import Table
@@ -45,6 +46,7 @@ class Predictor:
             raise ConfigError(f"{path}: this run has no result yet. Go on with `luthier resume {path}`.")
         self.spec = RunSpec.from_plain(run.spec, where=f"{path}/run.json")
         facts = read_tuning(run.tuning)
+        self._facts = facts
         task = dict(facts["task"])
         self.columns = build(Columns, task.pop("columns"), f"{run.tuning}/tuning.json columns")
         self.task = build(Task, task, f"{run.tuning}/tuning.json task")
@@ -68,22 +70,72 @@ class Predictor:
         model, _ = load_model(source, self.task, dtype=dtype, device=self.device, seed=self.spec.seed)
         model.config.pad_token_id = pad["id"]
         self.tuned = load_tuning(model, run.tuning)
+        if self.spec.fast:
+            self.tuned.route_attention()
+            self.tuned.quicken(training=False)
         self.objective = Objective(self.tuned, self.task, full_logits=True)
 
-    def rows(self, table: Table, *, max_new_tokens: int = 64) -> list[dict[str, Any]]:
+    def add(self, name: str, path: Path | str) -> None:
+        """Load the tuning of another run beside this one's, under a name that `rows` and `texts` take in `tunings`.
+
+        This run's own is called "default". The other run must have had the same model, task, labels, lengths and
+        template, since all rows are encoded and decoded alike.
+
+        Raises:
+            ConfigError: no such run, one that is not finished, a name that is taken, or a run that differs.
+            WrongBase, IntegrityError: its base or its files are not what they should be.
+        """
+        run = RunFolder.open(Path(path), write=False)
+        if not run.tuning.exists():
+            raise ConfigError(f"{path}: this run has no result yet. Go on with `luthier resume {path}`.")
+        facts = read_tuning(run.tuning)
+        task = {k: v for k, v in facts["task"].items() if k != "columns"}
+        differs = [f"task {k}" for k, v in task.items() if v != self._facts["task"].get(k)]
+        differs += [k for k, v in facts["contract"].items() if v != self.contract.get(k)]
+        if differs:
+            raise ConfigError(
+                f"{path}: differs from this run in {', '.join(differs)}, so its rows cannot be encoded and answered "
+                "alike. Use a Predictor of its own for it."
+            )
+        load_tuning(self.tuned.model, run.tuning, name=name)
+        self.tuned.activate("default")
+
+    def rows(
+        self, table: Table, *, max_new_tokens: int = 64, tunings: Sequence[str | None] | None = None
+    ) -> list[dict[str, Any]]:
         """One answer for each row, in their order: label and probabilities, a number, tags, or generated text.
+
+        Args:
+            tunings: for each row the tuning that answers it ("default", or what `add` named), or None for the base.
+                Rows of one batch may have different ones; see `Tuned.rows`.
 
         Raises:
             DataError: a row that cannot be read; all such rows are named.
+            ConfigError: not as many tunings as rows.
+            UnknownName, CompositionError: a tuning that is not there, or that cannot stand beside others in a batch.
         """
+        if tunings is not None and len(tunings) != len(table.rows):
+            raise ConfigError(
+                f"{len(tunings)} tunings are named for {len(table.rows)} rows. Name one for each, or None for the base."
+            )
+        with self.tuned.serving():
+            if tunings:
+                with self.tuned.rows(tunings):  # refuses what cannot be before any work
+                    pass
+            return self._answers(table, max_new_tokens, tunings)
+
+    def _answers(self, table: Table, max_new_tokens: int, tunings: Sequence[str | None] | None) -> list[dict[str, Any]]:
         if self.task.name in ("causal_lm", "seq2seq"):
-            return self._generate(table, max_new_tokens)
+            return self._generate(table, max_new_tokens, tunings)
         examples = encode(
             table, self.columns, self.task, self.tokenizer, n_vocab=self._vocabulary(),
             max_length=int(self.contract["max_length"]), with_targets=False,
         )  # fmt: skip
         batches = EvalBatches(examples, Collator(pad_id=int(self.contract["pad"]["id"])), 4 * self.spec.batch.tokens)
-        out = Evaluator(self.tuned, self.objective, batches, self.precision, self.device).outputs()
+        objective = self.objective
+        if tunings is not None:
+            objective = _ByRow(self.tuned, self.task, [tunings[i] for i in examples.rows])
+        out = Evaluator(self.tuned, objective, batches, self.precision, self.device).outputs()
         if self.task.name == "token_classification":
             return [{"tags": self.task.decode(np.asarray(row))} for row in out["logits"]]
         decoded = self.task.decode(out["logits"])
@@ -95,7 +147,9 @@ class Predictor:
             for label, row in zip(decoded, shares, strict=True)
         ]
 
-    def texts(self, texts: Sequence[str], *, max_new_tokens: int = 64) -> list[dict[str, Any]]:
+    def texts(
+        self, texts: Sequence[str], *, max_new_tokens: int = 64, tunings: Sequence[str | None] | None = None
+    ) -> list[dict[str, Any]]:
         """Answers for texts alone; see `rows`.
 
         Raises:
@@ -114,6 +168,7 @@ class Predictor:
         return self.rows(
             Table(source="--text", rows=rows, places=[f"--text {i + 1}" for i in range(len(rows))]),
             max_new_tokens=max_new_tokens,
+            tunings=tunings,
         )
 
     def _vocabulary(self) -> int:
@@ -147,12 +202,15 @@ class Predictor:
         context = row.get(columns.context) if columns.context else None
         return [{"role": "user", "content": f"{prompt}\n\n{context}" if context else prompt}]
 
-    def _generate(self, table: Table, max_new_tokens: int) -> list[dict[str, Any]]:
+    def _generate(
+        self, table: Table, max_new_tokens: int, tunings: Sequence[str | None] | None
+    ) -> list[dict[str, Any]]:
         answers: list[dict[str, Any]] = []
         pad = int(self.contract["pad"]["id"])
-        for ids in self._prompts(table):
+        for i, ids in enumerate(self._prompts(table)):
             given = torch.tensor([ids], device=self.device)
-            with torch.inference_mode(), self.precision.autocast(self.device):
+            named = nullcontext() if tunings is None else self.tuned.rows([tunings[i]])
+            with torch.inference_mode(), self.precision.autocast(self.device), named:
                 out = self.tuned.model.generate(
                     input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=max_new_tokens,
                     do_sample=False, pad_token_id=pad, eos_token_id=self.tokenizer.eos_token_id,
@@ -160,6 +218,18 @@ class Predictor:
             new = out[0] if self.tuned.anatomy.is_encoder_decoder else out[0, len(ids) :]
             answers.append({"text": self.tokenizer.decode(new, skip_special_tokens=True).strip()})
         return answers
+
+
+class _ByRow(Objective):
+    """The task's outputs, every row with the tuning that is named for it."""
+
+    def __init__(self, tuned: Tuned, task: Task, names: Sequence[str | None]) -> None:
+        super().__init__(tuned, task, full_logits=True)
+        self.names = names
+
+    def __call__(self, batch: Batch) -> Result:
+        with self.tuned.rows([self.names[i] for i in batch.rows]):
+            return super().__call__(batch)
 
 
 def predict(

@@ -1,6 +1,7 @@
 """Choosing by a score: what is selected by some rows is not measured by them."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from little import Heard, at_call, little_spec
 
-from luthier.core import ConfigError, Interrupted
+from luthier.core import ConfigError, IntegrityError, Interrupted
 from luthier.runs import RunFolder, load_step
 from luthier.training import CheckpointSpec, EvalSpec, RunSpec, finish, prepare, resume, train
 from luthier.training.evaluate import Evaluator
@@ -143,3 +144,92 @@ def test_without_a_choice_nothing_is_held_out_and_nothing_is_scored_on_the_way(h
     result = train(little_spec(home, steps=6, out=str(tmp_path / "run")))
     assert [e["step"] for e in events(tmp_path / "run", "scores")] == [6]
     assert "accuracy" in result.scores
+
+
+def adapter_at(out: Path, step: int) -> dict[str, torch.Tensor]:
+    held = load_step(RunFolder.open(out, write=False), step)
+    assert held is not None
+    return held.tensors["adapter"]
+
+
+def test_the_written_tuning_is_that_of_the_run_which_ended_at_its_best_step(
+    home: Path, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    """One run goes on for four steps after its best; another is ended there by its patience. They write one file."""
+    found = {}
+    for name, accuracies, patience in (
+        ("went-on", [0.4, 0.9, 0.8, 0.7, 0.5], None),
+        ("ended", [0.4, 0.9, 0.1, 0.5], 1),
+    ):
+        with monkeypatch.context() as patched:
+            scripted(patched, accuracies)
+            result = train(spec_of(home, tmp_path / name, best=True, patience=patience))
+        found[name] = ((tmp_path / name / "tuning" / "tuning.safetensors").read_bytes(), result.scores["loss"])
+    assert max(e["step"] for e in events(tmp_path / "went-on", "step")) == 8
+    assert max(e["step"] for e in events(tmp_path / "ended", "step")) == 6
+    assert found["went-on"] == found["ended"]
+    with monkeypatch.context() as patched:
+        scripted(patched, [0.4, 0.5, 0.6, 0.9, 0.5])
+        train(spec_of(home, tmp_path / "last", best=True))
+    assert (tmp_path / "last" / "tuning" / "tuning.safetensors").read_bytes() != found["ended"][0]
+
+
+@pytest.mark.parametrize("best", [True, False])
+def test_of_equal_scores_the_first_is_the_best_and_waiting_goes_on(
+    best: bool, home: Path, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    scripted(monkeypatch, [0.4, 0.9, 0.9, 0.9, 0.5])
+    heard = Heard()
+    train(spec_of(home, tmp_path / "run", best=best, patience=2), listener=heard)
+    assert "stopped at step 8" in heard.text or max(e["step"] for e in events(tmp_path / "run", "step")) == 8
+    assert [e["step"] for e in events(tmp_path / "run", "best_taken")] == ([4] if best else [])
+
+
+def test_a_score_that_is_better_when_lower_is_chosen_by_being_lower(home: Path, tmp_path: Path) -> None:
+    result = train(spec_of(home, tmp_path / "run", best=True, metric="loss"))
+    losses = {e["step"]: e["loss"] for e in events(tmp_path / "run", "scores")[:-1]}
+    assert len(losses) == 4 and len(set(losses.values())) == 4
+    chosen = min(losses, key=losses.__getitem__)
+    assert [e["step"] for e in events(tmp_path / "run", "best_taken")] == ([] if chosen == 8 else [chosen])
+    assert result.record.status == "finished"
+
+
+def test_a_run_stopped_between_its_last_step_and_its_result_takes_the_best_when_resumed(
+    home: Path, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    with monkeypatch.context() as patched:
+        scripted(patched, [0.4, 0.9, 0.8, 0.7, 0.5])
+        train(spec_of(home, whole, best=True))
+    with monkeypatch.context() as patched:
+        scripted(patched, [0.4, 0.9, 0.8, 0.7])
+        at_call(patched, finish, "_refuse_base", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Interrupted):
+            train(spec_of(home, out, best=True))
+    # The state at the end is that of step 8; the best step's tensors were only lent to the result.
+    assert not all(torch.equal(t, adapter_at(out, 4)[n]) for n, t in adapter_at(out, 8).items())
+    with monkeypatch.context() as patched:
+        scripted(patched, [0.5])
+        resume(out)
+    assert run_digests(out)["tuning"] == run_digests(whole)["tuning"] != ""
+    assert run_digests(out) == run_digests(whole)
+
+
+def test_a_best_step_whose_checkpoint_is_damaged_is_no_result(home: Path, tmp_path: Path, monkeypatch: Patch) -> None:
+    out = tmp_path / "run"
+    scripted(monkeypatch, [0.4, 0.9, 0.8, 0.7, 0.5])
+    train(spec_of(home, out, best=True), stop_at=6)
+    best = out / "ckpt" / "step-00000004"
+    shutil.copytree(best, tmp_path / "copy")
+    content = bytearray((best / "adapter.safetensors").read_bytes())
+    content[-5] ^= 1
+    (best / "adapter.safetensors").write_bytes(content)
+    with pytest.raises(IntegrityError, match=r"the checkpoint of the best step, 4, is gone or damaged") as caught:
+        resume(out)
+    assert caught.value.exit_code == 4
+    assert not (out / "tuning").exists() and not (out / "record.json").exists()
+    shutil.rmtree(best, ignore_errors=True)
+    shutil.copytree(tmp_path / "copy", best)
+    scripted(monkeypatch, [0.5])
+    resume(out)
+    assert [e["step"] for e in events(out, "best_taken")] == [4]

@@ -72,7 +72,9 @@ def check_changes(run: RunFolder, old: RunSpec, new: RunSpec, checkpoint: Checkp
     begins = None
     for change in changes(old, new):
         if change.field == "out":
-            continue
+            raise ConfigError(
+                f"{change}: a resumed run must keep out, its folder. Move the folder {change.old} and resume it there."
+            )
         if change.rule == "exact":
             raise ConfigError(
                 f"{change}: a resumed run must keep {change.field}; with another it would be another run. "

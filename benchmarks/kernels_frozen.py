@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from _pairs import pair
 from torch import Tensor
 
-from luthier.kernels import gated, rms_norm
+from luthier.kernels import rms_norm
 
 
 def calls(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """Everything to be timed in one type."""
     n, d, inner = 1536, 384, 1536
     x, g = torch.randn(n, d).to(dtype).requires_grad_(), torch.randn(n, d).to(dtype)
-    h, up, gh = (torch.randn(n, inner).to(dtype).requires_grad_(i < 2) for i in range(3))
+    h, gh = torch.randn(n, inner).to(dtype).requires_grad_(), torch.randn(n, inner).to(dtype)
     w, b = torch.rand(d).to(dtype), torch.rand(d).to(dtype)
 
     def back(y: Tensor, grad: Tensor, *of: Tensor) -> None:
@@ -35,10 +35,6 @@ def calls(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "rms norm | as models write it": lambda: back(norm(), g, x),
         "rms norm | framework": lambda: back(F.rms_norm(x, (d,), w, 1e-6), g, x),
         "rms norm | ours": lambda: back(rms_norm(x, w, 1e-6), g, x),
-        "swiglu | as models write it": lambda: back(F.silu(h) * up, gh, h, up),
-        "swiglu | ours": lambda: back(gated(h, up), gh, h, up),
-        "geglu | as models write it": lambda: back(F.gelu(h, approximate="tanh") * up, gh, h, up),
-        "geglu | ours": lambda: back(gated(h, up, "gelu_tanh"), gh, h, up),
         "gelu tanh | as models write it": lambda: back(gelu_new(), gh, h),
         "gelu tanh | framework": lambda: back(F.gelu(h, approximate="tanh"), gh, h),
         "gelu erf | framework": lambda: back(F.gelu(h), gh, h),

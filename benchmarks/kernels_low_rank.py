@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from _pairs import pair
 from torch import Tensor
 
-from luthier.kernels import Update, dora_linear, low_rank_linear, low_rank_linears, row_squares
+from luthier.kernels import Update, dora_linear, low_rank_linear, row_squares
 
 
 def calls(n: int, d: int, rank: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
@@ -18,8 +18,6 @@ def calls(n: int, d: int, rank: int, dtype: torch.dtype) -> dict[str, Callable[[
     x = torch.randn(n, d).to(dtype).requires_grad_()
     g = torch.randn(n, d).to(dtype)
     weights = [torch.randn(d, d).to(dtype) for _ in range(3)]
-    joined = torch.cat(weights)
-    views = list(joined.split(d))
     updates = [Update(torch.randn(rank, d).requires_grad_(), torch.randn(d, rank).requires_grad_(), 2.0) for _ in "qkv"]
     m = torch.randn(d).requires_grad_()
     squares = row_squares(weights[0])
@@ -44,12 +42,8 @@ def calls(n: int, d: int, rank: int, dtype: torch.dtype) -> dict[str, Callable[[
         "one: fused": lambda: back([low_rank_linear(x, w, None, a, b, s)], a, b),
         "three: base alone": lambda: back([F.linear(x, v) for v in weights]),
         "three: separate": lambda: back([separate(v, u) for v, u in zip(weights, updates, strict=True)], *leaves),
-        "three: fused one by one": lambda: back(
+        "three: fused": lambda: back(
             [low_rank_linear(x, v, None, *u) for v, u in zip(weights, updates, strict=True)], *leaves
-        ),
-        "three: fused": lambda: back(low_rank_linears(x, weights, [None] * 3, updates), *leaves),
-        "three: fused, joined base": lambda: back(
-            low_rank_linears(x, views, [None] * 3, updates, joined=joined), *leaves
         ),
         "dora: separate": lambda: back([dora(w, updates[0])], a, b, m),
         "dora: fused": lambda: back([dora_linear(x, w, None, a, b, m, s, squares=squares)], a, b, m),

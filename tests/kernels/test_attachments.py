@@ -5,20 +5,17 @@ from torch import Tensor
 
 from luthier.core import ConfigError, UnknownName
 from luthier.kernels import (
-    Update,
     bottleneck,
     dora_linear,
     dora_norm,
     dropout,
     low_rank_linear,
-    low_rank_linears,
     plain,
     row_squares,
     scale,
 )
 
-N, T, D_IN, RANK = 3, 5, 7, 2
-D_OUT = (4, 6, 9)
+N, T, D_IN, RANK, D_OUT = 3, 5, 7, 2, 4
 
 
 def _r(*shape: int, grad: bool = False, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -26,129 +23,83 @@ def _r(*shape: int, grad: bool = False, dtype: torch.dtype = torch.float64) -> T
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad)
 
 
-def _sites() -> tuple[Tensor, list[Tensor], list[Tensor | None], list[Update | None]]:
-    x = _r(N, T, D_IN, grad=True)
-    weights = [_r(d, D_IN) for d in D_OUT]
-    biases = [_r(D_OUT[0]), None, _r(D_OUT[2])]
-    updates = [
-        Update(_r(RANK, D_IN, grad=True), _r(D_OUT[0], RANK, grad=True), 0.5),
-        None,
-        Update(_r(RANK + 1, D_IN, grad=True), _r(D_OUT[2], RANK + 1, grad=True), 2.0),
-    ]
-    return x, weights, biases, updates
-
-
-def _trained(updates: list[Update | None]) -> list[Tensor]:
-    return [t for u in updates if u is not None for t in (u.a, u.b)]
+def _site() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x, the frozen weight and bias, A, B"""
+    return (
+        _r(N, T, D_IN, grad=True),
+        _r(D_OUT, D_IN),
+        _r(D_OUT),
+        _r(RANK, D_IN, grad=True),
+        _r(D_OUT, RANK, grad=True),
+    )
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("joins", [False, True])
-def test_several_low_rank_sites_equal_the_formula(p: float, joins: bool) -> None:
-    x, weights, biases, updates = _sites()
-    kwargs: dict[str, Tensor] = {}
-    if joins:
-        filled = [torch.zeros(d, dtype=torch.float64) if b is None else b for d, b in zip(D_OUT, biases, strict=True)]
-        kwargs = {"joined": torch.cat(weights), "joined_bias": torch.cat(filled)}
-    leaves = [x, *_trained(updates)]
-    ours = low_rank_linears(x, weights, biases, updates, p, 3, **kwargs)
-    dropped = dropout(x, p, 3)
-    wanted = []
-    for w, bias, u in zip(weights, biases, updates, strict=True):
-        y = F.linear(x, w, bias)
-        wanted.append(y if u is None else y + u.scale * (dropped @ u.a.T @ u.b.T))
-    grads = [_r(N, T, d) for d in D_OUT]
-    for got, want in zip(ours, wanted, strict=True):
-        torch.testing.assert_close(got, want)
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_low_rank_site_equals_the_formula(p: float, biased: bool) -> None:
+    x, w, bias, a, b = _site()
+    ours = low_rank_linear(x, w, bias if biased else None, a, b, 0.5, p, 3)
+    wanted = F.linear(x, w, bias if biased else None) + 0.5 * (dropout(x, p, 3) @ a.T @ b.T)
+    torch.testing.assert_close(ours, wanted)
+    g = _r(N, T, D_OUT)
     for got, want in zip(
-        torch.autograd.grad(ours, leaves, grads), torch.autograd.grad(wanted, leaves, grads), strict=True
+        torch.autograd.grad(ours, (x, a, b), g), torch.autograd.grad(wanted, (x, a, b), g), strict=True
     ):
         torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
-def test_one_low_rank_site_has_the_right_gradients(p: float) -> None:
-    x, weights, biases, updates = _sites()
-    u = updates[0]
-    assert u is not None
-    assert torch.autograd.gradcheck(
-        lambda x, a, b: low_rank_linear(x, weights[0], biases[0], a, b, 0.5, p, 11), (x, u.a, u.b)
-    )
-
-
-def test_an_output_that_is_not_used_costs_no_gradient_and_breaks_none() -> None:
-    x, weights, biases, updates = _sites()
-    outs = low_rank_linears(x, weights, biases, updates)
-    leaves = [x, *_trained(updates)]
-    got = torch.autograd.grad(outs[0].sum(), leaves, allow_unused=True)
-    first = updates[0]
-    assert first is not None
-    want = torch.autograd.grad(
-        low_rank_linear(x, weights[0], biases[0], first.a, first.b, first.scale).sum(), [x, first.a, first.b]
-    )
-    for g, w in zip(got[:3], want, strict=True):
-        torch.testing.assert_close(g, w)
-    assert got[3] is None and got[4] is None
+def test_a_low_rank_site_has_the_gradients_of_finite_differences(p: float) -> None:
+    x, w, bias, a, b = _site()
+    assert torch.autograd.gradcheck(lambda x, a, b: low_rank_linear(x, w, bias, a, b, 0.5, p, 11), (x, a, b))
 
 
 def test_an_input_without_gradient_gets_none() -> None:
-    x, weights, biases, updates = _sites()
-    u = updates[0]
-    assert u is not None
-    y = low_rank_linear(x.detach(), weights[0], biases[0], u.a, u.b, 1.0)
-    ga, gb = torch.autograd.grad(y.sum(), (u.a, u.b))
-    assert ga.shape == u.a.shape and gb.shape == u.b.shape
+    x, w, bias, a, b = _site()
+    ga, gb = torch.autograd.grad(low_rank_linear(x.detach(), w, bias, a, b, 1.0).sum(), (a, b))
+    assert ga.shape == a.shape and gb.shape == b.shape
 
 
 def test_a_base_that_trains_gets_its_gradient_too() -> None:
-    x, weights, biases, updates = _sites()
-    u = updates[0]
-    assert u is not None
-    w = weights[0].requires_grad_()
-    (gw,) = torch.autograd.grad(low_rank_linear(x, w, biases[0], u.a, u.b, 1.0).sum(), w)
+    x, w, bias, a, b = _site()
+    (gw,) = torch.autograd.grad(low_rank_linear(x, w.requires_grad_(), bias, a, b, 1.0).sum(), w)
     torch.testing.assert_close(gw, x.detach().sum((0, 1)).expand_as(w))
 
 
 def test_only_x_and_the_thin_product_are_saved() -> None:
-    x, weights, biases, updates = _sites()
-    u = updates[0]
-    assert u is not None
+    x, w, bias, a, b = _site()
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        low_rank_linear(x, weights[0], biases[0], u.a, u.b, 1.0, 0.5, 3)
-    pointers = {t.data_ptr() for t in (x, u.a, u.b)}
+        low_rank_linear(x, w, bias, a, b, 1.0, 0.5, 3)
+    pointers = {t.data_ptr() for t in (x, a, b)}
     new = [t for t in saved if t.data_ptr() not in pointers]
     assert [t.shape for t in new] == [(N * T, RANK)]
 
 
 def test_a_bf16_base_trains_fp32_updates_close_to_the_exact_gradient() -> None:
-    x, weights, biases, updates = _sites()
-    u = updates[0]
-    assert u is not None and biases[0] is not None
-    low = [t.detach().to(torch.bfloat16) for t in (x, weights[0], biases[0])]
-    a, b = (t.detach().float().requires_grad_() for t in (u.a, u.b))
+    x, w, bias, a64, b64 = _site()
+    low = [t.detach().to(torch.bfloat16) for t in (x, w, bias)]
+    a, b = (t.detach().float().requires_grad_() for t in (a64, b64))
     y = low_rank_linear(low[0], low[1], low[2], a, b, 0.5)
     assert y.dtype == torch.bfloat16
     ga, gb = torch.autograd.grad(y.sum(), (a, b))
     assert ga.dtype == gb.dtype == torch.float32
-    exact = torch.autograd.grad(low_rank_linear(x, weights[0], biases[0], u.a, u.b, 0.5).sum(), (u.a, u.b))
+    exact = torch.autograd.grad(low_rank_linear(x, w, bias, a64, b64, 0.5).sum(), (a64, b64))
     for got, want in zip((ga, gb), exact, strict=True):
         assert (got - want).norm() < 0.02 * want.norm()
 
 
 def test_plain_gives_the_same_values() -> None:
-    x, weights, biases, updates = _sites()
-    outs = low_rank_linears(x, weights, biases, updates, 0.2, 4)
+    x, w, bias, a, b = _site()
+    quick = low_rank_linear(x, w, bias, a, b, 0.5, 0.2, 4)
     with plain():
-        slow = low_rank_linears(x, weights, biases, updates, 0.2, 4)
-    for got, want in zip(outs, slow, strict=True):
-        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(quick, low_rank_linear(x, w, bias, a, b, 0.5, 0.2, 4))
 
 
 def test_dropout_without_a_seed_is_refused() -> None:
-    x, weights, biases, updates = _sites()
+    x, w, bias, a, b = _site()
     with pytest.raises(ConfigError, match="needs a seed"):
-        low_rank_linears(x, weights, biases, updates, 0.2)
+        low_rank_linear(x, w, bias, a, b, 1.0, 0.2)
 
 
 def test_the_norm_of_dora_is_that_of_the_whole_weight() -> None:

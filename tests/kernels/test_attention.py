@@ -191,6 +191,25 @@ def test_bf16_stays_near_the_exact_result_in_both_ways(monkeypatch: pytest.Monke
             assert (got - true).norm() < 0.03 * true.norm() + 0.02
 
 
+@pytest.mark.parametrize("keys", [1, 5, 14, 31])
+@pytest.mark.parametrize("masked", [False, True])
+def test_short_rows_in_bf16_are_as_near_the_exact_result_as_long_ones(keys: int, masked: bool) -> None:
+    q, k, v = _r(2, 4, keys, 8), _r(2, 4, keys, 8), _r(2, 4, keys, 8)
+    mask = torch.ones(2, 1, keys, keys, dtype=torch.bool)
+    if masked:
+        mask[1, :, :, keys // 2 + 1 :] = False
+        mask[0, :, 0] = False  # a query that may look at nothing
+    low = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
+    exact = _definition(q, k, v, mask)
+    out = attend(*low, mask, scaling=SCALE)
+    g = _r(*exact.shape, grad=False)
+    assert (out - exact).norm() < 0.02 * exact.norm()
+    wanted = torch.autograd.grad(exact, (q, k, v), g)
+    for got, want in zip(torch.autograd.grad(out, low, g.bfloat16()), wanted, strict=True):
+        assert torch.isfinite(got).all()
+        assert (got - want).norm() < 0.03 * want.norm() + 0.02
+
+
 def test_probabilities_beyond_the_budget_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "way", lambda *a: "products")
     q, k, v = _r(1, 2, 64, D), _r(1, 2, 64, D), _r(1, 2, 64, D)
@@ -361,6 +380,7 @@ def test_a_mask_that_was_changed_in_place_is_read_again(monkeypatch: pytest.Monk
 
 def test_inference_mode_leaves_nothing_behind_that_training_trips_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "way", lambda *a: "products")
+    monkeypatch.setattr(attention, "FEW_SCORES", 0)
     q, mask = _r(1, 2, 4, 3), torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
     with torch.inference_mode():
         quiet = attend(q, q, q, mask, scaling=SCALE)

@@ -7,10 +7,10 @@ from luthier.kernels._switch import fast, plain
 from luthier.kernels.attachments import bottleneck, scale
 from luthier.kernels.attention import attend, attention_interface
 from luthier.kernels.dropout import dropout, keep_mask
-from luthier.kernels.frozen import gated, rms_norm
+from luthier.kernels.frozen import rms_norm
 from luthier.kernels.grouped import GroupedScales, GroupedUpdates, StillUpdate
 from luthier.kernels.loss import linear_cross_entropy
-from luthier.kernels.low_rank import Update, dora_linear, dora_norm, low_rank_linear, low_rank_linears, row_squares
+from luthier.kernels.low_rank import Update, dora_linear, dora_norm, low_rank_linear, row_squares
 from luthier.kernels.optimizer import adamw
 from luthier.kernels.packed import Packed, can_pack, packed_linear
 
@@ -29,11 +29,9 @@ __all__ = [
     "dora_norm",
     "dropout",
     "fast",
-    "gated",
     "keep_mask",
     "linear_cross_entropy",
     "low_rank_linear",
-    "low_rank_linears",
     "packed_linear",
     "plain",
     "rms_norm",

@@ -40,6 +40,10 @@ DEVICE_BLOCK_BYTES = 256 << 20
 # queries counted in its blocks of 32: 48 against 113 us at 12,288 of them, 69 against 104 at 36,864, level at 49,152.
 FEW_SCORES = 40 << 10
 
+# The CPU's bf16 softmax, its gradient and the addition of a mask take rows of 32 numbers at a time and do the rest one
+# by one. Shorter rows go through fp32 in plain steps instead (docs/speed-log.md).
+LANES = 32
+
 # Probabilities kept for one backward pass; above it they are computed again, which costs a quarter of the pass.
 KEEP_BYTES = 16 << 20
 
@@ -417,6 +421,9 @@ class _Scores:
     def probabilities(self, q: Tensor, k: Tensor, at: _Block) -> tuple[Tensor, Tensor | None]:
         """(heads, G · queries, keys), and tanh(scores / softcap) where that is used."""
         w = torch.bmm(q, k.transpose(1, 2))
+        short = _short(w)
+        if short:
+            w = w.float()
         slope = None
         if self.softcap is None:
             w.mul_(self.scaling)
@@ -433,7 +440,7 @@ class _Scores:
             first = min(at.t.start + self.offset, at.end)
             strip = torch.full((t, at.end - first), -math.inf, dtype=w.dtype, device=w.device).triu_(1)
             view[..., first:].add_(strip)
-        w = torch.softmax(w, dim=-1)
+        w = _softmax(w).to(q.dtype) if short else torch.softmax(w, dim=-1)
         if self.dead is not None:
             heads = at.k if self.dead.shape[1] > 1 else slice(None)
             w.view(view.shape).masked_fill_(self.dead[at.b, heads, :, at.t], 0.0)
@@ -449,6 +456,25 @@ class _Scores:
         return torch.where(kept != 0, p, torch.zeros((), dtype=p.dtype, device=p.device)).mul_(
             _LEVELS / (_LEVELS - self.level)
         )
+
+
+def _short(w: Tensor) -> bool:
+    return w.device.type == "cpu" and w.dtype == torch.bfloat16 and w.shape[-1] < LANES
+
+
+def _softmax(w: Tensor) -> Tensor:
+    """Over the last axis, in place. A row of nothing but -inf becomes nan, as the framework's does."""
+    w = w.sub_(w.amax(-1, keepdim=True)).exp_()
+    return w.div_(w.sum(-1, keepdim=True))
+
+
+def _softmax_backward(grad: Tensor, w: Tensor) -> Tensor:
+    """The gradient before a softmax from that behind it and from its result, in their type."""
+    if not _short(w):
+        return torch._softmax_backward_data(grad, w, -1, w.dtype)
+    wide, w_wide = grad.float(), w.float()
+    wide.mul_(w_wide)
+    return wide.sub_(w_wide.mul_(wide.sum(-1, keepdim=True))).to(w.dtype)
 
 
 def _causal_cut(mask: Tensor, offset: int) -> Tensor:
@@ -521,7 +547,7 @@ class _Products(torch.autograd.Function):
                 if not (wants_q or wants_k):
                     continue
                 gw = scores.drop(torch.bmm(g, v.transpose(1, 2)), at)
-                gw = torch._softmax_backward_data(gw, w, -1, w.dtype).mul_(scores.scaling)
+                gw = _softmax_backward(gw, w).mul_(scores.scaling)
                 if slope is not None:
                     gw.mul_(1 - slope.square())
                 if q5 is not None:

@@ -1,28 +1,24 @@
-"""Element-wise parts of a trunk that save less for the backward pass than the chain of operations in model code.
+"""The RMS norm of a frozen trunk, saving less for the backward pass than the chain of operations in model code.
 
-    rms_norm:  w · x / √(mean(x²) + eps)       saves x and one number per row; as written, models save x again in fp32
-    gated:     act(gate) · up                  saves gate and up; act(gate) is computed again
+    w · x / √(mean(x²) + eps)       saves x and one number per row; as written, models save x again in fp32
 
-They are here for memory; docs/speed-log.md has their times. What is not here did not pay: a linear layer with a frozen
-weight saves no input, a layer norm with frozen numbers computes only the gradient of its input, and the framework's own
-GELU and SiLU beat ours. A model that writes out the tanh-GELU in five operations gains from
-`F.gelu(x, approximate="tanh")`.
+docs/speed-log.md has its times. What is not here did not pay: a linear layer with a frozen weight saves no input, a
+layer norm with frozen numbers computes only the gradient of its input, the framework's own GELU and SiLU beat ours, and
+a gated unit as one function took longer for memory that nobody lacked.
 
-Zhang & Sennrich 2019 (RMSNorm), arXiv:1910.07467. Shazeer 2020 (gated units), arXiv:2002.05202.
+Zhang & Sennrich 2019 (RMSNorm), arXiv:1910.07467.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from luthier.core import UnknownName
 from luthier.kernels._switch import fast
 
-__all__ = ["gated", "rms_norm"]
+__all__ = ["rms_norm"]
 
 _PIECE_BYTES = 1 << 19  # of one fp32 temporary; four of them fit a 2 MiB share of cache
 
@@ -98,57 +94,5 @@ class _RMSNorm(torch.autograd.Function):
             None if gx is None else gx.view(x.shape),
             None if gw is None else gw.to(weight.dtype),
             None,
-            None,
-        )
-
-
-def gated(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
-    """`act(gate) · up`, (..., d) each.
-
-    Args:
-        activation: "silu" or "gelu_tanh".
-
-    Raises:
-        UnknownName: another activation.
-    """
-    if activation not in ("silu", "gelu_tanh"):
-        raise UnknownName(f"gated: no activation is called {activation!r}. Take 'silu' or 'gelu_tanh'.")
-    silu = activation == "silu"
-    if not fast():
-        return _act(gate, silu) * up
-    out: Tensor = _Gated.apply(gate, up, silu)  # type: ignore[no-untyped-call]
-    return out
-
-
-def _act(gate: Tensor, silu: bool) -> Tensor:
-    return F.silu(gate) if silu else F.gelu(gate, approximate="tanh")
-
-
-class _Gated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, silu: bool) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        ctx.silu = silu
-        return _act(gate, silu).mul_(up)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        gate, up = ctx.saved_tensors
-        rows, others, g = _flat(gate), _flat(up), _flat(grad)
-        g_gate = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
-        g_up = torch.empty_like(others) if ctx.needs_input_grad[1] else None
-        for s in _pieces(rows):
-            if g_up is not None:
-                torch.mul(_act(rows[s], ctx.silu), g[s], out=g_up[s])
-            if g_gate is not None:
-                through = g[s] * others[s]
-                if ctx.silu:
-                    g_gate[s] = torch.ops.aten.silu_backward(through, rows[s])
-                else:
-                    g_gate[s] = torch.ops.aten.gelu_backward(through, rows[s], approximate="tanh")
-        return (
-            None if g_gate is None else g_gate.view(gate.shape),
-            None if g_up is None else g_up.view(up.shape),
             None,
         )

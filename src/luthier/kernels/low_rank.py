@@ -1,4 +1,4 @@
-"""A frozen linear layer and its low-rank update as one function (LoRA), for one site or several on one input.
+"""A frozen linear layer and its low-rank update as one function (LoRA).
 
     y = x Wᵀ + bias + scale · drop(x) Aᵀ Bᵀ       W: (d_out, d_in) frozen   A: (rank, d_in)   B: (d_out, rank)
 
@@ -10,7 +10,6 @@ the type of A and B.
 Hu et al. 2021, arXiv:2106.09685, section 4.1. Liu et al. 2024 (DoRA), arXiv:2402.09353, sections 4.1 and 4.3.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +22,7 @@ from luthier.kernels._switch import fast
 from luthier.kernels.dropout import dropout
 from luthier.kernels.packed import Packed
 
-__all__ = ["Update", "dora_linear", "dora_norm", "low_rank_linear", "low_rank_linears", "row_squares"]
+__all__ = ["Update", "dora_linear", "dora_norm", "low_rank_linear", "row_squares"]
 
 
 class Update(NamedTuple):
@@ -55,70 +54,23 @@ def low_rank_linear(
     Raises:
         ConfigError: p above 0 without a seed.
     """
-    return low_rank_linears(x, (weight,), (bias,), (Update(a, b, scale),), p, seed)[0]
-
-
-def low_rank_linears(
-    x: Tensor,
-    weights: Sequence[Tensor | Packed],
-    biases: Sequence[Tensor | None],
-    updates: Sequence[Update | None],
-    p: float = 0.0,
-    seed: int | None = None,
-    joined: Tensor | None = None,
-    joined_bias: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    """`low_rank_linear` for several sites that read the same `x` (q, k and v): one product with all the A at once.
-
-    Args:
-        x: (..., d_in).
-        weights: of each site, (d_out_i, d_in), of one type.
-        updates: of each site; None leaves the site as it is.
-        p: dropout on the input of all updates, with one mask for all of them; needs `seed`.
-        joined: (sum of d_out_i, d_in), the weights below each other, for one base product. Give it when the weights
-            are views of it; a copy would double the memory. The outputs are then views of one tensor.
-        joined_bias: (sum of d_out_i,), goes with `joined`; None where no site has a bias.
-
-    Returns:
-        For each site (..., d_out_i).
-
-    Raises:
-        ConfigError: p above 0 without a seed.
-    """
     if p > 0.0 and seed is None:
-        raise ConfigError(f"low_rank_linears: p={p} needs a seed; take one from luthier.core.key(...).")
-    plain = [_tensor(w) for w in weights]
-    frozen = not any(t is not None and t.requires_grad for t in (*plain, *biases, joined, joined_bias))
+        raise ConfigError(f"low_rank_linear: p={p} needs a seed; take one from luthier.core.key(...).")
+    held = _tensor(weight)
+    frozen = not (held.requires_grad or (bias is not None and bias.requires_grad))
     if not fast() or not frozen or torch.is_autocast_enabled(x.device.type):
-        return _plain(x, plain, biases, updates, p, seed)
-    flat: list[Tensor | None] = []
-    for update in updates:
-        flat += (None, None) if update is None else (update.a, update.b)
-    scales = tuple(0.0 if u is None else float(u.scale) for u in updates)
-    out = _LowRank.apply(  # type: ignore[no-untyped-call]
-        x, (tuple(weights), tuple(biases), joined, joined_bias), scales, p, seed, *flat
-    )
-    return (out,) if isinstance(out, Tensor) else tuple(out)
+        return _plain(x, held, bias, a, b, scale, p, seed)
+    out: Tensor = _LowRank.apply(x, weight, bias, a, b, float(scale), p, seed)  # type: ignore[no-untyped-call]
+    return out
 
 
 def _plain(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    updates: Sequence[Update | None],
-    p: float,
-    seed: int | None,
-) -> tuple[Tensor, ...]:
-    dtype = weights[0].dtype
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float, seed: int | None
+) -> Tensor:
+    dtype = weight.dtype
     x = x.to(dtype)
     dropped = x if seed is None else dropout(x, p, seed)
-    outs = []
-    for weight, bias, update in zip(weights, biases, updates, strict=True):
-        y = F.linear(x, weight, bias)
-        if update is not None:
-            y = y + F.linear(F.linear(dropped, update.a.to(dtype)), update.b.to(dtype)) * update.scale
-        outs.append(y)
-    return tuple(outs)
+    return F.linear(x, weight, bias) + F.linear(F.linear(dropped, a.to(dtype)), b.to(dtype)) * scale
 
 
 class _LowRank(torch.autograd.Function):
@@ -126,77 +78,48 @@ class _LowRank(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        base: tuple[tuple[Tensor | Packed, ...], tuple[Tensor | None, ...], Tensor | None, Tensor | None],
-        scales: tuple[float, ...],
+        weight: Tensor | Packed,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
         p: float,
         seed: int | None,
-        *ab: Tensor | None,
-    ) -> Any:
-        weights, biases, joined, joined_bias = base
-        dtype = weights[0].dtype
+    ) -> Tensor:
+        dtype = weight.dtype
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         dropped = rows if p == 0.0 or seed is None else dropout(rows, p, seed)
-        sizes = [len(w) for w in weights]
-        a, b = ab[0::2], ab[1::2]
-        updated = [i for i, t in enumerate(a) if t is not None]
-        ranks = [len(a[i]) for i in updated]  # type: ignore[arg-type]
-
-        stacked = _stack([a[i] for i in updated], dtype)
-        h = dropped @ stacked.T if updated else rows.new_empty(len(rows), 0)
-        if joined is None:
-            ys = [_linear(rows, w, bias) for w, bias in zip(weights, biases, strict=True)]
-        else:
-            ys = list(torch.split(F.linear(rows, joined, joined_bias), sizes, dim=1))
-        for i, part in zip(updated, torch.split(h, ranks, dim=1), strict=True):
-            # B as (rank, d_out) rows: a thin product reads it twice as fast so, and copying it costs nothing.
-            ys[i].addmm_(part, b[i].to(dtype).T.contiguous(), alpha=scales[i])  # type: ignore[union-attr]
-
-        ctx.save_for_backward(x, h, *ab)
-        ctx.weights, ctx.scales, ctx.p, ctx.seed = weights, scales, p, seed
-        ctx.set_materialize_grads(False)
-        return tuple(y.view(*x.shape[:-1], size) for y, size in zip(ys, sizes, strict=True))
+        h = dropped @ a.to(dtype).T
+        y = _linear(rows, weight, bias)
+        # B as (rank, d_out) rows: a thin product reads it twice as fast so, and copying it costs nothing.
+        y.addmm_(h, b.to(dtype).T.contiguous(), alpha=scale)
+        ctx.save_for_backward(x, h, a, b)
+        ctx.weight, ctx.scale, ctx.p, ctx.seed = weight, scale, p, seed
+        return y.view(*x.shape[:-1], len(b))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        x, h, *ab = ctx.saved_tensors
-        weights, scales = ctx.weights, ctx.scales
-        dtype = weights[0].dtype
-        a, b = ab[0::2], ab[1::2]
-        rows = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
-        results: list[Tensor | None] = [None] * len(ab)
-        gx: Tensor | None = None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, h, a, b = ctx.saved_tensors
+        dtype = ctx.weight.dtype
+        g = grad.reshape(-1, grad.shape[-1])
+        thin = (g @ b.to(dtype)).mul_(ctx.scale)
+        gx = ga = gb = None
+        drops = ctx.p > 0.0 and ctx.seed is not None
         if ctx.needs_input_grad[0]:
-            for g, w in zip(rows, weights, strict=True):
-                if g is not None:
-                    gx = g @ _tensor(w) if gx is None else gx.addmm_(g, _tensor(w))
-
-        updated = [i for i, t in enumerate(a) if t is not None]
-        parts = dict(zip(updated, torch.split(h, [len(a[i]) for i in updated], dim=1), strict=True))
-        there = {i: g for i, g in enumerate(rows) if g is not None}
-        live = [i for i in updated if i in there]
-        if live:
-            wants = ctx.needs_input_grad[5:]
-            gh = [(there[i] @ b[i].to(dtype)).mul_(scales[i]) for i in live]
-            thin = gh[0] if len(gh) == 1 else torch.cat(gh, dim=1)
-            if any(wants[2 * i] for i in live):
-                flat = x.reshape(-1, x.shape[-1]).to(dtype)
-                dropped = flat if ctx.p == 0.0 or ctx.seed is None else dropout(flat, ctx.p, ctx.seed)
-                for i, ga in zip(live, (thin.T @ dropped).split([len(a[i]) for i in live]), strict=True):
-                    results[2 * i] = ga.to(a[i].dtype) if wants[2 * i] else None
-            for i in live:
-                if wants[2 * i + 1]:
-                    # (hᵀ g)ᵀ and not gᵀ h: the long transposed operand is read along its rows.
-                    results[2 * i + 1] = (parts[i].T @ there[i]).T.to(b[i].dtype).mul_(scales[i])
-            if gx is not None:
-                stacked = _stack([a[i] for i in live], dtype)
-                if ctx.p == 0.0 or ctx.seed is None:
-                    gx.addmm_(thin, stacked)
-                else:
-                    gx.add_(dropout(thin @ stacked, ctx.p, ctx.seed))
-        if gx is not None:
+            gx = g @ _tensor(ctx.weight)
+            if drops:
+                gx.add_(dropout(thin @ a.to(dtype), ctx.p, ctx.seed))
+            else:
+                gx.addmm_(thin, a.to(dtype))
             gx = gx.view(x.shape).to(x.dtype)
-        return gx, None, None, None, None, *results
+        if ctx.needs_input_grad[3]:
+            rows = x.reshape(-1, x.shape[-1]).to(dtype)
+            ga = (thin.T @ (dropout(rows, ctx.p, ctx.seed) if drops else rows)).to(a.dtype)
+        if ctx.needs_input_grad[4]:
+            # (hᵀ g)ᵀ and not gᵀ h: the long transposed operand is read along its rows.
+            gb = (h.T @ g).T.to(b.dtype).mul_(ctx.scale)
+        return gx, None, None, ga, gb, None, None, None
 
 
 def _tensor(weight: Tensor | Packed) -> Tensor:
@@ -205,11 +128,6 @@ def _tensor(weight: Tensor | Packed) -> Tensor:
 
 def _linear(rows: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tensor:
     return weight.linear(rows, bias) if isinstance(weight, Packed) else F.linear(rows, weight, bias)
-
-
-def _stack(parts: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
-    there = [part.to(dtype) for part in parts if part is not None]
-    return there[0] if len(there) == 1 else torch.cat(there) if there else torch.empty(0, 0, dtype=dtype)
 
 
 def row_squares(weight: Tensor) -> Tensor:
@@ -266,7 +184,7 @@ def dora_linear(
     norm = dora_norm(plain, a, b, scale, squares)
     trained_base = plain.requires_grad or (bias is not None and bias.requires_grad)
     if not fast() or trained_base or torch.is_autocast_enabled(x.device.type):
-        (z,) = _plain(x, (plain,), (None,), (Update(a, b, scale),), p, seed)
+        z = _plain(x, plain, None, a, b, scale, p, seed)
         y = z * (magnitude / norm).to(z.dtype)
         return y if bias is None else y + bias
     out: Tensor = _Dora.apply(x, weight, bias, a, b, magnitude, norm, scale, p, seed)  # type: ignore[no-untyped-call]

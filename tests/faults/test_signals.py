@@ -236,8 +236,9 @@ def test_a_run_killed_at_its_durable_operations_resumes_to_the_bit(
             break
         assert outcome.status == -signal.SIGKILL, outcome.output
         killed += 1
-        again = template.run(__file__, "until_the_end", given)
-        assert again.status == 0, again.output
+        if not (out / "record.json").exists():  # else it was killed after its last rename: it is finished
+            again = template.run(__file__, "until_the_end", given)
+            assert again.status == 0, again.output
         assert run_digests(out) == whole
         k += 5
     assert killed >= 2

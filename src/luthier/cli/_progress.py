@@ -125,7 +125,7 @@ _PARTS = {
     "optimiser": "its moments",
     "activations": "kept for the backward pass of the longest micro-batch",
     "logits": "the same, as wide as the vocabulary",
-    "other": "workspace, packed weights, evaluation: what remains of the peak",
+    "other": "workspace, packed weights, scores: what remains",
 }
 
 

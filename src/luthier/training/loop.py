@@ -107,6 +107,7 @@ class Loop:
         self.scale = LossScale(self.precision.name == "fp16")
         self.parts: list[Method] = [p for t in self.tuned.tunings.values() for p in t.method.parts()]
         self._saved: dict[str, Any] = {}  # the state at the last save
+        self._parts: Parts | None = None  # counts what the trial's forward pass keeps
         self._graph: Tensor | None = None  # a loss whose backward pass will be the update
         self.checkpointing = self.spec.gradient_checkpointing is True
         self._listens = any(type(p).after_backward is not Method.after_backward for p in self.parts)
@@ -243,7 +244,8 @@ class Loop:
         losses: list[Tensor] = []
         for micro, batch in enumerate(micro_batches):
             self.signals.check()
-            loss = self._loss(step, micro, batch) / n_targets
+            with self._parts.watching() if self._parts is not None else nullcontext():
+                loss = self._loss(step, micro, batch) / n_targets
             with self.objective.cut():
                 torch.autograd.backward(loss * self.scale.value if self.scale.on else loss)
             losses.append(loss.detach())
@@ -489,9 +491,12 @@ class Loop:
 
     def _try(self, longest: Batch) -> None:
         """One pass that moves nothing; what it holds is counted."""
-        parts = Parts(self.tuned, self.optimiser, self.device)
-        with parts.watching(), self.optimiser.measuring() if isinstance(self.optimiser, Lomo) else nullcontext():
-            self._gradients(0, [longest])
+        parts = self._parts = Parts(self.tuned, self.optimiser, self.device)
+        try:
+            with self.optimiser.measuring() if isinstance(self.optimiser, Lomo) else nullcontext():
+                self._gradients(0, [longest])
+        finally:
+            self._parts = None
         self.memory = parts.counted()
 
     # ------------------------------------------------------------------ batches

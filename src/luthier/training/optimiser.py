@@ -170,7 +170,7 @@ class Lomo(Descent):
         self._largest = 0
         self._use: Callable[[str, nn.Parameter, Tensor], None] | None = None
         for name, parameter in named.items():
-            parameter.register_post_accumulate_grad_hook(partial(self._arrived, name))
+            parameter.register_post_accumulate_grad_hook(partial(self._arrived, name))  # type: ignore[no-untyped-call]
 
     @property
     def in_one_pass(self) -> bool:

@@ -212,6 +212,8 @@ def test_f03_a_power_loss_at_every_operation_of_a_save_is_recovered(
     record_property(f"counted: a save, {NAMES[kind]}", n)
 
 
+@pytest.mark.fault("F01", "every operation of a save")
+@pytest.mark.fault("F03", "every operation of a save")
 @pytest.mark.parametrize("kind", ["kill", "drop", "drop-names", "drop-bytes"])
 def test_f01_f03_a_save_with_digests_in_threads_is_recovered_from_every_operation(
     template: Template, two_saved: Path, tmp_path: Path, kind: str, record_property: Note
@@ -417,6 +419,7 @@ def test_f10_an_error_at_every_operation_of_a_save_is_never_a_success(
     record_property(f"counted: a save, {NAMES[kind]}", n)
 
 
+@pytest.mark.fault("F10", "every operation of a save")
 def test_f10_an_error_at_every_operation_of_a_save_with_digests_in_threads_is_never_a_success(
     two_saved: Path, tmp_path: Path, record_property: Note
 ) -> None:

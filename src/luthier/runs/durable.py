@@ -218,39 +218,47 @@ def sweep(place: Path, of: str = "") -> list[str]:
     """
     prefixes = (f".tmp-{of}-", f".del-{of}-") if of else (".tmp-", ".del-")
     left = sorted(p for p in place.iterdir() if p.name.startswith(prefixes)) if place.is_dir() else []
-    left = [p for p in left if not _is_being_built(p)]
+    gone = []
     for path in left:
-        if path.is_dir() and not path.is_symlink():
-            remove_folder(path)
-        else:
-            remove(path)
-    return [path.name for path in left]
+        sign = _sign(path)
+        if sign is None:
+            continue  # somebody is building it, or has just removed it
+        try:
+            if path.is_dir() and not path.is_symlink():
+                remove_folder(path)
+            else:
+                remove(path)
+        finally:
+            if sign >= 0:
+                os.close(sign)
+        gone.append(path.name)
+    return gone
 
 
-@contextlib.contextmanager
-def _building(folder: Path) -> Iterator[None]:
-    """Show other processes that this folder is being built. The kernel takes the sign away when the builder dies."""
-    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        with contextlib.suppress(OSError):  # some network disks know no locks; then nobody can tell, as before
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(fd)
+def _sign(path: Path) -> int | None:
+    """Show other processes that this one works on `path`: they leave it alone until the descriptor is closed.
 
+    The kernel takes the sign away when its holder dies, however it dies.
 
-def _is_being_built(path: Path) -> bool:
+    Returns:
+        None where another process shows its own, or `path` is gone; -1 where nobody can show one (a link, a network
+        disk that knows no locks).
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
     except OSError:
-        return False
+        return -1
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno == errno.EWOULDBLOCK
-    finally:
         os.close(fd)
-    return False
+        return None if error.errno == errno.EWOULDBLOCK else -1
+    if not path.exists():  # removed between opening and locking
+        os.close(fd)
+        return None
+    return fd
 
 
 def append(fd: int, path: Path, data: bytes, *, lasting: bool) -> None:
@@ -561,23 +569,28 @@ def folder(target: Path, manifest: Mapping[str, Any] | None = None) -> Iterator[
         DiskFull: it does not fit.
         ResourceError: it cannot be written.
     """
-    temporary = target.with_name(f".tmp-{target.name}-{uuid.uuid4().hex}")
-    with _explained(target, "making the folder"):
-        _op("mkdir", temporary)
-        temporary.mkdir(mode=0o700)
+    sign = None
+    while sign is None:  # another process that sweeps may take the folder in the moment before it is signed
+        temporary = target.with_name(f".tmp-{target.name}-{uuid.uuid4().hex}")
+        with _explained(target, "making the folder"):
+            _op("mkdir", temporary)
+            temporary.mkdir(mode=0o700)
+        sign = _sign(temporary)
     draft = Folder(temporary)
-    with _building(temporary):
+    try:
         try:
-            try:
-                yield draft
-                draft._finish(manifest)
-            finally:
-                draft._close()
-            with _explained(target, "renaming"):
-                _op("rename", temporary, target)
-                temporary.rename(target)
-        except BaseException:
-            _discard(temporary)
-            raise
+            yield draft
+            draft._finish(manifest)
+        finally:
+            draft._close()
+        with _explained(target, "renaming"):
+            _op("rename", temporary, target)
+            temporary.rename(target)
+    except BaseException:
+        _discard(temporary)
+        raise
+    finally:
+        if sign >= 0:
+            os.close(sign)
     with _explained(target, "making it last"):
         _sync_folder(target.parent)

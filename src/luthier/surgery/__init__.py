@@ -10,6 +10,7 @@ from luthier.surgery.compose import Combined, method
 from luthier.surgery.context import Context
 from luthier.surgery.edits import AddBranch, Attach, Edit, PrependKeys, PrependTokens, Reparametrise, Unfreeze
 from luthier.surgery.method import METHODS, Batches, Group, Method, Objective, PerSite
+from luthier.surgery.peft_files import from_peft, to_peft
 from luthier.surgery.tuned import Tuned, attach, keyed
 from luthier.surgery.tuning import load, read_tuning
 
@@ -34,8 +35,10 @@ __all__ = [
     "Tuned",
     "Unfreeze",
     "attach",
+    "from_peft",
     "keyed",
     "load",
     "method",
     "read_tuning",
+    "to_peft",
 ]

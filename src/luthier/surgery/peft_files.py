@@ -1,0 +1,206 @@
+"""Tunings go out to the files of the peft library, and come in from them, where both compute the same numbers.
+
+    adapter_config.json          which kind, which layers; read as data: unknown keys and other settings are refused
+    adapter_model.safetensors    the tensors, under the names that peft gives them
+
+That is so for LoRA, DoRA and (IA)³ on layers of their own. A layer that holds several projections, an expert or a block
+that several layers share has no name in those files, and is refused.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier.anatomy import Anatomy, Site
+from luthier.core import CannotMerge, ConfigError, IntegrityError, ModelError
+from luthier.runs import durable
+from luthier.surgery import compose
+from luthier.surgery.tuned import Tuned, attach
+from luthier.trust import config as trusted_config
+from luthier.trust import safetensors
+
+__all__ = ["from_peft", "to_peft"]
+
+PREFIX = "base_model.model."
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+# What is read of a configuration. Every other key that peft writes must say nothing, and one it does not know of is
+# refused: it may change what the numbers mean.
+READ = {
+    "peft_type", "r", "lora_alpha", "use_dora", "use_rslora", "target_modules", "feedforward_modules",
+    "modules_to_save",
+}  # fmt: skip
+NO_MATTER = {  # of training or of provenance; `megatron_core` names a package, which nothing here imports
+    "base_model_name_or_path", "inference_mode", "init_ia3_weights", "init_lora_weights", "lora_dropout",
+    "megatron_core", "peft_version", "revision", "task_type", "fan_in_fan_out", "qalora_group_size", "auto_mapping",
+}  # fmt: skip
+SAYS_NOTHING = {
+    "alora_invocation_tokens", "alpha_pattern", "arrow_config", "bias", "corda_config", "ensure_weight_tying",
+    "eva_config", "exclude_modules", "kasa_config", "layer_replication", "layers_pattern", "layers_to_transform",
+    "loftq_config", "lora_bias", "lora_ga_config", "megatron_config", "monteclora_config", "rank_pattern",
+    "runtime_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
+}  # fmt: skip
+_TENSOR = re.compile(r"(?P<path>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector|ia3_l)")
+_PARTS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_magnitude_vector": "magnitude", "ia3_l": "scale"}
+
+
+def to_peft(tuned: Tuned, folder: Path | str, name: str | None = None) -> Path:
+    """Write a tuning as `PeftModel.from_pretrained` reads it; the base is left as it is.
+
+    Raises:
+        CannotMerge: peft has no such method, or no name for a place of it.
+        ResourceError: the folder cannot be written.
+    """
+    tuning, folder = tuned.tuning(name), Path(folder)
+    kind = tuning.method.name
+    if kind not in ("lora", "dora", "ia3"):
+        raise CannotMerge(f"{kind} has no form in peft's files that computes the same. lora, dora and ia3 have one.")
+    places = {site.key: site for site in tuned.anatomy.all_sites}
+    sites = {key: _plain(places[key], kind) for key in tuning.modules_by_key()}
+    tensors: dict[str, Tensor] = {}
+    for key, module in tuning.modules_by_key().items():
+        for part, short in _PARTS.items():
+            value = getattr(module, short, None)
+            if isinstance(value, nn.Parameter):
+                given = value.detach()
+                tensors[f"{PREFIX}{sites[key].path}.{part}"] = (
+                    _shaped(given, _reads(module)) if part == "ia3_l" else given
+                )
+    heads = sorted({unfrozen.name.rpartition(".")[0] for unfrozen in tuning.unfrozen.values()})
+    for path in heads:
+        for short, parameter in tuned.model.get_submodule(path).named_parameters():
+            tensors[f"{PREFIX}{path}.{short}"] = parameter.detach()
+    paths = [site.path for site in sites.values()]
+    facts: dict[str, Any] = {
+        "peft_type": "IA3" if kind == "ia3" else "LORA", "target_modules": paths, "modules_to_save": heads or None,
+        "inference_mode": True, "task_type": None, "revision": None,
+        "base_model_name_or_path": str(getattr(tuned.model.config, "_name_or_path", "")),
+        "fan_in_fan_out": _one({site.transposed for site in sites.values()}),
+    }  # fmt: skip
+    if kind == "ia3":
+        facts["feedforward_modules"] = [sites[k].path for k, m in tuning.modules_by_key().items() if _reads(m)]
+    else:
+        method: Any = tuning.method
+        facts |= {"r": method.rank, "lora_alpha": method.alpha, "lora_dropout": method.dropout, "bias": "none"}
+        facts["use_dora"] = kind == "dora"
+    with durable.folder(folder.absolute()) as draft:
+        draft.write_tensors(WEIGHTS, {n: t.cpu().contiguous() for n, t in tensors.items()})
+        draft.write_json(CONFIG, facts)
+    return folder
+
+
+def from_peft(model: Any, folder: Path | str) -> Tuned:
+    """Attach to `model` what peft saved in `folder`, with the same numbers. Nothing is imported or fetched.
+
+    Raises:
+        Refused: a file that is not what it claims to be, or a configuration with a key that is not known.
+        ConfigError: a kind or setting that computes something that we do not.
+        ModelError: its layers are not those of this model, or not all of a kind.
+        IntegrityError: tensors are missing or of other shapes.
+    """
+    folder = Path(folder)
+    facts = trusted_config.read_json(folder / CONFIG, READ | NO_MATTER | SAYS_NOTHING)
+    for key in sorted(SAYS_NOTHING & facts.keys()):
+        if facts[key] not in (None, False, 0, "none", [], {}, ""):
+            raise ConfigError(f"{folder / CONFIG}: {key} is {facts[key]!r}; tunings of ours have nothing of that kind.")
+    parts: dict[str, dict[str, Tensor]] = {}
+    heads: dict[str, Tensor] = {}
+    for name, tensor in safetensors.read(folder / WEIGHTS).items():
+        inner = name.removeprefix(PREFIX)
+        match = _TENSOR.fullmatch(inner)
+        if match:
+            parts.setdefault(match["path"], {})[_PARTS[match["part"]]] = tensor
+        else:
+            heads[inner] = tensor
+    tuned_sites = _sites(model, set(parts), folder)
+    tuned = attach(model, *_method(facts, parts, tuned_sites, folder), train_head=bool(heads))
+    try:
+        _fill(tuned, parts, heads, folder)
+    except BaseException:
+        tuned.detach()
+        raise
+    model.eval()
+    return tuned
+
+
+def _fill(tuned: Tuned, parts: Mapping[str, dict[str, Tensor]], heads: Mapping[str, Tensor], folder: Path) -> None:
+    places = {site.key: site for site in tuned.anatomy.all_sites}
+    waiting = {
+        f"{path}.{short}": (tensor, short) for path, tensors in parts.items() for short, tensor in tensors.items()
+    }
+    with torch.no_grad():
+        for key, module in tuned.modules().items():
+            for short in _PARTS.values():
+                parameter = getattr(module, short, None)
+                if isinstance(parameter, nn.Parameter):
+                    found, _ = waiting.pop(f"{places[key].path}.{short}", (None, ""))
+                    _copy(parameter, found.flatten() if found is not None and short == "scale" else found, key, folder)
+        named = dict(tuned.model.named_parameters())
+        for name, tensor in heads.items():
+            if name not in named:
+                raise IntegrityError(f"{folder / WEIGHTS}: {name!r} is no tensor of this model. Take the right base.")
+            _copy(named[name], tensor, name, folder)
+    if waiting:
+        raise IntegrityError(f"{folder / WEIGHTS}: {', '.join(sorted(waiting)[:3])} have no place in this model.")
+
+
+def _copy(parameter: nn.Parameter, found: Tensor | None, name: str, folder: Path) -> None:
+    if found is None or found.shape != parameter.shape:
+        shape = "nothing" if found is None else str(list(found.shape))
+        raise IntegrityError(f"{folder / WEIGHTS}: {name} is {shape}; this model needs {list(parameter.shape)}.")
+    parameter.copy_(found)
+
+
+def _method(
+    facts: Mapping[str, Any], parts: Mapping[str, dict[str, Tensor]], sites: Mapping[str, Site], folder: Path
+) -> tuple[Any]:
+    """The method of ours that attaches at exactly these places."""
+    kinds = sorted({site.kind for site in sites.values()})
+    if facts.get("peft_type") == "IA3":
+        reads = sorted({sites[p].kind for p, tensors in parts.items() if tensors["scale"].shape[0] == 1})
+        gives = [kind for kind in kinds if kind not in reads]
+        return (compose.method("ia3", {"outputs": gives, "inputs": reads, "cross": False}),)
+    if facts.get("peft_type") != "LORA":
+        raise ConfigError(f"{folder / CONFIG}: peft_type {facts.get('peft_type')!r}; LORA and IA3 can be read.")
+    rank, alpha = int(facts["r"]), float(facts["lora_alpha"])
+    if facts.get("use_rslora"):
+        alpha *= math.sqrt(rank)
+    return (
+        compose.method("dora" if facts.get("use_dora") else "lora", {"sites": kinds, "rank": rank, "alpha": alpha}),
+    )
+
+
+def _sites(model: Any, paths: set[str], folder: Path) -> dict[str, Site]:
+    found = {site.path: site for site in Anatomy.read(model).all_sites if site.path in paths and site.n_params}
+    strange = sorted(paths - found.keys())
+    if strange or not paths:
+        named = ", ".join(strange[:3]) or "nothing"
+        raise ModelError(
+            f"{folder / WEIGHTS}: {named} is no layer of this model that can be tuned. Take the right base."
+        )
+    return {path: _plain(site, "peft's file") for path, site in found.items()}
+
+
+def _plain(site: Site, kind: str) -> Site:
+    if site.rows is not None or site.expert is not None or site.shared > 1 or site.param != "weight":
+        raise CannotMerge(f"{kind}: {site.key} is only a part of {site.path}; peft's files name whole layers.")
+    return site
+
+
+def _reads(module: nn.Module) -> bool:
+    return type(module).__name__ == "RescaleInput"
+
+
+def _shaped(scale: Tensor, reads: bool) -> Tensor:
+    return scale[None, :] if reads else scale[:, None]
+
+
+def _one(values: set[bool]) -> bool:
+    if len(values) > 1:
+        raise CannotMerge("peft's files hold layers of one orientation; these weights are stored both ways round.")
+    return values.pop()

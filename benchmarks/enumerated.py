@@ -31,21 +31,24 @@ def count(reports: list[Path]) -> tuple[dict[tuple[str, str], int], list[str], i
     """(what, how) -> places; the tests that failed; how many passed.
 
     Args:
-        reports: JUnit files, written by pytest here.
+        reports: JUnit files, written by pytest here. Of a test that stands in several, the last one counts.
     """
-    counts: dict[tuple[str, str], int] = {}
-    failed, passed = [], 0
+    cases: dict[str, ElementTree.Element] = {}
     for report in reports:
         for case in ElementTree.parse(report).iter("testcase"):
-            if case.find("failure") is not None or case.find("error") is not None:
-                failed.append(f"{case.get('classname')}::{case.get('name')}")
-                continue
-            passed += 1
-            for noted in case.iter("property"):
-                name = noted.get("name") or ""
-                if name.startswith(MARK):
-                    what, _, how = name.removeprefix(MARK).partition(", ")
-                    counts[what, how] = counts.get((what, how), 0) + int(noted.get("value") or 0)
+            cases[f"{case.get('classname')}::{case.get('name')}"] = case
+    counts: dict[tuple[str, str], int] = {}
+    failed, passed = [], 0
+    for test, case in cases.items():
+        if case.find("failure") is not None or case.find("error") is not None:
+            failed.append(test)
+            continue
+        passed += 1
+        for noted in case.iter("property"):
+            name = noted.get("name") or ""
+            if name.startswith(MARK):
+                what, _, how = name.removeprefix(MARK).partition(", ")
+                counts[what, how] = counts.get((what, how), 0) + int(noted.get("value") or 0)
     return counts, failed, passed
 
 

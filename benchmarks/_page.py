@@ -177,6 +177,10 @@ def _goals(found: dict[str, dict[str, Any]]) -> str:
                     value(case["contestants"][0], "unmerged_over_base"),
                     at_least=False,
                 )
+        case = _case(found, f"inference-rows-{model}")
+        if case is not None:
+            got = value(case["contestants"][0], "different_over_one")
+            goal(f"{model}, 32 LoRA tunings in a batch over one", 1.15, got, at_least=False)
     if not lines:
         return ""
     reason = ", ".join(doubtful)
@@ -366,7 +370,7 @@ def _own(record: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
 
 
 def _inference(record: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
-    names = ("base", "routed", "unmerged", "folded", "second", "peft_unmerged", "peft_merged")
+    names = ("base", "asleep", "unmerged", "unserved", "folded", "peft_unmerged", "peft_merged")
     lines = [
         [
             case["title"],
@@ -375,15 +379,28 @@ def _inference(record: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
         ]
         for case in record["cases"]
         for one in case["contestants"]
-        if "error" not in one["summary"]
+        if "error" not in one["summary"] and "unmerged_ms" in one["summary"]
     ]
     words = (
-        "Ratios to the model as transformers loads it, each of two calls that follow each other. Routed: no tuning, our"
-        " attention. Second: two tunings on the model, one active."
+        "Ratios to the model as transformers loads it, with its own attention, of calls in one turn. Asleep: no tuning,"
+        " our attention and packed weights. Unmerged: LoRA inside `serving()`, as `Predictor` answers; unserved:"
+        " outside of it."
     )
+    rows = [
+        [
+            case["title"],
+            *(_spread(one, f"{n}_ms") for n in ("base", "one", "different")),
+            _spread(one, "different_over_one"),
+        ]
+        for case in record["cases"]
+        for one in case["contestants"]
+        if "error" not in one["summary"] and "different_ms" in one["summary"]
+    ]
+    row_head = ("", "base, ms", "one tuning, ms", "each row its own, ms", "its own over one")
     head = ("", "base, ms", *(n.replace("_", " ") for n in names[1:]))
     notes = sorted({n for case in record["cases"] for n in case["notes"]})
-    return "\n\n".join(["## Inference", _caveat(record), words, _table(head, lines), *notes, _failures(record)])
+    tables = [_table(head, lines), *([_table(row_head, rows)] if rows else [])]
+    return "\n\n".join(["## Inference", _caveat(record), words, *tables, *notes, _failures(record)])
 
 
 def _growth(record: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:

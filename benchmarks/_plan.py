@@ -153,8 +153,9 @@ def own(quick: bool) -> list[Case]:
 
 
 def inference(quick: bool) -> list[Case]:
-    """The base, LoRA beside it, LoRA folded in."""
-    return [
+    """The base, LoRA beside it, LoRA folded in; and as many LoRA tunings as rows."""
+    repeats = 10 if quick else 50
+    cases = [
         Case(
             f"inference-{model}-{batch}",
             f"{'minilm-l6' if model == 'encoder' else 'smollm2-135m, a prompt'}: batch {batch} x {length} tokens, bf16",
@@ -163,13 +164,12 @@ def inference(quick: bool) -> list[Case]:
                     "one process",
                     "_inference",
                     "forward",
-                    {"model": model, "batch": batch, "length": length, "repeats": 10 if quick else 50},
+                    {"model": model, "batch": batch, "length": length, "repeats": repeats},
                 ),
             ),
             repeats=1 if quick else 3,
             unit="unmerged_over_base",
             higher_is_better=False,
-            notes=("Rows of one batch with different tunings: not offered yet, so not measured.",),
         )
         for model, batch, length in (
             (("encoder", 1, 32), ("encoder", 32, 32))
@@ -177,6 +177,18 @@ def inference(quick: bool) -> list[Case]:
             else (("encoder", 1, 32), ("encoder", 32, 32), ("decoder", 1, 128), ("decoder", 32, 32))
         )
     ]
+    rows = [
+        Case(
+            f"inference-rows-{model}",
+            f"{'minilm-l6' if model == 'encoder' else 'smollm2-135m, a prompt'}: 32 x 32 tokens, bf16, 32 LoRA tunings",
+            (Contestant("one process", "_inference", "many", {"model": model, "repeats": repeats}),),
+            repeats=1 if quick else 3,
+            unit="different_over_one",
+            higher_is_better=False,
+        )
+        for model in (("encoder",) if quick else ("encoder", "decoder"))
+    ]
+    return [*cases, *rows]
 
 
 def growth(quick: bool) -> list[Case]:

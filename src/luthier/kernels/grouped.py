@@ -31,6 +31,8 @@ class StillUpdate:
         update: copied into the weight's type here; what is written to it later is not seen.
     """
 
+    @torch.inference_mode(False)  # what is packed has to have a version
+    @torch.no_grad()
     def __init__(self, weight: Tensor | Packed, bias: Tensor | None, update: Update) -> None:
         self.scale, self.d_out = update.scale, len(weight)
         a = update.a.detach().to(weight.dtype)

@@ -273,7 +273,7 @@ class Loop:
             )
 
     def _loss(self, step: int, micro: int, batch: Batch) -> Tensor:
-        torch.manual_seed(key(self.spec.seed, "step", step, micro))
+        _seed(key(self.spec.seed, "step", step, micro), self.device)
         batch = batch.to(self.device)
         with self.precision.autocast(self.device):
 
@@ -616,6 +616,13 @@ class Loop:
 def _row(step: int, **found: Any) -> dict[str, Any]:
     """One step's line in the log; a step without an update says why."""
     return {"step": step + 1, "loss": None, "norm": None, "lr": 0.0, "tokens": 0, **found}
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Seed what draws here. `torch.manual_seed` notes every call for devices that are never used: 0.7 ms a step."""
+    torch.default_generator.manual_seed(seed)
+    if device.type in ("cuda", "mps", "xpu"):
+        torch.manual_seed(seed)
 
 
 def _wrapped(part: Any, tuned: Tuned, inner: Callable[[], Any]) -> Callable[[], Any]:

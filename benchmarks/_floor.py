@@ -3,7 +3,8 @@
 Counted for LoRA on q and v: every product of the forward pass; in the backward pass the gradient of each layer's input
 from the last layer down to the lowest trained place (nothing trains below the q and v of the first layer, so its q, k
 and v hand no gradient to the embeddings, and its k gets none at all); the thin products of the updates and of their
-gradients. Frozen weights get no gradient. The head's product and its backward product are for supervised tokens only.
+gradients. Frozen weights get no gradient. A classifier reads the first token, so the end of its last layer is computed
+for that one alone. The head's product and its backward product are for supervised tokens only.
 Each layer has its own weights, so that they come from memory as they do in a step.
 """
 
@@ -43,16 +44,24 @@ Product = tuple[int, int, int, int]
 """(b, m, k, n): b products of (m, k) by (k, n)"""
 
 
-def products(shape: Shape, batch: int, length: int, head_rows: int, rank: int = 8) -> list[list[Product]]:
-    """The products of one step, layer by layer, the head's at the end."""
+def products(
+    shape: Shape, batch: int, length: int, head_rows: int, rank: int = 8, last_rows: int | None = None
+) -> list[list[Product]]:
+    """The products of one step, layer by layer, the head's at the end.
+
+    Args:
+        last_rows: tokens whose states the head reads; behind its attention the last layer is needed for no others.
+            None for all.
+    """
     n, d, wide = batch * length, shape.width, shape.heads * shape.head_width
     narrow = shape.key_heads * shape.head_width
     scores, heads = (batch * shape.heads, length, shape.head_width, length), batch * shape.heads
     mix = (heads, length, length, shape.head_width)
-    inner = [(1, n, d, shape.inner)] * (2 if shape.gated else 1) + [(1, n, shape.inner, d)]
     found = []
     for layer in range(shape.layers):
-        qkvo = [(1, n, d, wide), (1, n, d, narrow), (1, n, d, narrow), (1, n, wide, d)]
+        end = n if last_rows is None or layer < shape.layers - 1 else last_rows
+        inner = [(1, end, d, shape.inner)] * (2 if shape.gated else 1) + [(1, end, shape.inner, d)]
+        qkvo = [(1, n, d, wide), (1, n, d, narrow), (1, n, d, narrow), (1, end, wide, d)]
         ahead = [*qkvo, scores, mix, *inner]
         thin = [(1, n, d, rank), (1, n, rank, wide), (1, n, d, rank), (1, n, rank, narrow)]
         # dB = hᵀ g and dh = g B; dA = dhᵀ x
@@ -136,12 +145,13 @@ def encoder(
         (len(taken), int(lengths[taken].max())) for taken in (order.rows(0, s) for s in range(order.steps_per_epoch))
     )
     shape = _shape(model, len({r["label"] for r in some}))
+    dtype = torch.bfloat16 if bf16 else torch.float32
     with torch.inference_mode():
         total = sum(
-            count * seconds(products(shape, n, width, n), torch.bfloat16 if bf16 else torch.float32, repeats)
+            count * seconds(products(shape, n, width, n, last_rows=n), dtype, repeats)
             for (n, width), count in steps.items()
         )
-    done = sum(count * operations(products(shape, n, width, n)) for (n, width), count in steps.items())
+    done = sum(count * operations(products(shape, n, width, n, last_rows=n)) for (n, width), count in steps.items())
     return {
         "steady_rows_per_second": len(some) / total,
         "steady_tokens_per_second": float(lengths.sum()) / total,

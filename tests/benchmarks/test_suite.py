@@ -154,6 +154,28 @@ def test_the_encoders_floor_counts_the_operations_of_its_layers():
     assert counted(4) - counted(2) == floor(4) - floor(2)
 
 
+def test_the_encoders_floor_leaves_out_what_the_first_token_alone_does_not_need():
+    config = BertConfig(
+        vocab_size=56,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        attn_implementation="eager",
+        num_labels=3,
+    )
+    model = BertForSequenceClassification(config)
+    tuned = attach(model, "lora", seed=0, rank=4)
+    whole = _counted(model, tuned, 2, 10)
+    narrow = tuned.narrow()
+    assert narrow is not None
+    with narrow.on():
+        cut = _counted(model, tuned, 2, 10)
+    shape = _floor.Shape(layers=3, width=48, inner=80, heads=6, key_heads=6, gated=False, outputs=3)
+    floors = [_floor.operations(_floor.products(shape, 2, 10, 2, 4, last_rows=n)) for n in (None, 2)]
+    assert whole - cut == floors[0] - floors[1] > 0
+
+
 def test_a_job_that_fails_gives_its_error_and_not_a_number(tmp_path):
     job, result = tmp_path / "job.json", tmp_path / "result.json"
     job.write_text(

@@ -190,7 +190,7 @@ def _goals(found: dict[str, dict[str, Any]]) -> str:
     if not lines:
         return ""
     reason = ", ".join(doubtful)
-    caveat = f"Measured on a busy machine or only in short, so nothing is judged: {reason}." if reason else ""
+    caveat = f"Measured on a busy machine or only in short, and so not judged: {reason}." if reason else ""
     return "\n\n".join(["## What is asked, what is reached", caveat, _table(("", "asked", "got", "reached"), lines)])
 
 

@@ -1,8 +1,10 @@
 """A measure is learnt from one file without a test half, and a prediction uses the base as training did."""
 
 import csv
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from little import little_data, little_model
 
 from luthier.core import ConfigError, DataError, UnknownName
 from luthier.training import BatchSpec, DataSpec, Predictor, RunSpec, predict, train
+from luthier.training.loop import Loop
 
 
 def _spec(folder: Path, data: Path, method: str) -> RunSpec:
@@ -84,3 +87,32 @@ def test_a_run_that_reads_rows_otherwise_cannot_be_added(tmp_path: Path) -> None
     train(replace(spec, max_length=9, out=str(tmp_path / "second")))
     with pytest.raises(ConfigError, match="differs from this run in max_length"):
         Predictor(tmp_path / "run").add("second", tmp_path / "second")
+
+
+@pytest.mark.parametrize("method", ["lora", "adamix", "diff_pruning", "propetl"])
+def test_what_is_attached_trains_in_training_mode_also_where_nothing_is_evaluated_on_the_way(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[set[bool]] = []
+    gradients = Loop._gradients
+
+    def watched(loop: Loop, *args: Any) -> list[float]:
+        seen.append({m.training for t in loop.tuned.tunings.values() for m in t.modules()})
+        return gradients(loop, *args)
+
+    monkeypatch.setattr(Loop, "_gradients", watched)
+    train(_spec(tmp_path, little_data(tmp_path / "rows.csv"), method))
+    assert len(seen) > 4 and all(modes == {True} for modes in seen)
+
+
+def test_dropout_of_lora_drops_also_where_nothing_is_evaluated_on_the_way(tmp_path: Path) -> None:
+    data = little_data(tmp_path / "rows.csv")
+    losses = []
+    for share in (0.0, 0.9):
+        spec = replace(_spec(tmp_path / str(share), data, "lora"), settings={"dropout": share}, precision="fp32")
+        train(spec)
+        events = [
+            json.loads(line) for line in (tmp_path / str(share) / "run" / "events.jsonl").read_text().splitlines()
+        ]
+        losses.append([e["loss"] for e in events if e.get("event") == "step" or "loss" in e])
+    assert losses[0] != losses[1]

@@ -1080,6 +1080,9 @@ class _Shelf(nn.ModuleDict):
 
     def __init__(self, tuned: Tuned) -> None:
         super().__init__()
+        # A module begins in training mode, and a loaded model in evaluation: whoever asks this one for all that is
+        # attached would be told the wrong thing.
+        self.train(tuned.model.training)
         self.__dict__["tuned"] = tuned
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

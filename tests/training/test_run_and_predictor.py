@@ -116,3 +116,12 @@ def test_dropout_of_lora_drops_also_where_nothing_is_evaluated_on_the_way(tmp_pa
         ]
         losses.append([e["loss"] for e in events if e.get("event") == "step" or "loss" in e])
     assert losses[0] != losses[1]
+
+
+def test_a_field_of_the_run_among_a_methods_settings_is_told_where_it_belongs(tmp_path: Path) -> None:
+    spec = replace(
+        _spec(tmp_path, little_data(tmp_path / "rows.csv"), "lora"), settings={"gradient_checkpointing": True}
+    )
+    with pytest.raises(UnknownName, match=r"run\.gradient_checkpointing"):
+        train(spec)
+    assert not (tmp_path / "run").exists()

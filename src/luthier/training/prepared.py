@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 
 from luthier.__version__ import __version__
 from luthier.anatomy import Anatomy
-from luthier.core import ConfigError, NothingTrains, human_count, key, plain
+from luthier.core import ConfigError, NothingTrains, UnknownName, human_count, key, plain
 from luthier.surgery import Method, compose
 from luthier.training.batches import shuffled
 from luthier.training.chat import ChatTemplate
@@ -79,7 +79,7 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None) -> Pr
         lines.append(line)
         say(line)
 
-    method = compose.method(spec.method, spec.settings)
+    method = _method(spec)
     device = choose_device(spec.device)
     precision = choose_precision(spec.precision, device)
     source = find_model(spec.model)
@@ -159,6 +159,20 @@ def _refuse_ranks() -> None:
             f"WORLD_SIZE is {told!r}: a run of luthier is one process, and cannot be resumed or shared by several. "
             "Start it without a launcher such as torchrun, or unset WORLD_SIZE."
         )
+
+
+def _method(spec: RunSpec) -> Method:
+    """The method with its settings; a field of the run among them is told from a slip."""
+    try:
+        return compose.method(spec.method, spec.settings)
+    except UnknownName as error:
+        misplaced = [name for name in spec.settings if name in {f.name for f in fields(spec)}]
+        if not misplaced:
+            raise
+        raise UnknownName(
+            f"{error} {misplaced[0]!r} is a field of the run: write --set run.{misplaced[0]}=..., or put it at the top "
+            "of the spec."
+        ) from error
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

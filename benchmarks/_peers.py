@@ -245,7 +245,7 @@ def encoder(
         if test:
             held_out = read("test")
             out = trainer.predict(held_out)
-            # Its own labels: rows of like length are put together in prediction too, so the order is not that of the file.
+            # Its own labels: prediction puts rows of like length together too, so their order is not that of the file.
             right = np.argmax(out.predictions, -1) == np.asarray(out.label_ids)
             found["accuracy"] = float(right.mean())
     return found

@@ -67,8 +67,8 @@ def main() -> int:
     except ValueError:  # it writes no report where it fails
         reason = (asked.stderr.strip() or "no output").splitlines()[-1]
         print(
-            f"NOT AUDITED: pip-audit ended with {asked.returncode} and no report. An audit needs the network"
-            f" ({'pypi.org' if words.service == 'pypi' else 'api.osv.dev'}). What it said last: {reason}",
+            f"NOT AUDITED: pip-audit ended with {asked.returncode} and no report. An audit needs the network and the"
+            f" service {words.service!r}. What it said last: {reason}",
             file=sys.stderr,
         )
         return 2

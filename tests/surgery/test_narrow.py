@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from luthier.core import key
 from luthier.surgery import METHODS, Tuned, attach
+from luthier.surgery.narrow import first_token_place
 
 # Prompts put other tokens first, a branch reads all states, gates average over tokens, and some read before the cut.
 WHOLE = {"lst", "prompt_tuning", "idpg", "unipelt"}
@@ -100,3 +101,15 @@ def test_outside_of_the_switch_a_user_sees_all_states() -> None:
     batch.pop("labels", None)
     out = model(**batch, output_hidden_states=True)
     assert out.hidden_states[-1].shape[1] == batch["input_ids"].shape[1]
+
+
+def test_who_asks_again_gets_the_same_hook_and_it_goes_when_the_tunings_go() -> None:
+    model = tiny("bert", "classification")
+    before = [len(m._forward_pre_hooks) for m in model.modules()]
+    tuned = attach(model, "lora")
+    first = tuned.narrow()
+    assert first is not None and tuned.narrow() is first
+    place = first_token_place(tuned.anatomy, tuned._modules)
+    assert place is not None and len(place._forward_pre_hooks) == 1
+    tuned.detach()
+    assert [len(m._forward_pre_hooks) for m in model.modules()] == before

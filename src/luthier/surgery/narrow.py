@@ -91,7 +91,7 @@ def head_reads_first_token(model: Any, block: nn.Module, n_vocab: int) -> bool:
     mask[1, 4:] = 0
     handle = block.register_forward_hook(cut)
     try:
-        with torch.random.fork_rng(), torch.enable_grad():
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
             out = model(input_ids=ids, attention_mask=mask)
             logits = out.logits if hasattr(out, "logits") else out[0]
             if logits.dim() != 2 or len(held) != 1 or held[0].shape[:2] != ids.shape:

@@ -100,6 +100,7 @@ class Tuned:
         self._prefixes: list[tuple[str, nn.Module, list[attention.Prefix]]] = []
         self._attention: Any = None
         self._branches: dict[str, Branch] = {}
+        self._narrow: tuple[Narrow | None] | None = None  # None until it was tried
         self._digest: str | None = None
         self._folded: list[tuple[Tensor, Tensor]] | None = None
         self._serving: Serving | None = None
@@ -521,8 +522,11 @@ class Tuned:
             across = plug.site.kind in ("attn_out", "block_out") and plug.attachment.needs_input
             if across or not plug.attachment.per_token:
                 return None
-        reads = head_reads_first_token(self.model, self._modules[block.path], self.anatomy.vocab_size or 2)
-        return Narrow(place) if reads else None
+        if self._narrow is None:  # tried once: the head stays what it is, and one hook serves all who ask
+            reads = head_reads_first_token(self.model, self._modules[block.path], self.anatomy.vocab_size or 2)
+            self._narrow = (Narrow(place) if reads else None,)
+            self._hooks += [n.handle for n in self._narrow if n is not None]
+        return self._narrow[0]
 
     # ------------------------------------------------------------------ listening
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.models.bert import modeling_bert
 from transformers.models.llama import modeling_llama
 
-from benchmarks._work import MODELS, blocks, measured, rows, write_rows
+from benchmarks._work import MODELS, blocks, measured, model_folder, rows, write_rows
 from luthier.training import BatchSpec, CheckpointSpec, DataSpec, Listener, RunSpec, prepare, train
 
 __all__ = ["Marks", "decoder", "encoder"]
@@ -110,6 +110,7 @@ def encoder(
 
 
 def decoder(
+    model: str = "decoder",
     method: str = "lora",
     batch: int = 8,
     length: int = 256,
@@ -125,7 +126,7 @@ def decoder(
             Path(folder) / "rows.jsonl", [{"text": f"row number {i} of the data"} for i in range(steps * batch)]
         )
         spec = RunSpec(
-            model=f"sample:{MODELS['decoder']}",
+            model=str(model_folder(model, Path(folder) / "model")),
             data=DataSpec(source=str(path), text="text", test_share=0.0),
             method=method,
             settings=settings or {},

@@ -330,6 +330,16 @@ def _decoder(record: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
 
 
 def _methods(record: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
+    words = "Numbers in a method's table may differ between the sides by where it attaches at its defaults."
+    return _side_by_side("Every method that peft has too", words, record)
+
+
+def _sizes(record: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
+    return _side_by_side("Other models, batches and lengths", "", record)
+
+
+def _side_by_side(title: str, words: str, record: dict[str, Any]) -> str:
+    """One line for each case: ours and the fastest of peft's."""
     lines = []
     for case in record["cases"]:
         ours, best = _named(case, "luthier"), _best(case, case["unit"])
@@ -349,10 +359,8 @@ def _methods(record: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
             ]
         )
     head = ("", "seconds a step", "peft's", "speed over peft", "peak over peft", "the fastest peft", "both no worse")
-    words = "Numbers in a method's table may differ between the sides by where it attaches at its defaults."
-    return "\n\n".join(
-        ["## Every method that peft has too", _caveat(record), words, _table(head, lines), _failures(record)]
-    )
+    parts = [f"## {title}", _caveat(record), words, _table(head, lines), _failures(record)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _own(record: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
@@ -483,6 +491,7 @@ SECTIONS = {
     "encoder": _encoder,
     "decoder": _decoder,
     "floor": _floor,
+    "sizes": _sizes,
     "methods": _methods,
     "own": _own,
     "inference": _inference,

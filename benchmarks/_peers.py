@@ -8,6 +8,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from transformers import (
 from transformers.models.bert import modeling_bert
 from transformers.models.llama import modeling_llama
 
-from benchmarks._work import MODELS, blocks, measured, rows
+from benchmarks._work import MODELS, blocks, measured, model_folder, rows
 from luthier import samples
 from luthier.training.batches import Order
 
@@ -134,7 +135,7 @@ def _arguments(folder: str, **more: Any) -> TrainingArguments:
 
 
 def _go(trainer: _Timed, model: Any, folder: str, start: float, skip: int) -> dict[str, Any]:
-    allocate = getattr(model.base_model, "update_and_allocate", None)
+    allocate = getattr(getattr(model, "base_model", None), "update_and_allocate", None)
     marks = _Marks(allocate)
     trainer.add_callback(marks)
     trainer.train()
@@ -225,7 +226,7 @@ def encoder(
         **({"attn_implementation": attention} if attention else {}),
     )
     total = steps or -(-len(train) // batch)
-    tuned = peft.get_peft_model(base, adapter(method, base, "SEQ_CLS", total))
+    tuned = base if method == "full" else peft.get_peft_model(base, adapter(method, base, "SEQ_CLS", total))
     with tempfile.TemporaryDirectory() as folder:
         arguments = _arguments(
             folder,
@@ -252,6 +253,7 @@ def encoder(
 
 
 def decoder(
+    model: str = "decoder",
     method: str = "lora",
     batch: int = 8,
     length: int = 256,
@@ -269,24 +271,26 @@ def decoder(
     """
     _quiet()
     transformers.set_seed(0)
-    folder_of = samples.model_path(MODELS["decoder"])
-    n_vocab = len(AutoTokenizer.from_pretrained(folder_of))
-    ids, labels = blocks(steps * batch, length, n_vocab, supervised)
-    items = [
-        {"input_ids": i, "attention_mask": [1] * length, "labels": one}
-        for i, one in zip(ids.tolist(), labels.tolist(), strict=True)
-    ]
-    start = time.perf_counter()
-    base = AutoModelForCausalLM.from_pretrained(
-        folder_of,
-        dtype=torch.bfloat16 if weights == "bf16" else torch.float32,
-        **({"attn_implementation": attention} if attention else {}),
-    )
-    # The adapter's own type is the library's choice: fp32 beside bf16 weights under autocast, bf16 without.
-    tuned = peft.get_peft_model(
-        base, adapter(method, base, "CAUSAL_LM", steps), autocast_adapter_dtype=weights == "fp32" or bf16
-    )
     with tempfile.TemporaryDirectory() as folder:
+        folder_of = model_folder(model, Path(folder) / "model")
+        n_vocab = len(AutoTokenizer.from_pretrained(folder_of))
+        ids, labels = blocks(steps * batch, length, n_vocab, supervised)
+        items = [
+            {"input_ids": i, "attention_mask": [1] * length, "labels": one}
+            for i, one in zip(ids.tolist(), labels.tolist(), strict=True)
+        ]
+        start = time.perf_counter()
+        base = AutoModelForCausalLM.from_pretrained(
+            folder_of,
+            dtype=torch.bfloat16 if weights == "bf16" else torch.float32,
+            **({"attn_implementation": attention} if attention else {}),
+        )
+        tuned = base
+        if method != "full":
+            # The adapter's own type is the library's choice: fp32 beside bf16 weights under autocast, bf16 without.
+            tuned = peft.get_peft_model(
+                base, adapter(method, base, "CAUSAL_LM", steps), autocast_adapter_dtype=weights == "fp32" or bf16
+            )
         arguments = _arguments(
             folder, per_device_train_batch_size=batch, learning_rate=lr, bf16=bf16, max_steps=steps, seed=0
         )

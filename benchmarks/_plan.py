@@ -7,8 +7,8 @@ from benchmarks._suite import Case, Contestant
 
 __all__ = ["GROUPS", "SHARED", "plan"]
 
-SHARED = ("lora", "dora", "ia3", "adalora", "prefix_tuning", "prompt_tuning")
-"""methods that peft has too"""
+SHARED = ("lora", "dora", "ia3", "adalora", "prefix_tuning", "prompt_tuning", "full")
+"""methods that peft has too; full fine-tuning is the Trainer's alone"""
 
 STEADY_ROWS, STEADY_TOKENS = "steady_rows_per_second", "steady_tokens_per_second"
 
@@ -109,7 +109,7 @@ def methods(quick: bool) -> list[Case]:
             Case(
                 f"methods-encoder-{method}",
                 f"minilm-l6 + {method} on trec6, batch 32",
-                _with((LUTHIER, ENCODER_PEERS[1]), method=method, steps=8 if quick else 60),
+                _with((LUTHIER, *ENCODER_PEERS[1 : 2 if quick else 3]), method=method, steps=8 if quick else 60),
                 repeats=1 if quick else 3,
                 unit=STEADY_ROWS,
             )
@@ -120,7 +120,12 @@ def methods(quick: bool) -> list[Case]:
                     f"methods-decoder-{method}",
                     f"smollm2-135m + {method}, 4 x 256 tokens a step, all supervised",
                     _with(
-                        (Contestant("luthier", "_ours", "decoder"), DECODER_PEERS[1], DECODER_PEERS[3]),
+                        # Training bf16 weights themselves in bf16 would be other arithmetic: most updates round away.
+                        (
+                            Contestant("luthier", "_ours", "decoder"),
+                            DECODER_PEERS[1],
+                            *(DECODER_PEERS[3:] if method != "full" else ()),
+                        ),
                         method=method,
                         batch=4,
                         steps=5,
@@ -129,6 +134,45 @@ def methods(quick: bool) -> list[Case]:
                 )
             )
     return cases
+
+
+def sizes(quick: bool) -> list[Case]:
+    """LoRA on other models, batches and lengths, against peft in bf16."""
+    if quick:
+        return []
+    ours = Contestant("luthier", "_ours", "decoder")
+    encoders = (
+        ("mpnet-base", "encoder_large", 32, 24),
+        ("minilm-l6", "encoder", 8, 120),
+        ("minilm-l6", "encoder", 128, 24),
+    )
+    decoders = (
+        ("smollm2-135m", "decoder", 1, 128),
+        ("smollm2-135m", "decoder", 2, 1024),
+        ("smollm2-135m", "decoder", 32, 64),
+        ("a random Llama, 8 x 512", "llama", 8, 256),
+    )
+    return [
+        *(
+            Case(
+                f"sizes-{model}-{batch}",
+                f"{name} + LoRA r=8 (q, v) on trec6, batch {batch}",
+                # MPNet has no attention but its own in the library.
+                _with((LUTHIER, *ENCODER_PEERS[2 if "mpnet" in name else 1 :]), model=model, batch=batch, steps=steps),
+                unit=STEADY_ROWS,
+            )
+            for name, model, batch, steps in encoders
+        ),
+        *(
+            Case(
+                f"sizes-{model}-{batch}-{length}",
+                f"{name} + LoRA r=8 (q, v), {batch} x {length} tokens a step, all supervised",
+                _with((ours, DECODER_PEERS[1], *DECODER_PEERS[3:]), model=model, batch=batch, length=length, steps=5),
+                unit=STEADY_TOKENS,
+            )
+            for name, model, batch, length in decoders
+        ),
+    ]
 
 
 def own(quick: bool) -> list[Case]:
@@ -251,6 +295,7 @@ GROUPS: dict[str, Callable[[bool], list[Case]]] = {
     "decoder": decoder,
     "inference": inference,
     "growth": growth,
+    "sizes": sizes,
     "methods": methods,
     "own": own,
     "accuracy": accuracy,

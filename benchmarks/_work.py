@@ -6,9 +6,41 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["MODELS", "blocks", "measured", "rows", "write_rows"]
+__all__ = ["MODELS", "blocks", "llama_folder", "measured", "model_folder", "rows", "write_rows"]
 
 MODELS = {"encoder": "minilm-l6", "encoder_large": "mpnet-base", "decoder": "smollm2-135m"}
+
+
+def model_folder(model: str, folder: Path) -> Path:
+    """Where the model is: that of a sample, or for "llama" a random one, written to `folder`."""
+    from luthier import samples
+
+    return llama_folder(folder) if model == "llama" else samples.model_path(MODELS[model])
+
+
+def llama_folder(folder: Path) -> Path:
+    """A Llama-shaped model of 8 layers 512 wide with random weights, and the tokenizer of the decoder sample."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from luthier import samples
+
+    tokenizer = AutoTokenizer.from_pretrained(samples.model_path(MODELS["decoder"]))
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def rows(sample: str, half: str = "train") -> list[dict[str, Any]]:

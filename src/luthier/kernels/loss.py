@@ -3,8 +3,8 @@
     loss = Σ over supervised tokens of  logsumexp(l) - l[label],     l = hidden Wᵀ + bias,  or cap · tanh(l / cap)
 
 The gradient of each block of logits is made while the block is there, and only ∂loss/∂hidden (N, d) is kept (and ∂W, if
-the head trains). The logits of a whole batch, (N, V), never exist. Products run in the head's type, the softmax in
-fp32 (float64 for float64).
+the head trains). The logits of a whole batch, (N, V), never exist. Products run in the head's type or the one asked for,
+the softmax in fp32 (float64 for float64).
 
 Softcap: Gemma Team 2024 (Gemma 2), arXiv:2408.00118, section 2.
 """
@@ -36,6 +36,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     chunk_bytes: int = CHUNK_BYTES,
     softcap: float | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, int]:
     """Sum the cross-entropy of the supervised tokens.
 
@@ -45,6 +46,7 @@ def linear_cross_entropy(
         labels: (N,), integers; rows with `ignore_index` are not computed at all.
         chunk_bytes: bytes of logits that may exist at once, at least one row.
         softcap: logits become `softcap · tanh(logits / softcap)`.
+        dtype: of the products; None for the head's. Gradients come in the types of what they belong to.
 
     Returns:
         The sum (a mean would weigh tokens by the batch they fell into), at least fp32, and the number of tokens in it.
@@ -65,18 +67,20 @@ def linear_cross_entropy(
             f"linear_cross_entropy: label {bad} is outside the head's {len(weight)} rows and is not {ignore_index};"
             " check that tokenizer and model belong together."
         )
-    wide = torch.promote_types(weight.dtype, torch.float32)
+    dtype = weight.dtype if dtype is None else dtype
+    wide = torch.promote_types(dtype, torch.float32)
     if len(rows) == 0:
         return hidden.sum().to(wide) * 0.0, 0
     source = hidden if len(rows) == len(hidden) else hidden.index_select(0, rows)
     if not fast() or torch.is_autocast_enabled(hidden.device.type):
-        logits = F.linear(source.to(weight.dtype), weight, bias).to(wide)
+        low = None if bias is None else bias.to(dtype)
+        logits = F.linear(source.to(dtype), weight.to(dtype), low).to(wide)
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         return F.cross_entropy(logits, kept, reduction="sum"), len(rows)
     wants = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (source, weight, bias))
     out: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        source, weight, bias, kept, chunk_bytes, softcap, wants
+        source, weight, bias, kept, chunk_bytes, softcap, dtype, wants
     )
     return out, len(rows)
 
@@ -91,9 +95,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         chunk_bytes: int,
         softcap: float | None,
+        dtype: torch.dtype,
         wants: bool,
     ) -> Tensor:
-        dtype = weight.dtype
+        types = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         wide = torch.promote_types(dtype, torch.float32)
         wants_hidden, wants_weight, wants_bias = (wants and n for n in ctx.needs_input_grad[:3])
         n, vocabulary = len(hidden), len(weight)
@@ -143,7 +149,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 else:
                     grad_weight += logits.T @ h
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.types = hidden.dtype, dtype, None if bias is None else bias.dtype
+        ctx.types = types
         return losses.sum()
 
     @staticmethod
@@ -153,4 +159,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if g is None else (g * grad.to(g.dtype)).to(dtype)
             for g, dtype in zip(ctx.saved_tensors, ctx.types, strict=True)
         ]
-        return *made, None, None, None, None
+        return *made, None, None, None, None, None

@@ -30,7 +30,7 @@ def hadamard(x: Tensor) -> Tensor:
 
 
 class _Hadamard(torch.autograd.Function):
-    """H of N = a b c ... is the Kronecker product of those of a, b, c: each is a small matrix product along its own axis.
+    """H of N = a b c ... is the Kronecker product of those of a, b, c: each a small matrix product along its own axis.
 
     A fast transform by halves goes through memory log2 N times, this one log N / log a times.
     """

@@ -66,26 +66,20 @@ def _attention(
             if position_bias is not None:
                 position_bias = torch.nn.functional.pad(position_bias, (length, 0), value=0.0)
     device = query.device.type
-    if torch.is_autocast_enabled(device) and query.dtype == key.dtype == value.dtype == torch.get_autocast_dtype(
-        device
-    ):
-        # The function chooses its own types; inside autocast it could only follow the plain formula.
-        with torch.autocast(device, enabled=False):
-            return kernels.attention_interface(
-                module,
-                query,
-                key,
-                value,
-                attention_mask,
-                dropout,
-                scaling,
-                is_causal,
-                position_bias=position_bias,
-                **kwargs,
-            )
-    return kernels.attention_interface(
-        module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias=position_bias, **kwargs
-    )
+    if not torch.is_autocast_enabled(device):
+        return kernels.attention_interface(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias=position_bias,
+            **kwargs,
+        )  # fmt: skip
+    # The function chooses its own types; inside autocast it could only follow the plain formula. Rotated queries and
+    # keys of an fp32 base come in fp32, the values in autocast's type: all go in that, as its products would.
+    low = torch.get_autocast_dtype(device)
+    query, key, value = query.to(low), key.to(low), value.to(low)
+    with torch.autocast(device, enabled=False):
+        return kernels.attention_interface(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias=position_bias,
+            **kwargs,
+        )  # fmt: skip
 
 
 def _per_row(prefix: Tensor | Callable[[], Tensor], like: Tensor) -> Tensor:

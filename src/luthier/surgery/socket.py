@@ -221,16 +221,24 @@ class Socket(nn.Module):
         if not live.substitutes and not live.experts:
             return self._base(args, kwargs)
         tensors: dict[str, Tensor] = {}
+        rounded: torch.dtype | None = None
         for substitute in live.substitutes:
             frozen = getattr(self.base, substitute.tensor)
-            tensors[substitute.tensor] = substitute.module(frozen.detach()).to(substitute.dtype or frozen.dtype)
+            dtype = substitute.dtype or frozen.dtype
+            value = substitute.module(frozen.detach())
+            if type(self.base) is nn.Embedding and self.base.max_norm is None:
+                # The rows that are looked up are rounded, not the table: it is often the model's largest tensor.
+                tensors[substitute.tensor], rounded = value, dtype
+            else:
+                tensors[substitute.tensor] = value.to(dtype)
         lower = next((s.dtype for s in live.substitutes if s.dtype is not None), None)
         if lower is not None:
             # Some models cast to the type of the weight they see, which is the fp32 master's.
             args = tuple(a.to(lower) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
         for name in {p.site.param for p in live.experts}:
             tensors[name] = self._experts(name, [p for p in live.experts if p.site.param == name])
-        return functional_call(self.base, tensors, args, kwargs)
+        out = functional_call(self.base, tensors, args, kwargs)
+        return out if rounded is None else out.to(rounded)
 
     def _experts(self, name: str, plugs: list[Plug]) -> Tensor:
         """3-D expert weights with every expert's attachment merged in. Dense: exact for any method that merges."""

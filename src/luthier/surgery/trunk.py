@@ -2,6 +2,7 @@
 
     linear layers of bf16 weights   packed once for the CPU's matrix unit, as far as the memory budget goes
     RMS norms                       one function that keeps x and a number per row, not fp32 copies
+    dropout, where it is wanted     from counters: every core draws, and no mask is kept
 
 Each replacement is recognised by what a layer computes, not by its name alone: it is tried on random rows first and
 taken only if the results agree. Nothing here changes a weight; `loosen` takes everything off again.
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from luthier import kernels
 from luthier.kernels.packed import Packed, can_pack, packed_linear
 
-__all__ = ["BUDGET_BYTES", "quick_linear", "quick_norm"]
+__all__ = ["BUDGET_BYTES", "quick_dropout", "quick_linear", "quick_norm"]
 
 # A copy of every packed weight: a model whose linear layers hold more than this keeps its memory instead.
 BUDGET_BYTES = 256 << 20
@@ -46,6 +47,19 @@ def quick_linear(module: nn.Module, min_width: int = MIN_WIDTH) -> tuple[Quick, 
         return packed_linear(x, packed, frozen_bias) if packed.fresh else None
 
     return quick, packed
+
+
+def quick_dropout(module: nn.Module) -> Quick | None:
+    """Dropout keyed by one draw of the ambient generator: other numbers than the framework's, of the same kind."""
+    if type(module) is not nn.Dropout or module.inplace or not 0 < module.p < 1:
+        return None
+
+    def quick(x: Tensor) -> Tensor | None:
+        if not module.training:
+            return x
+        return kernels.dropout(x, module.p, int(torch.randint(2**62, ()))) if 0 < module.p < 1 else None
+
+    return quick
 
 
 def quick_norm(module: nn.Module) -> Quick | None:

@@ -412,9 +412,8 @@ class Tuned:
             # Trained numbers are fp32: at 8 bits of mantissa most updates would round away.
             parameter.data = parameter.data.float()
             for path, short in self._owners(name):
-                self._socket(path).substitutes.append(
-                    Substitute(tuning.tuning_name, short, _Lower(parameter, original.dtype), original.dtype)
-                )
+                held = Substitute(tuning.tuning_name, short, _Master(parameter), original.dtype)
+                self._socket(path).substitutes.append(held)
         parameter.requires_grad_(True)
         mask = edit.mask.to(parameter.device) if edit.mask is not None else None
         key_ = f"head/{name}" if prefix == "head" else f"{prefix}model/{name}"
@@ -463,7 +462,7 @@ class Tuned:
                     owners.append((path, short))
         return owners
 
-    def quicken(self, *, training: bool = True) -> int:
+    def quicken(self, *, training: bool = True, dropout: bool = False) -> int:
         """Compute frozen layers of the trunk by functions that equal them but are faster; returns how many.
 
         Linear layers are packed for the CPU as far as `trunk.BUDGET_BYTES` goes. Weights, names and results to
@@ -471,6 +470,7 @@ class Tuned:
 
         Args:
             training: leave out what pays only where no gradient is wanted: narrow layers.
+            dropout: the trunk's dropout will be on, so draw it faster. It has other numbers then.
         """
         budget, count = trunk.BUDGET_BYTES, 0
         done: set[int] = set()
@@ -479,6 +479,11 @@ class Tuned:
             if id(module) in done or module is head:
                 continue  # the loss reads an output matrix by itself
             done.add(id(module))
+            drop = trunk.quick_dropout(module) if dropout else None
+            if drop is not None:
+                self._socket(path).__dict__["quick"] = drop
+                count += 1
+                continue
             weight = module._parameters.get("weight")
             if weight is None or weight.requires_grad:
                 continue
@@ -908,7 +913,7 @@ class Tuned:
         for socket in sockets:
             for substitute in socket.live.substitutes:
                 held = getattr(socket.base, substitute.tensor)
-                if not isinstance(substitute.module, _Lower) and id(held) not in new:
+                if not isinstance(substitute.module, _Master) and id(held) not in new:
                     new[id(held)] = (held, substitute.module(held.detach().float()).float())
         for socket in sockets:
             live = socket.live
@@ -1104,17 +1109,16 @@ class _Shelf(nn.ModuleDict):
         return self
 
 
-class _Lower(nn.Module):
-    """Use an fp32 master in the layer's own low precision."""
+class _Master(nn.Module):
+    """An fp32 master in place of the layer's own low precision; whoever puts it there rounds it."""
 
-    def __init__(self, parameter: nn.Parameter, dtype: torch.dtype) -> None:
+    def __init__(self, parameter: nn.Parameter) -> None:
         super().__init__()
         self.__dict__["master"] = parameter
-        self.dtype = dtype
 
     def forward(self, frozen: Tensor) -> Tensor:
         master: nn.Parameter = self.__dict__["master"]
-        return master.to(self.dtype)
+        return master
 
 
 @contextmanager

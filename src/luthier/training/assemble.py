@@ -37,9 +37,11 @@ def assemble(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
     _check_finite(model, prepared.source.name)
     method = prepared.method
     tuned = attach(model, method, seed=spec.seed, new_tensors=fresh)
+    trains_base = any(m.trains_base for m in method.parts())
+    trunk_dropout = spec.trunk_dropout == "on" or (spec.trunk_dropout == "auto" and trains_base)
     if spec.fast:
         tuned.route_attention()
-        tuned.quicken()
+        tuned.quicken(dropout=trunk_dropout)
     if spec.gradient_checkpointing is True:
         tuned.checkpoint_activations()
     needs_logits = any(getattr(m, "needs_logits", False) for m in method.parts())
@@ -53,7 +55,6 @@ def assemble(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
     if spec.optim.name == "lomo":
         refuse_inexact(spec, tuned, batches)
     optimiser = optimiser_of(spec.optim, tuned.trained(), tuned.groups(), method.default_lr)
-    trains_base = any(m.trains_base for m in method.parts())
     metric = spec.eval.metric or prepared.task.headline
     every = spec.eval.every
     if every is None:
@@ -67,7 +68,7 @@ def assemble(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
             precision=prepared.precision, device=prepared.device, run=run, evaluator=None, eval_every=every,
             selection=Selection(spec.eval, metric), place=lambda row: prepared.train_table.places[row],
             identity={"spec": spec.digest(), "method": compose.spell(method), "model": prepared.source.digest},
-            trunk_dropout=spec.trunk_dropout == "on" or (spec.trunk_dropout == "auto" and trains_base),
+            trunk_dropout=trunk_dropout,
             listener=listener,
             program_bytes=program,
         )  # fmt: skip

@@ -41,6 +41,7 @@ class Result:
 
 def finish(prepared: Prepared, loop: Loop, run: RunFolder) -> tuple[dict[str, float], int]:
     """The result: chosen, brought into its stored form, refused where it is none, saved, read back, scored."""
+    loop.optimiser.let_go()  # the last checkpoint holds it
     _take_best(loop, run)
     loop._mode(training=False)
     loop.tuned.finish()

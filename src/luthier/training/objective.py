@@ -122,11 +122,15 @@ class Objective:
         softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         if self.scoring:
             return self._scored(hidden, labels, head, softcap, batch)
-        # The function chooses its own types: bf16 products, fp32 softmax.
-        with torch.autocast(hidden.device.type, enabled=False):
+        # The function does by itself what autocast would: products in its type (the head may be an fp32 master), fp32
+        # softmax.
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        with torch.autocast(device, enabled=False):
             loss, _ = kernels.linear_cross_entropy(
-                hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias, labels.reshape(-1), softcap=softcap
-            )
+                hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias, labels.reshape(-1), softcap=softcap,
+                dtype=dtype,
+            )  # fmt: skip
         return Result(loss, batch.n_targets, None, batch.labels)
 
     def _scored(self, hidden: Tensor, labels: Tensor, head: nn.Linear, softcap: float | None, batch: Batch) -> Result:

@@ -108,6 +108,11 @@ class Optimiser:
         for parameter in self.named.values():
             parameter.grad = None
 
+    def let_go(self) -> None:
+        """Forget gradients and moments: no step will follow, and the memory is wanted."""
+        self.zero_grad()
+        self.first, self.second = {}, {}
+
     def tensors(self) -> dict[str, Tensor]:
         """Moments and counts, by canonical name."""
         state = {f"{n}|first": t for n, t in self.first.items()} | {f"{n}|second": t for n, t in self.second.items()}

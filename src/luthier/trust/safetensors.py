@@ -108,8 +108,8 @@ def read(
             _compare(header, expect, where)
         if header.file_bytes <= limits.in_memory:
             file.seek(0)
-            content = bytearray(file.read(header.file_bytes + 1))
-            if len(content) != header.file_bytes:
+            content = bytearray(header.file_bytes)
+            if file.readinto(content) != header.file_bytes or file.read(1):
                 raise IntegrityError(f"{where}: changed while it was read. Let its writer finish and try again.")
             found = hashlib.sha256(content).hexdigest() if digest is not None else None
             # The header is read again from the bytes that are used: between two reads a file can be exchanged.

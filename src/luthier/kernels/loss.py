@@ -3,8 +3,8 @@
     loss = Σ over supervised tokens of  logsumexp(l) - l[label],     l = hidden Wᵀ + bias,  or cap · tanh(l / cap)
 
 The gradient of each block of logits is made while the block is there, and only ∂loss/∂hidden (N, d) is kept (and ∂W, if
-the head trains). The logits of a whole batch, (N, V), never exist. Products run in the head's type or the one asked for,
-the softmax in fp32 (float64 for float64).
+the head trains). The logits of a whole batch, (N, V), never exist. Products run in the head's type or in the one asked
+for, the softmax in fp32 (float64 for float64).
 
 Softcap: Gemma Team 2024 (Gemma 2), arXiv:2408.00118, section 2.
 """

@@ -84,10 +84,10 @@ class NoOpGuard:
 def _sums(tuned: Tuned) -> list[tuple[float, float]]:
     # Two sums of each tensor instead of a copy of it: a copy of a whole model would be felt. In pieces, since the wide
     # sum of a tensor is taken from a wide copy.
-    found = []
+    found: list[tuple[float, float]] = []
     for parameter in tuned.trained().values():
         values = parameter.detach().flatten()
-        total = sum(float(piece.sum(dtype=torch.float64)) for piece in values.split(1 << 20))
+        total = math.fsum(float(piece.sum(dtype=torch.float64)) for piece in values.split(1 << 20))
         found.append((total, float(torch.linalg.vector_norm(values))))
     return found
 

@@ -87,7 +87,7 @@ def _sums(tuned: Tuned) -> list[tuple[float, float]]:
     found: list[tuple[float, float]] = []
     for parameter in tuned.trained().values():
         values = parameter.detach().flatten()
-        total = math.fsum(float(piece.sum(dtype=torch.float64)) for piece in values.split(1 << 20))
+        total = math.fsum(float(piece.sum(dtype=torch.float64)) for piece in torch.split(values, 1 << 20))
         found.append((total, float(torch.linalg.vector_norm(values))))
     return found
 

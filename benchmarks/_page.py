@@ -474,6 +474,28 @@ def _floor(record: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
     return "\n\n".join(["## The floor", _caveat(record), _table(head, lines), _failures(record)])
 
 
+def _compiled(record: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
+    words = (
+        "A step's mean time, what passes until every shape has been seen twice, and how many steps a way that gains on"
+        " ours needs to make up for that."
+    )
+    parts = ["## torch.compile", _caveat(record), words]
+    for case in record["cases"]:
+        ours = case["contestants"][0]
+        lines = []
+        for one in case["contestants"]:
+            if "error" in one["summary"]:
+                continue
+            gain = (value(ours, "step_seconds") or 0.0) - (value(one, "step_seconds") or 0.0)
+            late = (value(one, "warm_seconds") or 0.0) - (value(ours, "warm_seconds") or 0.0)
+            even = f"{late / gain:,.0f} steps" if gain > 0 and late > 0 else ""
+            numbers = [_spread(one, "step_seconds"), _spread(one, "warm_seconds")]
+            lines.append([one["name"], *numbers, _spread(one, "peak_bytes", 1 / MIB), even])
+        head = ("", "seconds a step", "seconds before", "peak MiB", "pays after")
+        parts += [f"### {case['title']}", _table(head, lines)]
+    return "\n\n".join(part for part in [*parts, _failures(record)] if part)
+
+
 def _accuracy(record: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
     parts = ["## Accuracy", _caveat(record)]
     for case in record["cases"]:
@@ -496,5 +518,6 @@ SECTIONS = {
     "own": _own,
     "inference": _inference,
     "growth": _growth,
+    "compiled": _compiled,
     "accuracy": _accuracy,
 }

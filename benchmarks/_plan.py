@@ -10,6 +10,11 @@ __all__ = ["GROUPS", "SHARED", "plan"]
 SHARED = ("lora", "dora", "ia3", "adalora", "prefix_tuning", "prompt_tuning", "full")
 """methods that peft has too; full fine-tuning is the Trainer's alone"""
 
+NEEDED: dict[tuple[str, str], dict[str, object]] = {("decoder", "bitfit"): {"add_missing_biases": True}}
+"""settings without which a method refuses a model: a Llama has no biases"""
+REFUSED = {("decoder", "head_only")}
+"""what a method is not for: a language model has no new head"""
+
 STEADY_ROWS, STEADY_TOKENS = "steady_rows_per_second", "steady_tokens_per_second"
 
 LUTHIER = Contestant("luthier", "_ours", "encoder")
@@ -186,7 +191,11 @@ def own(quick: bool) -> list[Case]:
         Case(
             f"own-{name}",
             title,
-            tuple(Contestant(m, "_ours", name, {**arguments, "method": m}) for m in names),
+            tuple(
+                Contestant(m, "_ours", name, {**arguments, "method": m, "settings": NEEDED.get((name, m), {})})
+                for m in names
+                if (name, m) not in REFUSED
+            ),
             unit=unit,
         )
         for name, title, arguments, unit in (
@@ -264,6 +273,36 @@ def growth(quick: bool) -> list[Case]:
     ]
 
 
+def compiled(quick: bool) -> list[Case]:
+    """`torch.compile` over the plain computation, and our own functions."""
+    if quick:
+        return []
+    ways = (
+        ("luthier's functions", "ours", None),
+        ("plain, eager attention", "plain", "eager"),
+        ("torch.compile, eager attention", "compiled", "eager"),
+        ("torch.compile, sdpa", "compiled", "sdpa"),
+    )
+    works: tuple[tuple[str, str, dict[str, object]], ...] = (
+        ("encoder", "minilm-l6, 32 x 12 tokens", {"batch": 32, "lengths": [12], "turns": 40}),
+        ("encoder", "minilm-l6, 32 rows of 8 to 40 tokens", {"batch": 32, "lengths": [8, 12, 17, 40], "turns": 10}),
+        ("decoder", "smollm2-135m, 8 x 256 tokens", {"batch": 8, "lengths": [256], "turns": 3}),
+    )
+    return [
+        Case(
+            f"compiled-{number}",
+            f"{title}, steps of LoRA r=8 (q, v)",
+            tuple(
+                Contestant(name, "_compiled", "steps", {"model": model, "how": how, "attention": attention, **work})
+                for name, how, attention in ways
+            ),
+            unit="step_seconds",
+            higher_is_better=False,
+        )
+        for number, (model, title, work) in enumerate(works)
+    ]
+
+
 def floor(quick: bool) -> list[Case]:
     """The matrix products alone."""
     size: dict[str, object] = {"batch": 2} if quick else {"batch": 8}
@@ -298,6 +337,7 @@ GROUPS: dict[str, Callable[[bool], list[Case]]] = {
     "sizes": sizes,
     "methods": methods,
     "own": own,
+    "compiled": compiled,
     "accuracy": accuracy,
 }
 

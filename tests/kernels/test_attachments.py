@@ -163,6 +163,20 @@ def test_the_bottleneck_may_read_what_it_adds_to() -> None:
     assert torch.autograd.gradcheck(lambda y, d, u: bottleneck(y, y, d, None, u, None), (y, d, u))
 
 
+def test_inside_autocast_streams_of_its_type_take_the_fused_functions_and_others_the_plain_ones() -> None:
+    y, x = (_r(N, T, D_OUT, dtype=torch.bfloat16, grad=True) for _ in range(2))
+    down, up, factors = _r(2, D_OUT).float(), _r(D_OUT, 2).float(), _r(D_OUT).float()
+    alone = bottleneck(y, x, down, None, up, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = bottleneck(y, x, down, None, up, None)
+        scaled = scale(y, factors.requires_grad_())
+        wide = bottleneck(y.float(), x.float(), down, None, up, None)
+    assert torch.equal(inside, alone) and inside.dtype == torch.bfloat16
+    assert type(inside.grad_fn).__name__ == "_BottleneckBackward"
+    assert type(scaled.grad_fn).__name__ == "_ScaleBackward"
+    assert type(wide.grad_fn).__name__ == "AddBackward0"
+
+
 def test_an_unknown_activation_is_answered_with_near_ones() -> None:
     with pytest.raises(UnknownName, match="gelu"):
         bottleneck(_r(1, 6), _r(1, 7), _r(3, 7), None, _r(6, 3), None, 1.0, "geluu")

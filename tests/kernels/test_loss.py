@@ -83,6 +83,22 @@ def test_bf16_products_stay_close_and_the_sum_is_fp32() -> None:
         assert (got - want).norm() < 0.03 * want.norm()
 
 
+def test_an_fp32_head_may_multiply_in_bf16_and_keeps_gradients_of_its_own_type() -> None:
+    h, w, b, labels = (t.detach().float() if t.is_floating_point() else t for t in _inputs())
+    for t in (h, w, b):
+        t.requires_grad_()
+    loss, _ = linear_cross_entropy(h, w, b, labels, dtype=torch.bfloat16)
+    low = [t.detach().bfloat16().requires_grad_() for t in (h, w, b)]
+    same, _ = linear_cross_entropy(*low, labels)
+    assert torch.equal(loss, same)
+    for got, want in zip(torch.autograd.grad(loss, (h, w, b)), torch.autograd.grad(same, low), strict=True):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.bfloat16(), want)
+    with plain():
+        slow, _ = linear_cross_entropy(h, w, b, labels, dtype=torch.bfloat16)
+    torch.testing.assert_close(loss, slow, rtol=1e-2, atol=0)
+
+
 def test_a_token_that_is_nearly_certain_keeps_its_small_gradient_in_bf16() -> None:
     h = torch.tensor([[8.0, 0.0]], dtype=torch.bfloat16, requires_grad=True)
     w = torch.eye(2, dtype=torch.bfloat16)

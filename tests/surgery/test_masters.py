@@ -1,8 +1,13 @@
-"""Tensors of a bf16 model that train in place: fp32 masters, rounded where the model reads them."""
+"""Models that train in place: fp32 masters rounded where the model reads them, and the fast paths that they take."""
 
+from typing import Any
+
+import pytest
 import torch
 from tiny import inputs, tiny
+from torch import nn
 
+from luthier.kernels import attention
 from luthier.surgery import attach
 
 
@@ -38,3 +43,49 @@ def test_a_table_that_renormalises_its_rows_is_left_to_the_framework() -> None:
     with torch.no_grad():
         rows = table(inputs(tuned.model)["input_ids"])
     assert float(rows.float().norm(dim=-1).max()) <= 0.51
+
+
+def test_rotated_queries_of_an_fp32_base_take_the_fast_attention_under_autocast(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tuned = attach(tiny("llama"), "full")
+    batch = inputs(tuned.model)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = tuned.model(**batch)[0]
+    assert tuned.route_attention()
+
+    def slow(*args: Any) -> Any:
+        raise AssertionError("the plain formula was used")
+
+    monkeypatch.setattr(attention, "_formula", slow)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = tuned.model(**batch)[0]
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
+
+
+def test_the_trunks_dropout_from_counters_drops_its_share_and_follows_the_ambient_seed() -> None:
+    tuned = attach(tiny("bert"), "full")
+    tuned.quicken(dropout=True)
+    drop = tuned.model.bert.embeddings.dropout
+    assert drop.quick is not None
+    x = torch.ones(64, 512, requires_grad=True)
+    drop.train()
+    torch.manual_seed(3)
+    first = drop(x)
+    (gradient,) = torch.autograd.grad(first.sum(), x)
+    second = drop(x)
+    torch.manual_seed(3)
+    again = drop(x)
+    dropped = (first == 0).float().mean().item()
+    assert abs(dropped - drop.p) < 0.01
+    assert torch.allclose(first[first != 0], torch.tensor(1 / (1 - drop.p)), atol=1e-3)
+    assert torch.equal(gradient, first.detach()), "what was dropped gets no gradient, the rest its factor"
+    assert torch.equal(first, again) and not torch.equal(first, second)
+    drop.eval()
+    assert drop(x) is x
+
+
+def test_dropout_is_left_alone_where_it_is_not_asked_for() -> None:
+    tuned = attach(tiny("bert"), "lora")
+    tuned.quicken()
+    assert type(tuned.model.bert.embeddings.dropout) is nn.Dropout

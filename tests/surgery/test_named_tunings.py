@@ -10,7 +10,7 @@ from tiny import inputs, tiny
 from torch import Tensor
 
 from luthier.core import CompositionError, ConfigError, UnknownName
-from luthier.surgery import Tuned, attach, load
+from luthier.surgery import Tuned, attach, install, load
 
 
 def two(first: str, second: str, arch: str = "bert") -> tuple[Tuned, Any, dict[str, Tensor]]:
@@ -182,15 +182,15 @@ def test_a_failed_addition_leaves_everything_as_it_was(monkeypatch: pytest.Monke
 
     monkeypatch.setattr("luthier.methods.partial.bitfit.BitFit.n_params", fall)
     calls = {"n": 0}
-    real = Tuned._install
+    real = install.install
 
-    def sometimes(self: Any, *args: Any) -> None:
+    def sometimes(*args: Any) -> None:
         calls["n"] += 1
         if calls["n"] == 4:
             raise RuntimeError("stopped half-way")
-        real(self, *args)
+        real(*args)
 
-    monkeypatch.setattr(Tuned, "_install", sometimes)
+    monkeypatch.setattr(install, "install", sometimes)
     with pytest.raises(RuntimeError, match="half-way"):
         attach(model, make("bitfit"), name="b")
     assert list(tuned.tunings) == ["a"] and tuned.tuning("a").active

@@ -11,7 +11,7 @@ import torch
 from little import little_data, little_model
 
 from luthier.core import ConfigError, DataError, UnknownName
-from luthier.training import BatchSpec, DataSpec, Predictor, RunSpec, predict, train
+from luthier.training import BatchSpec, DataSpec, Predictor, RunSpec, finish, predict, train
 from luthier.training.loop import Loop
 
 
@@ -103,6 +103,21 @@ def test_what_is_attached_trains_in_training_mode_also_where_nothing_is_evaluate
     monkeypatch.setattr(Loop, "_gradients", watched)
     train(_spec(tmp_path, little_data(tmp_path / "rows.csv"), method))
     assert len(seen) > 4 and all(modes == {True} for modes in seen)
+
+
+def test_what_only_steps_need_is_let_go_before_the_result_is_saved_and_read_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+    refuse = finish._refuse_base
+
+    def watched(prepared: Any, loop: Loop) -> None:
+        held.append(loop.optimiser.state_bytes() + loop.optimiser.gradient_bytes())
+        refuse(prepared, loop)
+
+    monkeypatch.setattr(finish, "_refuse_base", watched)
+    train(_spec(tmp_path, little_data(tmp_path / "rows.csv"), "full"))
+    assert held == [0]
 
 
 def test_dropout_of_lora_drops_also_where_nothing_is_evaluated_on_the_way(tmp_path: Path) -> None:

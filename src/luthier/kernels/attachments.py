@@ -9,6 +9,7 @@ Liu et al. 2022 (IA3), arXiv:2205.05638, section 3.3. Houlsby et al. 2019 (adapt
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -37,10 +38,19 @@ _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tens
 
 def scale(y: Tensor, factors: Tensor) -> Tensor:
     """`y · factors` in the type of y; y: (..., d), factors: (d,)."""
-    if not fast() or torch.is_autocast_enabled(y.device.type):
+    if not _takes(y):
         return y * factors.to(y.dtype)
     out: Tensor = _Scale.apply(y, factors)  # type: ignore[no-untyped-call]
     return out
+
+
+def _takes(*streams: Tensor) -> bool:
+    """Whether a function that chooses its own types computes this: in autocast, where those are what it would take."""
+    device = streams[0].device.type
+    if not fast() or not torch.is_autocast_enabled(device):
+        return fast()
+    low = torch.get_autocast_dtype(device)
+    return all(x.dtype == low for x in streams)
 
 
 class _Scale(torch.autograd.Function):
@@ -87,14 +97,16 @@ def bottleneck(
             f"bottleneck: no activation is called {activation!r}.{near(activation, known)}"
             f" Take one of {', '.join(known)}."
         )
-    if not fast() or torch.is_autocast_enabled(x.device.type):
+    if not _takes(x, y):
         dtype = x.dtype
         act = _ACTIVATIONS[activation][0]
         h = act(F.linear(x, down.to(dtype), None if down_bias is None else down_bias.to(dtype)))
         return y + F.linear(h, up.to(dtype), None if up_bias is None else up_bias.to(dtype)) * factor
-    out: Tensor = _Bottleneck.apply(  # type: ignore[no-untyped-call]
-        y, x, down, down_bias, up, up_bias, factor, activation
-    )
+    device = x.device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        out: Tensor = _Bottleneck.apply(  # type: ignore[no-untyped-call]
+            y, x, down, down_bias, up, up_bias, factor, activation
+        )
     return out
 
 

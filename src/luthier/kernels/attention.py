@@ -31,18 +31,20 @@ __all__ = ["attend", "attention_interface", "way"]
 
 # B batch · H query heads · K key heads · G = H / K queries per key head · T queries · S keys · D width
 
-# Scores of one block. 1 MiB, the second-level cache, was best or within 5 % of it from T = 32 to 1024 in fp32 and bf16
-# (docs/speed-log.md); a device with its own memory gets blocks that only bound the workspace.
-BLOCK_BYTES = 1 << 20
+# Scores of one block, for each thread that works on it. On one thread 1 MiB, the second-level cache, was best or within
+# 5 % of it from T = 32 to 1024; two threads want 4 MiB at the least, and 64 cost nothing (docs/speed-log.md). A device
+# with its own memory gets blocks that only bound the workspace.
+BLOCK_BYTES = 2 << 20
 DEVICE_BLOCK_BYTES = 256 << 20
 
 # Scores of a pass without gradients up to which the framework's one call beats our several, on a CPU in bf16, with
 # queries counted in its blocks of 32: 48 against 113 us at 12,288 of them, 69 against 104 at 36,864, level at 49,152.
 FEW_SCORES = 40 << 10
 
-# The CPU's bf16 softmax, its gradient and the addition of a mask take rows of 32 numbers at a time and do the rest one
-# by one. Shorter rows go through fp32 in plain steps instead (docs/speed-log.md).
-LANES = 32
+# The CPU's bf16 softmax and the addition of a mask take 32 numbers of a row at a time and do the rest one by one, those
+# of fp32 take 16. So short rows that leave a rest go through fp32, the shortest in plain steps (docs/speed-log.md).
+LANES, WIDE_LANES = 32, 16
+SHORT = 128
 
 # Probabilities kept for one backward pass; above it they are computed again, which costs a quarter of the pass.
 KEEP_BYTES = 16 << 20
@@ -405,7 +407,7 @@ class _Scores:
             causal=causal,
             offset=offset,
             whole=self.level > 0,
-            budget=BLOCK_BYTES if on_cpu else DEVICE_BLOCK_BYTES,
+            budget=BLOCK_BYTES * torch.get_num_threads() if on_cpu else DEVICE_BLOCK_BYTES,
         )
         self.bytes = B * H * T * S * query.element_size() // (2 if causal and len(self.lists[0]) > 1 else 1)
 
@@ -459,20 +461,25 @@ class _Scores:
 
 
 def _short(w: Tensor) -> bool:
-    return w.device.type == "cpu" and w.dtype == torch.bfloat16 and w.shape[-1] < LANES
+    keys = w.shape[-1]
+    return w.device.type == "cpu" and w.dtype == torch.bfloat16 and keys < SHORT and keys % LANES != 0
 
 
 def _softmax(w: Tensor) -> Tensor:
-    """Over the last axis, in place. A row of nothing but -inf becomes nan, as the framework's does."""
+    """Over the last axis of fp32 scores, which may be written to. A row of nothing but -inf becomes nan."""
+    if w.shape[-1] >= WIDE_LANES:
+        return torch.softmax(w, dim=-1)
     w = w.sub_(w.amax(-1, keepdim=True)).exp_()
     return w.div_(w.sum(-1, keepdim=True))
 
 
 def _softmax_backward(grad: Tensor, w: Tensor) -> Tensor:
     """The gradient before a softmax from that behind it and from its result, in their type."""
-    if not _short(w):
+    if not _short(w) or w.shape[-1] >= LANES:
         return torch._softmax_backward_data(grad, w, -1, w.dtype)
     wide, w_wide = grad.float(), w.float()
+    if w.shape[-1] >= WIDE_LANES:
+        return torch._softmax_backward_data(wide, w_wide, -1, wide.dtype).to(w.dtype)
     wide.mul_(w_wide)
     return wide.sub_(w_wide.mul_(wide.sum(-1, keepdim=True))).to(w.dtype)
 

@@ -27,7 +27,8 @@ from luthier.surgery.socket import Plan, Plug, Socket, Substitute
 
 if TYPE_CHECKING:
     from luthier.anatomy.site import Rows as SiteRows
-    from luthier.surgery.tuned import Tuned, Tuning
+    from luthier.surgery.held import Tuning
+    from luthier.surgery.tuned import Tuned
 
 __all__ = ["RowNames", "Serving", "row_problem"]
 

@@ -5,74 +5,28 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy
-from luthier.core import AnatomyError, CannotMerge, CompositionError, ConfigError, UnknownName, human_count, key, near
-from luthier.surgery import attention, compose, foreign, trunk
+from luthier.core import CannotMerge, CompositionError, ConfigError, UnknownName, human_count, near
+from luthier.surgery import attention, compose, foreign, install, merging, trunk
 from luthier.surgery.attachment import Attachment
 from luthier.surgery.base import Base
 from luthier.surgery.branch import Branch
 from luthier.surgery.context import Context
-from luthier.surgery.edits import AddBranch, Attach, PrependKeys, PrependTokens, Reparametrise, Unfreeze
+from luthier.surgery.edits import Reparametrise, Unfreeze
+from luthier.surgery.held import Tuning, keyed
 from luthier.surgery.method import METHODS, Group, Method
 from luthier.surgery.narrow import Narrow, first_token_place, head_reads_first_token
 from luthier.surgery.prompts import PromptHooks, text_stack
 from luthier.surgery.serving import RowNames, Serving
-from luthier.surgery.socket import Plug, Socket, Substitute, Tap
+from luthier.surgery.socket import Socket
 
-__all__ = ["Tuned", "Tuning", "Unfrozen", "attach"]
-
-PREFIX, BRANCH = "the keys before those of the text", "the network beside the model"
-
-
-@dataclass(eq=False)
-class Unfrozen:
-    """A tensor of the model that a tuning trains in place.
-
-    `original` is the value it had, kept so that `detach` can restore it bit for bit; `mask` is None for all of it, and
-    with `holds=False` a mask of the gradient only.
-    """
-
-    name: str
-    parameter: nn.Parameter
-    original: Tensor
-    mask: Tensor | None = None
-    parked: Tensor | None = None  # the tuned value, while the tuning is not active
-    holds: bool = True
-
-
-class Tuning(nn.Module):
-    """One method's modules on one model, registered on the model under the tuning's name."""
-
-    def __init__(self, name: str, method: Method) -> None:
-        super().__init__()
-        self.tuning_name = name
-        self.method = method
-        self.parts = nn.ModuleDict()
-        self.keys: dict[str, str] = {}  # canonical key -> name in `parts`, where a dot may not stand
-        self.unfrozen: dict[str, Unfrozen] = {}  # canonical key ("model/..." or "head/...") -> tensor
-        self.fixed: set[str] = set()  # numbers in `parts` that the method itself holds still: "key.short"
-        self.claims: dict[str, str] = {}  # what only one active tuning may hold -> which part of the method holds it
-        self.active = True
-        self.trainable = True
-        self.finished = False
-
-    def add(self, key_: str, module: nn.Module) -> None:
-        """Register `module` under a canonical key."""
-        name = key_.replace(".", "-")
-        while name in self.parts:
-            name += "_"
-        self.parts[name] = module.train(self.training)
-        self.keys[key_] = name
-
-    def modules_by_key(self) -> dict[str, nn.Module]:
-        """Canonical key -> module, in the order of registration."""
-        return {k: self.parts[n] for k, n in self.keys.items()}
+__all__ = ["Tuned", "attach"]
 
 
 class Tuned:
@@ -254,7 +208,7 @@ class Tuned:
         if train_head:
             owned = {e.name for _, e in edits if isinstance(e, Unfreeze | Reparametrise)}
             edits += [("head", Unfreeze(t)) for t in self.anatomy.head_tensors if t not in owned]
-        tuning.claims = self._check(edits, method)
+        tuning.claims = install.check(self, edits, method)
         tuning.train(self.model.training)
         awake = [t.tuning_name for t in self._active()]
         self.tunings[name] = tuning
@@ -264,7 +218,7 @@ class Tuned:
                 if self._shared(self.tunings[awake_name], tuning):
                     self._park(self.tunings[awake_name])
             for prefix, edit in edits:
-                self._install(tuning, prefix, edit, seed)
+                install.install(self, tuning, prefix, edit, seed)
         except BaseException:
             self.remove(name)
             self.activate(*awake)
@@ -300,135 +254,6 @@ class Tuned:
     def _refuse_serving(self, doing: str) -> None:
         if self._serving is not None:
             raise ConfigError(f"{doing}: not inside serving() or rows(), which read all numbers once. Leave the block.")
-
-    def _check(self, edits: list[tuple[str, Any]], method: Method) -> dict[str, str]:
-        """Refuse what cannot be carried out, before anything is touched; returns what the method claims for itself."""
-        label = compose.spell(method)
-        claims: dict[str, str] = {}
-
-        def claim(what: str, prefix: str, advice: str) -> None:
-            owner = prefix.removesuffix(":") or label
-            if what in claims:
-                both = f"{claims[what]} and {owner}" if claims[what] != owner else owner
-                raise CompositionError(f"{label}: {both} cannot stand together: both want {what}. {advice}")
-            claims[what] = owner
-
-        for prefix, edit in edits:
-            if isinstance(edit, PrependKeys):
-                if not all(a.interface for a in edit.attentions):
-                    raise AnatomyError(
-                        f"{label}: the attention of {self.anatomy.model_type} does not go through transformers' "
-                        "attention interface, so keys cannot be put before those of the text. Use prompt_tuning, or "
-                        "another method."
-                    )
-                claim(PREFIX, prefix, "One prefix is learned as a whole: make it longer instead.")
-            elif isinstance(edit, AddBranch):
-                claim(BRANCH, prefix, "Use one of them.")
-            elif isinstance(edit, Attach) and edit.site.kind in ("embed", "norm"):
-                raise AnatomyError(
-                    f"{label}: attaching at {edit.site.kind!r} is not offered; use a linear or sublayer site of "
-                    f"{', '.join(k for k in self.anatomy.kinds() if k not in ('embed', 'norm'))}."
-                )
-            elif isinstance(edit, Unfreeze | Reparametrise):
-                if edit.name not in self.anatomy.tensors and edit.name not in self.anatomy.tied:
-                    raise AnatomyError(
-                        f"{label}: the model has no tensor {edit.name!r}.{near(edit.name, list(self.anatomy.tensors))}"
-                    )
-                name = self.anatomy.tied.get(edit.name, edit.name)
-                advice = "One tensor has one owner: use one of the methods, or settings that leave the tensor out."
-                claim(f"the tensor {name!r}", prefix, advice)
-        return claims
-
-    def _install(self, tuning: Tuning, prefix: str, edit: Any, seed: int) -> None:
-        shared = getattr(edit, "shared", {})
-        for short, module in shared.items():
-            if prefix + short not in tuning.keys:
-                tuning.add(prefix + short, self._home(module))
-        if isinstance(edit, Attach):
-            self._attach(tuning, prefix, edit, seed)
-        elif isinstance(edit, Reparametrise):
-            tuning.add(f"{prefix}tensor/{edit.name}", self._home(edit.module))
-            for path, short in self._owners(edit.name):
-                self._socket(path).substitutes.append(Substitute(tuning.tuning_name, short, edit.module))
-        elif isinstance(edit, Unfreeze):
-            self._unfreeze(tuning, prefix, edit)
-        elif isinstance(edit, PrependTokens):
-            source = self._home(edit.source)
-            if hasattr(source, "start") and next(source.parameters()).device.type != "meta":
-                embed = self.anatomy.sites("embed", asked_by="prompt vectors")[0]
-                with keyed(seed, "init", prefix, "prompt"):
-                    source.start(self._modules[embed.path])
-            tuning.add(f"{prefix}prompt", source)
-        elif isinstance(edit, PrependKeys):
-            tuning.add(f"{prefix}prefix", self._home(edit.source))
-            prefixes = []
-            for fact in edit.attentions:
-                held = attention.Prefix(tuning.tuning_name)
-                self._modules[fact.path].__dict__.setdefault("_luthier_prefixes", []).append(held)
-                prefixes.append(held)
-            self._prefixes.append((tuning.tuning_name, edit.source, prefixes))
-            self.route_attention()
-        elif isinstance(edit, AddBranch):
-            with keyed(seed, "branch"):
-                module = self._home(edit.build(self.model, self.anatomy))
-            tuning.add(f"{prefix}branch", module)
-            self._branches[tuning.tuning_name] = Branch(self.model, self.anatomy, self._modules, module, self.context)
-
-    def _attach(self, tuning: Tuning, prefix: str, edit: Attach, seed: int) -> None:
-        site = edit.site
-        module = self._modules[site.path]
-        base = Base(module, site)
-        with keyed(seed, "init", prefix, site.key):
-            attachment = self._home(edit.build(base))
-        attachment.context = self.context
-        attachment.train(self.model.training)
-        for plug in self._sockets[site.path].plugs if site.path in self._sockets else []:
-            same = plug.tuning == tuning.tuning_name and plug.site.key == site.key
-            if same and plug.attachment.kind == attachment.kind:
-                owner, label = prefix.removesuffix(":"), compose.spell(tuning.method)
-                one = plug.part if plug.part != owner else f"{owner or label}, twice,"
-                raise CompositionError(
-                    f"{label}: {one} and {owner or label} both attach a {attachment.kind!r} at {site.key}, and a site "
-                    "holds one of each kind. Give them different sites, or use one of them."
-                )
-        key_ = f"{prefix}{site.key}"
-        tuning.add(key_ if key_ not in tuning.keys else f"{key_}~{attachment.kind}", attachment)
-        socket = self._socket(site.path)
-        tap = None
-        if site.kind in ("attn_out", "cross_out", "ffn_out") and attachment.needs_input:
-            path = site.residual_path if attachment.reads == "residual" else site.input_path
-            if path is not None and path != site.path:
-                tap = Tap()
-                target = self._modules[path]
-                self._taps.append((tuning.tuning_name, target.register_forward_pre_hook(tap.put, with_kwargs=True)))
-        socket.plugs.append(Plug(tuning.tuning_name, site, attachment, base, tap, prefix.removesuffix(":")))
-
-    def _unfreeze(self, tuning: Tuning, prefix: str, edit: Unfreeze) -> None:
-        name = self.anatomy.tied.get(edit.name, edit.name)
-        parameter = self._parameters[name]
-        original = parameter.detach().clone()
-        parameter.data = original.clone()  # what it held may be a sleeping tuning's kept copy
-        if parameter.dtype in (torch.bfloat16, torch.float16):
-            # Trained numbers are fp32: at 8 bits of mantissa most updates would round away.
-            parameter.data = parameter.data.float()
-            for path, short in self._owners(name):
-                held = Substitute(tuning.tuning_name, short, _Master(parameter), original.dtype)
-                self._socket(path).substitutes.append(held)
-        parameter.requires_grad_(True)
-        mask = edit.mask.to(parameter.device) if edit.mask is not None else None
-        key_ = f"head/{name}" if prefix == "head" else f"{prefix}model/{name}"
-        tuning.unfrozen[key_] = Unfrozen(name, parameter, original, mask, holds=edit.holds)
-
-    def _home(self, module: Any) -> Any:
-        """Trained numbers are fp32 and live where the model lives; dropout acts as the model's does."""
-        module.train(self.model.training)
-        device = next(iter(self._parameters.values())).device
-        if device.type == "meta":
-            return module.to("meta")
-        for parameter in module.parameters():
-            if parameter.is_floating_point() and parameter.dtype in (torch.bfloat16, torch.float16):
-                parameter.data = parameter.data.float()
-        return module.to(device)
 
     def _socket(self, path: str) -> Socket:
         if path not in self._sockets:
@@ -892,53 +717,13 @@ class Tuned:
         if self._folded is not None:
             return
         self._refuse_serving("fold")
-        self._check_merge()
+        merging.check(self)
         # Compute everything before writing anything: a failure must leave the model as it was.
-        new = self._computed()
+        new = merging.merged_tensors(self)
         self._folded = [(held, held.detach().clone()) for held, _ in new]
         for held, value in new:
             held.copy_(value)
         self._refresh()
-
-    def _computed(self) -> list[tuple[Tensor, Tensor]]:
-        """(tensor of the model, its merged value in fp32) for all that the active tunings change."""
-        sockets = self.sockets()
-        new: dict[int, tuple[Tensor, Tensor]] = {}
-
-        def working_copy(held: Tensor) -> Tensor:
-            if id(held) not in new:
-                new[id(held)] = (held, held.detach().float().clone())
-            return new[id(held)][1]
-
-        for socket in sockets:
-            for substitute in socket.live.substitutes:
-                held = getattr(socket.base, substitute.tensor)
-                if not isinstance(substitute.module, _Master) and id(held) not in new:
-                    new[id(held)] = (held, substitute.module(held.detach().float()).float())
-        for socket in sockets:
-            live = socket.live
-            onions = [live.whole, *(plugs for _, plugs in live.parts), *([p] for p in live.experts)]
-            for plugs in filter(None, onions):
-                base, key_ = plugs[0].base, plugs[0].site.key
-                whole = working_copy(base.held())
-                held_bias = base.held_bias()
-                bias = None if held_bias is None else base.part(working_copy(held_bias), bias=True).clone()
-                weight = base.part(whole).clone()
-                for plug in plugs:
-                    weight, bias = plug.attachment.merged(weight, bias)
-                if bias is not None and held_bias is None:
-                    raise CannotMerge(
-                        f"{key_}: merged, it needs a bias that the model's layer lacks. Serve it attached."
-                    )
-                for tensor in (weight, bias):
-                    if tensor is not None and not torch.isfinite(tensor).all():
-                        raise CannotMerge(
-                            f"{key_}: the merged weight is not finite: broken tuning. Nothing was changed."
-                        )
-                base.put(whole, weight)
-                if bias is not None and held_bias is not None:
-                    base.put(working_copy(held_bias), bias, bias=True)
-        return list(new.values())
 
     @torch.no_grad()
     def unfold(self) -> None:
@@ -965,9 +750,9 @@ class Tuned:
         """
         wanted = base = None
         if check is not None:
-            wanted = self._probe(check)
+            wanted = merging.probe(self, check)
             with self.base_only():
-                base = self._probe(check)
+                base = merging.probe(self, check)
         changed = any(
             not torch.equal(u.parameter.detach(), u.original.to(u.parameter.dtype))
             for t in self._active()
@@ -982,7 +767,7 @@ class Tuned:
                     "in the rounding of the base's type. Serve them attached, or load the base in float32."
                 )
             if wanted is not None and base is not None:
-                effect, error = _rms(wanted - base), _rms(self._probe(check) - wanted)
+                effect, error = _rms(wanted - base), _rms(merging.probe(self, check) - wanted)
                 if not error <= tolerance * effect:
                     raise CannotMerge(
                         f"merged, the logits are off by {error:.3g} where the tuning changes them by {effect:.3g}: "
@@ -998,39 +783,6 @@ class Tuned:
         for name in list(self.tunings):
             self.remove(name)
         return self._strip()
-
-    @torch.no_grad()
-    def _probe(self, batch: Any) -> Tensor:
-        """The logits of one batch, in fp32 and in evaluation mode."""
-        modes = {m: m.training for m in self.model.modules()}
-        self.model.eval()
-        try:
-            out = self.model(**batch)
-            logits: Tensor = out.logits if hasattr(out, "logits") else out[0]
-            return logits.float()
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-
-    def _check_merge(self) -> None:
-        stuck = []
-        for tuning in self.tunings.values():
-            if tuning.active:
-                stuck += [part.name for part in tuning.method.parts() if not part.mergeable]
-        if stuck:
-            raise CannotMerge(
-                f"{', '.join(dict.fromkeys(stuck))} cannot be merged: no weight of the model does the same. "
-                "Serve it attached, or detach it first and merge the rest."
-            )
-        for socket in self.sockets():
-            for plug in socket.live.whole:
-                site = plug.site
-                name = self.anatomy.tied.get(f"{site.path}.{site.param}", f"{site.path}.{site.param}")
-                if name in self._parameters and len(self._owners(name)) > 1:
-                    raise CannotMerge(
-                        f"{site.key}: its weight is another layer's too (the output head's and the input embedding's, "
-                        "say): merging there would change both. Serve it attached."
-                    )
 
     def save(self, folder: Any, *, name: str | None = None, about: dict[str, Any] | None = None) -> str:
         """Write one tuning as safetensors and JSON; returns its digest. See `tuning.save`."""
@@ -1107,26 +859,6 @@ class _Shelf(nn.ModuleDict):
             for plug in socket.plugs:
                 plug.read_dtype()
         return self
-
-
-class _Master(nn.Module):
-    """An fp32 master in place of the layer's own low precision; whoever puts it there rounds it."""
-
-    def __init__(self, parameter: nn.Parameter) -> None:
-        super().__init__()
-        self.__dict__["master"] = parameter
-
-    def forward(self, frozen: Tensor) -> Tensor:
-        master: nn.Parameter = self.__dict__["master"]
-        return master
-
-
-@contextmanager
-def keyed(seed: int, *stream: int | str) -> Iterator[None]:
-    """Run a block under a generator named by (seed, stream), and leave the ambient one as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key(seed, *stream))
-        yield
 
 
 def attach(

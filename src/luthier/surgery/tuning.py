@@ -15,7 +15,8 @@ from luthier.__version__ import __version__
 from luthier.core import IntegrityError, LuthierError, ResourceError, WrongBase
 from luthier.runs import durable
 from luthier.surgery import compose
-from luthier.surgery.tuned import Tuned, Tuning, attach
+from luthier.surgery.held import Tuning
+from luthier.surgery.tuned import Tuned, attach
 from luthier.trust import config as trusted_config
 from luthier.trust import safetensors as trusted_tensors
 

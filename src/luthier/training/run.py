@@ -10,7 +10,8 @@ drift      what may differ between a run and its resumption
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from luthier import kernels
 from luthier.core import ConfigError, Interrupted, Locked, human_bytes, human_seconds, plain
 from luthier.runs import RunFolder, bytes_of, differences, environment, load_newest, preflight
+from luthier.training.allocator import keeping_freed
 from luthier.training.assemble import assemble
 from luthier.training.drift import apply, check_changes, compare_fingerprints
 from luthier.training.finish import Result, finish, record_of, result_of
@@ -68,7 +70,7 @@ def train(
         for line in prepared.lines:
             run.event("note", text=line)
         loop = loop_of(run, listener)
-        with StopSignals() as loop.signals, kernels.plain(not spec.fast or not kernels.fast()):
+        with StopSignals() as loop.signals, _ways(prepared):
             _begin(prepared, loop, run)
             return _run(prepared, loop, run, listener, started, stop_at, because=())
 
@@ -118,7 +120,7 @@ def resume(
             listener.say(f"not bit-exact: {line}")
         started = time.monotonic()
         loop = assemble(prepared)(run, listener)
-        with StopSignals() as loop.signals, kernels.plain(not spec.fast or not kernels.fast()):
+        with StopSignals() as loop.signals, _ways(prepared):
             if checkpoint is not None:
                 loop.load(checkpoint)
                 if epoch_begins is not None:
@@ -171,6 +173,14 @@ def _write_ledger(run: RunFolder, prepared: Prepared) -> None:
         if examples is not None:
             run.rows.append_rows(examples.ledger.lines(half))
     run.rows.flush()
+
+
+@contextmanager
+def _ways(prepared: Prepared) -> Iterator[None]:
+    """What `fast` switches on, besides what was attached: fused functions, and on a CPU an allocator that keeps."""
+    fast = prepared.spec.fast and kernels.fast()
+    with kernels.plain(not fast), keeping_freed(fast and prepared.device.type == "cpu"):
+        yield
 
 
 def _check_disk(run: RunFolder, loop: Loop) -> None:

@@ -29,7 +29,7 @@ from luthier.core import ConfigError, above, between
 from luthier.methods._masks import no_trace, top_k
 from luthier.methods._own import own_unfrozen
 from luthier.surgery import METHODS, Batches, Edit, Method, Tuned, Unfreeze
-from luthier.surgery.tuned import Unfrozen
+from luthier.surgery.held import Unfrozen
 
 
 @METHODS.register("child_tuning_d", family="partial", paper="arXiv:2109.05687")

@@ -31,7 +31,8 @@ How it is measured:
 - luthier runs as `luthier.training.train` does for a user, with its checkpoints, checks and log; no rows are held out,
   so neither side evaluates. `peft` runs in the framework's `Trainer`. "Defaults" is fp32 weights, random order of rows,
   padding to the longest row of a batch, and the model's own dropout. Tuned adds bf16 and rows of like length together;
-  both attention implementations run, and ratios are taken to the fastest.
+  both attention implementations run, and one with glibc told by its environment to keep what is freed, as luthier does
+  by itself; ratios are taken to the fastest.
 - luthier's defaults: bf16 where the processor is fast at it, no dropout inside a frozen model, rows of like length
   together. Whether both learn the same is measured first (equal losses), and accuracy over seeds last.
 """

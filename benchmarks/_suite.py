@@ -23,12 +23,13 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way of doing the work of a case: a function below `benchmarks` and its arguments."""
+    """One way of doing the work of a case: a function below `benchmarks`, its arguments and its environment."""
 
     name: str
     module: str
     function: str
     arguments: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def _one(contestant: Contestant, turn: int, threads: int | None, limit: float) -
         job.write_text(json.dumps({**asdict(contestant), "arguments": arguments, "threads": threads}))
         # Waiting threads as the library comes: putting them to sleep (OMP_WAIT_POLICY=PASSIVE) cost the contestant with
         # the most small operations a third of its speed on an idle machine, and the others a twentieth.
-        env = {**os.environ, "TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1"}
+        env = {**os.environ, "TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1", **contestant.environment}
         command = [sys.executable, "-m", "benchmarks._child", str(job), str(result)]
         with log.open("wb") as out:
             try:

@@ -124,8 +124,9 @@ def _attach(tuned: Tuned, tuning: Tuning, prefix: str, edit: Attach, seed: int) 
         path = site.residual_path if attachment.reads == "residual" else site.input_path
         if path is not None and path != site.path:
             tap = Tap()
-            target = tuned._modules[path]
-            tuned._taps.append((tuning.tuning_name, target.register_forward_pre_hook(tap.put, with_kwargs=True)))
+            # On a socket, not on the layer in it: a fused function computes that layer without calling it.
+            hook = tuned._socket(path).register_forward_pre_hook(tap.put, with_kwargs=True)
+            tuned._taps.append((tuning.tuning_name, hook))
     socket.plugs.append(Plug(tuning.tuning_name, site, attachment, base, tap, prefix.removesuffix(":")))
 
 

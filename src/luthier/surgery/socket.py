@@ -122,6 +122,10 @@ class Socket(nn.Module):
         self.__dict__["live"] = Plan()
         self.__dict__["route"] = None  # another way to do it, while nothing learns; see serving.py
         self.__dict__["quick"] = None  # computes the frozen layer faster; see trunk.py
+        # Of others, on the layer itself; they want it to be called. The dictionaries, so that later ones are seen.
+        self.__dict__["listeners"] = (
+            base._forward_pre_hooks, base._forward_hooks, base._backward_pre_hooks, base._backward_hooks,
+        )  # fmt: skip
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -177,7 +181,7 @@ class Socket(nn.Module):
         if live.empty:
             return self._base(args, kwargs)
         # A compiler fuses by itself, and better where it sees the plain computation.
-        if live.fused is not None and kernels.fast() and not torch.compiler.is_compiling():
+        if live.fused is not None and kernels.fast() and not torch.compiler.is_compiling() and not any(self.listeners):
             fused = _fused(live.fused, args[0])
             if fused is not None:
                 return fused
@@ -210,7 +214,7 @@ class Socket(nn.Module):
 
     def _base(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         quick = self.quick
-        if quick is not None and not kwargs and kernels.fast():
+        if quick is not None and not kwargs and kernels.fast() and not any(self.listeners):
             out = quick(args[0])
             if out is not None:
                 return out

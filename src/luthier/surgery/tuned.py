@@ -146,6 +146,10 @@ class Tuned:
             if isinstance(m, kind)
         }
 
+    def tensor(self, name: str) -> nn.Parameter:
+        """The model's own tensor of a canonical name, whatever stands around its layer by now."""
+        return self._parameters[name]
+
     def status(self) -> list[dict[str, Any]]:
         """One row per tuning: name, method, active, trainable, trained numbers, places."""
         return [

@@ -102,7 +102,7 @@ def _out_width(anatomy: Anatomy) -> int:
 
 def _fisher(tuned: Tuned, batches: Batches, names: list[str]) -> dict[str, Tensor]:
     """Squared gradients of the frozen tensors `names`, summed over batches; leaves gradients as it found them."""
-    parameters = {n: p for n, p in tuned._parameters.items() if n in set(names)}
+    parameters = {n: tuned.tensor(n) for n in names}
     scores = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in parameters.items()}
     with tuned.base_only():
         before = {n: p.requires_grad for n, p in parameters.items()}
@@ -179,8 +179,9 @@ class Sides(nn.Module):
     @torch.no_grad()
     def start(self, model: Any, scores: dict[str, Tensor] | None) -> None:
         """Cut the side blocks out of the frozen ones; by the size of their weights where no scores are given."""
-        frozen = dict(model.named_parameters(remove_duplicate=False))
-        weights = {n: frozen[n].detach().float().cpu() for n in self.tensors}
+        held = Tuned.of(model)
+        assert held is not None, "a branch is built on a model that is being tuned"
+        weights = {n: held.tensor(n).detach().float().cpu() for n in self.tensors}
         scores = scores if scores is not None else {n: w**2 for n, w in weights.items()}
         narrow = self.__dict__["narrow"]
         home = next(self.parameters()).device
@@ -190,7 +191,7 @@ class Sides(nn.Module):
             if site.kind == "norm" and site.part == "final" and site.stack in self.kept:
                 ladder = self.ladders[site.stack or "self"]
                 for short in [p for p in (site.param, site.bias) if p]:
-                    value = frozen[f"{site.path}.{short}"].detach().float().cpu()[residual]
+                    value = held.tensor(f"{site.path}.{short}").detach().float().cpu()[residual]
                     ladder.norm._parameters[short].copy_(value)  # type: ignore
         self.to(home)
         self.started = True

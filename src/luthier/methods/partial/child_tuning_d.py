@@ -12,6 +12,7 @@ entries outside it (`masked_decay=False`).
 
 Count: floor(share * numbers in the blocks) + all numbers outside the blocks.
 Claims: a regulariser, better and steadier than full fine-tuning on small data; memory is not saved, nor much storage.
+Cost: a step of full fine-tuning, and a mask over every gradient and every new value.
 Pitfalls: a mask on the gradient alone lets momentum and decay through; masking after clipping; scoring with gradients
 of another mode or another subset gives another mask.
 """

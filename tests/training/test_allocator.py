@@ -1,0 +1,59 @@
+"""Memory that is freed inside a run stays with the process, and goes back to the system behind it."""
+
+import resource
+import sys
+
+import pytest
+import torch
+
+from luthier.training import allocator
+
+glibc = pytest.mark.skipif(allocator._library() is None, reason="another C library")
+
+
+def faults(mebibytes: int = 48, times: int = 4) -> int:
+    """Pages that the system had to clear for a block that comes and goes, after its first time."""
+    torch.zeros(mebibytes << 18)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(times):
+        torch.zeros(mebibytes << 18)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+@glibc
+def test_a_block_that_comes_again_costs_no_new_pages_inside_and_new_ones_behind() -> None:
+    with allocator.keeping_freed():
+        inside = faults()
+    assert inside < 200
+    assert faults() > 4 * 1000  # 48 MiB are 12,288 pages; large pages of the system may make them fewer
+
+
+@glibc
+def test_what_is_free_goes_back_behind_it() -> None:
+    with allocator.keeping_freed():
+        torch.zeros(200 << 18)
+        held = resident()
+    assert resident() < held - (150 << 20)
+
+
+def test_switched_off_it_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocator, "_library", lambda: pytest.fail("the allocator was touched"))
+    with allocator.keeping_freed(False):
+        pass
+
+
+def test_elsewhere_than_on_glibc_it_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocator._library.cache_clear()
+    monkeypatch.setattr(sys, "platform", "darwin")
+    try:
+        assert allocator._library() is None
+        with allocator.keeping_freed():
+            pass
+        allocator.give_back_freed()
+    finally:
+        allocator._library.cache_clear()

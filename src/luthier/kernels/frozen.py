@@ -20,12 +20,16 @@ from luthier.kernels._switch import fast
 
 __all__ = ["rms_norm"]
 
-_PIECE_BYTES = 1 << 19  # of one fp32 temporary; four of them fit a 2 MiB share of cache
+_PIECE_BYTES = (
+    2 << 20
+)  # of one fp32 temporary, for each thread; smaller ones cost more in calls than they save in cache
 
 
 def _pieces(x: Tensor) -> Iterator[slice]:
-    """Slices of rows of (N, d) that stay in cache; everything at once on a device with its own memory."""
-    rows = max(1, _PIECE_BYTES // (4 * max(1, x.shape[1]))) if x.device.type == "cpu" else max(1, len(x))
+    """Slices of rows of (N, d) that bound the temporaries; everything at once on a device with its own memory."""
+    on_cpu = x.device.type == "cpu"
+    rows = _PIECE_BYTES * torch.get_num_threads() // (4 * max(1, x.shape[1])) if on_cpu else len(x)
+    rows = max(1, rows)
     return (slice(start, start + rows) for start in range(0, len(x), rows))
 
 
@@ -62,8 +66,9 @@ class _RMSNorm(torch.autograd.Function):
         gain = 1 + _wide(weight) if plus_one else weight
         for s in _pieces(rows):
             v = _wide(rows[s])
-            rate[s] = v.square().mean(dim=1, keepdim=True).add_(eps).rsqrt_()
-            normed = v * rate[s]
+            length = torch.linalg.vector_norm(v, dim=1, keepdim=True)
+            rate[s] = length.square_().div_(rows.shape[1]).add_(eps).rsqrt_()
+            normed = v * rate[s] if v.dtype == rows.dtype else v.mul_(rate[s])
             if plus_one:
                 out[s] = normed.mul_(gain)
             else:
@@ -82,14 +87,14 @@ class _RMSNorm(torch.autograd.Function):
         gx = torch.empty_like(rows) if wants_x else None
         gw = torch.zeros_like(gain) if wants_w else None
         for s in _pieces(rows):
-            wide = _wide(g[s])
-            normed = _wide(rows[s]) * rate[s]
+            wide, v = _wide(g[s]), _wide(rows[s])
             if gw is not None:
-                gw += (wide * normed).sum(0)
+                gw += (wide * (v * rate[s])).sum(0)
             if gx is not None:
-                scaled = wide * gain
-                along = (scaled * normed).mean(dim=1, keepdim=True)
-                gx[s] = scaled.addcmul_(normed, along, value=-1).mul_(rate[s])
+                # r (w g - x̂ mean(w g x̂)) with x̂ = r x: no normed copy of x is made.
+                scaled = wide * gain if wide.dtype == g.dtype else wide.mul_(gain)
+                along = (scaled * v).sum(dim=1, keepdim=True).mul_(rate[s].square()).div_(-rows.shape[1])
+                gx[s] = scaled.addcmul_(v, along).mul_(rate[s])
         return (
             None if gx is None else gx.view(x.shape),
             None if gw is None else gw.to(weight.dtype),

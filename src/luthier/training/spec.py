@@ -184,7 +184,9 @@ class RunSpec:
     gradient_checkpointing: Annotated[
         bool | Literal["auto"], "compute activations twice to save memory; auto, once memory has run out"
     ] = "auto"
-    fast: Annotated[bool, "fused computations, packed layers, and on a CPU freed memory that stays for the next step"] = True
+    fast: Annotated[
+        bool, "fused computations, packed layers, and on a CPU freed memory that stays for the next step"
+    ] = True
     recheck: Annotated[
         int, "steps from one gradient that is computed twice and compared bit by bit to the next; 0, never", at_least(0)
     ] = 0

@@ -27,6 +27,7 @@ def main() -> int:
     )
     parser.add_argument("--quick", action="store_true", help="short cases, few repeats")
     parser.add_argument("--only", action="append", default=[], choices=list(GROUPS), help="this group; may be repeated")
+    parser.add_argument("--case", action="append", default=[], help="of the groups, only this case; may be repeated")
     parser.add_argument("--busy", action="store_true", help="measure on a busy machine; marks the results")
     parser.add_argument("--threads", type=int, default=None, help="of each process; left out, as torch chooses")
     parser.add_argument("--repeats", type=int, default=None, help="in place of each case's own number")
@@ -51,7 +52,15 @@ def main() -> int:
     folder = RESULTS / "quick" if words.quick else RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     failed = 0
-    for group, cases in plan(words.quick, tuple(words.only)).items():
+    planned = plan(words.quick, tuple(words.only))
+    names = [case.name for cases in planned.values() for case in cases]
+    if unknown := [name for name in words.case if name not in names]:
+        print(f"no case is called {', '.join(unknown)}; there are {', '.join(names)}", file=sys.stderr)
+        return 2
+    for group, all_cases in planned.items():
+        cases = [case for case in all_cases if not words.case or case.name in words.case]
+        if not cases:
+            continue
         before = _machine.environment(words.threads)
         started = datetime.now(UTC).isoformat(timespec="seconds")
         records = [

@@ -257,6 +257,7 @@ def test_saved_and_loaded_it_computes_the_same(name, tmp_path):
 def test_the_ladder_is_cut_from_a_model_that_holds_another_tuning(name):
     alone = attach(tiny(name), "lst", reduction=3).modules(Sides)["branch"].state_dict()
     tuned = attach(tiny(name), "lora", name="first")
+    tuned.activate()  # they cannot act together
     beside = tuned.add(method("lst", {"reduction": 3}), name="second").modules_by_key()["branch"].state_dict()
     assert alone.keys() == beside.keys()
     assert all(torch.equal(alone[n], beside[n]) for n in alone)

@@ -148,7 +148,8 @@ class Tuned:
 
     def tensor(self, name: str) -> nn.Parameter:
         """The model's own tensor of a canonical name, whatever stands around its layer by now."""
-        return self._parameters[name]
+        found: nn.Parameter = self._parameters[name]
+        return found
 
     def status(self) -> list[dict[str, Any]]:
         """One row per tuning: name, method, active, trainable, trained numbers, places."""

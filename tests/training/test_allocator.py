@@ -34,7 +34,7 @@ def test_a_block_that_comes_again_is_not_cleared_by_the_system_again() -> None:
     # In a process of its own: among a thousand other tests the freed block is soon in pieces.
     done = subprocess.run([sys.executable, "-c", COUNT], capture_output=True, text=True, check=True, timeout=300)
     pages = (48 << 20) // resource.getpagesize()
-    assert int(done.stdout) < pages, "of twelve times"
+    assert int(done.stdout) < 3 * pages  # of twelve times; something small may lie in the way once
 
 
 @glibc

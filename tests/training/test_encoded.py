@@ -105,7 +105,7 @@ def test_kept_rows_are_to_the_bit_what_encoding_gives(kind, tmp_path, monkeypatc
 def test_a_damaged_entry_is_named_and_made_anew(tmp_path):
     first = _encode("labelled")
     (entry,) = _entries(tmp_path)
-    file = entry / "encoded.safetensors"
+    file = entry / "kept.safetensors"
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(bytes(content))
@@ -116,7 +116,7 @@ def test_a_damaged_entry_is_named_and_made_anew(tmp_path):
     assert "are those kept in" in _said(third)
 
 
-@pytest.mark.parametrize("lost", ["encoded.safetensors", "ledger.json", "MANIFEST.json"])
+@pytest.mark.parametrize("lost", ["kept.safetensors", "kept.json", "MANIFEST.json"])
 def test_an_entry_without_one_of_its_files_is_made_anew(lost, tmp_path):
     _encode("labelled")
     (entry,) = _entries(tmp_path)
@@ -164,7 +164,7 @@ def test_what_was_used_longest_ago_goes_first(tmp_path, monkeypatch):
 
 def test_rows_beyond_the_limit_are_not_kept_and_that_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("LUTHIER_ENCODED_GIB", "0.000001")
-    assert "they are not kept" in _said(_encode("labelled"))
+    assert "could not be kept: they take" in _said(_encode("labelled"))
     assert _entries(tmp_path) == []
 
 

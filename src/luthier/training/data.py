@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from luthier.core import DataError, near
+from luthier.training import decided
 from luthier.training.columns import Columns, find_columns
-from luthier.training.rows import Duplicates, Table, count_duplicates, load_rows, split_rows
+from luthier.training.decided import Decided
+from luthier.training.rows import Duplicates, Table, count_duplicates, halves, hold_out, load_rows
 from luthier.training.spec import DataSpec
 from luthier.training.tasks import Task, infer_task
 
@@ -44,30 +46,71 @@ def load_data(spec: DataSpec, task: str = "auto", model_config: Any = None) -> D
         ModelError: a model without the head for the task.
     """
     train, own_test = load_rows(spec.source)
-    columns = find_columns(train, spec, task)
-    notes = [columns.sentence()]
-    test = own_test
+    given, unused = own_test, None
     if spec.test is not None:
         first, second = load_rows(spec.test)
-        test = second if second is not None else first
-        if own_test is not None:
-            notes.append(f"test rows are those of {spec.test}; the {len(own_test)} of {own_test.source} are not used")
+        given, unused = (second if second is not None else first), own_test
+    entry = decided.entry_of([t for t in (train, given) if t is not None], spec, task, model_config)
+    known = decided.read(entry) if entry is not None else None
+    if known is not None:
+        found, digests = known
+        parts = _halves(train, given, found)
+        for half, (digest, is_plain) in zip([p for p in parts if p is not None], digests, strict=True):
+            half.known(digest, is_plain)
+    else:
+        found = _decide(train, given, unused, spec, task, model_config)
+        parts = _halves(train, given, found)
+        if entry is not None:
+            decided.keep(entry, found, [half for half in parts if half is not None])
+    if spec.strict:
+        found.duplicates.refuse_leakage()
+    return Data(
+        train=parts[0],
+        test=parts[1],
+        columns=found.columns,
+        task=found.task,
+        duplicates=found.duplicates,
+        notes=found.notes,
+    )
+
+
+def _halves(train: Table, given: Table | None, found: Decided) -> tuple[Table, Table | None]:
+    return (train, given) if found.held is None else halves(train, found.held)
+
+
+def _decide(
+    train: Table, test: Table | None, unused: Table | None, spec: DataSpec, task: str, model_config: Any
+) -> Decided:
+    """All decisions, by looking at each row.
+
+    Args:
+        test: rows given as such.
+        unused: test rows of the source itself, where others are named.
+    """
+    columns = find_columns(train, spec, task)
+    notes = [columns.sentence()]
+    if unused is not None:
+        notes.append(f"test rows are those of {spec.test}; the {len(unused)} of {unused.source} are not used")
+    held = None
     if test is None and spec.test_share > 0:
         whole = infer_task(train, None, columns, task, model_config)
         by_class = whole.name == "classification" and not whole.multi_label
-        train, test = split_rows(
-            train, spec.test_share, spec.split_seed, columns.content, columns.outcome if by_class else None
-        )
-        assert test is not None
+        n_rows, outcome = len(train), columns.outcome if by_class else None
+        held = hold_out(train, spec.test_share, spec.split_seed, columns.content, outcome)
+        train, test = halves(train, held)
         alike = ", of each class alike" if by_class else ""
-        notes.append(f"held out {len(test)} of {len(train) + len(test)} rows as test{alike} (seed {spec.split_seed})")
-    decided = infer_task(train, test, columns, task, model_config)
-    notes += decided.notes
+        notes.append(f"held out {len(test)} of {n_rows} rows as test{alike} (seed {spec.split_seed})")
+    decided_task = infer_task(train, test, columns, task, model_config)
+    notes += decided_task.notes
     duplicates = count_duplicates(train, test, columns.content, columns.outcome)
     notes.append(duplicates.sentence())
-    if spec.strict:
-        duplicates.refuse_leakage()
-    return Data(train=train, test=test, columns=columns, task=decided, duplicates=duplicates, notes=tuple(notes))
+    return Decided(
+        columns=columns,
+        task=decided_task,
+        duplicates=duplicates,
+        notes=tuple(notes),
+        held=None if held is None else tuple(held),
+    )
 
 
 def load_inputs(source: str, columns: Columns) -> tuple[Table, Columns]:

@@ -5,6 +5,7 @@ left out only where the caller gives a budget for it, and then they are listed.
 """
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -25,11 +26,14 @@ __all__ = ["Rows", "read", "read_csv", "read_jsonl", "read_parquet", "read_text_
 
 @dataclass(frozen=True)
 class Rows:
-    """Verified rows. `places[i]` is the "file:line" of `rows[i]`; `left_out` the complaints about rows not taken."""
+    """Verified rows. `places[i]` is the "file:line" of `rows[i]`; `left_out` the complaints about rows not taken.
+    `digest` is the SHA-256, in hexadecimal, of the bytes that were read; empty for Parquet, which is read in pieces.
+    """
 
     rows: list[dict[str, Any]]
     places: list[str]
     left_out: list[str] = field(default_factory=list)
+    digest: str = ""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -126,7 +130,8 @@ def read_csv(
         Refused: not a regular file, or over a cap.
     """
     where = show(str(path), 200)
-    text = _text(path, limits)
+    seen = hashlib.sha256()
+    text = _text(path, limits, seen)
     delimiter = delimiter or ("\t" if str(path).endswith(".tsv") else ",")
     complaints = _Complaints(skip_bad, limits)
     rows: list[dict[str, Any]] = []
@@ -160,7 +165,7 @@ def read_csv(
         ) from None
     finally:
         csv.field_size_limit(kept_limit)
-    return _finish(rows, places, complaints, where, limits)
+    return _finish(rows, places, complaints, where, limits, seen.hexdigest())
 
 
 def read_jsonl(
@@ -188,7 +193,8 @@ def read_jsonl(
         Refused: not a regular file, or over a cap.
     """
     where = show(str(path), 200)
-    text = _text(path, limits)
+    seen = hashlib.sha256()
+    text = _text(path, limits, seen)
     complaints = _Complaints(skip_bad, limits)
     rows: list[dict[str, Any]] = []
     places: list[str] = []
@@ -197,8 +203,9 @@ def read_jsonl(
     lines = text.split("\n")  # not splitlines(): U+2028 may stand inside a JSON text
     while lines and not lines[-1].strip():
         lines.pop()
+    name = str(path)
     for number, line in enumerate(lines, 1):
-        place = f"{path}:{number}"
+        place = f"{name}:{number}"
         try:
             row = reader.parse(line)
             if keys is None:
@@ -209,7 +216,7 @@ def read_jsonl(
             continue
         rows.append(row)
         places.append(place)
-    return _finish(rows, places, complaints, where, limits)
+    return _finish(rows, places, complaints, where, limits, seen.hexdigest())
 
 
 def read_parquet(
@@ -301,6 +308,7 @@ def read_text_folder(
     complaints = _Complaints(skip_bad, limits)
     rows: list[dict[str, Any]] = []
     places: list[str] = []
+    seen = hashlib.sha256()
 
     def take(file: Path, label: str | None) -> None:
         if file.is_symlink() or not file.is_file():
@@ -309,10 +317,11 @@ def read_text_folder(
             complaints.add(f"{file}:1", "not a .txt file; move it out of the folder")
             return
         try:
-            text = _text(file, limits)
+            text = _text(file, limits, seen)
         except DataError as error:
             complaints.add(f"{file}:1", str(error).removeprefix(f"{show(str(file), 200)}: "))
             return
+        seen.update(f"\0{label or ''}/{file.name}\0".encode(errors="surrogateescape"))  # no text holds a NUL
         rows.append({"text": text} if label is None else {"text": text, "label": label})
         places.append(f"{file}:1")
 
@@ -327,7 +336,7 @@ def read_text_folder(
     for entry in classes:
         for file in sorted(entry.iterdir()):
             take(file, entry.name)
-    return _finish(rows, places, complaints, where, limits)
+    return _finish(rows, places, complaints, where, limits, seen.hexdigest())
 
 
 class _BadRow(Exception):
@@ -374,7 +383,10 @@ class _LineReader:
         if line.count("[") + line.count("{") > self.limits.depth and too_deep(line, self.limits.depth) is not None:
             raise _BadRow(f"nested deeper than {self.limits.depth} levels")
         try:
-            row = self._decoder.decode(line)
+            # decode() looks for white space on both sides, which takes as long as the rest of a short row.
+            row, end = self._decoder.raw_decode(line) if line[0] == "{" else (None, -1)
+            if end != len(line):
+                row = self._decoder.decode(line)
         except json.JSONDecodeError as error:
             raise _BadRow(f"not JSON: {error.msg} at column {error.colno}") from None
         if not isinstance(row, dict):
@@ -399,7 +411,7 @@ def _check_row(
             isinstance(value, str | list | dict) and not (value.strip() if isinstance(value, str) else value)
         ):
             raise _BadRow(f"column {show(name)} is empty")
-    if not ragged and row.keys() != set(keys):
+    if not ragged and list(row) != keys and row.keys() != set(keys):
         missing, extra = [k for k in keys if k not in row], [k for k in row if k not in keys]
         parts = [f"lacks column {show(missing[0])}"] if missing else []
         parts += [f"has an unknown column {show(extra[0])}"] if extra else []
@@ -449,9 +461,11 @@ def _check_names(names: Sequence[str], place: str, require: Collection[str], lim
             raise DataError(f"{place}: there is no column {show(name)}.{near(name, list(names))} It has {has}.")
 
 
-def _text(path: str | os.PathLike[str], limits: Limits) -> str:
+def _text(path: str | os.PathLike[str], limits: Limits, seen: "hashlib._Hash") -> str:
+    """The text of a file in UTF-8; its bytes are added to the digest `seen`."""
     where = show(str(path), 200)
     content = read_capped(path, limits.row_file_bytes, "a file of rows")
+    seen.update(content)
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise DataError(f"{where}: byte 0 begins UTF-16. Save it as UTF-8 (`iconv -f UTF-16 -t UTF-8`).")
     if content[:4] == b"PK\x03\x04" or content[:2] == b"\x1f\x8b":
@@ -471,10 +485,17 @@ def _text(path: str | os.PathLike[str], limits: Limits) -> str:
     return text
 
 
-def _finish(rows: list[dict[str, Any]], places: list[str], complaints: _Complaints, where: str, limits: Limits) -> Rows:
+def _finish(
+    rows: list[dict[str, Any]],
+    places: list[str],
+    complaints: _Complaints,
+    where: str,
+    limits: Limits,
+    digest: str = "",
+) -> Rows:
     left_out = complaints.settle(where)
     if not rows:
         raise DataError(f"{where}: holds no rows. Give a file with at least one.")
     if len(rows) > limits.rows:
         raise Refused(f"{where}: {len(rows)} rows; at most {limits.rows} are read.")
-    return Rows(rows, places, left_out)
+    return Rows(rows, places, left_out, digest)

@@ -13,6 +13,7 @@ from torch import nn
 from luthier.runs import RunFolder
 from luthier.surgery import METHODS, attach
 from luthier.training import BatchSpec, OptimSpec, resume, train
+from luthier.training import loop as loop_file
 from luthier.training.loop import Loop
 from luthier.training.memory import Parts, whole_memory
 from luthier.training.optimiser import Optimiser
@@ -119,6 +120,28 @@ def test_a_run_measures_its_parts_in_the_trial_and_records_them(
         n: b for n, b in memory.items() if n not in parts
     }
     assert run_digests(tmp_path / "whole") == run_digests(tmp_path / "halves")
+
+
+def test_a_first_step_as_wide_as_any_is_the_trial_and_counts_the_same(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner, passes, found = Loop._gradients, [], []
+
+    def gradients(self: Loop, step: int, micro_batches: Any) -> list[float]:
+        passes.append(step)
+        return inner(self, step, micro_batches)
+
+    monkeypatch.setattr(Loop, "_gradients", gradients)
+    for name in ("itself", "apart"):
+        if name == "apart":
+            monkeypatch.setattr(loop_file, "_as_wide", lambda batch, longest: False)
+        passes.clear()
+        one = BatchSpec(size=64, tokens=4096)  # all rows in one step, so each is as wide as any
+        result = train(little_spec(home, steps=3, batch=one, out=str(tmp_path / name)))
+        found.append({n: b for n, b in result.memory.items() if n not in ("program", "other")})
+        assert passes == ([0, 1, 2] if name == "itself" else [0, 0, 1, 2])
+    assert found[0] == found[1] and found[0]["activations"] > 0
+    assert run_digests(tmp_path / "itself") == run_digests(tmp_path / "apart")
 
 
 def test_checkpointing_and_updates_inside_the_backward_pass_show_in_the_parts(home: Path, tmp_path: Path) -> None:

@@ -57,7 +57,10 @@ def base_digest(tuned: Tuned) -> str:
 
 
 def stored_tensors(tuning: Tuning) -> dict[str, Tensor]:
-    """What a tuning's file holds, by canonical name: the deployed form of every part."""
+    """What a tuning's file holds, by canonical name: the deployed form of every part.
+
+    Tensors may lie in the model's own memory: with full fine-tuning a copy would be a second model.
+    """
     tensors: dict[str, Tensor] = {}
     for key_, module in tuning.modules_by_key().items():
         give = getattr(module, "stored", module.state_dict)
@@ -74,7 +77,7 @@ def stored_tensors(tuning: Tuning) -> dict[str, Tensor]:
             small = index.numel() == 0 or int(index[-1]) < 2**31
             tensors[f"{key_}|index"] = index.to(torch.int32 if small else torch.int64).cpu()
             tensors[f"{key_}|values"] = value.flatten()[index].cpu().contiguous()
-    return {name: tensor.clone() for name, tensor in tensors.items()}
+    return tensors
 
 
 def save(tuned: Tuned, folder: Path | str, *, name: str | None = None, about: dict[str, Any] | None = None) -> str:

@@ -117,9 +117,8 @@ def _save(prepared: Prepared, tuned: Tuned, run: RunFolder) -> int:
     from luthier.trust import safetensors
 
     held = tuning.stored_tensors(tuned.tuning())
-    found = safetensors.read(run.tuning / "tuning.safetensors", digest=tuning.weights_digest(run.tuning))
-    differs = [n for n in held if n not in found or not torch.equal(held[n], found[n])]
-    if differs or set(found) != set(held):
+    differs = safetensors.unequal(run.tuning / "tuning.safetensors", held, tuning.weights_digest(run.tuning))
+    if differs:
         raise IntegrityError(
             f"{run.tuning}: {', '.join(differs[:3])} read back otherwise than written. The disk is at fault."
         )

@@ -213,6 +213,7 @@ class Loop:
         while micro_batches:
             try:
                 losses = self._first_pass(step, micro_batches)
+                self._count()
                 self._recheck(step, micro_batches, losses)
                 return losses, self._gradient_norm(step), micro_batches
             except Asked:
@@ -223,6 +224,8 @@ class Loop:
                     raise
                 self._forget()
                 self._make_do(step + 1, micro_batches, error)
+                if self._parts is not None:
+                    self._parts = Parts(self.tuned, self.optimiser, self.device)
             make_room()
             micro_batches = self._cut(step)
         return [], 0.0, []
@@ -469,12 +472,19 @@ class Loop:
         )
 
     def _try_longest(self) -> None:
-        """The widest batches first, for evaluation and training: memory runs out before step 1 or not at all."""
+        """The widest batches first, for evaluation and training: memory runs out before step 1 or not at all.
+
+        Where step 1 is as wide itself, as with rows of one length, it is the trial: another would take as long.
+        """
         if self.evaluator is not None:
             self._mode(training=False)
             self.evaluator.try_longest()
         self._mode(training=True)
         longest = self.batches.longest()
+        first = self._cut(0)
+        if len(first) == 1 and _as_wide(first[0], longest) and not isinstance(self.optimiser, Lomo):
+            self._parts = Parts(self.tuned, self.optimiser, self.device)
+            return
         while True:
             try:
                 self._try(longest)
@@ -491,13 +501,18 @@ class Loop:
 
     def _try(self, longest: Batch) -> None:
         """One pass that moves nothing; what it holds is counted."""
-        parts = self._parts = Parts(self.tuned, self.optimiser, self.device)
+        self._parts = Parts(self.tuned, self.optimiser, self.device)
         try:
             with self.optimiser.measuring() if isinstance(self.optimiser, Lomo) else nullcontext():
                 self._gradients(0, [longest])
+            self._count()
         finally:
             self._parts = None
-        self.memory = parts.counted()
+
+    def _count(self) -> None:
+        """Note what the trial held, while its gradients are there."""
+        if self._parts is not None:
+            self.memory, self._parts = self._parts.counted(), None
 
     # ------------------------------------------------------------------ batches
 
@@ -611,6 +626,12 @@ class Loop:
             f"Go on with `luthier resume {self.run.path}`.",
             signum,
         )
+
+
+def _as_wide(batch: Batch, longest: Batch) -> bool:
+    """Whether a pass over `batch` needs at least the memory of one over `longest`."""
+    shapes = {name: x.shape for name, x in batch.inputs.items()}
+    return shapes == {name: x.shape for name, x in longest.inputs.items()} and batch.n_targets >= longest.n_targets
 
 
 def _row(step: int, **found: Any) -> dict[str, Any]:

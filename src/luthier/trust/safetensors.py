@@ -21,7 +21,7 @@ from luthier.trust.config import parse_json
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPES", "Entry", "Header", "check_header", "read", "sha256"]
+__all__ = ["DTYPES", "Entry", "Header", "check_header", "read", "sha256", "unequal"]
 
 # Name in the file -> (name in torch, bytes of one element). Types of less than a byte are not read.
 DTYPES: Mapping[str, tuple[str, int]] = {
@@ -137,6 +137,46 @@ def read(
     if not allow_nonfinite:
         _finite(tensors, where)
     return {name: tensors[name] for name in sorted(tensors)}
+
+
+def unequal(
+    path: str | os.PathLike[str],
+    tensors: "Mapping[str, torch.Tensor]",
+    digest: str | None = None,
+    limits: Limits = Limits(),  # noqa: B008
+) -> list[str]:
+    """Names that the file and `tensors` (on the CPU) do not hold alike, bit for bit. One tensor is read at a time, so
+    comparing a whole model takes no second one in memory.
+
+    Raises:
+        BadInput: no such file.
+        IntegrityError: the digest differs, or the file changed while it was read.
+        Refused: a bad header.
+    """
+    import torch
+
+    where = show(str(path), 200)
+    with open_regular(path) as file:
+        before = identity(file)
+        header = _header(file, where, limits)
+        wrong = sorted(header.entries.keys() ^ tensors.keys())
+        for name in header.entries.keys() & tensors.keys():
+            entry, held = header.entries[name], tensors[name]
+            alike = getattr(torch, DTYPES[entry.dtype][0]) == held.dtype and entry.shape == tuple(held.shape)
+            file.seek(entry.start)
+            content = bytearray(entry.stop - entry.start if alike else 0)
+            if file.readinto(content) != len(content):
+                raise IntegrityError(f"{where}: changed while it was read. Let its writer finish and try again.")
+            if alike and content:
+                bits = held.detach().contiguous().flatten().view(torch.uint8)
+                alike = torch.equal(torch.frombuffer(content, dtype=torch.uint8), bits)
+            if not alike:
+                wrong.append(name)
+        if digest is not None and (streamed := _sha256(file)) != digest:
+            raise _wrong_digest(where, digest, streamed)
+        if identity(file) != before or identity_of(path) != before:
+            raise IntegrityError(f"{where}: changed while it was read. Let its writer finish and try again.")
+    return sorted(wrong)
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

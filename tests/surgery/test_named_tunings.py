@@ -260,3 +260,27 @@ def test_what_lies_beside_the_model_moves_with_it() -> None:
     Trainer(tuned, model, batch, total=2).run()
     with tuned.base_only():
         assert not torch.allclose(logits(model, batch).cpu(), expected)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_what_is_given_back_is_kept_in_half_the_bytes_where_that_loses_nothing(exact: bool) -> None:
+    model = tiny("bert", "classification")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16).float() + (0.0 if exact else 1e-4))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    tuned = attach(model, "full", seed=0)
+    found = {u.name: u for u in tuned.tuning().unfrozen.values()}
+    word = found["bert.embeddings.word_embeddings.weight"]
+    assert word.kept.dtype == (torch.bfloat16 if exact else torch.float32)
+    assert all(torch.equal(u.original, before[u.name]) for u in found.values() if u.name in before)
+    with torch.no_grad():
+        for u in found.values():
+            u.parameter.add_(1.0)
+    with tuned.base_only():
+        assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+    word.mask = torch.zeros_like(word.parameter, dtype=torch.bool)
+    assert word.kept.dtype == torch.float32  # read in every step from now on
+    tuned.constrain()
+    assert torch.equal(word.parameter.detach(), word.original)
+    assert all(torch.equal(p, before[n]) for n, p in tuned.detach().named_parameters())

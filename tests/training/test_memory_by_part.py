@@ -33,7 +33,7 @@ def test_each_part_is_the_bytes_of_its_tensors() -> None:
     trained = sum(p.nbytes for p in optimiser.named.values())
     frozen = sum(p.nbytes for p in tuned.model.parameters() if not p.requires_grad)
     buffers = sum(b.nbytes for b in tuned.model.buffers())
-    heads = sum(u.original.nbytes for t in tuned.tunings.values() for u in t.unfrozen.values())
+    heads = sum(u.kept.nbytes for t in tuned.tunings.values() for u in t.unfrozen.values())
     parts = Parts(tuned, optimiser, torch.device("cpu"))
     x, layer = torch.randn(6, 5), nn.Linear(5, 7)
     with parts.watching():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,21 +13,53 @@ from luthier.surgery.method import Method
 
 __all__ = ["Master", "Tuning", "Unfrozen", "keyed"]
 
+_WORTH_HALVING = 4096
 
-@dataclass(eq=False)
+
 class Unfrozen:
     """A tensor of the model that a tuning trains in place.
 
-    `original` is the value it had, kept so that `detach` can restore it bit for bit; `mask` is None for all of it, and
-    with `holds=False` a mask of the gradient only.
+    Attributes:
+        original: the value it had, so that `detach` can restore it bit for bit.
+        kept: that value as it is held. A base that was stored in bf16 and loaded in fp32 loses nothing in bf16, and
+            with full fine-tuning this is half a model less.
+        mask: of the values; with `holds=False` of the gradient only.
+        parked: the tuned value, while the tuning is not active.
     """
 
-    name: str
-    parameter: nn.Parameter
-    original: Tensor
-    mask: Tensor | None = None
-    parked: Tensor | None = None  # the tuned value, while the tuning is not active
-    holds: bool = True
+    def __init__(
+        self, name: str, parameter: nn.Parameter, original: Tensor, mask: Tensor | None = None, *, holds: bool = True
+    ) -> None:
+        self.name, self.parameter, self.holds = name, parameter, holds
+        self.parked: Tensor | None = None
+        self._mask = mask
+        self.original = original
+
+    @property
+    def original(self) -> Tensor:
+        """A new tensor where `kept` is smaller than what it stands for."""
+        return self.kept.to(self._dtype)
+
+    @original.setter
+    def original(self, value: Tensor) -> None:
+        self._dtype = value.dtype
+        self.kept = value
+        # Under a mask it is read in every step.
+        large = value.numel() >= _WORTH_HALVING and not value.is_meta
+        if large and value.dtype == torch.float32 and self._mask is None:
+            small = value.to(torch.bfloat16)
+            if torch.equal(small.to(torch.float32), value):
+                self.kept = small
+
+    @property
+    def mask(self) -> Tensor | None:
+        """What of it may move; None, all of it."""
+        return self._mask
+
+    @mask.setter
+    def mask(self, mask: Tensor | None) -> None:
+        self._mask = mask
+        self.original = self.original
 
 
 class Tuning(nn.Module):

@@ -133,8 +133,11 @@ def _attach(tuned: Tuned, tuning: Tuning, prefix: str, edit: Attach, seed: int) 
 def _unfreeze(tuned: Tuned, tuning: Tuning, prefix: str, edit: Unfreeze) -> None:
     name = tuned.anatomy.tied.get(edit.name, edit.name)
     parameter = tuned._parameters[name]
+    mask = edit.mask.to(parameter.device) if edit.mask is not None else None
     original = parameter.detach().clone()
-    parameter.data = original.clone()  # what it held may be a sleeping tuning's kept copy
+    unfrozen = Unfrozen(name, parameter, original, mask, holds=edit.holds)
+    # A copy, since what it held may be a sleeping tuning's value.
+    parameter.data = original if unfrozen.kept is not original else original.clone()
     if parameter.dtype in (torch.bfloat16, torch.float16):
         # Trained numbers are fp32: at 8 bits of mantissa most updates would round away.
         parameter.data = parameter.data.float()
@@ -142,9 +145,8 @@ def _unfreeze(tuned: Tuned, tuning: Tuning, prefix: str, edit: Unfreeze) -> None
             held = Substitute(tuning.tuning_name, short, Master(parameter), original.dtype)
             tuned._socket(path).substitutes.append(held)
     parameter.requires_grad_(True)
-    mask = edit.mask.to(parameter.device) if edit.mask is not None else None
     key_ = f"head/{name}" if prefix == "head" else f"{prefix}model/{name}"
-    tuning.unfrozen[key_] = Unfrozen(name, parameter, original, mask, holds=edit.holds)
+    tuning.unfrozen[key_] = unfrozen
 
 
 def _home(tuned: Tuned, module: Any) -> Any:

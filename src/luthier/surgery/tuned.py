@@ -857,7 +857,7 @@ class _Shelf(nn.ModuleDict):
         for tuning in tuned.tunings.values():
             for unfrozen in tuning.unfrozen.values():
                 where = unfrozen.parameter.device
-                for part in ("original", "mask", "parked"):
+                for part in ("kept", "mask", "parked"):
                     held = getattr(unfrozen, part)
                     setattr(unfrozen, part, None if held is None else held.to(where))
         for socket in tuned._sockets.values():

@@ -50,7 +50,7 @@ class Parts:
     def __init__(self, tuned: Tuned, optimiser: Optimiser, device: torch.device) -> None:
         self._optimiser = optimiser
         trained = _storages(optimiser.named.values())
-        originals = (u.original for t in tuned.tunings.values() for u in t.unfrozen.values())
+        originals = (u.kept for t in tuned.tunings.values() for u in t.unfrozen.values())
         held = _storages(chain(tuned.model.parameters(), tuned.model.buffers(), originals), device)
         head = tuned.model.get_output_embeddings()
         self._vocabulary = int(head.weight.shape[0]) if head is not None else -1

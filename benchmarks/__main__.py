@@ -3,6 +3,7 @@
     python -m benchmarks                     everything, about two hours on two cores, at least three times each
     python -m benchmarks --quick             a few minutes; enough to see that all of it works
     python -m benchmarks --only decoder      one group (several: --only decoder --only floor)
+    python -m benchmarks --only gpu          models of 1 and 8 billion numbers, where there is a GPU
     python -m benchmarks --draw              docs/benchmarks.md and its plots, from the results that are there
     python -m benchmarks --profile encoder   where the time and memory of a training run go
 
@@ -53,6 +54,9 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     failed = 0
     planned = plan(words.quick, tuple(words.only))
+    for group in set(words.only) - set(planned):
+        why = "there is no GPU here" if group == "gpu" and not words.quick else "it has no short cases"
+        print(f"{group}: nothing is measured, {why}", file=sys.stderr)
     names = [case.name for cases in planned.values() for case in cases]
     if unknown := [name for name in words.case if name not in names]:
         print(f"no case is called {', '.join(unknown)}; there are {', '.join(names)}", file=sys.stderr)

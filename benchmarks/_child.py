@@ -42,11 +42,23 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "cpu_seconds": now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime,
         "import_seconds": imported,
         "baseline_bytes": baseline,
-        # A run may reset the high-water mark itself; what it saw is then in its own result.
-        "peak_bytes": max(_machine.peak_bytes(), int(found.get("peak_bytes") or 0)),
+        "peak_bytes": _peak(int(found.get("peak_bytes") or 0)),
         "threads": torch.get_num_threads(),
         "load_after": os.getloadavg()[0],
     }
+
+
+def _peak(told: int) -> int:
+    """The most that was held of the memory in which the work was done: a GPU's where one was used, else ours.
+
+    Args:
+        told: by the function itself. A run may reset the high-water mark; what it saw is then in its own result.
+    """
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_allocated())
+    return max(_machine.peak_bytes(), told)
 
 
 def main(job: Path, result: Path) -> None:

@@ -3,11 +3,22 @@
 import importlib.metadata
 import os
 import platform
+import shutil
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
-__all__ = ["LIBRARIES", "busy_share", "environment", "held_bytes", "idle_complaint", "peak_bytes", "reset_peak"]
+__all__ = [
+    "LIBRARIES",
+    "busy_share",
+    "environment",
+    "gpus",
+    "held_bytes",
+    "idle_complaint",
+    "peak_bytes",
+    "reset_peak",
+]
 
 LIBRARIES = ("luthier", "torch", "transformers", "peft", "accelerate", "safetensors", "numpy")
 
@@ -61,6 +72,19 @@ def idle_complaint(share: float) -> str | None:
     )
 
 
+def gpus() -> list[str]:
+    """Names of the NVIDIA GPUs of this machine, as their driver tells them."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    told = subprocess.run(
+        ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return told.stdout.splitlines() if told.returncode == 0 else []
+
+
 def environment(threads: int | None) -> dict[str, Any]:
     """Plain values that stand beside every result. No names of users or hosts."""
     versions = {}
@@ -84,6 +108,7 @@ def environment(threads: int | None) -> dict[str, Any]:
         "cpu": cpu,
         "cpus": len(os.sched_getaffinity(0)),
         "threads": threads or "as torch chooses",
+        **({"gpus": found} if (found := gpus()) else {}),
         "instructions": [w for w in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {w}" in flags],
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "platform": f"{platform.system()} {platform.machine()}",

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.models.bert import modeling_bert
 from transformers.models.llama import modeling_llama
 
-from benchmarks._work import MODELS, blocks, measured, model_folder, rows, write_rows
+from benchmarks._work import MODELS, blocks, measured, model_folder, now, rows, write_rows
 from luthier.training import BatchSpec, CheckpointSpec, DataSpec, Listener, RunSpec, prepare, train
 
 __all__ = ["Marks", "decoder", "encoder"]
@@ -33,10 +33,10 @@ class Marks(Listener):
         self.lines.append(line)
 
     def start(self, total: int, done: int) -> None:
-        self.marks.append(time.perf_counter())
+        self.marks.append(now())
 
     def step(self, step: int, row: dict[str, Any], tokens: int, rows: int) -> None:
-        self.marks.append(time.perf_counter())
+        self.marks.append(now())
         self.losses.append(row["loss"])
         self.sizes.append((rows, tokens))
 

@@ -339,6 +339,10 @@ def _sizes(record: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
     return _side_by_side("Other models, batches and lengths", "", record)
 
 
+def _gpu(record: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
+    return _side_by_side("On a GPU", f"{', '.join(record['environment']['gpus'])}. Peaks are of its memory.", record)
+
+
 def _side_by_side(title: str, words: str, record: dict[str, Any]) -> str:
     """One line for each case: ours and the fastest of peft's."""
     lines = []
@@ -520,5 +524,6 @@ SECTIONS = {
     "inference": _inference,
     "growth": _growth,
     "compiled": _compiled,
+    "gpu": _gpu,
     "accuracy": _accuracy,
 }

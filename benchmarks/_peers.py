@@ -29,7 +29,7 @@ from transformers import (
 from transformers.models.bert import modeling_bert
 from transformers.models.llama import modeling_llama
 
-from benchmarks._work import MODELS, blocks, measured, model_folder, rows
+from benchmarks._work import MODELS, blocks, measured, model_folder, now, rows
 from luthier import samples
 from luthier.training.batches import Order
 
@@ -97,14 +97,14 @@ class _Marks(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.marks:
-            self.marks.append(time.perf_counter())
+            self.marks.append(now())
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.allocate is not None:  # AdaLoRA's pruning wants the gradients
             self.allocate(state.global_step + 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.marks.append(time.perf_counter())
+        self.marks.append(now())
 
 
 class _Timed(Trainer):
@@ -262,12 +262,14 @@ def decoder(
     weights: str = "fp32",
     bf16: bool = False,
     attention: str | None = None,
+    liger: bool = False,
     lr: float = 2e-3,
 ) -> dict[str, Any]:
     """`steps` steps of `batch` rows of `length` random tokens, the last share of them supervised.
 
     Args:
         weights: "fp32" or "bf16", how the base is held. bf16: autocast.
+        liger: with the fused kernels of the package liger-kernel.
     """
     _quiet()
     transformers.set_seed(0)
@@ -292,7 +294,13 @@ def decoder(
                 base, adapter(method, base, "CAUSAL_LM", steps), autocast_adapter_dtype=weights == "fp32" or bf16
             )
         arguments = _arguments(
-            folder, per_device_train_batch_size=batch, learning_rate=lr, bf16=bf16, max_steps=steps, seed=0
+            folder,
+            per_device_train_batch_size=batch,
+            learning_rate=lr,
+            bf16=bf16,
+            max_steps=steps,
+            seed=0,
+            use_liger_kernel=liger,
         )
         trainer = _Timed(model=tuned, args=arguments, train_dataset=_Rows(items), data_collator=default_data_collator)
         return _go(trainer, tuned, folder, start, skip=1)

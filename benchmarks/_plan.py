@@ -1,8 +1,10 @@
 """What is measured: the groups of cases, at full length and in a few minutes."""
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 
+from benchmarks import _machine
 from benchmarks._suite import Case, Contestant
 
 __all__ = ["GROUPS", "SHARED", "plan"]
@@ -298,6 +300,37 @@ def growth(quick: bool) -> list[Case]:
     ]
 
 
+def gpu(quick: bool) -> list[Case]:
+    """Models of billions of numbers, where there is a GPU: none of this can be measured without one."""
+    if quick or not _machine.gpus():
+        return []
+    peers = [
+        Contestant("peft, bf16 weights", "_peers", "decoder", {"weights": "bf16"}),
+        Contestant("peft, bf16 autocast", "_peers", "decoder", {"weights": "bf16", "bf16": True}),
+    ]
+    if importlib.util.find_spec("liger_kernel") is not None:
+        peers.append(
+            Contestant("peft, bf16 weights, Liger kernels", "_peers", "decoder", {"weights": "bf16", "liger": True})
+        )
+    return [
+        Case(
+            f"gpu-{model}-{words.replace(' ', '-')}",
+            f"a random {model} + LoRA r=8 (q, v), {batch} x {length} tokens a step, {words} supervised",
+            _with(
+                (Contestant("luthier", "_ours", "decoder"), *peers),
+                model=model,
+                batch=batch,
+                length=length,
+                steps=12,
+                supervised=share,
+            ),
+            unit=STEADY_TOKENS,
+        )
+        for model, batch, length in (("llama-1b", 8, 1024), ("llama-8b", 4, 1024))
+        for words, share in (("all", 1.0), ("a third", 1 / 3))
+    ]
+
+
 def compiled(quick: bool) -> list[Case]:
     """`torch.compile` over the plain computation, and our own functions."""
     if quick:
@@ -362,6 +395,7 @@ GROUPS: dict[str, Callable[[bool], list[Case]]] = {
     "methods": methods,
     "own": own,
     "compiled": compiled,
+    "gpu": gpu,
     "accuracy": accuracy,
 }
 

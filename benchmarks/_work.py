@@ -1,46 +1,79 @@
 """The work that all contestants do: the same rows, the same numbers. No torch, no luthier at import."""
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["MODELS", "blocks", "llama_folder", "measured", "model_folder", "rows", "write_rows"]
+__all__ = ["LLAMAS", "MODELS", "blocks", "llama_folder", "measured", "model_folder", "now", "rows", "write_rows"]
 
 MODELS = {"encoder": "minilm-l6", "encoder_large": "mpnet-base", "decoder": "smollm2-135m"}
 
 
+LLAMAS = {
+    "llama": (512, 1408, 8, 8, 4),
+    "llama-1b": (2048, 8192, 16, 32, 8),
+    "llama-8b": (4096, 14336, 32, 32, 8),
+}
+"""Llama-shaped models with random weights: width, inner width, layers, heads, heads of keys and values"""
+
+
 def model_folder(model: str, folder: Path) -> Path:
-    """Where the model is: that of a sample, or for "llama" a random one, written to `folder`."""
+    """Where the model is: that of a sample, or a random one of LLAMAS, written to `folder`.
+
+    Those of billions of numbers are written once, below luthier's cache: to make one takes longer than to measure it.
+    """
     from luthier import samples
 
-    return llama_folder(folder) if model == "llama" else samples.model_path(MODELS[model])
+    if model not in LLAMAS:
+        return samples.model_path(MODELS[model])
+    if model == "llama":
+        return llama_folder(model, folder)
+    kept = samples.cache_dir() / "benchmarks" / model
+    if not kept.is_dir():
+        made = kept.with_name(f"{kept.name}.{os.getpid()}")
+        llama_folder(model, made).rename(kept)
+    return kept
 
 
-def llama_folder(folder: Path) -> Path:
-    """A Llama-shaped model of 8 layers 512 wide with random weights, and the tokenizer of the decoder sample."""
+def llama_folder(model: str, folder: Path) -> Path:
+    """A model of LLAMAS in bf16, and the tokenizer of the decoder sample."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from luthier import samples
 
     tokenizer = AutoTokenizer.from_pretrained(samples.model_path(MODELS["decoder"]))
+    width, inner, layers, heads, key_heads = LLAMAS[model]
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        made = LlamaForCausalLM(config)
+    made.to(torch.bfloat16 if model != "llama" else torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def now() -> float:
+    """Seconds by a steady clock, when all that was given to a GPU is done."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def rows(sample: str, half: str = "train") -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from benchmarks import _floor, _growth, _machine, _page, _plan, _suite, _work
 from benchmarks._plan import GROUPS, plan
+from benchmarks._work import LLAMAS
 from luthier.kernels import plain
 from luthier.surgery import attach
 
@@ -77,6 +78,13 @@ def test_peak_memory_sees_what_was_held_and_let_go():
     assert held >= start + 60_000_000
 
 
+@pytest.fixture
+def with_a_gpu(monkeypatch):
+    """What a machine with a GPU would plan."""
+    monkeypatch.setattr(_machine, "gpus", lambda: ["a GPU, 80 GiB"])
+
+
+@pytest.mark.usefixtures("with_a_gpu")
 @pytest.mark.parametrize("quick", [True, False])
 def test_every_case_of_the_plan_has_a_name_of_its_own_and_a_function_that_takes_its_arguments(quick):
     import importlib
@@ -93,6 +101,31 @@ def test_every_case_of_the_plan_has_a_name_of_its_own_and_a_function_that_takes_
             inspect.signature(function).bind(**one.arguments)
 
 
+def test_without_a_gpu_nothing_is_planned_for_one(monkeypatch):
+    monkeypatch.setattr(_machine, "gpus", list)
+    assert "gpu" not in plan(False)
+
+
+def test_the_random_llamas_have_the_sizes_of_their_names():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    for name, billions in (("llama-1b", 1.2), ("llama-8b", 7.4)):
+        width, inner, layers, heads, key_heads = LLAMAS[name]
+        with torch.device("meta"):
+            model = LlamaForCausalLM(
+                LlamaConfig(
+                    vocab_size=49152,
+                    hidden_size=width,
+                    intermediate_size=inner,
+                    num_hidden_layers=layers,
+                    num_attention_heads=heads,
+                    num_key_value_heads=key_heads,
+                )
+            )
+        assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.05)
+
+
+@pytest.mark.usefixtures("with_a_gpu")
 def test_the_full_plan_has_every_group_and_repeats_each_contest_three_times():
     full = plan(False)
     assert list(full) == list(GROUPS)

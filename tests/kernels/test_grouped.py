@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luthier.core import ConfigError
-from luthier.kernels import GroupedScales, GroupedUpdates, Packed, StillUpdate, Update, can_pack
+from luthier.kernels import GroupedScales, GroupedUpdates, Packed, StillSiblings, StillUpdate, Update, can_pack
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -68,3 +68,39 @@ def test_updates_of_different_sites_are_refused() -> None:
         GroupedUpdates([update(2, 1.0), Update(numbers(2, 6), numbers(5, 2), 1.0)], torch.float64)
     with pytest.raises(ConfigError, match="no update"):
         GroupedUpdates([], torch.float64)
+
+
+@pytest.mark.parametrize("shape", [(7,), (4, 7), (2, 3, 7)])
+@pytest.mark.parametrize("which", ["all", "some", "none"])
+def test_layers_that_read_one_x_as_one_product_equal_each_by_itself(shape: tuple[int, ...], which: str) -> None:
+    x, widths = numbers(*shape), (5, 2, 4)
+    weights = [numbers(n, 7, seed=n) for n in widths]
+    biases = [numbers(5, seed=1), None, numbers(4, seed=2)] if which != "none" else [None] * 3
+    updates = [
+        Update(numbers(3, 7, seed=3), numbers(5, 3, seed=4), 1.7),
+        None,
+        Update(x.new_ones(1, 7), x.new_ones(4, 1), -2),
+    ]
+    if which != "some":
+        updates[1] = Update(numbers(2, 7, seed=5), numbers(2, 2, seed=6), 0.3)
+    if which == "none":
+        updates = [None] * 3
+    found = StillSiblings(list(zip(weights, biases, updates, strict=True)))(x)
+    for y, weight, bias, one in zip(found, weights, biases, updates, strict=True):
+        more = 0 if one is None else x @ one.a.T @ one.b.T * one.scale
+        assert y.is_contiguous() and torch.allclose(y, F.linear(x, weight, bias) + more, atol=1e-12)
+
+
+def test_packed_layers_as_one_product_equal_the_formula_to_rounding_and_share_no_memory() -> None:
+    x, weights = numbers(9, 32).bfloat16(), [numbers(n, 32, seed=n).bfloat16() for n in (48, 16, 32)]
+    one = Update(numbers(4, 32, seed=3).float(), numbers(16, 4, seed=4).float(), 0.7)
+    layers = [(weights[0], None, None), (weights[1], numbers(16).bfloat16(), one), (weights[2], None, None)]
+    with torch.inference_mode():
+        found = StillSiblings(layers)(x)
+        before = [y.clone() for y in found]
+        found[0].zero_()
+    assert all(torch.equal(y, then) for y, then in zip(found[1:], before[1:], strict=True))
+    for y, (weight, bias, update) in zip(before, layers, strict=True):
+        more = 0.0 if update is None else x.double() @ update.a.double().T @ update.b.double().T * update.scale
+        wanted = F.linear(x.double(), weight.double(), None if bias is None else bias.double()) + more
+        assert (y.double() - wanted).norm() < 1e-2 * wanted.norm()

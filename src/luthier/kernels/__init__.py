@@ -8,7 +8,7 @@ from luthier.kernels.attachments import bottleneck, scale
 from luthier.kernels.attention import attend, attention_interface
 from luthier.kernels.dropout import dropout, keep_mask
 from luthier.kernels.frozen import rms_norm
-from luthier.kernels.grouped import GroupedScales, GroupedUpdates, StillUpdate
+from luthier.kernels.grouped import GroupedScales, GroupedUpdates, StillSiblings, StillUpdate
 from luthier.kernels.loss import linear_cross_entropy
 from luthier.kernels.low_rank import Update, dora_linear, dora_norm, low_rank_linear, row_squares
 from luthier.kernels.optimizer import adamw
@@ -18,6 +18,7 @@ __all__ = [
     "GroupedScales",
     "GroupedUpdates",
     "Packed",
+    "StillSiblings",
     "StillUpdate",
     "Update",
     "adamw",

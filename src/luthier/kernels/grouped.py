@@ -1,6 +1,7 @@
 """Updates whose numbers stand still: read once, and a different one for every row of a batch.
 
     one for all rows     y = x Wᵀ + bias + s · x Aᵀ Bᵀ                       copies of A and B made once
+    the same of layers that read one x                                      all W and A stacked
     one for each row     yᵢ = y'ᵢ + s_k · xᵢ A_kᵀ B_kᵀ      k = index[i]     all A stacked, all B stacked, picked by row
     a scale of each row  yᵢ = y'ᵢ · l_k
 
@@ -18,9 +19,9 @@ from torch import Tensor
 
 from luthier.core import ConfigError
 from luthier.kernels.low_rank import Update, _linear
-from luthier.kernels.packed import Packed
+from luthier.kernels.packed import Packed, can_pack
 
-__all__ = ["GroupedScales", "GroupedUpdates", "StillUpdate"]
+__all__ = ["GroupedScales", "GroupedUpdates", "StillSiblings", "StillUpdate"]
 
 
 class StillUpdate:
@@ -34,7 +35,7 @@ class StillUpdate:
     @torch.inference_mode(False)  # what is packed has to have a version
     @torch.no_grad()
     def __init__(self, weight: Tensor | Packed, bias: Tensor | None, update: Update) -> None:
-        self.scale, self.d_out = update.scale, len(weight)
+        self.update, self.scale, self.d_out = update, update.scale, len(weight)
         a = update.a.detach().to(weight.dtype)
         # B as (rank, d_out) rows: a thin product reads it twice as fast so.
         self.b = update.b.detach().to(weight.dtype).T.contiguous()
@@ -55,6 +56,52 @@ class StillUpdate:
             y = _linear(rows, self.weight, self.bias)
             y.addmm_(torch.mm(rows, self.a), self.b, alpha=self.scale)
         return y.view(*x.shape[:-1], self.d_out)
+
+
+class StillSiblings:
+    """Frozen linear layers that read the same rows, each with a low-rank update or none, as two products.
+
+        [y₁ | y₂ | .. | u] = x [W₁; W₂; ..; A]ᵀ + bias        then [y₁ | y₂ | ..] += u B        B block by block
+
+    With few rows a product costs its call, so one for three takes half the time; with many rows nothing is gained.
+
+    Args:
+        layers: for each the weight (d_out, d_in), its bias or None, and its update or None; all of one type. They are
+            copied: what is written to them later is not seen.
+    """
+
+    @torch.inference_mode(False)  # what is packed has to have a version
+    @torch.no_grad()
+    def __init__(self, layers: Sequence[tuple[Tensor, Tensor | None, Update | None]]) -> None:
+        weights = [weight.detach() for weight, _, _ in layers]
+        like, self.sizes = weights[0], [len(weight) for weight in weights]
+        self.d_out = sum(self.sizes)
+        held = [(i, update) for i, (_, _, update) in enumerate(layers) if update is not None]
+        thin = [update.a.detach().to(like.dtype) for _, update in held]
+        joined = torch.cat([*weights, *thin])
+        self.joined = Packed(joined) if can_pack(joined) else joined
+        self.bias: Tensor | None = None
+        if any(bias is not None for _, bias, _ in layers):
+            given = [
+                w.new_zeros(len(w)) if b is None else b.detach() for w, (_, b, _) in zip(weights, layers, strict=True)
+            ]
+            self.bias = torch.cat([*given, like.new_zeros(sum(map(len, thin)))])
+        self.b: Tensor | None = None
+        if held:
+            self.b = like.new_zeros(sum(map(len, thin)), self.d_out)
+            row = 0
+            for i, update in held:
+                at, rank = sum(self.sizes[:i]), len(update.a)
+                self.b[row : row + rank, at : at + self.sizes[i]] = update.b.detach().T * update.scale
+                row += rank
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """x: (..., d_in) of the weights' type -> (..., d_out) of each layer, each in memory of its own."""
+        both = _linear(x.reshape(-1, x.shape[-1]), self.joined, self.bias)
+        y = both[:, : self.d_out]
+        if self.b is not None:
+            y.addmm_(both[:, self.d_out :], self.b)
+        return [part.contiguous().view(*x.shape[:-1], part.shape[1]) for part in torch.split(y, self.sizes, 1)]
 
 
 class GroupedUpdates:

@@ -1,7 +1,8 @@
 """Answering with numbers that stand still: copies made once, and a tuning of its own for every row of a batch.
 
-While a `Serving` stands, every socket takes its `Route`. A route knows three ways and gives the same with each:
+While a `Serving` stands, every socket takes its `Route`. A route knows four ways and gives the same with each:
 
+    siblings   one tuning, few tokens: queries, keys and values of one attention as one product (siblings.py)
     still      one tuning for the whole batch, layer and attachment as one function
     together   attachments of one class, stacked: the layer once for the batch, then each row's own numbers
     in groups  anything else at a projection: the rows of each tuning by themselves, through the socket's usual way
@@ -23,6 +24,7 @@ from luthier.surgery import compose
 from luthier.surgery.attachment import Together
 from luthier.surgery.base import join_rows, take_rows
 from luthier.surgery.context import Context
+from luthier.surgery.siblings import BUDGET_BYTES, FEW, Siblings, sibling_paths
 from luthier.surgery.socket import Plan, Plug, Socket, Substitute
 
 if TYPE_CHECKING:
@@ -110,9 +112,25 @@ class Serving:
         self.problems = {name: row_problem(tuned, tuning) for name, tuning in tuned.tunings.items()}
         self.free = [name for name, problem in self.problems.items() if problem is None]
         self.values = self._head_values()
+        self.siblings = self._siblings()
+        places = {id(s): (group, i) for group in self.siblings for i, s in enumerate(group.sockets)}
         self.routes = [
-            Route(self, s, self.values.get(id(s), {})) for s in tuned.sockets() if s.plugs or id(s) in self.values
+            Route(self, s, self.values.get(id(s), {}), places.get(id(s)))
+            for s in tuned.sockets()
+            if s.plugs or id(s) in self.values or id(s) in places
         ]
+
+    def _siblings(self) -> list[Siblings]:
+        """Projections that read the same tensor, as far as copies of them are cheap."""
+        tuned, budget, found = self.tuned, BUDGET_BYTES, []
+        for paths in sibling_paths(tuned.anatomy):
+            # Sockets also where nothing sits: an answer must not depend on what else sleeps on the model.
+            group = Siblings([tuned._socket(path) for path in paths])
+            if group.n_bytes > budget:
+                break
+            budget -= group.n_bytes
+            found.append(group)
+        return found
 
     def _head_values(self) -> dict[int, dict[str, dict[str | None, Tensor]]]:
         """Socket -> tensor of its layer -> its value with each tuning; under None the base's."""
@@ -156,6 +174,8 @@ class Serving:
         """Other tunings act now."""
         for route in self.routes:
             route.refresh()
+        for group in self.siblings:
+            group.refresh()
 
     def remove(self) -> None:
         """Every socket does again what it did."""
@@ -170,8 +190,14 @@ Stack = list[tuple["SiteRows | None", Together, dict[str, int]]]
 class Route:
     """What one socket does while a `Serving` stands."""
 
-    def __init__(self, serving: Serving, socket: Socket, values: dict[str, dict[str | None, Tensor]]) -> None:
-        self.serving, self.socket, self.values = serving, socket, values
+    def __init__(
+        self,
+        serving: Serving,
+        socket: Socket,
+        values: dict[str, dict[str | None, Tensor]],
+        siblings: tuple[Siblings, int] | None = None,
+    ) -> None:
+        self.serving, self.socket, self.values, self.siblings = serving, socket, values, siblings
         self.context: Context = serving.tuned.context
         self.still: Callable[[Tensor], Tensor] | None = None
         self._plans: dict[str | None, Plan] = {}
@@ -190,8 +216,15 @@ class Route:
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rows = self.serving.rows
         if rows is None:
-            if self.still is not None and self._may(args[0]):
-                return self.still(args[0])
+            if (self.still is not None or self.siblings is not None) and not kwargs and self._may(args[0]):
+                x = args[0]
+                if self.siblings is not None and x.numel() <= FEW * x.shape[-1]:
+                    group, number = self.siblings
+                    out = group.give(number, x)
+                    if out is not None:
+                        return out
+                if self.still is not None:
+                    return self.still(x)
             return self.socket.run(self.socket.live, args, kwargs)
         if self._chosen[0] is not rows:
             self._chosen = (rows, self._choose(rows))
@@ -217,6 +250,7 @@ class Route:
             and kernels.fast()
             and not torch.compiler.is_compiling()
             and not torch.is_autocast_enabled(x.device.type)
+            and not any(self.socket.listeners)
         )
 
     # ------------------------------------------------------------------ one tuning

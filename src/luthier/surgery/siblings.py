@@ -1,0 +1,114 @@
+"""Queries, keys and values of one self-attention as one product, where few tokens make a product cost its call.
+
+They read the same tensor, one after the other. Whoever is asked first computes for all, and the others find theirs:
+
+    q(x)   computes q, k and v of x, keeps k and v
+    k(x)   the same x: takes k
+    v(x)   the same x: takes v, and nothing is kept any more
+
+A model whose projections turn out not to read the same tensor is computed the usual way from then on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from luthier import kernels
+from luthier.surgery.socket import Plan, Socket
+
+if TYPE_CHECKING:
+    from luthier.anatomy import Anatomy
+
+__all__ = ["BUDGET_BYTES", "FEW", "Siblings", "sibling_paths"]
+
+FEW = 64
+"""Rows up to which one product for all is faster; beyond, copying the parts out costs as much as it gains."""
+
+BUDGET_BYTES = 64 << 20
+"""What the copies of all attentions may take."""
+
+_KINDS = ("attn.q", "attn.k", "attn.v")
+
+
+def sibling_paths(anatomy: Anatomy) -> Iterator[tuple[str, ...]]:
+    """Paths of the query, key and value projections of each self-attention that has all three as layers."""
+    found: dict[tuple[str, int | None], dict[str, str]] = {}
+    for site in anatomy.all_sites:
+        if site.kind in _KINDS and site.rows is None and site.expert is None and not site.transposed:
+            found.setdefault((site.stack, site.layer), {})[site.kind] = site.path
+    for paths in found.values():
+        if len(set(paths.values())) == len(_KINDS):
+            yield tuple(paths[kind] for kind in _KINDS)
+
+
+class Siblings:
+    """Projections of one attention, while no number changes."""
+
+    def __init__(self, sockets: Sequence[Socket]) -> None:
+        self.sockets = sockets
+        self._joined: kernels.StillSiblings | None = None
+        self._waiting: tuple[Tensor, list[Tensor | None]] | None = None
+        self._apart = False
+
+    @property
+    def n_bytes(self) -> int:
+        """What a copy of the layers takes."""
+        return sum(p.nbytes for socket in self.sockets for p in socket.base.parameters())
+
+    def refresh(self) -> None:
+        """Other tunings act now."""
+        self._joined = self._waiting = None
+        self._apart = False
+
+    def give(self, number: int, x: Tensor) -> Tensor | None:
+        """What the projection `number` computes from x (..., d_in); None where it has to be computed by itself."""
+        if self._apart:
+            return None
+        if self._waiting is not None:
+            seen, parts = self._waiting
+            mine = parts[number]
+            if seen is x and mine is not None:
+                parts[number] = None
+                if not any(part is not None for part in parts):
+                    self._waiting = None
+                return mine
+            # Somebody asks for another tensor, or twice for one, before all of the first is taken.
+            self._apart, self._waiting = True, None
+            return None
+        if self._joined is None:
+            self._joined = self._join()
+            if self._joined is None:
+                self._apart = True
+                return None
+        made: list[Tensor | None] = [*self._joined(x)]
+        out, made[number] = made[number], None
+        self._waiting = (x, made)
+        return out
+
+    def _join(self) -> kernels.StillSiblings | None:
+        layers = []
+        for socket in self.sockets:
+            update = _update(socket.live, socket.base)
+            layer = socket.base
+            if update is None or type(layer) is not nn.Linear:
+                return None
+            layers.append((layer.weight, layer.bias, update[0]))
+        held = [tensor for weight, bias, _ in layers for tensor in (weight, bias) if tensor is not None]
+        alike = len({(tensor.dtype, tensor.device) for tensor in held}) == 1
+        return (
+            kernels.StillSiblings(layers) if alike and len({weight.shape[1] for weight, _, _ in layers}) == 1 else None
+        )
+
+
+def _update(plan: Plan, layer: nn.Module) -> tuple[kernels.Update | None] | None:
+    """The low-rank update that acts at a layer, or that none does; None where anything else acts."""
+    if plan.empty:
+        return (None,)
+    only = plan.single
+    if only is None or only.site.rows is not None or only.site.expert is not None:
+        return None
+    still = only.attachment.still(only.base)
+    return (still.update,) if isinstance(still, kernels.StillUpdate) else None

@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from datetime import UTC, datetime
+from typing import Any
 
 from benchmarks import _machine
 from benchmarks._page import RESULTS, draw
@@ -85,6 +86,9 @@ def main() -> int:
             if "busy_before" in run
         ]
         marked = complaint is not None or any(_machine.idle_complaint(b) is not None for b in busy)
+        target = folder / f"{group}.json"
+        if words.case and target.exists():
+            records = _beside(json.loads(target.read_text()), before, records, [case.name for case in all_cases])
         found = {
             "group": group,
             "quick": words.quick,
@@ -94,12 +98,25 @@ def main() -> int:
             "environment": before,
             "cases": records,
         }
-        (folder / f"{group}.json").write_text(json.dumps(found, indent=1) + "\n")
+        target.write_text(json.dumps(found, indent=1) + "\n")
         failed += sum("error" in one["summary"] for record in records for one in record["contestants"])
     print(draw())
     if failed:
         print(f"{failed} contestants failed; the page says which and why", file=sys.stderr)
     return 0
+
+
+_SAME = ("cpu", "cpus", "threads", "luthier", "torch", "transformers", "peft")
+
+
+def _beside(
+    old: dict[str, Any], environment: dict[str, Any], records: list[dict[str, Any]], order: list[str]
+) -> list[dict[str, Any]]:
+    """The new records, with those of the group's other cases that were taken in the same environment."""
+    if old["busy"] or any(old["environment"].get(name) != environment.get(name) for name in _SAME):
+        return records
+    known = {case["case"]: case for case in [*old["cases"], *records]}
+    return [known[name] for name in order if name in known]
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from benchmarks import _floor, _growth, _machine, _page, _plan, _suite, _work
+from benchmarks.__main__ import _beside
 from benchmarks._plan import GROUPS, plan
 from benchmarks._work import LLAMAS
 from luthier.kernels import plain
@@ -132,6 +133,19 @@ def test_the_full_plan_has_every_group_and_repeats_each_contest_three_times():
     for group in ("encoder", "decoder", "methods", "own", "floor", "inference", "growth"):
         assert all(case.repeats >= 3 for case in full[group]), group
     assert [c.name.rsplit("-", 1)[1] for c in full["methods"]][::2] == list(_plan.SHARED)
+
+
+def test_a_single_case_is_put_beside_those_of_the_same_environment_only():
+    here = {"cpu": "one", "torch": "2", "load_at_start": [0.1]}
+    old = {
+        "busy": False,
+        "environment": {**here, "load_at_start": [0.5]},
+        "cases": [{"case": "a"}, {"case": "b", "n": 1}],
+    }
+    new = [{"case": "b", "n": 2}]
+    assert _beside(old, here, new, ["a", "b", "c"]) == [{"case": "a"}, {"case": "b", "n": 2}]
+    assert _beside(old, {**here, "torch": "3"}, new, ["a", "b"]) == new
+    assert _beside({**old, "busy": True}, here, new, ["a", "b"]) == new
 
 
 def test_only_the_groups_asked_for_are_planned():

@@ -151,6 +151,15 @@ def test_an_equal_tensor_is_not_the_same_one() -> None:
 
 
 @torch.no_grad()
+def test_a_tensor_that_is_written_to_between_two_projections_is_found_out() -> None:
+    group, _ = plain_group()
+    x = torch.randn(2, 6, dtype=torch.float64)
+    assert group.give(0, x) is not None
+    x += 1
+    assert group.give(1, x) is None and group.give(2, x) is None
+
+
+@torch.no_grad()
 def test_asked_twice_for_one_tensor_it_does_not_give_what_was_taken() -> None:
     group, _ = plain_group()
     x = torch.randn(2, 6, dtype=torch.float64)

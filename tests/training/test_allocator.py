@@ -3,12 +3,17 @@
 import resource
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from little import little_spec
 
-from luthier.training import allocator
+from luthier.training import allocator, train
+from luthier.training import run as running
+from luthier.training.memory import make_room
 
 glibc = pytest.mark.skipif(allocator._library() is None, reason="another C library")
 
@@ -58,6 +63,32 @@ def test_elsewhere_than_on_glibc_it_does_nothing(monkeypatch: pytest.MonkeyPatch
         assert allocator._library() is None
         with allocator.keeping_freed():
             pass
-        allocator.give_back_freed()
+        allocator.stop_keeping()
     finally:
         allocator._library.cache_clear()
+
+
+@glibc
+def test_when_memory_ran_out_nothing_is_kept_any_more() -> None:
+    with allocator.keeping_freed():
+        make_room()
+        torch.zeros(48 << 18)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.zeros(48 << 18)
+        cleared = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert cleared >= (48 << 20) // resource.getpagesize() // 2  # pages of two sizes may be counted as one
+
+
+@pytest.mark.parametrize(("asked", "keeps"), [(True, False), (False, True), ("auto", True)])
+def test_a_run_that_computes_activations_twice_keeps_nothing(
+    asked: Any, keeps: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[bool] = []
+
+    def keeping(on: bool) -> Any:
+        told.append(on)
+        return nullcontext()
+
+    monkeypatch.setattr(running, "keeping_freed", keeping)
+    train(little_spec(tmp_path, steps=1, gradient_checkpointing=asked, out=str(tmp_path / "run")))
+    assert told == [keeps]

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-__all__ = ["give_back_freed", "keeping_freed"]
+__all__ = ["keeping_freed", "stop_keeping"]
 
 # Of mallopt(3). Its own limits after a large block has come and gone are these thresholds.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
@@ -34,7 +34,10 @@ def _library() -> Any:
 
 @contextmanager
 def keeping_freed(on: bool = True) -> Iterator[None]:
-    """Within, freed memory is kept for the next step; afterwards what is free goes back to the system."""
+    """Within, freed memory is kept for the next step; afterwards what is free goes back to the system.
+
+    Blocks of many sizes leave gaps between those that are kept, so the highest memory is higher by it.
+    """
     library = _library() if on else None
     if library is None:
         yield
@@ -44,13 +47,13 @@ def keeping_freed(on: bool = True) -> Iterator[None]:
     try:
         yield
     finally:
-        for option, value in _USUAL.items():
-            library.mallopt(option, value)
-        give_back_freed()
+        stop_keeping()
 
 
-def give_back_freed() -> None:
-    """Hand free memory to the system now."""
+def stop_keeping() -> None:
+    """Hand free memory to the system now, and from now on as the library does by itself."""
     library = _library()
     if library is not None:
+        for option, value in _USUAL.items():
+            library.mallopt(option, value)
         library.malloc_trim(0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from luthier.surgery import Tuned
-from luthier.training.allocator import give_back_freed
+from luthier.training.allocator import stop_keeping
 from luthier.training.optimiser import Optimiser
 
 __all__ = ["Parts", "make_room", "out_of_memory", "whole_memory"]
@@ -29,7 +29,7 @@ def out_of_memory(error: BaseException) -> bool:
 def make_room() -> None:
     """Give back what nothing holds any more: a failed pass leaves cycles, and allocators keep their blocks."""
     gc.collect()
-    give_back_freed()
+    stop_keeping()  # from now on memory counts for more than time
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

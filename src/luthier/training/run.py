@@ -177,9 +177,13 @@ def _write_ledger(run: RunFolder, prepared: Prepared) -> None:
 
 @contextmanager
 def _ways(prepared: Prepared) -> Iterator[None]:
-    """What `fast` switches on, besides what was attached: fused functions, and on a CPU an allocator that keeps."""
+    """What `fast` switches on, besides what was attached: fused functions, and on a CPU an allocator that keeps.
+
+    It keeps nothing where activations are computed twice: whoever asks for that has more time than memory.
+    """
     fast = prepared.spec.fast and kernels.fast()
-    with kernels.plain(not fast), keeping_freed(fast and prepared.device.type == "cpu"):
+    keeps = fast and prepared.device.type == "cpu" and prepared.spec.gradient_checkpointing is not True
+    with kernels.plain(not fast), keeping_freed(keeps):
         yield
 
 

@@ -15,7 +15,7 @@ when the largest are chosen, a gate has the value of its logit without noise.
 Count: 2 * numbers of the model + number of tensors in training; floor(share * numbers) of values are deployed.
 Claims: full fine-tuning's quality with half a percent of the numbers stored per task.
 Cost: every pass draws, bends and multiplies a gate for each number of the model, and gates and differences both have
-gradients and moments: some five steps of LoRA (docs/benchmarks.md).
+gradients and moments: four steps of LoRA on short rows, one and a half on long ones (docs/benchmarks.md).
 Pitfalls: training costs more memory than full fine-tuning; the penalty is a sum over numbers, not a mean, so its
 weight is tiny; gates need a far larger rate than delta; a tensor that a pass uses twice draws its gates twice.
 """

@@ -9,7 +9,7 @@ The baseline of every survey; Devlin et al. 2018, arXiv:1810.04805, section 3.2,
 Count: all parameters of the model, tied ones once, a new task head apart.
 Claims: the quality that the others are measured against.
 Cost: a step multiplies by half as much again as one through a frozen model, and its optimiser reads and writes every
-number: about two steps of LoRA (docs/benchmarks.md).
+number: one and a half to two steps of LoRA (docs/benchmarks.md).
 Pitfalls: needs gradients and two optimiser moments for every number; a learning rate that suits LoRA destroys it;
 decay pulls towards zero, not towards the pretrained value.
 """

@@ -51,7 +51,7 @@ def load_data(spec: DataSpec, task: str = "auto", model_config: Any = None) -> D
         first, second = load_rows(spec.test)
         given, unused = (second if second is not None else first), own_test
     entry = decided.entry_of([t for t in (train, given) if t is not None], spec, task, model_config)
-    known = decided.read(entry) if entry is not None else None
+    known, said = decided.read(entry) if entry is not None else (None, "")
     if known is not None:
         found, digests = known
         parts = _halves(train, given, found)
@@ -70,7 +70,7 @@ def load_data(spec: DataSpec, task: str = "auto", model_config: Any = None) -> D
         columns=found.columns,
         task=found.task,
         duplicates=found.duplicates,
-        notes=found.notes,
+        notes=(*found.notes, said) if said else found.notes,
     )
 
 

@@ -60,14 +60,16 @@ def entry_of(tables: Sequence[Table], spec: DataSpec, task: str, model_config: A
     )
 
 
-def read(entry: Path) -> tuple[Decided, list[tuple[str, bool]]] | None:
-    """What was decided, and fingerprint and plainness of each half; None where it has to be found out."""
+def read(entry: Path) -> tuple[tuple[Decided, list[tuple[str, bool]]] | None, str]:
+    """What was decided, with fingerprint and plainness of each half, or None where it has to be found out; and what is
+    to be said about it.
+    """
     try:
         found = kept.read(entry)
-    except IntegrityError:  # it is removed, and nothing of it was used
-        return None
+    except IntegrityError as error:
+        return None, f"decisions about the rows kept in {entry} are damaged ({error}): they are made anew"
     if found is None:
-        return None
+        return None, ""
     arrays, words = found
     decided = Decided(
         columns=build(Columns, words["columns"], str(entry)),
@@ -76,7 +78,7 @@ def read(entry: Path) -> tuple[Decided, list[tuple[str, bool]]] | None:
         notes=tuple(words["notes"]),
         held=tuple(arrays["held"].tolist()) if "held" in arrays else None,
     )
-    return decided, [(str(digest), bool(is_plain)) for digest, is_plain in words["halves"]]
+    return (decided, [(str(digest), bool(is_plain)) for digest, is_plain in words["halves"]]), ""
 
 
 def keep(entry: Path, decided: Decided, halves: Sequence[Table]) -> None:

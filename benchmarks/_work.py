@@ -40,7 +40,7 @@ def model_folder(model: str, folder: Path) -> Path:
 
 
 def llama_folder(model: str, folder: Path) -> Path:
-    """A model of LLAMAS in bf16, and the tokenizer of the decoder sample."""
+    """A model of LLAMAS, the large ones in bf16, and the tokenizer of the decoder sample."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 

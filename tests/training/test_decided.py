@@ -1,5 +1,6 @@
 """Kept decisions about rows: they are what looking at each row gives, and anything that matters makes others."""
 
+import importlib
 import json
 from dataclasses import replace
 
@@ -150,4 +151,17 @@ def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "file"))
     spec = DataSpec(source=_write(tmp_path / "rows.jsonl"))
-    _same(load_data(spec), load_data(spec))
+    found = load_data(spec)
+    assert "could not be kept" in found.notes[-1]
+    _same(load_data(spec), found)
+
+
+@pytest.mark.parametrize("module", ["data", "columns", "rows", "tasks", "decided"])
+def test_other_code_decides_anew(module, tmp_path, monkeypatch):
+    spec = DataSpec(source=_write(tmp_path / "rows.jsonl"))
+    load_data(spec)
+    changed = tmp_path / "changed.py"
+    changed.write_text("# another version")
+    monkeypatch.setattr(importlib.import_module(f"luthier.training.{module}"), "__file__", str(changed))
+    load_data(spec)
+    assert len(_entries(tmp_path)) == 2

@@ -20,9 +20,8 @@ from luthier.kernels._switch import fast
 
 __all__ = ["rms_norm"]
 
-_PIECE_BYTES = (
-    2 << 20
-)  # of one fp32 temporary, for each thread; smaller ones cost more in calls than they save in cache
+# Of one fp32 temporary, for each thread; smaller ones cost more in calls than they save in cache.
+_PIECE_BYTES = 2 << 20
 
 
 def _pieces(x: Tensor) -> Iterator[slice]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier import kernels
-from luthier.surgery.socket import Plan, Socket
+from luthier.surgery.socket import Socket
 
 if TYPE_CHECKING:
     from luthier.anatomy import Anatomy
@@ -100,7 +100,7 @@ class Siblings:
     def _join(self) -> kernels.StillSiblings | None:
         layers = []
         for socket in self.sockets:
-            update, layer = _update(socket.live), socket.base
+            update, layer = _update(socket), socket.base
             if update is None or type(layer) is not nn.Linear:
                 return None
             layers.append((layer.weight, layer.bias, update[0]))
@@ -110,12 +110,9 @@ class Siblings:
         return kernels.StillSiblings(layers) if len(kinds) == len(widths) == 1 else None
 
 
-def _update(plan: Plan) -> tuple[kernels.Update | None] | None:
+def _update(socket: Socket) -> tuple[kernels.Update | None] | None:
     """The low-rank update that acts at a layer, or that none does; None where anything else acts."""
-    if plan.empty:
+    if socket.live.empty:
         return (None,)
-    only = plan.single
-    if only is None or only.site.rows is not None or only.site.expert is not None:
-        return None
-    still = only.attachment.still(only.base)
+    still = socket.route.still if socket.route is not None else None
     return (still.update,) if isinstance(still, kernels.StillUpdate) else None

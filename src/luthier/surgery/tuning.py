@@ -36,7 +36,7 @@ def base_digest(tuned: Tuned) -> str:
     """
     if tuned._digest is None:
         originals: dict[int, Tensor] = {
-            id(u.parameter): u.original for t in tuned.tunings.values() for u in t.unfrozen.values()
+            id(u.parameter): u.kept for t in tuned.tunings.values() for u in t.unfrozen.values()
         }
         for held, kept in tuned._folded or ():
             originals.setdefault(id(held), kept)

@@ -61,7 +61,8 @@ def load_data(spec: DataSpec, task: str = "auto", model_config: Any = None) -> D
         found = _decide(train, given, unused, spec, task, model_config)
         parts = _halves(train, given, found)
         if entry is not None:
-            decided.keep(entry, found, [half for half in parts if half is not None])
+            refused = decided.keep(entry, found, [half for half in parts if half is not None])
+            said = "; ".join(filter(None, [said, refused]))
     if spec.strict:
         found.duplicates.refuse_leakage()
     return Data(

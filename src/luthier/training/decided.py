@@ -9,12 +9,13 @@ import sys
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from luthier.core import IntegrityError, build, plain, random
+from luthier.core import build, plain, random
 from luthier.training import columns, kept, rows, tasks
 from luthier.training.columns import Columns
 from luthier.training.rows import Duplicates, Table
@@ -48,14 +49,17 @@ def entry_of(tables: Sequence[Table], spec: DataSpec, task: str, model_config: A
     """
     if sum(map(len, tables)) < KEPT_FROM or not all(table.origin for table in tables) or not kept.limit():
         return None
+    # Imported here: it builds on this file, and what it does decides too.
+    from luthier.training import data
+
     return kept.entry(
         {
             "decided": [[table.source, table.origin, len(table)] for table in tables],  # notes name the sources
             "spec": plain(spec),
             "task": task,
             "model": repr(model_config),
-            "made_by": kept.source_digest((sys.modules[__name__], columns, random, rows, tasks, trusted)),
-            "python": [sys.version, unicodedata.unidata_version],
+            "made_by": kept.source_digest((sys.modules[__name__], data, columns, random, rows, tasks, trusted)),
+            "versions": [sys.version, unicodedata.unidata_version, version("transformers")],
         }
     )
 
@@ -64,12 +68,9 @@ def read(entry: Path) -> tuple[tuple[Decided, list[tuple[str, bool]]] | None, st
     """What was decided, with fingerprint and plainness of each half, or None where it has to be found out; and what is
     to be said about it.
     """
-    try:
-        found = kept.read(entry)
-    except IntegrityError as error:
-        return None, f"decisions about the rows kept in {entry} are damaged ({error}): they are made anew"
+    found, said = kept.read(entry, "decisions about the rows")
     if found is None:
-        return None, ""
+        return None, said
     arrays, words = found
     decided = Decided(
         columns=build(Columns, words["columns"], str(entry)),
@@ -81,8 +82,10 @@ def read(entry: Path) -> tuple[tuple[Decided, list[tuple[str, bool]]] | None, st
     return (decided, [(str(digest), bool(is_plain)) for digest, is_plain in words["halves"]]), ""
 
 
-def keep(entry: Path, decided: Decided, halves: Sequence[Table]) -> None:
-    """Keep what was decided, with the digests of the halves."""
+def keep(entry: Path, decided: Decided, halves: Sequence[Table]) -> str:
+    """Keep what was decided, with the digests of the halves; returns what is to be said where that cannot be."""
     words = {name: plain(getattr(decided, name)) for name in ("columns", "task", "duplicates", "notes")}
     words["halves"] = [[table.fingerprint(), table.is_plain()] for table in halves]
-    kept.keep(entry, {} if decided.held is None else {"held": np.asarray(decided.held, dtype=np.int64)}, words)
+    held = {} if decided.held is None else {"held": np.asarray(decided.held, dtype=np.int64)}
+    why_not = kept.keep(entry, held, words)
+    return f"decisions about the rows could not be kept: {why_not}" if why_not else ""

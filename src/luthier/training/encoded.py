@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.core import IntegrityError, plain
+from luthier.core import plain
 from luthier.training import chat, columns, encode, kept, language, tasks
 from luthier.training.columns import Columns
 from luthier.training.encode import Examples, Ledger
@@ -57,12 +57,9 @@ def entry_of(
 
 def read(entry: Path, table: Table) -> tuple[Examples | None, str]:
     """The examples of an entry, and what is to be said about it; None and why where they have to be made anew."""
-    try:
-        found = kept.read(entry)
-    except IntegrityError as error:
-        return None, f"encoded rows kept in {entry} are damaged ({error}): they are encoded anew"
+    found, said = kept.read(entry, "encoded rows")
     if found is None:
-        return None, ""
+        return None, said
     arrays, words = found
     ledger = Ledger(table)
     ledger.take(

@@ -69,24 +69,24 @@ def source_digest(modules: Sequence[ModuleType]) -> str:
     return summed.hexdigest()
 
 
-def read(folder: Path) -> tuple[dict[str, NDArray[Any]], Any] | None:
-    """Numbers and words of an entry; None where there is no such entry.
+def read(folder: Path, what: str) -> tuple[tuple[dict[str, NDArray[Any]], Any] | None, str]:
+    """Numbers and words of an entry, or None where they have to be made anew; and what is to be said about it.
 
-    Raises:
-        IntegrityError: it is there, but not what was written. It has been removed.
+    Args:
+        what: the entry in words, such as "encoded rows". A damaged one is removed.
     """
     if not folder.is_dir():
-        return None
+        return None, ""
     try:
         found = read_verified(folder)
         arrays = {name: tensor.numpy() for name, tensor in read_tensors(found.files[NUMBERS]).items()}
         words = json.loads(found.files[WORDS])
     except (IntegrityError, KeyError) as error:
         _remove(folder)
-        raise IntegrityError(str(error)) from error
+        return None, f"{what} kept in {folder} are damaged ({error}): they are made anew"
     with contextlib.suppress(OSError):  # a cache that may only be read serves as well
         os.utime(folder)  # used now: what was used longest ago goes first
-    return arrays, words
+    return (arrays, words), ""
 
 
 def keep(folder: Path, arrays: Mapping[str, NDArray[Any]], words: Any) -> str:

@@ -75,7 +75,7 @@ class _Complaints:
             lines = "\n".join(self.found[: self.most])
             raise DataError(
                 f"{where}: {self.count} bad rows{allowed}:\n{lines}{more}\n"
-                "Mend them, or allow some to be left out with skip_bad."
+                "Mend these lines, or take them out of the file."
             )
         return self.found
 

@@ -27,12 +27,40 @@ EVERY = SHELF.names()
 @pytest.mark.parametrize("name", EVERY)
 def test_a_file_registers_the_class_of_its_own_name(name: str) -> None:
     assert SHELF.card(name).name == name
-    assert Path(SHELF.card(name).path).parent.name == SHELF.card(name).family
+    below = Path(SHELF.card(name).path).relative_to(SOURCE / "methods").parts
+    assert below[0] == SHELF.card(name).family, "the first folder is the family; folders by idea may follow"
 
 
 def test_no_two_files_on_the_shelf_have_one_name() -> None:
-    stems = [p.stem for p in (SOURCE / "methods").rglob("*.py") if not p.name.startswith("_")]
+    files = [p for p in (SOURCE / "methods").rglob("*.py") if not p.name.startswith("_")]
+    stems = [p.stem for p in files if p.parent.name != "parts"]
     assert len(stems) == len(set(stems)) == len(EVERY)
+
+
+def test_a_familys_folder_holds_methods_only() -> None:
+    inside = [p for p in (SOURCE / "methods").rglob("*.py") if p.parent.name != "parts" and p.name != "__init__.py"]
+    assert not [p.name for p in inside if p.stem not in EVERY], "what methods share belongs into methods/parts"
+
+
+def test_the_page_of_the_parts_lists_what_they_give() -> None:
+    page = str(importlib.import_module("luthier.methods.parts").__doc__)
+    home = ""
+    listed: dict[str, set[str]] = {}
+    for line in page.splitlines():
+        if line.startswith("    "):
+            piece, given = line[4:22].strip(), line[22:]
+            home = piece or home
+            names = given.split("  ")[0] if "  " in given.strip() else given
+            listed.setdefault(home, set()).update(n.strip() for n in names.split(","))
+    files = (p.stem for p in (SOURCE / "methods" / "parts").glob("*.py") if p.name != "__init__.py")
+    assert listed == {name: set(importlib.import_module(f"luthier.methods.parts.{name}").__all__) for name in files}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_method_imports_no_other_method(name: str) -> None:
+    text = Path(SHELF.card(name).path).read_text(encoding="utf-8")
+    modules = re.findall(r"from (luthier\.methods\.\S+) import", text)
+    assert all(m.startswith("luthier.methods.parts.") for m in modules), "move what two share into methods/parts"
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tiny import LAYERS, inputs, tiny
 
 from luthier.core import AnatomyError, CompositionError
-from luthier.methods._bottleneck import Bottleneck
+from luthier.methods.parts.bottleneck import Bottleneck
 from luthier.methods.unified.adamix import AdaMix, Mixed, disagreement
 from luthier.surgery import attach, load, method
 

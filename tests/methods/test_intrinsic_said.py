@@ -6,7 +6,7 @@ from methods.checks import logits, stir, train
 from tiny import LAYERS, inputs, tiny
 
 from luthier.core import ConfigError
-from luthier.methods._hadamard import Projection, hadamard
+from luthier.methods.parts.hadamard import Projection, hadamard
 from luthier.surgery import attach, load
 
 

@@ -9,8 +9,8 @@ from transformers import RobertaConfig, RobertaModel
 
 from luthier.anatomy import Anatomy
 from luthier.core import CannotMerge
-from luthier.methods._parallel import Beside
-from luthier.methods._prefix import Prefixes
+from luthier.methods.parts.parallel_branch import Beside
+from luthier.methods.parts.prefixes import Prefixes
 from luthier.surgery import attach, method
 from luthier.surgery.tuning import stored_tensors
 

@@ -10,7 +10,7 @@ from transformers import BertConfig, BertModel, RobertaConfig, RobertaForSequenc
 
 from luthier.anatomy import Anatomy
 from luthier.core import AnatomyError
-from luthier.methods._prefix import Prefixes
+from luthier.methods.parts.prefixes import Prefixes
 from luthier.surgery import attach, attention, method
 from luthier.surgery.tuning import stored_tensors
 

@@ -9,7 +9,7 @@ from methods.checks import logits, stir, train
 from safetensors import safe_open
 from tiny import HIDDEN, LAYERS, inputs, tiny
 
-from luthier.methods._masks import pack, top_k, unpack
+from luthier.methods.parts.masks import pack, top_k, unpack
 from luthier.methods.unified.propetl import Masked, ProPETL, Prototype, _Choose
 from luthier.surgery import attach, load
 

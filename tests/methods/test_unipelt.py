@@ -9,8 +9,8 @@ from transformers import BertConfig, BertModel
 
 from luthier.anatomy import Anatomy
 from luthier.core import CannotMerge, ConfigError
-from luthier.methods._prefix import Prefixes
 from luthier.methods.hybrid.unipelt import GatedUpdate, PrefixGate
+from luthier.methods.parts.prefixes import Prefixes
 from luthier.surgery import attach, method
 
 NAMES = ["bert", "llama", "t5"]

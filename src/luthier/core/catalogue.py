@@ -29,6 +29,8 @@ T = TypeVar("T")
 class Catalogue(Generic[T]):
     """All files below one package (and below any folder added with `add_shelf`) that register a class.
 
+    Files whose name starts with an underscore, and those of a folder `parts`, are pieces that the others share.
+
     Args:
         package: dotted name of the folder that holds the shelf, such as `luthier.methods`.
         word: what one entry is called in messages, such as "method".
@@ -76,7 +78,7 @@ class Catalogue(Generic[T]):
             found: dict[str, tuple[Path, str]] = {}
             root = Path(next(iter(spec.submodule_search_locations)))
             for path in sorted(root.rglob("*.py")):
-                if not path.name.startswith("_"):
+                if not path.name.startswith("_") and "parts" not in path.relative_to(root).parts:
                     dotted = ".".join((self.package, *path.relative_to(root).with_suffix("").parts))
                     found[path.stem] = (path, dotted)
             for folder, _ in self._shelves:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from luthier.anatomy import Anatomy, Site
 from luthier.core import AnatomyError
 from luthier.kernels import GroupedScales, scale
-from luthier.methods._own import group_names, own_modules
+from luthier.methods.parts.own_tensors import group_names, own_modules
 from luthier.surgery import METHODS, Attach, Attachment, Base, Edit, Group, Method, Tuned
 
 

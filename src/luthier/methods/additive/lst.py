@@ -30,7 +30,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from luthier.anatomy import Anatomy
 from luthier.core import AnatomyError, ConfigError, ModelError, above, at_least, between
-from luthier.methods._prune import Sizes, kept_layers, narrow_model, prune, side_params
+from luthier.methods.parts.narrow_copy import Sizes, kept_layers, narrow_model, prune, side_params
 from luthier.surgery import METHODS, AddBranch, Batches, BlockCall, Context, Edit, Method, Tuned
 from luthier.surgery.prompts import text_stack
 

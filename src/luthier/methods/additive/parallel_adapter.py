@@ -21,8 +21,8 @@ from typing import Annotated, ClassVar, Literal
 
 from luthier.anatomy import Anatomy, Site
 from luthier.core import above, at_least, between
-from luthier.methods._bottleneck import Activation, bottleneck_params
-from luthier.methods._parallel import Beside
+from luthier.methods.parts.bottleneck import Activation, bottleneck_params
+from luthier.methods.parts.parallel_branch import Beside
 from luthier.surgery import METHODS, Attach, Edit, Method
 
 

@@ -22,7 +22,7 @@ from typing import Annotated, ClassVar
 
 from luthier.anatomy import Anatomy
 from luthier.core import at_least, between
-from luthier.methods._prefix import Prefixes, drop_networks, prefix_params, prefix_stored
+from luthier.methods.parts.prefixes import Prefixes, drop_networks, prefix_params, prefix_stored
 from luthier.surgery import METHODS, Edit, Method, PrependKeys, Tuned
 
 

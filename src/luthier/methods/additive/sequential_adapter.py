@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy, Site
 from luthier.core import AnatomyError, at_least
-from luthier.methods._bottleneck import Activation, Bottleneck, bottleneck_params, width_of
+from luthier.methods.parts.bottleneck import Activation, Bottleneck, bottleneck_params, width_of
 from luthier.surgery import METHODS, Attach, Edit, Group, Method, Tuned, Unfreeze
 
 

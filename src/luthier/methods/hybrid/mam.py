@@ -22,9 +22,9 @@ from typing import Annotated, ClassVar
 
 from luthier.anatomy import Anatomy, Site
 from luthier.core import above, at_least, between
-from luthier.methods._bottleneck import bottleneck_params
-from luthier.methods._parallel import Beside
-from luthier.methods._prefix import Prefixes, drop_networks, prefix_params, prefix_stored
+from luthier.methods.parts.bottleneck import bottleneck_params
+from luthier.methods.parts.parallel_branch import Beside
+from luthier.methods.parts.prefixes import Prefixes, drop_networks, prefix_params, prefix_stored
 from luthier.surgery import METHODS, Attach, Edit, Method, PrependKeys, Tuned
 
 

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy, Attention, Site
 from luthier.core import ConfigError, at_least
-from luthier.methods._bottleneck import Activation, Bottleneck, bottleneck_params
-from luthier.methods._prefix import Prefixes, drop_networks, prefix_params, prefix_stored
+from luthier.methods.parts.bottleneck import Activation, Bottleneck, bottleneck_params
+from luthier.methods.parts.prefixes import Prefixes, drop_networks, prefix_params, prefix_stored
 from luthier.surgery import METHODS, Attach, Attachment, Context, Edit, Method, PrependKeys, Tuned
 
 _PARTS = ("lora", "prefix", "adapter")

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy, Site
 from luthier.core import AnatomyError
-from luthier.methods._own import group_names, own_modules, own_unfrozen
+from luthier.methods.parts.own_tensors import group_names, own_modules, own_unfrozen
 from luthier.surgery import METHODS, Attach, Attachment, Edit, Group, Method, Tuned, Unfreeze
 
 _LINEAR = ("attn.q", "attn.k", "attn.v", "attn.o", "cross.q", "cross.k", "cross.v", "cross.o")

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from luthier.anatomy import Anatomy
 from luthier.core import ConfigError, above, between
-from luthier.methods._masks import no_trace, top_k
-from luthier.methods._own import own_unfrozen
+from luthier.methods.parts.masks import no_trace, top_k
+from luthier.methods.parts.own_tensors import own_unfrozen
 from luthier.surgery import METHODS, Batches, Edit, Method, Tuned, Unfreeze
 from luthier.surgery.held import Unfrozen
 

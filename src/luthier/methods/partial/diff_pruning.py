@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy
 from luthier.core import at_least, between
-from luthier.methods._masks import top_k
-from luthier.methods._own import group_names, own_modules
+from luthier.methods.parts.masks import top_k
+from luthier.methods.parts.own_tensors import group_names, own_modules
 from luthier.surgery import METHODS, Edit, Group, Method, Reparametrise, Tuned
 
 LOW, HIGH = -1.5, 1.5

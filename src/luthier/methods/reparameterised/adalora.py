@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy, Site
 from luthier.core import ConfigError, above, at_least, between
-from luthier.methods._low_rank import check_projections
-from luthier.methods._masks import top_k
-from luthier.methods._own import own_modules
+from luthier.methods.parts.low_rank import check_projections
+from luthier.methods.parts.masks import top_k
+from luthier.methods.parts.own_tensors import own_modules
 from luthier.surgery import METHODS, Attachment, Base, PerSite, Tuned
 
 _MEANS = ("mean_p", "mean_l", "mean_q")

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from luthier.anatomy import Anatomy, Site
 from luthier.core import AnatomyError, above, at_least, between
 from luthier.kernels import dora_linear, dora_norm, row_squares
-from luthier.methods._low_rank import SmallDropout, check_projections, fusable, live_bias
+from luthier.methods.parts.low_rank import SmallDropout, check_projections, fusable, live_bias
 from luthier.surgery import METHODS, Attachment, Base, Method, PerSite
 
 

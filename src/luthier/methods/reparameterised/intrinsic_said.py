@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy
 from luthier.core import ConfigError, at_least
-from luthier.methods._hadamard import Projection
-from luthier.methods._own import group_names, own_modules
+from luthier.methods.parts.hadamard import Projection
+from luthier.methods.parts.own_tensors import group_names, own_modules
 from luthier.surgery import METHODS, Edit, Group, Method, Reparametrise, Tuned
 
 

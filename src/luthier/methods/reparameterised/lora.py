@@ -14,18 +14,12 @@ branch, never on the base path; a bf16 merge loses most of a small update, so me
 at the first step A has no gradient at all, because B is zero.
 """
 
-import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-import torch
-from torch import Tensor, nn
-
 from luthier.anatomy import Anatomy, Site
 from luthier.core import above, at_least, between
-from luthier.kernels import GroupedUpdates, StillUpdate, Update, low_rank_linear
-from luthier.methods._low_rank import SmallDropout, check_projections, fusable
+from luthier.methods.parts.low_rank import ThinUpdate, check_projections
 from luthier.surgery import METHODS, Attachment, Base, PerSite
 
 
@@ -51,39 +45,3 @@ class LoRA(PerSite):
 
     def build(self, site: Site, base: Base) -> Attachment:
         return ThinUpdate(site.d_in, site.d_out, self.rank, self.alpha / self.rank, self.dropout)
-
-
-class ThinUpdate(Attachment):
-    """Adds `scale * B A x` to the output."""
-
-    kind = "delta"
-
-    def __init__(self, d_in: int, d_out: int, rank: int, scale: float, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.scale = scale
-        self.dropout = SmallDropout(dropout)
-        self.a = nn.Parameter(torch.empty(rank, d_in))
-        self.b = nn.Parameter(torch.zeros(d_out, rank))
-        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
-
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
-        return y + (self.dropout(x, self.training) @ self.a.T @ self.b.T) * self.scale
-
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + self.b @ self.a * self.scale, bias
-
-    def fused(self, base: Base, x: Tensor) -> Tensor | None:
-        if not fusable(base):
-            return None
-        seed = self.dropout.seed(self.training)
-        p = 0.0 if seed is None else self.dropout.p
-        return low_rank_linear(x, base.frozen(), base.bias(), self.a, self.b, self.scale, p, seed)
-
-    def still(self, base: Base) -> Callable[[Tensor], Tensor] | None:
-        if not fusable(base):
-            return None
-        return StillUpdate(base.frozen(), base.bias(), Update(self.a, self.b, self.scale))
-
-    @classmethod
-    def together(cls, members: Sequence[Attachment], dtype: torch.dtype) -> GroupedUpdates:
-        return GroupedUpdates([Update(m.a, m.b, m.scale) for m in members if isinstance(m, ThinUpdate)], dtype)

@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from luthier import kernels
 from luthier.anatomy import Anatomy, Site
 from luthier.core import ConfigError, above, at_least, between
-from luthier.methods._bottleneck import Activation
-from luthier.methods._low_rank import check_projections, fusable
-from luthier.methods._own import own_modules
+from luthier.methods.parts.bottleneck import Activation
+from luthier.methods.parts.low_rank import check_projections, fusable
+from luthier.methods.parts.own_tensors import own_modules
 from luthier.surgery import METHODS, Attachment, Base, Method, Objective, PerSite, Tuned
 
 IGNORED = -100

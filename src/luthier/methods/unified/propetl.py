@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from luthier import kernels
 from luthier.anatomy import Anatomy, Site
 from luthier.core import above, at_least, between
-from luthier.methods._bottleneck import Activation
-from luthier.methods._low_rank import check_projections, fusable
-from luthier.methods._masks import pack, top_k, unpack
-from luthier.methods._own import group_names, own_modules
+from luthier.methods.parts.bottleneck import Activation
+from luthier.methods.parts.low_rank import check_projections, fusable
+from luthier.methods.parts.masks import pack, top_k, unpack
+from luthier.methods.parts.own_tensors import group_names, own_modules
 from luthier.surgery import METHODS, Attach, Attachment, Base, Edit, Group, Method, Tuned
 
 

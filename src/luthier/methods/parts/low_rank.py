@@ -1,14 +1,18 @@
-"""What the low-rank methods share: where they may sit, when they may be fused, how their dropout is keyed."""
+"""What the low-rank methods share: the update itself, where it may sit, when it may be fused, how dropout is keyed."""
+
+import math
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from luthier import kernels
 from luthier.anatomy import Anatomy, Site
 from luthier.core import AnatomyError, ConfigError
-from luthier.surgery import Base
+from luthier.kernels import GroupedUpdates, StillUpdate, Update, low_rank_linear
+from luthier.surgery import Attachment, Base
 
-__all__ = ["SmallDropout", "check_projections", "fusable", "live_bias"]
+__all__ = ["SmallDropout", "ThinUpdate", "check_projections", "fusable", "live_bias"]
 
 
 def check_projections(anatomy: Anatomy, sites: tuple[Site, ...], asked_by: str, dropout: float) -> tuple[Site, ...]:
@@ -61,3 +65,39 @@ class SmallDropout:
     def __call__(self, x: Tensor, training: bool) -> Tensor:
         seed = self.seed(training)
         return x if seed is None else kernels.dropout(x, self.p, seed)
+
+
+class ThinUpdate(Attachment):
+    """Adds `scale * B A x` to the output."""
+
+    kind = "delta"
+
+    def __init__(self, d_in: int, d_out: int, rank: int, scale: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self.dropout = SmallDropout(dropout)
+        self.a = nn.Parameter(torch.empty(rank, d_in))
+        self.b = nn.Parameter(torch.zeros(d_out, rank))
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + (self.dropout(x, self.training) @ self.a.T @ self.b.T) * self.scale
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight + self.b @ self.a * self.scale, bias
+
+    def fused(self, base: Base, x: Tensor) -> Tensor | None:
+        if not fusable(base):
+            return None
+        seed = self.dropout.seed(self.training)
+        p = 0.0 if seed is None else self.dropout.p
+        return low_rank_linear(x, base.frozen(), base.bias(), self.a, self.b, self.scale, p, seed)
+
+    def still(self, base: Base) -> Callable[[Tensor], Tensor] | None:
+        if not fusable(base):
+            return None
+        return StillUpdate(base.frozen(), base.bias(), Update(self.a, self.b, self.scale))
+
+    @classmethod
+    def together(cls, members: Sequence[Attachment], dtype: torch.dtype) -> GroupedUpdates:
+        return GroupedUpdates([Update(m.a, m.b, m.scale) for m in members if isinstance(m, ThinUpdate)], dtype)

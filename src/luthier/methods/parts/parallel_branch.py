@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from luthier.methods._bottleneck import Activation, Bottleneck
+from luthier.methods.parts.bottleneck import Activation, Bottleneck
 
 __all__ = ["Beside"]
 

@@ -1,0 +1,22 @@
+"""What methods are made of. No file here is a method; a method imports from here, and never from another method.
+
+    bottleneck        Bottleneck       narrow, bend, widen, and add: the inside of every adapter
+                      bottleneck_params, width_of, Activation
+    parallel_branch   Beside           a bottleneck of a sublayer's input, added to its output
+    low_rank          ThinUpdate       x -> scale B A x beside a weight: merged, fused, and served in rows
+                      SmallDropout     dropout of a branch's input, the same again under checkpointing
+                      check_projections, fusable, live_bias
+    prefixes          Prefixes         keys and values of every attention, or the networks that compute them
+                      prefix_params, prefix_stored, drop_networks, groups_of
+    hadamard          Projection       a random projection by fast transforms, made again from its name
+                      hadamard
+    masks             top_k            exactly k entries of several tensors
+                      pack, unpack     a mask, eight entries to a byte
+                      no_trace         look at data and leave everything as it was
+    own_tensors       own_modules      what a method finds of itself on a model that may hold other tunings
+                      own_tunings, own_unfrozen, group_names
+    narrow_copy       narrow_model     some blocks of a model again, at a fraction of its width
+                      prune, kept_layers, side_params, Sizes
+
+A piece that a second method needs moves here. A test holds this list to what the files give.
+"""

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny import ALSO, TINY, config_of
 
 from luthier.core import ModelError, Refused
 from luthier.trust import model, scan
@@ -106,6 +107,56 @@ def test_folders_written_by_transformers_pass(tmp_path: Path) -> None:
         place = tmp_path / cls.__name__
         cls(config(vocab_size=20, **small)).save_pretrained(place)
         assert model.check_folder(place).shapes
+
+
+def saved_config(config: Any, folder: Path) -> Path:
+    config.save_pretrained(folder)
+    save_file({"w": torch.ones(2, 3)}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("name", [*TINY, *ALSO])
+def test_the_configuration_of_every_promised_architecture_is_read_as_transformers_writes_it(
+    name: str, tmp_path: Path
+) -> None:
+    found = model.check_folder(saved_config(config_of(name), tmp_path / "m"))
+    assert found.config["model_type"] == config_of(name).model_type
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the defaults of many classes complain of themselves
+def test_every_configuration_that_transformers_can_make_by_itself_is_read(tmp_path: Path) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    refused, n_read = [], 0
+    for kind in CONFIG_MAPPING:
+        try:
+            config = CONFIG_MAPPING[kind]()
+        except Exception:  # some need settings: nothing that transformers writes
+            continue
+        try:
+            model.check_folder(saved_config(config, tmp_path / kind))
+            n_read += 1
+        except Refused as error:
+            refused.append(f"{kind}: {error}")
+    assert not refused and n_read > 300
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"_remove_final_layer_norm": "import x"},
+        {"_frame_rate": {"_target_": "x"}},
+        {"_frame_rate": [1]},
+        {"limit": {"__float__": "os.system"}},
+        {"_some_switch": True},
+    ],
+)
+def test_private_keys_that_are_no_plain_numbers_of_transformers_are_refused(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(Refused):
+        model.check_folder(honest(tmp_path / "m", **config))
 
 
 def test_scan_lists_the_worst_first_and_loads_nothing(tmp_path: Path) -> None:

@@ -51,6 +51,10 @@ _PRIVATE = frozenset(
     {"_name_or_path", "_commit_hash", "_attn_implementation", "_attn_implementation_autoset", "_num_labels"}
     | {"_from_model_config", "_diffusers_version", "_sliding_window_pattern", "_flash_attn_2_enabled"}
 )
+# Numbers and switches that configuration classes of transformers write of themselves (OPT, Mimi, SmolVLM, Perceiver).
+_PRIVATE_NUMBERS = frozenset(
+    {"_remove_final_layer_norm", "_frame_rate", "_pad_token_id", "_label_trainable_num_channels"}
+)
 _ATTENTION = frozenset({"eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"})
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
@@ -133,7 +137,7 @@ def refuse_code(value: Any, where: str) -> None:
                 "knows this model_type itself, remove the key; if not, install the model's code "
                 "as a package of your own."
             )
-        if key.startswith("_") and key not in _PRIVATE:
+        if key.startswith("_") and key not in _PRIVATE and not _is_plain(key, item):
             raise Refused(f"{where}: the key {show(key)} is private to a loader and has no place in a file. Remove it.")
         if key in ("_attn_implementation", "attn_implementation") and item is not None:
             kinds = list(item.values()) if isinstance(item, dict) else [item]
@@ -143,6 +147,13 @@ def refuse_code(value: Any, where: str) -> None:
             raise Refused(
                 f"{where}: {show(key)} is the address {show(item)}. Nothing is fetched from a file's word: remove it."
             )
+
+
+def _is_plain(key: str, item: Any) -> bool:
+    """A private key that can only be a number: one of transformers' own, or its way to spell an infinite one."""
+    if key == "__float__":
+        return item in ("Infinity", "-Infinity", "NaN")
+    return key in _PRIVATE_NUMBERS and (item is None or isinstance(item, bool | int | float))
 
 
 def cache_folder() -> Path:

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from luthier import kernels
 from luthier.core import AnatomyError, CannotMerge, build, plain
-from luthier.surgery import METHODS, attach, load, trunk
+from luthier.surgery import METHODS, attach, frozen_layers, load
 
 REFUSED: set[tuple[str, str]] = set()
 GENERATORS = [(m, a) for m, a in CELLS if a != "bert"]
@@ -347,7 +347,7 @@ def test_in_bf16_all_fast_paths_together_are_about_as_near_the_exact_result_as_t
 
     exact, slow = results(torch.float32, fast=False), results(torch.bfloat16, fast=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trunk, "MIN_WIDTH", 1)  # packed layers too, where this processor has them
+        patch.setattr(frozen_layers, "MIN_WIDTH", 1)  # packed layers too, where this processor has them
         quick = results(torch.bfloat16, fast=True)
     for wanted, plainly, found in zip(exact, slow, quick, strict=True):
         norm = float(wanted.norm())

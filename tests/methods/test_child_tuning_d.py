@@ -128,7 +128,7 @@ def test_a_saved_child_computes_the_same_bits(masked, tmp_path):
     again = tiny("bert")
     load(again, tmp_path / "tuning")
     assert torch.equal(logits(again), logits(tuned.model))
-    from luthier.surgery.tuning import stored_tensors
+    from luthier.surgery.tuning_files import stored_tensors
 
     stored = sum(t.numel() for n, t in stored_tensors(tuned.tuning()).items() if not n.startswith("head/"))
     assert stored == method.n_stored(tuned.anatomy)

@@ -12,7 +12,7 @@ from luthier.core import CannotMerge
 from luthier.methods.parts.parallel_branch import Beside
 from luthier.methods.parts.prefixes import Prefixes
 from luthier.surgery import attach, method
-from luthier.surgery.tuning import stored_tensors
+from luthier.surgery.tuning_files import stored_tensors
 
 NAMES = ["bert", "llama", "t5"]
 SMALL = {"length": 4, "mlp_width": 11, "width": 5}

@@ -11,8 +11,8 @@ from transformers import BertConfig, BertModel, RobertaConfig, RobertaForSequenc
 from luthier.anatomy import Anatomy
 from luthier.core import AnatomyError
 from luthier.methods.parts.prefixes import Prefixes
-from luthier.surgery import attach, attention, method
-from luthier.surgery.tuning import stored_tensors
+from luthier.surgery import attach, method, prefix_attention
+from luthier.surgery.tuning_files import stored_tensors
 
 NAMES = ["bert", "llama", "t5"]
 
@@ -29,8 +29,8 @@ def test_attention_is_a_mixture_of_text_and_prefix_per_head(kv_heads):
     pk, pv = (torch.randn(kv_heads, 3, 10, generator=draw, dtype=torch.float64) for _ in range(2))
     module = nn.Module().eval()
     module.is_causal, module.num_key_value_groups = False, 4 // kv_heads
-    module.__dict__["_luthier_prefixes"] = [attention.Prefix("", pk, pv)]
-    found, _ = attention._attention(module, q, k, v, None, scaling=10**-0.5, is_causal=False)
+    module.__dict__["_luthier_prefixes"] = [prefix_attention.Prefix("", pk, pv)]
+    found, _ = prefix_attention._attention(module, q, k, v, None, scaling=10**-0.5, is_causal=False)
     groups = 4 // kv_heads
     k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
     pk, pv = (t.repeat_interleave(groups, 0).expand(2, 4, 3, 10) for t in (pk, pv))

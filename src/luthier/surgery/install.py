@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from luthier.core import AnatomyError, CompositionError, near
-from luthier.surgery import attention, compose
+from luthier.surgery import compose, prefix_attention
 from luthier.surgery.base import Base
 from luthier.surgery.branch import Branch
 from luthier.surgery.edits import AddBranch, Attach, PrependKeys, PrependTokens, Reparametrise, Unfreeze
-from luthier.surgery.held import Master, Tuning, Unfrozen, keyed
 from luthier.surgery.method import Method
 from luthier.surgery.socket import Plug, Substitute, Tap
+from luthier.surgery.tuning import Master, Tuning, Unfrozen, keyed
 
 if TYPE_CHECKING:
     from luthier.surgery.tuned import Tuned
@@ -87,7 +87,7 @@ def install(tuned: Tuned, tuning: Tuning, prefix: str, edit: Any, seed: int) -> 
         tuning.add(f"{prefix}prefix", _home(tuned, edit.source))
         prefixes = []
         for fact in edit.attentions:
-            held = attention.Prefix(tuning.tuning_name)
+            held = prefix_attention.Prefix(tuning.tuning_name)
             tuned._modules[fact.path].__dict__.setdefault("_luthier_prefixes", []).append(held)
             prefixes.append(held)
         tuned._prefixes.append((tuning.tuning_name, edit.source, prefixes))

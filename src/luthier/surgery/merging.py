@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from luthier.core import CannotMerge
-from luthier.surgery.held import Master
+from luthier.surgery.tuning import Master
 
 if TYPE_CHECKING:
     from luthier.surgery.tuned import Tuned

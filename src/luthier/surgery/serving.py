@@ -2,7 +2,7 @@
 
 While a `Serving` stands, every socket takes its `Route`. A route knows four ways and gives the same with each:
 
-    siblings   one tuning, few tokens: queries, keys and values of one attention as one product (siblings.py)
+    siblings   one tuning, few tokens: queries, keys and values of one attention as one product (fused_qkv.py)
     still      one tuning for the whole batch, layer and attachment as one function
     together   attachments of one class, stacked: the layer once for the batch, then each row's own numbers
     in groups  anything else at a projection: the rows of each tuning by themselves, through the socket's usual way
@@ -24,13 +24,13 @@ from luthier.surgery import compose
 from luthier.surgery.attachment import Together
 from luthier.surgery.base import join_rows, take_rows
 from luthier.surgery.context import Context
-from luthier.surgery.siblings import BUDGET_BYTES, FEW, Siblings, sibling_paths
+from luthier.surgery.fused_qkv import BUDGET_BYTES, FEW, Siblings, sibling_paths
 from luthier.surgery.socket import Plan, Plug, Socket, Substitute
 
 if TYPE_CHECKING:
     from luthier.anatomy.site import Rows as SiteRows
-    from luthier.surgery.held import Tuning
     from luthier.surgery.tuned import Tuned
+    from luthier.surgery.tuning import Tuning
 
 __all__ = ["RowNames", "Serving", "row_problem"]
 

@@ -121,7 +121,7 @@ class Socket(nn.Module):
         self.__dict__["substitutes"] = []
         self.__dict__["live"] = Plan()
         self.__dict__["route"] = None  # another way to do it, while nothing learns; see serving.py
-        self.__dict__["quick"] = None  # computes the frozen layer faster; see trunk.py
+        self.__dict__["quick"] = None  # computes the frozen layer faster; see frozen_layers.py
         # Of others, on the layer itself; they want it to be called. The dictionaries, so that later ones are seen.
         self.__dict__["listeners"] = (
             base._forward_pre_hooks, base._forward_hooks, base._backward_pre_hooks, base._backward_hooks,

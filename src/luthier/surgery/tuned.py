@@ -13,18 +13,18 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy
 from luthier.core import CannotMerge, CompositionError, ConfigError, UnknownName, human_count, near
-from luthier.surgery import attention, compose, foreign, install, merging, trunk
+from luthier.surgery import compose, frozen_layers, install, merging, other_trainers, prefix_attention
 from luthier.surgery.attachment import Attachment
 from luthier.surgery.base import Base
 from luthier.surgery.branch import Branch
 from luthier.surgery.context import Context
 from luthier.surgery.edits import Reparametrise, Unfreeze
-from luthier.surgery.held import Tuning, keyed
+from luthier.surgery.first_token import Narrow, first_token_place, head_reads_first_token
 from luthier.surgery.method import METHODS, Group, Method
-from luthier.surgery.narrow import Narrow, first_token_place, head_reads_first_token
 from luthier.surgery.prompts import PromptHooks, text_stack
 from luthier.surgery.serving import RowNames, Serving
 from luthier.surgery.socket import Socket
+from luthier.surgery.tuning import Tuning, keyed
 
 __all__ = ["Tuned", "attach"]
 
@@ -51,7 +51,7 @@ class Tuned:
         self._sites: dict[str, list[tuple[nn.Module, str]]] = {}
         self._taps: list[Any] = []
         self._prompts: PromptHooks | None = None
-        self._prefixes: list[tuple[str, nn.Module, list[attention.Prefix]]] = []
+        self._prefixes: list[tuple[str, nn.Module, list[prefix_attention.Prefix]]] = []
         self._attention: Any = None
         self._branches: dict[str, Branch] = {}
         self._narrow: tuple[Narrow | None] | None = None  # None until it was tried
@@ -73,7 +73,7 @@ class Tuned:
         model.add_module("luthier", _Shelf(self))
         model.__dict__["_luthier_tuned"] = self
         self.calls_hooks = False  # a loop of one's own that calls the methods' hooks says so here
-        foreign.watch(self)
+        other_trainers.watch(self)
 
     # ------------------------------------------------------------------ looking
 
@@ -295,21 +295,21 @@ class Tuned:
     def quicken(self, *, training: bool = True, dropout: bool = False) -> int:
         """Compute frozen layers of the trunk by functions that equal them but are faster; returns how many.
 
-        Linear layers are packed for the CPU as far as `trunk.BUDGET_BYTES` goes. Weights, names and results to
+        Linear layers are packed for the CPU as far as `frozen_layers.BUDGET_BYTES` goes. Weights, names and results to
         rounding stay what they are.
 
         Args:
             training: leave out what pays only where no gradient is wanted: narrow layers.
             dropout: the trunk's dropout will be on, so draw it faster. It has other numbers then.
         """
-        budget, count = trunk.BUDGET_BYTES, 0
+        budget, count = frozen_layers.BUDGET_BYTES, 0
         done: set[int] = set()
         head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
         for path, module in self._modules.items():
             if id(module) in done or module is head:
                 continue  # the loss reads an output matrix by itself
             done.add(id(module))
-            drop = trunk.quick_dropout(module) if dropout else None
+            drop = frozen_layers.quick_dropout(module) if dropout else None
             if drop is not None:
                 self._socket(path).__dict__["quick"] = drop
                 count += 1
@@ -318,7 +318,7 @@ class Tuned:
             if weight is None or weight.requires_grad:
                 continue
             if type(module) is nn.Linear and weight.numel() * weight.element_size() <= budget:
-                found = trunk.quick_linear(module, trunk.MIN_WIDTH if training else 1)
+                found = frozen_layers.quick_linear(module, frozen_layers.MIN_WIDTH if training else 1)
                 if found is None:
                     continue
                 budget -= weight.numel() * weight.element_size()
@@ -327,7 +327,7 @@ class Tuned:
                     if plug.site.rows is None and plug.site.expert is None:
                         plug.base.packed = packed
             else:
-                norm = trunk.quick_norm(module)
+                norm = frozen_layers.quick_norm(module)
                 if norm is None:
                     continue
                 quick = norm
@@ -339,7 +339,7 @@ class Tuned:
     def route_attention(self) -> bool:
         """Send the model's attention through our own function, where all of it uses the interface. Idempotent."""
         if self._attention is None and self.anatomy.attentions and all(a.interface for a in self.anatomy.attentions):
-            self._attention = attention.install(self.model)
+            self._attention = prefix_attention.install(self.model)
         return self._attention is not None
 
     def narrow(self) -> Narrow | None:
@@ -432,9 +432,9 @@ class Tuned:
     def _save_pretrained(
         self, save_directory: Any, *args: Any, is_main_process: bool = True, state_dict: Any = None, **kwargs: Any
     ) -> None:
-        """What a foreign trainer saves of the model: see `foreign.save_checkpoint`."""
+        """What a foreign trainer saves of the model: see `other_trainers.save_checkpoint`."""
         if is_main_process:
-            foreign.save_checkpoint(self, save_directory, state_dict)
+            other_trainers.save_checkpoint(self, save_directory, state_dict)
 
     def __deepcopy__(self, memo: Any) -> Any:
         raise ConfigError(
@@ -696,12 +696,12 @@ class Tuned:
         if self._prompts is not None:
             self._prompts.remove()
         if self._attention is not None:
-            attention.uninstall(self._attention)
+            prefix_attention.uninstall(self._attention)
         for module in self._modules.values():
             module.__dict__.pop("_luthier_prefixes", None)
         for hook in self._hooks:
             hook.remove()
-        foreign.unwatch(self)
+        other_trainers.unwatch(self)
         for given in ("generate", "save_pretrained"):
             self.model.__dict__.pop(given, None)
         for name, required in self._required.items():
@@ -790,10 +790,10 @@ class Tuned:
         return self._strip()
 
     def save(self, folder: Any, *, name: str | None = None, about: dict[str, Any] | None = None) -> str:
-        """Write one tuning as safetensors and JSON; returns its digest. See `tuning.save`."""
-        from luthier.surgery import tuning  # below us in the file order, beside us on the floor
+        """Write one tuning as safetensors and JSON; returns its digest. See `tuning_files.save`."""
+        from luthier.surgery import tuning_files  # below us in the file order, beside us on the floor
 
-        return tuning.save(self, folder, name=name, about=about)
+        return tuning_files.save(self, folder, name=name, about=about)
 
     def finish(self) -> None:
         """Bring every tuning that trained into the form that is stored and served."""

@@ -12,7 +12,7 @@ import torch
 
 from luthier.core import IntegrityError, NothingTrains, plain
 from luthier.runs import Record, RunFolder, durable, environment, load_step, peak_bytes
-from luthier.surgery import Tuned, tuning
+from luthier.surgery import Tuned, tuning_files
 from luthier.training.assemble import evaluator_of
 from luthier.training.evaluate import plain_scores
 from luthier.training.loop import Loop
@@ -116,8 +116,8 @@ def _save(prepared: Prepared, tuned: Tuned, run: RunFolder) -> int:
     tuned.save(run.tuning, about=about)
     from luthier.trust import safetensors
 
-    held = tuning.stored_tensors(tuned.tuning())
-    differs = safetensors.unequal(run.tuning / "tuning.safetensors", held, tuning.weights_digest(run.tuning))
+    held = tuning_files.stored_tensors(tuned.tuning())
+    differs = safetensors.unequal(run.tuning / "tuning.safetensors", held, tuning_files.weights_digest(run.tuning))
     if differs:
         raise IntegrityError(
             f"{run.tuning}: {', '.join(differs[:3])} read back otherwise than written. The disk is at fault."

@@ -30,7 +30,7 @@ from luthier.core import ConfigError, above, between
 from luthier.methods.parts.masks import no_trace, top_k
 from luthier.methods.parts.own_tensors import own_unfrozen
 from luthier.surgery import METHODS, Batches, Edit, Method, Tuned, Unfreeze
-from luthier.surgery.held import Unfrozen
+from luthier.surgery.tuning import Unfrozen
 
 
 @METHODS.register("child_tuning_d", family="partial", paper="arXiv:2109.05687")

@@ -6,7 +6,7 @@ from typing import TypeVar
 from torch import nn
 
 from luthier.surgery import Method, Tuned
-from luthier.surgery.held import Tuning, Unfrozen
+from luthier.surgery.tuning import Tuning, Unfrozen
 
 __all__ = ["group_names", "own_modules", "own_tunings", "own_unfrozen"]
 

@@ -141,7 +141,7 @@ def test_decay_and_momentum_of_any_optimiser_stay_inside_the_mask() -> None:
 
 
 def test_an_optimiser_of_another_model_is_left_alone_and_so_is_everything_after_detaching() -> None:
-    from luthier.surgery import foreign
+    from luthier.surgery import other_trainers
 
     tuned, model, _ = tuned_for_training("child_tuning_d")
     other = torch.nn.Linear(3, 2)
@@ -149,9 +149,9 @@ def test_an_optimiser_of_another_model_is_left_alone_and_so_is_everything_after_
     held = {n: p.detach().clone() for n, p in model.named_parameters()}
     torch.optim.SGD(other.parameters(), lr=0.1).step()
     assert all(torch.equal(p, held[n]) for n, p in model.named_parameters())
-    assert tuned in foreign._watched
+    assert tuned in other_trainers._watched
     tuned.detach()
-    assert tuned not in foreign._watched
+    assert tuned not in other_trainers._watched
 
 
 @pytest.mark.parametrize("name", ["adalora", "diff_pruning", "adamix"])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from luthier import kernels
 from luthier.surgery import Tuned, attach
-from luthier.surgery.siblings import FEW, Siblings, sibling_paths
+from luthier.surgery.fused_qkv import FEW, Siblings, sibling_paths
 from luthier.surgery.socket import Socket
 
 ARCHES = ("bert", "gpt2", "llama", "opt", "t5", "bart", "vit", "modernbert", "gpt-neox", "distilbert")

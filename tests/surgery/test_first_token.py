@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from luthier.core import key
 from luthier.surgery import METHODS, Tuned, attach
-from luthier.surgery.narrow import first_token_place
+from luthier.surgery.first_token import first_token_place
 
 # Prompts put other tokens first, a branch reads all states, gates average over tokens, and some read before the cut.
 WHOLE = {"lst", "prompt_tuning", "idpg", "unipelt"}

@@ -104,10 +104,10 @@ def bottleneck(
         return y + F.linear(h, up.to(dtype), None if up_bias is None else up_bias.to(dtype)) * factor
     device = x.device.type
     with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-        out: Tensor = _Bottleneck.apply(  # type: ignore[no-untyped-call]
-            y, x, down, down_bias, up, up_bias, factor, activation
+        rows: Tensor = _Bottleneck.apply(  # type: ignore[no-untyped-call]
+            y.reshape(-1, y.shape[-1]), x, down, down_bias, up, up_bias, factor, activation
         )
-    return out
+    return rows.view(y.shape)  # viewed out here, since models write into it
 
 
 class _Bottleneck(torch.autograd.Function):
@@ -127,12 +127,12 @@ class _Bottleneck(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         before = F.linear(rows, down.to(dtype), None if down_bias is None else down_bias.to(dtype))
         h = _ACTIVATIONS[activation][0](before)
-        out = torch.addmm(y.reshape(-1, y.shape[-1]), h, up.to(dtype).T, alpha=factor)
+        out = torch.addmm(y, h, up.to(dtype).T, alpha=factor)
         if up_bias is not None:
             out.add_(up_bias.to(dtype), alpha=factor)
         ctx.save_for_backward(x, before, down, down_bias, up, up_bias)
         ctx.factor, ctx.activation = factor, activation
-        return out.view(y.shape)
+        return out
 
     @staticmethod
     @once_differentiable

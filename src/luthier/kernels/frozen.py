@@ -60,7 +60,8 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
         rows = _flat(x)
         dtype = x.dtype if plus_one else torch.promote_types(x.dtype, weight.dtype)
-        out = torch.empty(rows.shape, dtype=dtype, device=x.device)
+        whole = torch.empty(x.shape, dtype=dtype, device=x.device)  # a view handed out could not be written to
+        out = _flat(whole)
         rate = torch.empty(len(rows), 1, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         gain = 1 + _wide(weight) if plus_one else weight
         for s in _pieces(rows):
@@ -74,7 +75,7 @@ class _RMSNorm(torch.autograd.Function):
                 torch.mul(normed.to(x.dtype), gain, out=out[s])
         ctx.save_for_backward(x, weight, rate)
         ctx.plus_one = plus_one
-        return out.view(x.shape)
+        return whole
 
     @staticmethod
     @once_differentiable

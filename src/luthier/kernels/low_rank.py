@@ -60,8 +60,9 @@ def low_rank_linear(
     frozen = not (held.requires_grad or (bias is not None and bias.requires_grad))
     if not fast() or not frozen or torch.is_autocast_enabled(x.device.type):
         return _plain(x, held, bias, a, b, scale, p, seed)
-    out: Tensor = _LowRank.apply(x, weight, bias, a, b, float(scale), p, seed)  # type: ignore[no-untyped-call]
-    return out
+    rows: Tensor = _LowRank.apply(x, weight, bias, a, b, float(scale), p, seed)  # type: ignore[no-untyped-call]
+    # Viewed out here: models write into what a projection gives, and torch refuses that for a view made in a function.
+    return rows.view(*x.shape[:-1], len(b))
 
 
 def _plain(
@@ -95,7 +96,7 @@ class _LowRank(torch.autograd.Function):
         y.addmm_(h, b.to(dtype).T.contiguous(), alpha=scale)
         ctx.save_for_backward(x, h, a, b)
         ctx.weight, ctx.scale, ctx.p, ctx.seed = weight, scale, p, seed
-        return y.view(*x.shape[:-1], len(b))
+        return y
 
     @staticmethod
     @once_differentiable
@@ -187,8 +188,8 @@ def dora_linear(
         z = _plain(x, plain, None, a, b, scale, p, seed)
         y = z * (magnitude / norm).to(z.dtype)
         return y if bias is None else y + bias
-    out: Tensor = _Dora.apply(x, weight, bias, a, b, magnitude, norm, scale, p, seed)  # type: ignore[no-untyped-call]
-    return out
+    rows: Tensor = _Dora.apply(x, weight, bias, a, b, magnitude, norm, scale, p, seed)  # type: ignore[no-untyped-call]
+    return rows.view(*x.shape[:-1], len(plain))
 
 
 class _Dora(torch.autograd.Function):
@@ -216,7 +217,7 @@ class _Dora(torch.autograd.Function):
         # z is kept because m's gradient is Σ g z / norm: computing it again is the base product once more.
         ctx.save_for_backward(x, h, z, a, b, magnitude, norm)
         ctx.weight, ctx.scale, ctx.p, ctx.seed = weight, scale, p, seed
-        return y.view(*x.shape[:-1], len(weight))
+        return y
 
     @staticmethod
     @once_differentiable

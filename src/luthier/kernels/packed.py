@@ -81,18 +81,17 @@ def packed_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         return torch.nn.functional.linear(x, packed.weight, bias)
     if not (torch.is_grad_enabled() and x.requires_grad):
         return packed.linear(x.reshape(-1, x.shape[-1]), bias).view(*x.shape[:-1], len(packed))
-    out: Tensor = _PackedLinear.apply(x, packed, bias)  # type: ignore[no-untyped-call]
-    return out
+    rows: Tensor = _PackedLinear.apply(x.reshape(-1, x.shape[-1]), packed, bias)  # type: ignore[no-untyped-call]
+    return rows.view(*x.shape[:-1], len(packed))
 
 
 class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         ctx.packed = packed
-        return packed.linear(x.reshape(-1, x.shape[-1]), bias).view(*x.shape[:-1], len(packed))
+        return packed.linear(x, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        rows = ctx.packed.back(grad.reshape(-1, grad.shape[-1]))
-        return rows.view(*grad.shape[:-1], rows.shape[-1]), None, None
+        return ctx.packed.back(grad), None, None

@@ -92,7 +92,10 @@ def head_reads_first_token(model: Any, block: nn.Module, n_vocab: int) -> bool:
     handle = block.register_forward_hook(cut)
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
-            out = model(input_ids=ids, attention_mask=mask)
+            try:
+                out = model(input_ids=ids, attention_mask=mask)
+            except (RuntimeError, TypeError, ValueError):
+                return False  # it wants other inputs: nothing is known of its head
             logits = out.logits if hasattr(out, "logits") else out[0]
             if logits.dim() != 2 or len(held) != 1 or held[0].shape[:2] != ids.shape:
                 return False

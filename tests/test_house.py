@@ -12,8 +12,7 @@ import pytest
 
 import luthier
 from luthier.cli._main import verbs
-from luthier.cli._pages import as_markdown
-from luthier.cli.methods import SHELF, shares
+from luthier.cli._shelf import SHELF, as_markdown, shares
 from luthier.core import LuthierError, errors
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,7 +94,7 @@ def test_the_page_of_a_method_has_its_parts(name: str) -> None:
 
 
 def test_the_shipped_shares_are_what_the_formulas_give() -> None:
-    from luthier.cli._shares import count_shares
+    from luthier.cli._parameter_shares import count_shares
 
     counted = count_shares()["methods"]
     stale = {name for name in set(shares()) | set(counted) if shares().get(name) != counted.get(name)}
@@ -103,7 +102,7 @@ def test_the_shipped_shares_are_what_the_formulas_give() -> None:
 
 
 def test_the_shape_that_shares_are_counted_on_is_that_of_the_sample(minilm_l6: Path) -> None:
-    from luthier.cli._shares import MINILM_L6
+    from luthier.cli._parameter_shares import MINILM_L6
 
     config = json.loads((minilm_l6 / "config.json").read_text())
     assert {k: config[k] for k in MINILM_L6 if k != "num_labels"} == {

@@ -170,12 +170,12 @@ def test_what_is_no_run_can_be_neither_resumed_nor_asked(luthier: Call, finished
 
 
 def test_a_bug_of_ours_says_so_and_keeps_its_traceback(luthier: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    from luthier.cli import methods
+    from luthier.cli import _shelf
 
     def broken() -> None:
         raise RuntimeError("the wheel came off")
 
-    monkeypatch.setattr(methods.SHELF, "cards", broken)
+    monkeypatch.setattr(_shelf.SHELF, "cards", broken)
     answer = luthier("methods", "--json")
     assert answer.code == 1 and answer.json["error"]["exit_code"] == 1
     assert "bug in luthier" in answer.json["error"]["message"]
@@ -183,12 +183,12 @@ def test_a_bug_of_ours_says_so_and_keeps_its_traceback(luthier: Call, monkeypatc
 
 
 def test_ctrl_c_outside_of_training_ends_with_130(luthier: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    from luthier.cli import methods
+    from luthier.cli import _shelf
 
     def stopped() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(methods.SHELF, "cards", stopped)
+    monkeypatch.setattr(_shelf.SHELF, "cards", stopped)
     answer = luthier("methods")
     assert answer.code == 130 and "Traceback" not in answer.err
 

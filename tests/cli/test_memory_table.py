@@ -2,8 +2,8 @@
 
 import io
 
+from luthier.cli._output import WIDTH, Screen
 from luthier.cli._progress import _memory_rows
-from luthier.cli._screen import WIDTH, Screen
 
 PARTS = {
     "activations": 1_234_567_890, "gradients": 123_456_789, "logits": 402_653_184, "optimiser": 246_913_578,

@@ -9,7 +9,7 @@ import pytest
 from cli.conftest import Call
 
 from luthier.cli._main import verbs
-from luthier.cli.methods import SHELF
+from luthier.cli._shelf import SHELF
 
 
 def wide(text: str) -> list[str]:
@@ -56,7 +56,7 @@ def test_a_page_shows_idea_settings_and_what_to_try(luthier: Call, name: str) ->
 
 
 def test_the_line_to_try_on_a_page_is_a_valid_setting() -> None:
-    from luthier.cli._spec import overlay, settings_of
+    from luthier.cli._spec_options import overlay, settings_of
     from luthier.cli.methods import _word
     from luthier.surgery import METHODS, compose
 
@@ -69,9 +69,9 @@ def test_the_line_to_try_on_a_page_is_a_valid_setting() -> None:
 
 
 def test_a_method_without_a_counted_share_shows_a_question_mark(luthier: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    from luthier.cli import methods
+    from luthier.cli import _shelf
 
-    monkeypatch.setattr(methods, "shares", dict)
+    monkeypatch.setattr(_shelf, "shares", dict)
     assert "?" in luthier("methods").out
     assert luthier("methods", "lora", "--json").json["share_on_minilm_l6"] is None
 

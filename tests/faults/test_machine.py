@@ -206,7 +206,7 @@ def test_a_run_that_was_started_by_another_process_ends_with_it_and_resumes(home
     out = tmp_path / "run"
     spec = spec_of(home, out, steps=100_000, eval=EvalSpec(every=0))
     (tmp_path / "pid.toml").write_text(spec.to_toml())
-    code = "from luthier.cli._one import main; raise SystemExit(main())"
+    code = "from luthier.cli._train_in_child import main; raise SystemExit(main())"
     words = [sys.executable, "-c", DRIVER, str(tmp_path / "pid"), str(out / "events.jsonl"), code]
     done = subprocess.run(words, capture_output=True, timeout=120, env={**os.environ, "PYTHONPATH": str(TESTS)})
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()

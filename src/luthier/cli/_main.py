@@ -11,14 +11,14 @@ import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
-from luthier import cli
 from luthier.__version__ import __version__
-from luthier.cli._screen import Screen
+from luthier.cli._output import Screen
 from luthier.core import LuthierError, UnknownName, near
 
 __all__ = ["HELP", "guarded", "main", "verbs"]
@@ -51,7 +51,11 @@ class Verbs(TyperGroup):
 def verbs() -> list[str]:
     """The names of all verbs: the files of this folder."""
     order = ["demo", "methods", "inspect", "samples", "train", "resume", "predict"]
-    found = [m.name.replace("_", "-") for m in pkgutil.iter_modules(cli.__path__) if not m.name.startswith("_")]
+    found = [
+        m.name.replace("_", "-")
+        for m in pkgutil.iter_modules([str(Path(__file__).parent)])
+        if not m.name.startswith("_")
+    ]
     return sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from luthier.cli._screen import Screen, screen
+from luthier.cli._output import Screen, screen
 from luthier.core import human_bytes, human_count, human_seconds
 from luthier.training import Listener
 

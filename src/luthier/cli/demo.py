@@ -11,9 +11,9 @@ from typing import Annotated, Any
 import tomli_w
 import typer
 
-from luthier.cli._options import AsJson
-from luthier.cli._screen import screen
-from luthier.cli._spec import check_names
+from luthier.cli._output import screen
+from luthier.cli._shared_options import AsJson
+from luthier.cli._spec_options import check_names
 from luthier.core import Interrupted, LuthierError, human_bytes, human_count, human_seconds
 
 __all__ = ["EPOCHS", "METHODS", "QUESTIONS", "command", "free_folder", "show_table"]
@@ -122,7 +122,7 @@ def _train(method: str, path: Path, epochs: float, seed: int) -> dict[str, Any]:
         "model": f"sample:{MODEL}", "method": method, "epochs": epochs, "seed": seed, "out": str(path),
         "data": {"source": f"sample:{DATA}"}, "batch": {"size": BATCH}, "eval": {"every": 0},
     }  # fmt: skip
-    words = [sys.executable, "-m", "luthier.cli._one", *([] if screen().lively else ["--plain"])]
+    words = [sys.executable, "-m", "luthier.cli._train_in_child", *([] if screen().lively else ["--plain"])]
     child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         said, _ = child.communicate(tomli_w.dumps(spec))

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli._options import AsJson
-from luthier.cli._screen import screen
+from luthier.cli._output import screen
+from luthier.cli._shared_options import AsJson
 
 __all__ = ["NEEDS_WORDS", "command"]
 

@@ -4,8 +4,8 @@ from typing import Annotated, Any
 
 import typer
 
-from luthier.cli._options import AsJson
-from luthier.cli._screen import screen
+from luthier.cli._output import screen
+from luthier.cli._shared_options import AsJson
 from luthier.core import human_count, plain
 
 __all__ = ["NEEDS_WORDS", "command"]
@@ -25,7 +25,7 @@ def command(
 
       luthier inspect ./my-model --json
     """
-    from luthier.cli._anatomy import read_anatomy
+    from luthier.cli._read_anatomy import read_anatomy
 
     anatomy, class_name = read_anatomy(model)
     rows = anatomy.table()

@@ -1,20 +1,16 @@
 """`luthier methods`: the shelf, or one method's page. Reads files, imports none of them: no torch here."""
 
-import json
-from functools import lru_cache
-from importlib.resources import files
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from luthier.cli._options import AsJson
-from luthier.cli._screen import screen
-from luthier.core import Card, Catalogue, plain
+from luthier.cli import _shelf
+from luthier.cli._output import screen
+from luthier.cli._shared_options import AsJson
+from luthier.cli._shelf import SHELF, facts
+from luthier.core import Card
 
-__all__ = ["SHELF", "command", "facts", "shares"]
-
-# The same files as luthier.surgery.METHODS lists, which would import torch; a test holds the two together.
-SHELF: Catalogue[Any] = Catalogue("luthier.methods", "method")
+__all__ = ["command"]
 
 
 def command(
@@ -34,15 +30,13 @@ def command(
       luthier methods --json | jq '.methods[] | select(.mergeable) | .name'
     """
     if refresh:
-        from luthier.cli._shares import count_shares, write_shares
+        from luthier.cli._parameter_shares import count_shares, write_shares
 
         write_shares(count_shares())
         screen().say("shares.json: written")
         return
     if pages is not None:
-        from luthier.cli._pages import write_pages
-
-        written = write_pages(pages)
+        written = _shelf.write_pages(pages)
         screen().say(f"{pages}: {written} pages written")
         screen().result({"pages": written, "folder": pages})
         return
@@ -56,34 +50,8 @@ def command(
     _show_list(cards)
 
 
-def facts(card: Card) -> dict[str, Any]:
-    """A card as plain values for --json."""
-    share = shares().get(card.name)
-    return {
-        "name": card.name,
-        "family": card.family,
-        "paper": card.paper,
-        "title": card.title,
-        "mergeable": card.mergeable,
-        "identity": card.starts_at_base,
-        "default_lr": card.facts.get("default_lr", 1e-3),
-        "share_on_minilm_l6": share["share"] if share else None,
-        "trained_on_minilm_l6": share["trained"] if share else None,
-        "settings": [plain(setting) for setting in card.settings],
-        "page": card.page,
-    }
-
-
-@lru_cache(maxsize=1)
-def shares() -> dict[str, dict[str, Any]]:
-    """Method -> numbers trained on minilm-l6 with a head of six classes, and their share; see `_shares.py`."""
-    text = (files("luthier.methods") / "shares.json").read_text(encoding="utf-8")
-    read: dict[str, dict[str, Any]] = json.loads(text)["methods"]
-    return read
-
-
 def _share(name: str) -> str:
-    known = shares().get(name)
+    known = _shelf.shares().get(name)
     return f"{known['share']:.2%}" if known else "?"
 
 

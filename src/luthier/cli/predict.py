@@ -4,8 +4,8 @@ from typing import Annotated, Any
 
 import typer
 
-from luthier.cli._options import AsJson
-from luthier.cli._screen import screen
+from luthier.cli._output import screen
+from luthier.cli._shared_options import AsJson
 from luthier.core import UsageError
 
 __all__ = ["NEEDS_WORDS", "answer_of", "command"]

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli._options import AsJson
+from luthier.cli._shared_options import AsJson
 from luthier.core.config import replace_word
 
 __all__ = ["NEEDS_WORDS", "command"]

@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from luthier.cli._options import AsJson, Out
-from luthier.cli._spec import check_names, overlay, settings_of
+from luthier.cli._shared_options import AsJson, Out
+from luthier.cli._spec_options import check_names, overlay, settings_of
 from luthier.core import UsageError
 
 __all__ = ["NEEDS_WORDS", "command"]

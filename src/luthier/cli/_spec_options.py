@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from luthier.cli.methods import SHELF
+from luthier.cli._shelf import SHELF
 from luthier.core import UnknownName
 from luthier.core.config import replace_word
 

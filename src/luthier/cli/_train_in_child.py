@@ -12,7 +12,7 @@ import sys
 import tomllib
 
 from luthier.cli._main import guarded
-from luthier.cli._screen import Screen
+from luthier.cli._output import Screen
 
 __all__ = ["main"]
 

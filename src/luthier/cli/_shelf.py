@@ -1,14 +1,49 @@
-"""The methods' pages as Markdown files: each made from its file's docstring, card and fields, never written by hand."""
+"""The shelf of methods without torch: what is known of each, as plain values and as pages in Markdown.
 
+Everything is read from the method's own file (docstring, card, fields); no page is written by hand.
+"""
+
+import json
+from functools import lru_cache
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-from luthier.cli.methods import SHELF, facts
-from luthier.core import Card
+from luthier.core import Card, Catalogue, plain
 from luthier.trust.text import for_markdown
 
-__all__ = ["as_markdown", "index", "write_pages"]
+__all__ = ["SHELF", "as_markdown", "facts", "index", "shares", "write_pages"]
+
+# The same files as luthier.surgery.METHODS lists, which would import torch; a test holds the two together.
+SHELF: Catalogue[Any] = Catalogue("luthier.methods", "method")
 
 NOTE = "Made by `make docs` from the method's own file; edit that."
+
+
+def facts(card: Card) -> dict[str, Any]:
+    """A card as plain values for --json."""
+    share = shares().get(card.name)
+    return {
+        "name": card.name,
+        "family": card.family,
+        "paper": card.paper,
+        "title": card.title,
+        "mergeable": card.mergeable,
+        "identity": card.starts_at_base,
+        "default_lr": card.facts.get("default_lr", 1e-3),
+        "share_on_minilm_l6": share["share"] if share else None,
+        "trained_on_minilm_l6": share["trained"] if share else None,
+        "settings": [plain(setting) for setting in card.settings],
+        "page": card.page,
+    }
+
+
+@lru_cache(maxsize=1)
+def shares() -> dict[str, dict[str, Any]]:
+    """Method -> numbers trained on minilm-l6 with a head of six classes, and their share (`_parameter_shares.py`)."""
+    text = (files("luthier.methods") / "shares.json").read_text(encoding="utf-8")
+    read: dict[str, dict[str, Any]] = json.loads(text)["methods"]
+    return read
 
 
 def as_markdown(card: Card) -> str:

@@ -12,7 +12,7 @@ from tiny import LAYERS, inputs, tiny
 from luthier.core import AnatomyError, CompositionError
 from luthier.methods.parts.bottleneck import Bottleneck
 from luthier.methods.unified.adamix import AdaMix, Mixed, disagreement
-from luthier.surgery import attach, load, method
+from luthier.surgery import METHODS, attach, load, method
 
 
 @dataclass
@@ -254,3 +254,9 @@ def test_what_is_refused():
         method("adamix+propetl")
     with pytest.raises(AnatomyError, match="is no projection"):
         attach(tiny("bert"), AdaMix(form="lora", sites=("ffn_out",)))
+
+
+def test_the_page_says_what_is_the_authors_only_where_it_is_asked_for():
+    page = " ".join(METHODS.card("adamix").page.split())
+    assert "weighs the agreement by 100" in page and "gamma=100" in page
+    assert 'unless trunk_dropout = "on"' in page

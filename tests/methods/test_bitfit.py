@@ -6,7 +6,8 @@ from methods.checks import frozen_copy, logits, same, train
 from tiny import HIDDEN, INNER, LAYERS, inputs, tiny
 
 from luthier.core import AnatomyError
-from luthier.surgery import attach
+from luthier.surgery import attach, load
+from luthier.surgery.tuning import stored_tensors
 
 
 def test_counts_of_all_of_the_blocks_and_of_the_subset():
@@ -15,6 +16,49 @@ def test_counts_of_all_of_the_blocks_and_of_the_subset():
     assert attach(tiny("bert"), "bitfit").n_trained() == LAYERS * block + 2 * HIDDEN  # embedding norm and pooler
     assert attach(tiny("roberta"), "bitfit").n_trained() == LAYERS * block + HIDDEN  # its pooler belongs to the head
     assert attach(tiny("bert"), "bitfit", subset=True).n_trained() == LAYERS * (HIDDEN + INNER)
+
+
+# Where a tiny model keeps the biases of its queries and of its first feed-forward projection, and which numbers of
+# them. By hand from the architectures: 4 heads of 12, hidden 48, inner 80 (BLOOM has 4 times the hidden width).
+_ALL = slice(None)
+_BY_HEAD = [g * 36 + i for g in range(4) for i in range(12)]  # q, k, v of each head follow one another
+SUBSET = {
+    "bert": {"attention.self.query.bias": _ALL, "intermediate.dense.bias": _ALL},
+    "opt": {"self_attn.q_proj.bias": _ALL, "fc1.bias": _ALL},
+    "llama": {"self_attn.q_proj.bias": _ALL, "mlp.up_proj.bias": _ALL},
+    "gpt2": {"attn.c_attn.bias": list(range(48)), "mlp.c_fc.bias": _ALL},
+    "modernbert": {"attn.Wqkv.bias": list(range(48)), "mlp.Wi.bias": list(range(80, 160))},
+    "gpt-neox": {"attention.query_key_value.bias": _BY_HEAD, "mlp.dense_h_to_4h.bias": _ALL},
+    "bloom": {"self_attention.query_key_value.bias": _BY_HEAD, "mlp.dense_h_to_4h.bias": _ALL},
+}
+
+
+@pytest.mark.parametrize("name", SUBSET)
+def test_the_subset_moves_the_biases_of_queries_and_of_the_first_projection_and_nothing_else(name, tmp_path):
+    model = tiny(name)
+    start = {n: p.detach().clone() for n, p in model.named_parameters(remove_duplicate=False)}
+    tuned = attach(model, "bitfit", subset=True, train_head=False)
+    blocks = [b.path for b in tuned.anatomy.blocks]
+    may_move = {f"{path}.{short}": rows for path in blocks for short, rows in SUBSET[name].items()}
+    count = sum(len(torch.arange(len(start[n]))[rows]) for n, rows in may_move.items())
+    assert tuned.n_trained() == len_of(tuned) == count
+    train(tuned, 3, decay=0.1)
+    for full, parameter in model.named_parameters(remove_duplicate=False):
+        if full.startswith("luthier."):
+            continue
+        own = full.replace(".base.", ".")
+        moved = parameter.detach() != start[own]
+        expected = torch.zeros_like(moved)
+        if own in may_move:
+            expected[may_move[own]] = True
+        assert not bool((moved & ~expected).any()), own
+        assert bool(moved.any()) == (own in may_move), own
+    tuned.save(tmp_path / "t")
+    again = tiny(name)
+    load(again, tmp_path / "t")
+    assert torch.equal(logits(again), logits(model))
+    stored = sum(t.numel() for n, t in stored_tensors(tuned.tuning()).items())
+    assert stored == tuned.tuning().method.n_stored(tuned.anatomy)
 
 
 @pytest.mark.parametrize("name", ["t5", "mistral"])

@@ -8,7 +8,7 @@ from methods.checks import logits, stir, train
 from tiny import inputs, tiny
 
 from luthier.methods.partial.diff_pruning import HIGH, LOW, DiffPruning, Gated, gate
-from luthier.surgery import attach, load
+from luthier.surgery import METHODS, attach, load
 
 
 def _numbers(tuned):
@@ -179,3 +179,8 @@ def test_gates_close_under_a_heavy_penalty():
     train(tuned, 6, lr=0.5)
     after = float(sum(torch.sigmoid(m.gates.detach()).sum() for m in tuned.modules(Gated).values()))
     assert after < 0.99 * before
+
+
+def test_the_page_says_that_one_schedule_and_one_set_of_moments_go_through_both_phases():
+    page = " ".join(METHODS.card("diff_pruning").page.split())
+    assert "one schedule of the rate and one set of the optimiser's moments go through both phases" in page

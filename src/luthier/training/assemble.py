@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from luthier import kernels
-from luthier.core import ModelError
+from luthier.core import ModelError, human_count
 from luthier.runs import RunFolder, reset_peak, resident_bytes
 from luthier.surgery import attach, compose
 from luthier.training.batches import Batches, Collator, EvalBatches, Order
@@ -63,6 +63,12 @@ def assemble(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
     def make(run: RunFolder, listener: Listener) -> Loop:
         if features is not None and spec.fast and kernels.fast():
             listener.say(features.sentence())
+        if spec.optim.weight_decay > 0:
+            decays, rests = (human_count(n) for n in optimiser.decayed())
+            listener.say(
+                f"weight decay {spec.optim.weight_decay:g}: {decays} numbers decay; {rests} do not (norms, biases, and "
+                "what the method keeps from it)"
+            )
         loop = Loop(
             spec=spec, tuned=tuned, objective=objective, batches=batches, optimiser=optimiser,
             precision=prepared.precision, device=prepared.device, run=run, evaluator=None, eval_every=every,

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from luthier import kernels
-from luthier.core import IntegrityError
+from luthier.core import ConfigError, IntegrityError
 from luthier.surgery import Group
+from luthier.training.decay import undecayed
 from luthier.training.spec import OptimSpec
 
 __all__ = ["Descent", "Lomo", "NotFinite", "Optimiser", "optimiser_of"]
@@ -38,6 +39,12 @@ class Optimiser:
         self.named, self.spec, self.lr = named, spec, lr
         self.updates = 0
         self._groups: dict[str, Group] = {name: group for group in groups for name in group.names}
+        unknown = [name for name in self._groups if name not in named]
+        if unknown:  # else the group would be without effect, and nobody told
+            raise ConfigError(
+                f"a group of the optimiser names {unknown[0]!r}, which does not train. Methods name tensors as "
+                "`tuned.trained()` does: use group_names of luthier.methods.parts.own_tensors."
+            )
         # Made up front: memory runs out here, before step 1, or not at all.
         kept = named if self.keeps_moments else {}
         self.first = {n: torch.zeros_like(p, dtype=_wide(p)) for n, p in kept.items()}
@@ -48,6 +55,11 @@ class Optimiser:
         """The norm of the whole gradient; NaN or infinity where it holds one."""
         grads = [p.grad for p in self.named.values() if p.grad is not None]
         return _norm_of(torch._foreach_norm(grads)) if grads else 0.0
+
+    def decayed(self) -> tuple[int, int]:
+        """Trained numbers that decay, and those that do not."""
+        sizes = [(self._pace(name, 1.0)[1] > 0, parameter.numel()) for name, parameter in self.named.items()]
+        return sum(n for decays, n in sizes if decays), sum(n for decays, n in sizes if not decays)
 
     def has_gradient(self, parameter: Tensor) -> bool:
         """Whether the last backward pass gave this tensor a gradient that is not all zeros."""
@@ -253,8 +265,10 @@ _KINDS: dict[str, type[Optimiser]] = {"adamw": Optimiser, "sgd": Descent, "lomo"
 def optimiser_of(
     spec: OptimSpec, named: dict[str, nn.Parameter], groups: Iterable[Group], default_lr: float
 ) -> Optimiser:
-    """The optimiser that the spec names."""
-    return _KINDS[spec.name](named, groups, spec, spec.lr or default_lr)
+    """The optimiser that the spec names. Norms and biases do not decay."""
+    own = list(groups)
+    own += undecayed(named, own)
+    return _KINDS[spec.name](named, own, spec, spec.lr or default_lr)
 
 
 def _norm_of(norms: list[Tensor] | tuple[Tensor, ...]) -> float:

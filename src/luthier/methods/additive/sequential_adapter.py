@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from luthier.anatomy import Anatomy, Site
 from luthier.core import AnatomyError, at_least
 from luthier.methods.parts.bottleneck import Activation, Bottleneck, bottleneck_params, width_of
+from luthier.methods.parts.own_tensors import group_names, own_modules, own_unfrozen
 from luthier.surgery import METHODS, Attach, Edit, Group, Method, Tuned, Unfreeze
 
 
@@ -57,10 +58,9 @@ class SequentialAdapter(Method):
         return bottleneck_params(self._sites(anatomy), self.width) + norms
 
     def groups(self, tuned: Tuned) -> list[Group]:
-        biases = [f"{key}.{part}.bias" for key in tuned.modules(Closing) for part in ("down", "up")]
-        norms = set(self._norms(tuned.anatomy))
-        held = [k for t in tuned.tunings.values() for k, u in t.unfrozen.items() if u.name in norms]
-        return [Group((*biases, *held), weight_decay=0.0)]
+        biases = [layer.bias for m in own_modules(self, tuned, Closing) for layer in (m.down, m.up)]
+        norms = [u.parameter for u in own_unfrozen(self, tuned)]
+        return [Group(group_names(tuned, biases + norms), weight_decay=0.0)]
 
     def _sites(self, anatomy: Anatomy) -> tuple[Site, ...]:
         kinds = ["attn_out", "ffn_out"] + (["cross_out"] if self.cross and anatomy.is_encoder_decoder else [])

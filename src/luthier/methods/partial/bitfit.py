@@ -9,7 +9,8 @@ Ben Zaken, Ravfogel, Goldberg 2022, "BitFit: Simple Parameter-efficient Fine-tun
 Language-models", arXiv:2106.10199, section 3.
 
 Count: sum of the lengths of all biases; in BERT's blocks L (7 d + m), and outside them, with `embeddings`, d for the
-embedding norm and d for a pooler where there is one. With `subset`, the biases of attn.q and ffn.up: L (d + m).
+embedding norm and d for a pooler where there is one. With `subset`, the biases of attn.q and ffn.up: L (d + m), also
+where one layer computes queries, keys and values together: a mask lets only the queries' part move.
 Claims: 0.09 % of BERT-base trained, near full fine-tuning on small and medium data.
 Pitfalls: a model without biases (T5, Llama) has nothing to train: refused, unless `add_missing_biases` gives each
 linear layer of the blocks a new bias of zeros; the name `output.dense.bias` fits two layers of BERT's block; decay
@@ -31,6 +32,7 @@ from luthier.surgery import METHODS, Attach, Attachment, Edit, Group, Method, Tu
 
 _LINEAR = ("attn.q", "attn.k", "attn.v", "attn.o", "cross.q", "cross.k", "cross.v", "cross.o")
 _FFN = ("ffn.gate", "ffn.up", "ffn.down")
+_SUBSET = ("attn.q", "ffn.up")
 
 
 @METHODS.register("bitfit", family="partial", paper="arXiv:2106.10199")
@@ -55,12 +57,16 @@ class BitFit(Method):
                 f"bitfit: this {anatomy.model_type} model has no bias to train. "
                 "Set add_missing_biases=true, or use ia3, or lora."
             )
-        yield from (Unfreeze(name) for name in names)
+        yield from (Unfreeze(name, mask=_mask(anatomy, name, rows)) for name, rows in names.items())
         yield from (Attach(site, lambda base, site=site: AddedBias(site.d_out)) for site in missing)  # type: ignore[misc]
 
     def n_params(self, anatomy: Anatomy) -> int:
-        held = sum(torch.Size(anatomy.tensors[name]).numel() for name in self._names(anatomy))
-        return held + sum(site.d_out for site in self._missing(anatomy))
+        return self._held(anatomy) + sum(site.d_out for site in self._missing(anatomy))
+
+    def n_stored(self, anatomy: Anatomy) -> int:
+        """The biases; a part of one is stored with its places."""
+        places = sum(len(rows) for rows in self._names(anatomy).values() if rows is not None)
+        return self.n_params(anatomy) + places
 
     def groups(self, tuned: Tuned) -> list[Group]:
         biases = [u.parameter for u in own_unfrozen(self, tuned)] + [
@@ -68,19 +74,43 @@ class BitFit(Method):
         ]
         return [Group(group_names(tuned, biases), weight_decay=0.0)]
 
-    def _names(self, anatomy: Anatomy) -> list[str]:
+    def _names(self, anatomy: Anatomy) -> dict[str, tuple[int, ...] | None]:
+        """Name of a bias -> which of its numbers train; None for all of them."""
         if self.subset:
-            return list(dict.fromkeys(n for n in anatomy.bias_tensors("attn.q") + anatomy.bias_tensors("ffn.up")))
+            found: dict[str, tuple[int, ...] | None] = {}
+            for site in anatomy.sites(*_SUBSET, asked_by="bitfit"):
+                if site.bias is not None:
+                    name = f"{site.path}.{site.bias}"
+                    name = anatomy.tied.get(name, name)
+                    before = found.get(name, ())
+                    found[name] = (
+                        None if site.rows is None or before is None else tuple(sorted({*before, *site.rows.indices()}))
+                    )
+            return found
         blocks = tuple(f"{block.path}." for block in anatomy.blocks)
         inside = f"{anatomy.backbone}." if anatomy.backbone else ""
-        return [n for n in anatomy.bias_tensors() if n.startswith(inside if self.embeddings else blocks)]
+        return {n: None for n in anatomy.bias_tensors() if n.startswith(inside if self.embeddings else blocks)}
+
+    def _held(self, anatomy: Anatomy) -> int:
+        """Trained numbers of biases that the model has."""
+        sizes = {n: torch.Size(anatomy.tensors[n]).numel() for n in self._names(anatomy)}
+        return sum(sizes[n] if rows is None else len(rows) for n, rows in self._names(anatomy).items())
 
     def _missing(self, anatomy: Anatomy) -> list[Site]:
         if not self.add_missing_biases:
             return []
-        kinds = ("attn.q", "ffn.up") if self.subset else (*_LINEAR, *_FFN)
+        kinds = _SUBSET if self.subset else (*_LINEAR, *_FFN)
         present = [k for k in kinds if k in anatomy.kinds()]
         return [s for s in anatomy.sites(*present, asked_by="bitfit") if s.bias is None]
+
+
+def _mask(anatomy: Anatomy, name: str, rows: tuple[int, ...] | None) -> Tensor | None:
+    """True where a bias trains; None where all of it does."""
+    if rows is None:
+        return None
+    mask = torch.zeros(anatomy.tensors[name], dtype=torch.bool)
+    mask[list(rows)] = True
+    return mask
 
 
 class AddedBias(Attachment):

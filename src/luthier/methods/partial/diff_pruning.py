@@ -9,8 +9,10 @@ expected number of open gates. Then exactly floor(share * numbers) of z * delta 
 the rest of the run tunes those alone.
 
 Guo, Rush, Kim 2021, "Parameter-Efficient Transfer Learning with Diff Pruning", arXiv:2012.07463, sections 3.1 to 3.3.
-The authors' three scripts are one run here, and the threshold is exact where they search for it. In evaluation, and
-when the largest are chosen, a gate has the value of its logit without noise.
+The authors' three scripts are one run here, and the threshold is exact where they search for it. So one schedule of the
+rate and one set of the optimiser's moments go through both phases, where theirs begin anew in the second, at five times
+the rate of their example; and the gradient is clipped as one, where they clip differences and logits apart. In
+evaluation, and when the largest are chosen, a gate has the value of its logit without noise.
 
 Count: 2 * numbers of the model + number of tensors in training; floor(share * numbers) of values are deployed.
 Claims: full fine-tuning's quality with half a percent of the numbers stored per task.

@@ -11,7 +11,8 @@ Claims: the quality that the others are measured against.
 Cost: a step multiplies by half as much again as one through a frozen model, and its optimiser reads and writes every
 number: one and a half to two steps of LoRA (docs/benchmarks.md).
 Pitfalls: needs gradients and two optimiser moments for every number; a learning rate that suits LoRA destroys it;
-decay pulls towards zero, not towards the pretrained value.
+decay pulls towards zero, not towards the pretrained value. Where decay is set it leaves norms and biases alone, as the
+field does.
 """
 
 import math

@@ -10,6 +10,9 @@ the start is the base model. In evaluation the mean weights are used; they are w
 Wang et al. 2022, "AdaMix: Mixture-of-Adaptations for Parameter-efficient Model Tuning", arXiv:2205.12410, sections 3.1
 to 3.3. In each KL the other side is held constant, as in the authors' code. For one output the distance is the squared
 difference (their code's is always zero then). They route at random in evaluation unless told not to; we never do.
+Two things are theirs only where they are asked for. Their code for language models weighs the agreement by 100: set
+gamma=100; the default is that of their classifiers, for every task. Their two passes also draw dropout apart; here the
+frozen model has none unless trunk_dropout = "on", so by default the passes differ by routing alone.
 
 Count: per site experts * (d width + width) + up_experts * (width d + d) in training, 2 d width + width + d stored.
 Claims: better than one adapter at the cost of one when served.

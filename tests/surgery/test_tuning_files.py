@@ -104,6 +104,53 @@ def test_the_precision_of_the_base_and_its_head_do_not_change_its_digest(tmp_pat
     load(model, tmp_path / "t")
 
 
+def whole(dtype: torch.dtype, stored_in: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """A base whose checkpoint holds `stored_in`, loaded in `dtype`; small numbers and large ones in it."""
+    model = tiny("llama", "lm", seed=seed)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[:3] *= 1e-6
+    return model.to(stored_in).to(dtype)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("made_in", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loaded_in", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_tuning_loads_beside_its_base_in_every_precision(
+    method: str, made_in: torch.dtype, loaded_in: torch.dtype, tmp_path: Path
+) -> None:
+    tuned = attach(whole(made_in), method)
+    shake(tuned)
+    tuned.save(tmp_path / "t")
+    other = whole(loaded_in, seed=1)
+    with pytest.raises(WrongBase):
+        load(other, tmp_path / "t")
+    if {made_in, loaded_in} == {torch.float16, torch.bfloat16}:
+        # Neither knows what the other rounded away. The message names the way.
+        with pytest.raises(WrongBase, match=r"Load it in (b?float16) or float32"):
+            load(whole(loaded_in), tmp_path / "t")
+        load(whole(torch.float32), tmp_path / "t")
+    else:
+        load(whole(loaded_in), tmp_path / "t")
+
+
+def test_a_checkpoint_in_bf16_is_recognised_between_the_two_short_precisions(tmp_path: Path) -> None:
+    attach(whole(torch.float16, torch.bfloat16), make("lora")).save(tmp_path / "t")
+    load(whole(torch.bfloat16, torch.bfloat16), tmp_path / "t")
+    attach(whole(torch.bfloat16, torch.bfloat16), make("lora")).save(tmp_path / "u")
+    load(whole(torch.float16, torch.bfloat16), tmp_path / "u")
+
+
+def test_a_tuning_of_an_older_version_is_recognised_as_before_and_told_the_way_to_float16(tmp_path: Path) -> None:
+    attach(whole(torch.float32), make("lora")).save(tmp_path / "t")
+    facts = read_tuning(tmp_path / "t")
+    del facts["base"]["sha256_fp16"], facts["base"]["loaded_in"]
+    (tmp_path / "t" / "tuning.json").write_text(json.dumps(facts))
+    for dtype in (torch.float32, torch.bfloat16):
+        load(whole(dtype), tmp_path / "t")
+    with pytest.raises(WrongBase, match="save it again"):
+        load(whole(torch.float16), tmp_path / "t")
+
+
 def test_the_digest_is_that_of_the_base_while_the_tuning_is_folded(tmp_path: Path) -> None:
     model = tiny("bert", "classification")
     batch = inputs(model)

@@ -55,7 +55,7 @@ class Tuned:
         self._attention: Any = None
         self._branches: dict[str, Branch] = {}
         self._narrow: tuple[Narrow | None] | None = None  # None until it was tried
-        self._digest: str | None = None
+        self._digest: dict[torch.dtype, str] = {}
         self._folded: list[tuple[Tensor, Tensor]] | None = None
         self._serving: Serving | None = None
         self._names = list(inspect.signature(model.forward).parameters)

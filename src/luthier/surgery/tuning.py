@@ -52,6 +52,11 @@ class Unfrozen:
                 self.kept = small
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The type that the base holds it in."""
+        return self._dtype
+
+    @property
     def mask(self) -> Tensor | None:
         """What of it may move; None, all of it."""
         return self._mask

@@ -30,11 +30,14 @@ _KEYS = {
 
 
 @torch.no_grad()
-def base_digest(tuned: Tuned) -> str:
-    """sha256 over the base's tensors: names, shapes and values as bf16, so that it does not depend on the precision
-    the base was loaded in. New task heads are left out; tensors that a tuning trains count with their original value.
+def base_digest(tuned: Tuned, dtype: torch.dtype = torch.bfloat16) -> str:
+    """sha256 over the base's tensors: names, shapes and values rounded to `dtype`. New task heads are left out;
+    tensors that a tuning trains count with their original value.
+
+    As bf16 it is the same for a base loaded in fp32 or bf16, as fp16 for one loaded in fp32 or fp16. A checkpoint that
+    holds bf16 is the same by either, whatever it is loaded in.
     """
-    if tuned._digest is None:
+    if dtype not in tuned._digest:
         originals: dict[int, Tensor] = {
             id(u.parameter): u.kept for t in tuned.tunings.values() for u in t.unfrozen.values()
         }
@@ -51,9 +54,9 @@ def base_digest(tuned: Tuned) -> str:
             # The path inside the backbone: the same encoder may stand in a classifier or alone.
             short = name.removeprefix(f"{tuned.anatomy.backbone}.") if tuned.anatomy.backbone else name
             summed.update(f"{short}{tuple(value.shape)}".encode())
-            summed.update(value.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
-        tuned._digest = summed.hexdigest()
-    return tuned._digest
+            summed.update(value.to("cpu", dtype).contiguous().view(torch.uint8).numpy().data)
+        tuned._digest[dtype] = summed.hexdigest()
+    return tuned._digest[dtype]
 
 
 def stored_tensors(tuning: Tuning) -> dict[str, Tensor]:
@@ -104,6 +107,8 @@ def save(tuned: Tuned, folder: Path | str, *, name: str | None = None, about: di
             "name": str(getattr(tuned.model.config, "name_or_path", "")) if not _is_path(tuned.model) else "",
             "model_type": anatomy.model_type,
             "sha256_bf16": base_digest(tuned),
+            "sha256_fp16": base_digest(tuned, torch.float16),
+            "loaded_in": _precision(tuned),
             "d": anatomy.d,
             "layers": anatomy.n_layers,
             "vocabulary": anatomy.vocab_size,
@@ -196,12 +201,7 @@ def load(model: Any, folder: Path | str, *, name: str = "default", trainable: bo
     awake = [] if before is None else [t.tuning_name for t in before.tunings.values() if t.active]
     tuned = attach(model, method, name=name, train_head=bool(heads), new_tensors=heads)
     try:
-        found = base_digest(tuned)
-        if found != base.get("sha256_bf16"):
-            raise WrongBase(
-                f"{folder}: made for {base.get('name') or base['model_type']} with weights "
-                f"{str(base.get('sha256_bf16'))[:12]}; this model's are {found[:12]}. Load the base it was trained on."
-            )
+        _same_weights(tuned, base, folder)
         expect = {n: tuple(s) for n, s in facts["tensors"].items()}
         digest = weights_digest(Path(folder))
         with _vouched(Path(folder) / "tuning.safetensors"):
@@ -235,6 +235,43 @@ def _same_shape(model: Any, base: dict[str, Any], heads: list[str], folder: Path
     differs += [f"its head {name!r} is not here" for name in heads if name not in anatomy.tensors]
     if differs:
         raise WrongBase(f"{folder}: made for another model: {'; '.join(differs)}. Load the base it was trained on.")
+
+
+def _same_weights(tuned: Tuned, base: dict[str, Any], folder: Path | str) -> None:
+    found = base_digest(tuned)
+    if found == base.get("sha256_bf16"):
+        return
+    here, there = _precision(tuned), base.get("loaded_in")
+    # Tunings of older versions state the first digest alone.
+    if "sha256_fp16" in base and base_digest(tuned, torch.float16) == base["sha256_fp16"]:
+        return
+    advice = "Load the base it was trained on."
+    if here == "float16" and "sha256_fp16" not in base:
+        advice += (
+            " If this is that base: an older luthier saved this tuning, and knows no base in float16. Load the base in "
+            "float32 once, load the tuning, save it again, and the new one is accepted in float16."
+        )
+    elif {here, there} == {"float16", "bfloat16"}:
+        advice += (
+            f" If this is that base: it was {there} when the tuning was saved and is {here} here, and the two round "
+            f"differently. Load it in {there} or float32."
+        )
+    raise WrongBase(
+        f"{folder}: made for {base.get('name') or base['model_type']} with weights "
+        f"{str(base.get('sha256_bf16'))[:12]}; this model's are {found[:12]}. {advice}"
+    )
+
+
+def _precision(tuned: Tuned) -> str:
+    """The type that most of the base's numbers are held in, such as "float16"."""
+    sizes: dict[torch.dtype, int] = {}
+    trained = {id(u.parameter): u for t in tuned.tunings.values() for u in t.unfrozen.values()}
+    for name in tuned.anatomy.tensors:
+        parameter = tuned._parameters[name]
+        held = trained.get(id(parameter))
+        dtype = parameter.dtype if held is None else held.dtype
+        sizes[dtype] = sizes.get(dtype, 0) + parameter.numel()
+    return str(max(sizes, key=lambda d: sizes[d])).removeprefix("torch.")
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from tiny import HIDDEN, INNER, LAYERS, inputs, tiny
 
 from luthier.core import AnatomyError
 from luthier.surgery import attach, load
-from luthier.surgery.tuning import stored_tensors
+from luthier.surgery.tuning_files import stored_tensors
 
 
 def test_counts_of_all_of_the_blocks_and_of_the_subset():

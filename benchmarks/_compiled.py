@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from benchmarks._work import MODELS
 from luthier import samples
+from luthier.data.batches import Batch
+from luthier.data.tasks import Task
+from luthier.runs.spec import OptimSpec
 from luthier.surgery import attach
-from luthier.training import OptimSpec
-from luthier.training.batches import Batch
 from luthier.training.objective import Objective
 from luthier.training.optimiser import Optimiser
-from luthier.training.tasks import Task
 
 __all__ = ["steps"]
 

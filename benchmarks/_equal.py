@@ -16,11 +16,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 from benchmarks import _ours, _peers
 from benchmarks._work import MODELS, rows, write_rows
 from luthier import samples
+from luthier.data.order import Order
+from luthier.runs.spec import BatchSpec, DataSpec, OptimSpec, RunSpec
 from luthier.surgery import attach
-from luthier.training import BatchSpec, DataSpec, OptimSpec, RunSpec, prepare, train
-from luthier.training.batches import Order
-from luthier.training.load import load_model
 from luthier.training.schedule import factor
+from luthier.workflow import prepare, train
+from luthier.workflow.load_model import load_model
 
 __all__ = ["encoder"]
 

@@ -135,7 +135,7 @@ def encoder(
     """Rows a second of one epoch if nothing but its products were computed, in luthier's order of rows."""
     from transformers import AutoTokenizer
 
-    from luthier.training.batches import Order
+    from luthier.data.order import Order
 
     some = rows(sample)
     coded = AutoTokenizer.from_pretrained(samples.model_path(MODELS[model]))([r["text"] for r in some], truncation=True)

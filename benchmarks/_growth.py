@@ -15,14 +15,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks._ours import Marks
 from benchmarks._work import MODELS
+from luthier.data.batches import Batch
+from luthier.data.encode import encode
+from luthier.data.rows import load_rows
+from luthier.data.tasks import Task
+from luthier.runs.spec import BatchSpec, DataSpec, OptimSpec, RunSpec
 from luthier.surgery import attach
-from luthier.training import BatchSpec, DataSpec, OptimSpec, RunSpec, prepare, train
-from luthier.training.batches import Batch
-from luthier.training.encode import encode
 from luthier.training.objective import Objective
 from luthier.training.optimiser import Optimiser
-from luthier.training.rows import load_rows
-from luthier.training.tasks import Task
+from luthier.workflow import prepare, train
 
 __all__ = ["fit", "layers", "length", "rank", "rows", "tokens", "tunings"]
 
@@ -146,7 +147,7 @@ def rows(n: int = 10_000) -> dict[str, Any]:
         start = time.perf_counter()
         load_rows(str(path))
         read = found["read_seconds"] = time.perf_counter() - start
-        with mock.patch("luthier.training.prepared.encode", timed):
+        with mock.patch("luthier.workflow.preparation.encode", timed):
             for run in ("anew", "again"):
                 spec = RunSpec(
                     model=f"sample:{MODELS['encoder']}",

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from luthier.runs import RunFolder
-from luthier.training import Listener, RunSpec, resume, train
-from luthier.training.proof import run_digests
+from luthier.runs.spec import RunSpec
+from luthier.training import Listener
+from luthier.workflow import resume, train
+from luthier.workflow.resume_proof import run_digests
 
 __all__ = [
     "HERE",

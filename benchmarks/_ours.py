@@ -12,7 +12,9 @@ from transformers.models.bert import modeling_bert
 from transformers.models.llama import modeling_llama
 
 from benchmarks._work import MODELS, blocks, measured, model_folder, now, rows, write_rows
-from luthier.training import BatchSpec, CheckpointSpec, DataSpec, Listener, RunSpec, prepare, train
+from luthier.runs.spec import BatchSpec, CheckpointSpec, DataSpec, RunSpec
+from luthier.training import Listener
+from luthier.workflow import prepare, train
 
 __all__ = ["Marks", "decoder", "encoder"]
 

@@ -31,7 +31,7 @@ from transformers.models.llama import modeling_llama
 
 from benchmarks._work import MODELS, blocks, measured, model_folder, now, rows
 from luthier import samples
-from luthier.training.batches import Order
+from luthier.data.order import Order
 
 __all__ = ["FixedOrder", "adapter", "decoder", "encoder"]
 

@@ -27,8 +27,8 @@ import _marks  # noqa: E402
 from little import little_spec  # noqa: E402
 
 from luthier.runs import RunFolder, checkpoints  # noqa: E402
+from luthier.runs.spec import BatchSpec, CheckpointSpec, EvalSpec, RunSpec  # noqa: E402
 from luthier.testing import Outcome, Template, damage  # noqa: E402
-from luthier.training import BatchSpec, CheckpointSpec, EvalSpec, RunSpec  # noqa: E402
 
 METHODS = ("lora", "adalora", "adamix", "diff_pruning", "propetl")
 EXPECTED = {

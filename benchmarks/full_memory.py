@@ -15,7 +15,9 @@ from typing import Any
 
 from luthier.core import human_bytes
 from luthier.runs import peak_bytes, reset_peak
-from luthier.training import BatchSpec, DataSpec, EvalSpec, Listener, OptimSpec, RunSpec, train
+from luthier.runs.spec import BatchSpec, DataSpec, EvalSpec, OptimSpec, RunSpec
+from luthier.training import Listener
+from luthier.workflow import train
 
 WORK: dict[str, dict[str, Any]] = {
     "minilm-l6": {"model": "sample:minilm-l6", "data": "sample:trec6", "size": 64, "max_length": 64},

@@ -10,8 +10,8 @@ from _pairs import pair
 from torch import nn
 
 from luthier.kernels import plain
+from luthier.runs.spec import OptimSpec
 from luthier.training.optimiser import Optimiser
-from luthier.training.spec import OptimSpec
 
 
 def make(count: int, size: int) -> tuple[dict[str, nn.Parameter], list[torch.Tensor]]:

@@ -22,8 +22,8 @@ import _killed
 import _marks
 
 from luthier.core import human_seconds
+from luthier.runs.spec import BatchSpec, CheckpointSpec, DataSpec, RunSpec
 from luthier.testing import Template
-from luthier.training import BatchSpec, CheckpointSpec, DataSpec, RunSpec
 
 KILLS = 10
 

@@ -5,8 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from luthier.training import BatchSpec, DataSpec, RunSpec, prepare
-from luthier.training.batches import Batches, Collator, Order
+from luthier.data.batches import Batches, Collator
+from luthier.data.order import Order
+from luthier.runs.spec import BatchSpec, DataSpec, RunSpec
+from luthier.workflow import prepare
 
 WORK = (("minilm-l6", "trec6"), ("minilm-l6", "movie-snippets"), ("smollm2-135m", "chitchat"))
 

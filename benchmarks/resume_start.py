@@ -17,7 +17,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 import _marks
 
-from luthier.training import DataSpec, Listener, RunSpec, resume, train
+from luthier.runs.spec import DataSpec, RunSpec
+from luthier.training import Listener
+from luthier.workflow import resume, train
 
 AT = (10, 200, 800)
 TIMES = 3

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 from tiny import config_of, tiny
-from training.small import WORDS, word_tokenizer
+from word_tables import WORDS, word_tokenizer
 
+from luthier.runs.spec import BatchSpec, DataSpec, OptimSpec, RunSpec
 from luthier.surgery import METHODS
-from luthier.training import BatchSpec, DataSpec, Listener, OptimSpec, RunSpec
+from luthier.training import Listener
 
 __all__ = ["Heard", "at_call", "little_data", "little_model", "little_spec", "settings"]
 

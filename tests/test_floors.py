@@ -14,14 +14,27 @@ ALLOWED: dict[str, set[str]] = {
     "trust": {"core"},
     "anatomy": {"core"},
     "samples": {"core", "runs", "trust"},
+    "data": {"core", "kernels", "runs", "trust", "samples"},
     "surgery": {"core", "kernels", "runs", "trust", "anatomy"},
     "methods": {"core", "kernels", "anatomy", "surgery"},
-    "training": {"core", "kernels", "runs", "trust", "anatomy", "samples", "surgery"},
-    "strategies": {"core", "kernels", "runs", "trust", "anatomy", "surgery", "training"},
-    "cli": {"core", "runs", "trust", "anatomy", "samples", "surgery", "methods", "training", "strategies"},
+    "training": {"core", "kernels", "runs", "anatomy", "data", "surgery"},
+    "workflow": {"core", "kernels", "runs", "trust", "anatomy", "samples", "data", "surgery", "training"},
+    "strategies": {"core", "kernels", "runs", "trust", "anatomy", "data", "surgery", "training", "workflow"},
+    "cli": {
+        *("core", "runs", "trust", "anatomy", "samples", "data", "surgery", "methods", "training", "workflow"),
+        "strategies",
+    },
     "testing": {"core", "runs"},  # for tests of any floor; no room may import it
 }
-FLOORS = ["core", "kernels runs trust anatomy samples", "surgery", "methods training", "strategies", "cli testing"]
+FLOORS = [
+    "core",
+    "kernels runs trust anatomy samples",
+    "data surgery",
+    "methods training",
+    "workflow",
+    "strategies",
+    "cli testing",
+]
 
 
 def room_of(path: Path) -> str:
@@ -99,9 +112,9 @@ def test_the_reader_sees_imports_that_hide(tmp_path: Path) -> None:
     hidden.write_text(
         "from typing import TYPE_CHECKING\n"
         "if TYPE_CHECKING:\n    from luthier.cli import main\n"
-        "def f():\n    import luthier.training.run as r\n    from luthier import samples\n"
+        "def f():\n    import luthier.workflow.run as r\n    from luthier import samples\n"
         "    import_module('luthier.methods.x')\n"
     )
     assert [name for _, name in imports_of(hidden)] == [
-        "luthier.cli", "luthier.training.run", "luthier.samples", "luthier.methods.x",
+        "luthier.cli", "luthier.workflow.run", "luthier.samples", "luthier.methods.x",
     ]  # fmt: skip

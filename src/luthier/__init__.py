@@ -7,8 +7,9 @@ from luthier.__version__ import __version__
 
 if TYPE_CHECKING:
     from luthier.anatomy import Anatomy
+    from luthier.runs.spec import RunSpec
     from luthier.surgery import Tuned, attach, load
-    from luthier.training import RunSpec, predict, resume, train
+    from luthier.workflow import predict, resume, train
 
 __all__ = ["Anatomy", "RunSpec", "Tuned", "__version__", "attach", "load", "predict", "resume", "train"]
 
@@ -18,10 +19,10 @@ _HOMES = {
     "Tuned": "luthier.surgery",
     "attach": "luthier.surgery",
     "load": "luthier.surgery",
-    "RunSpec": "luthier.training",
-    "predict": "luthier.training",
-    "resume": "luthier.training",
-    "train": "luthier.training",
+    "RunSpec": "luthier.runs.spec",
+    "predict": "luthier.workflow",
+    "resume": "luthier.workflow",
+    "train": "luthier.workflow",
 }
 
 

@@ -16,10 +16,11 @@ import torch
 from little import at_call, little_spec
 
 from luthier.runs import RunFolder, checkpoints
+from luthier.runs.spec import CheckpointSpec, RunSpec
 from luthier.testing import Template
-from luthier.training import CheckpointSpec, RunSpec, resume, train
 from luthier.training.loop import Loop
 from luthier.training.objective import Objective
+from luthier.workflow import resume, train
 
 torch.set_num_threads(1)
 

@@ -15,10 +15,10 @@ from tiny import inputs, tiny
 from torch import Tensor
 
 from luthier.core import AnatomyError
+from luthier.runs.spec import OptimSpec
 from luthier.surgery import METHODS, Method, Tuned, attach
 from luthier.training.objective import Result
 from luthier.training.optimiser import Optimiser
-from luthier.training.spec import OptimSpec
 
 ARCHITECTURES = {"bert": "classification", "gpt2": "lm", "llama": "lm", "t5": "seq2seq"}
 CELLS = [(name, arch) for name in METHODS.names() for arch in ARCHITECTURES]

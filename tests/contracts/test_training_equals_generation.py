@@ -16,10 +16,10 @@ from tiny import tiny
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from luthier.data.batches import Batch
+from luthier.data.tasks import Task
 from luthier.surgery import METHODS, attach, compose
-from luthier.training.batches import Batch
 from luthier.training.objective import Objective
-from luthier.training.tasks import Task
 
 DECODERS = [arch for arch, task in ARCHITECTURES.items() if task == "lm"]
 TOGETHER = ["lora+prompt_tuning", "ia3+prefix_tuning"]

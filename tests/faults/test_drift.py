@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from luthier.core import ConfigError, IntegrityError
 from luthier.runs import RunFolder
-from luthier.training import DataSpec, RunSpec, resume, train
-from luthier.training.proof import run_digests
-from luthier.training.spec import RESUME, SAME_BITS, leaves
+from luthier.runs.spec import RESUME, SAME_BITS, DataSpec, RunSpec, leaves
+from luthier.workflow import resume, train
+from luthier.workflow.resume_proof import run_digests
 
 torch.set_num_threads(1)
 

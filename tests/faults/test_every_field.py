@@ -14,10 +14,11 @@ from little import little_spec
 from luthier import kernels
 from luthier.core import ConfigError
 from luthier.runs import RunFolder, checkpoints
-from luthier.training import CheckpointSpec, prepared, resume, train
+from luthier.runs.spec import RESUME, SAME_BITS, CheckpointSpec
 from luthier.training.loop import Loop
-from luthier.training.proof import run_digests
-from luthier.training.spec import RESUME, SAME_BITS
+from luthier.workflow import preparation as prepared
+from luthier.workflow import resume, train
+from luthier.workflow.resume_proof import run_digests
 
 torch.set_num_threads(1)
 

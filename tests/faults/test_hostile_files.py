@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from trust import corpus
 
 from luthier.core import BadInput, DataError, LuthierError, Refused
-from luthier.trust import archive, config, convert, gguf, jail, model, rows, safetensors, template, text
+from luthier.trust import archive, config, convert, gguf, jail, model, row_files, safetensors, template, text
 
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 
@@ -40,12 +40,12 @@ def test_f26_bad_lines_are_told_with_file_line_and_reason_all_at_once(tmp_path: 
     good = '{"text": "a"}'
     path = put(tmp_path, "a.jsonl", f'\ufeff{good}\r\n{{"text": \r\n{{"text": "\\ud800"}}\r\n{good}\r\n')
     with pytest.raises(DataError) as error:
-        rows.read(path)
+        row_files.read(path)
     assert "2 bad rows" in str(error.value)
     assert "a.jsonl:2: not JSON" in str(error.value) and "a.jsonl:3: column 'text' holds half of" in str(error.value)
     with pytest.raises(DataError, match="line 2 holds a NUL"):
-        rows.read(put(tmp_path, "b.jsonl", f'{good}\n{{"text": "\x00"}}\n'))
-    assert rows.read(path, skip_bad=2).left_out and len(rows.read(path, skip_bad=2)) == 2
+        row_files.read(put(tmp_path, "b.jsonl", f'{good}\n{{"text": "\x00"}}\n'))
+    assert row_files.read(path, skip_bad=2).left_out and len(row_files.read(path, skip_bad=2)) == 2
 
 
 @pytest.mark.fault("F27", "named")
@@ -56,22 +56,22 @@ def test_f27_missing_extra_and_wrongly_typed_columns_are_named(tmp_path: Path) -
         '{"text": "a", "n": 1}\n{"text": "a"}\n{"text": "a", "n": "1"}\n{"text": "a", "n": 1, "x": 0}',
     )
     with pytest.raises(DataError) as error:
-        rows.read(path, types={"n": int})
+        row_files.read(path, types={"n": int})
     for line, reason in {2: "lacks column 'n'", 3: "column 'n' must be int", 4: "unknown column 'x'"}.items():
         assert f"a.jsonl:{line}: " in str(error.value) and reason in str(error.value)
     with pytest.raises(DataError, match=r"a\.csv:3: expected 2 columns"):
-        rows.read(put(tmp_path, "a.csv", "text,label\na,b\nc\n"))
+        row_files.read(put(tmp_path, "a.csv", "text,label\na,b\nc\n"))
 
 
 @pytest.mark.fault("F28", "empty and duplicate")
 def test_f28_empty_files_and_texts_are_refused_and_duplicates_counted(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is empty"):
-        rows.read(put(tmp_path, "a.csv", ""))
+        row_files.read(put(tmp_path, "a.csv", ""))
     with pytest.raises(DataError, match="holds no rows"):
-        rows.read(put(tmp_path, "b.csv", "text\n"))
+        row_files.read(put(tmp_path, "b.csv", "text\n"))
     with pytest.raises(DataError, match=r"c\.csv:3: column 'text' is empty"):
-        rows.read(put(tmp_path, "c.csv", "text,label\na,b\n ,b\n"), require=["text"])
-    assert len(rows.read(put(tmp_path, "d.csv", "text\na\nb\na\na\n")).duplicates()) == 2
+        row_files.read(put(tmp_path, "c.csv", "text,label\na,b\n ,b\n"), require=["text"])
+    assert len(row_files.read(put(tmp_path, "d.csv", "text\na\nb\na\na\n")).duplicates()) == 2
 
 
 def test_f29_a_row_beyond_the_cap_is_listed_not_cut(tmp_path: Path) -> None:
@@ -79,8 +79,8 @@ def test_f29_a_row_beyond_the_cap_is_listed_not_cut(tmp_path: Path) -> None:
 
     path = put(tmp_path, "a.jsonl", json.dumps({"text": "x" * 5000}) + "\n" + json.dumps({"text": "y"}) + "\n")
     with pytest.raises(DataError, match=r"a\.jsonl:1: 5012 characters in one row"):
-        rows.read(path, limits=Limits(row_chars=1000))
-    assert len(rows.read(path).rows[0]["text"]) == 5000
+        row_files.read(path, limits=Limits(row_chars=1000))
+    assert len(row_files.read(path).rows[0]["text"]) == 5000
 
 
 @pytest.mark.fault("F32", "template")
@@ -221,7 +221,7 @@ def test_f62_every_reader_works_below_odd_folders_in_any_locale_with_no_home_and
     )
     code = (
         "import sys, pathlib; from luthier import trust; p = pathlib.Path(sys.argv[1])\n"
-        "assert trust.rows.read(p / 'rows.jsonl').rows == [{'text': chr(233)}]\n"
+        "assert trust.row_files.read(p / 'rows.jsonl').rows == [{'text': chr(233)}]\n"
         "assert trust.config.read_toml(p / 'set.toml') == {'a': 1}\n"
         "trust.gguf.check(p / 'model.gguf'); trust.archive.extract(p / 'a.zip', p / 'out')\n"
         "assert len(trust.model.check_folder(p).digest) == 64\n"
@@ -251,6 +251,6 @@ def test_f63_a_tuning_of_the_wrong_shapes_or_with_an_infinity_is_refused_before_
 
 def test_a_missing_file_is_told_with_near_names_by_every_reader(tmp_path: Path) -> None:
     put(tmp_path, "train.jsonl", "{}")
-    for reader in (rows.read, safetensors.read, config.read_json, gguf.check):
+    for reader in (row_files.read, safetensors.read, config.read_json, gguf.check):
         with pytest.raises(BadInput, match=r"there is no such file\. Did you mean 'train\.jsonl'"):
             reader(tmp_path / "tran.jsonl")  # type: ignore[operator]

@@ -9,11 +9,12 @@ from little import Heard, at_call, little_spec
 
 from luthier.core import ConfigError, Diverged, ResourceError
 from luthier.runs import RunFolder, load_newest
-from luthier.training import BatchSpec, CheckpointSpec, OptimSpec, RunSpec, resume, train
+from luthier.runs.spec import BatchSpec, CheckpointSpec, OptimSpec, RunSpec
 from luthier.training.loop import Loop
 from luthier.training.objective import Objective
 from luthier.training.optimiser import Lomo
-from luthier.training.proof import run_digests
+from luthier.workflow import resume, train
+from luthier.workflow.resume_proof import run_digests
 
 torch.set_num_threads(1)
 

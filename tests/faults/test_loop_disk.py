@@ -10,10 +10,11 @@ from little import little_spec
 
 from luthier.core import DiskFull, ResourceError
 from luthier.runs import RunFolder, checkpoint, load_newest
+from luthier.runs.spec import CheckpointSpec, RunSpec
 from luthier.testing import count_ops, installed
 from luthier.testing.faults import every_operation
-from luthier.training import CheckpointSpec, RunSpec, resume, train
-from luthier.training.proof import run_digests
+from luthier.workflow import resume, train
+from luthier.workflow.resume_proof import run_digests
 
 torch.set_num_threads(1)
 

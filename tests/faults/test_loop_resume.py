@@ -16,11 +16,12 @@ from little import Heard, at_call, little_spec
 
 from luthier.core import AnatomyError, ConfigError, Interrupted
 from luthier.runs import RunFolder, checkpoints
+from luthier.runs.spec import BatchSpec, CheckpointSpec, EvalSpec, RunSpec
 from luthier.surgery import METHODS
-from luthier.training import BatchSpec, CheckpointSpec, EvalSpec, RunSpec, finish, resume, run, train, verify_resume
 from luthier.training.evaluate import Evaluator
 from luthier.training.loop import Loop
-from luthier.training.proof import run_digests
+from luthier.workflow import finish, resume, run, train, verify_resume
+from luthier.workflow.resume_proof import run_digests
 
 torch.set_num_threads(1)
 

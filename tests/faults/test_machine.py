@@ -20,12 +20,13 @@ from little import at_call, little_spec
 from luthier.core import ConfigError, DiskFull, Locked, ResourceError
 from luthier.runs import RunFolder, checkpoints, load_newest
 from luthier.runs.lock import holder_is_dead, myself
+from luthier.runs.spec import CheckpointSpec, EvalSpec, RunSpec
 from luthier.testing import Template
-from luthier.training import CheckpointSpec, EvalSpec, RunSpec, resume, train
 from luthier.training.loop import Loop
 from luthier.training.objective import Objective
-from luthier.training.proof import run_digests
 from luthier.trust import jail
+from luthier.workflow import resume, train
+from luthier.workflow.resume_proof import run_digests
 
 torch.set_num_threads(1)
 
@@ -237,7 +238,7 @@ def with_little_memory(home: str, out: str, room: int, each: int) -> None:
 
 
 def wide() -> Any:
-    from luthier.training import BatchSpec
+    from luthier.runs.spec import BatchSpec
 
     return BatchSpec(size=8, tokens=160, group_by_length=False)
 

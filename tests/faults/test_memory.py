@@ -10,13 +10,14 @@ from little import Heard, at_call, little_spec
 
 from luthier.core import ResourceError
 from luthier.runs import RunFolder, load_newest
-from luthier.training import BatchSpec, EvalSpec, RunSpec, resume, train
+from luthier.runs.spec import BatchSpec, EvalSpec, RunSpec
 from luthier.training.evaluate import Evaluator
 from luthier.training.loop import Loop
-from luthier.training.memory import out_of_memory
+from luthier.training.memory_parts import out_of_memory
 from luthier.training.objective import Objective
 from luthier.training.optimiser import Optimiser
-from luthier.training.proof import run_digests
+from luthier.workflow import resume, train
+from luthier.workflow.resume_proof import run_digests
 
 torch.set_num_threads(1)
 

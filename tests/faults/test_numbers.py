@@ -11,11 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from luthier.core import DataError, Diverged, IntegrityError, ModelError, NothingTrains
 from luthier.runs import RunFolder, load_newest
-from luthier.training import DataSpec, OptimSpec, prepared, resume, train
-from luthier.training.guard import LossScale, NumberGuard
+from luthier.runs.spec import DataSpec, OptimSpec
+from luthier.training.guards import LossScale, NumberGuard
 from luthier.training.loop import Loop
 from luthier.training.optimiser import Optimiser
 from luthier.training.precision import Precision
+from luthier.workflow import preparation as prepared
+from luthier.workflow import resume, train
 
 torch.set_num_threads(1)
 

@@ -15,12 +15,13 @@ from little import at_call, little_spec
 from luthier.core import Interrupted, Locked
 from luthier.runs import RunFolder, durable
 from luthier.runs.fault import Operation
+from luthier.runs.spec import CheckpointSpec, EvalSpec, RunSpec
 from luthier.testing import Template
-from luthier.training import CheckpointSpec, EvalSpec, RunSpec, resume, train
 from luthier.training.evaluate import Evaluator
 from luthier.training.loop import Loop
-from luthier.training.proof import run_digests
-from luthier.training.signals import Asked, StopSignals
+from luthier.training.stop_signals import Asked, StopSignals
+from luthier.workflow import resume, train
+from luthier.workflow.resume_proof import run_digests
 
 torch.set_num_threads(1)
 
@@ -249,7 +250,8 @@ SCRIPT = """
 import sys
 from little import little_spec
 from pathlib import Path
-from luthier.training import train, Listener
+from luthier.workflow import train
+from luthier.training import Listener
 
 class Printed(Listener):
     def say(self, line):

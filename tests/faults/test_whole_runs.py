@@ -16,10 +16,11 @@ from little import Heard, little_model, little_spec
 from luthier.cli import main
 from luthier.core import ConfigError, IntegrityError
 from luthier.runs import RunFolder, checkpoints
+from luthier.runs.spec import CheckpointSpec, EvalSpec, RunSpec
 from luthier.testing import Template
-from luthier.training import CheckpointSpec, EvalSpec, Predictor, RunSpec, resume, train
 from luthier.training.loop import Loop
-from luthier.training.proof import run_digests
+from luthier.workflow import Predictor, resume, train
+from luthier.workflow.resume_proof import run_digests
 
 torch.set_num_threads(1)
 

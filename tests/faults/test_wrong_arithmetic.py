@@ -9,12 +9,13 @@ from little import at_call, little_spec
 
 from luthier.core import WrongArithmetic
 from luthier.runs import RunFolder, load_newest
+from luthier.runs.spec import CheckpointSpec, RunSpec
 from luthier.surgery import METHODS
-from luthier.training import CheckpointSpec, RunSpec, resume, train
 from luthier.training.loop import Loop
 from luthier.training.objective import Objective
-from luthier.training.proof import run_digests
 from luthier.training.recheck import differing
+from luthier.workflow import resume, train
+from luthier.workflow.resume_proof import run_digests
 
 torch.set_num_threads(1)
 

@@ -9,9 +9,9 @@ from tiny import inputs, tiny
 
 from luthier import train
 from luthier.core import CompositionError, ConfigError
+from luthier.runs.spec import OptimSpec
 from luthier.surgery import METHODS, Group, attach, method
 from luthier.training.optimiser import Optimiser, optimiser_of
-from luthier.training.spec import OptimSpec
 
 
 def paces(tuned):

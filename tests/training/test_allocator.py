@@ -11,9 +11,10 @@ import pytest
 import torch
 from little import little_spec
 
-from luthier.training import allocator, train
-from luthier.training import run as running
-from luthier.training.memory import make_room
+from luthier.training import allocator
+from luthier.training.memory_parts import make_room
+from luthier.workflow import run as running
+from luthier.workflow import train
 
 glibc = pytest.mark.skipif(allocator._library() is None, reason="another C library")
 

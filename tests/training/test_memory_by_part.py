@@ -11,13 +11,14 @@ from tiny import tiny
 from torch import nn
 
 from luthier.runs import RunFolder
+from luthier.runs.spec import BatchSpec, OptimSpec
 from luthier.surgery import METHODS, attach
-from luthier.training import BatchSpec, OptimSpec, resume, train
 from luthier.training import loop as loop_file
 from luthier.training.loop import Loop
-from luthier.training.memory import Parts, whole_memory
+from luthier.training.memory_parts import Parts, whole_memory
 from luthier.training.optimiser import Optimiser
-from luthier.training.proof import run_digests
+from luthier.workflow import resume, train
+from luthier.workflow.resume_proof import run_digests
 
 torch.set_num_threads(1)
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from luthier.core import UnknownName, UsageError
-from luthier.training import metrics, tasks
+from luthier.data import tasks
+from luthier.training import metrics
 from luthier.training.metrics import METRICS, better, perplexity, score, spans_of
 
 

@@ -5,10 +5,10 @@ import torch
 from tiny import inputs, tiny
 from torch.testing import assert_close
 
+from luthier.data.batches import Batch
+from luthier.data.tasks import Task
 from luthier.surgery import attach
-from luthier.training.batches import Batch
 from luthier.training.objective import Objective
-from luthier.training.tasks import Task
 
 
 def _batch(model: torch.nn.Module) -> Batch:

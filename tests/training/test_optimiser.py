@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from luthier.core import ConfigError, IntegrityError
+from luthier.runs.spec import OptimSpec
 from luthier.surgery import Group
 from luthier.training.optimiser import Descent, Lomo, NotFinite, Optimiser, optimiser_of
-from luthier.training.spec import OptimSpec
 
 torch.set_num_threads(1)
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 from tiny import inputs, tiny
 
+from luthier.data.batches import Batch
+from luthier.data.examples import IGNORED
+from luthier.data.tasks import Task
 from luthier.surgery import attach
-from luthier.training.batches import Batch
-from luthier.training.encode import IGNORED
 from luthier.training.evaluate import Evaluator
-from luthier.training.guard import NumberGuard
+from luthier.training.guards import NumberGuard
 from luthier.training.objective import Objective
 from luthier.training.precision import Precision
 from luthier.training.schedule import factor
-from luthier.training.tasks import Task
 
 # --- schedules
 

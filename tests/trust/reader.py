@@ -105,7 +105,7 @@ def main() -> None:
         elif reader == "template":
             trust.template.render(Path(path).read_text(encoding="utf-8"), TALK)
         elif reader in ("jsonl", "csv", "parquet"):
-            trust.rows.read(path, require=["text"])
+            trust.row_files.read(path, require=["text"])
         elif reader == "model":
             trust.model.check_folder(path)
         elif reader == "pickle":

@@ -12,7 +12,7 @@ from luthier.training import Listener
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from luthier.training import Result
+    from luthier.workflow import Result
 
 __all__ = ["Watcher", "facts_of", "show_result"]
 

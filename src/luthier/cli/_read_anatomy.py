@@ -7,7 +7,7 @@ import transformers
 
 from luthier.anatomy import Anatomy
 from luthier.core import ModelError
-from luthier.training.load import find_model, load_config, quiet
+from luthier.workflow.load_model import find_model, load_config, quiet
 
 __all__ = ["read_anatomy"]
 

@@ -37,7 +37,8 @@ def _end_with_the_parent() -> None:
 
 def _train(screen: Screen, answers: object) -> int:
     from luthier.cli._progress import Watcher, facts_of
-    from luthier.training import RunSpec, train
+    from luthier.runs.spec import RunSpec
+    from luthier.workflow import train
 
     spec = RunSpec.from_plain(tomllib.loads(sys.stdin.read()))
     result = train(spec, listener=Watcher(screen, title=spec.method, brief=True))

@@ -66,7 +66,7 @@ def command(
     best = max(runs, key=lambda run: (run["scores"]["accuracy"], -run["trained"]))
     questions = _questions()
     show(f"\nThe best on held-out questions is {best['method']}. It says:\n")
-    from luthier.training import predict
+    from luthier.workflow import predict
 
     answers = predict(best["path"], texts=questions)
     screen().table(

@@ -26,7 +26,7 @@ def command(
     """
     from luthier.core import ConfigError
     from luthier.surgery import to_peft
-    from luthier.training import Predictor
+    from luthier.workflow import Predictor
 
     if Path(target).exists():
         raise ConfigError(f"{target}: is there already. Name a folder that does not exist.")

@@ -31,7 +31,7 @@ def command(
     if bool(text) == (data is not None):
         raise UsageError("predict: give --text, or --data with a file of rows: one of the two.")
 
-    from luthier.training import predict
+    from luthier.workflow import predict
 
     answers = predict(run, texts=text or [], data=data, max_new_tokens=max_new_tokens)
     screen().result({"run": run, "answers": answers})

@@ -37,6 +37,6 @@ def command(
     changed = dict(replace_word(word) for word in settings or [])
 
     from luthier.cli._progress import Watcher, show_result
-    from luthier.training import resume
+    from luthier.workflow import resume
 
     show_result(resume(run, changed=changed, accept_drift=accept_drift or [], listener=Watcher()))

@@ -102,7 +102,8 @@ def command(
 
     from luthier.cli._progress import Watcher, show_result
     from luthier.core import plain
-    from luthier.training import RunSpec, train
+    from luthier.runs.spec import RunSpec
+    from luthier.workflow import train
 
     values = plain(RunSpec.from_toml(Path(model))) if from_file else {"model": model, "data": {}}
     if from_file:

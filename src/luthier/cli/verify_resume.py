@@ -27,7 +27,8 @@ def command(
       luthier verify-resume runs/x/spec.toml --steps 10
     """
     from luthier.cli._progress import Watcher
-    from luthier.training import RunSpec, verify_resume
+    from luthier.runs.spec import RunSpec
+    from luthier.workflow import verify_resume
 
     read = RunSpec.from_toml(Path(spec))
     with tempfile.TemporaryDirectory(prefix="luthier-verify-") as folder:

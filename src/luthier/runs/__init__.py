@@ -17,7 +17,7 @@ from luthier.runs.checkpoint import (
 from luthier.runs.environment import differences, environment
 from luthier.runs.journal import Journal, Replay
 from luthier.runs.manifest import Verified, read_verified
-from luthier.runs.memory import peak_bytes, reset_peak, resident_bytes
+from luthier.runs.peak_memory import peak_bytes, reset_peak, resident_bytes
 from luthier.runs.record import Record
 from luthier.runs.store import RunFolder
 

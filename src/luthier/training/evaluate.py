@@ -11,14 +11,14 @@ import torch
 from numpy.typing import NDArray
 
 from luthier.core import ResourceError
+from luthier.data.batches import Batch, EvalBatches, cut
+from luthier.data.examples import IGNORED, Examples
+from luthier.data.tasks import Task
 from luthier.surgery import Tuned
 from luthier.training import metrics
-from luthier.training.batches import Batch, EvalBatches, cut
-from luthier.training.encode import IGNORED, Examples
-from luthier.training.memory import make_room, out_of_memory
+from luthier.training.memory_parts import make_room, out_of_memory
 from luthier.training.objective import Objective
 from luthier.training.precision import Precision
-from luthier.training.tasks import Task
 
 __all__ = ["Evaluator", "plain_scores"]
 

@@ -21,20 +21,20 @@ import torch
 from torch import Tensor
 
 from luthier.core import Diverged, Interrupted, ResourceError, WrongArithmetic, key
+from luthier.data.batches import Batch, Batches, ahead
 from luthier.runs import Checkpoint, RunFolder, load_newest, prune, save_checkpoint
+from luthier.runs.spec import RunSpec
 from luthier.surgery import Method, Tuned
-from luthier.training.batches import Batch, Batches, ahead
+from luthier.training.early_stopping import Selection
 from luthier.training.evaluate import Evaluator, plain_scores
-from luthier.training.guard import LossScale, NoOpGuard, NumberGuard
-from luthier.training.memory import Parts, make_room, out_of_memory
+from luthier.training.guards import LossScale, NoOpGuard, NumberGuard
+from luthier.training.memory_parts import Parts, make_room, out_of_memory
 from luthier.training.objective import Objective, Result
 from luthier.training.optimiser import Lomo, NotFinite, Optimiser
 from luthier.training.precision import Precision
 from luthier.training.recheck import differing
 from luthier.training.schedule import factor
-from luthier.training.selection import Selection
-from luthier.training.signals import Asked, StopSignals
-from luthier.training.spec import RunSpec
+from luthier.training.stop_signals import Asked, StopSignals
 
 __all__ = ["Listener", "Loop"]
 

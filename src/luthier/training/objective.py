@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from luthier import kernels
+from luthier.data.batches import Batch, Batches
+from luthier.data.examples import IGNORED
+from luthier.data.tasks import Task
 from luthier.surgery import Tuned
-from luthier.training.batches import Batch, Batches
-from luthier.training.encode import IGNORED
-from luthier.training.features import Features, features_of
-from luthier.training.tasks import Task
+from luthier.training.frozen_features import Features, features_of
 
 __all__ = ["Objective", "Result"]
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from luthier import kernels
 from luthier.core import ConfigError, IntegrityError
+from luthier.runs.spec import OptimSpec
 from luthier.surgery import Group
 from luthier.training.decay import undecayed
-from luthier.training.spec import OptimSpec
 
 __all__ = ["Descent", "Lomo", "NotFinite", "Optimiser", "optimiser_of"]
 

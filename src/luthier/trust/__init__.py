@@ -4,7 +4,7 @@ Everything else takes what these modules have verified. Nothing here runs code t
 (but `convert`, in a jailed child process), and nothing falls back to a weaker reader. Importing it imports no torch.
 """
 
-from luthier.trust import archive, config, convert, gguf, jail, model, rows, safetensors, scan, template, text
+from luthier.trust import archive, config, convert, gguf, jail, model, row_files, safetensors, scan, template, text
 from luthier.trust._limits import Limits
 
 __all__ = [
@@ -15,7 +15,7 @@ __all__ = [
     "gguf",
     "jail",
     "model",
-    "rows",
+    "row_files",
     "safetensors",
     "scan",
     "template",

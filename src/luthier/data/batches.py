@@ -1,0 +1,262 @@
+"""Batches: examples side by side, padded; made in the order that `luthier.data.order` gives."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from luthier.core import DataError
+from luthier.data.examples import IGNORED, Examples
+from luthier.data.order import Order
+
+__all__ = ["Batch", "Batches", "Collator", "EvalBatches", "in_order"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """Examples side by side, padded to the longest."""
+
+    inputs: dict[str, Tensor]
+    """what the model is called with: input_ids, attention_mask, and token_type_ids or decoder_input_ids; (b, t)"""
+    labels: Tensor | None
+    """(b, t) int64 with IGNORED where there is no loss, or one target for each example: (b,) or (b, labels)"""
+    rows: NDArray[np.int64] = field(repr=False)
+    """the example that each line is"""
+    n_targets: int
+    """numbers in the loss"""
+    n_tokens: int
+    """tokens without padding"""
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        inputs = {name: t.to(device, non_blocking=True) for name, t in self.inputs.items()}
+        labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
+        return replace(self, inputs=inputs, labels=labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collator:
+    """Makes batches of examples. A pure function of the examples' indices.
+
+    Args:
+        pad_id: fills ids up; masked in attention and loss.
+        pad_to: lengths are rounded up to a multiple of this.
+        left: pad on the left, for generation.
+        decoder_start: first id of the decoder's input (seq2seq), which is the labels moved one to the right.
+    """
+
+    pad_id: int
+    pad_to: int = 1
+    left: bool = False
+    decoder_start: int | None = None
+
+    def __call__(self, examples: Examples, indices: NDArray[np.int64]) -> Batch:
+        ids, mask = self._lay(examples.ids, examples.offsets, indices, self.pad_id)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if examples.types is not None:
+            inputs["token_type_ids"] = self._lay(examples.types, examples.offsets, indices, 0)[0]
+        labels: Tensor | None = None
+        if examples.answers is not None:
+            assert examples.answer_offsets is not None
+            labels = self._lay(examples.answers, examples.answer_offsets, indices, IGNORED, left=False)[0]
+            if self.decoder_start is not None:
+                inputs["decoder_input_ids"] = self._moved_right(labels)
+        elif examples.labels is not None:
+            labels = self._lay(examples.labels, examples.offsets, indices, IGNORED)[0]
+        elif examples.targets is not None:
+            labels = torch.from_numpy(examples.targets[indices])
+        return Batch(
+            inputs=inputs,
+            labels=labels,
+            rows=indices,
+            n_targets=int(examples.n_targets[indices].sum()),
+            n_tokens=int(examples.lengths_of(indices).sum()),
+        )
+
+    def _lay(
+        self,
+        flat: NDArray[Any],
+        offsets: NDArray[np.int64],
+        indices: NDArray[np.int64],
+        fill: int,
+        left: bool | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Lay pieces of a flat array side by side: values (b, t) and a mask of the same shape, both int64."""
+        starts = offsets[indices]
+        lengths = offsets[indices + 1] - starts
+        width = max(1, -(-int(lengths.max(initial=0)) // self.pad_to) * self.pad_to)
+        place = np.arange(width)[None, :]
+        if self.left if left is None else left:
+            place = place - (width - lengths)[:, None]
+        real = (place >= 0) & (place < lengths[:, None])
+        values = np.full(real.shape, fill, dtype=np.int64)
+        values[real] = flat[(starts[:, None] + place)[real]]
+        return torch.from_numpy(values), torch.from_numpy(real.astype(np.int64))
+
+    def _moved_right(self, labels: Tensor) -> Tensor:
+        assert self.decoder_start is not None
+        moved = labels.new_full(labels.shape, self.decoder_start)
+        moved[:, 1:] = labels[:, :-1]
+        return moved.masked_fill(moved == IGNORED, self.pad_id)
+
+
+class Batches:
+    """The micro-batches of each optimiser step.
+
+    Args:
+        tokens: padded tokens of a micro-batch, at most; a longer example stands alone.
+        accumulate: micro-batches of a step, at least (if it has so many examples).
+        workers: threads that collate ahead; the batches are the same for any number.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        order: Order,
+        collator: Collator,
+        tokens: int,
+        accumulate: int = 1,
+        workers: int = 0,
+    ) -> None:
+        self.examples = examples
+        self.order = order
+        self.collator = collator
+        self.tokens = tokens
+        self.accumulate = accumulate
+        self.workers = workers
+        self._lengths = examples.lengths
+        _refuse_hidden_ends(examples, collator.pad_id)
+
+    def n_targets(self, epoch: int, step: int) -> int:
+        """Numbers in the loss of a whole step: what the sum of its losses is divided by, however it is cut."""
+        return int(self.examples.n_targets[self.order.rows(epoch, step)].sum())
+
+    def pieces(self, epoch: int, step: int, tokens: int | None = None) -> list[NDArray[np.int64]]:
+        """Cut a step into micro-batches, longest examples first.
+
+        Args:
+            tokens: budget of padded tokens, in place of the usual one (after running out of memory).
+        """
+        rows = self.order.rows(epoch, step)
+        most = -(-len(rows) // self.accumulate)
+        return cut(rows, self._lengths, tokens or self.tokens, most, self.collator.pad_to)
+
+    def step(self, epoch: int, step: int, tokens: int | None = None) -> list[Batch]:
+        """The micro-batches of one optimiser step."""
+        return [self.collator(self.examples, piece) for piece in self.pieces(epoch, step, tokens)]
+
+    def from_step(self, start: int, stop: int) -> Iterator[tuple[int, list[Batch]]]:
+        """(global step, its micro-batches) for every step from `start` up to `stop`, prepared ahead by the workers."""
+        return ahead(lambda s: self.step(*self.order.at(s)), range(start, stop), self.workers)
+
+    def longest(self) -> Batch:
+        """The widest micro-batch that can occur: tried first, so that memory runs out before step 1 or not at all."""
+        rows = np.argsort(-self._lengths, kind="stable")[: self.order.size].astype(np.int64)
+        piece = cut(rows, self._lengths, self.tokens, -(-len(rows) // self.accumulate), self.collator.pad_to)[0]
+        return self.collator(self.examples, piece)
+
+
+def cut(
+    rows: NDArray[np.int64], lengths: NDArray[np.int64], tokens: int, most: int, pad_to: int = 1
+) -> list[NDArray[np.int64]]:
+    """Sort rows by length, longest first, and cut them so that no piece has more than `tokens` padded tokens.
+
+    A row that is longer than the budget stands alone; no piece has more than `most` rows.
+    """
+    by_length = rows[np.argsort(-lengths[rows], kind="stable")]
+    pieces: list[NDArray[np.int64]] = []
+    start = 0
+    while start < len(by_length):
+        width = -(-int(lengths[by_length[start]]) // pad_to) * pad_to
+        count = min(max(1, tokens // max(width, 1)), most)
+        pieces.append(by_length[start : start + count])
+        start += count
+    return pieces
+
+
+def ahead(work: Callable[[int], T], items: Sequence[int], workers: int) -> Iterator[tuple[int, T]]:
+    """(item, work(item)) in the order of the items; with workers, a few items are worked on ahead in threads."""
+    if workers == 0:
+        for item in items:
+            yield item, work(item)
+        return
+    with ThreadPoolExecutor(max_workers=workers, thread_name_prefix="luthier-batch") as pool:
+        waiting: list[tuple[int, Future[T]]] = []
+        try:
+            for item in items:
+                waiting.append((item, pool.submit(work, item)))
+                if len(waiting) > workers:
+                    first, future = waiting.pop(0)
+                    yield first, future.result()
+            while waiting:
+                first, future = waiting.pop(0)
+                yield first, future.result()
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+
+class EvalBatches:
+    """Batches for evaluation and prediction: sorted by length, longest first; `in_order` puts results back."""
+
+    def __init__(self, examples: Examples, collator: Collator, tokens: int, most: int = 256) -> None:
+        self.examples = examples
+        self.collator = collator
+        self.most = most
+        self.tokens = tokens
+        _refuse_hidden_ends(examples, collator.pad_id)
+
+    def pieces(self, tokens: int | None = None) -> list[NDArray[np.int64]]:
+        """The examples of each batch."""
+        everything = np.arange(len(self.examples), dtype=np.int64)
+        return cut(everything, self.examples.lengths, tokens or self.tokens, self.most, self.collator.pad_to)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for piece in self.pieces():
+            yield self.collator(self.examples, piece)
+
+    def __len__(self) -> int:
+        return len(self.pieces())
+
+
+def in_order(parts: Sequence[tuple[NDArray[np.int64], Sequence[T]]]) -> list[T]:
+    """Results of batches, put into the order of the examples.
+
+    Args:
+        parts: (`Batch.rows`, one result for each of them), together every example once.
+
+    >>> in_order([(np.array([2, 0]), ["c", "a"]), (np.array([1]), ["b"])])
+    ['a', 'b', 'c']
+    """
+    rows = np.concatenate([rows for rows, _ in parts]) if parts else np.zeros(0, dtype=np.int64)
+    results = [result for _, values in parts for result in values]
+    assert len(rows) == len(results), f"{len(rows)} rows but {len(results)} results"
+    assert np.array_equal(np.sort(rows), np.arange(len(rows))), "a row is missing or stands twice"
+    ordered = [results[i] for i in np.argsort(rows, kind="stable")]
+    return ordered
+
+
+def _refuse_hidden_ends(examples: Examples, pad_id: int) -> None:
+    """Decoders with a classification head look for the last token that is not padding; a row may not end in that id.
+
+    Raises:
+        DataError: a labelled row ends in the padding token.
+    """
+    if examples.targets is None or len(examples) == 0:
+        return
+    ends = examples.ids[examples.offsets[1:] - 1]
+    wrong = np.flatnonzero(ends == pad_id)
+    if len(wrong):
+        row = int(examples.rows[wrong[0]])
+        raise DataError(
+            f"{examples.ledger.place(row)}: the text ends in token {pad_id}, which stands for padding, so a"
+            " classification head would not see its end. Remove it from the text, or give the tokenizer another"
+            " padding token."
+        )

@@ -1,0 +1,19 @@
+"""From a spec to a record: what is prepared, built, trained, finished, resumed and asked.
+
+preparation      everything that can be refused is refused there: nothing has been written yet
+build            the method's edits on the model, and the loop around it
+run              `train` and `resume`
+resume_checks    what may differ between a run and its resumption
+resume_proof     a run that is stopped and resumed, against one that was not
+finish           the tuning is saved, read back, compared, and scored
+prediction       answers of a finished run
+load_model       a model and its tokenizer, from a folder, a sample or the hub
+"""
+
+from luthier.workflow.finish import Result
+from luthier.workflow.prediction import Predictor, predict
+from luthier.workflow.preparation import Prepared, prepare
+from luthier.workflow.resume_proof import verify_resume
+from luthier.workflow.run import resume, train
+
+__all__ = ["Predictor", "Prepared", "Result", "predict", "prepare", "resume", "train", "verify_resume"]

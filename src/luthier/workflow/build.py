@@ -1,0 +1,107 @@
+"""The parts of a run put together: model, edits, batches, optimiser, loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from luthier import kernels
+from luthier.core import ModelError, human_count
+from luthier.data.batches import Batches, Collator, EvalBatches
+from luthier.data.examples import Examples
+from luthier.data.order import Order
+from luthier.runs import RunFolder, reset_peak, resident_bytes
+from luthier.surgery import attach, compose
+from luthier.training.early_stopping import Selection
+from luthier.training.evaluate import Evaluator
+from luthier.training.lomo_checks import refuse_inexact
+from luthier.training.loop import Listener, Loop
+from luthier.training.objective import Objective
+from luthier.training.optimiser import optimiser_of
+from luthier.workflow.load_model import load_model
+from luthier.workflow.preparation import Prepared
+
+__all__ = ["assemble", "evaluator_of"]
+
+
+def assemble(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
+    """Load, attach, and give what makes the loop once there is a folder. Still nothing is written."""
+    spec = prepared.spec
+    reset_peak()
+    program = resident_bytes()  # Python, its libraries and the encoded rows, before any weight is there
+    model, fresh = load_model(
+        prepared.source, prepared.task, dtype=prepared.weights, device=prepared.device, seed=spec.seed
+    )
+    model.config.pad_token_id = prepared.pad_id
+    _check_finite(model, prepared.source.name)
+    method = prepared.method
+    tuned = attach(model, method, seed=spec.seed, new_tensors=fresh)
+    trains_base = any(m.trains_base for m in method.parts())
+    trunk_dropout = spec.trunk_dropout == "on" or (spec.trunk_dropout == "auto" and trains_base)
+    if spec.fast:
+        tuned.route_attention()
+        tuned.quicken(dropout=trunk_dropout)
+    if spec.gradient_checkpointing is True:
+        tuned.checkpoint_activations()
+    needs_logits = any(getattr(m, "needs_logits", False) for m in method.parts())
+    objective = Objective(tuned, prepared.task, full_logits=needs_logits)
+    order = Order(prepared.train.lengths, spec.batch.size, spec.seed, spec.batch.group_by_length)
+    start = getattr(model.config, "decoder_start_token_id", None) if prepared.task.name == "seq2seq" else None
+    collator = Collator(pad_id=prepared.pad_id, pad_to=spec.batch.pad_to, decoder_start=start)
+    batches = Batches(prepared.train, order, collator, spec.batch.tokens, spec.batch.accumulate, spec.batch.workers)
+    later = spec.total_steps(order.steps_per_epoch) > order.steps_per_epoch  # in one epoch no row comes twice
+    features = objective.keep_features(batches) if later else None
+    if spec.optim.name == "lomo":
+        refuse_inexact(spec, tuned, batches)
+    optimiser = optimiser_of(spec.optim, tuned.trained(), tuned.groups(), method.default_lr)
+    metric = spec.eval.metric or prepared.task.headline
+    every = spec.eval.every
+    if every is None:
+        every = order.steps_per_epoch if spec.eval.selects else 0
+
+    def make(run: RunFolder, listener: Listener) -> Loop:
+        if features is not None and spec.fast and kernels.fast():
+            listener.say(features.sentence())
+        if spec.optim.weight_decay > 0:
+            decays, rests = (human_count(n) for n in optimiser.decayed())
+            listener.say(
+                f"weight decay {spec.optim.weight_decay:g}: {decays} numbers decay; {rests} do not (norms, biases, and "
+                "what the method keeps from it)"
+            )
+        loop = Loop(
+            spec=spec, tuned=tuned, objective=objective, batches=batches, optimiser=optimiser,
+            precision=prepared.precision, device=prepared.device, run=run, evaluator=None, eval_every=every,
+            selection=Selection(spec.eval, metric), place=lambda row: prepared.train_table.places[row],
+            identity={"spec": spec.digest(), "method": compose.spell(method), "model": prepared.source.digest},
+            trunk_dropout=trunk_dropout,
+            listener=listener,
+            program_bytes=program,
+        )  # fmt: skip
+        # What nothing selects by may be looked at: without best or patience these are the test rows.
+        looked_at = prepared.selection if spec.eval.selects else prepared.test
+        if every and looked_at is not None:
+            loop.evaluator = evaluator_of(prepared, loop, looked_at)
+        return loop
+
+    return make
+
+
+def evaluator_of(prepared: Prepared, loop: Loop, examples: Examples) -> Evaluator:
+    tokens = 2 * prepared.spec.batch.tokens
+    objective = Objective(loop.tuned, prepared.task, scoring=True)
+    if prepared.task.name in ("causal_lm", "seq2seq") and not objective.chunked:
+        # Where all logits of a batch are held at once: 2^26 of them are 256 MiB in fp32.
+        tokens = max(1, min(tokens, 2**26 // int(loop.tuned.model.get_input_embeddings().weight.shape[0])))
+    return Evaluator(
+        loop.tuned, objective,
+        EvalBatches(examples, loop.batches.collator, tokens), prepared.precision, prepared.device,
+        lambda: loop.signals.check(),
+    )  # fmt: skip
+
+
+def _check_finite(model: Any, name: str) -> None:
+    for tensor_name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not torch.isfinite(parameter.detach()).all():
+            raise ModelError(f"{name}: tensor {tensor_name} holds NaN or infinity. Use an undamaged copy of the model.")

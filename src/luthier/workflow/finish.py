@@ -1,0 +1,160 @@
+"""What follows the last step: the tuning is chosen, refused where it is none, saved, read back, compared and scored."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from luthier.core import IntegrityError, NothingTrains, plain
+from luthier.runs import Record, RunFolder, durable, environment, load_step, peak_bytes
+from luthier.surgery import Tuned, tuning_files
+from luthier.training.evaluate import plain_scores
+from luthier.training.loop import Loop
+from luthier.training.memory_parts import whole_memory
+from luthier.workflow.build import evaluator_of
+from luthier.workflow.preparation import Prepared
+
+__all__ = ["Result", "finish", "record_of", "result_of"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A finished run: its folder, its record, and the model as it was saved."""
+
+    path: Path
+    record: Record
+    scores: dict[str, float]
+    tuned: Tuned = field(repr=False)
+    tokenizer: Any = field(repr=False)
+    seconds: float
+    peak_bytes: int | None
+    stored_bytes: int
+    memory: dict[str, int]
+    n_params: int
+    n_base: int
+
+
+def finish(prepared: Prepared, loop: Loop, run: RunFolder) -> tuple[dict[str, float], int]:
+    """The result: chosen, brought into its stored form, refused where it is none, saved, read back, scored."""
+    loop.optimiser.let_go()  # the last checkpoint holds it
+    _take_best(loop, run)
+    loop._mode(training=False)
+    loop.tuned.finish()
+    loop.signals.check()
+    _refuse_base(prepared, loop)
+    stored = _save(prepared, loop.tuned, run)
+    scores = evaluator_of(prepared, loop, prepared.test).scores() if prepared.test is not None else {}
+    if scores:
+        run.event("scores", lasting=False, step=loop.step, **plain_scores(scores, 6))
+        loop.listener.scores(loop.step, scores)
+    run.flush()
+    run.write_json("scores.json", plain_scores(scores))
+    return scores, stored
+
+
+def _take_best(loop: Loop, run: RunFolder) -> None:
+    """Put the best evaluation's tensors back, where the spec asks for the best and it was not the last."""
+    best = loop.selection.kept
+    if best is None or best == loop.step:
+        return
+    found = load_step(run, best)
+    if found is None:
+        raise IntegrityError(
+            f"{run.ckpt}: the checkpoint of the best step, {best}, is gone or damaged. Restore it from a copy, or "
+            "start a new run."
+        )
+    loop.tuned.load_state_tensors(found.tensors["adapter"])
+    run.event("best_taken", step=best, value=loop.selection.best_value)
+
+
+def _refuse_base(prepared: Prepared, loop: Loop) -> None:
+    """Nothing that equals its base may be called a result."""
+    # A few short rows: all logits of the longest batch of a language model would be the run's highest memory.
+    lengths = prepared.train.lengths
+    short = np.argsort(lengths, kind="stable")[: max(1, min(8, 256 // max(1, int(lengths.min()))))].astype(np.int64)
+    batch = loop.batches.collator(prepared.train, short).to(loop.device)
+    with torch.inference_mode(), prepared.precision.autocast(loop.device):
+        model = loop.tuned.model
+        tuned_output = model(**batch.inputs)[0].float()
+        with loop.tuned.base_only():
+            base = model(**batch.inputs)[0].float()
+    if torch.equal(tuned_output, base):
+        raise NothingTrains(
+            "after training the model computes exactly what its base computes: nothing was learnt, nothing is saved."
+        )
+    if not torch.isfinite(tuned_output).all():
+        raise IntegrityError(
+            "the trained model's outputs are not finite; it is not saved. Resume with a lower learning rate."
+        )
+
+
+def _save(prepared: Prepared, tuned: Tuned, run: RunFolder) -> int:
+    """Write the tuning with its contract, read it back, and compare."""
+    if run.tuning.exists():
+        # Of an attempt that was stopped before its scores. It is the same one, unless the spec has changed since.
+        leaving = run.tuning.with_name(f".del-{run.tuning.name}")
+        durable.rename(run.tuning, leaving)
+        durable.remove_folder(leaving)
+    about: dict[str, Any] = {
+        "task": {**plain(prepared.task), "columns": plain(prepared.columns)},
+        "labels": list(prepared.task.labels),
+        "precision": prepared.precision.name,
+        "contract": {
+            "max_length": prepared.max_length,
+            "pad": prepared.pad,
+            "tokenizer": prepared.fingerprints["tokenizer"],
+            "template": plain(prepared.template) if prepared.template is not None else None,
+            "loss_on": prepared.spec.data.loss_on,
+            "weights": "fp32" if prepared.weights == torch.float32 else prepared.precision.name,
+        },
+    }
+    tuned.save(run.tuning, about=about)
+    from luthier.trust import safetensors
+
+    held = tuning_files.stored_tensors(tuned.tuning())
+    differs = safetensors.unequal(run.tuning / "tuning.safetensors", held, tuning_files.weights_digest(run.tuning))
+    if differs:
+        raise IntegrityError(
+            f"{run.tuning}: {', '.join(differs[:3])} read back otherwise than written. The disk is at fault."
+        )
+    return sum(p.stat().st_size for p in run.tuning.iterdir())
+
+
+def record_of(
+    prepared: Prepared, loop: Loop, run: RunFolder, scores: dict[str, float], stored: int, status: str,
+    because: tuple[str, ...], seconds: float = 0.0,
+) -> Record:  # fmt: skip
+    peak = _peak(loop.device)
+    program = loop.program_bytes if loop.device.type == "cpu" else 0  # a GPU's peak is of its own memory
+    return Record(
+        spec=plain(prepared.spec),
+        environment=environment(str(prepared.device)),
+        scores={k: float(v) for k, v in scores.items() if math.isfinite(v)},
+        seconds=seconds,
+        peak_bytes=peak,
+        memory=whole_memory(loop.memory, program, peak),
+        trained=prepared.n_params,
+        stored=stored,
+        status=status,
+        bit_exact=not because,
+        because=because,
+    )
+
+
+def _peak(device: torch.device) -> int | None:
+    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else peak_bytes()
+
+
+def result_of(
+    prepared: Prepared, loop: Loop, run: RunFolder, record: Record, scores: dict[str, float], stored: int
+) -> Result:
+    return Result(
+        path=run.path, record=record, scores=scores, tuned=loop.tuned, tokenizer=prepared.tokenizer,
+        seconds=loop.seconds, peak_bytes=record.peak_bytes, stored_bytes=stored, memory=dict(record.memory),
+        n_params=prepared.n_params, n_base=prepared.n_base,
+    )  # fmt: skip

@@ -1,0 +1,188 @@
+"""From a name to a model, its tokenizer and its fingerprint. Nothing that a file says is executed."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from luthier.core import ModelError, near
+from luthier.data.tasks import Task
+from luthier.surgery import keyed
+from luthier.trust.model import ModelFolder, check_folder
+
+__all__ = ["Loaded", "Source", "find_model", "load_config", "load_model", "load_tokenizer", "quiet"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checked folder with a model."""
+
+    name: str
+    folder: ModelFolder
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+        return Path(self.folder.path)
+
+    @property
+    def digest(self) -> str:
+        """Of its configuration and weights."""
+        return self.folder.digest
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready for surgery."""
+
+    model: Any
+    tokenizer: Any
+    source: Source
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' notices and bars off the terminal: what a user must know, we say ourselves."""
+    import transformers
+
+    logger = logging.getLogger("transformers")
+    level, shown = logger.level, transformers.utils.logging.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def find_model(name: str) -> Source:
+    """Find and check a model: `sample:NAME`, a folder, or a hub name.
+
+    Raises:
+        UnknownName: no such sample.
+        ModelError, Refused: no such folder, or one that cannot or must not be used.
+    """
+    if name.startswith("sample:"):
+        from luthier import samples
+
+        return Source(name, check_folder(samples.model_path(name.removeprefix("sample:"))))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return Source(name, check_folder(path))
+    if path.exists():
+        raise ModelError(f"{name}: is a file; a model is a folder with config.json and safetensors weights.")
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise ModelError(
+            f"{name}: no such model folder.{near(path.name, beside)} Name a folder, sample:NAME "
+            "(`luthier samples` lists them), or a hub name such as org/model."
+        )
+    return Source(name, check_folder(_download(name)))
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ModelError(
+            f"{name}: cannot be had from the hub ({str(error).splitlines()[0]}). "
+            "Check the name and the network, or name a folder or sample:NAME."
+        ) from error
+
+
+def load_config(source: Source) -> Any:
+    """The model's configuration object."""
+    from transformers import AutoConfig
+
+    with quiet():
+        return AutoConfig.from_pretrained(source.path, local_files_only=True)
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The model's own tokenizer.
+
+    Raises:
+        ModelError: the folder has none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(source.path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{source.name}: no tokenizer that can be read ({str(error).splitlines()[0]}). "
+            "Put the model's tokenizer.json and tokenizer_config.json into its folder."
+        ) from error
+
+
+def _with_head(config: Any, task: Task) -> Any:
+    if task.n_outputs is not None:
+        config.num_labels = task.n_outputs
+        if task.labels:
+            config.id2label = dict(enumerate(task.labels))
+            config.label2id = {label: i for i, label in enumerate(task.labels)}
+        if task.problem_type is not None:
+            config.problem_type = task.problem_type
+    return config
+
+
+def empty_model(source: Source, task: Task) -> Any:
+    """The model's structure on the meta device: for its anatomy and for counts, before any weight is read."""
+    import transformers
+
+    with quiet(), torch.device("meta"):
+        return getattr(transformers, task.auto_class).from_config(_with_head(load_config(source), task))
+
+
+def load_model(
+    source: Source, task: Task, *, dtype: torch.dtype, device: torch.device, seed: int
+) -> tuple[Any, tuple[str, ...]]:
+    """Load the weights, memory-mapped, with a new head for the task where one is needed.
+
+    Returns:
+        the model, and the names of the tensors that no weight file filled: they have to learn.
+
+    Raises:
+        ModelError: weights are missing or do not fit the configuration.
+    """
+    import transformers
+
+    auto = getattr(transformers, task.auto_class)
+    try:
+        with quiet(), keyed(seed, "head"):
+            model, report = auto.from_pretrained(
+                source.path,
+                config=_with_head(load_config(source), task),
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{source.name}: cannot be loaded for {task.name}: {str(error).splitlines()[0]}") from error
+    from luthier.anatomy import Anatomy
+
+    heads = set(Anatomy.read(model).head_tensors)
+    # A new head has no weights yet, and a pooler may be absent from a checkpoint of a bare encoder.
+    missing = [n for n in report["missing_keys"] if n not in heads and "pooler" not in n]
+    if missing:
+        raise ModelError(
+            f"{source.name}: {len(missing)} tensors of {type(model).__name__} are not in its weights, such as "
+            f"{', '.join(sorted(missing)[:3])}. It would start from random numbers there; use the right model folder."
+        )
+    return model.to(device).eval(), tuple(sorted(report["missing_keys"]))

@@ -1,0 +1,185 @@
+"""Everything that can be refused is refused here, and all a run needs is read: nothing has been written yet."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+
+from luthier.__version__ import __version__
+from luthier.anatomy import Anatomy
+from luthier.core import ConfigError, NothingTrains, UnknownName, human_count, key, plain
+from luthier.data.chat import ChatTemplate
+from luthier.data.columns import Columns
+from luthier.data.encode import encode
+from luthier.data.examples import Examples
+from luthier.data.load_data import load_data
+from luthier.data.order import shuffled
+from luthier.data.rows import Table, split_rows
+from luthier.data.tasks import Task
+from luthier.data.tokenizer import choose_length, choose_pad
+from luthier.runs.spec import RunSpec
+from luthier.surgery import Method, compose
+from luthier.training.precision import Precision, choose_device, choose_precision
+from luthier.workflow.load_model import Source, empty_model, find_model, load_config, load_tokenizer
+
+__all__ = ["Prepared", "prepare", "tokenizer_digest"]
+
+_LANGUAGE_ROWS = 200  # a language model's rows are long: all of them can take longer than training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Everything a run needs, checked, before anything is written or trained."""
+
+    spec: RunSpec
+    source: Source
+    method: Method
+    task: Task
+    columns: Columns
+    train_table: Table
+    test_table: Table | None
+    tokenizer: Any = field(repr=False)
+    train: Examples
+    selection: Examples | None  # training rows held out to select by; the test half has no part in that
+    test: Examples | None
+    pad_id: int
+    pad: dict[str, Any]
+    max_length: int
+    n_params: int
+    n_base: int
+    precision: Precision
+    device: torch.device
+    weights: torch.dtype
+    fingerprints: dict[str, str]
+    lines: tuple[str, ...]
+
+    @property
+    def template(self) -> ChatTemplate | None:
+        """The chat template of a language task with turns."""
+        language = self.task.name == "causal_lm" and self.columns.shape != "plain"
+        return ChatTemplate.of(self.tokenizer) if language else None
+
+
+def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None) -> Prepared:
+    """Read data and model structure, and refuse what cannot work. Writes nothing.
+
+    Raises:
+        Any LuthierError: names value, place and what to do.
+    """
+    _refuse_ranks()
+    if spec.threads is not None:
+        torch.set_num_threads(spec.threads)
+    lines: list[str] = []
+
+    def note(line: str) -> None:
+        lines.append(line)
+        say(line)
+
+    method = _method(spec)
+    device = choose_device(spec.device)
+    precision = choose_precision(spec.precision, device)
+    source = find_model(spec.model)
+    config = load_config(source)
+    data = load_data(spec.data, spec.task, config)
+    table, test, columns, task = data.train, data.test, data.columns, data.task
+    for remark in data.notes:
+        note(remark)
+    select = None
+    if spec.eval.selects:
+        by_class = task.name == "classification" and not task.multi_label
+        table, select = split_rows(
+            table, spec.eval.share, key(spec.data.split_seed, "select"), columns.content,
+            columns.outcome if by_class else None,
+        )  # fmt: skip
+        assert select is not None
+        note(f"{len(select)} training rows are held out to select by; the test half is scored once, at the end")
+    if spec.eval.metric is not None:
+        task.check_metric(spec.eval.metric)
+    most = spec.eval.rows or (_LANGUAGE_ROWS if task.name in ("causal_lm", "seq2seq") else None)
+    if test is not None and most is not None and len(test) > most:
+        note(f"scores are of {most} of the {len(test)} test rows (eval.rows)")
+        test = test.take(np.sort(shuffled(len(test), spec.data.split_seed, "scored")[:most]).tolist())
+    tokenizer = load_tokenizer(source)
+    empty = empty_model(source, task)
+    anatomy = Anatomy.read(empty)
+    n_params = method.n_params(anatomy)
+    edits = list(method.edits(anatomy))
+    reserved = sum(getattr(e, "length", 0) for e in edits if type(e).__name__ == "PrependTokens")
+    if n_params == 0 and not anatomy.head_tensors:
+        raise NothingTrains(f"{spec.method} trains no number of {source.name}. Choose another method.")
+    n_vocab = int(empty.get_input_embeddings().weight.shape[0])
+    max_length = choose_length(spec.max_length, tokenizer, config, task, reserved)
+    pad = choose_pad(tokenizer, n_vocab)
+    options: dict[str, Any] = {"n_vocab": n_vocab, "max_length": max_length, "loss_on": spec.data.loss_on}
+    train_examples = encode(table, columns, task, tokenizer, accept_refused=spec.data.accept_refused, **options)
+    note(train_examples.ledger.sentence())
+    for remark in train_examples.ledger.notes:
+        note(remark)
+    select_examples = None
+    if select is not None:
+        select_examples = encode(select, columns, task, tokenizer, accept_refused=spec.data.accept_refused, **options)
+    test_examples = None
+    if test is not None:
+        test_examples = encode(test, columns, task, tokenizer, accept_refused=spec.data.accept_refused, **options)
+        note(test_examples.ledger.sentence())
+    note(precision.sentence())
+    # Where most of the model trains, its weights are the fp32 masters; elsewhere the frozen base is stored small.
+    mostly = n_params > anatomy.n_params // 2
+    weights = torch.float32 if mostly else precision.dtype
+    note(
+        f"method {spec.method}: trains {human_count(n_params)} of {human_count(anatomy.n_params)} numbers "
+        f"({n_params / anatomy.n_params:.3%}), and a new head of "
+        f"{human_count(sum(int(np.prod(anatomy.tensors[t])) for t in anatomy.head_tensors))}"
+    )
+    return Prepared(
+        spec=spec, source=source, method=method, task=task, columns=columns, train_table=table, test_table=test,
+        tokenizer=tokenizer, train=train_examples, selection=select_examples, test=test_examples, pad_id=pad.id,
+        pad=plain(pad), max_length=max_length, n_params=n_params, n_base=anatomy.n_params, precision=precision,
+        device=device, weights=weights, lines=tuple(lines),
+        fingerprints={
+            "model": source.digest,
+            "train": table.fingerprint(),
+            "select": select.fingerprint() if select is not None else "",
+            "test": test.fingerprint() if test is not None else "",
+            "tokenizer": tokenizer_digest(tokenizer),
+            "luthier": __version__,
+        },
+    )  # fmt: skip
+
+
+def _refuse_ranks() -> None:
+    """A launcher of several processes would get as many runs of the same rows, each taken for a part of one."""
+    told = os.environ.get("WORLD_SIZE", "1")
+    if told.strip() not in ("", "1"):
+        raise ConfigError(
+            f"WORLD_SIZE is {told!r}: a run of luthier is one process, and cannot be resumed or shared by several. "
+            "Start it without a launcher such as torchrun, or unset WORLD_SIZE."
+        )
+
+
+def _method(spec: RunSpec) -> Method:
+    """The method with its settings; a field of the run among them is told from a slip."""
+    try:
+        return compose.method(spec.method, spec.settings)
+    except UnknownName as error:
+        misplaced = [name for name in spec.settings if name in {f.name for f in fields(spec)}]
+        if not misplaced:
+            raise
+        raise UnknownName(
+            f"{error} {misplaced[0]!r} is a field of the run: write --set run.{misplaced[0]}=..., or put it at the top "
+            "of the spec."
+        ) from error
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    summed = hashlib.sha256()
+    for word, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        summed.update(f"{number}\t{word}\n".encode(errors="surrogatepass"))
+    summed.update(repr(sorted(tokenizer.special_tokens_map.items())).encode())
+    return summed.hexdigest()

@@ -1,0 +1,261 @@
+"""From a specification to a finished run, and on from where one stopped.
+
+prepared   everything that can be refused is refused there: nothing has been written yet
+assemble   the method's edits on the model, with new numbers from keyed generators
+loop       trains
+finish     the tuning is saved, read back, compared, and scored
+drift      what may differ between a run and its resumption
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from luthier import kernels
+from luthier.core import ConfigError, Interrupted, Locked, human_bytes, human_seconds, plain
+from luthier.runs import RunFolder, bytes_of, differences, environment, load_newest, preflight
+from luthier.runs.spec import SAME_BITS, RunSpec, changes
+from luthier.training.allocator import keeping_freed
+from luthier.training.loop import Listener, Loop
+from luthier.training.stop_signals import Asked, StopSignals
+from luthier.workflow.build import assemble
+from luthier.workflow.finish import Result, finish, record_of, result_of
+from luthier.workflow.preparation import Prepared, prepare
+from luthier.workflow.resume_checks import apply, check_changes, compare_fingerprints
+
+__all__ = ["default_out", "resume", "train"]
+
+
+def default_out(spec: RunSpec) -> Path:
+    """A free folder below runs/, named after model, data and method."""
+    words = [
+        Path(spec.model.removeprefix("sample:")).name,
+        Path(spec.data.source.removeprefix("sample:")).stem,
+        spec.method,
+    ]
+    stem = "-".join("".join(c if c.isalnum() or c in "._+" else "-" for c in w) for w in words)
+    number, path = 1, Path("runs") / stem
+    while path.exists():
+        number += 1
+        path = Path("runs") / f"{stem}-{number}"
+    return path
+
+
+def train(
+    spec: RunSpec, *, listener: Listener | None = None, stop_at: int | None = None, prepared: Prepared | None = None
+) -> Result:
+    """Fine-tune as the spec says, into a new folder.
+
+    Args:
+        stop_at: make only so many optimiser steps, and leave the run unfinished; `resume` goes on.
+
+    Raises:
+        Any LuthierError: before work starts where it can be known; the folder keeps the last good checkpoint.
+    """
+    listener = listener or Listener()
+    path = Path(spec.out) if spec.out is not None else default_out(spec)
+    if prepared is None:
+        # Seen before the data are read: an occupied folder would be refused anyway, minutes later.
+        _refuse_occupied(path)
+        prepared = prepare(spec, listener.say)
+    started = time.monotonic()
+    loop_of = assemble(prepared)
+    with _create(path, prepared) as run:
+        for line in prepared.lines:
+            run.event("note", text=line)
+        loop = loop_of(run, listener)
+        with StopSignals() as loop.signals, _ways(prepared):
+            _begin(prepared, loop, run)
+            return _run(prepared, loop, run, listener, started, stop_at, because=())
+
+
+def resume(
+    path: Path | str,
+    *,
+    changed: dict[str, Any] | None = None,
+    accept_drift: Sequence[str] = (),
+    listener: Listener | None = None,
+    stop_at: int | None = None,
+) -> Result:
+    """Go on with an unfinished run, to the bit where nothing has changed.
+
+    Args:
+        changed: dotted spec fields to change, such as {"optim.lr": 1e-4}; each is applied or refused, none ignored.
+        accept_drift: of "data", "model", "tokenizer": go on although it has changed since; recorded in the folder.
+
+    Raises:
+        ConfigError: the run is finished, or a field may not change.
+        IntegrityError: data, model or tokenizer have changed, or no checkpoint verifies.
+        Locked: another process is at it.
+    """
+    listener = listener or Listener()
+    path = Path(path)
+    with RunFolder.open(path) as run:
+        if run.finished:
+            raise ConfigError(
+                f"{path}: this run is finished; there is nothing to resume. Its result is in {path / 'tuning'}."
+            )
+        old = RunSpec.from_plain({**run.spec, "out": str(path)}, where=f"{path}/run.json")
+        spec = apply(old, changed or {})
+        checkpoint, skipped = load_newest(run)
+        for bad, reason in skipped:
+            listener.say(f"checkpoint {bad.name} was skipped: {reason}")
+        step = checkpoint.step if checkpoint is not None else 0
+        epoch_begins = check_changes(run, old, spec, checkpoint)
+        prepared = prepare(spec, listener.say)
+        because, prints = compare_fingerprints(run, prepared, accept_drift)
+        applied = [c for c in changes(old, spec) if c.field != "out"]
+        for change in applied:
+            listener.say(f"changed and applied from step {step + 1} on: {change}")
+        because += [f"changed from step {step + 1} on: {c}" for c in applied if c.field not in SAME_BITS]
+        moved = differences(run.read_json("environment.json"), environment(str(prepared.device)))
+        because += [m for m in moved if m not in because]
+        for line in because:
+            listener.say(f"not bit-exact: {line}")
+        started = time.monotonic()
+        loop = assemble(prepared)(run, listener)
+        with StopSignals() as loop.signals, _ways(prepared):
+            if checkpoint is not None:
+                loop.load(checkpoint)
+                if epoch_begins is not None:
+                    # Rows are counted from here on: the next epoch has other steps. Safe before it is recorded, since
+                    # at an epoch's beginning the old batch size reads the same rows from it.
+                    loop.origin = epoch_begins
+                    loop.save()
+            else:
+                run.truncate_events(0)
+                _begin(prepared, loop, run)
+            if prints or spec != old:
+                said = [*because, *(f"{c}" for c in applied if c.field in SAME_BITS)]
+                run.accept_drift(said, prints, step, spec=plain(spec) if spec != old else None)
+            run.event("resumed", step=step, bit_exact=not because, because=because)
+            return _run(prepared, loop, run, listener, started, stop_at, because=tuple(because))
+
+
+def _create(path: Path, prepared: Prepared) -> RunFolder:
+    """The run's folder. A name of our own choosing that another process was faster to take is followed by the next."""
+    spec, prints, device = prepared.spec, prepared.fingerprints, str(prepared.device)
+    while True:
+        try:
+            return RunFolder.create(path, plain(spec), fingerprints=prints, device=device)
+        except (ConfigError, Locked):
+            if spec.out is not None or not path.exists():
+                raise
+            path = default_out(spec)
+
+
+def _refuse_occupied(path: Path) -> None:
+    from luthier.runs import store
+
+    store._refuse_occupied(path.absolute())
+
+
+# --- chapters ---------------------------------------------------------------------------------------------------------
+
+
+def _begin(prepared: Prepared, loop: Loop, run: RunFolder) -> None:
+    """What a run does before its first checkpoint; done again where it was killed before that."""
+    _write_ledger(run, prepared)
+    _check_disk(run, loop)
+    if any(m.looks_at_data for m in prepared.method.parts()):
+        _look_at_data(prepared, loop)
+
+
+def _write_ledger(run: RunFolder, prepared: Prepared) -> None:
+    run.rows.keep_rows(0)
+    for half, examples in (("train", prepared.train), ("select", prepared.selection), ("test", prepared.test)):
+        if examples is not None:
+            run.rows.append_rows(examples.ledger.lines(half))
+    run.rows.flush()
+
+
+@contextmanager
+def _ways(prepared: Prepared) -> Iterator[None]:
+    """What `fast` switches on, besides what was attached: fused functions, and on a CPU an allocator that keeps.
+
+    It keeps nothing where activations are computed twice: whoever asks for that has more time than memory.
+    """
+    fast = prepared.spec.fast and kernels.fast()
+    keeps = fast and prepared.device.type == "cpu" and prepared.spec.gradient_checkpointing is not True
+    with kernels.plain(not fast), keeping_freed(keeps):
+        yield
+
+
+def _check_disk(run: RunFolder, loop: Loop) -> None:
+    one = bytes_of({"adapter": loop.tuned.state_tensors(), "optimizer": loop.optimiser.tensors()})
+    preflight(run, one * (loop.spec.checkpoint.keep + 2))
+
+
+def _look_at_data(prepared: Prepared, loop: Loop) -> None:
+    """Let methods that start from data see the first batches, in eval mode, and leave no trace."""
+    loop.listener.say(f"{prepared.spec.method} looks at the data first")
+    batches = _Looks(loop)
+    for part in prepared.method.parts():
+        if part.looks_at_data:
+            part.prepare(loop.tuned, batches)
+    loop.optimiser.zero_grad()
+
+
+class _Looks(Sequence[Callable[[], Tensor]]):
+    """The first epoch's micro-batches as callables: each gives its mean loss, with a graph."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        steps = loop.batches.order.steps_per_epoch
+        self._pieces = [p for s in range(min(steps, 64)) for p in loop.batches.pieces(0, s)]
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        loop = self._loop
+
+        def look() -> Tensor:
+            loop.signals.check()
+            batch = loop.batches.collator(loop.batches.examples, self._pieces[index]).to(loop.device)
+            with loop.precision.autocast(loop.device):
+                result = loop.objective(batch)
+            return result.loss / max(1, batch.n_targets)
+
+        return look
+
+
+def _run(
+    prepared: Prepared, loop: Loop, run: RunFolder, listener: Listener, started: float, stop_at: int | None,
+    *, because: tuple[str, ...],
+) -> Result:  # fmt: skip
+    """The loop, then what follows it."""
+    loop.run_to(stop_at)
+    if stop_at is not None and stop_at <= loop.step < loop.total and not loop.selection.enough:
+        run.event("paused", step=loop.step, seconds=round(loop.seconds, 3))
+        record = record_of(prepared, loop, run, {}, 0, "paused", because)
+        return result_of(prepared, loop, run, record, {}, 0)
+    try:
+        scores, stored = finish(prepared, loop, run)
+    except Asked as asked:
+        # All training is in the last checkpoint; what follows it is made anew from there.
+        run.event("interrupted", step=loop.step, signal=asked.number)
+        raise Interrupted(
+            f"stopped by signal {asked.number} after the last step, before the scores; nothing is lost. "
+            f"Finish with `luthier resume {run.path}`.",
+            asked.number,
+        ) from None
+    seconds = time.monotonic() - started
+    record = record_of(prepared, loop, run, scores, stored, "finished", because, seconds)
+    run.event("finished", step=loop.step, seconds=round(seconds, 3))
+    run.write_json("record.json", record.to_json())
+    listener.say(
+        f"{human_seconds(loop.seconds)} training, {loop.rows_seen / max(loop.seconds, 1e-9):.0f} rows/s, peak memory "
+        f"{human_bytes(record.peak_bytes or 0)}; saved {human_bytes(stored)} in {run.tuning}"
+    )
+    return result_of(prepared, loop, run, record, scores, stored)

@@ -7,6 +7,7 @@ from word_tables import table, word_tokenizer
 from luthier.core import ConfigError
 from luthier.data import encode as encoding
 from luthier.data import token_cache as encoded
+from luthier.data import tokenizer as tokenizer_file
 from luthier.data.columns import Columns
 from luthier.data.encode import encode
 from luthier.data.tasks import Task
@@ -140,9 +141,9 @@ def test_a_call_that_cut_texts_before_does_not_change_the_name():
     tokenizer = word_tokenizer()
     data = table(_rows("labelled"))
     told = {"n_vocab": 50, "max_length": 9}
-    before = encoded.entry_of(data, TEXT, CLASSES, tokenizer, None, **told)
+    before = encoded.entry_of(data, TEXT, CLASSES, tokenizer, None, encoding.ENCODERS, **told)
     tokenizer(["how far is it"], truncation=True, max_length=3, padding="max_length")
-    assert encoded.entry_of(data, TEXT, CLASSES, tokenizer, None, **told) == before
+    assert encoded.entry_of(data, TEXT, CLASSES, tokenizer, None, encoding.ENCODERS, **told) == before
 
 
 def test_what_was_used_longest_ago_goes_first(tmp_path, monkeypatch):
@@ -205,9 +206,9 @@ def test_the_quick_call_of_a_tokenizer_gives_what_the_usual_call_gives(kind, pai
     texts = [r["text"] for r in rows] + ["", "[SEP] how", "</s> far <s>"]
     second = [t[::-1] for t in texts] if pairs else None
     tokenizer(texts, truncation=True, max_length=4, padding=True)  # what it leaves behind must not act
-    quick = encoding.tokenize(tokenizer, texts, second)
+    quick = tokenizer_file.tokenize(tokenizer, texts, second)
     with plain():
-        usual = encoding.tokenize(tokenizer, texts, second)
+        usual = tokenizer_file.tokenize(tokenizer, texts, second)
     assert quick["input_ids"] == list(usual["input_ids"])
     assert ("token_type_ids" in usual) == ("token_type_ids" in quick) == (kind == "bert")
     if kind == "bert":
@@ -222,7 +223,8 @@ def test_a_tokenizer_with_a_call_of_its_own_is_called():
     tokenizer = word_tokenizer()
     tokenizer.__class__ = Shouting
     assert (
-        encoding.tokenize(tokenizer, ["HOW"])["input_ids"] == encoding.tokenize(word_tokenizer(), ["how"])["input_ids"]
+        tokenizer_file.tokenize(tokenizer, ["HOW"])["input_ids"]
+        == tokenizer_file.tokenize(word_tokenizer(), ["how"])["input_ids"]
     )
 
 

@@ -6,9 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from luthier.anatomy.site import Rows, Site
+from luthier.core import AnatomyError
 from luthier.kernels import Packed
 
-__all__ = ["Base", "join_rows", "take_rows"]
+__all__ = ["Base", "is_plain", "join_rows", "take_rows"]
+
+
+def is_plain(held: Tensor) -> bool:
+    """Whether a stored tensor is made of the numbers it stands for: not of integers or float8 with a scale beside."""
+    return held.is_floating_point() and held.element_size() >= 2
 
 
 def take_rows(y: Tensor, rows: Rows) -> Tensor:
@@ -63,6 +69,15 @@ class Base:
         bias = getattr(self.module, self.site.bias) if self.site.bias is not None else None
         return bias if isinstance(bias, Tensor) else None
 
+    @property
+    def plain(self) -> bool:
+        """Whether the stored weight is what the layer multiplies by, in its own shape; a quantised one is not."""
+        held = getattr(self.module, self.site.param, None)
+        if not isinstance(held, Tensor) or self.site.kind.endswith("_out"):
+            return True  # a place, with no weight to read
+        shape = (self.site.d_out, self.site.d_in)
+        return is_plain(held) and (self.site.rows is not None or tuple(self.part(held).shape) == shape)
+
     def part(self, whole: Tensor, *, bias: bool = False) -> Tensor:
         """This site's part of a stored weight, (d_out, d_in), or of a stored bias, (d_out,)."""
         found = whole if self.site.expert is None else whole[self.site.expert]
@@ -93,7 +108,17 @@ class Base:
         return self.held().dtype
 
     def weight(self) -> Tensor:
-        """(d_out, d_in), in the stored float type."""
+        """(d_out, d_in), in the stored float type.
+
+        Raises:
+            AnatomyError: the layer holds integers or float8, whose scale only it knows.
+        """
+        if not is_plain(self.held()):
+            raise AnatomyError(
+                f"{self.site.key}: its weight is quantised ({type(self.module).__name__} holds {self.dtype}), and this "
+                "method computes with the weight itself. Use a method that only adds to what a layer gives, such as "
+                "lora or parallel_adapter, or load the base in bfloat16."
+            )
         return self.part(self.held().detach())
 
     def bias(self) -> Tensor | None:
@@ -107,6 +132,9 @@ class Base:
 
     def linear(self, x: Tensor) -> Tensor:
         """The frozen map of this site alone. x: (..., d_in) -> (..., d_out)."""
+        if not is_plain(self.held()):
+            y: Tensor = self.module(x)
+            return y if self.site.rows is None else take_rows(y, self.site.rows)
         return torch.nn.functional.linear(x, self.weight(), self.bias())
 
     @torch.no_grad()

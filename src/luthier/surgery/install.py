@@ -8,7 +8,7 @@ import torch
 
 from luthier.core import AnatomyError, CompositionError, near
 from luthier.surgery import compose, prefix_attention
-from luthier.surgery.base import Base
+from luthier.surgery.base import Base, is_plain
 from luthier.surgery.branch import Branch
 from luthier.surgery.edits import AddBranch, Attach, PrependKeys, PrependTokens, Reparametrise, Unfreeze
 from luthier.surgery.method import Method
@@ -45,6 +45,8 @@ def check(tuned: Tuned, edits: list[tuple[str, Any]], method: Method) -> dict[st
                 )
             claim(PREFIX, prefix, "One prefix is learned as a whole: make it longer instead.")
         elif isinstance(edit, AddBranch):
+            for block in tuned.anatomy.blocks:
+                _refuse_quantised(tuned, label, [n for n in tuned.anatomy.tensors if n.startswith(f"{block.path}.")])
             claim(BRANCH, prefix, "Use one of them.")
         elif isinstance(edit, Attach) and edit.site.kind in ("embed", "norm"):
             raise AnatomyError(
@@ -57,9 +59,21 @@ def check(tuned: Tuned, edits: list[tuple[str, Any]], method: Method) -> dict[st
                     f"{label}: the model has no tensor {edit.name!r}.{near(edit.name, list(tuned.anatomy.tensors))}"
                 )
             name = tuned.anatomy.tied.get(edit.name, edit.name)
+            _refuse_quantised(tuned, label, [name])
             advice = "One tensor has one owner: use one of the methods, or settings that leave the tensor out."
             claim(f"the tensor {name!r}", prefix, advice)
     return claims
+
+
+def _refuse_quantised(tuned: Tuned, label: str, names: list[str]) -> None:
+    for name in names:
+        held = tuned._parameters[name]
+        if not is_plain(held):
+            raise AnatomyError(
+                f"{label}: the tensor {name!r} is quantised (it holds {held.dtype}), and this method computes with its "
+                "numbers. Use a method that only adds to what a layer gives, such as lora or parallel_adapter, or load "
+                "the base in bfloat16."
+            )
 
 
 def install(tuned: Tuned, tuning: Tuning, prefix: str, edit: Any, seed: int) -> None:

@@ -78,7 +78,15 @@ def check(tuned: Tuned) -> None:
             "Serve it attached, or detach it first and merge the rest."
         )
     for socket in tuned.sockets():
-        for plug in socket.live.whole:
+        live = socket.live
+        for plug in (*live.whole, *(p for _, plugs in live.parts for p in plugs), *live.experts):
+            if not plug.base.plain:
+                raise CannotMerge(
+                    f"{plug.site.key}: its weight is quantised ({type(plug.base.module).__name__} holds "
+                    f"{plug.base.dtype}), and an update cannot be added to it without its scale. Serve the tuning "
+                    "attached, or load the base in bfloat16, load the tuning there and merge that."
+                )
+        for plug in live.whole:
             site = plug.site
             name = tuned.anatomy.tied.get(f"{site.path}.{site.param}", f"{site.path}.{site.param}")
             if name in tuned._parameters and len(tuned._owners(name)) > 1:

@@ -1,5 +1,7 @@
 """All sites of one model, read from its structure alone: no weight is looked at, so the meta device will do."""
 
+import inspect
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -85,6 +87,7 @@ class Anatomy:
     tensors: dict[str, tuple[int, ...]] = field(repr=False)
     tied: dict[str, str] = field(repr=False)
     unknown: tuple[str, ...] = ()  # fused layers whose order no table tells
+    head_known: bool = True  # False: a classifier of which nothing tells the pretrained part from the new head
 
     @classmethod
     def read(cls, model: nn.Module) -> "Anatomy":
@@ -239,7 +242,8 @@ def _read(model: nn.Module) -> Anatomy:
     backbone = _backbone(model)
     body = _read_blocks(model, config, model_type, encoder_decoder)
     tensors, tied = _tensors(model)
-    head, is_language_model = _head(model, backbone)
+    trunks = _trunks(model, backbone, [block.path for block in body.blocks])
+    head, is_language_model = _head(model, trunks)
     sites = [
         *_embeddings(model, encoder_decoder),
         *body.sites,
@@ -267,10 +271,11 @@ def _read(model: nn.Module) -> Anatomy:
         attentions=tuple(body.attentions),
         blocks=tuple(body.blocks),
         backbone=backbone,
-        head_tensors=() if is_language_model or not backbone else _outside(tensors, backbone),
+        head_tensors=() if is_language_model else _outside(tensors, trunks),
         tensors=tensors,
         tied=tied,
         unknown=tuple(body.unknown),
+        head_known=is_language_model or bool(trunks) or not _is_classifier(model),
     )
 
 
@@ -465,22 +470,51 @@ def _backbone(model: nn.Module) -> str:
     return str(prefix) if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
 
 
-def _outside(tensors: dict[str, tuple[int, ...]], backbone: str) -> tuple[str, ...]:
-    return tuple(name for name in tensors if not name.startswith(f"{backbone}."))
+def _is_classifier(model: nn.Module) -> bool:
+    return re.search(r"For\w*(Classification|QuestionAnswering)$", type(model).__name__) is not None
 
 
-def _head(model: nn.Module, backbone: str) -> tuple[Site | None, bool]:
+def _trunks(model: nn.Module, backbone: str, blocks: list[str]) -> tuple[str, ...]:
+    """Paths of what is pretrained in a model with a head; none where that cannot be told.
+
+    Where nothing stands under the class's `base_model_prefix` (CLIP, SigLIP, Whisper for audio), a classifier's trunk
+    is the children that hold its blocks and its words, if each is a model of its own and no bare list of layers.
+    """
+    if backbone:
+        return (backbone,)
+    if not _is_classifier(model):
+        return ()
+    words = _asked(model, "get_input_embeddings")
+    inputs = {"input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values"}
+    found = []
+    for name, child in model.named_children():
+        if any(path.startswith(f"{name}.") for path in blocks):
+            if not inputs & set(inspect.signature(child.forward).parameters):
+                return ()
+            found.append(name)
+        elif any(module is words for module in child.modules()):
+            found.append(name)
+    return tuple(found)
+
+
+def _outside(tensors: dict[str, tuple[int, ...]], trunks: tuple[str, ...]) -> tuple[str, ...]:
+    if not trunks:
+        return ()
+    return tuple(name for name in tensors if not name.startswith(tuple(f"{trunk}." for trunk in trunks)))
+
+
+def _head(model: nn.Module, trunks: tuple[str, ...]) -> tuple[Site | None, bool]:
     """The site of the head, and whether it is a language model's."""
     output = _asked(model, "get_output_embeddings")
     if output is not None and layer_shape(output) is not None:
         path = next(p for p, m in model.named_modules() if m is output)
         return _head_site(path, output), True
-    if not backbone:
+    if not trunks:
         return None, False
     last = [
         (path, module)
         for path, module in model.named_modules()
-        if layer_shape(module) is not None and not path.startswith(f"{backbone}.")
+        if layer_shape(module) is not None and not path.startswith(tuple(f"{trunk}." for trunk in trunks))
     ]
     return (_head_site(*last[-1]), False) if last else (None, False)
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from luthier.anatomy import Anatomy
 from luthier.core import AnatomyError, CompositionError, near
 from luthier.surgery import compose, prefix_attention
 from luthier.surgery.base import Base, is_plain
@@ -63,6 +64,20 @@ def check(tuned: Tuned, edits: list[tuple[str, Any]], method: Method) -> dict[st
             advice = "One tensor has one owner: use one of the methods, or settings that leave the tensor out."
             claim(f"the tensor {name!r}", prefix, advice)
     return claims
+
+
+def require_known_head(model: Any, anatomy: Anatomy) -> None:
+    """Refuse to train the head of a classifier whose head cannot be told from its pretrained part.
+
+    Raises:
+        AnatomyError: it would stay random, be frozen, and be stored nowhere.
+    """
+    if not anatomy.head_known and not anatomy.head_tensors:
+        last = list(anatomy.tensors)[-1]
+        raise AnatomyError(
+            f"nothing tells which tensors of {type(model).__name__} are a new head and which are pretrained. Name "
+            f"those that no checkpoint filled, as attach(..., new_tensors=[{last!r}, ...]), or pass train_head=False."
+        )
 
 
 def _refuse_quantised(tuned: Tuned, label: str, names: list[str]) -> None:

@@ -211,6 +211,7 @@ class Tuned:
             with keyed(seed, "edits", part.name):
                 edits += [(prefix, edit) for edit in part.edits(self.anatomy)]
         if train_head:
+            install.require_known_head(self.model, self.anatomy)
             owned = {e.name for _, e in edits if isinstance(e, Unfreeze | Reparametrise)}
             edits += [("head", Unfreeze(t)) for t in self.anatomy.head_tensors if t not in owned]
         tuning.claims = install.check(self, edits, method)

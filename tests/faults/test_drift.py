@@ -40,7 +40,7 @@ def resumed(path: Path) -> dict[str, Any]:
 
 # A value for every field that is not its default and not what `little_spec` says.
 OTHER: dict[str, Any] = {
-    "model": "elsewhere", "task": "classification", "method": "bitfit", "settings": {"rank": 2},
+    "model": "elsewhere", "task": "classification", "method": "bitfit", "strategy": "llrd", "settings": {"rank": 2},
     "data.source": "other.csv", "data.test": "test.csv", "data.test_share": 0.3, "data.split_seed": 1,
     "data.text": "text", "data.pair": "label", "data.label": "label", "data.prompt": "text", "data.context": "text",
     "data.response": "label", "data.messages": "text", "data.tokens": "text", "data.tags": "label",

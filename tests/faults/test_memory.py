@@ -13,9 +13,9 @@ from luthier.runs import RunFolder, load_newest
 from luthier.runs.spec import BatchSpec, EvalSpec, RunSpec
 from luthier.training.evaluate import Evaluator
 from luthier.training.loop import Loop
-from luthier.training.memory_parts import out_of_memory
 from luthier.training.objective import Objective
 from luthier.training.optimiser import Optimiser
+from luthier.training.out_of_memory import is_out_of_memory
 from luthier.workflow import resume, train
 from luthier.workflow.resume_proof import run_digests
 
@@ -227,8 +227,8 @@ def test_a_run_whose_memory_ran_out_resumes_to_the_bit(home: Path, tmp_path: Pat
 
 
 def test_other_errors_are_no_matter_of_memory(home: Path, tmp_path: Path, monkeypatch: Patch) -> None:
-    assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    assert not out_of_memory(ValueError("out of memory"))
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_out_of_memory(ValueError("out of memory"))
 
     def fail() -> None:
         raise RuntimeError("shapes cannot be multiplied")

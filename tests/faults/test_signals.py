@@ -19,7 +19,7 @@ from luthier.runs.spec import CheckpointSpec, EvalSpec, RunSpec
 from luthier.testing import Template
 from luthier.training.evaluate import Evaluator
 from luthier.training.loop import Loop
-from luthier.training.stop_signals import Asked, StopSignals
+from luthier.training.stop_signals import StopRequested, StopSignals
 from luthier.workflow import resume, train
 from luthier.workflow.resume_proof import run_digests
 
@@ -120,7 +120,7 @@ def test_a_signal_that_the_parent_ignores_stays_ignored() -> None:
 
 
 def test_asking_is_no_error_that_a_handler_might_swallow() -> None:
-    with StopSignals() as signals, pytest.raises(Asked):
+    with StopSignals() as signals, pytest.raises(StopRequested):
         os.kill(os.getpid(), signal.SIGTERM)
         try:
             signals.check()

@@ -12,7 +12,7 @@ import torch
 from little import little_spec
 
 from luthier.training import allocator
-from luthier.training.memory_parts import make_room
+from luthier.training.out_of_memory import make_room
 from luthier.workflow import run as running
 from luthier.workflow import train
 

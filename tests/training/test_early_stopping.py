@@ -125,9 +125,9 @@ def test_checkpoints_in_between_never_push_the_best_out(home: Path, tmp_path: Pa
 
 def test_what_is_not_finite_is_never_the_best() -> None:
     chosen = Selection(EvalSpec(best=True), "loss")
-    assert not chosen.hear(1, {"loss": float("nan")})
-    assert chosen.hear(2, {"loss": 2.0})
-    assert not chosen.hear(3, {"loss": float("inf")})
+    assert not chosen.note(1, {"loss": float("nan")})
+    assert chosen.note(2, {"loss": 2.0})
+    assert not chosen.note(3, {"loss": float("inf")})
     assert (chosen.kept, chosen.waited) == (2, 1)
     copy = Selection(EvalSpec(best=True), "loss")
     copy.load(chosen.state())

@@ -159,8 +159,10 @@ class RunSpec:
     data: Annotated[DataSpec, "rows to learn from"]
     task: Annotated[Task, "what is learnt; auto reads it from the columns"] = "auto"
     method: Annotated[str, "how the model is tuned, such as lora or lora+prefix_tuning"] = "lora"
+    strategy: Annotated[str | None, "how it is learnt, such as llrd or freelb+llrd; left out, plainly"] = None
     settings: Annotated[
-        dict[str, Any], "settings of the method, such as rank, or lora.rank where methods are composed"
+        dict[str, Any],
+        "settings of the method and of the strategy, such as rank, or lora.rank where methods are composed",
     ] = field(default_factory=dict)
     optim: Annotated[OptimSpec, "optimiser"] = OptimSpec()
     epochs: Annotated[
@@ -286,6 +288,7 @@ RESUME: dict[str, ResumeRule] = {
     "model": "exact",
     "task": "exact",
     "method": "exact",
+    "strategy": "exact",
     "settings": "exact",
     "data.source": "exact",
     "data.test": "exact",

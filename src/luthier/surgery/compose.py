@@ -11,7 +11,7 @@ from luthier.core import CompositionError, ConfigError, UnknownName, build, fiel
 from luthier.surgery.edits import Edit
 from luthier.surgery.method import METHODS, Method
 
-__all__ = ["Combined", "check", "method", "spell"]
+__all__ = ["Combined", "check", "method", "setting_names", "spell"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +94,15 @@ def method(words: str, settings: Mapping[str, Any] | None = None) -> Method:
     members = [build(c, values[n], n) for n, c in zip(names, classes, strict=True)]
     check(members)
     return members[0] if len(members) == 1 else Combined(members=tuple(members))
+
+
+def setting_names(words: str) -> list[str]:
+    """Names of all settings of the methods in a spelt name.
+
+    Raises:
+        UnknownName: no such method.
+    """
+    return [f.name for w in words.split("+") for f in fields_of(METHODS.get(w.strip()))]
 
 
 def check(members: Iterable[Method]) -> None:

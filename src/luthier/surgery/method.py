@@ -65,6 +65,7 @@ class Method(ABC):
     default_lr: ClassVar[float] = 1e-3
     looks_at_data: ClassVar[bool] = False
     computes_tensors: ClassVar[bool] = False
+    through_trunk: ClassVar[bool] = True  # the loss has a gradient on the embedded text
     trains_base: ClassVar[bool] = False  # weights of the trunk itself move: dropout of the trunk stays on
 
     @abstractmethod

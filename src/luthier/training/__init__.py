@@ -1,5 +1,6 @@
 """The one loop, and what a step touches: objective, optimiser, guards, evaluation, memory."""
 
-from luthier.training.loop import Listener
+from luthier.training.listener import Listener
+from luthier.training.strategy import STRATEGIES, Strategy
 
-__all__ = ["Listener"]
+__all__ = ["STRATEGIES", "Listener", "Strategy"]

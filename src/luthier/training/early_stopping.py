@@ -28,7 +28,7 @@ class Selection:
     best_value: float | None = None
     waited: int = 0
 
-    def hear(self, step: int, scores: dict[str, float]) -> bool:
+    def note(self, step: int, scores: dict[str, float]) -> bool:
         """Note the scores of an evaluation; whether they are the best so far. What is not finite never is."""
         self.at = step
         if metrics.better(self.metric, scores[self.metric], self.best_value):

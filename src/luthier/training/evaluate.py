@@ -16,8 +16,8 @@ from luthier.data.examples import IGNORED, Examples
 from luthier.data.tasks import Task
 from luthier.surgery import Tuned
 from luthier.training import metrics
-from luthier.training.memory_parts import make_room, out_of_memory
 from luthier.training.objective import Objective
+from luthier.training.out_of_memory import is_out_of_memory, make_room
 from luthier.training.precision import Precision
 
 __all__ = ["Evaluator", "plain_scores"]
@@ -102,7 +102,7 @@ class Evaluator:
         try:
             return self._one(self.batches.collator(self.batches.examples, piece))
         except Exception as error:
-            if not out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if len(piece) == 1:
                 width = int(self.batches.examples.lengths[piece[0]])

@@ -27,7 +27,7 @@ from luthier import kernels
 from luthier.core import human_bytes
 from luthier.data.batches import Batch, Batches, cut
 from luthier.surgery import Method, Tuned
-from luthier.training.memory_parts import make_room, out_of_memory
+from luthier.training.out_of_memory import is_out_of_memory, make_room
 
 __all__ = ["LIMIT_BYTES", "Features", "features_of"]
 
@@ -133,7 +133,7 @@ class Features:
             with torch.no_grad(), self._cut():
                 found = self.trunk.read(self.trunk.states(batch.inputs), batch.inputs["attention_mask"])
         except Exception as error:
-            if not out_of_memory(error) or len(rows) == 1:
+            if not is_out_of_memory(error) or len(rows) == 1:
                 raise
         else:
             if self._kept is None:

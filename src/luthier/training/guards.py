@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,14 +29,23 @@ class NoOpGuard:
     def __init__(self, tuned: Tuned) -> None:
         self._tuned = tuned
         self._targets = _targets(tuned)
+        self._named = tuned.trained()
+        self._asked: set[str] = set()  # targets that were to learn in a step
         self._live: set[str] = set()
         self._moved = False
         self._start = _sums(tuned)
         self.steps = 0
 
-    def after_backward(self, has_gradient: Callable[[Tensor], bool]) -> None:
-        """Note which targets have a gradient that is not all zeros."""
+    def after_backward(self, has_gradient: Callable[[Tensor], bool], resting: Collection[str] = ()) -> None:
+        """Note which targets have a gradient that is not all zeros.
+
+        Args:
+            resting: names of trained tensors that were not asked to learn in this step.
+        """
+        asleep = {id(self._named[name]) for name in resting}
         for target, parameters in self._targets.items():
+            if any(id(p) not in asleep for p in parameters):
+                self._asked.add(target)
             if target not in self._live and any(has_gradient(p) for p in parameters):
                 self._live.add(target)
 
@@ -56,13 +65,13 @@ class NoOpGuard:
         Raises:
             NothingTrains: names the dead targets, or says that no number has moved.
         """
-        dead = [t for t in self._targets if t not in self._live and not _may_rest(t)]
+        dead = [t for t in self._targets if t in self._asked and t not in self._live and not _may_rest(t)]
         attached = [t for t in dead if not t.startswith(("model/", "head/")) and ":model/" not in t]
-        if attached or len(dead) == len(self._targets):
+        if attached or len(dead) == len(self._asked):
             named = attached or dead
             shown = ", ".join(named[:5]) + (f" and {len(named) - 5} more" if len(named) > 5 else "")
             raise NothingTrains(
-                f"{len(named)} of {len(self._targets)} trained places got no gradient in {self.steps} steps: {shown}. "
+                f"{len(named)} of {len(self._asked)} trained places got no gradient in {self.steps} steps: {shown}. "
                 "They cannot learn: choose other sites, or check that the loss depends on them."
             )
         if not self._moved:
@@ -73,11 +82,14 @@ class NoOpGuard:
 
     def state(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
-        return {"steps": self.steps, "live": sorted(self._live), "moved": self._moved}
+        state = {"steps": self.steps, "live": sorted(self._live), "moved": self._moved}
+        # Where all were asked, as in every run without a strategy, nothing is added to what checkpoints hold.
+        return state if self._asked in (set(), set(self._targets)) else {**state, "asked": sorted(self._asked)}
 
     def load(self, state: dict[str, Any]) -> None:
         """The inverse of `state`, after the tensors of the same checkpoint were loaded."""
         self.steps, self._live, self._moved = int(state["steps"]), set(state["live"]), bool(state["moved"])
+        self._asked = set(state.get("asked", self._targets if self.steps else ()))
         self._start = _sums(self._tuned)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from luthier.core import ConfigError
 from luthier.data.batches import Batches, cut
 from luthier.runs.spec import RunSpec
 from luthier.surgery import Method, Tuned
+from luthier.training.strategy import Strategy, fills
 
 __all__ = ["refuse_inexact"]
 
@@ -16,8 +19,11 @@ _WANTS = {
     "prepare": "looks at gradients of the data before the first step",
 }
 
+_WHOLE_GRADIENT = ("passes", "penalty", "after_backward", "trains")
+"""Moments of a strategy that need a gradient which is still there after the backward pass, or several passes."""
 
-def refuse_inexact(spec: RunSpec, tuned: Tuned, batches: Batches) -> None:
+
+def refuse_inexact(spec: RunSpec, tuned: Tuned, batches: Batches, strategies: Sequence[Strategy] = ()) -> None:
     """Every reason at once why steps would come out otherwise than by plain gradient descent.
 
     Raises:
@@ -45,5 +51,9 @@ def refuse_inexact(spec: RunSpec, tuned: Tuned, batches: Batches) -> None:
             for name, why in _WANTS.items():
                 if getattr(type(part), name) is not getattr(Method, name):
                     wrong.append(f"{part.name} {why}. Use optim.name = sgd or adamw with it.")
+    for one in strategies:
+        fits = [m for m in _WHOLE_GRADIENT if fills(one, m)]
+        if fits:
+            wrong.append(f"strategy {one.name} fills {', '.join(fits)}. Use optim.name = sgd or adamw with it.")
     if wrong:
         raise ConfigError("optim.name = lomo updates inside the backward pass: " + "\n".join(wrong))

@@ -1,8 +1,7 @@
-"""Running out of memory, in all the ways it is said, what is left to do about it, and what holds how much."""
+"""What of the memory holds how much: counted, part by part."""
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -11,27 +10,9 @@ import torch
 from torch import Tensor
 
 from luthier.surgery import Tuned
-from luthier.training.allocator import stop_keeping
 from luthier.training.optimiser import Optimiser
 
-__all__ = ["Parts", "make_room", "out_of_memory", "whole_memory"]
-
-_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "defaultcpuallocator")
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _WORDS)
-
-
-def make_room() -> None:
-    """Give back what nothing holds any more: a failed pass leaves cycles, and allocators keep their blocks."""
-    gc.collect()
-    stop_keeping()  # from now on memory counts for more than time
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+__all__ = ["Parts", "whole_memory"]
 
 
 class Parts:

@@ -38,7 +38,7 @@ class Optimiser:
     def __init__(self, named: dict[str, nn.Parameter], groups: Iterable[Group], spec: OptimSpec, lr: float) -> None:
         self.named, self.spec, self.lr = named, spec, lr
         self.updates = 0
-        self._groups: dict[str, Group] = {name: group for group in groups for name in group.names}
+        self._groups = _by_name(groups)
         unknown = [name for name in self._groups if name not in named]
         if unknown:  # else the group would be without effect, and nobody told
             raise ConfigError(
@@ -263,12 +263,40 @@ _KINDS: dict[str, type[Optimiser]] = {"adamw": Optimiser, "sgd": Descent, "lomo"
 
 
 def optimiser_of(
-    spec: OptimSpec, named: dict[str, nn.Parameter], groups: Iterable[Group], default_lr: float
+    spec: OptimSpec,
+    named: dict[str, nn.Parameter],
+    groups: Iterable[Group],
+    default_lr: float,
+    paces: Iterable[Group] = (),
 ) -> Optimiser:
-    """The optimiser that the spec names. Norms and biases do not decay."""
+    """The optimiser that the spec names. Norms and biases do not decay.
+
+    Args:
+        groups: the method's own.
+        paces: the strategies'; their factors multiply with the method's.
+    """
     own = list(groups)
     own += undecayed(named, own)
-    return _KINDS[spec.name](named, own, spec, spec.lr or default_lr)
+    return _KINDS[spec.name](named, [*own, *paces], spec, spec.lr or default_lr)
+
+
+def _by_name(groups: Iterable[Group]) -> dict[str, Group]:
+    """Tensor -> its group. Where several name one tensor, factors multiply, and a decay that is stated last stays."""
+    found: dict[str, Group] = {}
+    for group in groups:
+        for name in group.names:
+            before = found.get(name)
+            if before is None:
+                found[name] = group
+                continue
+            states = group.weight_decay is not None
+            found[name] = Group(
+                (name,),
+                before.lr_factor * group.lr_factor,
+                group.weight_decay if states else before.weight_decay,
+                group.decay_to if group.decay_to else before.decay_to,
+            )
+    return found
 
 
 def _norm_of(norms: list[Tensor] | tuple[Tensor, ...]) -> float:

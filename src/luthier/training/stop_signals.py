@@ -11,12 +11,12 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-__all__ = ["Asked", "StopSignals"]
+__all__ = ["StopRequested", "StopSignals"]
 
 _CAUGHT = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 
 
-class Asked(BaseException):
+class StopRequested(BaseException):
     """A signal asked for a stop. Not an `Exception`: no handler of errors may take it for one."""
 
     def __init__(self, number: int) -> None:
@@ -35,9 +35,9 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def check(self) -> None:
-        """Raises: Asked, once a signal has come."""
+        """Raises: StopRequested, once a signal has come."""
         if self.asked is not None:
-            raise Asked(self.asked)
+            raise StopRequested(self.asked)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.asked is not None:

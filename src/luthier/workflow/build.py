@@ -16,17 +16,20 @@ from luthier.runs import RunFolder, reset_peak, resident_bytes
 from luthier.surgery import attach, compose
 from luthier.training.early_stopping import Selection
 from luthier.training.evaluate import Evaluator
+from luthier.training.evaluations import Evaluations
+from luthier.training.feed import Feed
 from luthier.training.lomo_checks import refuse_inexact
 from luthier.training.loop import Listener, Loop
+from luthier.training.moments import Moments
 from luthier.training.objective import Objective
 from luthier.training.optimiser import optimiser_of
 from luthier.workflow.load_model import load_model
 from luthier.workflow.preparation import Prepared
 
-__all__ = ["assemble", "evaluator_of"]
+__all__ = ["build", "evaluator_of"]
 
 
-def assemble(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
+def build(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
     """Load, attach, and give what makes the loop once there is a folder. Still nothing is written."""
     spec = prepared.spec
     reset_peak()
@@ -46,16 +49,21 @@ def assemble(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
     if spec.gradient_checkpointing is True:
         tuned.checkpoint_activations()
     needs_logits = any(getattr(m, "needs_logits", False) for m in method.parts())
+    strategies = prepared.strategies
+    needs_logits = needs_logits or any("logits" in s.reads for s in strategies)
     objective = Objective(tuned, prepared.task, full_logits=needs_logits)
     order = Order(prepared.train.lengths, spec.batch.size, spec.seed, spec.batch.group_by_length)
     start = getattr(model.config, "decoder_start_token_id", None) if prepared.task.name == "seq2seq" else None
     collator = Collator(pad_id=prepared.pad_id, pad_to=spec.batch.pad_to, decoder_start=start)
     batches = Batches(prepared.train, order, collator, spec.batch.tokens, spec.batch.accumulate, spec.batch.workers)
     later = spec.total_steps(order.steps_per_epoch) > order.steps_per_epoch  # in one epoch no row comes twice
-    features = objective.keep_features(batches) if later else None
+    sees_text = any("embeddings" in s.reads for s in strategies)
+    features = objective.keep_features(batches) if later and not sees_text else None
     if spec.optim.name == "lomo":
-        refuse_inexact(spec, tuned, batches)
-    optimiser = optimiser_of(spec.optim, tuned.trained(), tuned.groups(), method.default_lr)
+        refuse_inexact(spec, tuned, batches, strategies)
+    optimiser = optimiser_of(
+        spec.optim, tuned.trained(), tuned.groups(), method.default_lr, [g for s in strategies for g in s.groups(tuned)]
+    )
     metric = spec.eval.metric or prepared.task.headline
     every = spec.eval.every
     if every is None:
@@ -71,9 +79,11 @@ def assemble(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
                 "what the method keeps from it)"
             )
         loop = Loop(
-            spec=spec, tuned=tuned, objective=objective, batches=batches, optimiser=optimiser,
-            precision=prepared.precision, device=prepared.device, run=run, evaluator=None, eval_every=every,
-            selection=Selection(spec.eval, metric), place=lambda row: prepared.train_table.places[row],
+            spec=spec, tuned=tuned, objective=objective, feed=Feed(spec, batches), optimiser=optimiser,
+            moments=Moments(spec, tuned, prepared.task, optimiser, prepared.device, strategies),
+            evaluations=Evaluations(None, every, Selection(spec.eval, metric), at_end=spec.eval.selects),
+            precision=prepared.precision, device=prepared.device, run=run,
+            place=lambda row: prepared.train_table.places[row],
             identity={"spec": spec.digest(), "method": compose.spell(method), "model": prepared.source.digest},
             trunk_dropout=trunk_dropout,
             listener=listener,
@@ -82,7 +92,7 @@ def assemble(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
         # What nothing selects by may be looked at: without best or patience these are the test rows.
         looked_at = prepared.selection if spec.eval.selects else prepared.test
         if every and looked_at is not None:
-            loop.evaluator = evaluator_of(prepared, loop, looked_at)
+            loop.evaluations.evaluator = evaluator_of(prepared, loop, looked_at)
         return loop
 
     return make
@@ -96,7 +106,7 @@ def evaluator_of(prepared: Prepared, loop: Loop, examples: Examples) -> Evaluato
         tokens = max(1, min(tokens, 2**26 // int(loop.tuned.model.get_input_embeddings().weight.shape[0])))
     return Evaluator(
         loop.tuned, objective,
-        EvalBatches(examples, loop.batches.collator, tokens), prepared.precision, prepared.device,
+        EvalBatches(examples, loop.feed.batches.collator, tokens), prepared.precision, prepared.device,
         lambda: loop.signals.check(),
     )  # fmt: skip
 

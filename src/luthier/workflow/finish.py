@@ -43,7 +43,8 @@ def finish(prepared: Prepared, loop: Loop, run: RunFolder) -> tuple[dict[str, fl
     """The result: chosen, brought into its stored form, refused where it is none, saved, read back, scored."""
     loop.optimiser.let_go()  # the last checkpoint holds it
     _take_best(loop, run)
-    loop._mode(training=False)
+    loop.set_mode(training=False)
+    loop.moments.finish()
     loop.tuned.finish()
     loop.signals.check()
     _refuse_base(prepared, loop)
@@ -59,7 +60,7 @@ def finish(prepared: Prepared, loop: Loop, run: RunFolder) -> tuple[dict[str, fl
 
 def _take_best(loop: Loop, run: RunFolder) -> None:
     """Put the best evaluation's tensors back, where the spec asks for the best and it was not the last."""
-    best = loop.selection.kept
+    best = loop.evaluations.selection.kept
     if best is None or best == loop.step:
         return
     found = load_step(run, best)
@@ -69,7 +70,7 @@ def _take_best(loop: Loop, run: RunFolder) -> None:
             "start a new run."
         )
     loop.tuned.load_state_tensors(found.tensors["adapter"])
-    run.event("best_taken", step=best, value=loop.selection.best_value)
+    run.event("best_taken", step=best, value=loop.evaluations.selection.best_value)
 
 
 def _refuse_base(prepared: Prepared, loop: Loop) -> None:
@@ -77,7 +78,7 @@ def _refuse_base(prepared: Prepared, loop: Loop) -> None:
     # A few short rows: all logits of the longest batch of a language model would be the run's highest memory.
     lengths = prepared.train.lengths
     short = np.argsort(lengths, kind="stable")[: max(1, min(8, 256 // max(1, int(lengths.min()))))].astype(np.int64)
-    batch = loop.batches.collator(prepared.train, short).to(loop.device)
+    batch = loop.feed.batches.collator(prepared.train, short).to(loop.device)
     with torch.inference_mode(), prepared.precision.autocast(loop.device):
         model = loop.tuned.model
         tuned_output = model(**batch.inputs)[0].float()

@@ -25,7 +25,9 @@ from luthier.data.tasks import Task
 from luthier.data.tokenizer import choose_length, choose_pad
 from luthier.runs.spec import RunSpec
 from luthier.surgery import Method, compose
+from luthier.training import Strategy
 from luthier.training.precision import Precision, choose_device, choose_precision
+from luthier.training.strategy import split_settings, strategies
 from luthier.workflow.load_model import Source, empty_model, find_model, load_config, load_tokenizer
 
 __all__ = ["Prepared", "prepare", "tokenizer_digest"]
@@ -40,6 +42,7 @@ class Prepared:
     spec: RunSpec
     source: Source
     method: Method
+    strategies: tuple[Strategy, ...]
     task: Task
     columns: Columns
     train_table: Table
@@ -81,7 +84,7 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None) -> Pr
         lines.append(line)
         say(line)
 
-    method = _method(spec)
+    method, strategies = _method_and_strategies(spec)
     device = choose_device(spec.device)
     precision = choose_precision(spec.precision, device)
     source = find_model(spec.model)
@@ -138,8 +141,9 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None) -> Pr
         f"{human_count(sum(int(np.prod(anatomy.tensors[t])) for t in anatomy.head_tensors))}"
     )
     return Prepared(
-        spec=spec, source=source, method=method, task=task, columns=columns, train_table=table, test_table=test,
-        tokenizer=tokenizer, train=train_examples, selection=select_examples, test=test_examples, pad_id=pad.id,
+        spec=spec, source=source, method=method, strategies=strategies, task=task, columns=columns, train_table=table,
+        test_table=test, tokenizer=tokenizer, train=train_examples, selection=select_examples, test=test_examples,
+        pad_id=pad.id,
         pad=plain(pad), max_length=max_length, n_params=n_params, n_base=anatomy.n_params, precision=precision,
         device=device, weights=weights, lines=tuple(lines),
         fingerprints={
@@ -163,10 +167,15 @@ def _refuse_ranks() -> None:
         )
 
 
-def _method(spec: RunSpec) -> Method:
-    """The method with its settings; a field of the run among them is told from a slip."""
+def _method_and_strategies(spec: RunSpec) -> tuple[Method, tuple[Strategy, ...]]:
+    """Both with their settings; a field of the run among them is told from a slip."""
     try:
-        return compose.method(spec.method, spec.settings)
+        of_strategies, of_method = split_settings(spec.strategy, spec.settings, compose.setting_names(spec.method))
+        method = compose.method(spec.method, of_method)
+        found = strategies(spec.strategy, of_strategies, method)
+        for one in found:
+            one.check(spec)
+        return method, found
     except UnknownName as error:
         misplaced = [name for name in spec.settings if name in {f.name for f in fields(spec)}]
         if not misplaced:

@@ -1,7 +1,7 @@
 """From a specification to a finished run, and on from where one stopped.
 
 prepared   everything that can be refused is refused there: nothing has been written yet
-assemble   the method's edits on the model, with new numbers from keyed generators
+build   the method's edits on the model, with new numbers from keyed generators
 loop       trains
 finish     the tuning is saved, read back, compared, and scored
 drift      what may differ between a run and its resumption
@@ -23,8 +23,8 @@ from luthier.runs import RunFolder, bytes_of, differences, environment, load_new
 from luthier.runs.spec import SAME_BITS, RunSpec, changes
 from luthier.training.allocator import keeping_freed
 from luthier.training.loop import Listener, Loop
-from luthier.training.stop_signals import Asked, StopSignals
-from luthier.workflow.build import assemble
+from luthier.training.stop_signals import StopRequested, StopSignals
+from luthier.workflow.build import build
 from luthier.workflow.finish import Result, finish, record_of, result_of
 from luthier.workflow.preparation import Prepared, prepare
 from luthier.workflow.resume_checks import apply, check_changes, compare_fingerprints
@@ -65,7 +65,7 @@ def train(
         _refuse_occupied(path)
         prepared = prepare(spec, listener.say)
     started = time.monotonic()
-    loop_of = assemble(prepared)
+    loop_of = build(prepared)
     with _create(path, prepared) as run:
         for line in prepared.lines:
             run.event("note", text=line)
@@ -119,14 +119,14 @@ def resume(
         for line in because:
             listener.say(f"not bit-exact: {line}")
         started = time.monotonic()
-        loop = assemble(prepared)(run, listener)
+        loop = build(prepared)(run, listener)
         with StopSignals() as loop.signals, _ways(prepared):
             if checkpoint is not None:
                 loop.load(checkpoint)
                 if epoch_begins is not None:
                     # Rows are counted from here on: the next epoch has other steps. Safe before it is recorded, since
                     # at an epoch's beginning the old batch size reads the same rows from it.
-                    loop.origin = epoch_begins
+                    loop.feed.origin = epoch_begins
                     loop.save()
             else:
                 run.truncate_events(0)
@@ -207,8 +207,8 @@ class _Looks(Sequence[Callable[[], Tensor]]):
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
-        steps = loop.batches.order.steps_per_epoch
-        self._pieces = [p for s in range(min(steps, 64)) for p in loop.batches.pieces(0, s)]
+        steps = loop.feed.batches.order.steps_per_epoch
+        self._pieces = [p for s in range(min(steps, 64)) for p in loop.feed.batches.pieces(0, s)]
 
     def __len__(self) -> int:
         return len(self._pieces)
@@ -222,7 +222,7 @@ class _Looks(Sequence[Callable[[], Tensor]]):
 
         def look() -> Tensor:
             loop.signals.check()
-            batch = loop.batches.collator(loop.batches.examples, self._pieces[index]).to(loop.device)
+            batch = loop.feed.batches.collator(loop.feed.batches.examples, self._pieces[index]).to(loop.device)
             with loop.precision.autocast(loop.device):
                 result = loop.objective(batch)
             return result.loss / max(1, batch.n_targets)
@@ -236,13 +236,13 @@ def _run(
 ) -> Result:  # fmt: skip
     """The loop, then what follows it."""
     loop.run_to(stop_at)
-    if stop_at is not None and stop_at <= loop.step < loop.total and not loop.selection.enough:
+    if stop_at is not None and stop_at <= loop.step < loop.total and not loop.evaluations.selection.enough:
         run.event("paused", step=loop.step, seconds=round(loop.seconds, 3))
         record = record_of(prepared, loop, run, {}, 0, "paused", because)
         return result_of(prepared, loop, run, record, {}, 0)
     try:
         scores, stored = finish(prepared, loop, run)
-    except Asked as asked:
+    except StopRequested as asked:
         # All training is in the last checkpoint; what follows it is made anew from there.
         run.event("interrupted", step=loop.step, signal=asked.number)
         raise Interrupted(

@@ -50,6 +50,7 @@ class LST(Method):
 
     mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
+    through_trunk: ClassVar[bool] = False
     default_lr: ClassVar[float] = 3e-3
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:

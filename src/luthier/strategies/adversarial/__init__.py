@@ -1,0 +1,1 @@
+"""Training on inputs that were made harder."""

@@ -1,0 +1,1 @@
+"""Which numbers learn how fast, and when."""

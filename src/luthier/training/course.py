@@ -1,0 +1,130 @@
+"""What a strategy sees of a run: the step, the tuned model, the optimiser, and a memory that lasts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from luthier.core import key
+from luthier.data.batches import Batch
+from luthier.data.tasks import Task
+from luthier.surgery import Tuned
+from luthier.surgery.embedded import changed_embeddings
+from luthier.training.optimiser import Optimiser
+
+__all__ = ["Course", "Memory", "Piece", "Progress"]
+
+
+@dataclass
+class Progress:
+    """Where a run stands; all strategies of a run share it."""
+
+    step: int = 0  # of the step being made, from 1
+    total: int = 0
+    epoch: int = 0
+    numbers: dict[str, float] = field(default_factory=dict)  # noted for the log, by "strategy.name"
+
+
+@dataclass
+class Memory:
+    """What lasts from step to step. Every checkpoint holds it."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """One micro-batch of a step.
+
+    Attributes:
+        batch: on the device.
+        index: of the micro-batch, from 0.
+        n_targets: numbers in the loss of the whole step, by which the loop divides.
+    """
+
+    batch: Batch
+    index: int
+    n_targets: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """One strategy's view of the run. It may not be kept."""
+
+    name: str
+    tuned: Tuned
+    task: Task
+    optimiser: Optimiser
+    device: torch.device
+    seed: int
+    progress: Progress
+    memory: Memory = field(default_factory=Memory)
+
+    @property
+    def step(self) -> int:
+        """The step being made, from 1."""
+        return self.progress.step
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole run."""
+        return self.progress.total
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of this step, from 0."""
+        return self.progress.epoch
+
+    def generator(self, *stream: int | str) -> torch.Generator:
+        """A generator on the CPU that is named by the seed, the strategy, the step and `stream`."""
+        return torch.Generator().manual_seed(key(self.seed, "strategy", self.name, self.step, *stream))
+
+    def draw(self, piece: Piece, width: int, kind: Literal["uniform", "normal"] = "uniform") -> Tensor:
+        """Noise for the real tokens of a micro-batch, zero on padding: (rows, tokens, width), fp32.
+
+        Each row's draw is named by the row, so it depends neither on its neighbours, nor on padding, nor on how the
+        step was cut. "uniform" is between -1 and 1.
+        """
+        mask = piece.batch.inputs["attention_mask"].bool()  # (rows, tokens)
+        noise = torch.zeros(*mask.shape, width)
+        for line, row in enumerate(piece.batch.rows.tolist()):
+            generator = self.generator("draw", row)
+            real = mask[line].cpu()
+            shape = (int(real.sum()), width)
+            if kind == "uniform":
+                noise[line, real] = torch.rand(shape, generator=generator) * 2 - 1
+            else:
+                noise[line, real] = torch.randn(shape, generator=generator)
+        return noise.to(mask.device)
+
+    def embedding(self, change: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
+        """Within, the embedded text (rows, tokens, d) passes through `change`, before prompts and positions."""
+        return changed_embeddings(self.tuned, change)
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Trained tensors by name, those that are frozen for this step included."""
+        return self.optimiser.named
+
+    @contextmanager
+    def holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within, trained tensors hold other values; afterwards their own again, bit for bit."""
+        kept = {name: self.optimiser.named[name].detach().clone() for name in values}
+        with torch.no_grad():
+            for name, value in values.items():
+                self.optimiser.named[name].copy_(value)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in kept.items():
+                    self.optimiser.named[name].copy_(value)
+
+    def note(self, name: str, value: float) -> None:
+        """A number for this step's line of the log. Noted twice, the second stays."""
+        self.progress.numbers[f"{self.name}.{name}"] = float(value)

@@ -1,0 +1,69 @@
+"""Which rows come next: a step's place in its epoch, and the micro-batches that it is cut into."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from luthier.data.batches import Batch, Batches, ahead
+from luthier.runs.spec import RunSpec
+
+__all__ = ["Feed"]
+
+
+class Feed:
+    """Cuts steps into micro-batches, ahead of the loop where workers are wanted.
+
+    Attributes:
+        origin: an epoch, and the step it began at; moves where the batch size changes.
+        budget: padded tokens of a micro-batch; halved when memory runs out.
+        left_out: examples that a roll-back left out.
+    """
+
+    def __init__(self, spec: RunSpec, batches: Batches) -> None:
+        self.batches = batches
+        self._spec = spec
+        self.origin: tuple[int, int] = (0, 0)
+        self.budget = spec.batch.tokens
+        self.left_out: set[int] = set()
+
+    @property
+    def total(self) -> int:
+        """Optimiser steps of the whole run."""
+        epoch, step = self.origin
+        if self._spec.steps is not None or step == 0:
+            return self._spec.total_steps(self.batches.order.steps_per_epoch)
+        whole = self._spec.total_steps(1) if self._spec.epochs is None else self._spec.epochs
+        return step + max(0, round((whole - epoch) * self.batches.order.steps_per_epoch))
+
+    def at(self, step: int) -> tuple[int, int]:
+        """(epoch, step in it)."""
+        epoch, first = self.origin
+        epochs, inside = divmod(step - first, self.batches.order.steps_per_epoch)
+        return epoch + epochs, inside
+
+    def ahead(self, start: int, stop: int) -> Iterator[tuple[int, list[Batch]]]:
+        """(step, micro-batches) from `start` to `stop`, prepared ahead by the workers."""
+
+        def make(step: int) -> tuple[int, list[Batch]]:
+            return self.budget, self.cut(step)
+
+        for step, (budget, micro_batches) in ahead(make, range(start, stop), self.batches.workers):
+            yield step, micro_batches if budget == self.budget else self.cut(step)
+
+    def cut(self, step: int) -> list[Batch]:
+        """The micro-batches of a step: its rows, less those left out, cut to the budget. May be empty."""
+        pieces = self.batches.pieces(*self.at(step), self.budget)
+        if self.left_out:
+            pieces = [np.asarray([i for i in p if int(i) not in self.left_out], dtype=np.int64) for p in pieces]
+        return [self.batches.collator(self.batches.examples, p) for p in pieces if len(p)]
+
+    def longest(self) -> Batch:
+        """The widest micro-batch of the whole run."""
+        return self.batches.longest()
+
+    def fitting(self, longest: Batch) -> Batch:
+        """As many of the widest rows as the budget now holds, one at least."""
+        fits = max(1, self.budget // longest.inputs["input_ids"].shape[1])
+        return self.batches.collator(self.batches.examples, longest.rows[:fits])

@@ -1,0 +1,208 @@
+"""The method's and the strategies' part in a run: who is asked at which moment, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from luthier.core import ConfigError
+from luthier.data.batches import Batch
+from luthier.data.tasks import Task
+from luthier.runs.spec import RunSpec
+from luthier.surgery import Method, Tuned
+from luthier.training.course import Course, Piece, Progress
+from luthier.training.optimiser import Optimiser
+from luthier.training.schedule import factor
+from luthier.training.strategy import Strategy, fills
+
+__all__ = ["Moments"]
+
+
+class Moments:
+    """Asks the parts of the method first, then the strategies in the order in which they were named.
+
+    The loop knows moments, not names. Without strategies it makes the very steps that it makes without this.
+    """
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        tuned: Tuned,
+        task: Task,
+        optimiser: Optimiser,
+        device: torch.device,
+        strategies: Sequence[Strategy] = (),
+    ) -> None:
+        self._spec, self._tuned, self._optimiser, self._device = spec, tuned, optimiser, device
+        self._parts: list[Method] = [p for t in tuned.tunings.values() for p in t.method.parts()]
+        self._progress = Progress()
+        self._asked: list[tuple[Strategy, Course]] = [
+            (
+                one,
+                Course(
+                    name=one.name, tuned=tuned, task=task, optimiser=optimiser, device=device, seed=spec.seed,
+                    progress=self._progress,
+                ),
+            )
+            for one in strategies
+        ]  # fmt: skip
+        self._piece: Piece | None = None
+        self.resting: frozenset[str] = frozenset()  # trained tensors that lie still in this step
+        self._looks_back = any(type(p).after_backward is not Method.after_backward for p in self._parts) or any(
+            fills(one, "after_backward") for one in strategies
+        )
+
+    def _filling(self, moment: str) -> Iterator[tuple[Strategy, Course]]:
+        return ((one, course) for one, course in self._asked if fills(one, moment))
+
+    # ------------------------------------------------------------------ before a step
+
+    def start(self) -> None:
+        """Once, before step 1."""
+        for one, course in self._filling("start"):
+            one.start(course)
+
+    def before_step(self, step: int, total: int, epoch: int) -> None:
+        """Step `step`, from 0, is about to be made."""
+        self._progress.step, self._progress.total, self._progress.epoch = step + 1, total, epoch
+        self._progress.numbers.clear()
+        for one, course in self._filling("before_step"):
+            one.before_step(course)
+        self._rest()
+
+    def _rest(self) -> None:
+        """Let lie still what a strategy does not name; of several strategies, what all name learns."""
+        learning = set(self._optimiser.named)
+        for one, course in self._filling("trains"):
+            named = one.trains(course)
+            if named is None:
+                continue
+            unknown = sorted(set(named) - set(self._optimiser.named))
+            if unknown:
+                raise ConfigError(f"strategy {one.name}: {unknown[0]!r} is no trained tensor of this run.")
+            learning &= set(named)
+        if not learning:
+            names = " and ".join(one.name for one, _ in self._filling("trains"))
+            raise ConfigError(f"step {self._progress.step}: {names} leave nothing to train. Choose other settings.")
+        resting = frozenset(self._optimiser.named) - learning
+        for name in self.resting ^ resting:
+            self._optimiser.named[name].requires_grad_(name not in resting)
+        self.resting = resting
+
+    # ------------------------------------------------------------------ a micro-batch
+
+    def passes(
+        self, index: int, batch: Batch, n_targets: int, loss: Callable[[], Tensor]
+    ) -> Generator[Tensor, None, None]:
+        """The losses of one micro-batch, each a sum over targets; the caller goes backward after each.
+
+        Args:
+            n_targets: of the whole step.
+            loss: one forward pass.
+        """
+        if not self._asked:
+            yield loss()
+            return
+        self._piece = Piece(batch=batch.to(self._device), index=index, n_targets=n_targets)
+        owner = next(self._filling("passes"), None)
+        if owner is None:
+            yield loss()
+        else:
+            yield from owner[0].passes(owner[1], self._piece, loss)
+
+    def loss(self, forward: Callable[[], Any]) -> Any:
+        """The loss of one forward pass, with all that is asked around it."""
+        inner = forward
+        for part in self._parts:
+            inner = _around_method(part, self._tuned, inner)
+        for one, course in self._filling("loss"):
+            assert self._piece is not None
+            inner = _around_strategy(one, course, self._piece, inner)
+        return inner()
+
+    # ------------------------------------------------------------------ a whole gradient
+
+    def penalties(self) -> Iterator[Tensor]:
+        """What is added to the gradient once a step."""
+        for part in self._parts:
+            extra = part.extra_loss(self._tuned)
+            if extra is not None:
+                yield extra
+        for one, course in self._filling("penalty"):
+            extra = one.penalty(course)
+            if extra is not None:
+                yield extra
+
+    def after_backward(self, step: int, total: int) -> None:
+        """The gradient is whole, unscaled and unclipped. `step` counts from 1."""
+        for name in self.resting:
+            # Also where something has asked for gradients again since: what rests has none, so it does not move.
+            self._optimiser.named[name].grad = None
+        for part in self._parts:
+            part.after_backward(self._tuned, step, total)
+        for one, course in self._filling("after_backward"):
+            one.after_backward(course)
+
+    @property
+    def change_gradients(self) -> bool:
+        """Whether a gradient may be another since backward: by somebody who was asked, or by an update mask."""
+        masks = (u.mask for t in self._tuned.tunings.values() for u in t.unfrozen.values())
+        return self._looks_back or bool(self.resting) or any(m is not None for m in masks)
+
+    def rate(self, step: int, total: int) -> float:
+        """Share of the peak rate at step `step`, from 0: a strategy's, or the schedule of the spec."""
+        owner = next(self._filling("rate"), None)
+        if owner is not None:
+            return owner[0].rate(step + 1, total)
+        return factor(self._spec.optim.schedule, step + 1, total, self._spec.optim.warmup)
+
+    def after_step(self, step: int, total: int) -> None:
+        """Weights have moved. `step` counts from 1."""
+        for part in self._parts:
+            part.on_step(self._tuned, step, total)
+        for one, course in self._filling("after_step"):
+            one.after_step(course)
+
+    def finish(self) -> None:
+        """After the last step."""
+        for one, course in self._filling("finish"):
+            one.finish(course)
+
+    def numbers(self) -> dict[str, float]:
+        """What strategies noted for this step's line of the log."""
+        return dict(self._progress.numbers)
+
+    # ------------------------------------------------------------------ what lasts
+
+    def state(self) -> dict[str, Any]:
+        """Plain facts that last, for a checkpoint; nothing without strategies."""
+        if not self._asked:
+            return {}
+        return {"strategies": {one.name: dict(course.memory.facts) for one, course in self._asked}}
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Tensors that last, for a checkpoint; nothing without strategies that remember some."""
+        held = {f"{one.name}|{n}": t for one, course in self._asked for n, t in course.memory.tensors.items()}
+        return {"strategies": held} if held else {}
+
+    def load(self, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
+        """The inverse of `state` and `tensors`."""
+        held = tensors.get("strategies", {})
+        for one, course in self._asked:
+            course.memory.facts.clear()
+            course.memory.facts.update(state.get("strategies", {}).get(one.name, {}))
+            course.memory.tensors.clear()
+            course.memory.tensors.update(
+                {n.removeprefix(f"{one.name}|"): t for n, t in held.items() if n.startswith(f"{one.name}|")}
+            )
+
+
+def _around_method(part: Method, tuned: Tuned, inner: Callable[[], Any]) -> Callable[[], Any]:
+    return lambda: part.loss(tuned, inner)
+
+
+def _around_strategy(one: Strategy, course: Course, piece: Piece, inner: Callable[[], Any]) -> Callable[[], Any]:
+    return lambda: one.loss(course, piece, inner)

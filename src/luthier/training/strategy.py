@@ -1,0 +1,203 @@
+"""What a training strategy is: how a model learns, where a method is what of it trains.
+
+A strategy is a frozen dataclass of settings that is asked at named moments of a run, in this order:
+
+    conflicts, check      before anything is read
+    groups                rates of some tensors, when the optimiser is made
+    start                 once, before step 1, never on resume
+    each step
+      before_step         what lasts may change
+      trains              names that learn in this step
+      each micro-batch
+        passes            losses that add up to its own; the loop goes backward after each     one owner
+          loss            around the task's loss, or in its place
+      penalty             once a step, no row decides it
+      after_backward      the gradient is whole, unscaled, unclipped
+      rate                share of the peak rate                                               one owner
+      after_step          weights have moved; what lasts may change
+    finish                once, after the last step
+
+Two rules keep a run exact. What lasts from step to step stands in `course.memory`, which every checkpoint holds, and
+nowhere else. Between `before_step` and the update a step may be begun again, in smaller pieces of the same rows:
+nothing in there changes the memory, and draws are named by `course.generator` or `course.draw`, never taken from the
+ambient generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from luthier.core import Card, Catalogue, CompositionError, ConfigError, UnknownName, build, fields_of, near, plain
+from luthier.runs.spec import RunSpec
+from luthier.surgery import Group, Method, Tuned
+from luthier.training.course import Course, Piece
+
+__all__ = ["ONE_OWNER", "STRATEGIES", "Strategy", "fills", "split_settings", "strategies"]
+
+ONE_OWNER = ("passes", "rate")
+"""Moments that one strategy of a run may fill."""
+
+
+class Strategy:
+    """One way of learning. The file holds the paper and nothing else; most moments may be left as they are.
+
+    Class facts, read from the syntax tree for the listing:
+        neutral: settings with which the run is the one without the strategy; None where there are none.
+        reads: what it must see: "embeddings" (no frozen features then), "logits" (no chunked loss).
+        extra_passes: forward and backward passes of a step beyond the plain one's, at the default settings.
+    """
+
+    name: ClassVar[str]
+    facts: ClassVar[dict[str, Any]]
+    card: ClassVar[Card]
+    neutral: ClassVar[dict[str, Any] | None] = None
+    reads: ClassVar[tuple[str, ...]] = ()
+    extra_passes: ClassVar[float] = 0.0
+
+    def conflicts(self, other: Strategy | Method) -> str | None:
+        """Why this strategy cannot stand beside another, or with a method, or None."""
+        return None
+
+    def check(self, spec: RunSpec) -> None:
+        """Refuse a spec that cannot work with it. Raises: ConfigError."""
+
+    def groups(self, tuned: Tuned) -> list[Group]:
+        """Rates of some tensors; factors of a method and of several strategies multiply."""
+        return []
+
+    def start(self, course: Course) -> None:
+        """Once, before step 1, and never on resume."""
+
+    def before_step(self, course: Course) -> None:
+        """The memory may change. Called again for the same step, it does the same."""
+
+    def trains(self, course: Course) -> Collection[str] | None:
+        """Names that learn in this step, of those in `course.optimiser.named`; None for all."""
+        return None
+
+    def passes(self, course: Course, piece: Piece, loss: Callable[[], Tensor]) -> Iterator[Tensor]:
+        """Losses of one micro-batch, which add up to its own. The loop goes backward after each.
+
+        Args:
+            loss: one forward pass; asked again, it draws the same dropout. A sum over targets.
+        """
+        yield loss()
+
+    def loss(self, course: Course, piece: Piece, forward: Callable[[], Any]) -> Any:
+        """Around the task's loss, or in its place: gives what `forward` gives, or a tensor, a sum over targets."""
+        return forward()
+
+    def penalty(self, course: Course) -> Tensor | None:
+        """Added to the gradient once a step; no row decides it."""
+        return None
+
+    def after_backward(self, course: Course) -> None:
+        """The gradient of the whole step is there, unscaled and unclipped; nothing has moved."""
+
+    def rate(self, step: int, total: int) -> float:
+        """Share of the peak rate at `step`, which counts from 1 to `total`."""
+        raise AssertionError("asked only where a strategy fills it")
+
+    def after_step(self, course: Course) -> None:
+        """Weights have moved; the memory may change."""
+
+    def finish(self, course: Course) -> None:
+        """Once, after the last step: bring what trained into the form that is kept."""
+
+    def settings(self) -> dict[str, Any]:
+        """The settings as plain values."""
+        return dict(plain(self))
+
+
+STRATEGIES: Catalogue[Strategy] = Catalogue("luthier.strategies", "strategy")
+
+
+def fills(strategy: Strategy, moment: str) -> bool:
+    """Whether a strategy has its own answer at a moment."""
+    return getattr(type(strategy), moment) is not getattr(Strategy, moment)
+
+
+@dataclass(frozen=True)
+class _Named:
+    """What a spec says of one strategy."""
+
+    cls: type[Strategy]
+    fields: tuple[str, ...]
+
+
+def split_settings(
+    words: str | None, settings: Mapping[str, Any], method_fields: Collection[str]
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Settings of each strategy, and those that are the method's.
+
+    "freelb.k" names its owner; a bare "k" goes to the one strategy that has it, if the method has none of that name.
+
+    Args:
+        method_fields: names of the method's own settings.
+
+    Raises:
+        UnknownName: no such strategy, or it has no such setting.
+        ConfigError: a bare setting that several have.
+    """
+    named = _named(words)
+    own: dict[str, dict[str, Any]] = {name: {} for name in named}
+    rest: dict[str, Any] = {}
+    for full, value in settings.items():
+        owner, dot, field = full.rpartition(".")
+        if dot and owner in named:
+            if field not in named[owner].fields:
+                known = named[owner].fields
+                raise UnknownName(
+                    f"strategy {owner} has no setting {field!r}.{near(field, known)} Its settings are "
+                    f"{', '.join(known) or 'none'}."
+                )
+            own[owner][field] = value
+            continue
+        homes = [name for name, one in named.items() if full in one.fields]
+        if len(homes) + (full in method_fields) > 1:
+            raise ConfigError(
+                f"{full!r} is a setting of {' and of '.join([*homes, *(['the method'] * (full in method_fields))])}: "
+                f"write {homes[0]}.{full} for the strategy's."
+            )
+        if homes:
+            own[homes[0]][full] = value
+        else:
+            rest[full] = value
+    return own, rest
+
+
+def strategies(words: str | None, settings: Mapping[str, Mapping[str, Any]], method: Method) -> tuple[Strategy, ...]:
+    """Make the strategies of a spelt name such as "freelb+llrd", in that order.
+
+    Raises:
+        UnknownName: no such strategy.
+        ConfigError: a value that cannot work.
+        CompositionError: two that cannot stand together, with the reason.
+    """
+    made = tuple(build(one.cls, dict(settings.get(name, {})), name) for name, one in _named(words).items())
+    for moment in ONE_OWNER:
+        owners = [s.name for s in made if fills(s, moment)]
+        if len(owners) > 1:
+            raise CompositionError(
+                f"{' and '.join(owners)} cannot stand together: each would own the moment {moment!r} of a step. "
+                "Choose one of them."
+            )
+    for i, one in enumerate(made):
+        others: list[Strategy | Method] = [*made[:i], *made[i + 1 :], *method.parts()]
+        for other in others:
+            reason = one.conflicts(other)
+            if reason:
+                raise CompositionError(f"{one.name} and {other.name} cannot stand together: {reason}")
+    return made
+
+
+def _named(words: str | None) -> dict[str, _Named]:
+    names = [word.strip() for word in (words or "").split("+") if word.strip()]
+    if len(set(names)) < len(names):
+        raise CompositionError(f"strategy {words!r}: a strategy stands in it twice. Name each once.")
+    classes = {name: STRATEGIES.get(name) for name in names}
+    return {name: _Named(cls, tuple(f.name for f in fields_of(cls))) for name, cls in classes.items()}

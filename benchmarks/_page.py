@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.page import section
+
 __all__ = ["RESULTS", "draw", "read"]
 
 ROOT = Path(__file__).parent.parent
@@ -21,6 +23,7 @@ Drawn by `python -m benchmarks --draw` from [benchmarks/results](../benchmarks/r
 
     make bench-quick      a few minutes: all of it works here
     make bench            everything, some hours on two cores: the figures of this page
+    make gpu              at most eight minutes, on a machine with a GPU: the last section
 
 How it is measured:
 
@@ -63,6 +66,7 @@ def draw() -> str:
     for group, write in SECTIONS.items():
         if group in found:
             parts.append(write(found[group], found))
+    parts.append(section(RESULTS / "gpu" / "results.json"))
     PAGE.write_text("\n\n".join(part.strip() for part in parts if part) + "\n")
     busy = [g for g, r in found.items() if r["busy"]]
     note = f"; measured on a busy machine: {', '.join(busy)}" if busy else ""

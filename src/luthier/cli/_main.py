@@ -4,6 +4,7 @@ No verb imports torch before it needs it: `luthier methods` and every `--help` a
 """
 
 import contextlib
+import inspect
 import os
 import pkgutil
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -26,11 +27,15 @@ __all__ = ["HELP", "guarded", "main", "verbs"]
 HELP = """Fine-tune any transformer with any method, and know beforehand what it costs.
 
 A first run:  luthier demo
-Your own:     luthier train sample:minilm-l6 --data questions.csv --method lora
+With rows:    luthier train sample:minilm-l6 --data FILE
 
-Exit codes: 0 done · 2 wrong use · 3 bad input · 4 damaged or refused bytes · 5 memory, disk or lock · 6 diverged · 130,
-143 interrupted (the run can be resumed) · 1 a bug of ours. With --json, errors come as JSON too.
+Exit codes: 0 done · 2 wrong use · 3 bad input · 4 damaged or refused bytes · 5 memory, disk or lock · 6 diverged ·
+130, 143 interrupted (the run can be resumed) · 1 a bug of ours. With --json, errors come as JSON too.
 """
+
+COMPLETING = "_LUTHIER_COMPLETE"  # set by the shell that wants a word completed
+# With one of these, what the command prints is its answer.
+ASKS = frozenset({"--help", "-h", "--version", "--show-completion", "--install-completion"})
 
 # Typer brings its own copy of click and gives out only the leaves of its tree of errors.
 WrongUse: type[Any] = typer.BadParameter.__bases__[0]
@@ -59,23 +64,53 @@ def verbs() -> list[str]:
     return sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name))
 
 
-def application(wanted: Sequence[str]) -> typer.Typer:
-    """The verbs as a typer application."""
+def application(wanted: Sequence[str]) -> Any:
+    """The verbs as one command, made by typer."""
     app = typer.Typer(
-        cls=Verbs, help=HELP, no_args_is_help=True, add_completion=False, rich_markup_mode="rich",
+        cls=Verbs, help=HELP, no_args_is_help=True, add_completion=True, rich_markup_mode="rich",
         context_settings={"help_option_names": ["-h", "--help"]}, pretty_exceptions_enable=False,
     )  # fmt: skip
 
-    @app.callback()
-    def _(version: bool = typer.Option(False, "--version", help="Print the version.", is_eager=True)) -> None:
-        if version:
-            print(__version__)
+    def show_version(wanted: bool) -> None:
+        if wanted:
+            print(f"luthier {__version__}")
             raise typer.Exit
+
+    @app.callback()
+    def _(
+        version: Annotated[
+            bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=show_version)
+        ] = False,
+    ) -> None:
+        pass
 
     for verb in wanted:
         module = import_module(f"luthier.cli.{verb.replace('-', '_')}")
         app.command(name=verb, no_args_is_help=getattr(module, "NEEDS_WORDS", False))(module.command)
-    return app
+    made = typer.main.get_command(app)
+    for command in (made, *getattr(made, "commands", {}).values()):
+        _take_words_as_they_are(command)
+    return made
+
+
+def _take_words_as_they_are(command: Any) -> None:
+    """Brackets in a help text are brackets: rich would take `[default: 3]` for a colour and drop it.
+
+    A paragraph is one line, which is wrapped where it is shown; lines of two blanks or with a command stay apart.
+    """
+    from rich.markup import escape
+
+    command.help = escape(_flowing(inspect.cleandoc(command.help or "")))
+    for param in command.params:
+        if getattr(param, "help", None):
+            param.help = escape(param.help)
+
+
+def _flowing(text: str) -> str:
+    return "\n\n".join(
+        part if "  " in part or part.startswith("luthier ") else " ".join(part.split("\n"))
+        for part in text.split("\n\n")
+    )
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -86,12 +121,13 @@ def main(words: Sequence[str] | None = None) -> int:
     known = verbs()
     # Only the verb asked for is imported; help and misspelt words need all of them.
     wanted = [words[0]] if words and words[0] in known else known
-    helping = "--help" in words or "-h" in words or not words
+    asking = not words or bool(ASKS & set(words)) or COMPLETING in os.environ
 
     def run() -> int:
-        # Libraries print: with --json standard output holds one object and nothing else.
-        with contextlib.redirect_stdout(sys.stderr) if screen.as_json and not helping else contextlib.nullcontext():
-            code = typer.main.get_command(application(wanted))(args=words, prog_name="luthier", standalone_mode=False)
+        # Libraries print, and so does typer where words are missing: standard output holds the result, which the
+        # screen writes there, and nothing else.
+        with contextlib.nullcontext() if asking else contextlib.redirect_stdout(sys.stderr):
+            code = application(wanted)(args=words, prog_name="luthier", standalone_mode=False)
         if code == 130:  # typer's own answer to Ctrl-C
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
@@ -117,8 +153,7 @@ def guarded(screen: Screen, run: Callable[[], int], words: Sequence[str] = ()) -
     except LuthierError as error:
         return screen.failed(type(error).__name__, str(error), error.exit_code)
     except WrongUse as error:
-        if type(error).__name__ == "NoArgsIsHelpError":
-            print(error.ctx.get_help() if error.ctx else "", file=sys.stderr)
+        if type(error).__name__ == "NoArgsIsHelpError":  # typer has printed the help
             return 2
         verb = " ".join(["luthier", *[w for w in words[:1] if w in verbs()]])
         said = error.format_message().rstrip(".")

@@ -1,20 +1,35 @@
-"""What a user sees: facts on standard error, the result on standard output; with --json one object and nothing else."""
+"""What a user sees: facts on standard error, the result on standard output; with --json one object and nothing else.
+
+What goes to a terminal is for eyes: wrapped at its width, with a colour for headlines and errors. What goes to a pipe
+or a file is for programs: one line is one line, cells of a row stand between tabs, and there is no colour.
+"""
 
 import contextlib
 import errno
 import json
 import math
 import os
+import re
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import IO, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from luthier.trust.text import for_terminal
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 __all__ = ["WIDTH", "Screen", "screen"]
 
-WIDTH = 80
+WIDTH = 80  # of tables where no terminal says another
+NARROWEST = 40
+
+BOLD, RED = "1", "1;31"
+
+# A command must stay on one line: whoever copies it would copy the line breaks too.
+COMMAND = re.compile(r"\s*(\w+: )?luthier \w")
 
 
 class Screen:
@@ -30,6 +45,7 @@ class Screen:
         self.out = out
         self.err = err
         self.lively = not as_json and err.isatty()
+        self._drawing: Console | None = None
 
     @classmethod
     def start(cls, *, as_json: bool) -> "Screen":
@@ -43,15 +59,71 @@ class Screen:
 
     def say(self, line: str) -> None:
         """One line of facts, on standard error."""
-        print(for_terminal(line, keep_lines=True), file=self.err, flush=True)
+        seen = _for_eyes(for_terminal(line, keep_lines=True), self.err)
+        if self._drawing is not None:  # a line written past it would be torn by what moves below
+            self._drawing.print(seen, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(seen, file=self.err, flush=True)
 
-    def show(self, text: str = "") -> None:
-        """A piece of the result, on standard output; silent with --json."""
+    def show(self, text: str = "", *, style: str = "") -> None:
+        """A piece of the result, on standard output; silent with --json. `style` colours it on a terminal."""
         if not self.as_json:
-            print(for_terminal(text, keep_lines=True), file=self.out, flush=True)
+            seen = _for_eyes(for_terminal(text, keep_lines=True), self.out)
+            print(_coloured(seen, style, self.out), file=self.out, flush=True)
+
+    def headline(self, text: str) -> None:
+        """A line of the result that stands above others."""
+        self.show(text, style=BOLD)
+
+    def page(self, text: str) -> None:
+        """Text with paragraphs that were wrapped for a file: on a terminal they are wrapped anew for its width."""
+        if self.as_json:
+            return
+        text = for_terminal(text, keep_lines=True)
+        if self.out.isatty():
+            width = _width(self.out)
+            lines = (line if line[:1].isspace() else _wrapped(line, width) for line in _paragraphs(text))
+            text = "\n".join(lines)
+        print(text, file=self.out, flush=True)
+
+    def row(self, *cells: object) -> None:
+        """One of many answers, for a program: cells between tabs; silent with --json."""
+        if not self.as_json:
+            print("\t".join(for_terminal(str(cell)) for cell in cells), file=self.out, flush=True)
+
+    @property
+    def for_eyes(self) -> bool:
+        """Whether the result goes to a terminal."""
+        return not self.as_json and self.out.isatty()
+
+    @contextlib.contextmanager
+    def drawing(self) -> Iterator["Console"]:
+        """A console to draw on standard error with: what is said meanwhile stands above what moves."""
+        from rich.console import Console
+
+        before, self._drawing = self._drawing, Console(file=self.err, width=_width(self.err))
+        try:
+            yield self._drawing
+        finally:
+            self._drawing = before
+
+    @contextlib.contextmanager
+    def busy(self, what: str) -> Iterator[Callable[[str], None]]:
+        """Something that moves while nothing else does, with `what` beside it; the function given changes the words.
+
+        Where standard error is no terminal, nothing is shown.
+        """
+        if not self.lively:
+            yield lambda words: None
+            return
+        with self.drawing() as console, console.status(for_terminal(what), spinner="dots") as status:
+            yield lambda words: status.update(for_terminal(words))
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[str] = ()) -> None:
-        """A table of at most 80 columns, on standard output; silent with --json. `right` names columns of numbers."""
+        """A table on standard output, as wide as the terminal at most; silent with --json.
+
+        `right` names columns of numbers.
+        """
         if self.as_json:
             return
         from rich.box import SIMPLE_HEAD
@@ -64,11 +136,15 @@ class Screen:
             drawn.add_column(column, justify="right" if column in right else "left", overflow="fold")
         for row in rows:
             drawn.add_row(*(Text(for_terminal(str(cell), keep_lines=True)) for cell in row))
-        console = Console(file=self.out, width=WIDTH, highlight=False)
+        console = Console(file=self.out, width=_width(self.out), highlight=False, color_system=None)
         # Lines end where their text ends: the padding would only show up in a copy.
         with console.capture() as captured:
             console.print(drawn)
-        print("\n".join(line.rstrip() for line in captured.get().splitlines()), file=self.out, flush=True)
+        lines = [line.rstrip() for line in captured.get().splitlines()]
+        if any(head):
+            rule = next(n for n, line in enumerate(lines) if line.startswith("─"))
+            lines[:rule] = [_coloured(line, BOLD, self.out) for line in lines[:rule]]
+        print("\n".join(lines), file=self.out, flush=True)
 
     def result(self, value: dict[str, Any]) -> None:
         """The command's answer for machines; silent without --json."""
@@ -80,7 +156,9 @@ class Screen:
         if self.as_json:
             self.result({"error": {"type": kind, "message": message, "exit_code": code}})
         else:
-            self.say(f"{kind}: {message}")
+            label = "stopped" if kind == "Interrupted" else "error"
+            seen = _for_eyes(for_terminal(f"{label}: {message}", keep_lines=True), self.err)
+            print(_coloured(label, RED, self.err) + seen.removeprefix(label), file=self.err, flush=True)
         return code
 
 
@@ -114,6 +192,54 @@ class _Lasting:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
+
+
+def _width(stream: IO[str]) -> int:
+    """Columns of the terminal that `stream` leads to; COLUMNS says another number, as everywhere."""
+    with contextlib.suppress(ValueError):
+        if (told := int(os.environ.get("COLUMNS", "0"))) > 0:
+            return max(NARROWEST, told)
+    if stream.isatty():
+        with contextlib.suppress(OSError, ValueError):
+            return max(NARROWEST, os.get_terminal_size(stream.fileno()).columns or WIDTH)
+    return WIDTH
+
+
+def _coloured(text: str, style: str, stream: IO[str]) -> str:
+    """`text` in a colour, where there are eyes to see it and nobody has asked for none (NO_COLOR)."""
+    if not style or not text or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty():
+        return text
+    return f"\x1b[{style}m{text}\x1b[0m"
+
+
+def _for_eyes(text: str, stream: IO[str]) -> str:
+    """`text` wrapped at the terminal's width, further lines of a paragraph two columns in; unchanged for a pipe."""
+    if not stream.isatty():
+        return text
+    width = _width(stream)
+    return "\n".join(_wrapped(line, width) for line in text.split("\n"))
+
+
+def _wrapped(line: str, width: int) -> str:
+    if len(line) <= width or COMMAND.match(line):
+        return line
+    indent = line[: len(line) - len(line.lstrip())]
+    return textwrap.fill(
+        line.strip(), width, initial_indent=indent, subsequent_indent=indent + "  ",
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+
+
+def _paragraphs(text: str) -> list[str]:
+    """The lines of a page with each paragraph on one line; indented lines (equations) stand as they are."""
+    joined: list[str] = []
+    for line in text.splitlines():
+        begins = not line or line[0].isspace() or re.match(r"[A-Z]\w+: ", line)
+        if begins or not joined or not joined[-1] or joined[-1][0].isspace():
+            joined.append(line)
+        else:
+            joined[-1] += " " + line
+    return joined
 
 
 def _finite(value: Any) -> Any:

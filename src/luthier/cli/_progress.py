@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from luthier.cli._output import Screen, screen
@@ -27,10 +28,21 @@ class Watcher(Listener):
         self.title = title
         self.brief = brief  # facts about data and model were said before
         self.total = 0
+        self._moving = ExitStack()
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._begun = self._said = 0.0
         self._rows = self._tokens = self._first = 0
+
+    def busy(self, what: str) -> None:
+        """Show that something goes on, until the next step or the end."""
+        self._moving.close()
+        self._moving.enter_context(self.screen.busy(f"{self.title}: {what}"))
+
+    def close(self) -> None:
+        """Take away whatever moves."""
+        self._moving.close()
+        self._bar = self._task = None
 
     def say(self, line: str) -> None:
         if not self.brief:
@@ -40,16 +52,16 @@ class Watcher(Listener):
         self.total, self._first = total, done
         self._begun = self._said = time.monotonic()
         self._rows = self._tokens = 0
+        self.close()
         if self.screen.lively:
-            from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
             self._bar = Progress(
                 TextColumn("{task.description}"), BarColumn(bar_width=16), TextColumn("{task.completed}/{task.total}"),
                 TextColumn("{task.fields[numbers]}"), TimeRemainingColumn(compact=True),
-                console=Console(file=self.screen.err), transient=True,
+                console=self._moving.enter_context(self.screen.drawing()), transient=True,
             )  # fmt: skip
-            self._bar.start()
+            self._moving.enter_context(self._bar)
             self._task = self._bar.add_task(self.title, total=total, completed=done, numbers="")
 
     def step(self, step: int, row: dict[str, Any], tokens: int, rows: int) -> None:
@@ -69,9 +81,9 @@ class Watcher(Listener):
         self.screen.say(f"{self.title}: step {step}: " + " · ".join(f"{k} {v:.4g}" for k, v in scores.items()))
 
     def end(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = self._task = None
+        self.close()
+        if self.brief:
+            self.busy("scoring the held-out rows")
 
 
 def facts_of(result: Result) -> dict[str, Any]:
@@ -101,7 +113,7 @@ def show_result(result: Result) -> None:
     facts = facts_of(result)
     to.result(facts)
     if facts["scores"]:
-        to.show("\n" + " · ".join(f"{name} {value:.4g}" for name, value in facts["scores"].items()))
+        to.headline("\n" + " · ".join(f"{name} {value:.4g}" for name, value in facts["scores"].items()))
     rows = [
         ("trained", f"{human_count(facts['trained'])} of {human_count(facts['n_params'])} numbers "
                     f"({facts['share']:.2%})"),

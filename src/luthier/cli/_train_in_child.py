@@ -36,12 +36,19 @@ def _end_with_the_parent() -> None:
 
 
 def _train(screen: Screen, answers: object) -> int:
-    from luthier.cli._progress import Watcher, facts_of
-    from luthier.runs.spec import RunSpec
-    from luthier.workflow import train
+    values = tomllib.loads(sys.stdin.read())
+    with screen.busy(f"{values['method']}: loading"):  # torch alone takes seconds
+        from luthier.cli._progress import Watcher, facts_of
+        from luthier.runs.spec import RunSpec
+        from luthier.workflow import train
 
-    spec = RunSpec.from_plain(tomllib.loads(sys.stdin.read()))
-    result = train(spec, listener=Watcher(screen, title=spec.method, brief=True))
+    spec = RunSpec.from_plain(values)
+    watcher = Watcher(screen, title=spec.method, brief=True)
+    watcher.busy("loading")
+    try:
+        result = train(spec, listener=watcher)
+    finally:
+        watcher.close()
     print(json.dumps(facts_of(result)), file=answers, flush=True)  # type: ignore[call-overload]
     return 0
 

@@ -65,10 +65,11 @@ def command(
     show_table(runs)
     best = max(runs, key=lambda run: (run["scores"]["accuracy"], -run["trained"]))
     questions = _questions()
-    show(f"\nThe best on held-out questions is {best['method']}. It says:\n")
-    from luthier.workflow import predict
+    screen().headline(f"\nThe best on held-out questions is {best['method']}. It says:\n")
+    with screen().busy("answering"):
+        from luthier.workflow import predict
 
-    answers = predict(best["path"], texts=questions)
+        answers = predict(best["path"], texts=questions)
     screen().table(
         ("question", "answer is", "sure"),
         [(q, a["label"], f"{a['probabilities'][a['label']]:.0%}") for q, a in zip(questions, answers, strict=True)],

@@ -1,5 +1,6 @@
 """`luthier methods`: the shelf, or one method's page. Reads files, imports none of them: no torch here."""
 
+from itertools import groupby
 from typing import Annotated
 
 import typer
@@ -8,13 +9,19 @@ from luthier.cli import _shelf
 from luthier.cli._output import screen
 from luthier.cli._shared_options import AsJson
 from luthier.cli._shelf import SHELF, facts
-from luthier.core import Card
+from luthier.core import Card, UnknownName, near
 
 __all__ = ["command"]
 
 
 def command(
     name: Annotated[str | None, typer.Argument(help="Print this method's page.", show_default=False)] = None,
+    family: Annotated[
+        list[str] | None, typer.Option(help="Only methods of this family; may be given several times.")
+    ] = None,
+    mergeable: Annotated[
+        bool | None, typer.Option(help="Only methods that merge into the weights, or only those that do not.")
+    ] = None,
     as_json: AsJson = False,
     refresh: Annotated[bool, typer.Option("--refresh", help="Count the shares anew and store them.")] = False,
     pages: Annotated[str | None, typer.Option(help="Write every method's page into this folder.")] = None,
@@ -26,6 +33,8 @@ def command(
       luthier methods
 
       luthier methods lora
+
+      luthier methods --family additive --no-mergeable
 
       luthier methods --json | jq '.methods[] | select(.mergeable) | .name'
     """
@@ -45,8 +54,8 @@ def command(
         screen().result(facts(card))
         _show_page(card)
         return
-    cards = SHELF.cards()
-    screen().result({"methods": [facts(card) for card in cards]})
+    cards = _chosen(family or [], mergeable)
+    screen().result({"methods": [facts(card) for card in sorted(cards, key=lambda card: card.name)]})
     _show_list(cards)
 
 
@@ -59,21 +68,47 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
+def _chosen(family: list[str], mergeable: bool | None) -> list[Card]:
+    """The cards that are asked for, family by family.
+
+    Raises:
+        UnknownName: no method is of such a family.
+    """
+    cards = sorted(SHELF.cards(), key=lambda card: (card.family, card.name))
+    families = list(dict.fromkeys(card.family for card in cards))
+    for name in family:
+        if name not in families:
+            raise UnknownName(
+                f"--family {name!r}: no method is of it.{near(name, families)} There are {', '.join(families)}."
+            )
+    return [c for c in cards if (not family or c.family in family) and mergeable in (None, c.mergeable)]
+
+
 def _show_list(cards: list[Card]) -> None:
-    rows = [(c.name, c.family, c.paper, _yes(c.mergeable), _yes(c.starts_at_base), _share(c.name)) for c in cards]
-    rows.sort(key=lambda row: (row[1], row[0]))
-    screen().table(("name", "family", "paper", "merges", "identity", "share"), rows, right=("share",))
+    rows: list[tuple[str, ...]] = []
+    for family, members in groupby(cards, key=lambda card: card.family):
+        rows.append((f"{family}:", "", "", ""))
+        rows += [
+            (f"  {card.name}", f"{_few_words(card)} ({card.paper})", _yes(card.mergeable), _share(card.name))
+            for card in members
+        ]
+    screen().table(("name", "what it is", "merges", "share"), rows, right=("share",))
     screen().show(
-        f"\n{len(cards)} methods. merges: into the weights, at no cost later. identity: starts as the\n"
-        "base model. share: of minilm-l6's numbers trained, with a head of six classes.\n"
-        "Next: `luthier methods lora` prints a page; `luthier train --help`."
+        f"\n{len(cards)} methods. merges: into the weights, at no cost later.\n"
+        "share: of minilm-l6's numbers trained, with a head of six classes."
     )
+    screen().show("Next: luthier methods lora  (prints its page)")
+
+
+def _few_words(card: Card) -> str:
+    """The sentence of a page without the method's name before it."""
+    return card.title.partition(": ")[2] or card.title
 
 
 def _show_page(card: Card) -> None:
     show = screen().show
-    show(f"{card.name} · {card.family} · {card.paper}\n")
-    show(card.page)
+    screen().headline(f"{card.name} · {card.family} · {card.paper}\n")
+    screen().page(card.page)
     show(
         f"\nmerges into the weights: {_yes(card.mergeable)} · starts as the base model: {_yes(card.starts_at_base)} · "
         f"trains {_share(card.name)} of minilm-l6"

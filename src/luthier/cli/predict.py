@@ -8,7 +8,7 @@ from luthier.cli._output import screen
 from luthier.cli._shared_options import AsJson
 from luthier.core import UsageError
 
-__all__ = ["NEEDS_WORDS", "answer_of", "command"]
+__all__ = ["NEEDS_WORDS", "answer_of", "cells_of", "command"]
 
 NEEDS_WORDS = True
 
@@ -35,9 +35,23 @@ def command(
 
     answers = predict(run, texts=text or [], data=data, max_new_tokens=max_new_tokens)
     screen().result({"run": run, "answers": answers})
-    for number, answer in enumerate(answers, start=1):
-        words = answer_of(answer)
-        screen().show(f"{number}\t{words}" if data is not None or len(answers) > 1 else words)
+    many = data is not None or len(answers) > 1
+    if not screen().for_eyes:
+        for number, answer in enumerate(answers, start=1):
+            screen().row(*([number] if many else []), *cells_of(answer))
+    elif many:
+        rows = [(number, answer_of(answer)) for number, answer in enumerate(answers, start=1)]
+        screen().table(("row", "answer"), rows, right=("row",))
+    else:
+        screen().show(answer_of(answers[0]))
+
+
+def cells_of(answer: dict[str, Any]) -> tuple[str, ...]:
+    """One answer for a program: a label and its probability are two cells."""
+    label = answer.get("label")
+    if isinstance(label, str):
+        return label, f"{answer['probabilities'][label]:.6g}"
+    return (answer_of(answer),)
 
 
 def answer_of(answer: dict[str, Any]) -> str:

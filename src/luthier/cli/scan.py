@@ -28,11 +28,13 @@ def command(
     from luthier.trust import scan
 
     findings = scan.scan(path)
-    counts = {level: sum(f.level == level for f in findings) for level in ("refused", "warning", "fine")}
+    counts = {level: sum(f.level == level for f in findings) for level in ("refused", "warning", "fine", "unjudged")}
     if not counts["refused"]:
         screen().result({"path": path, "counts": counts, "findings": [vars(f) for f in findings]})
     screen().table(("", "place", "what"), [(f.level, f.place, f.what) for f in findings])
     screen().show("\n" + ", ".join(f"{n} {level}" for level, n in counts.items()))
+    if counts["unjudged"] == len(findings):
+        screen().show("Nothing here is of a kind that scan judges: weights, configurations, chat templates.")
     if counts["refused"]:
         worst = "\n".join(f"{f.place}: {f.what}" for f in findings if f.level == "refused")
         raise Refused(f"{path}: {counts['refused']} refused, so it would not be read:\n{worst}")

@@ -17,9 +17,13 @@ __all__ = ["Finding", "scan"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing to know. "refused": we will not read it. "warning": another program might run it. "fine": checked."""
+    """One thing to know.
 
-    level: Literal["refused", "warning", "fine"]
+    "refused": we will not read it. "warning": another program might run it. "fine": checked. "unjudged": no kind of
+    file that is checked here, so nothing is said of it.
+    """
+
+    level: Literal["refused", "warning", "fine", "unjudged"]
     place: str
     what: str
 
@@ -49,7 +53,7 @@ def scan(path: str | os.PathLike[str], *, limits: Limits = Limits()) -> list[Fin
             findings.append(Finding("refused", str(root), f"more than {limits.members} files; scan a smaller folder."))
             break
         findings += _file(place, root, limits)
-    order = {"refused": 0, "warning": 1, "fine": 2}
+    order = {"refused": 0, "warning": 1, "fine": 2, "unjudged": 3}
     return sorted(findings, key=lambda f: (order[f.level], f.place))
 
 
@@ -76,7 +80,7 @@ def _file(path: Path, root: Path, limits: Limits) -> list[Finding]:
         return [Finding("refused", str(path), "may be pickle, which can run code when read; `luthier convert` it.")]
     if suffix in (".py", ".so", ".dll", ".dylib", ".sh", ".exe", ".pyc"):
         return [Finding("warning", str(path), "code. We never run it; another program may.")]
-    return []
+    return [Finding("unjudged", str(path), f"not judged: scan knows no {suffix or 'file without an ending'}.")]
 
 
 def _read(path: Path, limits: Limits) -> str:

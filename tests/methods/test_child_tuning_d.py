@@ -4,12 +4,16 @@ import math
 
 import pytest
 import torch
+from little import Heard, little_data, little_model, little_spec
 from methods.checks import logits, train
 from tiny import inputs, tiny
 
+from luthier import train as run
 from luthier.core import ConfigError
 from luthier.methods.partial.child_tuning_d import ChildTuningD
-from luthier.surgery import attach, load
+from luthier.runs import RunFolder, load_newest
+from luthier.runs.spec import BatchSpec
+from luthier.surgery import Look, attach, gradients, load
 
 
 def _batches(model, *seeds):
@@ -71,6 +75,114 @@ def test_the_mask_is_the_top_share_of_scores_computed_apart():
     assert int(found.sum()) == int(top.sum())
     magnitude = torch.cat([dict(reference.named_parameters())[n].detach().abs().flatten() for n in names])
     assert (found != (magnitude >= magnitude.sort(descending=True).values[int(top.sum()) - 1])).float().mean() > 0.1
+
+
+def _seeded(model, seed):
+    """A mini-batch's loss whose dropout is named by the mini-batch."""
+
+    def loss():
+        torch.manual_seed(seed)
+        return model(**inputs(model, seed=seed)).loss
+
+    return loss
+
+
+def test_scores_are_those_of_training_mode():
+    reference = tiny("bert").train()
+    named = {n: p for n, p in reference.named_parameters() if ".layer." in n}
+    scores = dict.fromkeys(named, 0.0)
+    for seed in (1, 2):
+        for (n, p), grad in zip(
+            named.items(), torch.autograd.grad(_seeded(reference, seed)(), list(named.values())), strict=True
+        ):
+            assert p.shape == grad.shape
+            scores[n] = scores[n] + (grad * min(1.0, 1 / (float(grad.norm()) + 1e-6))).square()
+    flat = torch.cat([scores[n].flatten() for n in named])
+    wanted = torch.zeros(len(flat), dtype=torch.bool)
+    wanted[flat.argsort(descending=True, stable=True)[: math.floor(0.3 * len(flat))]] = True
+
+    model, method = tiny("bert"), ChildTuningD()
+    tuned = attach(model, method)
+    method.prepare(tuned, [_seeded(model, seed) for seed in (1, 2)])
+    found = torch.cat([_masks(tuned)[f"model/{n}"].flatten() for n in named])
+    assert (found != wanted).float().mean() < 1e-3
+    model.eval()
+    still = attach(tiny("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), method, name="still")
+    method.prepare(still, [_seeded(still.model, seed) for seed in (1, 2)])
+    other = torch.cat([_masks(still)[f"model/{n}"].flatten() for n in named])
+    assert (found != other).float().mean() > 0.02, "dropout is seen in the mask"
+
+
+def test_a_step_is_squared_once_however_it_is_cut():
+    model = tiny("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, classifier_dropout=0.0).double()
+    tuned = attach(model, ChildTuningD())
+    batch = inputs(model, batch=6, padded=False)
+
+    def part(rows):
+        return lambda: model(**{k: v[rows] for k, v in batch.items()}).loss * len(rows) / 6
+
+    parameters = list(tuned.trained().values())
+    whole = gradients(lambda: model(**batch).loss, parameters)
+    for cuts in ([[0, 1, 2], [3, 4, 5]], [[5], [0, 3], [4, 2, 1]]):
+        look = Look([part(rows) for rows in cuts])
+        for one, other in zip(gradients(look, parameters), whole, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(look(), model(**batch).loss)
+
+
+def test_the_mask_of_a_run_does_not_depend_on_how_memory_cuts_a_step(tmp_path):
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
+    masks = []
+    for name, cut in {"pieces": BatchSpec(size=8, tokens=32, accumulate=4), "whole": BatchSpec(size=8)}.items():
+        home = tmp_path / name
+        little_model(home / "bert", "bert", **still)
+        spec = little_spec(home, "child_tuning_d", batch=cut)
+        run(spec, stop_at=1)
+        with RunFolder.open(home / "run") as folder:
+            checkpoint, _ = load_newest(folder)
+        held = checkpoint.tensors["adapter"]
+        masks.append({n: t for n, t in held.items() if n.endswith("|mask")})
+    one, other = (torch.cat([m.flatten() for _, m in sorted(found.items())]) for found in masks)
+    assert int(one.sum()) == int(other.sum()) > 1000
+    assert (one != other).float().mean() < 1e-3  # rounding decides about a few at the edge
+
+
+def test_a_run_looks_at_the_whole_first_epoch(tmp_path, monkeypatch):
+    seen = []
+    inner = ChildTuningD.prepare
+
+    def watched(self, tuned, batches):
+        seen.append(batches)
+        inner(self, tuned, batches)
+
+    monkeypatch.setattr(ChildTuningD, "prepare", watched)
+    little_data(tmp_path / "rows.csv", rows=330)
+    heard = Heard()
+    spec = little_spec(tmp_path, "child_tuning_d", batch=BatchSpec(size=4), steps=1)
+    run(spec, listener=heard)
+    (batches,) = seen
+    assert len(batches) > 64
+    assert f"100% of the {len(batches)} steps of the first epoch" in heard.text
+
+
+def test_a_share_of_the_data_is_its_first_steps():
+    model = tiny("bert")
+    asked = []
+    batches = [lambda i=i: (asked.append(i), model(**inputs(model, seed=i)).loss)[1] for i in range(10)]
+    for share, steps in ((1.0, 10), (0.3, 3), (0.01, 1)):
+        asked.clear()
+        method = ChildTuningD(data=share)
+        method.prepare(_fresh(model, method), batches)
+        assert asked == list(range(steps))
+
+
+def _fresh(model, method):
+    from luthier.surgery import Tuned
+
+    held = Tuned.of(model)
+    if held is not None:
+        held.detach()
+    return attach(model, method)
 
 
 def test_scoring_leaves_no_trace():

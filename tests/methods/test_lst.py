@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from little import little_model, little_spec
 from methods.checks import frozen_copy, logits, same, stir, train
 from methods.generation import check_checkpointing, check_generation, check_low_precision, stirred, uncached
+from safetensors.torch import load_file
 from tiny import inputs, tiny
 from transformers import BertConfig, BertModel
 
+from luthier import resume
+from luthier import train as train_run
 from luthier.anatomy import Anatomy
 from luthier.core import AnatomyError, CompositionError, ConfigError
 from luthier.methods.additive.lst import Sides
@@ -193,6 +197,62 @@ def test_fisher_looks_at_batches_and_leaves_no_trace(name):
     blocks, others = (sides_of(t).ladders["self"].blocks.state_dict() for t in (tuned, by_size))
     assert any(not torch.equal(blocks[n], others[n]) for n in blocks)
     logits(model)
+
+
+def fisher_spec(home, **changes):
+    settings = {"importance": "fisher", "reduction": 3}
+    return little_spec(home, "lst", settings=settings, trunk_dropout="off", **changes)
+
+
+def test_a_run_starts_from_fisher_and_resumes_to_the_bit(tmp_path):
+    little_model(tmp_path / "bert")
+    train_run(fisher_spec(tmp_path, out=str(tmp_path / "whole")))
+    train_run(fisher_spec(tmp_path, out=str(tmp_path / "parts")), stop_at=5)
+    resume(tmp_path / "parts")
+    one, other = (load_file(tmp_path / name / "tuning" / "tuning.safetensors") for name in ("whole", "parts"))
+    assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+    train_run(little_spec(tmp_path, "lst", settings={"reduction": 3}, trunk_dropout="off", out=str(tmp_path / "size")))
+    third = load_file(tmp_path / "size" / "tuning" / "tuning.safetensors")
+    assert any(not torch.allclose(one[n], third[n], atol=1e-3) for n in one), "another start"
+
+
+def test_a_saved_side_that_started_from_fisher_trains_on_where_it_is_loaded(tmp_path):
+    from luthier.surgery import load
+
+    tuned = attach(tiny("bert"), "lst", reduction=3, importance="fisher")
+    model = tuned.model
+    tuned.tuning().method.prepare(tuned, [lambda: model(**inputs(model)).loss])
+    tuned.save(tmp_path / "side")
+    again = load(tiny("bert"), tmp_path / "side")
+    again.tuning().method.after_backward(again, 1, 1)  # refuses a side that never started
+
+
+def test_fisher_sees_frozen_weights_that_are_computed_by_fast_functions():
+    blocks = []
+    for quick in (False, True):
+        tuned = attach(tiny("llama").bfloat16(), "lst", reduction=3, importance="fisher")
+        model = tuned.model
+        if quick:
+            tuned.quicken(training=False)
+        tuned.tuning().method.prepare(tuned, [lambda model=model: model(**inputs(model)).loss])
+        blocks.append(sides_of(tuned).ladders["self"].blocks.state_dict())
+    assert all(torch.equal(blocks[0][n], blocks[1][n]) for n in blocks[0])
+
+
+@pytest.mark.parametrize("order", [("size", "fisher"), ("fisher", "size")])
+def test_looking_at_the_data_starts_its_own_side_and_no_other(order):
+    model = tiny("bert")
+    for name in order:
+        chosen = {"reduction": 3, "importance": "fisher" if name == "fisher" else "magnitude"}
+        tuned = attach(model, method("lst", chosen), name=name, train_head=False)
+        tuned.activate()
+    tuned.activate("fisher")
+    sides = {name: tuned.tuning(name).modules_by_key()["branch"] for name in order}
+    before = {name: {n: t.clone() for n, t in side.state_dict().items()} for name, side in sides.items()}
+    tuned.tuning("fisher").method.prepare(tuned, [lambda: model(**inputs(model)).loss])
+    after = {name: side.state_dict() for name, side in sides.items()}
+    assert all(torch.equal(after["size"][n], t) for n, t in before["size"].items())
+    assert any(not torch.equal(after["fisher"][n], t) for n, t in before["fisher"].items())
 
 
 def test_an_encoder_that_ran_without_the_side_is_refused_and_states_keep_their_width():

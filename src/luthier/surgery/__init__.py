@@ -9,6 +9,7 @@ from luthier.surgery.branch import BlockCall
 from luthier.surgery.compose import Combined, method
 from luthier.surgery.context import Context
 from luthier.surgery.edits import AddBranch, Attach, Edit, PrependKeys, PrependTokens, Reparametrise, Unfreeze
+from luthier.surgery.look import Look, gradients
 from luthier.surgery.method import METHODS, Batches, Group, Method, Objective, PerSite
 from luthier.surgery.peft_files import from_peft, to_peft
 from luthier.surgery.tuned import Tuned, attach
@@ -27,6 +28,7 @@ __all__ = [
     "Context",
     "Edit",
     "Group",
+    "Look",
     "Method",
     "Objective",
     "PerSite",
@@ -37,6 +39,7 @@ __all__ = [
     "Unfreeze",
     "attach",
     "from_peft",
+    "gradients",
     "keyed",
     "load",
     "method",

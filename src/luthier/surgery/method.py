@@ -44,6 +44,7 @@ class Group:
 
 
 Batches = Sequence[Callable[[], Tensor]]
+"""The optimiser steps of the first epoch: each gives its mean loss. See `look.gradients` for their gradients."""
 
 
 class Method(ABC):

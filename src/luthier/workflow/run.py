@@ -10,17 +10,21 @@ drift      what may differ between a run and its resumption
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from luthier import kernels
 from luthier.core import ConfigError, Interrupted, Locked, human_bytes, human_seconds, plain
 from luthier.runs import RunFolder, bytes_of, differences, environment, load_newest, preflight
 from luthier.runs.spec import SAME_BITS, RunSpec, changes
+from luthier.surgery import Look
 from luthier.training.allocator import keeping_freed
 from luthier.training.loop import Listener, Loop
 from luthier.training.stop_signals import StopRequested, StopSignals
@@ -193,41 +197,43 @@ def _check_disk(run: RunFolder, loop: Loop) -> None:
 
 
 def _look_at_data(prepared: Prepared, loop: Loop) -> None:
-    """Let methods that start from data see the first batches, in eval mode, and leave no trace."""
-    loop.listener.say(f"{prepared.spec.method} looks at the data first")
+    """Let methods that start from data see the first epoch, and leave no trace."""
     batches = _Looks(loop)
     for part in prepared.method.parts():
         if part.looks_at_data:
+            share = f"{part.settings().get('data', 1.0):.0%} of " if "data" in part.settings() else ""
+            loop.listener.say(
+                f"{part.name} looks at the data first: {share}the {len(batches)} steps of the first epoch"
+            )
             part.prepare(loop.tuned, batches)
     loop.optimiser.zero_grad()
 
 
-class _Looks(Sequence[Callable[[], Tensor]]):
-    """The first epoch's micro-batches as callables: each gives its mean loss, with a graph."""
+class _Looks(Sequence[Look]):
+    """The steps of the first epoch, each with the graph of its mean loss."""
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
-        steps = loop.feed.batches.order.steps_per_epoch
-        self._pieces = [p for s in range(min(steps, 64)) for p in loop.feed.batches.pieces(0, s)]
 
     def __len__(self) -> int:
-        return len(self._pieces)
+        return self._loop.feed.batches.order.steps_per_epoch
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        loop = self._loop
+        loop, step = self._loop, index % len(self)
+        n_targets = max(1, loop.feed.batches.n_targets(0, step))
 
-        def look() -> Tensor:
+        def look(rows: NDArray[np.int64]) -> Tensor:
             loop.signals.check()
-            batch = loop.feed.batches.collator(loop.feed.batches.examples, self._pieces[index]).to(loop.device)
+            batch = loop.feed.batches.collator(loop.feed.batches.examples, rows).to(loop.device)
             with loop.precision.autocast(loop.device):
                 result = loop.objective(batch)
-            return result.loss / max(1, batch.n_targets)
+            return result.loss / n_targets
 
-        return look
+        return Look([partial(look, rows) for rows in loop.feed.batches.pieces(0, step, loop.feed.budget)])
 
 
 def _run(

@@ -12,11 +12,14 @@ arXiv:2206.06522, section 3.
 
 Count: S kept layers: S side blocks, (S + 1)(d d_s + d_s) for D, S for α, the final norm, d_s d + d for U.
 Claims: 69 % less training memory than full fine-tuning of T5, where LoRA and adapters save 26 %.
-Pitfalls: a gradient into the frozen model costs all of that memory and shows nowhere else; importance "fisher" needs
-the training to hand over batches, and squares the gradient of each batch: of one row each, it is the paper's Fisher. In
-an encoder-decoder the side decoder reads the side encoder. Position biases (T5, BLOOM) are the frozen model's; rotary
-angles are computed for the side's own width. Side keys and values share the model's cache, behind its layers. Refused
-where layers share one module (ALBERT) or read relative embeddings of the model's full width (DeBERTa).
+Starts: by the size of the weights (the default: it needs no data, so attaching is all it takes), or by importance
+"fisher", the paper's own, which costs a pass over the data, forward and backward through the whole model, before the
+first step: gradients of each optimiser step are squared and summed. The paper squares those of each row: so does
+batch.size = 1.
+Pitfalls: a gradient into the frozen model costs all of that memory and shows nowhere else. In an encoder-decoder the
+side decoder reads the side encoder. Position biases (T5, BLOOM) are the frozen model's; rotary angles are computed for
+the side's own width. Side keys and values share the model's cache, behind its layers. Refused where layers share one
+module (ALBERT) or read relative embeddings of the model's full width (DeBERTa).
 """
 
 import inspect
@@ -28,10 +31,13 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from luthier import kernels
 from luthier.anatomy import Anatomy
 from luthier.core import AnatomyError, ConfigError, ModelError, above, at_least, between
+from luthier.methods.parts.masks import first_share, no_trace
 from luthier.methods.parts.narrow_copy import Sizes, kept_layers, narrow_model, prune, side_params
-from luthier.surgery import METHODS, AddBranch, Batches, BlockCall, Context, Edit, Method, Tuned
+from luthier.methods.parts.own_tensors import own_modules
+from luthier.surgery import METHODS, AddBranch, Batches, BlockCall, Context, Edit, Method, Tuned, gradients
 from luthier.surgery.prompts import text_stack
 
 
@@ -47,11 +53,15 @@ class LST(Method):
     importance: Annotated[
         Literal["magnitude", "fisher", "random"], "what decides which weights start a side block; random: none do"
     ] = "magnitude"
+    data: Annotated[float, "fisher: share of the first epoch that is looked at", between(0.001, 1)] = 1.0
 
     mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     through_trunk: ClassVar[bool] = False
     default_lr: ClassVar[float] = 3e-3
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "looks_at_data", self.importance == "fisher")
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         self._kept(anatomy)
@@ -75,11 +85,11 @@ class LST(Method):
     def prepare(self, tuned: Tuned, batches: Batches) -> None:
         if self.importance != "fisher":
             return
-        for sides in tuned.modules(Sides).values():
-            sides.start(tuned.model, _fisher(tuned, batches, sides.tensors))
+        for sides in own_modules(self, tuned, Sides):
+            sides.start(tuned.model, _fisher(tuned, first_share(batches, self.data), sides.tensors))
 
     def after_backward(self, tuned: Tuned, step: int, total: int) -> None:
-        if self.importance == "fisher" and not all(s.started for s in tuned.modules(Sides).values()):
+        if self.importance == "fisher" and not all(s.started for s in own_modules(self, tuned, Sides)):
             raise ConfigError("lst: importance=fisher looks at batches before the first step, and none were given.")
 
     def _kept(self, anatomy: Anatomy) -> dict[str, tuple[int, ...]]:
@@ -102,18 +112,17 @@ def _out_width(anatomy: Anatomy) -> int:
 
 
 def _fisher(tuned: Tuned, batches: Batches, names: list[str]) -> dict[str, Tensor]:
-    """Squared gradients of the frozen tensors `names`, summed over batches; leaves gradients as it found them."""
+    """Squared gradients of the frozen tensors `names`, summed over steps, in evaluation mode; leaves no trace."""
     parameters = {n: tuned.tensor(n) for n in names}
     scores = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in parameters.items()}
-    with tuned.base_only():
+    # By plain functions: the fast ones hold a frozen weight constant, so it would have no gradient.
+    with tuned.base_only(), no_trace(tuned, training=False), kernels.plain():
         before = {n: p.requires_grad for n, p in parameters.items()}
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         try:
-            for loss in batches:
-                for name, gradient in zip(
-                    parameters, torch.autograd.grad(loss(), list(parameters.values()), allow_unused=True), strict=True
-                ):
+            for batch in batches:
+                for name, gradient in zip(parameters, gradients(batch, list(parameters.values())), strict=True):
                     if gradient is not None:
                         scores[name] += gradient.float() ** 2
         finally:
@@ -195,6 +204,11 @@ class Sides(nn.Module):
                     value = held.tensor(f"{site.path}.{short}").detach().float().cpu()[residual]
                     ladder.norm._parameters[short].copy_(value)  # type: ignore
         self.to(home)
+        self.started = True
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        # What is loaded has started: in the run that saved it.
+        super()._load_from_state_dict(*args)
         self.started = True
 
     def enter(self, stack: str, kwargs: dict[str, Any]) -> dict[str, Any]:

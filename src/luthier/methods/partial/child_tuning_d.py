@@ -6,15 +6,18 @@ Nothing changes before the first step. What lies outside the blocks (embeddings,
 
 Xu et al. 2021, "Raise a Child in Large Language Model: Towards Effective and Generalizable Fine-tuning",
 arXiv:2109.05687, section 3.3. As in the authors' code the scores are taken in training mode, per mini-batch, with each
-tensor's gradient clipped to norm 1, and there is no rescaling. Two differences: the mask has exactly its number of
-entries, ties going to the earlier one; and it also holds for weight decay, which in the authors' code moves the
-entries outside it (`masked_decay=False`).
+tensor's gradient clipped to norm 1, and there is no rescaling. A mini-batch is a whole optimiser step of the first
+epoch, however memory cuts it into pieces; all of them are looked at, or the first `data` of them. Two differences: the
+mask has exactly its number of entries, ties going to the earlier one; and it also holds for weight decay, which in the
+authors' code moves the entries outside it (`masked_decay=False`).
 
 Count: floor(share * numbers in the blocks) + all numbers outside the blocks.
 Claims: a regulariser, better and steadier than full fine-tuning on small data; memory is not saved, nor much storage.
-Cost: a step of full fine-tuning, and a mask over every gradient and every new value.
+Cost: one pass over the data, forward and backward, before the first step; then a step of full fine-tuning, and a mask
+over every gradient and every new value.
 Pitfalls: a mask on the gradient alone lets momentum and decay through; masking after clipping; scoring with gradients
-of another mode or another subset gives another mask.
+of another mode or another subset gives another mask; dropout draws anew where memory cuts a step otherwise, so with it
+the few entries at the edge may differ.
 """
 
 import math
@@ -27,9 +30,9 @@ from torch import Tensor
 
 from luthier.anatomy import Anatomy
 from luthier.core import ConfigError, above, between
-from luthier.methods.parts.masks import no_trace, top_k
+from luthier.methods.parts.masks import first_share, no_trace, top_k
 from luthier.methods.parts.own_tensors import own_unfrozen
-from luthier.surgery import METHODS, Batches, Edit, Method, Tuned, Unfreeze
+from luthier.surgery import METHODS, Batches, Edit, Method, Tuned, Unfreeze, gradients
 from luthier.surgery.tuning import Unfrozen
 
 
@@ -40,6 +43,7 @@ class ChildTuningD(Method):
 
     share: Annotated[float, "share of the blocks' entries that move", between(0, 1)] = 0.3
     masked_decay: Annotated[bool, "decay, too, moves only the entries of the mask"] = True
+    data: Annotated[float, "share of the first epoch that is looked at", between(0.001, 1)] = 1.0
     clip: Annotated[float, "largest gradient norm of one tensor while scoring", above(0)] = 1.0
 
     mergeable: ClassVar[bool] = True
@@ -70,7 +74,7 @@ class ChildTuningD(Method):
 
     def prepare(self, tuned: Tuned, batches: Batches) -> None:
         child = self._child(tuned)
-        scores = fisher(tuned, [u.parameter for u in child], batches, self.clip)
+        scores = fisher(tuned, [u.parameter for u in child], first_share(batches, self.data), self.clip)
         if not any(bool(s.any()) for s in scores):
             raise ConfigError(
                 "child_tuning_d: no gradient reached the blocks, so nothing can be told apart. Check the loss."
@@ -106,8 +110,7 @@ def fisher(tuned: Tuned, parameters: list[torch.nn.Parameter], batches: Batches,
     scores = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
     with no_trace(tuned, training=True):
         for batch in batches:
-            grads = torch.autograd.grad(batch(), parameters, allow_unused=True)
-            for score, grad in zip(scores, grads, strict=True):
+            for score, grad in zip(scores, gradients(batch, parameters), strict=True):
                 if grad is not None:
                     wide = grad.float()
                     norm = torch.linalg.vector_norm(wide)

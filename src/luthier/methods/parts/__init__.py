@@ -13,6 +13,7 @@
     masks             top_k            exactly k entries of several tensors
                       pack, unpack     a mask, eight entries to a byte
                       no_trace         look at data and leave everything as it was
+                      first_share
     own_tensors       own_modules      what a method finds of itself on a model that may hold other tunings
                       own_tunings, own_unfrozen, group_names
     narrow_copy       narrow_model     some blocks of a model again, at a fraction of its width

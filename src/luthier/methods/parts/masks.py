@@ -1,5 +1,6 @@
 """Choosing exactly k entries of several tensors, and looking at data without leaving a trace."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -7,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from luthier.core import key
-from luthier.surgery import Tuned
+from luthier.surgery import Batches, Tuned
 
-__all__ = ["no_trace", "pack", "top_k", "unpack"]
+__all__ = ["first_share", "no_trace", "pack", "top_k", "unpack"]
 
 
 @torch.no_grad()
@@ -46,11 +47,16 @@ def unpack(packed: Tensor, shape: torch.Size) -> Tensor:
     return bits.flatten()[: shape.numel()].view(shape).bool()
 
 
+def first_share(batches: Batches, share: float) -> Batches:
+    """The first `share` of the batches, at least one where there is any."""
+    return batches[: max(1, math.ceil(share * len(batches) - 1e-9))]
+
+
 @contextmanager
 def no_trace(tuned: Tuned, *, training: bool, seed: int = 0) -> Iterator[None]:
     """Look at data inside: modes, buffers and generators are afterwards as they were before.
 
-    Gradients are for the caller: take them with `torch.autograd.grad`, which fills no `.grad`.
+    Gradients are for the caller: take them with `surgery.gradients`, which fills no `.grad`.
     """
     modes: dict[nn.Module, bool] = {m: m.training for m in tuned.model.modules()}
     buffers = [(b, b.clone()) for b in tuned.model.buffers()]

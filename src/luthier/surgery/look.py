@@ -1,0 +1,36 @@
+"""What a method sees of the data before training: one loss for each optimiser step, however memory cuts its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["Look", "gradients"]
+
+
+class Look:
+    """The mean loss of one whole step, as a sum of pieces that fit in memory one by one."""
+
+    def __init__(self, pieces: Sequence[Callable[[], Tensor]]) -> None:
+        self.pieces = tuple(pieces)
+
+    def __call__(self) -> Tensor:
+        """The loss of the step, with the graph of all its pieces."""
+        return torch.stack([piece() for piece in self.pieces]).sum()
+
+
+def gradients(look: Callable[[], Tensor], parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradient of the whole step, in fp32 at least; one piece's graph at a time, and no `.grad` is filled.
+
+    Whoever squares gradients has to square these: squares of pieces depend on where memory cut.
+    """
+    found: list[Tensor | None] = [None] * len(parameters)
+    for piece in look.pieces if isinstance(look, Look) else (look,):
+        for i, grad in enumerate(torch.autograd.grad(piece(), parameters, allow_unused=True)):
+            if grad is not None:
+                wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+                before = found[i]
+                found[i] = wide if before is None else before + wide
+    return found

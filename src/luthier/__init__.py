@@ -7,11 +7,11 @@ from luthier.__version__ import __version__
 
 if TYPE_CHECKING:
     from luthier.anatomy import Anatomy
-    from luthier.runs.spec import RunSpec
+    from luthier.runs.spec import DataSpec, RunSpec
     from luthier.surgery import Tuned, attach, load
     from luthier.workflow import predict, resume, train
 
-__all__ = ["Anatomy", "RunSpec", "Tuned", "__version__", "attach", "load", "predict", "resume", "train"]
+__all__ = ["Anatomy", "DataSpec", "RunSpec", "Tuned", "__version__", "attach", "load", "predict", "resume", "train"]
 
 # Resolved on first use: torch and transformers take seconds to import, and `luthier methods` needs neither.
 _HOMES = {
@@ -19,6 +19,7 @@ _HOMES = {
     "Tuned": "luthier.surgery",
     "attach": "luthier.surgery",
     "load": "luthier.surgery",
+    "DataSpec": "luthier.runs.spec",
     "RunSpec": "luthier.runs.spec",
     "predict": "luthier.workflow",
     "resume": "luthier.workflow",

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from cells import small
+from kinds import prepared
 from methods.checks import logits, stir
-from tiny import tiny
+from tiny import inputs, tiny
 
-from luthier.core import CompositionError
-from luthier.surgery import attach
+from luthier import kernels
+from luthier.core import AnatomyError, CompositionError
+from luthier.surgery import METHODS, Combined, attach
 
 
 @pytest.mark.parametrize(
@@ -19,6 +22,45 @@ def test_they_merge_to_what_they_compute(words):
     before = logits(model)
     tuned.fold()
     torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
+
+
+PARTNERS = [n for n in METHODS.names() if n != "dora" and small(n).mergeable]
+
+
+@pytest.mark.parametrize("other", PARTNERS)
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_dora_merges_to_what_it_computes_beside_every_method_that_merges(name, other):
+    model = tiny(name)
+    try:
+        tuned = attach(model, Combined(members=(small("dora"), small(other))))
+    except (AnatomyError, CompositionError):
+        return
+    prepared(tuned, inputs(model))
+    stir(tuned, 0.3)
+    before = logits(model)
+    with kernels.plain():
+        torch.testing.assert_close(logits(model), before, rtol=2e-5, atol=2e-5)
+    tuned.fold()
+    torch.testing.assert_close(logits(model), before, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("order", [("dora", "child_tuning_d"), ("child_tuning_d", "dora")])
+def test_dora_measures_a_weight_that_another_tuning_trains_as_it_is(order):
+    model = tiny("bert")
+    for word in order:
+        tuned = attach(model, small(word), name=word, train_head=False)
+        prepared(tuned, inputs(model))
+        stir(tuned, 0.3)
+    for active in (order, ("dora",), order):
+        tuned.activate(*active)
+        before = logits(model)
+        tuned.fold()
+        torch.testing.assert_close(logits(model), before, rtol=2e-5, atol=2e-5)
+        tuned.unfold()
+    tuned.remove("child_tuning_d")
+    before = logits(model)
+    tuned.fold()
+    torch.testing.assert_close(logits(model), before, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("words", ["intrinsic_said+dora", "dora+diff_pruning"])

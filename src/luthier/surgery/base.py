@@ -57,6 +57,7 @@ class Base:
         self.module = module
         self.site = site
         self.packed: Packed | None = None
+        self.moves = False  # a tuning trains the weight itself: nothing computed from it may be kept
 
     def held(self) -> Tensor:
         """The stored tensor itself, whole: all rows, all experts. For surgery only."""

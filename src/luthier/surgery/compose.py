@@ -20,6 +20,9 @@ class Combined(Method):
 
     members: tuple[Method, ...]
 
+    def __post_init__(self) -> None:
+        check(self.members)
+
     @property
     def mergeable(self) -> bool:  # type: ignore[override]
         """All of its parts are."""

@@ -132,6 +132,8 @@ def _attach(tuned: Tuned, tuning: Tuning, prefix: str, edit: Attach, seed: int) 
     site = edit.site
     module = tuned._modules[site.path]
     base = Base(module, site)
+    held = getattr(module, site.param, None)
+    base.moves = any(u.parameter is held for t in tuned.tunings.values() for u in t.unfrozen.values())
     with keyed(seed, "init", prefix, site.key):
         attachment = _home(tuned, edit.build(base))
     attachment.context = tuned.context
@@ -174,6 +176,10 @@ def _unfreeze(tuned: Tuned, tuning: Tuning, prefix: str, edit: Unfreeze) -> None
             held = Substitute(tuning.tuning_name, short, Master(parameter), original.dtype)
             tuned._socket(path).substitutes.append(held)
     parameter.requires_grad_(True)
+    for socket in tuned.sockets():
+        for plug in socket.plugs:
+            # For good: what was measured while it moved may not stand for it once it is back.
+            plug.base.moves = plug.base.moves or getattr(socket.base, plug.site.param, None) is parameter
     key_ = f"head/{name}" if prefix == "head" else f"{prefix}model/{name}"
     tuning.unfrozen[key_] = unfrozen
 

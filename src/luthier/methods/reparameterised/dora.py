@@ -80,15 +80,20 @@ class ThinTurn(Attachment):
         self.a = nn.Parameter(weight.new_empty(rank, weight.shape[1], dtype=squares.dtype))
         self.b = nn.Parameter(squares.new_zeros(weight.shape[0], rank))
         self.magnitude = nn.Parameter(squares.sqrt())
-        # W is frozen, so its share of the norm is summed once.
+        # Where W is frozen its share of the norm is summed once.
         self.register_buffer("squares", squares, persistent=False)
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+
+    @property
+    def known(self) -> Tensor | None:
+        """What is known of the rows' lengths beforehand; nothing where another method trains the weight."""
+        return None if self.base.moves else self.squares
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         bias = live_bias(self.base)
         z = y if bias is None else y - bias
         z = z + (self.dropout(x, self.training) @ self.a.T @ self.b.T) * self.scale
-        norm = dora_norm(self.base.weight(), self.a, self.b, self.scale, self.squares)
+        norm = dora_norm(self.base.weight(), self.a, self.b, self.scale, self.known)
         z = z * (self.magnitude / norm)
         return z if bias is None else z + bias
 
@@ -104,5 +109,5 @@ class ThinTurn(Attachment):
         seed = self.dropout.seed(self.training)
         p = 0.0 if seed is None else self.dropout.p
         return dora_linear(
-            x, base.frozen(), base.bias(), self.a, self.b, self.magnitude, self.scale, p, seed, self.squares
+            x, base.frozen(), base.bias(), self.a, self.b, self.magnitude, self.scale, p, seed, self.known
         )

@@ -44,8 +44,8 @@ def steps(
     ).eval()
     tuned = attach(base, "lora", seed=0)
     if how == "ours":
-        tuned.route_attention()
-        tuned.quicken()
+        tuned.forward.route_attention()
+        tuned.fast.accelerate()
     objective = Objective(tuned, Task(name="causal_lm" if decodes else "classification"))
     optimiser = Optimiser(tuned.trained(), tuned.groups(), OptimSpec(), 1e-3)
     some = [_batch(decodes, batch, length, base.config.vocab_size) for length in lengths]

@@ -61,7 +61,7 @@ def _step(
         tuned.add("lora", name=f"more{number}", seed=number)
     tuned.activate("default")
     tuned.train_only("default")
-    tuned.route_attention()
+    tuned.forward.route_attention()
     objective = Objective(tuned, Task(name="causal_lm"))
     optimiser = Optimiser(tuned.trained(), tuned.groups(), OptimSpec(), 1e-3)
     ids = torch.randint(0, VOCABULARY, (batch, length))

@@ -35,8 +35,8 @@ def _ours(model: str, dtype: torch.dtype, *, tunings: int = 1) -> Any:
                     torch.nn.init.normal_(tensor, std=0.02)
     tuned.activate("t0")
     tuned.model.eval()
-    tuned.route_attention()
-    tuned.quicken(training=False)
+    tuned.forward.route_attention()
+    tuned.fast.accelerate(training=False)
     return tuned
 
 
@@ -76,7 +76,7 @@ def forward(
     plain = _load(model, dtype)
     asleep, beside, outside, folded = (_ours(model, dtype) for _ in range(4))
     asleep.activate()
-    folded.fold()
+    folded.merging.fold()
     theirs = _load(model, dtype)
     task = "CAUSAL_LM" if model == "decoder" else "SEQ_CLS"
     theirs = peft.get_peft_model(theirs, adapter("lora", theirs, task, 1), autocast_adapter_dtype=False).eval()

@@ -50,7 +50,7 @@ def shaken(made: Made) -> Made:
         for parameter in tuned.trained().values():
             noise = torch.randn(parameter.shape, generator=draw) * 0.05
             parameter.add_(noise.to(parameter.device, parameter.dtype))
-    tuned.constrain()
+    tuned.state.constrain()
     model.eval()
     return made
 
@@ -116,8 +116,8 @@ def equals_the_cpu(name: str, device: str) -> None:
 
 def fast_functions_equal_plain_ones(name: str, device: str) -> None:
     one, other = shaken(made(name, device)), shaken(made(name, device))
-    other[0].route_attention()
-    other[0].quicken()
+    other[0].forward.route_attention()
+    other[0].fast.accelerate()
     with kernels.plain():
         wanted = computed(one)
     _alike(computed(other), wanted)

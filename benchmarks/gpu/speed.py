@@ -107,8 +107,8 @@ def _autocast(device: str) -> torch.autocast:
 def luthier(model: Any, device: str, method: str) -> Side:
     """As `luthier.workflow` puts a run together, without files."""
     tuned = attach(model, method, seed=0, rank=RANK)
-    tuned.route_attention()
-    tuned.quicken()
+    tuned.forward.route_attention()
+    tuned.fast.accelerate()
     objective = Objective(tuned, Task(name="causal_lm"))
     optimiser = optimiser_of(OptimSpec(), tuned.trained(), tuned.groups(), RATE)
 

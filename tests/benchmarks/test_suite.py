@@ -214,7 +214,7 @@ def test_the_encoders_floor_leaves_out_what_the_first_token_alone_does_not_need(
     model = BertForSequenceClassification(config)
     tuned = attach(model, "lora", seed=0, rank=4)
     whole = _counted(model, tuned, 2, 10)
-    narrow = tuned.narrow()
+    narrow = tuned.fast.first_token()
     assert narrow is not None
     with narrow.on():
         cut = _counted(model, tuned, 2, 10)

@@ -124,11 +124,11 @@ class Trainer:
                 extra.backward()
         for part in self.parts:
             part.after_backward(self.tuned, step, self.total)
-        self.tuned.mask_gradients()
+        self.tuned.state.mask_gradients()
         self.optimiser.clip(self.optimiser.norm())
         self.gradients = {n: p.grad.clone() for n, p in self.optimiser.named.items() if p.grad is not None}
         self.optimiser.step(1.0)
-        self.tuned.constrain()
+        self.tuned.state.constrain()
         for part in self.parts:
             part.on_step(self.tuned, step, self.total)
         self.optimiser.zero_grad()
@@ -152,4 +152,4 @@ def shake(tuned: Tuned, scale: float = 0.05) -> None:
     with torch.no_grad():
         for parameter in tuned.trained().values():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
-    tuned.constrain()
+    tuned.state.constrain()

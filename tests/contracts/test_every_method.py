@@ -249,9 +249,9 @@ def test_merged_it_computes_the_same_or_says_that_it_cannot(name: str, arch: str
         assert all(torch.equal(after[n], before[n]) for n in before)
         return
     frozen = {n: p.detach().clone() for n, p in model.named_parameters()}
-    tuned.fold()
+    tuned.merging.fold()
     assert_close(logits(model, batch), apart, atol=1e-5, rtol=1e-5)
-    tuned.unfold()
+    tuned.merging.unfold()
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters())
     merged = tuned.merge()
     assert_close(logits(merged, batch), apart, atol=1e-5, rtol=1e-5)
@@ -293,7 +293,7 @@ def test_gradient_checkpointing_changes_no_gradient(name: str, arch: str) -> Non
         tuned, model, batch = attached(name, arch)
         shake(tuned)
         if checkpointing:
-            tuned.checkpoint_activations()
+            tuned.forward.checkpoint_activations()
         model.train()
         torch.manual_seed(5)
         model(**batch).loss.backward()
@@ -336,8 +336,8 @@ def test_in_bf16_all_fast_paths_together_are_about_as_near_the_exact_result_as_t
         shake(tuned, 0.02)
         model.eval()
         if fast:
-            tuned.route_attention()
-            tuned.quicken()
+            tuned.forward.route_attention()
+            tuned.fast.accelerate()
         with kernels.plain(not fast):
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
                 out = model(**batch)
@@ -360,10 +360,10 @@ def test_in_bf16_all_fast_paths_together_are_about_as_near_the_exact_result_as_t
 def test_its_state_of_training_goes_out_and_in(name: str, arch: str) -> None:
     tuned, model, batch = attached(name, arch)
     Trainer(tuned, model, batch, total=6).step()
-    state = {n: t.clone() for n, t in tuned.state_tensors().items()}
+    state = {n: t.clone() for n, t in tuned.state.tensors().items()}
     expected = logits(model, batch)
     other, fresh, _ = attached(name, arch, seed=9)
-    other.load_state_tensors(state)
+    other.state.load_tensors(state)
     assert torch.equal(logits(fresh, batch), expected)
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad and not n.startswith("luthier.")}
     assert not any(n.split("|")[-1] in frozen for n in state), "a frozen weight is in the state"
@@ -378,7 +378,7 @@ def test_its_settings_survive_json(name: str) -> None:
 @pytest.mark.parametrize("name", METHODS.names())
 def test_two_seeds_give_two_starts_and_one_seed_one(name: str) -> None:
     arch = next(a for a in ARCHITECTURES if refuses_not(name, a))
-    starts = [attached(name, arch, seed=s)[0].state_tensors() for s in (0, 0, 1)]
+    starts = [attached(name, arch, seed=s)[0].state.tensors() for s in (0, 0, 1)]
     assert all(torch.equal(starts[0][n], starts[1][n]) for n in starts[0])
     drawn = [
         n for n, t in starts[0].items() if not n.split("|")[1].startswith(("head/", "model/")) and t.is_floating_point()

@@ -107,8 +107,8 @@ def tuned_decoder(name: str, arch: str, fast: bool) -> tuple[Any, Any]:
     model.zero_grad()
     shake(tuned)
     if fast:
-        tuned.route_attention()
-        tuned.quicken()
+        tuned.forward.route_attention()
+        tuned.fast.accelerate()
     return tuned, model
 
 

@@ -35,10 +35,10 @@ def train(
                 extra.backward()
         for part in parts:
             part.after_backward(tuned, step, total or steps)
-        tuned.mask_gradients()
+        tuned.state.mask_gradients()
         torch.nn.utils.clip_grad_norm_(tuned.trained().values(), 1.0)
         step_with.step()
-        tuned.constrain()
+        tuned.state.constrain()
         for part in parts:
             part.on_step(tuned, step, total or steps)
         step_with.zero_grad(set_to_none=True)

@@ -61,7 +61,7 @@ def test_lora_and_dora(name, dora):
         _same(mine.b.grad, layer.lora_B["default"].weight.grad)
         if dora:
             _same(mine.magnitude.grad, layer.lora_magnitude_vector["default"].weight.grad)
-    tuned.fold()
+    tuned.merging.fold()
     weights = dict(other.merge_and_unload().named_parameters())
     for key in pairs:
         path = next(s.path for s in tuned.anatomy.all_sites if s.key == key)

@@ -151,9 +151,9 @@ def test_a_run_resumed_in_its_second_phase_goes_on_there():
     method = DiffPruning(share=0.02)
     tuned = attach(tiny("bert"), method)
     train(tuned, 4, lr=1e-3)
-    state = {n: t.clone() for n, t in tuned.state_tensors().items()}
+    state = {n: t.clone() for n, t in tuned.state.tensors().items()}
     again = attach(tiny("bert"), method)
-    again.load_state_tensors(state)
+    again.state.load_tensors(state)
     assert all(m.is_fixed for m in again.modules(Gated).values())
     assert torch.equal(logits(again.model), logits(tuned.model))
 

@@ -93,9 +93,9 @@ def test_fused_plain_and_merged_agree_in_float64(name):
     for fast, slow in zip(*results, strict=True):
         torch.testing.assert_close(fast, slow, rtol=1e-8, atol=1e-11)
     before = logits(model)
-    tuned.fold()
+    tuned.merging.fold()
     torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)  # merging computes in fp32
-    tuned.unfold()
+    tuned.merging.unfold()
     assert torch.equal(logits(model), before)
 
 

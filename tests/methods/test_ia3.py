@@ -27,7 +27,7 @@ def test_fused_plain_and_merged_agree_in_float64(name):
     for fast, slow in zip(*results, strict=True):
         torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-12)
     before = logits(model)
-    tuned.fold()
+    tuned.merging.fold()
     torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)  # merging computes in fp32
 
 

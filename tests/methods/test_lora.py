@@ -86,10 +86,10 @@ def test_folding_a_hundred_times_leaves_the_weights_bit_for_bit():
     stir(tuned, 0.1)
     before, tuned_logits = frozen_copy(tuned), logits(model)
     for _ in range(100):
-        tuned.fold()
-        tuned.unfold()
+        tuned.merging.fold()
+        tuned.merging.unfold()
     assert same(dict(model.named_parameters()), before)
-    tuned.fold()
+    tuned.merging.fold()
     torch.testing.assert_close(logits(model), tuned_logits, rtol=1e-5, atol=1e-5)
 
 

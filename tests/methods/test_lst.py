@@ -233,7 +233,7 @@ def test_fisher_sees_frozen_weights_that_are_computed_by_fast_functions():
         tuned = attach(tiny("llama").bfloat16(), "lst", reduction=3, importance="fisher")
         model = tuned.model
         if quick:
-            tuned.quicken(training=False)
+            tuned.fast.accelerate(training=False)
         tuned.tuning().method.prepare(tuned, [lambda model=model: model(**inputs(model)).loss])
         blocks.append(sides_of(tuned).ladders["self"].blocks.state_dict())
     assert all(torch.equal(blocks[0][n], blocks[1][n]) for n in blocks[0])

@@ -20,7 +20,7 @@ def test_they_merge_to_what_they_compute(words):
     tuned = attach(model, words)
     stir(tuned, 0.05)
     before = logits(model)
-    tuned.fold()
+    tuned.merging.fold()
     torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
 
 

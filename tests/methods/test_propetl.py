@@ -150,7 +150,7 @@ def test_the_lora_form_starts_at_the_base_and_merges(name):
     stir(tuned, 0.1)
     tuned_logits = logits(model)
     assert not torch.allclose(tuned_logits, before)
-    tuned.fold()
+    tuned.merging.fold()
     torch.testing.assert_close(logits(model), tuned_logits, rtol=1e-5, atol=1e-5)
 
 

@@ -53,9 +53,9 @@ def test_it_starts_at_the_base_and_merges_on_every_architecture(name: str, arch:
     shake(tuned)
     apart = logits(model, batch)
     assert float((apart - base).abs().max()) > 1e-4
-    tuned.fold()
+    tuned.merging.fold()
     torch.testing.assert_close(logits(model, batch), apart, atol=1e-4, rtol=1e-4)
-    tuned.unfold()
+    tuned.merging.unfold()
     assert torch.equal(logits(model, batch), apart)
     model.train()
     model(**batch).loss.backward()

@@ -66,7 +66,7 @@ def test_a_model_that_writes_into_a_projections_output_trains_as_by_the_plain_fo
         model = build()
         tuned = learnt(attach(model, method, **settings), 0.05)
         if quick and not by_formula:
-            tuned.quicken()
+            tuned.fast.accelerate()
         labels = torch.tensor([0, 2]) if build is longformer else ids
         with kernels.plain(by_formula):
             loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss

@@ -40,7 +40,7 @@ def test_with_every_method_the_cut_block_gives_the_same_logits_and_gradients(nam
         return
     model.eval().double()
     _moved(tuned)
-    narrow = tuned.narrow()
+    narrow = tuned.fast.first_token()
     if narrow is None:
         assert name in WHOLE, "an eighth of the products is work for nobody"
         return
@@ -60,11 +60,11 @@ def test_the_bert_family_is_cut_and_gives_the_same_logits(arch: str) -> None:
     tuned = attach(model, "lora")
     _moved(tuned)
     batch = inputs(model)
-    narrow = tuned.narrow()
+    narrow = tuned.fast.first_token()
     assert narrow is not None
     whole, _ = _pass(tuned, batch)
     seen: list[Any] = []
-    handle = tuned._modules[tuned.anatomy.blocks[-1].path].register_forward_hook(
+    handle = tuned.edited.modules[tuned.anatomy.blocks[-1].path].register_forward_hook(
         lambda m, a, out: seen.append((out[0] if isinstance(out, tuple) else out).shape)
     )
     with narrow.on():
@@ -79,7 +79,7 @@ def test_the_bert_family_is_cut_and_gives_the_same_logits(arch: str) -> None:
     [("bert", "tokens"), ("albert", "classification"), ("llama", "classification"), ("gpt2", "lm"), ("t5", "seq2seq")],
 )
 def test_a_model_whose_head_reads_other_tokens_or_has_no_such_place_is_left_whole(arch: str, task: str) -> None:
-    assert attach(tiny(arch, task), "lora").narrow() is None
+    assert attach(tiny(arch, task), "lora").fast.first_token() is None
 
 
 def test_a_head_that_takes_the_mean_is_found_out() -> None:
@@ -90,13 +90,13 @@ def test_a_head_that_takes_the_mean_is_found_out() -> None:
             return states.mean(1)
 
     model.bert.pooler = Mean()
-    assert attach(model, "lora").narrow() is None
+    assert attach(model, "lora").fast.first_token() is None
 
 
 def test_outside_of_the_switch_a_user_sees_all_states() -> None:
     model = tiny("bert", "classification")
     tuned = attach(model, "lora")
-    assert tuned.narrow() is not None
+    assert tuned.fast.first_token() is not None
     batch = inputs(model)
     batch.pop("labels", None)
     out = model(**batch, output_hidden_states=True)
@@ -107,9 +107,9 @@ def test_who_asks_again_gets_the_same_hook_and_it_goes_when_the_tunings_go() -> 
     model = tiny("bert", "classification")
     before = [len(m._forward_pre_hooks) for m in model.modules()]
     tuned = attach(model, "lora")
-    first = tuned.narrow()
-    assert first is not None and tuned.narrow() is first
-    place = first_token_place(tuned.anatomy, tuned._modules)
+    first = tuned.fast.first_token()
+    assert first is not None and tuned.fast.first_token() is first
+    place = first_token_place(tuned.anatomy, tuned.edited.modules)
     assert place is not None and len(place._forward_pre_hooks) == 1
     tuned.detach()
     assert [len(m._forward_pre_hooks) for m in model.modules()] == before

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from luthier import kernels
 from luthier.surgery import Tuned, attach
-from luthier.surgery.fused_qkv import FEW, Siblings, sibling_paths
+from luthier.surgery.fused_qkv import FEW, FusedQKV, qkv_paths
 from luthier.surgery.socket import Socket
 
 ARCHES = ("bert", "gpt2", "llama", "opt", "t5", "bart", "vit", "modernbert", "gpt-neox", "distilbert")
@@ -23,7 +23,7 @@ def ready(arch: str, method: str = "lora", dtype: torch.dtype = torch.float64, *
     )
     shake(tuned)
     tuned.model.to(dtype).eval()
-    tuned.quicken(training=False)
+    tuned.fast.accelerate(training=False)
     batch = {
         k: v for k, v in inputs(tuned.model, batch=1).items() if k != "labels" or tuned.model.config.is_encoder_decoder
     }
@@ -32,14 +32,14 @@ def ready(arch: str, method: str = "lora", dtype: torch.dtype = torch.float64, *
 
 def counted(patch: pytest.MonkeyPatch) -> list[bool]:
     """Every time a projection asks its siblings: whether they had an answer."""
-    inner, found = Siblings.give, []
+    inner, found = FusedQKV.give, []
 
-    def give(self: Siblings, number: int, x: Tensor) -> Tensor | None:
+    def give(self: FusedQKV, number: int, x: Tensor) -> Tensor | None:
         out = inner(self, number, x)
         found.append(out is not None)
         return out
 
-    patch.setattr(Siblings, "give", give)
+    patch.setattr(FusedQKV, "give", give)
     return found
 
 
@@ -57,7 +57,7 @@ def test_an_answer_is_what_it_is_without_them(arch: str, method: str, monkeypatc
     with tuned.serving():
         for _ in range(3):
             torch.testing.assert_close(logits(tuned, batch), expected, rtol=0, atol=1e-10)
-        fused = not list(sibling_paths(tuned.anatomy))
+        fused = not list(qkv_paths(tuned.anatomy))
         if method in ("lora", "sequential_adapter") and not fused:
             assert asked and all(asked)
         if method in ("ia3", "dora"):
@@ -67,9 +67,9 @@ def test_an_answer_is_what_it_is_without_them(arch: str, method: str, monkeypatc
 
 
 def test_a_fused_projection_has_none_and_separate_ones_have_three() -> None:
-    assert not list(sibling_paths(ready("gpt2")[0].anatomy))
+    assert not list(qkv_paths(ready("gpt2")[0].anatomy))
     tuned, _ = ready("llama")
-    paths = list(sibling_paths(tuned.anatomy))
+    paths = list(qkv_paths(tuned.anatomy))
     assert len(paths) == tuned.anatomy.n_layers
     assert [p.rsplit(".", 1)[1] for p in paths[0]] == ["q_proj", "k_proj", "v_proj"]
 
@@ -107,8 +107,8 @@ def test_other_tunings_are_seen_and_so_is_none(monkeypatch: pytest.MonkeyPatch) 
 def test_a_layer_that_somebody_listens_to_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     tuned, batch = ready("bert")
     expected, heard = logits(tuned, batch), []
-    path = next(sibling_paths(tuned.anatomy))[1]
-    layer = tuned._modules[path]
+    path = next(qkv_paths(tuned.anatomy))[1]
+    layer = tuned.edited.modules[path]
     with tuned.serving():
         logits(tuned, batch)
         handle = layer.register_forward_hook(lambda *_: heard.append(1))
@@ -125,9 +125,9 @@ def test_with_a_gradient_wanted_they_stay_out(monkeypatch: pytest.MonkeyPatch) -
     assert not asked
 
 
-def plain_group(n: int = 3) -> tuple[Siblings, list[nn.Linear]]:
+def plain_group(n: int = 3) -> tuple[FusedQKV, list[nn.Linear]]:
     layers = [nn.Linear(6, 4 + i).double() for i in range(n)]
-    return Siblings([Socket(layer) for layer in layers]), layers
+    return FusedQKV([Socket(layer) for layer in layers]), layers
 
 
 @torch.no_grad()
@@ -181,4 +181,4 @@ def test_nothing_is_kept_when_all_have_taken_theirs_in_any_order() -> None:
 @torch.no_grad()
 def test_layers_of_different_types_are_not_joined() -> None:
     layers = [nn.Linear(6, 4), nn.Linear(6, 4).double(), nn.Linear(6, 4)]
-    assert Siblings([Socket(layer) for layer in layers]).give(0, torch.randn(2, 6)) is None
+    assert FusedQKV([Socket(layer) for layer in layers]).give(0, torch.randn(2, 6)) is None

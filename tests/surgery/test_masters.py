@@ -52,7 +52,7 @@ def test_rotated_queries_of_an_fp32_base_take_the_fast_attention_under_autocast(
     batch = inputs(tuned.model)
     with torch.autocast("cpu", torch.bfloat16):
         expected = tuned.model(**batch)[0]
-    assert tuned.route_attention()
+    assert tuned.forward.route_attention()
 
     def slow(*args: Any) -> Any:
         raise AssertionError("the plain formula was used")
@@ -65,9 +65,9 @@ def test_rotated_queries_of_an_fp32_base_take_the_fast_attention_under_autocast(
 
 def test_the_trunks_dropout_from_counters_drops_its_share_and_follows_the_ambient_seed() -> None:
     tuned = attach(tiny("bert"), "full")
-    tuned.quicken(dropout=True)
+    tuned.fast.accelerate(dropout=True)
     drop = tuned.model.bert.embeddings.dropout
-    assert drop.quick is not None
+    assert drop.fast is not None
     x = torch.ones(64, 512, requires_grad=True)
     drop.train()
     torch.manual_seed(3)
@@ -87,5 +87,5 @@ def test_the_trunks_dropout_from_counters_drops_its_share_and_follows_the_ambien
 
 def test_dropout_is_left_alone_where_it_is_not_asked_for() -> None:
     tuned = attach(tiny("bert"), "lora")
-    tuned.quicken()
+    tuned.fast.accelerate()
     assert type(tuned.model.bert.embeddings.dropout) is nn.Dropout

@@ -32,8 +32,8 @@ def test_a_hundred_folds_and_unfolds_change_no_bit(words: str) -> None:
         before = {n: t.clone() for n, t in model.state_dict().items()}
         apart = logits(model, batch)
         for _ in range(100 if words == "lora" else 5):
-            tuned.fold()
-            tuned.unfold()
+            tuned.merging.fold()
+            tuned.merging.unfold()
         after = model.state_dict()
         assert all(torch.equal(after[n], t) for n, t in before.items())
         assert torch.equal(logits(model, batch), apart)

@@ -10,7 +10,8 @@ from tiny import inputs, tiny
 from torch import Tensor
 
 from luthier.core import CompositionError, ConfigError, UnknownName
-from luthier.surgery import Tuned, attach, install, load
+from luthier.surgery import Tuned, attach, load
+from luthier.surgery.install import Installer
 
 
 def two(first: str, second: str, arch: str = "bert") -> tuple[Tuned, Any, dict[str, Tensor]]:
@@ -39,7 +40,7 @@ def test_active_and_trainable_are_separate_and_printed() -> None:
     tuned.activate("a")
     assert facts(tuned) == {"a": (True, False), "b": (False, True)}
     said = repr(tuned)
-    assert "a: lora, active, frozen" in said and "b: ia3, asleep, trains" in said and "numbers in the base" in said
+    assert "a: lora, active, frozen" in said and "b: ia3, inactive, trains" in said and "numbers in the base" in said
     tuned.train_only()
     assert not [n for n, p in tuned.model.named_parameters() if p.requires_grad]
 
@@ -116,11 +117,13 @@ def test_the_one_that_acts_is_removed_and_the_sleeper_keeps_its_values() -> None
 def test_a_sleeping_tuning_is_not_trained_by_what_trains_its_tensors() -> None:
     tuned, model, batch = two("bitfit", "bitfit")
     assert all(n.startswith("b:") for n in tuned.trained()), "the sleeper's tensors are the other's now"
-    asleep = {k: u.parked.clone() for k, u in tuned.tuning("a").unfrozen.items() if u.parked is not None}
+    asleep = {
+        k: u.inactive_value.clone() for k, u in tuned.tuning("a").unfrozen.items() if u.inactive_value is not None
+    }
     assert asleep
     Trainer(tuned, model, batch, total=3).run()
     held = tuned.tuning("a").unfrozen
-    assert all(torch.equal(value, held[k].parked) for k, value in asleep.items())  # type: ignore[arg-type]
+    assert all(torch.equal(value, held[k].inactive_value) for k, value in asleep.items())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("first", list(KINDS))
@@ -182,7 +185,7 @@ def test_a_failed_addition_leaves_everything_as_it_was(monkeypatch: pytest.Monke
 
     monkeypatch.setattr("luthier.methods.partial.bitfit.BitFit.n_params", fall)
     calls = {"n": 0}
-    real = install.install
+    real = Installer.install
 
     def sometimes(*args: Any) -> None:
         calls["n"] += 1
@@ -190,7 +193,7 @@ def test_a_failed_addition_leaves_everything_as_it_was(monkeypatch: pytest.Monke
             raise RuntimeError("stopped half-way")
         real(*args)
 
-    monkeypatch.setattr(install, "install", sometimes)
+    monkeypatch.setattr(Installer, "install", sometimes)
     with pytest.raises(RuntimeError, match="half-way"):
         attach(model, make("bitfit"), name="b")
     assert list(tuned.tunings) == ["a"] and tuned.tuning("a").active
@@ -220,14 +223,14 @@ def test_folded_tunings_are_unfolded_before_anything_changes() -> None:
     tuned, model, batch = two("lora", "ia3")
     shake(tuned)
     apart, base = logits(model, batch), logits(tiny("bert", "classification"), batch)
-    tuned.fold()
+    tuned.merging.fold()
     for change in (lambda: tuned.activate("a"), lambda: tuned.remove("a"), lambda: tuned.add(make("lora"), name="c")):
-        with pytest.raises(ConfigError, match=r"Call unfold\(\) first"):
+        with pytest.raises(ConfigError, match=r"Call tuned.merging.unfold\(\) first"):
             change()
     with tuned.base_only():
         assert torch.equal(logits(model, batch), base)
     torch.testing.assert_close(logits(model, batch), apart, atol=1e-5, rtol=1e-5)
-    tuned.unfold()
+    tuned.merging.unfold()
     assert torch.equal(logits(model, batch), apart)
 
 
@@ -281,6 +284,6 @@ def test_what_is_given_back_is_kept_in_half_the_bytes_where_that_loses_nothing(e
         assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
     word.mask = torch.zeros_like(word.parameter, dtype=torch.bool)
     assert word.kept.dtype == torch.float32  # read in every step from now on
-    tuned.constrain()
+    tuned.state.constrain()
     assert torch.equal(word.parameter.detach(), word.original)
     assert all(torch.equal(p, before[n]) for n, p in tuned.detach().named_parameters())

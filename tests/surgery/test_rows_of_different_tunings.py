@@ -160,7 +160,7 @@ def test_a_block_that_serves_changes_names_cheaply_and_follows_activate() -> Non
             assert torch.allclose(tuned.model(**batch).logits, both, atol=1e-10)
         tuned.activate("c")
         assert torch.allclose(tuned.model(**batch).logits, expected[3], atol=1e-10)
-    assert torch.is_grad_enabled() and all(s.route is None for s in tuned.sockets())
+    assert torch.is_grad_enabled() and all(s.route is None for s in tuned.edited.sockets())
     assert torch.allclose(tuned.model(**batch).logits, expected[3], atol=1e-10)
 
 
@@ -240,7 +240,7 @@ def test_what_cannot_be_is_refused_before_any_work() -> None:
         with pytest.raises(ConfigError, match="Leave the block"):
             tuned.remove("a")
         with pytest.raises(ConfigError, match="Leave the block"):
-            tuned.fold()
+            tuned.merging.fold()
         with torch.enable_grad(), pytest.raises(ConfigError, match="give no gradient"):
             tuned.model(**given)
         tuned.model.train()
@@ -250,8 +250,8 @@ def test_what_cannot_be_is_refused_before_any_work() -> None:
         raise AssertionError("not refused")
     tuned.model.eval()
     tuned.activate("a")
-    tuned.fold()
-    with pytest.raises(ConfigError, match=r"Call unfold\(\) first"), tuned.rows(["a", "b", "a"]):
+    tuned.merging.fold()
+    with pytest.raises(ConfigError, match=r"Call tuned.merging.unfold\(\) first"), tuned.rows(["a", "b", "a"]):
         raise AssertionError("not refused")
 
 

@@ -157,7 +157,7 @@ def test_the_digest_is_that_of_the_base_while_the_tuning_is_folded(tmp_path: Pat
     tuned = attach(model, make("lora"))
     shake(tuned)
     expected = logits(model, batch)
-    tuned.fold()
+    tuned.merging.fold()
     tuned.save(tmp_path / "t")
     fresh = tiny("bert", "classification")
     load(fresh, tmp_path / "t")

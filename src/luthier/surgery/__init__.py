@@ -9,12 +9,14 @@ from luthier.surgery.branch import BlockCall
 from luthier.surgery.compose import Combined, method
 from luthier.surgery.context import Context
 from luthier.surgery.edits import AddBranch, Attach, Edit, PrependKeys, PrependTokens, Reparametrise, Unfreeze
+from luthier.surgery.loading import load
 from luthier.surgery.look import Look, gradients
 from luthier.surgery.method import METHODS, Batches, Group, Method, Objective, PerSite
 from luthier.surgery.peft_files import from_peft, to_peft
 from luthier.surgery.tuned import Tuned, attach
 from luthier.surgery.tuning import keyed
-from luthier.surgery.tuning_files import load, read_tuning
+from luthier.surgery.tuning_files import read_tuning
+from luthier.surgery.view import TunedView, TuningView
 
 __all__ = [
     "METHODS",
@@ -36,6 +38,8 @@ __all__ = [
     "PrependTokens",
     "Reparametrise",
     "Tuned",
+    "TunedView",
+    "TuningView",
     "Unfreeze",
     "attach",
     "from_peft",

@@ -59,13 +59,13 @@ class Base:
         self.packed: Packed | None = None
         self.moves = False  # a tuning trains the weight itself: nothing computed from it may be kept
 
-    def held(self) -> Tensor:
+    def whole_weight(self) -> Tensor:
         """The stored tensor itself, whole: all rows, all experts. For surgery only."""
         weight = getattr(self.module, self.site.param)
         assert isinstance(weight, Tensor)
         return weight
 
-    def held_bias(self) -> Tensor | None:
+    def whole_bias(self) -> Tensor | None:
         """The stored bias itself, whole. For surgery only."""
         bias = getattr(self.module, self.site.bias) if self.site.bias is not None else None
         return bias if isinstance(bias, Tensor) else None
@@ -101,12 +101,12 @@ class Base:
     @property
     def device(self) -> torch.device:
         """Where the layer lives."""
-        return self.held().device
+        return self.whole_weight().device
 
     @property
     def dtype(self) -> torch.dtype:
         """The type the layer is stored in."""
-        return self.held().dtype
+        return self.whole_weight().dtype
 
     def weight(self) -> Tensor:
         """(d_out, d_in), in the stored float type.
@@ -114,26 +114,26 @@ class Base:
         Raises:
             AnatomyError: the layer holds integers or float8, whose scale only it knows.
         """
-        if not is_plain(self.held()):
+        if not is_plain(self.whole_weight()):
             raise AnatomyError(
                 f"{self.site.key}: its weight is quantised ({type(self.module).__name__} holds {self.dtype}), and this "
                 "method computes with the weight itself. Use a method that only adds to what a layer gives, such as "
                 "lora or parallel_adapter, or load the base in bfloat16."
             )
-        return self.part(self.held().detach())
+        return self.part(self.whole_weight().detach())
 
     def bias(self) -> Tensor | None:
         """(d_out,), or None where the layer has none."""
-        bias = self.held_bias()
+        bias = self.whole_bias()
         return None if bias is None else self.part(bias.detach(), bias=True)
 
     def frozen(self) -> Tensor | Packed:
-        """`weight()` for a fused function: packed for fast products, where the trunk has been quickened."""
+        """`weight()` for a fused function: packed for fast products, where there is a packed copy."""
         return self.packed if self.packed is not None and self.packed.fresh else self.weight()
 
     def linear(self, x: Tensor) -> Tensor:
         """The frozen map of this site alone. x: (..., d_in) -> (..., d_out)."""
-        if not is_plain(self.held()):
+        if not is_plain(self.whole_weight()):
             y: Tensor = self.module(x)
             return y if self.site.rows is None else take_rows(y, self.site.rows)
         return torch.nn.functional.linear(x, self.weight(), self.bias())
@@ -141,6 +141,6 @@ class Base:
     @torch.no_grad()
     def write(self, weight: Tensor, bias: Tensor | None) -> None:
         """Put values back, in the layer's own layout and type. For surgery only."""
-        self.put(self.held(), weight)
-        if bias is not None and (held := self.held_bias()) is not None:
+        self.put(self.whole_weight(), weight)
+        if bias is not None and (held := self.whole_bias()) is not None:
             self.put(held, bias, bias=True)

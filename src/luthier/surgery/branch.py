@@ -73,9 +73,9 @@ class Branch:
                 self._handles.append(pooler.register_forward_pre_hook(self._pool(stack)))
 
         if anatomy.is_encoder_decoder:
-            self._handles.append(model.register_forward_hook(self._narrow(anatomy.d)))
+            self._handles.append(model.register_forward_hook(self._cut_states(anatomy.d)))
 
-    def _narrow(self, d: int) -> Any:
+    def _cut_states(self, d: int) -> Any:
         def hook(model: nn.Module, args: Any, out: Any) -> None:
             # What the branch's encoder sends to its decoder travels beside the frozen encoder's states; not further.
             states = getattr(out, "encoder_last_hidden_state", None)

@@ -11,7 +11,7 @@ from luthier.core import CompositionError, ConfigError, UnknownName, build, fiel
 from luthier.surgery.edits import Edit
 from luthier.surgery.method import METHODS, Method
 
-__all__ = ["Combined", "check", "method", "setting_names", "spell"]
+__all__ = ["Combined", "check", "check_beside", "method", "setting_names", "spell"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,3 +120,19 @@ def check(members: Iterable[Method]) -> None:
             reason = one.conflicts(other) or other.conflicts(one)
             if reason:
                 raise CompositionError(f"{one.name} and {other.name} cannot stand together: {reason}")
+
+
+def check_beside(one: Method, other: Method, who: str) -> None:
+    """Refuse two tunings that cannot act at once; `who` begins the message.
+
+    Raises:
+        CompositionError: with the reason.
+    """
+    if spell(one) == spell(other):
+        return  # what both of them would change is found by what they claim
+    try:
+        check([*one.parts(), *other.parts()])
+    except CompositionError as error:
+        raise CompositionError(
+            f"{who}{error} Or let one act at a time: tuned.activate(...) names those that do."
+        ) from error

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy
 
-__all__ = ["Narrow", "first_token_place", "head_reads_first_token"]
+__all__ = ["FirstTokenCut", "first_token_place", "head_reads_first_token"]
 
 
-class Narrow:
-    """A hook behind the last attention. It cuts only inside `with narrow.on():`, so a user's own calls see all states.
+class FirstTokenCut:
+    """A hook behind the last attention. It cuts only inside `with cut.on():`, so a user's own calls see all states.
 
     Args:
         place: the module that is called with (what the attention gave, its residual), both (batch, tokens, d).

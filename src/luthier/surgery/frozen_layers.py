@@ -1,11 +1,11 @@
-"""A frozen trunk, computed faster by functions that equal its own layers.
+"""Frozen layers, computed faster by functions that equal them.
 
     linear layers of bf16 weights   packed once for the CPU's matrix unit, as far as the memory budget goes
     RMS norms                       one function that keeps x and a number per row, not fp32 copies
     dropout, where it is wanted     from counters: every core draws, and no mask is kept
 
 Each replacement is recognised by what a layer computes, not by its name alone: it is tried on random rows first and
-taken only if the results agree. Nothing here changes a weight; `loosen` takes everything off again.
+taken only if the results agree. Nothing here changes a weight.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from luthier import kernels
 from luthier.kernels.packed import Packed, can_pack, packed_linear
 
-__all__ = ["BUDGET_BYTES", "quick_dropout", "quick_linear", "quick_norm"]
+__all__ = ["BUDGET_BYTES", "fast_dropout", "fast_linear", "fast_norm"]
 
 # A copy of every packed weight: a model whose linear layers hold more than this keeps its memory instead.
 BUDGET_BYTES = 256 << 20
@@ -27,11 +27,11 @@ BUDGET_BYTES = 256 << 20
 # Narrower layers gain nothing from packing: 384 wide, a training step was 5 % slower with it (docs/speed-log.md).
 MIN_WIDTH = 512
 
-Quick = Callable[[Tensor], Tensor | None]
+FastLayer = Callable[[Tensor], Tensor | None]
 """Computes the layer, or says with None that it no longer can."""
 
 
-def quick_linear(module: nn.Module, min_width: int = MIN_WIDTH) -> tuple[Quick, Packed] | None:
+def fast_linear(module: nn.Module, min_width: int = MIN_WIDTH) -> tuple[FastLayer, Packed] | None:
     """The layer from a packed weight; None where it cannot be had, or where it is narrower than `min_width`."""
     if type(module) is not nn.Linear or module.weight.requires_grad or not can_pack(module.weight):
         return None
@@ -43,26 +43,26 @@ def quick_linear(module: nn.Module, min_width: int = MIN_WIDTH) -> tuple[Quick, 
     packed = Packed(module.weight)
     frozen_bias = None if bias is None else bias.detach()
 
-    def quick(x: Tensor) -> Tensor | None:
+    def fast(x: Tensor) -> Tensor | None:
         return packed_linear(x, packed, frozen_bias) if packed.fresh else None
 
-    return quick, packed
+    return fast, packed
 
 
-def quick_dropout(module: nn.Module) -> Quick | None:
+def fast_dropout(module: nn.Module) -> FastLayer | None:
     """Dropout keyed by one draw of the ambient generator: other numbers than the framework's, of the same kind."""
     if type(module) is not nn.Dropout or module.inplace or not 0 < module.p < 1:
         return None
 
-    def quick(x: Tensor) -> Tensor | None:
+    def fast(x: Tensor) -> Tensor | None:
         if not module.training:
             return x
         return kernels.dropout(x, module.p, int(torch.randint(2**62, ()))) if 0 < module.p < 1 else None
 
-    return quick
+    return fast
 
 
-def quick_norm(module: nn.Module) -> Quick | None:
+def fast_norm(module: nn.Module) -> FastLayer | None:
     """An RMS norm with frozen numbers as one function; None where the layer computes something else."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or weight.requires_grad:
@@ -87,15 +87,15 @@ def quick_norm(module: nn.Module) -> Quick | None:
     return None
 
 
-def _norm(weight: Tensor, eps: float, plus_one: bool) -> Quick:
+def _norm(weight: Tensor, eps: float, plus_one: bool) -> FastLayer:
     held, made_at = weight.detach(), (weight._version, weight.data_ptr())
 
-    def quick(x: Tensor) -> Tensor | None:
+    def fast(x: Tensor) -> Tensor | None:
         # Written to or moved since, the weight may also train by now.
         fresh = (weight._version, weight.data_ptr()) == made_at and not weight.requires_grad
         return kernels.rms_norm(x, held, eps, plus_one) if fresh else None
 
-    return quick
+    return fast
 
 
 def _agree(found: Tensor, expected: Any) -> bool:

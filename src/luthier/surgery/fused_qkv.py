@@ -13,18 +13,15 @@ is computed the usual way from then on.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from luthier import kernels
+from luthier.anatomy import Anatomy
 from luthier.surgery.socket import Socket
 
-if TYPE_CHECKING:
-    from luthier.anatomy import Anatomy
-
-__all__ = ["BUDGET_BYTES", "FEW", "Siblings", "sibling_paths"]
+__all__ = ["BUDGET_BYTES", "FEW", "FusedQKV", "qkv_paths"]
 
 FEW = 64
 """Rows up to which one product for all is faster; beyond, copying the parts out costs as much as it gains."""
@@ -35,7 +32,7 @@ BUDGET_BYTES = 64 << 20
 _KINDS = ("attn.q", "attn.k", "attn.v")
 
 
-def sibling_paths(anatomy: Anatomy) -> Iterator[tuple[str, ...]]:
+def qkv_paths(anatomy: Anatomy) -> Iterator[tuple[str, ...]]:
     """Paths of the query, key and value projections of each self-attention that has all three as layers."""
     found: dict[tuple[str, int | None], dict[str, str]] = {}
     for site in anatomy.all_sites:
@@ -46,7 +43,7 @@ def sibling_paths(anatomy: Anatomy) -> Iterator[tuple[str, ...]]:
             yield tuple(paths[kind] for kind in _KINDS)
 
 
-class Siblings:
+class FusedQKV:
     """Projections of one attention, while no number changes."""
 
     def __init__(self, sockets: Sequence[Socket]) -> None:

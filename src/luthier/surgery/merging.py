@@ -1,24 +1,95 @@
-"""Computing tunings into the weights of their model."""
+"""Computing tunings into the weights of their model, and out of them again."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from luthier.core import CannotMerge
+from luthier.surgery.edited_model import EditedModel
+from luthier.surgery.serving import Serving
 from luthier.surgery.tuning import Master
 
-if TYPE_CHECKING:
-    from luthier.surgery.tuned import Tuned
-
-__all__ = ["check", "merged_tensors", "probe"]
+__all__ = ["Merging", "check", "merged_tensors", "probe"]
 
 
-def merged_tensors(tuned: Tuned) -> list[tuple[Tensor, Tensor]]:
+class Merging:
+    """Folds the active tunings into the weights."""
+
+    def __init__(self, edited: EditedModel, serving: Serving) -> None:
+        self.edited, self.serving = edited, serving
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Compute every active tuning into the base weights: fp32, cast once. `unfold` restores a kept copy.
+
+        Raises:
+            CannotMerge: a part has no closed form; nothing has been changed then.
+        """
+        edited = self.edited
+        if edited.folded:
+            return
+        self.serving.refuse("fold")
+        check(edited)
+        # Compute everything before writing anything: a failure must leave the model as it was.
+        new = merged_tensors(edited)
+        edited.base_copies = [(tensor, tensor.detach().clone()) for tensor, _ in new]
+        for tensor, value in new:
+            tensor.copy_(value)
+        edited.refresh()
+
+    @torch.no_grad()
+    def unfold(self) -> None:
+        """Put the kept base weights back, bit for bit; the tunings act as attachments again."""
+        edited = self.edited
+        if edited.base_copies is not None:
+            for tensor, copy in edited.base_copies:
+                tensor.copy_(copy)
+            edited.base_copies = None
+            edited.refresh()
+
+    def commit(self, check: Mapping[str, Any] | None, wanted: Tensor | None, base: Tensor | None, far: float) -> None:
+        """Fold for good: what the weights hold then is the base.
+
+        Args:
+            check: a batch, with the logits that are `wanted` of it and those of the `base`; None to compare nothing.
+            far: how far the merged logits may lie from the wanted ones, as a share of what the tuning changes.
+
+        Raises:
+            CannotMerge: see `Tuned.merge`. Nothing has been changed then.
+        """
+        edited = self.edited
+        active = [u for tuning in edited.active() for u in tuning.unfrozen.values()]
+        changed = any(not torch.equal(u.parameter.detach(), u.original.to(u.parameter.dtype)) for u in active)
+        self.fold()
+        assert edited.base_copies is not None
+        try:
+            if not changed and all(torch.equal(tensor, copy) for tensor, copy in edited.base_copies):
+                raise CannotMerge(
+                    "the merged weights equal the base's: the tunings are untrained, or all that they change is lost "
+                    "in the rounding of the base's type. Serve them attached, or load the base in float32."
+                )
+            if wanted is not None and base is not None:
+                effect, error = _rms(wanted - base), _rms(probe(edited.model, check) - wanted)
+                if not error <= far * effect:
+                    raise CannotMerge(
+                        f"merged, the logits are off by {error:.3g} where the tuning changes them by {effect:.3g}: "
+                        f"above the tolerance of {far:g}. Serve it attached, or merge into a base in float32."
+                    )
+        except BaseException:
+            self.unfold()
+            raise
+        edited.base_copies = None
+        for unfrozen in active:
+            unfrozen.original = unfrozen.parameter.data.to(unfrozen.original.dtype)
+
+
+def merged_tensors(edited: EditedModel) -> list[tuple[Tensor, Tensor]]:
     """(tensor of the model, its merged value in fp32) for all that the active tunings change."""
-    sockets = tuned.sockets()
+    sockets = edited.sockets()
     new: dict[int, tuple[Tensor, Tensor]] = {}
 
     def working_copy(held: Tensor) -> Tensor:
@@ -36,8 +107,8 @@ def merged_tensors(tuned: Tuned) -> list[tuple[Tensor, Tensor]]:
         onions = [live.whole, *(plugs for _, plugs in live.parts), *([p] for p in live.experts)]
         for plugs in filter(None, onions):
             base, key_ = plugs[0].base, plugs[0].site.key
-            whole = working_copy(base.held())
-            held_bias = base.held_bias()
+            whole = working_copy(base.whole_weight())
+            held_bias = base.whole_bias()
             bias = None if held_bias is None else base.part(working_copy(held_bias), bias=True).clone()
             weight = base.part(whole).clone()
             for plug in plugs:
@@ -54,12 +125,12 @@ def merged_tensors(tuned: Tuned) -> list[tuple[Tensor, Tensor]]:
 
 
 @torch.no_grad()
-def probe(tuned: Tuned, batch: Any) -> Tensor:
+def probe(model: Any, batch: Any) -> Tensor:
     """The logits of one batch, in fp32 and in evaluation mode."""
-    modes = {m: m.training for m in tuned.model.modules()}
-    tuned.model.eval()
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
     try:
-        out = tuned.model(**batch)
+        out = model(**batch)
         logits: Tensor = out.logits if hasattr(out, "logits") else out[0]
         return logits.float()
     finally:
@@ -67,17 +138,19 @@ def probe(tuned: Tuned, batch: Any) -> Tensor:
             module.training = mode
 
 
-def check(tuned: Tuned) -> None:
-    stuck = []
-    for tuning in tuned.tunings.values():
-        if tuning.active:
-            stuck += [part.name for part in tuning.method.parts() if not part.mergeable]
+def check(edited: EditedModel) -> None:
+    """Refuse what no weight of the model can do, before anything is computed.
+
+    Raises:
+        CannotMerge: with the reason.
+    """
+    stuck = [part.name for tuning in edited.active() for part in tuning.method.parts() if not part.mergeable]
     if stuck:
         raise CannotMerge(
             f"{', '.join(dict.fromkeys(stuck))} cannot be merged: no weight of the model does the same. "
             "Serve it attached, or detach it first and merge the rest."
         )
-    for socket in tuned.sockets():
+    for socket in edited.sockets():
         live = socket.live
         for plug in (*live.whole, *(p for _, plugs in live.parts for p in plugs), *live.experts):
             if not plug.base.plain:
@@ -88,9 +161,13 @@ def check(tuned: Tuned) -> None:
                 )
         for plug in live.whole:
             site = plug.site
-            name = tuned.anatomy.tied.get(f"{site.path}.{site.param}", f"{site.path}.{site.param}")
-            if name in tuned._parameters and len(tuned._owners(name)) > 1:
+            name = edited.anatomy.tied.get(f"{site.path}.{site.param}", f"{site.path}.{site.param}")
+            if name in edited.parameters and len(edited.owners(name)) > 1:
                 raise CannotMerge(
                     f"{site.key}: its weight is another layer's too (the output head's and the input embedding's, "
                     "say): merging there would change both. Serve it attached."
                 )
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from torch import Tensor
 
@@ -14,9 +14,7 @@ from luthier.core import Card, Catalogue, plain
 from luthier.surgery.attachment import Attachment
 from luthier.surgery.base import Base
 from luthier.surgery.edits import Attach, Edit
-
-if TYPE_CHECKING:
-    from luthier.surgery.tuned import Tuned
+from luthier.surgery.view import TunedView
 
 __all__ = ["METHODS", "Batches", "Group", "Method", "Objective", "PerSite"]
 
@@ -67,7 +65,7 @@ class Method(ABC):
     looks_at_data: ClassVar[bool] = False
     computes_tensors: ClassVar[bool] = False
     through_trunk: ClassVar[bool] = True  # the loss has a gradient on the embedded text
-    trains_base: ClassVar[bool] = False  # weights of the trunk itself move: dropout of the trunk stays on
+    trains_base: ClassVar[bool] = False  # weights of the blocks themselves move: their dropout stays on
 
     @abstractmethod
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
@@ -82,27 +80,27 @@ class Method(ABC):
         return self.n_params(anatomy)
 
     # Most methods leave these alone.
-    def prepare(self, tuned: Tuned, batches: Batches) -> None:
+    def prepare(self, tuned: TunedView, batches: Batches) -> None:
         """A start that looks at data: runs once before training. Must leave parameters, buffers and grads as found."""
 
-    def loss(self, tuned: Tuned, forward: Objective) -> Any:
+    def loss(self, tuned: TunedView, forward: Objective) -> Any:
         """The task loss of one micro-batch; a method that needs two passes runs `forward` twice."""
         return forward()
 
-    def extra_loss(self, tuned: Tuned) -> Tensor | None:
+    def extra_loss(self, tuned: TunedView) -> Tensor | None:
         """A penalty added once per optimiser step, independent of the batch."""
         return None
 
-    def after_backward(self, tuned: Tuned, step: int, total: int) -> None:
+    def after_backward(self, tuned: TunedView, step: int, total: int) -> None:
         """Gradients of the whole step are present, unscaled and unclipped; the optimiser has not moved."""
 
-    def on_step(self, tuned: Tuned, step: int, total: int) -> None:
+    def on_step(self, tuned: TunedView, step: int, total: int) -> None:
         """Weights have moved, gradients are still present. `step` counts from 1 to `total`."""
 
-    def finish(self, tuned: Tuned) -> None:
+    def finish(self, tuned: TunedView) -> None:
         """After training: bring the attachments into the form that is stored and served."""
 
-    def groups(self, tuned: Tuned) -> list[Group]:
+    def groups(self, tuned: TunedView) -> list[Group]:
         """Learning rates or decay that differ inside the method; tensors not named follow the run."""
         return []
 

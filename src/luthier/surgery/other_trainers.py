@@ -1,6 +1,6 @@
 """Other people's trainers on a tuned model: their optimisers step, their checkpoints are saved.
 
-Our own loop asks the tuning before and after each step. A foreign trainer does not know how, so two hooks of torch,
+Our own loop asks the tuning before and after each step. Another trainer does not know how, so two hooks of torch,
 called around every `torch.optim.Optimizer.step`, do it; they pass over optimisers that own nothing of a tuned model.
 """
 
@@ -8,25 +8,37 @@ from __future__ import annotations
 
 import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from luthier.core import ConfigError
 from luthier.runs import durable
+from luthier.surgery.edited_model import EditedModel
 from luthier.surgery.method import Method
+from luthier.surgery.training_state import TrainingState
+from luthier.surgery.view import TunedView
 
-if TYPE_CHECKING:
-    from luthier.surgery.tuned import Tuned
+__all__ = ["Watched", "save_checkpoint", "unwatch", "watch"]
 
-__all__ = ["save_checkpoint", "unwatch", "watch"]
 
-_watched: weakref.WeakSet[Tuned] = weakref.WeakSet()
+class Watched(TunedView, Protocol):
+    """What is asked of a tuned model here."""
+
+    edited: EditedModel
+    state: TrainingState
+    calls_hooks: bool
+
+    def save(self, folder: Any, *, name: str | None = None) -> str:
+        """Write one tuning."""
+
+
+_watched: weakref.WeakSet[Watched] = weakref.WeakSet()
 _handles: list[Any] = []
 
 
-def watch(tuned: Tuned) -> None:
+def watch(tuned: Watched) -> None:
     """Look after `tuned` whenever an optimiser that owns some of its trained numbers steps."""
     _watched.add(tuned)
     if not _handles:
@@ -34,7 +46,7 @@ def watch(tuned: Tuned) -> None:
         _handles.append(register_optimizer_step_post_hook(_after))
 
 
-def unwatch(tuned: Tuned) -> None:
+def unwatch(tuned: Watched) -> None:
     """Let go of it."""
     _watched.discard(tuned)
     if not _watched:
@@ -42,7 +54,7 @@ def unwatch(tuned: Tuned) -> None:
             _handles.pop().remove()
 
 
-def _owned(optimizer: Any) -> list[Tuned]:
+def _owned(optimizer: Any) -> list[Watched]:
     if not _watched:
         return []
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -52,15 +64,15 @@ def _owned(optimizer: Any) -> list[Tuned]:
 def _before(optimizer: Any, args: Any, kwargs: Any) -> None:
     for tuned in _owned(optimizer):
         _refuse_half(tuned)
-        tuned.mask_gradients()
+        tuned.state.mask_gradients()
 
 
 def _after(optimizer: Any, args: Any, kwargs: Any) -> None:
     for tuned in _owned(optimizer):
-        tuned.constrain()
+        tuned.state.constrain()
 
 
-def _refuse_half(tuned: Tuned) -> None:
+def _refuse_half(tuned: Watched) -> None:
     """A method of which only half would happen is stopped at the first step, not found out at the last.
 
     Raises:
@@ -68,7 +80,7 @@ def _refuse_half(tuned: Tuned) -> None:
     """
     if tuned.calls_hooks:
         return
-    for tuning in tuned.tunings.values():
+    for tuning in tuned.edited.tunings.values():
         for part in tuning.method.parts() if tuning.trainable else ():
             cls = type(part)
             asks = [n for n in ("loss", "extra_loss", "on_step") if getattr(cls, n) is not getattr(Method, n)]
@@ -82,7 +94,7 @@ def _refuse_half(tuned: Tuned) -> None:
                 part.after_backward(tuned, 1, 1)  # says so where it was not prepared
 
 
-def save_checkpoint(tuned: Tuned, folder: Path | str, state: dict[str, Tensor] | None = None) -> None:
+def save_checkpoint(tuned: Watched, folder: Path | str, state: dict[str, Tensor] | None = None) -> None:
     """What `save_pretrained` of a tuned model writes: the tunings, and no base weight.
 
         FOLDER/model.safetensors    trained tensors by their names in the tuned model: a trainer resumes from it
@@ -107,7 +119,7 @@ def save_checkpoint(tuned: Tuned, folder: Path | str, state: dict[str, Tensor] |
             durable.remove_folder(old)
         tuned.save(place, name=name)
     given = tuned.model.state_dict() if state is None else state
-    own = {id(u.parameter) for t in tuned.tunings.values() for u in t.unfrozen.values()}
+    own = {id(u.parameter) for t in tuned.edited.tunings.values() for u in t.unfrozen.values()}
     names = {n for n, p in tuned.model.named_parameters(remove_duplicate=False) if id(p) in own}
     kept = {n: t for n, t in given.items() if n.startswith("luthier.") or n in names}
     durable.write_tensors(target / "model.safetensors", kept)

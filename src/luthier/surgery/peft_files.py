@@ -80,7 +80,7 @@ def to_peft(tuned: Tuned, folder: Path | str, name: str | None = None) -> Path:
         "peft_type": "IA3" if kind == "ia3" else "LORA", "target_modules": paths, "modules_to_save": heads or None,
         "inference_mode": True, "task_type": None, "revision": None,
         "base_model_name_or_path": str(getattr(tuned.model.config, "_name_or_path", "")),
-        "fan_in_fan_out": _one({site.transposed for site in sites.values()}),
+        "fan_in_fan_out": _orientation({site.transposed for site in sites.values()}),
     }  # fmt: skip
     if kind == "ia3":
         facts["feedforward_modules"] = [sites[k].path for k, m in tuning.modules_by_key().items() if _reads(m)]
@@ -200,7 +200,7 @@ def _shaped(scale: Tensor, reads: bool) -> Tensor:
     return scale[None, :] if reads else scale[:, None]
 
 
-def _one(values: set[bool]) -> bool:
+def _orientation(values: set[bool]) -> bool:
     if len(values) > 1:
         raise CannotMerge("peft's files hold layers of one orientation; these weights are stored both ways round.")
     return values.pop()

@@ -15,9 +15,16 @@ from torch import Tensor, nn
 
 from luthier import kernels
 
-__all__ = ["NAME", "Prefix", "install", "uninstall"]
+__all__ = ["NAME", "KeysValues", "Prefix", "add", "install", "remove", "uninstall"]
 
 NAME = "luthier"
+
+
+KeysValues = Tensor | Callable[[], Tensor] | None
+"""Keys or values of a prefix, or a function that gives them; None while its tuning does not act."""
+
+_PREFIXES = "_luthier_prefixes"
+"""Where the list of an attention module's prefixes stands on it: it is the model's own module, not a class of ours."""
 
 
 @dataclass(eq=False)
@@ -29,8 +36,21 @@ class Prefix:
     """
 
     tuning: str
-    keys: Tensor | Callable[[], Tensor] | None = None
-    values: Tensor | Callable[[], Tensor] | None = None
+    keys: KeysValues = None
+    values: KeysValues = None
+
+
+def add(module: nn.Module, prefix: Prefix) -> None:
+    """Let the attention `module` see `prefix`."""
+    module.__dict__.setdefault(_PREFIXES, []).append(prefix)
+
+
+def remove(module: nn.Module, tuning: str) -> None:
+    """Take the prefixes of a tuning off, where `module` has any."""
+    listed = module.__dict__.pop(_PREFIXES, ())
+    left = [prefix for prefix in listed if prefix.tuning != tuning]
+    if left:
+        module.__dict__[_PREFIXES] = left
 
 
 def _attention(
@@ -46,7 +66,7 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention as transformers calls it. query (B,H,T,D), key and value (B,H_kv,S,D) -> (B,T,H,D)."""
-    prefixes = [p for p in module.__dict__.get("_luthier_prefixes", ()) if p.keys is not None]
+    prefixes = [p for p in module.__dict__.get(_PREFIXES, ()) if p.keys is not None]
     if prefixes:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         n_text, n_queries = key.shape[2], query.shape[2]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from luthier import kernels
 from luthier.anatomy import Site
 from luthier.surgery.attachment import Attachment
 from luthier.surgery.base import Base, join_rows, take_rows
+from luthier.surgery.frozen_layers import FastLayer
 
 __all__ = ["ORDER", "Plan", "Plug", "Socket", "Substitute", "Tap"]
 
@@ -109,21 +111,38 @@ class Plan:
     empty: bool = True
 
 
+class SocketRoute(Protocol):
+    """Another way to do what a socket does."""
+
+    still: Callable[[Tensor], Tensor] | None
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute what the socket's `forward` would, from its arguments."""
+
+
 class Socket(nn.Module):
-    """Takes the place of `base` and answers for it: attribute look-ups fall through to the layer."""
+    """Takes the place of `base` and answers for it: attribute look-ups fall through to the layer.
+
+    Attributes:
+        plugs, substitutes: what stands here, of all tunings.
+        live: what a forward pass has to do for those that act.
+        route: another way to do it, while nothing learns; see route.py.
+        fast: computes the frozen layer faster; see frozen_layers.py.
+        listeners: other people's hooks on the layer.
+    """
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base
         self.train(base.training)
         # Plain lists: the modules in them are registered once, on the model, under their tuning.
-        self.__dict__["plugs"] = []
-        self.__dict__["substitutes"] = []
-        self.__dict__["live"] = Plan()
-        self.__dict__["route"] = None  # another way to do it, while nothing learns; see serving.py
-        self.__dict__["quick"] = None  # computes the frozen layer faster; see frozen_layers.py
+        self.plugs: list[Plug] = []
+        self.substitutes: list[Substitute] = []
+        self.live = Plan()
+        self.route: SocketRoute | None = None
+        self.fast: FastLayer | None = None
         # Of others, on the layer itself; they want it to be called. The dictionaries, so that later ones are seen.
-        self.__dict__["listeners"] = (
+        self.listeners: tuple[Mapping[int, Any], ...] = (
             base._forward_pre_hooks, base._forward_hooks, base._backward_pre_hooks, base._backward_hooks,
         )  # fmt: skip
 
@@ -133,12 +152,17 @@ class Socket(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("base"), name)
 
+    def unplug(self, tuning: str) -> None:
+        """Take off what the tuning has here."""
+        self.plugs = [p for p in self.plugs if p.tuning != tuning]
+        self.substitutes = [s for s in self.substitutes if s.tuning != tuning]
+
     def extra_repr(self) -> str:
         return ", ".join(f"{p.tuning}:{p.site.key}:{type(p.attachment).__name__}" for p in self.plugs)
 
     def refresh(self, active: set[str], *, folded: bool = False) -> None:
         """Work out once what each forward pass has to do, for the tunings in `active`."""
-        self.__dict__["live"] = self.plan(active, folded=folded)
+        self.live = self.plan(active, folded=folded)
 
     def plan(self, active: set[str], *, folded: bool = False, instead: list[Substitute] | None = None) -> Plan:
         """What a forward pass has to do for the tunings in `active`.
@@ -213,9 +237,9 @@ class Socket(nn.Module):
         return (y, *out[1:]) if isinstance(out, tuple) else y
 
     def _base(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        quick = self.quick
-        if quick is not None and not kwargs and kernels.fast() and not any(self.listeners):
-            out = quick(args[0])
+        fast = self.fast
+        if fast is not None and not kwargs and kernels.fast() and not any(self.listeners):
+            out = fast(args[0])
             if out is not None:
                 return out
         return self.base(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""What a tuning holds on a model: its modules, and the model's own tensors that it trains."""
+"""What a tuning is on a model: its modules, and the model's own tensors that it trains."""
 
 from __future__ import annotations
 
@@ -10,61 +10,12 @@ from torch import Tensor, nn
 
 from luthier.core import key
 from luthier.surgery.method import Method
+from luthier.surgery.unfrozen import Unfrozen
 
-__all__ = ["Master", "Tuning", "Unfrozen", "keyed"]
+__all__ = ["BRANCH", "PREFIX", "Master", "Tuning", "keyed"]
 
-_WORTH_HALVING = 4096
-
-
-class Unfrozen:
-    """A tensor of the model that a tuning trains in place.
-
-    Attributes:
-        original: the value it had, so that `detach` can restore it bit for bit.
-        kept: that value as it is held. A base that was stored in bf16 and loaded in fp32 loses nothing in bf16, and
-            with full fine-tuning this is half a model less.
-        mask: of the values; with `holds=False` of the gradient only.
-        parked: the tuned value, while the tuning is not active.
-    """
-
-    def __init__(
-        self, name: str, parameter: nn.Parameter, original: Tensor, mask: Tensor | None = None, *, holds: bool = True
-    ) -> None:
-        self.name, self.parameter, self.holds = name, parameter, holds
-        self.parked: Tensor | None = None
-        self._mask = mask
-        self.original = original
-
-    @property
-    def original(self) -> Tensor:
-        """A new tensor where `kept` is smaller than what it stands for."""
-        return self.kept.to(self._dtype)
-
-    @original.setter
-    def original(self, value: Tensor) -> None:
-        self._dtype = value.dtype
-        self.kept = value
-        # Under a mask it is read in every step.
-        large = value.numel() >= _WORTH_HALVING and not value.is_meta
-        if large and value.dtype == torch.float32 and self._mask is None:
-            small = value.to(torch.bfloat16)
-            if torch.equal(small.to(torch.float32), value):
-                self.kept = small
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type that the base holds it in."""
-        return self._dtype
-
-    @property
-    def mask(self) -> Tensor | None:
-        """What of it may move; None, all of it."""
-        return self._mask
-
-    @mask.setter
-    def mask(self, mask: Tensor | None) -> None:
-        self._mask = mask
-        self.original = self.original
+# What only one active tuning may claim, besides single tensors of the model.
+PREFIX, BRANCH = "the keys before those of the text", "the network beside the model"
 
 
 class Tuning(nn.Module):
@@ -95,13 +46,44 @@ class Tuning(nn.Module):
         """Canonical key -> module, in the order of registration."""
         return {k: self.parts[n] for k, n in self.keys.items()}
 
+    def prompts(self) -> list[nn.Module]:
+        """Its sources of vectors before the text."""
+        return [m for k, m in self.modules_by_key().items() if k.rpartition(":")[2] == "prompt"]
+
+    def made_by(self, method: object) -> bool:
+        """Whether `method` is what this tuning carries out, or a part of it."""
+        return any(part is method for part in self.method.parts())
+
+    def shared_with(self, other: Tuning) -> str | None:
+        """What both hold and only one active tuning may, or None."""
+        return next((claim for claim in self.claims if claim in other.claims), None)
+
+    def note_fixed(self) -> None:
+        """Remember which numbers the method holds still, before anybody freezes the others."""
+        named = ((k, n, p) for k, m in self.modules_by_key().items() for n, p in m.named_parameters())
+        self.fixed = {f"{k}.{n}" for k, n, p in named if not p.requires_grad}
+
+    def deactivate(self) -> None:
+        """Give the model its own tensors back; the tuned values wait. Its modules are left out by the sockets."""
+        if self.active:
+            for unfrozen in self.unfrozen.values():
+                unfrozen.deactivate()
+            self.active = False
+
+    def activate(self) -> None:
+        """Put the tuned values into the model."""
+        if not self.active:
+            for unfrozen in self.unfrozen.values():
+                unfrozen.activate()
+            self.active = True
+
 
 class Master(nn.Module):
     """An fp32 master in place of the layer's own low precision; whoever puts it there rounds it."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
         super().__init__()
-        self.__dict__["master"] = parameter
+        self.__dict__["master"] = parameter  # registered once, on the model
 
     def forward(self, frozen: Tensor) -> Tensor:
         master: nn.Parameter = self.__dict__["master"]

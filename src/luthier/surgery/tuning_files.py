@@ -12,15 +12,24 @@ import torch
 from torch import Tensor, nn
 
 from luthier.__version__ import __version__
-from luthier.core import IntegrityError, LuthierError, ResourceError, WrongBase
+from luthier.core import IntegrityError, LuthierError, ResourceError
 from luthier.runs import durable
 from luthier.surgery import compose
-from luthier.surgery.tuned import Tuned, attach
+from luthier.surgery.edited_model import EditedModel
 from luthier.surgery.tuning import Tuning
 from luthier.trust import config as trusted_config
-from luthier.trust import safetensors as trusted_tensors
 
-__all__ = ["FORMAT", "base_digest", "load", "read_tuning", "save", "stored_tensors"]
+__all__ = [
+    "FORMAT",
+    "base_digest",
+    "precision_of",
+    "read_tuning",
+    "restore",
+    "save",
+    "stored_tensors",
+    "vouched",
+    "weights_digest",
+]
 
 FORMAT = 1
 _KEYS = {
@@ -30,33 +39,33 @@ _KEYS = {
 
 
 @torch.no_grad()
-def base_digest(tuned: Tuned, dtype: torch.dtype = torch.bfloat16) -> str:
+def base_digest(edited: EditedModel, dtype: torch.dtype = torch.bfloat16) -> str:
     """sha256 over the base's tensors: names, shapes and values rounded to `dtype`. New task heads are left out;
     tensors that a tuning trains count with their original value.
 
     As bf16 it is the same for a base loaded in fp32 or bf16, as fp16 for one loaded in fp32 or fp16. A checkpoint that
     holds bf16 is the same by either, whatever it is loaded in.
     """
-    if dtype not in tuned._digest:
+    if dtype not in edited.digests:
         originals: dict[int, Tensor] = {
-            id(u.parameter): u.kept for t in tuned.tunings.values() for u in t.unfrozen.values()
+            id(u.parameter): u.kept for t in edited.tunings.values() for u in t.unfrozen.values()
         }
-        for held, kept in tuned._folded or ():
+        for held, kept in edited.base_copies or ():
             originals.setdefault(id(held), kept)
         summed = hashlib.sha256()
-        heads = set(tuned.anatomy.head_tensors)
-        for name in sorted(tuned.anatomy.tensors):
+        heads = set(edited.anatomy.head_tensors)
+        for name in sorted(edited.anatomy.tensors):
             if name in heads:
                 continue
-            parameter = tuned._parameters[name]
+            parameter = edited.parameters[name]
             value: Tensor = originals[id(parameter)] if id(parameter) in originals else parameter  # noqa: SIM401
             value = value.detach()
             # The path inside the backbone: the same encoder may stand in a classifier or alone.
-            short = name.removeprefix(f"{tuned.anatomy.backbone}.") if tuned.anatomy.backbone else name
+            short = name.removeprefix(f"{edited.anatomy.backbone}.") if edited.anatomy.backbone else name
             summed.update(f"{short}{tuple(value.shape)}".encode())
             summed.update(value.to("cpu", dtype).contiguous().view(torch.uint8).numpy().data)
-        tuned._digest[dtype] = summed.hexdigest()
-    return tuned._digest[dtype]
+        edited.digests[dtype] = summed.hexdigest()
+    return edited.digests[dtype]
 
 
 def stored_tensors(tuning: Tuning) -> dict[str, Tensor]:
@@ -71,7 +80,7 @@ def stored_tensors(tuning: Tuning) -> dict[str, Tensor]:
         for short, tensor in parts.items():
             tensors[f"{key_}.{short}"] = tensor.detach().cpu().contiguous()
     for key_, unfrozen in tuning.unfrozen.items():
-        value = unfrozen.parked if unfrozen.parked is not None else unfrozen.parameter.detach()
+        value = unfrozen.value
         if unfrozen.mask is None or not unfrozen.holds:
             tensors[key_] = value.cpu().contiguous()
         else:
@@ -83,7 +92,9 @@ def stored_tensors(tuning: Tuning) -> dict[str, Tensor]:
     return tensors
 
 
-def save(tuned: Tuned, folder: Path | str, *, name: str | None = None, about: dict[str, Any] | None = None) -> str:
+def save(
+    edited: EditedModel, folder: Path | str, *, name: str | None = None, about: dict[str, Any] | None = None
+) -> str:
     """Write one tuning; returns the sha256 of its weights file.
 
     `about` adds plain facts to tuning.json: task, labels, the prompt contract.
@@ -92,23 +103,23 @@ def save(tuned: Tuned, folder: Path | str, *, name: str | None = None, about: di
         IntegrityError: a tensor is not finite; nothing is written then.
         ResourceError: the folder cannot be written.
     """
-    tuning = tuned.tuning(name)
+    tuning = edited.tuning(name)
     tensors = stored_tensors(tuning)
     for full, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise IntegrityError(f"{full} is not finite: this tuning is broken and will not be saved as a result.")
-    anatomy = tuned.anatomy
+    anatomy = edited.anatomy
     facts = {
         "format": FORMAT,
         "luthier": __version__,
         "method": compose.spell(tuning.method),
         "settings": tuning.method.settings(),
         "base": {
-            "name": str(getattr(tuned.model.config, "name_or_path", "")) if not _is_path(tuned.model) else "",
+            "name": str(getattr(edited.model.config, "name_or_path", "")) if not _is_path(edited.model) else "",
             "model_type": anatomy.model_type,
-            "sha256_bf16": base_digest(tuned),
-            "sha256_fp16": base_digest(tuned, torch.float16),
-            "loaded_in": _precision(tuned),
+            "sha256_bf16": base_digest(edited),
+            "sha256_fp16": base_digest(edited, torch.float16),
+            "loaded_in": precision_of(edited),
             "d": anatomy.d,
             "layers": anatomy.n_layers,
             "vocabulary": anatomy.vocab_size,
@@ -130,7 +141,7 @@ def weights_digest(folder: Path) -> str:
     Raises:
         IntegrityError: the manifest or a file is not what it claims to be.
     """
-    with _vouched(folder / durable.MANIFEST):
+    with vouched(folder / durable.MANIFEST):
         manifest = trusted_config.read_json(folder / durable.MANIFEST)
     try:
         if manifest["digest"] != durable.manifest_digest(manifest):
@@ -141,7 +152,7 @@ def weights_digest(folder: Path) -> str:
 
 
 @contextmanager
-def _vouched(where: Path) -> Iterator[None]:
+def vouched(where: Path) -> Iterator[None]:
     """What we wrote ourselves has no mistakes of a user in it: whatever is wrong there is damage."""
     try:
         yield
@@ -165,7 +176,7 @@ def read_tuning(folder: Path | str) -> dict[str, Any]:
     where = Path(folder) / "tuning.json"
     if not where.exists():
         raise IntegrityError(f"{folder}: holds no tuning (no tuning.json). Name the `tuning` folder of a finished run.")
-    with _vouched(where):
+    with vouched(where):
         facts = trusted_config.read_json(where, allowed_keys=_KEYS)
     if facts.get("format") != FORMAT:
         raise IntegrityError(
@@ -184,92 +195,14 @@ def read_tuning(folder: Path | str) -> dict[str, Any]:
     return dict(facts)
 
 
-def load(model: Any, folder: Path | str, *, name: str = "default", trainable: bool = False) -> Tuned:
-    """Attach a saved tuning to its base, in eval mode and frozen; with `trainable`, ready to learn on.
-
-    Raises:
-        WrongBase: the tuning was made for another model.
-        Refused, IntegrityError: the files are not what they claim to be.
-    """
-    facts = read_tuning(folder)
-    base = facts["base"]
-    heads = [str(k).removeprefix("head/") for k in facts.get("head", ())]
-    _same_shape(model, base, heads, folder)
-    with _vouched(Path(folder) / "tuning.json"):
-        method = compose.method(facts["method"], facts["settings"])
-    before = Tuned.of(model)
-    awake = [] if before is None else [t.tuning_name for t in before.tunings.values() if t.active]
-    tuned = attach(model, method, name=name, train_head=bool(heads), new_tensors=heads)
-    try:
-        _same_weights(tuned, base, folder)
-        expect = {n: tuple(s) for n, s in facts["tensors"].items()}
-        digest = weights_digest(Path(folder))
-        with _vouched(Path(folder) / "tuning.safetensors"):
-            tensors = trusted_tensors.read(Path(folder) / "tuning.safetensors", expect=expect, digest=digest)
-        restore(tuned.tuning(name), tensors, str(folder))
-    except BaseException:
-        tuned.remove(name)
-        tuned.activate(*awake)
-        if not tuned.tunings:
-            tuned._strip()
-        raise
-    if not trainable:
-        tuned.train_only(*[t.tuning_name for t in tuned.tunings.values() if t.trainable and t.tuning_name != name])
-    model.eval()
-    tuned._refresh()
-    return tuned
-
-
-def _same_shape(model: Any, base: dict[str, Any], heads: list[str], folder: Path | str) -> None:
-    from luthier.anatomy import Anatomy
-
-    held = Tuned.of(model)
-    anatomy = held.anatomy if held is not None else Anatomy.read(model)
-    here = {
-        "model_type": anatomy.model_type,
-        "d": anatomy.d,
-        "layers": anatomy.n_layers,
-        "vocabulary": anatomy.vocab_size,
-    }
-    differs = [f"{k} {base.get(k)!r} here {v!r}" for k, v in here.items() if base.get(k) != v]
-    differs += [f"its head {name!r} is not here" for name in heads if name not in anatomy.tensors]
-    if differs:
-        raise WrongBase(f"{folder}: made for another model: {'; '.join(differs)}. Load the base it was trained on.")
-
-
-def _same_weights(tuned: Tuned, base: dict[str, Any], folder: Path | str) -> None:
-    found = base_digest(tuned)
-    if found == base.get("sha256_bf16"):
-        return
-    here, there = _precision(tuned), base.get("loaded_in")
-    # Tunings of older versions state the first digest alone.
-    if "sha256_fp16" in base and base_digest(tuned, torch.float16) == base["sha256_fp16"]:
-        return
-    advice = "Load the base it was trained on."
-    if here == "float16" and "sha256_fp16" not in base:
-        advice += (
-            " If this is that base: an older luthier saved this tuning, and knows no base in float16. Load the base in "
-            "float32 once, load the tuning, save it again, and the new one is accepted in float16."
-        )
-    elif {here, there} == {"float16", "bfloat16"}:
-        advice += (
-            f" If this is that base: it was {there} when the tuning was saved and is {here} here, and the two round "
-            f"differently. Load it in {there} or float32."
-        )
-    raise WrongBase(
-        f"{folder}: made for {base.get('name') or base['model_type']} with weights "
-        f"{str(base.get('sha256_bf16'))[:12]}; this model's are {found[:12]}. {advice}"
-    )
-
-
-def _precision(tuned: Tuned) -> str:
+def precision_of(edited: EditedModel) -> str:
     """The type that most of the base's numbers are held in, such as "float16"."""
     sizes: dict[torch.dtype, int] = {}
-    trained = {id(u.parameter): u for t in tuned.tunings.values() for u in t.unfrozen.values()}
-    for name in tuned.anatomy.tensors:
-        parameter = tuned._parameters[name]
-        held = trained.get(id(parameter))
-        dtype = parameter.dtype if held is None else held.dtype
+    trained = {id(u.parameter): u for t in edited.tunings.values() for u in t.unfrozen.values()}
+    for name in edited.anatomy.tensors:
+        parameter = edited.parameters[name]
+        unfrozen = trained.get(id(parameter))
+        dtype = parameter.dtype if unfrozen is None else unfrozen.dtype
         sizes[dtype] = sizes.get(dtype, 0) + parameter.numel()
     return str(max(sizes, key=lambda d: sizes[d])).removeprefix("torch.")
 

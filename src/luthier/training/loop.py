@@ -304,7 +304,7 @@ class Loop:
         if self.guard is not None:
             self.guard.after_backward(self.optimiser.has_gradient, self.moments.resting)
         self.moments.after_backward(step + 1, self.total)
-        self.tuned.mask_gradients()
+        self.tuned.state.mask_gradients()
         return self.optimiser.norm() if self.moments.change_gradients else norm
 
     def _update(self, step: int, norm: float, rate: float, micro_batches: list[Batch]) -> float:
@@ -314,7 +314,7 @@ class Loop:
         else:
             self.optimiser.clip(norm)
             self.optimiser.step(rate)
-        self.tuned.constrain()
+        self.tuned.state.constrain()
         self.moments.after_step(step + 1, self.total)
         if self.guard is not None:
             self.guard.after_update()
@@ -427,7 +427,7 @@ class Loop:
         state = self.state()
         if state == self._saved:
             return
-        tensors = {"adapter": self.tuned.state_tensors(), "optimizer": self.optimiser.tensors()}
+        tensors = {"adapter": self.tuned.state.tensors(), "optimizer": self.optimiser.tensors()}
         tensors |= self.moments.tensors()
         best = self.evaluations.selection.kept
         save_checkpoint(self.run, self.step, tensors, state, keep_best=best)
@@ -436,7 +436,7 @@ class Loop:
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Take up a verified checkpoint's state, and let the log end where it ended then."""
-        self.tuned.load_state_tensors(checkpoint.tensors["adapter"])
+        self.tuned.state.load_tensors(checkpoint.tensors["adapter"])
         self.optimiser.load(checkpoint.tensors["optimizer"])
         state = checkpoint.state
         self.moments.load(state, checkpoint.tensors)

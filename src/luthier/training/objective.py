@@ -52,7 +52,7 @@ class Objective:
         self.tuned, self.task, self.scoring = tuned, task, scoring
         self.chunked = task.name == "causal_lm" and not full_logits and self._separable()
         self.labelled = task.name in ("classification", "regression")
-        self.narrow = tuned.narrow() if self.labelled else None
+        self.first_token = tuned.fast.first_token() if self.labelled else None
         self.features: Features | None = None
 
     def keep_features(self, batches: Batches) -> Features | None:
@@ -92,7 +92,7 @@ class Objective:
 
         Around a backward pass too: under gradient checkpointing blocks are computed again there, as they were before.
         """
-        return self.narrow.on() if self.narrow is not None and kernels.fast() else nullcontext()
+        return self.first_token.on() if self.first_token is not None and kernels.fast() else nullcontext()
 
     def loss(self, logits: Tensor, labels: Tensor | None) -> Tensor:
         """The summed loss, in fp32."""
@@ -113,7 +113,7 @@ class Objective:
     def _chunked(self, batch: Batch) -> Result:
         """Hidden states to loss in chunks: only supervised tokens, never all logits."""
         model = self.tuned.model
-        self.tuned.listen(batch.inputs)
+        self.tuned.forward.note_batch(batch.inputs)
         out = model.base_model(**batch.inputs, use_cache=False)
         hidden = out[0][:, :-1]
         assert batch.labels is not None

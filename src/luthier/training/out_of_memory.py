@@ -68,7 +68,7 @@ class MemorySaver:
     def checkpoint_activations(self) -> None:
         """From now on compute activations twice."""
         self.checkpointing = True
-        self._tuned.checkpoint_activations()
+        self._tuned.forward.checkpoint_activations()
         self.let_blocks_checkpoint()
 
     def let_blocks_checkpoint(self) -> None:

@@ -44,10 +44,10 @@ def build(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
     trains_base = any(m.trains_base for m in method.parts())
     trunk_dropout = spec.trunk_dropout == "on" or (spec.trunk_dropout == "auto" and trains_base)
     if spec.fast:
-        tuned.route_attention()
-        tuned.quicken(dropout=trunk_dropout)
+        tuned.forward.route_attention()
+        tuned.fast.accelerate(dropout=trunk_dropout)
     if spec.gradient_checkpointing is True:
-        tuned.checkpoint_activations()
+        tuned.forward.checkpoint_activations()
     needs_logits = any(getattr(m, "needs_logits", False) for m in method.parts())
     strategies = prepared.strategies
     needs_logits = needs_logits or any("logits" in s.reads for s in strategies)

@@ -69,7 +69,7 @@ def _take_best(loop: Loop, run: RunFolder) -> None:
             f"{run.ckpt}: the checkpoint of the best step, {best}, is gone or damaged. Restore it from a copy, or "
             "start a new run."
         )
-    loop.tuned.load_state_tensors(found.tensors["adapter"])
+    loop.tuned.state.load_tensors(found.tensors["adapter"])
     run.event("best_taken", step=best, value=loop.evaluations.selection.best_value)
 
 

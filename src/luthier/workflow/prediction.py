@@ -71,8 +71,8 @@ class Predictor:
         model.config.pad_token_id = pad["id"]
         self.tuned = load_tuning(model, run.tuning)
         if self.spec.fast:
-            self.tuned.route_attention()
-            self.tuned.quicken(training=False)
+            self.tuned.forward.route_attention()
+            self.tuned.fast.accelerate(training=False)
         self.objective = Objective(self.tuned, self.task, full_logits=True)
 
     def add(self, name: str, path: Path | str) -> None:

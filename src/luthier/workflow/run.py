@@ -192,7 +192,7 @@ def _ways(prepared: Prepared) -> Iterator[None]:
 
 
 def _check_disk(run: RunFolder, loop: Loop) -> None:
-    one = bytes_of({"adapter": loop.tuned.state_tensors(), "optimizer": loop.optimiser.tensors()})
+    one = bytes_of({"adapter": loop.tuned.state.tensors(), "optimizer": loop.optimiser.tensors()})
     preflight(run, one * (loop.spec.checkpoint.keep + 2))
 
 

@@ -25,7 +25,7 @@ from luthier.anatomy import Anatomy, Site
 from luthier.core import AnatomyError
 from luthier.kernels import GroupedScales, scale
 from luthier.methods.parts.own_tensors import group_names, own_modules
-from luthier.surgery import METHODS, Attach, Attachment, Base, Edit, Group, Method, Tuned
+from luthier.surgery import METHODS, Attach, Attachment, Base, Edit, Group, Method, TunedView
 
 
 @METHODS.register("ia3", family="additive", paper="arXiv:2205.05638")
@@ -50,7 +50,7 @@ class IA3(Method):
     def n_params(self, anatomy: Anatomy) -> int:
         return sum(s.d_out for s in self._outputs(anatomy)) + sum(s.d_in for s in self._inputs(anatomy))
 
-    def groups(self, tuned: Tuned) -> list[Group]:
+    def groups(self, tuned: TunedView) -> list[Group]:
         scales = [m.scale for m in own_modules(self, tuned, RescaleOutput)]
         scales += [m.scale for m in own_modules(self, tuned, RescaleInput)]
         return [Group(group_names(tuned, scales), decay_to=1.0)]

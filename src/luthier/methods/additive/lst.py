@@ -37,7 +37,7 @@ from luthier.core import AnatomyError, ConfigError, ModelError, above, at_least,
 from luthier.methods.parts.masks import first_share, no_trace
 from luthier.methods.parts.narrow_copy import Sizes, kept_layers, narrow_model, prune, side_params
 from luthier.methods.parts.own_tensors import own_modules
-from luthier.surgery import METHODS, AddBranch, Batches, BlockCall, Context, Edit, Method, Tuned, gradients
+from luthier.surgery import METHODS, AddBranch, Batches, BlockCall, Context, Edit, Method, Tuned, TunedView, gradients
 from luthier.surgery.prompts import text_stack
 
 
@@ -82,13 +82,13 @@ class LST(Method):
             return None
         return "no gradient enters the frozen model beside a side network, so nothing in it can train."
 
-    def prepare(self, tuned: Tuned, batches: Batches) -> None:
+    def prepare(self, tuned: TunedView, batches: Batches) -> None:
         if self.importance != "fisher":
             return
         for sides in own_modules(self, tuned, Sides):
             sides.start(tuned.model, _fisher(tuned, first_share(batches, self.data), sides.tensors))
 
-    def after_backward(self, tuned: Tuned, step: int, total: int) -> None:
+    def after_backward(self, tuned: TunedView, step: int, total: int) -> None:
         if self.importance == "fisher" and not all(s.started for s in own_modules(self, tuned, Sides)):
             raise ConfigError("lst: importance=fisher looks at batches before the first step, and none were given.")
 
@@ -111,7 +111,7 @@ def _out_width(anatomy: Anatomy) -> int:
     return heads[0].d_in if heads and not anatomy.is_encoder_decoder else anatomy.d
 
 
-def _fisher(tuned: Tuned, batches: Batches, names: list[str]) -> dict[str, Tensor]:
+def _fisher(tuned: TunedView, batches: Batches, names: list[str]) -> dict[str, Tensor]:
     """Squared gradients of the frozen tensors `names`, summed over steps, in evaluation mode; leaves no trace."""
     parameters = {n: tuned.tensor(n) for n in names}
     scores = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in parameters.items()}

@@ -23,7 +23,7 @@ from typing import Annotated, ClassVar
 from luthier.anatomy import Anatomy
 from luthier.core import at_least, between
 from luthier.methods.parts.prefixes import Prefixes, drop_networks, prefix_params, prefix_stored
-from luthier.surgery import METHODS, Edit, Method, PrependKeys, Tuned
+from luthier.surgery import METHODS, Edit, Method, PrependKeys, TunedView
 
 
 @METHODS.register("prefix_tuning", family="additive", paper="arXiv:2101.00190")
@@ -51,5 +51,5 @@ class PrefixTuning(Method):
     def n_stored(self, anatomy: Anatomy) -> int:
         return prefix_stored(anatomy, self.length, "prefix_tuning")
 
-    def finish(self, tuned: Tuned) -> None:
+    def finish(self, tuned: TunedView) -> None:
         drop_networks(tuned)

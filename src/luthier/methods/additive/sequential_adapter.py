@@ -25,7 +25,7 @@ from luthier.anatomy import Anatomy, Site
 from luthier.core import AnatomyError, at_least
 from luthier.methods.parts.bottleneck import Activation, Bottleneck, bottleneck_params, width_of
 from luthier.methods.parts.own_tensors import group_names, own_modules, own_unfrozen
-from luthier.surgery import METHODS, Attach, Edit, Group, Method, Tuned, Unfreeze
+from luthier.surgery import METHODS, Attach, Edit, Group, Method, TunedView, Unfreeze
 
 
 @METHODS.register("sequential_adapter", family="additive", paper="arXiv:1902.00751")
@@ -57,7 +57,7 @@ class SequentialAdapter(Method):
             norms += length
         return bottleneck_params(self._sites(anatomy), self.width) + norms
 
-    def groups(self, tuned: Tuned) -> list[Group]:
+    def groups(self, tuned: TunedView) -> list[Group]:
         biases = [layer.bias for m in own_modules(self, tuned, Closing) for layer in (m.down, m.up)]
         norms = [u.parameter for u in own_unfrozen(self, tuned)]
         return [Group(group_names(tuned, biases + norms), weight_decay=0.0)]

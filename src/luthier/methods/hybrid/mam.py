@@ -25,7 +25,7 @@ from luthier.core import above, at_least, between
 from luthier.methods.parts.bottleneck import bottleneck_params
 from luthier.methods.parts.parallel_branch import Beside
 from luthier.methods.parts.prefixes import Prefixes, drop_networks, prefix_params, prefix_stored
-from luthier.surgery import METHODS, Attach, Edit, Method, PrependKeys, Tuned
+from luthier.surgery import METHODS, Attach, Edit, Method, PrependKeys, TunedView
 
 
 @METHODS.register("mam", family="hybrid", paper="arXiv:2110.04366")
@@ -57,7 +57,7 @@ class MAM(Method):
         beside = bottleneck_params(self._sites(anatomy), self.width)
         return prefix_stored(anatomy, self.length, "mam") + beside
 
-    def finish(self, tuned: Tuned) -> None:
+    def finish(self, tuned: TunedView) -> None:
         drop_networks(tuned)
 
     def _sites(self, anatomy: Anatomy) -> tuple[Site, ...]:

@@ -31,7 +31,7 @@ from luthier.anatomy import Anatomy, Attention, Site
 from luthier.core import ConfigError, at_least
 from luthier.methods.parts.bottleneck import Activation, Bottleneck, bottleneck_params
 from luthier.methods.parts.prefixes import Prefixes, drop_networks, prefix_params, prefix_stored
-from luthier.surgery import METHODS, Attach, Attachment, Context, Edit, Method, PrependKeys, Tuned
+from luthier.surgery import METHODS, Attach, Attachment, Context, Edit, Method, PrependKeys, TunedView
 
 _PARTS = ("lora", "prefix", "adapter")
 
@@ -79,7 +79,7 @@ class UniPELT(Method):
         prefix = prefix_stored(anatomy, self.length, "unipelt") if "prefix" in self.use else 0
         return prefix + self._rest(anatomy)
 
-    def finish(self, tuned: Tuned) -> None:
+    def finish(self, tuned: TunedView) -> None:
         drop_networks(tuned)
 
     def _rest(self, anatomy: Anatomy) -> int:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from luthier.anatomy import Anatomy, Site
 from luthier.core import AnatomyError
 from luthier.methods.parts.own_tensors import group_names, own_modules, own_unfrozen
-from luthier.surgery import METHODS, Attach, Attachment, Edit, Group, Method, Tuned, Unfreeze
+from luthier.surgery import METHODS, Attach, Attachment, Edit, Group, Method, TunedView, Unfreeze
 
 _LINEAR = ("attn.q", "attn.k", "attn.v", "attn.o", "cross.q", "cross.k", "cross.v", "cross.o")
 _FFN = ("ffn.gate", "ffn.up", "ffn.down")
@@ -68,7 +68,7 @@ class BitFit(Method):
         places = sum(len(rows) for rows in self._names(anatomy).values() if rows is not None)
         return self.n_params(anatomy) + places
 
-    def groups(self, tuned: Tuned) -> list[Group]:
+    def groups(self, tuned: TunedView) -> list[Group]:
         biases = [u.parameter for u in own_unfrozen(self, tuned)] + [
             m.bias for m in own_modules(self, tuned, AddedBias)
         ]

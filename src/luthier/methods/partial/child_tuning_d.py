@@ -32,8 +32,8 @@ from luthier.anatomy import Anatomy
 from luthier.core import ConfigError, above, between
 from luthier.methods.parts.masks import first_share, no_trace, top_k
 from luthier.methods.parts.own_tensors import own_unfrozen
-from luthier.surgery import METHODS, Batches, Edit, Method, Tuned, Unfreeze, gradients
-from luthier.surgery.tuning import Unfrozen
+from luthier.surgery import METHODS, Batches, Edit, Method, TunedView, Unfreeze, gradients
+from luthier.surgery.unfrozen import Unfrozen
 
 
 @METHODS.register("child_tuning_d", family="partial", paper="arXiv:2109.05687")
@@ -72,7 +72,7 @@ class ChildTuningD(Method):
             self.share * sum(size for n, size in sizes.items() if _in_blocks(n, anatomy))
         )
 
-    def prepare(self, tuned: Tuned, batches: Batches) -> None:
+    def prepare(self, tuned: TunedView, batches: Batches) -> None:
         child = self._child(tuned)
         scores = fisher(tuned, [u.parameter for u in child], first_share(batches, self.data), self.clip)
         if not any(bool(s.any()) for s in scores):
@@ -83,7 +83,7 @@ class ChildTuningD(Method):
         for unfrozen, mask in zip(child, top_k(scores, k), strict=True):
             unfrozen.mask = mask
 
-    def after_backward(self, tuned: Tuned, step: int, total: int) -> None:
+    def after_backward(self, tuned: TunedView, step: int, total: int) -> None:
         if any(u.mask is None for u in self._child(tuned)):
             raise ConfigError(
                 "child_tuning_d: its mask was never chosen. Call prepare(tuned, batches) before training."
@@ -94,7 +94,7 @@ class ChildTuningD(Method):
             return f"both train tensors of the model in place, {other.name} without a mask. Use one of them."
         return None
 
-    def _child(self, tuned: Tuned) -> list[Unfrozen]:
+    def _child(self, tuned: TunedView) -> list[Unfrozen]:
         """The tensors of the blocks, in the order of the model."""
         return [u for u in own_unfrozen(self, tuned) if _in_blocks(u.name, tuned.anatomy)]
 
@@ -103,7 +103,7 @@ def _in_blocks(name: str, anatomy: Anatomy) -> bool:
     return name.startswith(tuple(f"{block.path}." for block in anatomy.blocks))
 
 
-def fisher(tuned: Tuned, parameters: list[torch.nn.Parameter], batches: Batches, clip: float) -> list[Tensor]:
+def fisher(tuned: TunedView, parameters: list[torch.nn.Parameter], batches: Batches, clip: float) -> list[Tensor]:
     """Mean over the batches of each squared gradient, in training mode; each tensor's gradient clipped to `clip`."""
     if len(batches) == 0:
         raise ConfigError("child_tuning_d: no batch to score with. Give prepare() at least one.")

@@ -34,7 +34,7 @@ from luthier.anatomy import Anatomy
 from luthier.core import at_least, between
 from luthier.methods.parts.masks import top_k
 from luthier.methods.parts.own_tensors import group_names, own_modules
-from luthier.surgery import METHODS, Edit, Group, Method, Reparametrise, Tuned
+from luthier.surgery import METHODS, Edit, Group, Method, Reparametrise, TunedView
 
 LOW, HIGH = -1.5, 1.5
 
@@ -69,29 +69,29 @@ class DiffPruning(Method):
         """A place and a value for each number that stays."""
         return 2 * math.floor(self.share * self._numbers(anatomy))
 
-    def extra_loss(self, tuned: Tuned) -> Tensor | None:
+    def extra_loss(self, tuned: TunedView) -> Tensor | None:
         held = [m for m in own_modules(self, tuned, Gated) if not m.is_fixed]
         if not held or self.l0 == 0:
             return None
         return self.l0 * torch.stack([m.open_gates() for m in held]).sum()
 
-    def on_step(self, tuned: Tuned, step: int, total: int) -> None:
+    def on_step(self, tuned: TunedView, step: int, total: int) -> None:
         # At or after the share, not exactly at it: a step that was refused does not call us.
         if step >= self.gating * total:
             self._project(tuned)
 
-    def finish(self, tuned: Tuned) -> None:
+    def finish(self, tuned: TunedView) -> None:
         self._project(tuned)
         for module in own_modules(self, tuned, Gated):
             module.restore(module.stored())
 
-    def groups(self, tuned: Tuned) -> list[Group]:
+    def groups(self, tuned: TunedView) -> list[Group]:
         held = own_modules(self, tuned, Gated)
         gates = [g for m in held for g in (m.gates, m.whole) if g is not None]
         names = group_names(tuned, gates)
         return [Group(names, lr_factor=self.gate_rate, weight_decay=0.0)] if names else []
 
-    def _project(self, tuned: Tuned) -> None:
+    def _project(self, tuned: TunedView) -> None:
         """Keep exactly the budget: the largest of z * delta in the whole model."""
         held = [m for m in own_modules(self, tuned, Gated) if not m.is_fixed]
         if held:

@@ -39,7 +39,7 @@ def fusable(base: Base) -> bool:
     if base.site.rows is not None or base.site.expert is not None or base.site.kind.endswith("_out"):
         return False
     # A bias that another method trains would lose its gradient: the fused functions hold the layer constant.
-    if not is_plain(base.held()):
+    if not is_plain(base.whole_weight()):
         return False
     # Without a graph there is none to lose: a loaded tuning computes the very bits that the trained one did.
     return not (torch.is_grad_enabled() and any(p.requires_grad for p in base.module.parameters()))
@@ -47,7 +47,7 @@ def fusable(base: Base) -> bool:
 
 def live_bias(base: Base) -> Tensor | None:
     """The bias as the layer uses it, with its gradient where another method trains it. (d_out,) or None."""
-    held = base.held_bias()
+    held = base.whole_bias()
     return None if held is None else base.part(held, bias=True)
 
 

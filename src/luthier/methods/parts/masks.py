@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.core import key
-from luthier.surgery import Batches, Tuned
+from luthier.surgery import Batches, TunedView
 
 __all__ = ["first_share", "no_trace", "pack", "top_k", "unpack"]
 
@@ -53,7 +53,7 @@ def first_share(batches: Batches, share: float) -> Batches:
 
 
 @contextmanager
-def no_trace(tuned: Tuned, *, training: bool, seed: int = 0) -> Iterator[None]:
+def no_trace(tuned: TunedView, *, training: bool, seed: int = 0) -> Iterator[None]:
     """Look at data inside: modes, buffers and generators are afterwards as they were before.
 
     Gradients are for the caller: take them with `surgery.gradients`, which fills no `.grad`.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy, Attention
 from luthier.core import AnatomyError
-from luthier.surgery import Context, Tuned
+from luthier.surgery import Context, TunedView
 
 __all__ = ["Prefixes", "drop_networks", "groups_of", "prefix_params", "prefix_stored"]
 
@@ -153,7 +153,7 @@ class Prefixes(nn.Module):
             group.settle(tensors[name])
 
 
-def drop_networks(tuned: Tuned) -> None:
+def drop_networks(tuned: TunedView) -> None:
     """Bring every prefix on the model into its stored form."""
     for tuning in tuned.tunings.values():
         for module in tuning.modules():

@@ -31,7 +31,7 @@ from luthier.core import ConfigError, above, at_least, between
 from luthier.methods.parts.low_rank import check_projections
 from luthier.methods.parts.masks import top_k
 from luthier.methods.parts.own_tensors import own_modules
-from luthier.surgery import METHODS, Attachment, Base, PerSite, Tuned
+from luthier.surgery import METHODS, Attachment, Base, PerSite, TunedView
 
 _MEANS = ("mean_p", "mean_l", "mean_q")
 _SPREADS = ("spread_p", "spread_l", "spread_q")
@@ -92,7 +92,7 @@ class AdaLoRA(PerSite):
         left = 1 - (step - first) / (last - first)
         return round(end + (start - end) * left**3)
 
-    def extra_loss(self, tuned: Tuned) -> Tensor | None:
+    def extra_loss(self, tuned: TunedView) -> Tensor | None:
         held = [m for m in own_modules(self, tuned, Triplets) if m.l.numel()]
         if not held or self.orthogonality == 0:
             return None
@@ -101,12 +101,12 @@ class AdaLoRA(PerSite):
             return self.orthogonality * torch.stack([gap.square().sum() for gap in gaps]).sum()
         return self.orthogonality * torch.stack([torch.linalg.vector_norm(gap) for gap in gaps]).mean()
 
-    def after_backward(self, tuned: Tuned, step: int, total: int) -> None:
+    def after_backward(self, tuned: TunedView, step: int, total: int) -> None:
         if step < (1 - self.settled) * total:
             for module in own_modules(self, tuned, Triplets):
                 module.sense()
 
-    def on_step(self, tuned: Tuned, step: int, total: int) -> None:
+    def on_step(self, tuned: TunedView, step: int, total: int) -> None:
         modules = own_modules(self, tuned, Triplets)
         if not modules:
             return
@@ -129,7 +129,7 @@ class AdaLoRA(PerSite):
             for module in modules:
                 module.prune()
 
-    def finish(self, tuned: Tuned) -> None:
+    def finish(self, tuned: TunedView) -> None:
         for module in own_modules(self, tuned, Triplets):
             module.restore(module.stored())
 

@@ -30,7 +30,7 @@ from luthier.anatomy import Anatomy
 from luthier.core import ConfigError, at_least
 from luthier.methods.parts.hadamard import Projection
 from luthier.methods.parts.own_tensors import group_names, own_modules
-from luthier.surgery import METHODS, Edit, Group, Method, Reparametrise, Tuned
+from luthier.surgery import METHODS, Edit, Group, Method, Reparametrise, TunedView
 
 
 @METHODS.register("intrinsic_said", family="reparameterised", paper="arXiv:2012.13255")
@@ -68,7 +68,7 @@ class IntrinsicSAID(Method):
     def n_params(self, anatomy: Anatomy) -> int:
         return self.dimension
 
-    def groups(self, tuned: Tuned) -> list[Group]:
+    def groups(self, tuned: TunedView) -> list[Group]:
         lambdas = [m.values for m in own_modules(self, tuned, Scales)]
         return [Group(group_names(tuned, lambdas), decay_to=1.0)] if lambdas else []
 

@@ -38,7 +38,7 @@ from luthier.core import ConfigError, above, at_least, between
 from luthier.methods.parts.bottleneck import Activation
 from luthier.methods.parts.low_rank import check_projections, fusable
 from luthier.methods.parts.own_tensors import own_modules
-from luthier.surgery import METHODS, Attachment, Base, Method, Objective, PerSite, Tuned
+from luthier.surgery import METHODS, Attachment, Base, Method, Objective, PerSite, TunedView
 
 IGNORED = -100
 
@@ -107,7 +107,7 @@ class AdaMix(PerSite):
         ups = [_small(nn.Linear(self.width, site.d_out), zero=self.zero_init) for _ in range(self.up_experts)]
         return MixedBottleneck(downs, ups, self.learn_soup > 0, self.activation)
 
-    def loss(self, tuned: Tuned, forward: Objective) -> Any:
+    def loss(self, tuned: TunedView, forward: Objective) -> Any:
         held = own_modules(self, tuned, Mixed)
         first = forward()
         if self.gamma == 0 or not held or held[0].souping:
@@ -121,13 +121,13 @@ class AdaMix(PerSite):
         result.loss = task + self.gamma * apart
         return result
 
-    def on_step(self, tuned: Tuned, step: int, total: int) -> None:
+    def on_step(self, tuned: TunedView, step: int, total: int) -> None:
         if self.learn_soup > 0 and step >= (1 - self.learn_soup) * total:
             for module in own_modules(self, tuned, Mixed):
                 module.phase.fill_(True)
                 module.souping = True
 
-    def finish(self, tuned: Tuned) -> None:
+    def finish(self, tuned: TunedView) -> None:
         for module in own_modules(self, tuned, Mixed):
             module.restore(module.stored())
 

@@ -31,7 +31,7 @@ from luthier.methods.parts.bottleneck import Activation
 from luthier.methods.parts.low_rank import check_projections, fusable
 from luthier.methods.parts.masks import pack, top_k, unpack
 from luthier.methods.parts.own_tensors import group_names, own_modules
-from luthier.surgery import METHODS, Attach, Attachment, Base, Edit, Group, Method, Tuned
+from luthier.surgery import METHODS, Attach, Attachment, Base, Edit, Group, Method, TunedView
 
 
 @METHODS.register("propetl", family="unified", paper="arXiv:2305.17682")
@@ -77,12 +77,12 @@ class ProPETL(Method):
             total += self._shared(sites[0]) + len(sites) * packed
         return total
 
-    def groups(self, tuned: Tuned) -> list[Group]:
+    def groups(self, tuned: TunedView) -> list[Group]:
         scores = [p for m in own_modules(self, tuned, Masked) for p in m.scores.values()]
         names = group_names(tuned, scores)
         return [Group(names, lr_factor=self.mask_rate, weight_decay=0.0)] if names else []
 
-    def finish(self, tuned: Tuned) -> None:
+    def finish(self, tuned: TunedView) -> None:
         for module in own_modules(self, tuned, Masked):
             module.restore(module.stored())
 

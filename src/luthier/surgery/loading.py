@@ -1,0 +1,93 @@
+"""Attaching a saved tuning to its base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from luthier.anatomy import Anatomy
+from luthier.core import WrongBase
+from luthier.surgery import compose
+from luthier.surgery.tuned import Tuned, attach
+from luthier.surgery.tuning_files import base_digest, precision_of, read_tuning, restore, vouched, weights_digest
+from luthier.trust import safetensors as trusted_tensors
+
+__all__ = ["load"]
+
+
+def load(model: Any, folder: Path | str, *, name: str = "default", trainable: bool = False) -> Tuned:
+    """Attach a saved tuning to its base, in eval mode and frozen; with `trainable`, ready to learn on.
+
+    Raises:
+        WrongBase: the tuning was made for another model.
+        Refused, IntegrityError: the files are not what they claim to be.
+    """
+    facts = read_tuning(folder)
+    base = facts["base"]
+    heads = [str(k).removeprefix("head/") for k in facts.get("head", ())]
+    _same_shape(model, base, heads, folder)
+    with vouched(Path(folder) / "tuning.json"):
+        method = compose.method(facts["method"], facts["settings"])
+    before = Tuned.of(model)
+    active = [] if before is None else [t.tuning_name for t in before.tunings.values() if t.active]
+    tuned = attach(model, method, name=name, train_head=bool(heads), new_tensors=heads)
+    try:
+        _same_weights(tuned, base, folder)
+        expect = {n: tuple(s) for n, s in facts["tensors"].items()}
+        digest = weights_digest(Path(folder))
+        with vouched(Path(folder) / "tuning.safetensors"):
+            tensors = trusted_tensors.read(Path(folder) / "tuning.safetensors", expect=expect, digest=digest)
+        restore(tuned.tuning(name), tensors, str(folder))
+    except BaseException:
+        tuned.remove(name)
+        tuned.activate(*active)
+        if not tuned.tunings:
+            tuned.detach()
+        raise
+    if not trainable:
+        tuned.train_only(*[t.tuning_name for t in tuned.tunings.values() if t.trainable and t.tuning_name != name])
+    model.eval()
+    tuned.edited.refresh()
+    return tuned
+
+
+def _same_shape(model: Any, base: dict[str, Any], heads: list[str], folder: Path | str) -> None:
+    tuned = Tuned.of(model)
+    anatomy = tuned.anatomy if tuned is not None else Anatomy.read(model)
+    here = {
+        "model_type": anatomy.model_type,
+        "d": anatomy.d,
+        "layers": anatomy.n_layers,
+        "vocabulary": anatomy.vocab_size,
+    }
+    differs = [f"{k} {base.get(k)!r} here {v!r}" for k, v in here.items() if base.get(k) != v]
+    differs += [f"its head {name!r} is not here" for name in heads if name not in anatomy.tensors]
+    if differs:
+        raise WrongBase(f"{folder}: made for another model: {'; '.join(differs)}. Load the base it was trained on.")
+
+
+def _same_weights(tuned: Tuned, base: dict[str, Any], folder: Path | str) -> None:
+    found = base_digest(tuned.edited)
+    if found == base.get("sha256_bf16"):
+        return
+    here, there = precision_of(tuned.edited), base.get("loaded_in")
+    # Tunings of older versions state the first digest alone.
+    if "sha256_fp16" in base and base_digest(tuned.edited, torch.float16) == base["sha256_fp16"]:
+        return
+    advice = "Load the base it was trained on."
+    if here == "float16" and "sha256_fp16" not in base:
+        advice += (
+            " If this is that base: an older luthier saved this tuning, and knows no base in float16. Load the base in "
+            "float32 once, load the tuning, save it again, and the new one is accepted in float16."
+        )
+    elif {here, there} == {"float16", "bfloat16"}:
+        advice += (
+            f" If this is that base: it was {there} when the tuning was saved and is {here} here, and the two round "
+            f"differently. Load it in {there} or float32."
+        )
+    raise WrongBase(
+        f"{folder}: made for {base.get('name') or base['model_type']} with weights "
+        f"{str(base.get('sha256_bf16'))[:12]}; this model's are {found[:12]}. {advice}"
+    )

@@ -40,7 +40,7 @@ def test_dora_merges_to_what_it_computes_beside_every_method_that_merges(name, o
     before = logits(model)
     with kernels.plain():
         torch.testing.assert_close(logits(model), before, rtol=2e-5, atol=2e-5)
-    tuned.fold()
+    tuned.merging.fold()
     torch.testing.assert_close(logits(model), before, rtol=2e-5, atol=2e-5)
 
 
@@ -54,12 +54,12 @@ def test_dora_measures_a_weight_that_another_tuning_trains_as_it_is(order):
     for active in (order, ("dora",), order):
         tuned.activate(*active)
         before = logits(model)
-        tuned.fold()
+        tuned.merging.fold()
         torch.testing.assert_close(logits(model), before, rtol=2e-5, atol=2e-5)
-        tuned.unfold()
+        tuned.merging.unfold()
     tuned.remove("child_tuning_d")
     before = logits(model)
-    tuned.fold()
+    tuned.merging.fold()
     torch.testing.assert_close(logits(model), before, rtol=2e-5, atol=2e-5)
 
 

@@ -47,7 +47,7 @@ def watch(patch: Patch) -> Seen:
     run_to, save, gradients = Loop.run_to, Loop.save, Loop._gradients
 
     def running(self: Loop, until: int | None = None) -> None:
-        seen.fast, seen.threads, seen.workers = kernels.fast(), torch.get_num_threads(), self.batches.workers
+        seen.fast, seen.threads, seen.workers = kernels.fast(), torch.get_num_threads(), self.feed.batches.workers
         seen.recomputes = any(getattr(m, "gradient_checkpointing", False) for m in self.tuned.model.modules())
         run_to(self, until)
 

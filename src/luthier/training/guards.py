@@ -109,7 +109,10 @@ def _targets(tuned: Tuned) -> dict[str, list[Tensor]]:
     for tuning in tuned.tunings.values():
         if tuning.trainable:
             for key_, module in tuning.modules_by_key().items():
-                parameters: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
+                # By what the method fixed: what rests in this step alone asks for no gradient either.
+                parameters: list[Tensor] = [
+                    p for n, p in module.named_parameters() if f"{key_}.{n}" not in tuning.fixed
+                ]
                 if parameters:
                     targets[key_] = parameters
             for key_, unfrozen in tuning.unfrozen.items():

@@ -24,22 +24,36 @@ def layer_groups(tuned: Tuned, names: list[str]) -> list[list[str]]:
         stacks = ["encoder", "decoder"]
     bottom_up = [one for stack in stacks for one in sorted(set(blocks)) if one[0] == stack]
     group_of = {block: len(bottom_up) - i for i, block in enumerate(bottom_up)}
+    own = _own_tensors(tuned, group_of)
     groups: list[list[str]] = [[] for _ in range(len(bottom_up) + 2)]
     for name in names:
-        groups[_group(tuned, name, group_of, len(groups) - 1)].append(name)
+        place = _PLACE.search(name)
+        if place:
+            group = group_of[(place.group(1) or "", int(place.group(2)))]
+        elif "head/" in name:
+            group = 0
+        else:
+            below = len(groups) - 1 if "prompt" in name or "embed" in name else 0
+            group = own.get(name.partition("model/")[2], below)
+        groups[group].append(name)
     return groups
 
 
-def _group(tuned: Tuned, name: str, group_of: dict[tuple[str, int], int], lowest: int) -> int:
-    place = _PLACE.search(name)
-    if place:
-        return group_of[(place.group(1) or "", int(place.group(2)))]
-    path = name.partition("model/")[2]
-    for block in tuned.anatomy.blocks:
-        if path.startswith(f"{block.path}."):
-            return group_of[(block.stack, block.layer)]
-    if "head/" in name or "@final" in name or any(path == t for t in tuned.anatomy.head_tensors):
-        return 0
-    first = tuned.anatomy.blocks[0].path.rpartition(".")[0]
-    # Above the blocks stand a final norm, a pooler, an output matrix; below them, embeddings and what is put before.
-    return lowest if "embed" in name or "prompt" in name or not path or not first else 0
+def _own_tensors(tuned: Tuned, group_of: dict[tuple[str, int], int]) -> dict[str, int]:
+    """The model's own tensors: group. Models list their tensors in the order in which they use them.
+
+    So what comes before the first block is below it (embeddings), what comes after the last is above it (a final norm,
+    a pooler), and what stands between two stacks goes with the stack below.
+    """
+    anatomy = tuned.anatomy
+    found: dict[str, int] = {}
+    group = lowest = len(group_of) + 1
+    last = min(group_of.values())
+    for name in anatomy.tensors:
+        here = next((group_of[(b.stack, b.layer)] for b in anatomy.blocks if name.startswith(f"{b.path}.")), None)
+        if here is not None:
+            group = here
+            found[name] = here
+        else:
+            found[name] = 0 if group == last else group
+    return found | {name: 0 for name in anatomy.head_tensors if found.get(name) != lowest}

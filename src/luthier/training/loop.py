@@ -115,8 +115,8 @@ class Loop:
         selection = self.evaluations.selection
         try:
             if self.step == 0:
-                self._try_longest()
                 self.moments.start()
+                self._try_longest()
                 self.guard = NoOpGuard(self.tuned)
                 self.save()
             self.listener.start(self.total, self.step)
@@ -357,6 +357,7 @@ class Loop:
             self.set_mode(training=False)
             self.evaluations.evaluator.try_longest()
         self.set_mode(training=True)
+        self.moments.before_step(0, self.total, 0)  # what step 1 will remember, the trial needs too
         longest = self.feed.longest()
         first = self.feed.cut(0)
         if len(first) == 1 and _as_wide(first[0], longest) and not isinstance(self.optimiser, Lomo):

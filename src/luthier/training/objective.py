@@ -20,6 +20,7 @@ from luthier.data.examples import IGNORED
 from luthier.data.tasks import Task
 from luthier.surgery import Tuned
 from luthier.training.frozen_features import Features, features_of
+from luthier.training.output_matrix import soft_capped, softcap_of, trunk_states, why_all_logits
 
 __all__ = ["Objective", "Result"]
 
@@ -50,7 +51,10 @@ class Objective:
 
     def __init__(self, tuned: Tuned, task: Task, *, full_logits: bool = False, scoring: bool = False) -> None:
         self.tuned, self.task, self.scoring = tuned, task, scoring
-        self.chunked = task.name == "causal_lm" and not full_logits and self._separable()
+        self.why_all_logits = "something looks at them" if full_logits else ""
+        if task.name == "causal_lm" and not full_logits:
+            self.why_all_logits = why_all_logits(tuned)
+        self.chunked = task.name == "causal_lm" and not self.why_all_logits
         self.labelled = task.name in ("classification", "regression")
         self.first_token = tuned.fast.first_token() if self.labelled else None
         self.features: Features | None = None
@@ -62,18 +66,6 @@ class Objective:
         """
         self.features = features_of(self.tuned, batches, self.cut) if self.labelled else None
         return self.features
-
-    def _separable(self) -> bool:
-        """Whether the model is a backbone and one output matrix, so that the loss can be computed in chunks."""
-        model = self.tuned.model
-        head = model.get_output_embeddings()
-        config = model.config.get_text_config()
-        plain = all(
-            getattr(config, n, None) in (None, 1, 1.0)
-            for n in ("logit_scale", "logits_scaling", "mup_width_multiplier")
-        )
-        # A socket on the head computes more than one product.
-        return isinstance(head, nn.Linear) and model.base_model is not model and plain
 
     def __call__(self, batch: Batch) -> Result:
         """Run the model. Shapes of `logits`: (batch, classes), or (batch, tokens, classes) for tags and words."""
@@ -113,13 +105,11 @@ class Objective:
     def _chunked(self, batch: Batch) -> Result:
         """Hidden states to loss in chunks: only supervised tokens, never all logits."""
         model = self.tuned.model
-        self.tuned.forward.note_batch(batch.inputs)
-        out = model.base_model(**batch.inputs, use_cache=False)
-        hidden = out[0][:, :-1]
+        hidden = trunk_states(self.tuned, batch.inputs)[:, :-1]
         assert batch.labels is not None
         labels = batch.labels[:, 1:]
         head: Any = model.get_output_embeddings()
-        softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        softcap = softcap_of(model)
         if self.scoring:
             return self._scored(hidden, labels, head, softcap, batch)
         # The function does by itself what autocast would: products in its type (the head may be an fp32 master), fp32
@@ -140,8 +130,7 @@ class Objective:
         loss, correct = 0.0, 0
         for start in range(0, len(rows), _SCORED_ROWS):
             logits = F.linear(rows[start : start + _SCORED_ROWS].to(head.weight.dtype), head.weight, head.bias).float()
-            if softcap is not None:
-                logits = softcap * torch.tanh(logits / softcap)
+            logits = soft_capped(logits, softcap)
             here = wanted[start : start + _SCORED_ROWS]
             loss += float(F.cross_entropy(logits, here, reduction="sum"))
             correct += int((logits.argmax(-1) == here).sum())

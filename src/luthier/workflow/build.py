@@ -70,6 +70,11 @@ def build(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
         every = order.steps_per_epoch if spec.eval.selects else 0
 
     def make(run: RunFolder, listener: Listener) -> Loop:
+        if prepared.task.name == "causal_lm" and not needs_logits and objective.why_all_logits:
+            listener.say(
+                f"the loss is computed from all logits of a batch, not in chunks: {type(model).__name__}: "
+                f"{objective.why_all_logits}"
+            )
         if features is not None and spec.fast and kernels.fast():
             listener.say(features.sentence())
         if spec.optim.weight_decay > 0:

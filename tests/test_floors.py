@@ -100,6 +100,61 @@ def test_the_table_has_no_circle() -> None:
         visit(room, ())
 
 
+def files_imported(path: Path, source: Path = SOURCE) -> set[Path]:
+    """Files of ours that a file imports, wherever in it; of a package, the file that a name is from."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom):
+            places = [(node.module or "", name) for name in names]
+        else:
+            places = [(name, "") for name in names]
+        for module, name in places:
+            if module.split(".")[0] == "luthier":
+                home = source.joinpath(*module.split(".")[1:])
+                choices = (home / f"{name}.py", home / name / "__init__.py", home.with_suffix(".py"))
+                found |= {next((c for c in choices if c.is_file()), home / "__init__.py")}
+    return found - {path}
+
+
+def circles_in(room: str, source: Path = SOURCE) -> list[str]:
+    """Each file of a room that imports itself by way of others in the room, with the shortest such way."""
+    files = sorted((source / room).rglob("*.py"))
+    imported = {path: files_imported(path, source) & set(files) for path in files}
+    found = []
+    for start in files:
+        ways = [(start,)]
+        seen: set[Path] = set()
+        while ways:
+            way = ways.pop(0)
+            for other in sorted(imported[way[-1]] - seen):
+                if other == start:
+                    found.append(" imports ".join(p.relative_to(source).as_posix() for p in (*way, start)))
+                    ways = []
+                    break
+                seen.add(other)
+                ways.append((*way, other))
+    return found
+
+
+def test_the_files_of_a_room_have_no_circle() -> None:
+    found = [circle for room in ALLOWED for circle in circles_in(room)]
+    assert not found, "\n".join(found)
+
+
+def test_circles_between_files_are_found_though_they_hide(tmp_path: Path) -> None:
+    room = tmp_path / "room"
+    room.mkdir()
+    (room / "__init__.py").write_text("from luthier.room.a import A\n")
+    (room / "a.py").write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from luthier.room import b\n")
+    (room / "b.py").write_text("def f():\n    from luthier.room.a import A\n")
+    assert circles_in("room", tmp_path) == [
+        "room/a.py imports room/b.py imports room/a.py", "room/b.py imports room/a.py imports room/b.py",
+    ]  # fmt: skip
+    (room / "b.py").write_text("from luthier.room import A\n")  # through the room's own front page
+    assert len(circles_in("room", tmp_path)) == 3
+
+
 def test_nothing_inside_imports_the_front_page() -> None:
     for path in files_in_rooms():
         for line, name in imports_of(path):

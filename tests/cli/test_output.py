@@ -110,9 +110,12 @@ def test_help_is_printed_once_where_words_are_missing_and_standard_output_stays_
     assert answer.err.count("Usage: ") == 1
 
 
-def test_a_default_in_brackets_is_not_taken_for_a_colour(luthier: Call) -> None:
+def test_a_default_in_brackets_is_not_taken_for_a_colour(luthier: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     words = " ".join(luthier("train", "--help").out.replace("│", " ").split())
-    assert "[default: auto]" in words and "[default: lora]" in words and "[default: below runs/]" in words
+    assert "[default: auto]" in words and "[default: lora]" in words and "[default: 16]" in words
+    words = " ".join(luthier("demo", "--help").out.replace("│", " ").split())
+    assert "[default: runs/demo, or the next free]" in words
 
 
 def test_answers_in_a_pipe_are_rows_between_tabs(luthier: Call, finished: Path) -> None:

@@ -55,7 +55,7 @@ class Verbs(TyperGroup):
 
 def verbs() -> list[str]:
     """The names of all verbs: the files of this folder."""
-    order = ["demo", "methods", "inspect", "samples", "train", "resume", "predict"]
+    order = ["demo", "methods", "strategies", "inspect", "samples", "train", "resume", "predict"]
     found = [
         m.name.replace("_", "-")
         for m in pkgutil.iter_modules([str(Path(__file__).parent)])
@@ -64,7 +64,7 @@ def verbs() -> list[str]:
     return sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name))
 
 
-def application(wanted: Sequence[str]) -> Any:
+def application(wanted: Sequence[str], words: Sequence[str] = ()) -> Any:
     """The verbs as one command, made by typer."""
     app = typer.Typer(
         cls=Verbs, help=HELP, no_args_is_help=True, add_completion=True, rich_markup_mode="rich",
@@ -86,7 +86,9 @@ def application(wanted: Sequence[str]) -> Any:
 
     for verb in wanted:
         module = import_module(f"luthier.cli.{verb.replace('-', '_')}")
-        app.command(name=verb, no_args_is_help=getattr(module, "NEEDS_WORDS", False))(module.command)
+        # A verb whose options depend on other words, as a method's settings do, makes its command for them.
+        command = module.command_for(words) if hasattr(module, "command_for") else module.command
+        app.command(name=verb, no_args_is_help=getattr(module, "NEEDS_WORDS", False))(command)
     made = typer.main.get_command(app)
     for command in (made, *getattr(made, "commands", {}).values()):
         _take_words_as_they_are(command)
@@ -127,7 +129,7 @@ def main(words: Sequence[str] | None = None) -> int:
         # Libraries print, and so does typer where words are missing: standard output holds the result, which the
         # screen writes there, and nothing else.
         with contextlib.nullcontext() if asking else contextlib.redirect_stdout(sys.stderr):
-            code = application(wanted)(args=words, prog_name="luthier", standalone_mode=False)
+            code = application(wanted, words)(args=words, prog_name="luthier", standalone_mode=False)
         if code == 130:  # typer's own answer to Ctrl-C
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
@@ -156,6 +158,8 @@ def guarded(screen: Screen, run: Callable[[], int], words: Sequence[str] = ()) -
         if type(error).__name__ == "NoArgsIsHelpError":  # typer has printed the help
             return 2
         verb = " ".join(["luthier", *[w for w in words[:1] if w in verbs()]])
+        if "--method" in words[1:-1]:  # whose settings are options too
+            verb += f" --method {words[words.index('--method') + 1]}"
         said = error.format_message().rstrip(".")
         return screen.failed("UsageError", f"{said}{_given(error, words)}. `{verb} --help` shows what it takes.", 2)
     except (typer.Abort, KeyboardInterrupt):

@@ -9,13 +9,27 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from luthier.core import Card, Catalogue, plain
+from luthier.core import Card, Catalogue, UnknownName, near, plain
 from luthier.trust.text import for_markdown
 
-__all__ = ["SHELF", "as_markdown", "facts", "index", "shares", "write_pages"]
+__all__ = [
+    "SHELF",
+    "STRATEGIES",
+    "as_markdown",
+    "facts",
+    "few_words",
+    "index",
+    "of_families",
+    "settings_table",
+    "shares",
+    "word_of",
+    "write_pages",
+]
 
-# The same files as luthier.surgery.METHODS lists, which would import torch; a test holds the two together.
+# The same files as luthier.surgery.METHODS and luthier.training.STRATEGIES list, which would import torch; a test holds
+# them together.
 SHELF: Catalogue[Any] = Catalogue("luthier.methods", "method")
+STRATEGIES: Catalogue[Any] = Catalogue("luthier.strategies", "strategy")
 
 NOTE = "Made by `make docs` from the method's own file; edit that."
 
@@ -44,6 +58,37 @@ def shares() -> dict[str, dict[str, Any]]:
     text = (files("luthier.methods") / "shares.json").read_text(encoding="utf-8")
     read: dict[str, dict[str, Any]] = json.loads(text)["methods"]
     return read
+
+
+def few_words(card: Card) -> str:
+    """The sentence of a page without the name before it."""
+    return card.title.partition(": ")[2] or card.title
+
+
+def of_families(shelf: Catalogue[Any], families: list[str]) -> list[Card]:
+    """The cards of these families, or of all, family by family.
+
+    Raises:
+        UnknownName: nothing on the shelf is of such a family.
+    """
+    cards = sorted(shelf.cards(), key=lambda card: (card.family, card.name))
+    known = list(dict.fromkeys(card.family for card in cards))
+    for name in families:
+        if name not in known:
+            raise UnknownName(
+                f"--family {name!r}: no {shelf.word} is of it.{near(name, known)} There are {', '.join(known)}."
+            )
+    return [card for card in cards if not families or card.family in families]
+
+
+def settings_table(card: Card) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and rows of a table of the settings."""
+    return ("name", "type", "default", "meaning"), [(s.name, s.type, s.default, s.meaning) for s in card.settings]
+
+
+def word_of(default: str) -> str:
+    """A default as one would write it after --set: `('attn.q', 'attn.v')` is `attn.q,attn.v`."""
+    return default.strip("()").replace("'", "").replace('"', "").replace(", ", ",").rstrip(",").lower() or "''"
 
 
 def as_markdown(card: Card) -> str:

@@ -8,14 +8,21 @@ import typer
 from luthier.cli import _shelf
 from luthier.cli._output import screen
 from luthier.cli._shared_options import AsJson
-from luthier.cli._shelf import SHELF, facts
-from luthier.core import Card, UnknownName, near
+from luthier.cli._shelf import SHELF, facts, few_words, of_families, settings_table, word_of
+from luthier.core import Card
 
 __all__ = ["command"]
 
 
+def complete_name(incomplete: str) -> list[str]:
+    """Names of methods."""
+    return [name for name in SHELF.names() if name.startswith(incomplete)]
+
+
 def command(
-    name: Annotated[str | None, typer.Argument(help="Print this method's page.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Print this method's page.", show_default=False, autocompletion=complete_name)
+    ] = None,
     family: Annotated[
         list[str] | None, typer.Option(help="Only methods of this family; may be given several times.")
     ] = None,
@@ -54,7 +61,7 @@ def command(
         screen().result(facts(card))
         _show_page(card)
         return
-    cards = _chosen(family or [], mergeable)
+    cards = [c for c in of_families(SHELF, family or []) if mergeable in (None, c.mergeable)]
     screen().result({"methods": [facts(card) for card in sorted(cards, key=lambda card: card.name)]})
     _show_list(cards)
 
@@ -68,28 +75,12 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def _chosen(family: list[str], mergeable: bool | None) -> list[Card]:
-    """The cards that are asked for, family by family.
-
-    Raises:
-        UnknownName: no method is of such a family.
-    """
-    cards = sorted(SHELF.cards(), key=lambda card: (card.family, card.name))
-    families = list(dict.fromkeys(card.family for card in cards))
-    for name in family:
-        if name not in families:
-            raise UnknownName(
-                f"--family {name!r}: no method is of it.{near(name, families)} There are {', '.join(families)}."
-            )
-    return [c for c in cards if (not family or c.family in family) and mergeable in (None, c.mergeable)]
-
-
 def _show_list(cards: list[Card]) -> None:
     rows: list[tuple[str, ...]] = []
     for family, members in groupby(cards, key=lambda card: card.family):
         rows.append((f"{family}:", "", "", ""))
         rows += [
-            (f"  {card.name}", f"{_few_words(card)} ({card.paper})", _yes(card.mergeable), _share(card.name))
+            (f"  {card.name}", f"{few_words(card)} ({card.paper})", _yes(card.mergeable), _share(card.name))
             for card in members
         ]
     screen().table(("name", "what it is", "merges", "share"), rows, right=("share",))
@@ -98,11 +89,6 @@ def _show_list(cards: list[Card]) -> None:
         "share: of minilm-l6's numbers trained, with a head of six classes."
     )
     screen().show("Next: luthier methods lora  (prints its page)")
-
-
-def _few_words(card: Card) -> str:
-    """The sentence of a page without the method's name before it."""
-    return card.title.partition(": ")[2] or card.title
 
 
 def _show_page(card: Card) -> None:
@@ -115,13 +101,7 @@ def _show_page(card: Card) -> None:
     )
     show(f"peak learning rate where none is given: {card.facts.get('default_lr', 1e-3):g}")
     if card.settings:
-        show("\nSettings (--set name=value)")
-        rows = [(s.name, s.type, s.default, s.meaning) for s in card.settings]
-        screen().table(("name", "type", "default", "meaning"), rows)
-    example = f" --set {card.settings[0].name}={_word(card.settings[0].default)}" if card.settings else ""
+        show("\nSettings (--set NAME=VALUE, or an option of their own)")
+        screen().table(*settings_table(card))
+    example = f" --set {card.settings[0].name}={word_of(card.settings[0].default)}" if card.settings else ""
     show(f"\nTry: luthier train sample:minilm-l6 --data sample:trec6 --method {card.name}{example}")
-
-
-def _word(default: str) -> str:
-    """A default as one would write it after --set: `('attn.q', 'attn.v')` is `attn.q,attn.v`."""
-    return default.strip("()").replace("'", "").replace('"', "").replace(", ", ",").rstrip(",").lower() or "''"

@@ -2,7 +2,7 @@
 
 from luthier.core.card import Card, Setting
 from luthier.core.catalogue import Catalogue
-from luthier.core.config import above, at_least, between, build, fields_of, plain
+from luthier.core.config import FieldFacts, Flag, above, at_least, between, build, fields_of, plain
 from luthier.core.errors import *  # noqa: F403  # the whole tree, by its own __all__
 from luthier.core.random import key
 from luthier.core.units import human_bytes, human_count, human_seconds
@@ -18,6 +18,8 @@ __all__ = [  # noqa: F405
     "DataError",
     "DiskFull",
     "Diverged",
+    "FieldFacts",
+    "Flag",
     "IntegrityError",
     "Interrupted",
     "Locked",

@@ -102,7 +102,8 @@ class Catalogue(Generic[T]):
             if name not in self.files():
                 raise UnknownName(
                     f"No {self.word} is called {name!r}.{near(name, self.names())}"
-                    f" `luthier {self.word}s` lists all {len(self.names())}."
+                    f" `luthier {self.word.removesuffix('y') + 'ies' if self.word.endswith('y') else self.word + 's'}`"
+                    f" lists all {len(self.names())}."
                 )
             path, dotted = self.files()[name]
             if dotted.startswith("luthier_shelf_"):

@@ -17,7 +17,19 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from luthier.core.errors import ConfigError, UnknownName, near
 
-__all__ = ["Limit", "above", "at_least", "between", "build", "fields_of", "plain", "read_word", "replace_word"]
+__all__ = [
+    "FieldFacts",
+    "Flag",
+    "Limit",
+    "above",
+    "at_least",
+    "between",
+    "build",
+    "fields_of",
+    "plain",
+    "read_word",
+    "replace_word",
+]
 
 T = TypeVar("T")
 
@@ -55,6 +67,13 @@ def between(low: float, high: float) -> Limit:
 
 
 @dataclass(frozen=True)
+class Flag:
+    """What the command line calls a field, where the last part of its name would say too little: `batch.size`."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class FieldFacts:
     """What a dataclass field says of itself."""
 
@@ -64,6 +83,7 @@ class FieldFacts:
     limit: Limit | None
     default: Any
     required: bool
+    flag: str | None = None
 
 
 def fields_of(cls: type) -> list[FieldFacts]:
@@ -71,18 +91,19 @@ def fields_of(cls: type) -> list[FieldFacts]:
     hints = get_type_hints(cls, include_extras=True)
     facts = []
     for field in dataclasses.fields(cls):
-        hint, meaning, limit = hints[field.name], "", None
+        hint, meaning, limit, flag = hints[field.name], "", None, None
         if get_origin(hint) is Annotated:
             hint, *extras = get_args(hint)
             meaning = next((e for e in extras if isinstance(e, str)), "")
             limit = next((e for e in extras if isinstance(e, Limit)), None)
+            flag = next((e.name for e in extras if isinstance(e, Flag)), None)
         if field.default is not dataclasses.MISSING:
             default = field.default
         elif field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         else:
             default = dataclasses.MISSING
-        facts.append(FieldFacts(field.name, hint, meaning, limit, default, default is dataclasses.MISSING))
+        facts.append(FieldFacts(field.name, hint, meaning, limit, default, default is dataclasses.MISSING, flag))
     return facts
 
 

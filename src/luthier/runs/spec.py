@@ -9,11 +9,11 @@ import json
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
 
-from luthier.core import ConfigError, UnknownName, above, at_least, between, build, plain
+from luthier.core import ConfigError, Flag, UnknownName, above, at_least, between, build, plain
 
 __all__ = [
     "RESUME",
@@ -32,8 +32,8 @@ __all__ = [
 DEFAULT_EPOCHS = 3.0
 MAX_SPEC_BYTES = 1_000_000
 
-TASKS = ("auto", "classification", "regression", "token_classification", "causal_lm", "seq2seq")
 Task = Literal["auto", "classification", "regression", "token_classification", "causal_lm", "seq2seq"]
+TASKS: tuple[str, ...] = get_args(Task)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,9 @@ class DataSpec:
     """Which rows, which of their columns, and what to do with rows that cannot be used."""
 
     source: Annotated[
-        str, "training rows: a .csv, .tsv, .jsonl or .parquet file, a folder of .txt, sample:NAME, a hub name"
+        str,
+        "training rows: a .csv, .tsv, .jsonl or .parquet file, a folder of .txt, sample:NAME, a hub name",
+        Flag("data"),
     ]
     test: Annotated[
         str | None, "held-out rows, named like the source; without it a share of the source is held out"
@@ -55,7 +57,7 @@ class DataSpec:
     context: Annotated[str | None, "column with further input that follows the prompt"] = None
     response: Annotated[str | None, "column with the wanted answer"] = None
     messages: Annotated[str | None, "column with a list of chat messages"] = None
-    tokens: Annotated[str | None, "column with a list of words, for token classification"] = None
+    tokens: Annotated[str | None, "column with a list of words, for token classification", Flag("tokens")] = None
     tags: Annotated[str | None, "column with one tag for each word"] = None
     loss_on: Annotated[Literal["response", "all"], "which tokens of a prompt-response or chat row carry loss"] = (
         "response"
@@ -71,6 +73,7 @@ class OptimSpec:
     name: Annotated[
         Literal["adamw", "sgd", "lomo"],
         "adamw; sgd, plain gradient descent; lomo, the same inside the backward pass, for the least memory",
+        Flag("optimiser"),
     ] = "adamw"
     lr: Annotated[float | None, "peak learning rate; left out, the method's own default", above(0)] = None
     schedule: Annotated[Literal["linear", "cosine", "constant"], "how the rate falls after the warm-up"] = "linear"
@@ -92,7 +95,7 @@ class OptimSpec:
 class BatchSpec:
     """How many rows make one optimiser step, and how they are cut into pieces that fit in memory."""
 
-    size: Annotated[int, "rows in one optimiser step", at_least(1)] = 16
+    size: Annotated[int, "rows in one optimiser step", at_least(1), Flag("batch")] = 16
     tokens: Annotated[int, "padded tokens in one micro-batch, at most; changes memory and speed only", at_least(1)] = (
         4096
     )
@@ -116,17 +119,22 @@ class EvalSpec:
         int | None,
         "steps between evaluations; left out, after each epoch if best or patience need it; 0, only at the end",
         at_least(0),
+        Flag("eval-every"),
     ] = None
     metric: Annotated[str | None, "score that decides what is best; left out, the task's own"] = None
     patience: Annotated[int | None, "evaluations without a better score before stopping early", at_least(1)] = None
     best: Annotated[bool, "keep the tuning with the best score rather than the last one"] = False
     share: Annotated[
-        float, "share of the training rows held out to select by, where best or patience ask for it", between(0, 0.5)
+        float,
+        "share of the training rows held out to select by, where best or patience ask for it",
+        between(0, 0.5),
+        Flag("eval-share"),
     ] = 0.1
     rows: Annotated[
         int | None,
         "test rows that are scored, drawn by data.split_seed; left out, all, or 200 for a language model",
         at_least(1),
+        Flag("eval-rows"),
     ] = None
 
     def __post_init__(self) -> None:
@@ -146,9 +154,13 @@ class EvalSpec:
 class CheckpointSpec:
     """How often the state of training is made safe, and how many such states are kept."""
 
-    every_steps: Annotated[int | None, "optimiser steps between checkpoints", at_least(1)] = None
-    every_seconds: Annotated[float, "seconds between checkpoints; 0, never by time", at_least(0)] = 300.0
-    keep: Annotated[int, "verified checkpoints to keep", at_least(1)] = 2
+    every_steps: Annotated[int | None, "optimiser steps between checkpoints", at_least(1), Flag("checkpoint-steps")] = (
+        None
+    )
+    every_seconds: Annotated[
+        float, "seconds between checkpoints; 0, never by time", at_least(0), Flag("checkpoint-seconds")
+    ] = 300.0
+    keep: Annotated[int, "verified checkpoints to keep", at_least(1), Flag("checkpoint-keep")] = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,7 +381,7 @@ def changes(old: RunSpec, new: RunSpec) -> list[Change]:
     """Every field in which two specs differ, with the rule that a resumed run follows for it."""
     before, after = leaves(old), leaves(new)
     return [
-        Change(field=name, old=before[name], new=after[name], rule=RESUME[name])
+        Change(field=name, old=before[name], new=after[name], rule=RESUME.get(name, "exact"))
         for name in before
         if before[name] != after[name]
     ]

@@ -1,0 +1,72 @@
+"""`luthier strategies`: the ways of learning, or one's page. Reads files, imports none of them: no torch here."""
+
+from itertools import groupby
+from typing import Annotated, Any
+
+import typer
+
+from luthier.cli._output import screen
+from luthier.cli._shared_options import AsJson
+from luthier.cli._shelf import STRATEGIES, few_words, of_families, settings_table, word_of
+from luthier.core import Card, plain
+
+__all__ = ["command"]
+
+
+def complete_name(incomplete: str) -> list[str]:
+    """Names of strategies."""
+    return [name for name in STRATEGIES.names() if name.startswith(incomplete)]
+
+
+def command(
+    name: Annotated[
+        str | None, typer.Argument(help="Print this strategy's page.", show_default=False, autocompletion=complete_name)
+    ] = None,
+    family: Annotated[list[str] | None, typer.Option(help="Only of this family; may be given several times.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the strategies, or print one's page: how a model learns, where a method is what of it trains.
+
+    Examples:
+
+      luthier strategies
+
+      luthier strategies llrd
+
+      luthier train sample:minilm-l6 --data sample:trec6 --strategy llrd --decay 0.8
+    """
+    if name is not None:
+        card = STRATEGIES.card(name)
+        screen().result(facts(card))
+        _show_page(card)
+        return
+    cards = of_families(STRATEGIES, family or [])
+    screen().result({"strategies": [facts(card) for card in sorted(cards, key=lambda card: card.name)]})
+    rows: list[tuple[str, str]] = []
+    for group, members in groupby(cards, key=lambda card: card.family):
+        rows.append((f"{group}:", ""))
+        rows += [(f"  {card.name}", f"{few_words(card)} ({card.paper})") for card in members]
+    screen().table(("name", "what it is"), rows)
+    screen().show(f"\n{len(cards)} strategies. Next: luthier strategies {cards[0].name}  (prints its page)")
+
+
+def facts(card: Card) -> dict[str, Any]:
+    """A card as plain values for --json."""
+    return {
+        "name": card.name,
+        "family": card.family,
+        "paper": card.paper,
+        "title": card.title,
+        "settings": [plain(setting) for setting in card.settings],
+        "page": card.page,
+    }
+
+
+def _show_page(card: Card) -> None:
+    screen().headline(f"{card.name} · {card.family} · {card.paper}\n")
+    screen().page(card.page)
+    if card.settings:
+        screen().show("\nSettings (--set NAME=VALUE, or an option of their own)")
+        screen().table(*settings_table(card))
+    example = f" --set {card.settings[0].name}={word_of(card.settings[0].default)}" if card.settings else ""
+    screen().show(f"\nTry: luthier train sample:minilm-l6 --data sample:trec6 --strategy {card.name}{example}")

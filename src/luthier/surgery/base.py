@@ -12,9 +12,9 @@ from luthier.kernels import Packed
 __all__ = ["Base", "is_plain", "join_rows", "take_rows"]
 
 
-def is_plain(held: Tensor) -> bool:
+def is_plain(stored: Tensor) -> bool:
     """Whether a stored tensor is made of the numbers it stands for: not of integers or float8 with a scale beside."""
-    return held.is_floating_point() and held.element_size() >= 2
+    return stored.is_floating_point() and stored.element_size() >= 2
 
 
 def take_rows(y: Tensor, rows: Rows) -> Tensor:
@@ -22,6 +22,7 @@ def take_rows(y: Tensor, rows: Rows) -> Tensor:
     if rows.groups == 1:
         return y[..., rows.offset : rows.offset + rows.width]
     grouped = y.reshape(*y.shape[:-1], rows.groups, rows.stride)[..., rows.offset : rows.offset + rows.width]
+    # (..., groups, width) -> (..., groups * width)
     return grouped.flatten(-2)
 
 
@@ -33,21 +34,21 @@ def join_rows(y: Tensor, changed: list[tuple[Rows, Tensor]]) -> Tensor:
     groups, stride = changed[0][0].groups, changed[0][0].stride
     if groups == 1:
         stride = y.shape[-1]
-    grouped = y.reshape(*y.shape[:-1], groups, stride)
+    grouped = y.reshape(*y.shape[:-1], groups, stride)  # (..., groups, stride)
     pieces, at = [], 0
     for rows, part in sorted(changed, key=lambda c: c[0].offset):
         if rows.offset > at:
             pieces.append(grouped[..., at : rows.offset])
-        pieces.append(part.reshape(*part.shape[:-1], groups, rows.width))
+        pieces.append(part.reshape(*part.shape[:-1], groups, rows.width))  # (..., groups, width)
         at = rows.offset + rows.width
     if at < stride:
         pieces.append(grouped[..., at:])
-    return torch.cat(pieces, dim=-1).flatten(-2)
+    return torch.cat(pieces, dim=-1).flatten(-2)  # (..., groups * stride)
 
 
 def _row_index(rows: Rows) -> Tensor:
     steps = torch.arange(rows.groups)[:, None] * rows.stride + rows.offset + torch.arange(rows.width)[None, :]
-    return steps.flatten()
+    return steps.flatten()  # (groups * width,)
 
 
 class Base:
@@ -73,18 +74,19 @@ class Base:
     @property
     def plain(self) -> bool:
         """Whether the stored weight is what the layer multiplies by, in its own shape; a quantised one is not."""
-        held = getattr(self.module, self.site.param, None)
-        if not isinstance(held, Tensor) or self.site.kind.endswith("_out"):
+        stored = getattr(self.module, self.site.param, None)
+        if not isinstance(stored, Tensor) or self.site.kind.endswith("_out"):
             return True  # a place, with no weight to read
         shape = (self.site.d_out, self.site.d_in)
-        return is_plain(held) and (self.site.rows is not None or tuple(self.part(held).shape) == shape)
+        return is_plain(stored) and (self.site.rows is not None or tuple(self.part(stored).shape) == shape)
 
     def part(self, whole: Tensor, *, bias: bool = False) -> Tensor:
         """This site's part of a stored weight, (d_out, d_in), or of a stored bias, (d_out,)."""
         found = whole if self.site.expert is None else whole[self.site.expert]
         if not bias and self.site.transposed:
-            found = found.T
+            found = found.T  # (d_out, d_in)
         if self.site.rows is not None:
+            # Rows of the weight are columns of its transpose: (d_in, d_out) -> (d_in, own d_out) -> (own d_out, d_in)
             found = take_rows(found.T, self.site.rows).T if not bias else take_rows(found, self.site.rows)
         return found
 
@@ -92,7 +94,7 @@ class Base:
         """The inverse of `part`: write this site's part of a stored weight or bias, in place."""
         target = whole if self.site.expert is None else whole[self.site.expert]
         if not bias and self.site.transposed:
-            target = target.T
+            target = target.T  # (d_out, d_in), of the same memory
         if self.site.rows is None:
             target.copy_(value)
         else:
@@ -142,5 +144,5 @@ class Base:
     def write(self, weight: Tensor, bias: Tensor | None) -> None:
         """Put values back, in the layer's own layout and type. For surgery only."""
         self.put(self.whole_weight(), weight)
-        if bias is not None and (held := self.whole_bias()) is not None:
-            self.put(held, bias, bias=True)
+        if bias is not None and (whole := self.whole_bias()) is not None:
+            self.put(whole, bias, bias=True)

@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from luthier.core import AnatomyError
-from luthier.surgery.tuned import Tuned
+from luthier.surgery.view import TunedView
 
 __all__ = ["changed_embeddings"]
 
 
 @contextmanager
-def changed_embeddings(tuned: Tuned, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def changed_embeddings(tuned: TunedView, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Within, the first embedding of the text in each forward pass goes through `change`: (rows, tokens, d).
 
     Prompts are put before it, and positions are added, after that. In models with an encoder it is the encoder's text.
@@ -44,7 +44,7 @@ def changed_embeddings(tuned: Tuned, change: Callable[[Tensor], Tensor]) -> Iter
             handle.remove()
 
 
-def _embeddings(tuned: Tuned) -> list[nn.Module]:
+def _embeddings(tuned: TunedView) -> list[nn.Module]:
     """The modules that embed the text: the encoder's where there are two stacks."""
     model = tuned.model
     text = model.get_encoder() if tuned.anatomy.is_encoder_decoder else model

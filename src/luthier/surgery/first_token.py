@@ -77,12 +77,12 @@ def head_reads_first_token(model: Any, block: nn.Module, n_vocab: int) -> bool:
     Args:
         block: the last block.
     """
-    held: list[Tensor] = []
+    seen: list[Tensor] = []
 
     def cut(module: nn.Module, args: Any, out: Any) -> Any:
         states = out[0] if isinstance(out, tuple) else out
-        held.append(states.detach().requires_grad_())
-        return (held[0], *out[1:]) if isinstance(out, tuple) else held[0]
+        seen.append(states.detach().requires_grad_())
+        return (seen[0], *out[1:]) if isinstance(out, tuple) else seen[0]
 
     generator = torch.Generator().manual_seed(0)
     device = next(model.parameters()).device
@@ -97,11 +97,11 @@ def head_reads_first_token(model: Any, block: nn.Module, n_vocab: int) -> bool:
             except (RuntimeError, TypeError, ValueError):
                 return False  # it wants other inputs: nothing is known of its head
             logits = out.logits if hasattr(out, "logits") else out[0]
-            if logits.dim() != 2 or len(held) != 1 or held[0].shape[:2] != ids.shape:
+            if logits.dim() != 2 or len(seen) != 1 or seen[0].shape[:2] != ids.shape:
                 return False
             # Weighted, since the sum of a classifier's columns could be nothing.
             weights = torch.randn(logits.shape, generator=generator).to(logits)
-            (slope,) = torch.autograd.grad((logits * weights).sum(), held, allow_unused=True)
+            (slope,) = torch.autograd.grad((logits * weights).sum(), seen, allow_unused=True)
     finally:
         handle.remove()
     return slope is not None and bool((slope[:, 1:] == 0).all()) and bool(slope[:, 0].abs().amax(-1).gt(0).all())

@@ -88,12 +88,12 @@ def fast_norm(module: nn.Module) -> FastLayer | None:
 
 
 def _norm(weight: Tensor, eps: float, plus_one: bool) -> FastLayer:
-    held, made_at = weight.detach(), (weight._version, weight.data_ptr())
+    frozen, made_at = weight.detach(), (weight._version, weight.data_ptr())
 
     def fast(x: Tensor) -> Tensor | None:
         # Written to or moved since, the weight may also train by now.
         fresh = (weight._version, weight.data_ptr()) == made_at and not weight.requires_grad
-        return kernels.rms_norm(x, held, eps, plus_one) if fresh else None
+        return kernels.rms_norm(x, frozen, eps, plus_one) if fresh else None
 
     return fast
 

@@ -101,8 +101,8 @@ class FusedQKV:
             if update is None or type(layer) is not nn.Linear:
                 return None
             layers.append((layer.weight, layer.bias, update[0]))
-        held = [tensor for weight, bias, _ in layers for tensor in (weight, bias) if tensor is not None]
-        kinds = {(tensor.dtype, tensor.device) for tensor in held}
+        tensors = [tensor for weight, bias, _ in layers for tensor in (weight, bias) if tensor is not None]
+        kinds = {(tensor.dtype, tensor.device) for tensor in tensors}
         widths = {weight.shape[1] for weight, _, _ in layers}
         return kernels.StillSiblings(layers) if len(kinds) == len(widths) == 1 else None
 

@@ -197,14 +197,14 @@ class Installer:
         mask = edit.mask.to(parameter.device) if edit.mask is not None else None
         original = parameter.detach().clone()
         unfrozen = Unfrozen(name, parameter, original, mask, holds=edit.holds)
-        # A copy, since what it held may be a sleeping tuning's value.
+        # A copy, since what it was may be the value of a tuning that is not active.
         parameter.data = original if unfrozen.kept is not original else original.clone()
         if parameter.dtype in (torch.bfloat16, torch.float16):
             # Trained numbers are fp32: at 8 bits of mantissa most updates would round away.
             parameter.data = parameter.data.float()
             for path, short in self.edited.owners(name):
-                held = Substitute(tuning.tuning_name, short, Master(parameter), original.dtype)
-                self.edited.socket(path).substitutes.append(held)
+                substitute = Substitute(tuning.tuning_name, short, Master(parameter), original.dtype)
+                self.edited.socket(path).substitutes.append(substitute)
         parameter.requires_grad_(True)
         for socket in self.edited.sockets():
             for plug in socket.plugs:

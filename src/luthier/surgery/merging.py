@@ -92,16 +92,16 @@ def merged_tensors(edited: EditedModel) -> list[tuple[Tensor, Tensor]]:
     sockets = edited.sockets()
     new: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def working_copy(held: Tensor) -> Tensor:
-        if id(held) not in new:
-            new[id(held)] = (held, held.detach().float().clone())
-        return new[id(held)][1]
+    def working_copy(frozen: Tensor) -> Tensor:
+        if id(frozen) not in new:
+            new[id(frozen)] = (frozen, frozen.detach().float().clone())
+        return new[id(frozen)][1]
 
     for socket in sockets:
         for substitute in socket.live.substitutes:
-            held = getattr(socket.base, substitute.tensor)
-            if not isinstance(substitute.module, Master) and id(held) not in new:
-                new[id(held)] = (held, substitute.module(held.detach().float()).float())
+            frozen = getattr(socket.base, substitute.tensor)
+            if not isinstance(substitute.module, Master) and id(frozen) not in new:
+                new[id(frozen)] = (frozen, substitute.module(frozen.detach().float()).float())
     for socket in sockets:
         live = socket.live
         onions = [live.whole, *(plugs for _, plugs in live.parts), *([p] for p in live.experts)]

@@ -104,6 +104,7 @@ def _attention(
 
 def _per_row(prefix: Tensor | Callable[[], Tensor], like: Tensor) -> Tensor:
     prefix = (prefix if isinstance(prefix, Tensor) else prefix()).to(like.dtype)
+    # (rows, kv heads, P, d_head)
     return prefix if prefix.dim() == 4 else prefix.expand(like.shape[0], *prefix.shape)
 
 

@@ -107,7 +107,9 @@ class PromptHooks:
                     positions = torch.where(mask[:, -tokens:] > 0, positions + self._offset + 1, self._offset)
             elif positions is None:
                 start = past - n if past else 0
-                positions = torch.arange(start, start + tokens, device=embeds.device).expand(rows, tokens)
+                positions = torch.arange(start, start + tokens, device=embeds.device).expand(
+                    rows, tokens
+                )  # (rows, tokens)
                 positions = positions if self._offset is None else positions + self._offset + 1
             shifted = positions + n
             if self._offset is not None and mask is not None:
@@ -118,7 +120,7 @@ class PromptHooks:
                 shifted = torch.cat([front, shifted], dim=1)
             given["position_ids"] = shifted
         if past == 0:
-            embeds = torch.cat([prompt.expand(rows, -1, -1), embeds], dim=1)
+            embeds = torch.cat([prompt.expand(rows, -1, -1), embeds], dim=1)  # (rows, n + tokens, d)
             types = given.get("token_type_ids")
             if types is not None:
                 given["token_type_ids"] = torch.cat([types.new_zeros(types.shape[0], n), types], dim=1)

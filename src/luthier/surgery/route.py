@@ -68,9 +68,9 @@ class Route:
         self._stills: dict[str | None, Callable[[Tensor], Tensor] | None] = {}
         self._stacks: dict[type | None, Stack | None] = {}
         self._chosen: tuple[RowNames | None, Callable[..., Any]] = (None, self._alone)
-        held = socket.base._parameters.get("weight")
+        weight = socket.base._parameters.get("weight")
         # A trained head's parameter may be an fp32 master; the layer itself keeps the type of the original.
-        original = next((v[None] for short, v in values.items() if short == "weight"), held)
+        original = next((v[None] for short, v in values.items() if short == "weight"), weight)
         self.dtype = None if original is None else original.dtype
 
     def refresh(self) -> None:
@@ -145,7 +145,7 @@ class Route:
         """x as (rows, n, d)."""
         n, tokens = len(rows), self.context.n_tokens
         if (x.dim() > 2 and len(x) == n) or (x.dim() == 2 and len(x) in (n, n * tokens)):
-            return x.reshape(n, -1, x.shape[-1])  # some models flatten batch and tokens
+            return x.reshape(n, -1, x.shape[-1])  # (rows, n, d); some models flatten batch and tokens
         places = ", ".join(dict.fromkeys(p.site.key for p in self.socket.plugs)) or type(self.socket.base).__name__
         raise CompositionError(
             f"rows: {places} reads a tensor of shape {tuple(x.shape)}, which has no {n} rows of its own: different "
@@ -187,13 +187,13 @@ class Route:
         if None in by_part and len(by_part) > 1:
             return None
         found: Stack = []
-        for part, held in by_part.items():
-            if part is not None and any(p.changes_input for p in held):
+        for part, plugs in by_part.items():
+            if part is not None and any(p.changes_input for p in plugs):
                 return None
-            together = cls.together([p.attachment for p in held], dtype)
+            together = cls.together([p.attachment for p in plugs], dtype)
             if together is None:
                 return None
-            found.append((part, together, {p.tuning: i for i, p in enumerate(held)}))
+            found.append((part, together, {p.tuning: i for i, p in enumerate(plugs)}))
         return found
 
     def _together(self, stack: Stack, rows: RowNames, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -211,13 +211,15 @@ class Route:
                 seen = together.before(by_row, indices[0])
                 read = x if seen is by_row else seen.reshape(x.shape)
                 y = self.socket.frozen(read)
+                # y: (..., d_out) as (rows, n, d_out)
                 y = together.after(by_row, y.view(*by_row.shape[:2], y.shape[-1]), indices[0])
-            return y.reshape(*x.shape[:-1], y.shape[-1])
+            return y.reshape(*x.shape[:-1], y.shape[-1])  # (..., d_out), as x came
         y = self.socket.frozen(x)
         changed = []
         for (part, together, _), index in zip(stacked, indices, strict=True):
             assert part is not None
             own = take_rows(y, part)
+            # (rows, n, width of the part), and back
             new = together.after(by_row, own.reshape(*by_row.shape[:2], -1).clone(), index)
             changed.append((part, new.reshape(own.shape)))
         return join_rows(y, changed)
@@ -228,15 +230,16 @@ class Route:
         out: Tensor | None = None
         for name, picked in rows.groups(x.device):
             part = by_row.index_select(0, picked)
+            # (picked * n, d) or (picked, n, d), as x came
             given = part.reshape(-1, part.shape[-1]) if flat else part.view(len(picked), *x.shape[1:])
             with _only(self.context, picked, len(rows)):
                 y = self.socket.run(self._plan(name), (given,), {})
-            y = y.reshape(len(picked), -1, y.shape[-1])
+            y = y.reshape(len(picked), -1, y.shape[-1])  # (picked, n, d_out)
             if out is None:
                 out = y.new_empty(len(rows), *y.shape[1:])
             out.index_copy_(0, picked, y)
         assert out is not None
-        return out.reshape(*x.shape[:-1], out.shape[-1])
+        return out.reshape(*x.shape[:-1], out.shape[-1])  # (..., d_out), as x came
 
     def _sublayer(self, rows: RowNames, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The sublayer once for the batch, then what each tuning adds to its rows."""
@@ -250,16 +253,17 @@ class Route:
         for name, picked in rows.groups(y.device):
             part = by_row.index_select(0, picked)
             shape = (-1, y.shape[-1]) if y.dim() == 2 else (len(picked), *y.shape[1:])
-            part = part.reshape(shape)
+            part = part.reshape(shape)  # (picked * n, d) or (picked, n, d), as y came
             with _only(self.context, picked, len(rows)):
                 for plug in self._plan(name).whole:
                     x = seen[id(plug.tap)] if plug.tap is not None else own
                     if x is not None:
                         mine = self._by_row(rows, x).index_select(0, picked)
+                        # As x came: (picked * n, d_in) or (picked, n, d_in)
                         x = mine.reshape(-1, x.shape[-1]) if x.dim() == 2 else mine.view(len(picked), *x.shape[1:])
                     part = plug.after(x, part)
             result.index_copy_(0, picked, part.reshape(len(picked), -1, y.shape[-1]))
-        y = result.view(y.shape)
+        y = result.view(y.shape)  # (rows, n, d), or flat
         return (y, *out[1:]) if isinstance(out, tuple) else y
 
 

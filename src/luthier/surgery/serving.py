@@ -132,7 +132,7 @@ class Routes:
         """Projections that read the same tensor, as far as copies of them are cheap."""
         edited, budget, found = self.edited, BUDGET_BYTES, []
         for paths in qkv_paths(edited.anatomy):
-            # Sockets also where nothing sits: an answer must not depend on what else sleeps on the model.
+            # Sockets also where nothing sits: an answer must not depend on what else is on the model.
             group = FusedQKV([edited.socket(path) for path in paths])
             if group.n_bytes > budget:
                 break

@@ -25,17 +25,17 @@ class Tap:
     """Hands one tensor from the place where a sublayer reads it to the socket at the sublayer's end."""
 
     def __init__(self) -> None:
-        self._held: Tensor | None = None
+        self._tensor: Tensor | None = None
 
     def put(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook: keep the module's first input."""
-        self._held = args[0] if args else kwargs["hidden_states"]
+        self._tensor = args[0] if args else kwargs["hidden_states"]
 
     def take(self) -> Tensor:
         """Give the tensor and let go of it, so that no graph outlives its step."""
-        assert self._held is not None, "the sublayer's end was reached before its start"
-        held, self._held = self._held, None
-        return held
+        assert self._tensor is not None, "the sublayer's end was reached before its start"
+        tensor, self._tensor = self._tensor, None
+        return tensor
 
 
 @dataclass(eq=False)
@@ -270,18 +270,19 @@ class Socket(nn.Module):
 
     def _experts(self, name: str, plugs: list[Plug]) -> Tensor:
         """3-D expert weights with every expert's attachment merged in. Dense: exact for any method that merges."""
-        held: Tensor = getattr(self.base, name).detach()
-        experts = list(held.unbind(0))
+        stacked: Tensor = getattr(self.base, name).detach()
+        experts = list(stacked.unbind(0))  # each (d_out, d_in), or transposed
         for plug in plugs:
             site, e = plug.site, plug.site.expert
             assert e is not None
-            weight = experts[e].T if site.transposed else experts[e]
+            weight = experts[e].T if site.transposed else experts[e]  # (d_out, d_in)
+            # A site is rows of it: (d_in, d_out) -> (d_in, own d_out) -> (own d_out, d_in)
             part = take_rows(weight.T, site.rows).T if site.rows is not None else weight
             new, _ = plug.attachment.merged(part.float(), None)
             new = new.to(weight.dtype)
             if site.rows is not None:
-                new = join_rows(weight.T, [(site.rows, new.T)]).T
-            experts[e] = new.T if site.transposed else new
+                new = join_rows(weight.T, [(site.rows, new.T)]).T  # (d_out, d_in)
+            experts[e] = new.T if site.transposed else new  # as it is stored
         return torch.stack(experts)
 
     def _parts(self, live: Plan, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -34,7 +34,7 @@ class StackedHeads:
 
     def linear(self, x: Tensor, index: Tensor) -> Tensor:
         """x: (rows, n, d_in) -> (rows, n, d_out)."""
-        weight = self.weight.index_select(0, index).transpose(1, 2)
+        weight = self.weight.index_select(0, index).transpose(1, 2)  # (rows, d_in, d_out)
         if self.bias is None:
             return torch.bmm(x, weight)
         return torch.baddbmm(self.bias.index_select(0, index), x, weight)
@@ -46,10 +46,10 @@ def stack_heads(
     names = [n for n in dict.fromkeys(n for v in values.values() for n in v) if n is not None]  # the base comes last
 
     def stacked(short: str) -> Tensor | None:
-        held = getattr(base, short)
-        if held is None:
+        base_value = getattr(base, short)
+        if base_value is None:
             return None
-        own: dict[str | None, Tensor] = values.get(short, {None: held.detach()})
+        own: dict[str | None, Tensor] = values.get(short, {None: base_value.detach()})
         return torch.stack([own.get(n, own[None]) for n in (*names, None)]).detach().to(dtype)
 
     weight, bias = stacked("weight"), stacked("bias")

@@ -50,8 +50,8 @@ def base_digest(edited: EditedModel, dtype: torch.dtype = torch.bfloat16) -> str
         originals: dict[int, Tensor] = {
             id(u.parameter): u.kept for t in edited.tunings.values() for u in t.unfrozen.values()
         }
-        for held, kept in edited.base_copies or ():
-            originals.setdefault(id(held), kept)
+        for tensor, copy in edited.base_copies or ():
+            originals.setdefault(id(tensor), copy)
         summed = hashlib.sha256()
         heads = set(edited.anatomy.head_tensors)
         for name in sorted(edited.anatomy.tensors):
@@ -85,7 +85,7 @@ def stored_tensors(tuning: Tuning) -> dict[str, Tensor]:
             tensors[key_] = value.cpu().contiguous()
         else:
             # New values of the changed entries, not differences: fl(a + fl(b - a)) need not be b.
-            index = unfrozen.mask.flatten().nonzero().flatten()
+            index = unfrozen.mask.flatten().nonzero().flatten()  # (changed entries,)
             small = index.numel() == 0 or int(index[-1]) < 2**31
             tensors[f"{key_}|index"] = index.to(torch.int32 if small else torch.int64).cpu()
             tensors[f"{key_}|values"] = value.flatten()[index].cpu().contiguous()
@@ -232,6 +232,7 @@ def restore(tuning: Tuning, tensors: dict[str, Tensor], where: str) -> None:
             value.copy_(left.pop(key_))
         elif f"{key_}|index" in left:
             index, values = left.pop(f"{key_}|index").long(), left.pop(f"{key_}|values")
+            # value as (entries,), of the same memory
             value.view(-1)[index.to(value.device)] = values.to(value.device, value.dtype)
             mask = torch.zeros(value.numel(), dtype=torch.bool)
             mask[index] = True

@@ -1,12 +1,30 @@
 """Tiny random models of architectures that do something their kin do not; `tiny.py` has the promised ones."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers as hf
 from torch import Tensor
 
-__all__ = ["COMMON", "IMAGE", "WHISPER", "learnt", "random_model", "word_ids"]
+__all__ = [
+    "COMMON",
+    "IMAGE",
+    "UNUSUAL",
+    "WHISPER",
+    "clip",
+    "gemma4",
+    "learnt",
+    "llama",
+    "llava",
+    "qwen2_vl",
+    "qwen3_5",
+    "qwen3_next",
+    "random_model",
+    "seen",
+    "whisper",
+    "word_ids",
+]
 
 COMMON: dict[str, Any] = {
     "hidden_size": 32,
@@ -79,3 +97,151 @@ def learnt(tuned: Any, scale: float = 0.2, name: str | None = None) -> Any:
 def word_ids(rows: int = 2, length: int = 8, seed: int = 1) -> Tensor:
     """Ids of words, (rows, length); none is a special token."""
     return torch.randint(4, 120, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+_TEXT: dict[str, Any] = {**COMMON, "max_position_embeddings": 128, "num_key_value_heads": 2}
+_TOWER: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
+_LINEAR: dict[str, Any] = {
+    **COMMON,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"],
+}
+
+
+def gemma4(**settings: Any) -> Any:
+    """Gemma 4: two kinds of attention, an input of its own for each layer; `settings` make layers share keys."""
+    config = hf.Gemma4TextConfig(
+        **{**COMMON, "num_hidden_layers": 4, "num_key_value_heads": 2},
+        **{
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "vocab_size_per_layer_input": 128,
+            "hidden_size_per_layer_input": 8,
+            "num_kv_shared_layers": 0,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            **settings,
+        },
+    )
+    return random_model(hf.Gemma4ForCausalLM, config)
+
+
+def qwen3_next() -> Any:
+    """Three layers of linear attention to one of softmax, and experts."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = hf.Qwen3NextConfig(**_LINEAR, **experts, shared_expert_intermediate_size=16)
+    return random_model(hf.Qwen3NextForCausalLM, config)
+
+
+def qwen3_5() -> Any:
+    """Three layers of linear attention to one of softmax."""
+    return random_model(hf.Qwen3_5ForCausalLM, hf.Qwen3_5TextConfig(**_LINEAR))
+
+
+def llava() -> Any:
+    """A Llama that sees by CLIP's image tower."""
+    config = hf.LlavaConfig(
+        text_config=hf.LlamaConfig(**_TEXT),
+        vision_config=hf.CLIPVisionConfig(**_TOWER),
+        image_token_id=5,
+        image_token_index=5,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+    )
+    return random_model(hf.LlavaForConditionalGeneration, config)
+
+
+def gemma3_vision() -> Any:
+    """A Gemma 3 that sees by SigLIP's image tower."""
+    config = hf.Gemma3Config(
+        text_config={**_TEXT, "head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8},
+        vision_config=_TOWER,
+        mm_tokens_per_image=16,
+        image_token_index=5,
+        image_token_id=5,
+        boi_token_index=7,
+        eoi_token_index=8,
+    )
+    return random_model(hf.Gemma3ForConditionalGeneration, config)
+
+
+def qwen2_vl() -> Any:
+    """Positions on three axes."""
+    config = hf.Qwen2VLConfig(
+        text_config={
+            **_TEXT,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+        },
+        vision_config={
+            "depth": 2,
+            "embed_dim": 16,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "mlp_ratio": 2,
+            "patch_size": 4,
+            "temporal_patch_size": 2,
+            "spatial_merge_size": 2,
+            "in_channels": 3,
+        },
+        image_token_id=5,
+        video_token_id=6,
+        vision_start_token_id=7,
+        vision_end_token_id=8,
+    )
+    return random_model(hf.Qwen2VLForConditionalGeneration, config)
+
+
+def clip() -> Any:
+    """Two towers of equal right."""
+    config = hf.CLIPConfig(
+        text_config={**COMMON, "max_position_embeddings": 24}, vision_config=IMAGE, projection_dim=16
+    )
+    return random_model(hf.CLIPModel, config)
+
+
+def whisper() -> Any:
+    """Reads sound and writes words."""
+    return random_model(hf.WhisperForConditionalGeneration, hf.WhisperConfig(**WHISPER))
+
+
+def seen(name: str) -> dict[str, Tensor]:
+    """Two rows of words, each with an image where the model of that name has a tower."""
+    words = torch.randint(10, 120, (2, 8), generator=torch.Generator().manual_seed(0))
+    if name not in ("llava", "gemma3_vision", "qwen2_vl"):
+        return {"input_ids": words, "attention_mask": torch.ones_like(words)}
+    image = torch.tensor([[7, 5, 5, 5, 5, 8]] * 2) if name == "qwen2_vl" else torch.tensor([[5] * 16] * 2)
+    ids = torch.cat([words[:, :2], image, words[:, 2:]], 1)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    draw = torch.Generator().manual_seed(1)
+    if name == "qwen2_vl":
+        batch |= {"pixel_values": torch.randn(32, 96, generator=draw), "mm_token_type_ids": (ids == 5).long()}
+        return batch | {"image_grid_thw": torch.tensor([[1, 4, 4]] * 2)}
+    batch["pixel_values"] = torch.randn(2, 3, 16, 16, generator=draw)
+    if name == "gemma3_vision":
+        batch["token_type_ids"] = (ids == 5).long()
+    return batch
+
+
+UNUSUAL: dict[str, Callable[[], Any]] = {
+    "gemma4": gemma4,
+    "gemma4_shared_keys": lambda: gemma4(num_kv_shared_layers=2),
+    "gemma4_keys_as_values": lambda: gemma4(attention_k_eq_v=True, num_global_key_value_heads=1),
+    "qwen3_next": qwen3_next,
+    "qwen3_5": qwen3_5,
+    "llava": llava,
+    "gemma3_vision": gemma3_vision,
+    "qwen2_vl": qwen2_vl,
+}

@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from luthier.anatomy.architecture import architecture_of
-from luthier.anatomy.infer import block_lists, has_weight, is_norm, layer_shape, norm_site, read_block
+from luthier.anatomy.infer import attends, block_lists, has_weight, is_norm, layer_shape, norm_site, read_block
 from luthier.anatomy.site import KINDS, Site
 from luthier.core import AnatomyError, near
 
@@ -87,6 +87,8 @@ class Anatomy:
     tensors: dict[str, tuple[int, ...]] = field(repr=False)
     tied: dict[str, str] = field(repr=False)
     unknown: tuple[str, ...] = ()  # fused layers whose order no table tells
+    text_stack: str = ""  # where other stacks (an image tower) stand beside it: the one that reads and writes words
+    remarks: tuple[str, ...] = ()  # which layers are unlike the others, and in what
     head_known: bool = True  # False: a classifier of which nothing tells the pretrained part from the new head
 
     @classmethod
@@ -97,6 +99,16 @@ class Anatomy:
             AnatomyError: no list of blocks with an attention and a feed-forward layer was found.
         """
         return _read(model)
+
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        """The names of the stacks, "" for the only one."""
+        return tuple(dict.fromkeys(b.stack for b in self.blocks))
+
+    @property
+    def acting_attentions(self) -> tuple[Attention, ...]:
+        """The attentions that a method without a setting for it acts on: of the words' stack where there are others."""
+        return tuple(a for a in self.attentions if not self.text_stack or a.stack == self.text_stack)
 
     def kinds(self) -> list[str]:
         """The kinds of site that the model has, in the vocabulary's order."""
@@ -111,9 +123,12 @@ class Anatomy:
     ) -> tuple[Site, ...]:
         """All sites of the kinds named, in the model's order; every kind must be there.
 
+        In a model that writes words and has other stacks beside (an image tower), a kind without a stack stands for
+        that of the words' stack.
+
         Args:
             kinds: such as "attn.q"; a family's name ("experts", "ffn") stands for all that the
-                model has of it. None at all stands for every kind.
+                model has of it. "attn.q@vision_tower" means that stack. None at all stands for every kind.
             layers: only sites of these layers (counted in each stack from 0); sites outside the layers are left out.
             stack: only "encoder" or "decoder".
             asked_by: who asks, for the message.
@@ -127,13 +142,31 @@ class Anatomy:
         ]
         if not kinds and candidates:
             return tuple(candidates)
-        wanted: set[str] = set()
-        for kind in kinds or self.kinds():
-            matching = {s.kind for s in candidates if s.kind == kind or s.kind.startswith(f"{kind}.")}
+        wanted: set[int] = set()
+        for asked in kinds or self.kinds():
+            kind, _, where = asked.partition("@")
+            if where and where not in self.stacks:
+                raise AnatomyError(self._no_stack(asked, where, asked_by))
+            inside = where or (self.text_stack if stack is None else "")
+            matching = {
+                id(s)
+                for s in candidates
+                if (s.kind == kind or s.kind.startswith(f"{kind}.")) and (s.stack in (inside, "") or not inside)
+            }
             if not matching:
-                raise AnatomyError(self._absent(kind, kept, stack, asked_by))
+                raise AnatomyError(self._absent(kind, kept, inside or stack, asked_by))
             wanted |= matching
-        return tuple(s for s in candidates if s.kind in wanted)
+        return tuple(s for s in candidates if id(s) in wanted)
+
+    def _no_stack(self, asked: str, where: str, asked_by: str) -> str:
+        who = f"{asked_by}: " if asked_by else ""
+        stacks = [s for s in self.stacks if s]
+        if not stacks:
+            return f"{who}{asked!r} names a stack, and this {self.model_type} model has one alone. Leave @{where} out."
+        return (
+            f"{who}{asked!r}: no stack is called {where!r}.{near(where, stacks)} This {self.model_type} model has "
+            f"{', '.join(stacks)}."
+        )
 
     def _absent(self, kind: str, layers: set[int] | None, stack: str | None, asked_by: str) -> str:
         who = f"{asked_by}: " if asked_by else ""
@@ -250,19 +283,22 @@ def _read(model: nn.Module) -> Anatomy:
         *_outside_norms(model, body.blocks, encoder_decoder, config, backbone),
         *([head] if head is not None else []),
     ]
+    text_stack = "" if encoder_decoder or not is_language_model else _text_stack(model, body.blocks)
     sites = _mark_tied(sites, tied)
     _refuse_doubles(sites, model_type)
-    first = body.attentions[0]
+    main = [a for a in body.attentions if a.stack == text_stack] if text_stack else body.attentions
+    first = main[0]
+    of_main = [s for s in sites if not text_stack or s.stack == text_stack]
     return Anatomy(
         model_type=model_type,
-        d=next(s.d_in for s in sites if s.kind == "block_out"),
-        m=next((s.d_in for s in sites if s.kind in ("ffn.down", "experts.down")), 0),
+        d=next(s.d_in for s in of_main if s.kind == "block_out"),
+        m=next((s.d_in for s in of_main if s.kind in ("ffn.down", "experts.down")), 0),
         n_layers=body.n_layers,
         n_heads=first.n_heads,
         d_head=first.d_head,
         n_kv_heads=first.n_kv_heads,
         vocab_size=next((s.d_in for s in sites if s.kind == "embed"), None),
-        max_positions=_max_positions(model, config),
+        max_positions=_max_positions(model, config, text_stack, body.blocks),
         n_params=sum(p.numel() for p in model.parameters()),
         is_decoder=not encoder_decoder and any(a.causal for a in body.attentions),
         is_encoder_decoder=encoder_decoder,
@@ -275,8 +311,16 @@ def _read(model: nn.Module) -> Anatomy:
         tensors=tensors,
         tied=tied,
         unknown=tuple(body.unknown),
+        text_stack=text_stack,
+        remarks=tuple(_remark(stack, what, layers) for (stack, what), layers in body.remarks.items()),
         head_known=is_language_model or bool(trunks) or not _is_classifier(model),
     )
+
+
+def _remark(stack: str, what: str, layers: list[int]) -> str:
+    where = f"of the {stack} " if stack else ""
+    some = "layer" if len(layers) == 1 else "layers"
+    return f"{some} {', '.join(map(str, layers))} {where}".rstrip() + f": {what}"
 
 
 @dataclass
@@ -288,6 +332,7 @@ class _Body:
     blocks: list[Block] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     pre_norm: list[bool] = field(default_factory=list)
+    remarks: dict[tuple[str, str], list[int]] = field(default_factory=dict)
     n_layers: int = 0
 
 
@@ -308,8 +353,15 @@ def _read_blocks(model: nn.Module, config: Any, model_type: str, encoder_decoder
         shared = _times_used(own)
         body.n_layers += len(members) * shared
         start = sum(b.stack == stack for b in body.blocks)
+        looks_back, width = _looks_back(own, stack), 0
+        if not all(attends(model.get_submodule(member)) for member in members):
+            like = next(m for m in members if attends(model.get_submodule(m)))
+            found = read_block(model, like, 0, stack, own, architecture, shared, looks_back)
+            width = next(s.d_in for s in found.sites if s.kind == "block_out")
         for layer, member in enumerate(members, start):
-            facts = read_block(model, member, layer, stack, own, architecture, shared, _looks_back(own, stack))
+            facts = read_block(model, member, layer, stack, own, architecture, shared, looks_back, width)
+            for remark in facts.remarks:
+                body.remarks.setdefault((stack, remark), []).append(layer)
             body.sites += facts.sites
             body.attentions += [Attention(layer=layer, stack=stack, **vars(a)) for a in facts.attentions]
             body.blocks.append(Block(member, layer, stack))
@@ -346,6 +398,22 @@ def _stacks(paths: list[str], encoder_decoder: bool) -> dict[str, str]:
         return dict.fromkeys(paths, "")
     common = set.intersection(*(set(words) for words in plain.values()))
     return {path: next((w for w in words if w not in common), "") for path, words in plain.items()}
+
+
+def _text_stack(model: nn.Module, blocks: list[Block]) -> str:
+    """The stack that words go through, where there are several; "" where there is one, or nothing tells."""
+    if len({b.stack for b in blocks}) < 2:
+        return ""
+    table = _asked(model, "get_input_embeddings")
+    path = next((p for p, m in model.named_modules() if m is table), "") if table is not None else ""
+    found = {b.stack for b in blocks if path and path.startswith(_around(b))}
+    return found.pop() if len(found) == 1 else ""
+
+
+def _around(block: Block) -> str:
+    """What holds a block's list: `model.language_model.` for `model.language_model.layers.3`."""
+    holder = block.path.rpartition(".")[0].rpartition(".")[0]
+    return f"{holder}." if holder else ""
 
 
 def _looks_back(config: Any, stack: str) -> bool:
@@ -528,14 +596,19 @@ def _head_site(path: str, module: nn.Module) -> Site:
     return Site("head", None, path, d_in, d_out, transposed=transposed, bias=bias, n_params=n)
 
 
-def _max_positions(model: nn.Module, config: Any) -> int | None:
+def _max_positions(model: nn.Module, config: Any, text_stack: str, blocks: list[Block]) -> int | None:
     """Tokens that the model can count, special offsets taken off."""
+    within = next((_around(b) for b in blocks if text_stack and b.stack == text_stack), "")
     for path, module in model.named_modules():
+        if not path.startswith(within):
+            continue  # an image tower counts its patches
         if isinstance(module, nn.Embedding) and "position" in path.rsplit(".", 1)[-1] and module.num_embeddings > 1:
             if (offset := getattr(module, "offset", None)) is not None:
                 return int(module.num_embeddings - offset)  # OPT and BART leave their first rows unused
             if module.padding_idx is not None:
                 return int(module.num_embeddings - module.padding_idx - 1)  # RoBERTa counts from padding_idx + 1 on
             return int(module.num_embeddings)
+    of_text = getattr(config, "get_text_config", None)
+    config = of_text() if text_stack and of_text is not None else config
     found = getattr(config, "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None

@@ -44,6 +44,7 @@ class Architecture:
 
     fused: ClassVar[Mapping[str, Fused]] = {}  # name of the module or 3-D parameter -> its parts
     inputs: ClassVar[Mapping[str, str]] = {}  # "attn", "cross", "ffn" -> module whose first input the sublayer reads
+    beside: ClassVar[tuple[str, ...]] = ()  # names of linear layers of a block that are of neither sublayer
     outside_norms: ClassVar[Mapping[str, str]] = {}  # end of a norm's path outside the blocks -> its part
 
     @classmethod

@@ -21,6 +21,7 @@ from luthier.core import AnatomyError
 __all__ = [
     "AttentionFacts",
     "BlockFacts",
+    "attends",
     "block_lists",
     "has_weight",
     "is_norm",
@@ -58,6 +59,7 @@ class BlockFacts:
     attentions: list[AttentionFacts] = field(default_factory=list)
     pre_norm: bool = False
     unknown: list[str] = field(default_factory=list)  # fused layers whose order nobody has told us
+    remarks: list[str] = field(default_factory=list)  # what a block lacks that others have
 
 
 def layer_shape(module: nn.Module) -> tuple[int, int, bool] | None:
@@ -86,14 +88,21 @@ def is_norm(path: str, module: nn.Module) -> bool:
 def block_lists(model: nn.Module) -> list[tuple[str, list[str]]]:
     """The lists of blocks, as (path of the list, paths of its blocks).
 
-    A list of blocks is the innermost list each of whose members has an attention and a feed-forward layer.
+    A list of blocks is the innermost list each of whose members has an attention and a feed-forward layer; or whose
+    members differ in that, as long as one has both and the others are of the same make: layers without keys or values
+    of their own (Gemma 4), or with something else in the attention's place (Qwen3-Next).
     """
     found: list[tuple[str, list[str]]] = []
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) and all(_is_block(m) for m in module):
+        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) and _are_blocks(list(module)):
             found = [(p, blocks) for p, blocks in found if not path.startswith(f"{p}.")]
             found.append((path, [f"{path}.{name}" for name in module._modules]))
     return found
+
+
+def _are_blocks(members: list[nn.Module]) -> bool:
+    kinds = {type(m) for m in members if _is_block(m)}
+    return all(type(m) in kinds for m in members)
 
 
 def _is_block(module: nn.Module) -> bool:
@@ -123,16 +132,23 @@ def read_block(
     architecture: type[Architecture],
     shared: int = 1,
     causal: bool = False,
+    width: int = 0,
 ) -> BlockFacts:
     """All sites of the block at `path`.
 
     Args:
         causal: whether an attention that does not say so itself looks back only.
+        width: of the residual stream, for a block without an attention, which tells it otherwise.
 
     Raises:
         AnatomyError: the number of heads is nowhere to be found.
     """
-    return _Reader(model, path, layer, stack, config, architecture, shared, causal).read()
+    return _Reader(model, path, layer, stack, config, architecture, shared, causal, width).read()
+
+
+def attends(block: nn.Module) -> bool:
+    """Whether a block has an attention with queries of its own."""
+    return any(_role(path) in ("q", "fused") for path, m in block.named_modules() if layer_shape(m) is not None)
 
 
 class _Reader:
@@ -148,11 +164,12 @@ class _Reader:
         architecture: type[Architecture],
         shared: int,
         causal: bool,
+        width: int,
     ) -> None:
         self.block = model.get_submodule(path)
         self.path, self.layer, self.stack, self.shared = path, layer, stack, shared
         self.config, self.architecture, self.causal = config, architecture, causal
-        self.width = 0
+        self.width = width
         self.calls = calls_in_order(self.block)
         self.order = list(dict.fromkeys(self.calls))
         self.modules: dict[str, nn.Module] = dict(self.block.named_modules())
@@ -168,7 +185,10 @@ class _Reader:
             name, firsts_here, out = self._attention(scope)
             firsts[name], outs[name] = firsts_here, out
         experts = self._experts()
-        feed = [p for p in self.linears if p not in inside]
+        feed = [p for p in self.linears if p not in inside and _name(p) not in self.architecture.beside]
+        if not scopes:  # what stands in the attention's place has linear layers too
+            self.facts.remarks.append(f"{self._mixer(feed)} in place of an attention with queries, keys and values")
+            feed = [p for p in feed if _top(p) == _top(self._down(feed))]
         if experts:
             firsts["ffn"], outs["ffn"] = experts, experts
         ends = self._feed_forward(feed)
@@ -210,10 +230,16 @@ class _Reader:
         joined = _shape(self.modules[output])[0]  # the width of all heads together
         d_head = joined // n_heads
         n_kv = n_heads
+        groups = getattr(inner, "num_key_value_groups", None)
         if "k" in roles:
             n_kv = _shape(self.modules[roles["k"]])[1] // d_head
         elif "fused" in roles and "q" not in roles:
             n_kv = (_shape(self.modules[roles["fused"]])[1] // d_head - n_heads) // 2
+        elif "q" in roles and isinstance(groups, int) and groups > 0:
+            n_kv = n_heads // groups
+        if "q" in roles and "fused" not in roles and (missing := [r for r in ("k", "v") if r not in roles]):
+            names = {"k": "key", "v": "value"}
+            self.facts.remarks.append(f"no {' or '.join(names[r] for r in missing)} projection of their own")
         for role in ("q", "k", "v"):
             if role in roles:
                 self._add(f"{prefix}.{role}", roles[role])
@@ -262,10 +288,9 @@ class _Reader:
     def _feed_forward(self, names: list[str]) -> tuple[str, str] | None:
         """Add gate, up and down; say where the sublayer begins and ends."""
         width = self.width
-        downs = [p for p in names if _shape(self.modules[p])[1] == width and names.index(p) > 0]
-        if not downs:
+        down = self._down(names)
+        if not down:
             return None
-        down = downs[-1]
         inner = _shape(self.modules[down])[0]
         before = [p for p in names[: names.index(down)] if _shape(self.modules[p])[0] == width]
         whole = [p for p in before if _shape(self.modules[p])[1] == inner]
@@ -284,6 +309,15 @@ class _Reader:
         self._add("ffn.down", down)
         firsts = fused or whole
         return (firsts[0] if firsts else down), self._end(down, firsts)
+
+    def _down(self, names: list[str]) -> str:
+        """The last projection back to the model's width; "" where there is none."""
+        return next((p for p in reversed(names[1:]) if _shape(self.modules[p])[1] == self.width), "")
+
+    def _mixer(self, feed: list[str]) -> str:
+        """The class of what the first linear layer of the block lies in."""
+        first = _parent(feed[0]) if feed else ""
+        return type(self.modules[first]).__name__ if first else "nothing"
 
     def _experts(self) -> str | None:
         """Add the sites of 3-D expert weights; return the path of the module that mixes the experts."""
@@ -349,7 +383,7 @@ class _Reader:
         width = self.width
         norms = [p for p in self.order if is_norm(p, self.modules[p])]
         told = self.architecture.pre_norm(self.config)
-        first = firsts.get("attn")
+        first = firsts.get("attn") or next(iter(self.linears), None)
         calls_norm_first = any(self.order.index(p) < self.order.index(first) for p in norms) if first else False
         self.facts.pre_norm = calls_norm_first if told is None else told
         for name in ("attn", "cross", "ffn"):
@@ -456,6 +490,11 @@ def _below(path: str, scope: str) -> bool:
 
 def _parent(path: str) -> str:
     return path.rpartition(".")[0]
+
+
+def _top(path: str) -> str:
+    """The child of the block that a path lies in; "" for a child itself."""
+    return path.partition(".")[0] if "." in path else ""
 
 
 def _name(path: str) -> str:

@@ -43,6 +43,7 @@ def command(
         "sites": rows,
         "layers": [plain(block) for block in anatomy.blocks],
         "unknown": list(anatomy.unknown),
+        "remarks": list(anatomy.remarks),
     }
     screen().result(facts)
     show = screen().show
@@ -67,6 +68,8 @@ def command(
             path += f"\n{row['notes']}"
         cells.append((site, path, row["shape"], row["count"], human_count(row["n_params"]) if row["n_params"] else ""))
     screen().table(("site", "path", "shape", "count", "numbers"), cells, right=("shape", "count", "numbers"))
+    for remark in anatomy.remarks:
+        show(f"\n{remark[0].upper()}{remark[1:]}.")
     if anatomy.unknown:
         show(f"\nNot known: the order inside {', '.join(anatomy.unknown)}; these layers are no sites of their own.")
     show(f"\nNext: luthier train {model} --data FILE --method lora --set sites=attn.q,attn.v")

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 
 from luthier.anatomy import Anatomy
-from luthier.core import AnatomyError, CompositionError, near
+from luthier.core import AnatomyError, CompositionError, ConfigError, near
 from luthier.surgery import compose
 from luthier.surgery.base import Base, is_plain
 from luthier.surgery.edited_model import EditedModel
 from luthier.surgery.edits import AddBranch, Attach, Edit, PrependKeys, PrependTokens, Reparametrise, Unfreeze
 from luthier.surgery.forward import Forward
 from luthier.surgery.method import Method
+from luthier.surgery.prompts import refuse_prompts
 from luthier.surgery.socket import Plug, Substitute, Tap
 from luthier.surgery.tuning import BRANCH, PREFIX, Master, Tuning, keyed
 from luthier.surgery.unfrozen import Unfrozen
@@ -26,7 +27,9 @@ def edits_of(method: Method, edited: EditedModel, seed: int, *, train_head: bool
 
     Raises:
         AnatomyError: the model lacks a site, or its head cannot be told from its pretrained part.
+        ConfigError: its weights are offloaded.
     """
+    _refuse_offloaded(edited.model)
     anatomy = edited.anatomy
     parts = method.parts()
     edits: list[tuple[str, Edit]] = []
@@ -77,6 +80,8 @@ def check(edited: EditedModel, edits: list[tuple[str, Edit]], method: Method) ->
                     "another method."
                 )
             claim(PREFIX, prefix, "One prefix is learned as a whole: make it longer instead.")
+        elif isinstance(edit, PrependTokens):
+            refuse_prompts(edited.model, anatomy, label)
         elif isinstance(edit, AddBranch):
             for block in anatomy.blocks:
                 _refuse_quantised(edited, label, [n for n in anatomy.tensors if n.startswith(f"{block.path}.")])
@@ -96,6 +101,23 @@ def check(edited: EditedModel, edits: list[tuple[str, Edit]], method: Method) ->
             advice = "One tensor has one owner: use one of the methods, or settings that leave the tensor out."
             claim(f"the tensor {name!r}", prefix, advice)
     return claims
+
+
+def _refuse_offloaded(model: Any) -> None:
+    """Refuse a model whose weights accelerate brings in for each pass: they are not here to be edited.
+
+    Raises:
+        ConfigError: what trains would lie where nothing computes, or act on nothing.
+    """
+    for path, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        hooks = getattr(hook, "hooks", (hook,))
+        if any(getattr(h, "offload", False) for h in hooks):
+            raise ConfigError(
+                f"{path or type(model).__name__}: its weights are not here: accelerate keeps them elsewhere (offloaded "
+                "to the processor's memory or to disk) and brings them in for each pass. Load the model without "
+                "offloading: without device_map, or with room for all of it on the devices named there."
+            )
 
 
 def _refuse_quantised(edited: EditedModel, label: str, names: list[str]) -> None:

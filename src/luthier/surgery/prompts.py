@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy
-from luthier.core import ModelError
+from luthier.core import AnatomyError, ModelError
 
-__all__ = ["PromptHooks", "text_stack"]
+__all__ = ["PromptHooks", "refuse_prompts", "text_stack"]
 
 
 def text_stack(modules: dict[str, nn.Module], anatomy: Anatomy) -> nn.Module:
@@ -33,6 +33,33 @@ def text_stack(modules: dict[str, nn.Module], anatomy: Anatomy) -> nn.Module:
             if {"input_ids", "inputs_embeds", "pixel_values"} & set(names):
                 found = module  # parents come before their children
     return found
+
+
+def refuse_prompts(model: Any, anatomy: Anatomy, asked_by: str) -> None:
+    """Refuse vectors before the text where they could not be what those words in front would be.
+
+    Raises:
+        AnatomyError: the stack is given no words, or something beside the embedded text has to follow its length.
+    """
+    anatomy.sites("embed", asked_by=asked_by)
+    advice = "Use prefix_tuning, which leaves the text as long as it is, or lora."
+    if anatomy.is_encoder_decoder and hasattr(model, "get_encoder"):
+        names = inspect.signature(model.get_encoder().forward).parameters
+        if "inputs_embeds" not in names:
+            raise AnatomyError(
+                f"{asked_by}: the encoder of this {anatomy.model_type} model is given {next(iter(names))} and no "
+                f"words, so vectors cannot be put before them. {advice}"
+            )
+    if any(hasattr(module, "get_rope_index") for module in model.modules()):
+        raise AnatomyError(
+            f"{asked_by}: this {anatomy.model_type} model gives words and images positions on three axes, counted from "
+            f"the ids of the text, so vectors cannot be put before it. {advice}"
+        )
+    if any(getattr(m.config, "hidden_size_per_layer_input", 0) for m in model.modules() if hasattr(m, "config")):
+        raise AnatomyError(
+            f"{asked_by}: every layer of this {anatomy.model_type} model looks the text's ids up by itself, and "
+            f"vectors have no ids. {advice}"
+        )
 
 
 class PromptHooks:

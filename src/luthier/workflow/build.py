@@ -13,7 +13,7 @@ from luthier.data.batches import Batches, Collator, EvalBatches
 from luthier.data.examples import Examples
 from luthier.data.order import Order
 from luthier.runs import RunFolder, reset_peak, resident_bytes
-from luthier.surgery import attach, compose
+from luthier.surgery import Tuned, attach, compose
 from luthier.training.early_stopping import Selection
 from luthier.training.evaluate import Evaluator
 from luthier.training.evaluations import Evaluations
@@ -77,6 +77,8 @@ def build(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
             )
         if features is not None and spec.fast and kernels.fast():
             listener.say(features.sentence())
+        for remark in (*tuned.anatomy.remarks, *_stacks_said(tuned)):
+            listener.say(remark)
         if spec.optim.weight_decay > 0:
             decays, rests = (human_count(n) for n in optimiser.decayed())
             listener.say(
@@ -120,3 +122,15 @@ def _check_finite(model: Any, name: str) -> None:
     for tensor_name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not torch.isfinite(parameter.detach()).all():
             raise ModelError(f"{name}: tensor {tensor_name} holds NaN or infinity. Use an undamaged copy of the model.")
+
+
+def _stacks_said(tuned: Tuned) -> list[str]:
+    """Where the tuning lies in a model of several stacks, and how to name another."""
+    stacks = tuned.anatomy.stacks
+    if not tuned.anatomy.text_stack:
+        return []
+    keys = {key.rpartition(".")[0] for key in tuned.trained()}
+    counts = {stack: sum(f"@{stack}." in key for key in keys) for stack in stacks}
+    where = ", ".join(f"{n} in {stack}" for stack, n in counts.items())
+    other = next(stack for stack in stacks if stack != tuned.anatomy.text_stack)
+    return [f"places of the tuning by stack: {where}; a stack is named as in sites=attn.q@{other}"]

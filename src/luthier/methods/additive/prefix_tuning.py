@@ -43,7 +43,7 @@ class PrefixTuning(Method):
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         source = Prefixes(anatomy, self.length, self.mlp_width, self.dropout)
-        yield PrependKeys(source, anatomy.attentions, self.length)
+        yield PrependKeys(source, anatomy.acting_attentions, self.length)
 
     def n_params(self, anatomy: Anatomy) -> int:
         return prefix_params(anatomy, self.length, self.mlp_width, "prefix_tuning")

@@ -45,7 +45,7 @@ class MAM(Method):
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         source = Prefixes(anatomy, self.length, self.mlp_width, self.dropout, asked_by="mam")
-        yield PrependKeys(source, anatomy.attentions, self.length)
+        yield PrependKeys(source, anatomy.acting_attentions, self.length)
         for site in self._sites(anatomy):
             yield Attach(site, lambda base, site=site: self._branch(site))  # type: ignore[misc]
 

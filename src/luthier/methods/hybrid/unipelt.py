@@ -64,8 +64,8 @@ class UniPELT(Method):
         if "prefix" in self.use:
             gates = {site.key: PrefixGate(site) for site in self._watched(anatomy)}
             prefixes = Prefixes(anatomy, self.length, self.mlp_width, asked_by="unipelt")
-            order = [gates[self._watch(anatomy, attention).key] for attention in anatomy.attentions]
-            yield PrependKeys(GatedPrefixes(prefixes, order), anatomy.attentions, self.length)
+            order = [gates[self._watch(anatomy, attention).key] for attention in anatomy.acting_attentions]
+            yield PrependKeys(GatedPrefixes(prefixes, order), anatomy.acting_attentions, self.length)
             for site in self._watched(anatomy):
                 yield Attach(site, lambda base, site=site: gates[site.key])  # type: ignore[misc]
         for site in self._closed(anatomy):
@@ -95,7 +95,7 @@ class UniPELT(Method):
         return anatomy.sites("ffn_out", asked_by="unipelt") if "adapter" in self.use else ()
 
     def _watched(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        watched = {s.key: s for s in (self._watch(anatomy, a) for a in anatomy.attentions)}
+        watched = {s.key: s for s in (self._watch(anatomy, a) for a in anatomy.acting_attentions)}
         return tuple(watched.values()) if "prefix" in self.use else ()
 
     def _watch(self, anatomy: Anatomy, attention: Attention) -> Site:

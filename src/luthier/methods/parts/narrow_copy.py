@@ -60,6 +60,12 @@ def kept_layers(anatomy: Anatomy, layers: tuple[int, ...], asked_by: str) -> dic
             f"{asked_by}: the layers of this {anatomy.model_type} model share one module, so a side block has no layer "
             "of its own to be cut from. Use another method."
         )
+    if anatomy.remarks or (len(anatomy.stacks) > 1 and not anatomy.is_encoder_decoder):
+        what = "; ".join(anatomy.remarks) or f"the stacks {', '.join(anatomy.stacks)}"
+        raise AnatomyError(
+            f"{asked_by}: a side network is a narrow copy of one stack of like layers, and this {anatomy.model_type} "
+            f"model has others: {what}. Use another method, such as lora or sequential_adapter."
+        )
     there: dict[str, list[int]] = {}
     for block in anatomy.blocks:
         there.setdefault(block.stack, []).append(block.layer)

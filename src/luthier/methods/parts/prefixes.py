@@ -26,13 +26,13 @@ def groups_of(anatomy: Anatomy, asked_by: str) -> dict[str, tuple[Attention, ...
     Raises:
         AnatomyError: an attention that keys cannot be put into from outside.
     """
-    if not anatomy.attentions or not all(a.interface for a in anatomy.attentions):
+    if not anatomy.acting_attentions or not all(a.interface for a in anatomy.attentions):
         raise AnatomyError(
             f"{asked_by}: the attention of this {anatomy.model_type} model does not go through transformers' attention "
             "interface, so keys cannot be put before those of the text. Use prompt_tuning, or another method."
         )
     groups: dict[str, list[Attention]] = {}
-    for attention in anatomy.attentions:
+    for attention in anatomy.acting_attentions:
         name = "cross" if attention.cross else attention.stack or "self"
         groups.setdefault(name, []).append(attention)
     return {name: tuple(members) for name, members in groups.items()}
@@ -98,7 +98,7 @@ class _Slot:
 
 
 class Prefixes(nn.Module):
-    """Keys and values for every attention of a model, in the order of `anatomy.attentions`."""
+    """Keys and values for every attention of a model, in the order of `anatomy.acting_attentions`."""
 
     def __init__(
         self, anatomy: Anatomy, length: int, mlp_width: int = 0, dropout: float = 0.0, asked_by: str = "prefix_tuning"
@@ -112,7 +112,7 @@ class Prefixes(nn.Module):
                 slots[id(attention)] = _Slot(name, at, attention.n_kv_heads, attention.d_head)
                 at += 2 * attention.n_kv_heads * attention.d_head
             self.groups[name] = _Rows(length, anatomy.d, at, mlp_width)
-        self.slots = [slots[id(attention)] for attention in anatomy.attentions]
+        self.slots = [slots[id(attention)] for attention in anatomy.acting_attentions]
         self.dropout = nn.Dropout(dropout)
 
     def keys_values(self, context: Context) -> list[tuple[Any, Any]]:

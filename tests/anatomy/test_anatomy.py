@@ -9,6 +9,7 @@ import tiny
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from unusual import UNUSUAL
 
 from luthier.anatomy import ARCHITECTURES, KINDS, Anatomy, Rows, Site
 from luthier.core import AnatomyError
@@ -468,6 +469,7 @@ def test_a_third_party_can_describe_its_architecture(tmp_path: Path) -> None:
 def test_every_table_of_an_architecture_is_used_by_a_tiny_model() -> None:
     spoken_for = {kind for card in ARCHITECTURES.cards() for kind in card.facts["model_types"]}
     built = {str(tiny.config_of(name).model_type) for name in EVERY}
+    built |= {str(build().config.model_type) for build in UNUSUAL.values()}
     assert spoken_for <= built
     for name in ARCHITECTURES.names():
         assert ARCHITECTURES.get(name).name == name

@@ -133,6 +133,17 @@ def test_the_first_token_of_each_word_carries_its_tag():
     assert next(iter(cut.ledger))["reason"] == "2 words, tags of 1 remain"
 
 
+def test_words_without_tags_can_be_asked_about_and_tags_that_are_there_change_nothing():
+    task = Task(name="token_classification", labels=("O", "B-X"))
+    columns = Columns(shape="tagged", tokens="words", tags="tags")
+    bare = encoded([{"words": ["how", "far"]}], columns, task, word_tokenizer(), with_targets=False)
+    tagged = encoded(
+        [{"words": ["how", "far"], "tags": ["O", "B-X"]}], columns, task, word_tokenizer(), with_targets=False
+    )
+    assert bare.n_targets.tolist() == tagged.n_targets.tolist() == [0]
+    assert bare.ids.tolist() == tagged.ids.tolist() and bare.labels.tolist() == tagged.labels.tolist()
+
+
 def test_plain_text_ends_in_the_end_token_which_carries_loss():
     tokenizer = word_tokenizer("bos")
     examples = encoded([{"text": "how far"}], PLAIN, LM, tokenizer)

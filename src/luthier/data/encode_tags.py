@@ -1,5 +1,6 @@
 """Lists of words with one tag each become token ids."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,11 +31,13 @@ def encode_tags(
             "token_classification needs a tokenizer that knows which word a token comes from (a fast one);"
             f" {type(tokenizer).__name__} does not. Convert it, or choose another model."
         )
+    # What is asked for need not be there; a file with the tags in it may be asked about all the same.
+    read = columns if with_targets else replace(columns, tags=None)
     number = {name: i for i, name in enumerate(task.labels)}
     flat, types, labels, kept, counts = Flat(np.int32), Flat(np.int8), Flat(np.int32), [], []
     typed = "token_type_ids" in tokenizer.model_input_names
     for i in range(len(table)):
-        words, tags = words_and_tags(table, i, columns)
+        words, tags = words_and_tags(table, i, read)
         if not words or not any(w.strip() for w in words):
             ledger.refuse(i, f"field {columns.tokens!r} has no words")
             continue

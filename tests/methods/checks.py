@@ -87,3 +87,26 @@ def frozen_copy(tuned: Tuned) -> dict[str, Tensor]:
 def same(now: dict[str, Tensor], before: dict[str, Tensor]) -> bool:
     """Whether the tensors of `before` are unchanged in `now`, bit for bit."""
     return all(torch.equal(now[n].detach(), t) for n, t in before.items())
+
+
+def read_by(module, model):
+    """What `module` reads first in a pass over one batch, in evaluation mode."""
+    seen = []
+    handle = module.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach().clone()))
+    logits(model)
+    handle.remove()
+    return seen[0]
+
+
+def contribution(tuned, norm, key):
+    """What the adapter at `key` adds to what `norm` reads, everything before it being equal."""
+    whole = read_by(norm, tuned.model)
+    module = tuned.modules()[key]
+    up, bias = module.up.weight.detach().clone(), module.up.bias.detach().clone()
+    torch.nn.init.zeros_(module.up.weight)
+    torch.nn.init.zeros_(module.up.bias)
+    without = read_by(norm, tuned.model)
+    with torch.no_grad():
+        module.up.weight.copy_(up)
+        module.up.bias.copy_(bias)
+    return whole - without

@@ -120,6 +120,42 @@ def test_a_triplet_may_come_back_before_the_end_of_pruning_and_never_after():
         assert step(number, 1) == alive, "settled"
 
 
+def test_nothing_is_pruned_before_the_warm_up_is_over_and_something_after():
+    method = AdaLoRA(rank=4, target_rank=1, every=1, warmup=0.5, settled=0.25)
+    tuned = attach(tiny("bert"), method)
+    modules = list(tuned.modules(Triplets).values())
+    alive = []
+    for step in range(1, 21):
+        for module in modules:
+            with torch.no_grad():
+                module.l.fill_(1.0)
+            for parameter in (module.p, module.l, module.q):
+                parameter.grad = torch.randn_like(parameter)
+        method.after_backward(tuned, step, 20)
+        method.on_step(tuned, step, 20)
+        alive.append(_alive(tuned))
+    whole, end = 4 * len(modules), len(modules)
+    # The warm-up is steps 1 to 10; 11 to 15 fall by the cubic; the rest is settled.
+    falls = [round(end + (whole - end) * (1 - s / 5) ** 3) for s in range(1, 6)]
+    assert alive == [whole] * 10 + falls + [end] * 5
+
+
+def test_it_stores_the_triplets_inside_the_budget_and_those_that_act():
+    module = Triplets(3, 5, 4, 1.0)
+    with torch.no_grad():
+        module.l.copy_(torch.tensor([0.5, 0.0, -2.0, 0.0]))
+    module.keep.copy_(torch.tensor([True, True, False, False]))
+    stored = module.stored()
+    assert stored["l"].tolist() == [0.5, 0.0, -2.0]
+    assert torch.equal(stored["p"], module.p.detach()[:, [0, 1, 2]])
+    assert torch.equal(stored["q"], module.q.detach()[[0, 1, 2]])
+    x, y = torch.randn(2, 3), torch.randn(2, 5)
+    before = module.after(x, y)
+    module.restore(stored)
+    torch.testing.assert_close(module.after(x, y), before)
+    assert module.l.numel() == 3 and module.keep.tolist() == [True] * 3
+
+
 def test_the_penalty_makes_p_orthogonal():
     def gap(weight):
         tuned = attach(tiny("bert"), AdaLoRA(rank=4, target_rank=2, orthogonality=weight))

@@ -105,6 +105,33 @@ def test_equal_experts_agree_exactly_and_different_ones_do_not():
     assert torch.equal(how.loss(tuned, forward).loss, forward().loss)
 
 
+@pytest.mark.parametrize(("ce", "gamma"), [("first", 1.0), ("first", 3.0), ("mean", 0.5)])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_the_loss_is_the_task_s_plus_gamma_times_half_of_both_divergences(name, ce, gamma):
+    model = tiny(name)
+    how = AdaMix(width=4, ce=ce, gamma=gamma)
+    tuned = attach(model, how)
+    stir(tuned)
+    model.eval()
+    model.luthier.train()
+    forward = _forward(model, inputs(model))
+    torch.manual_seed(1)
+    found = how.loss(tuned, forward)
+    torch.manual_seed(1)
+    one, two = forward(), forward()
+    z1, z2 = one.logits.detach().double(), two.logits.detach().double()
+    if name == "llama":
+        told = one.labels[:, 1:] != -100
+        z1, z2 = z1[:, :-1][told], z2[:, :-1][told]
+    p1, p2 = z1.softmax(-1), z2.softmax(-1)
+    apart = 0.5 * float((p1 * (p1 / p2).log()).sum() + (p2 * (p2 / p1).log()).sum())
+    assert apart > 1e-3
+    task = float(one.loss.detach()) if ce == "first" else float((one.loss + two.loss).detach()) / 2
+    assert abs(float(one.loss.detach()) - float(two.loss.detach())) > 1e-3
+    assert abs(float(found.loss.detach()) - (task + gamma * apart)) < 1e-4 * (task + gamma * apart)
+    assert torch.equal(found.logits, one.logits)
+
+
 def test_disagreement_is_the_symmetric_divergence_of_each_kind_of_target():
     torch.manual_seed(0)
     z1, z2 = torch.randn(4, 3), torch.randn(4, 3)

@@ -5,7 +5,7 @@ import torch
 from methods.checks import logits, stir, train
 from tiny import LAYERS, inputs, tiny
 
-from luthier.core import ConfigError
+from luthier.core import ConfigError, key
 from luthier.methods.parts.hadamard import Projection, hadamard
 from luthier.surgery import attach, load
 
@@ -37,6 +37,27 @@ def test_the_projection_and_its_gradient_are_adjoint():
     value = project(z) @ y
     (back,) = torch.autograd.grad(value, z)
     torch.testing.assert_close(back @ z.detach(), value.detach())
+
+
+@pytest.mark.parametrize(("inputs_", "outputs"), [(20, 300), (20, 7), (64, 64), (5, 1000)])
+def test_the_projection_is_the_formula_with_its_signs_permutation_and_normal_numbers(inputs_, outputs):
+    n = 2
+    while n < max(inputs_, outputs):
+        n *= 2
+    draw = torch.Generator().manual_seed(key(3, "said", "w"))
+    signs = torch.randint(2, (n,), generator=draw, dtype=torch.int8) * 2 - 1
+    order = torch.randperm(n, generator=draw)
+    gauss = torch.randn(n, generator=draw)
+    h = torch.ones(1, 1)
+    while len(h) < n:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)], 0)
+    permute = torch.eye(n)[order]
+    assert n < 4 or not torch.equal(permute, torch.eye(n))
+    z = torch.randn(inputs_)
+    padded = torch.cat([z, torch.zeros(n - inputs_)])
+    whole = h @ torch.diag(gauss) @ permute @ h @ torch.diag(signs.float()) @ padded
+    expected = whole[:outputs] / (outputs * gauss.square().sum()).sqrt()
+    torch.testing.assert_close(Projection(inputs_, outputs, 3, "said", "w")(z), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("outputs", [3000, 48])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from methods.checks import logits, train
+from methods.checks import attach_double, contribution, logits, read_by, stir, train
 from methods.generation import check_checkpointing, check_generation, check_low_precision, stirred
 from tiny import tiny
 from transformers import RobertaConfig, RobertaModel
@@ -58,10 +58,22 @@ def test_the_order_inside_the_prefix_does_not_matter(name):
     torch.testing.assert_close(logits(tuned.model), before, rtol=1e-5, atol=1e-5)
 
 
-def test_its_branch_reads_what_the_feed_forward_layer_reads():
-    tuned = attach(tiny("llama"), "mam", **SMALL)
-    assert {m.reads for m in tuned.modules(Beside).values()} == {"input"}
-    assert {m.scale for m in tuned.modules(Beside).values()} == {2.0}
+@pytest.mark.parametrize("scale", [2.0, 4.0])
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
+def test_its_branch_adds_the_formula_of_what_the_feed_forward_layer_reads(name, scale):
+    tuned = attach_double(name, "mam", **SMALL, scale=scale)
+    stir(tuned)
+    model = tuned.model
+    reader, behind = {
+        "bert": lambda: (model.bert.encoder.layer[0].intermediate.dense, model.bert.encoder.layer[0].output.LayerNorm),
+        "llama": lambda: (model.model.layers[0].mlp, model.model.layers[1].input_layernorm),  # behind the norm
+        "gpt2": lambda: (model.transformer.h[0].mlp, model.transformer.h[1].ln_1),
+    }[name]()
+    (module,) = (m for k, m in tuned.modules(Beside).items() if k == "ffn_out@0")
+    z = read_by(reader, model)
+    inner = torch.relu(z @ module.down.weight.T + module.down.bias)
+    expected = scale * (inner @ module.up.weight.T + module.up.bias)
+    torch.testing.assert_close(contribution(tuned, behind, "ffn_out@0"), expected.detach(), rtol=1e-9, atol=1e-9)
 
 
 def test_the_counts_are_those_of_the_catalogue():

@@ -2,38 +2,16 @@
 
 import pytest
 import torch
-from methods.checks import attach_double, logits, stir
+from methods.checks import attach_double, contribution, logits, read_by, stir
 from methods.generation import check_checkpointing, check_generation, check_low_precision, stirred
 from tiny import inputs, tiny
 from transformers import BertConfig, BertModel
 
 from luthier.anatomy import Anatomy
+from luthier.methods.parts.parallel_branch import Beside
 from luthier.surgery import attach, method
 
 NAMES = ["bert", "llama", "t5"]
-
-
-def read_by(module, model):
-    """What `module` reads first in a pass over one batch, in evaluation mode."""
-    seen = []
-    handle = module.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach().clone()))
-    logits(model)
-    handle.remove()
-    return seen[0]
-
-
-def contribution(tuned, norm, key):
-    """What the adapter at `key` adds to what `norm` reads, everything before it being equal."""
-    whole = read_by(norm, tuned.model)
-    module = tuned.modules()[key]
-    up, bias = module.up.weight.detach().clone(), module.up.bias.detach().clone()
-    torch.nn.init.zeros_(module.up.weight)
-    torch.nn.init.zeros_(module.up.bias)
-    without = read_by(norm, tuned.model)
-    with torch.no_grad():
-        module.up.weight.copy_(up)
-        module.up.bias.copy_(bias)
-    return whole - without
 
 
 @pytest.mark.parametrize("placement", ["ffn", "attn", "both"])
@@ -79,6 +57,52 @@ def test_before_or_behind_the_norm_as_the_setting_says(reads):
     expected = 4.0 * (torch.relu(z @ module.down.weight.T + module.down.bias) @ module.up.weight.T + module.up.bias)
     norm = tuned.model.model.layers[1].input_layernorm
     torch.testing.assert_close(contribution(tuned, norm, "ffn_out@0"), expected.detach(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("placement", ["ffn", "attn", "both"])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_it_stands_beside_the_sublayers_that_the_placement_names(name, placement):
+    tuned = attach_double(name, "parallel_adapter", width=7, placement=placement, scale=2.0)
+    stir(tuned)
+    sites = {"ffn": {"ffn_out"}, "attn": {"attn_out"}, "both": {"ffn_out", "attn_out"}}[placement]
+    assert {k.partition("@")[0] for k in tuned.modules()} == sites
+    # Each branch adds its formula of the sublayer's input to what the residual sum behind that sublayer gives.
+    if name == "bert":
+        layer = tuned.model.bert.encoder.layer[0]
+        places = {
+            "attn_out": (layer.attention.self.query, layer.attention.output.LayerNorm),
+            "ffn_out": (layer.intermediate.dense, layer.output.LayerNorm),
+        }
+    else:
+        layer, following = tuned.model.model.layers[0], tuned.model.model.layers[1]
+        places = {
+            "attn_out": (layer.input_layernorm, layer.post_attention_layernorm),
+            "ffn_out": (layer.post_attention_layernorm, following.input_layernorm),
+        }
+    for site in sites:
+        reader, behind = places[site]
+        module, z = tuned.modules()[f"{site}@0"], read_by(reader, tuned.model)
+        inner = torch.relu(z @ module.down.weight.T + module.down.bias)
+        expected = 2.0 * (inner @ module.up.weight.T + module.up.bias)
+        torch.testing.assert_close(contribution(tuned, behind, f"{site}@0"), expected.detach(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.1])
+def test_in_training_its_bottleneck_is_dropped_and_nothing_else(share):
+    branch = Beside(6, 9, "relu", scale=3.0, dropout=share).double().train()
+    torch.nn.init.normal_(branch.up.weight)
+    torch.nn.init.normal_(branch.up.bias)
+    x, y = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+    torch.manual_seed(11)
+    found = branch.after(x, y)
+    torch.manual_seed(11)
+    inner = torch.relu(x @ branch.down.weight.T + branch.down.bias)
+    kept = torch.empty_like(inner).bernoulli_(1 - share)
+    expected = y + 3.0 * ((inner * kept / (1 - share)) @ branch.up.weight.T + branch.up.bias)
+    assert 0 < int((kept == 0).sum()) < kept.numel()
+    torch.testing.assert_close(found, expected)
+    branch.eval()
+    torch.testing.assert_close(branch.after(x, y), y + 3.0 * (inner @ branch.up.weight.T + branch.up.bias))
 
 
 def test_a_learned_scale_is_one_more_number_and_moves():

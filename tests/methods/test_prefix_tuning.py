@@ -71,6 +71,45 @@ def test_a_prefix_of_length_zero_is_the_base_and_zeros_are_not(name):
     assert (logits(model) - base).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("mlp", [0, 11])
+def test_in_training_its_rows_are_dropped(mlp):
+    tuned = attach(tiny("t5"), "prefix_tuning", length=5, mlp_width=mlp, dropout=0.4)
+    prefixes = prefixes_of(tuned).train()
+    torch.manual_seed(3)
+    found = prefixes.keys_values(tuned.context)
+    torch.manual_seed(3)
+    rows = {}
+    for name, group in prefixes.groups.items():
+        if mlp:
+            first, _, second = group.network
+            whole = torch.tanh(group.embedding @ first.weight.T + first.bias) @ second.weight.T + second.bias
+        else:
+            whole = group.rows
+        kept = torch.empty_like(whole).bernoulli_(0.6)
+        assert 0 < int((kept == 0).sum()) < kept.numel()
+        rows[name] = whole * kept / 0.6
+    at = dict.fromkeys(rows, 0)
+    for attention, pair in zip(tuned.anatomy.attentions, found, strict=True):
+        group = "cross" if attention.cross else attention.stack
+        for tensor in pair:  # keys, then values, of each attention in turn
+            width = attention.n_kv_heads * attention.d_head
+            columns = rows[group][:, at[group] : at[group] + width]
+            at[group] += width
+            by_head = columns.view(5, attention.n_kv_heads, attention.d_head).transpose(0, 1)
+            torch.testing.assert_close(tensor, by_head)
+    prefixes.eval()
+    assert torch.equal(prefixes.keys_values(tuned.context)[0][0], prefixes.keys_values(tuned.context)[0][0])
+
+
+def test_rows_start_small_and_the_networks_input_does_not():
+    plain = prefixes_of(attach(tiny("bert"), "prefix_tuning", length=60, mlp_width=0)).groups["self"].rows.detach()
+    assert plain.numel() > 10_000
+    assert abs(float(plain.std()) / 0.02 - 1) < 0.03 and abs(float(plain.mean())) < 1e-3
+    group = prefixes_of(attach(tiny("bert"), "prefix_tuning", length=60, mlp_width=11)).groups["self"]
+    assert abs(float(group.embedding.detach().std()) - 1) < 0.06
+    assert all(len(set(row.tolist())) > 40 for row in group.embedding.detach())
+
+
 @pytest.mark.parametrize("name", ["bert", "roberta", "gpt2"])
 def test_no_word_moves(name):
     model = tiny(name)

@@ -45,6 +45,21 @@ def test_vectors_that_are_words_act_as_those_words(name, task):
     torch.testing.assert_close(found[real], expected[real], rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["bert", "electra", "modernbert"])
+@pytest.mark.parametrize("kind", [0, 1])
+def test_vectors_are_of_the_first_type_whatever_the_text_is_of(name, kind):
+    model = tiny(name, "tokens")
+    batch = {k: v for k, v in inputs(model).items() if k != "labels"}
+    text = longer(batch, [17, 90, 5, 44])
+    if name != "modernbert":  # which has no types
+        batch["token_type_ids"] = torch.full_like(batch["input_ids"], kind)
+        text["token_type_ids"] = torch.cat([torch.zeros(3, 4, dtype=torch.long), batch["token_type_ids"]], 1)
+    expected = logits(model, text)[:, 4:]
+    attach(model, "prompt_tuning", length=4, init="words", words=WORDS)
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(logits(model, batch)[real], expected[real], rtol=1e-5, atol=2e-5)
+
+
 def test_a_bert_classifier_pools_the_first_word_not_the_first_vector():
     model = tiny("bert")
     batch = inputs(model)

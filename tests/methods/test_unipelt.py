@@ -9,7 +9,7 @@ from transformers import BertConfig, BertModel
 
 from luthier.anatomy import Anatomy
 from luthier.core import CannotMerge, ConfigError
-from luthier.methods.hybrid.unipelt import GatedUpdate, PrefixGate
+from luthier.methods.hybrid.unipelt import GatedAdapter, GatedPrefixes, GatedUpdate, PrefixGate
 from luthier.methods.parts.prefixes import Prefixes
 from luthier.surgery import attach, method
 
@@ -124,9 +124,95 @@ def test_an_unknown_part_is_refused():
         method("unipelt", {"use": ("lora", "adaptor")})
 
 
-def test_prompt_vectors_before_the_text_count_as_real_tokens():
-    tuned = attach(tiny("llama"), method("unipelt+prompt_tuning", {f"unipelt.{k}": v for k, v in SMALL.items()}))
-    assert torch.isfinite(tuned.model(**inputs(tuned.model)).loss)
+def test_prompt_vectors_before_the_text_count_as_real_tokens_in_a_gate():
+    tuned = stirred("bert", "unipelt", **SMALL)
+    for gate in gates_of(tuned)[:3]:
+        tuned.context.mask, tuned.context.past = torch.tensor([[1, 1, 0], [1, 0, 0]]), 0
+        tuned.context.memory.clear()
+        x = torch.randn(2, 5, gate.linear.in_features)  # two vectors, then the text that the mask knows
+        opened = torch.sigmoid(x @ gate.linear.weight[0] + gate.linear.bias)
+        expected = torch.stack([opened[0, :4].mean(), opened[1, :3].mean()])
+        torch.testing.assert_close(gate(x, tuned.context).flatten(), expected)
+
+
+@pytest.mark.parametrize(("name", "task"), [("bert", "tokens"), ("roberta", "tokens"), ("llama", "lm"), ("t5", "")])
+def test_vectors_that_are_words_open_the_gates_as_those_words_do(name, task):
+    model = tiny(name, task)
+    batch = inputs(model)
+    labels = batch.pop("labels")
+    decoder = {"decoder_input_ids": labels.clamp(min=0)} if name == "t5" else {}
+    ids = torch.tensor([17, 90, 5, 44]).expand(3, 4)
+    longer = {"input_ids": torch.cat([ids, batch["input_ids"]], 1),
+              "attention_mask": torch.cat([torch.ones_like(ids), batch["attention_mask"]], 1)}  # fmt: skip
+    alone = attach(model, "unipelt", **SMALL)
+    stir(alone)
+    values = {n: p.detach().clone() for n, p in alone.trained().items()}
+    expected = logits(model, longer | decoder)
+    alone.detach()
+    both = {f"unipelt.{k}": v for k, v in SMALL.items()}
+    words = ((17,), (90,), (5,), (44,))
+    both |= {"prompt_tuning.length": 4, "prompt_tuning.init": "words", "prompt_tuning.words": words}
+    tuned = attach(model, method("unipelt+prompt_tuning", both))
+    with torch.no_grad():
+        for n, p in tuned.trained().items():
+            if not n.startswith("prompt_tuning:"):
+                p.copy_(values[n.removeprefix("unipelt:")])
+    found = logits(model, batch | decoder)
+    real = batch["attention_mask"].bool() if name != "t5" else ...
+    expected = expected[:, 4:] if name != "t5" else expected
+    torch.testing.assert_close(found[real], expected[real], rtol=1e-5, atol=2e-5)
+
+
+def _gate_of(module, x, mask):
+    opened = torch.sigmoid(x @ module.gate.linear.weight[0] + module.gate.linear.bias)
+    return (opened * mask).sum(1) / mask.sum(1)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_the_adapter_adds_its_formula_times_the_gate_of_what_it_reads(name):
+    tuned = stirred(name, "unipelt", **SMALL)
+    mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
+    for module in tuned.modules(GatedAdapter).values():
+        tuned.context.mask, tuned.context.past, tuned.context.batch = mask.long(), 0, 2
+        tuned.context.memory.clear()
+        y = torch.randn(2, 3, 48)
+        inner = torch.relu(y @ module.down.weight.T + module.down.bias)
+        adapter = inner @ module.up.weight.T + module.up.bias
+        gate = _gate_of(module, y, mask)
+        assert 0.05 < float(gate[0].detach()) < 0.95
+        torch.testing.assert_close(module.after(None, y), y + gate[:, None, None] * adapter, rtol=1e-4, atol=1e-5)
+        flat = module.after(None, y.view(6, 48))  # as OPT hands it over
+        torch.testing.assert_close(flat.view(2, 3, 48), y + gate[:, None, None] * adapter, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+def test_a_prefix_is_its_rows_times_the_gate_of_what_the_attention_reads(name):
+    tuned = stirred(name, "unipelt", **SMALL)
+    model = tuned.model
+    batch = inputs(model)
+    mask = batch["attention_mask"].float()
+    seen = {}
+    handles = []
+    for key, gate in tuned.modules(PrefixGate).items():
+        site = next(s for s in tuned.anatomy.all_sites if s.key == key.partition("~")[0])
+        handles.append(model.get_submodule(site.path).register_forward_pre_hook(
+            lambda m, args, gate=gate: seen.__setitem__(id(gate), args[0].detach())
+        ))  # fmt: skip
+    logits(model, batch)
+    (source,) = tuned.modules(GatedPrefixes).values()
+    plain = source.prefixes.keys_values(tuned.context)
+    gated = source.keys_values(tuned.context)
+    checked = 0
+    for attention, gate, (keys, values), (k, v) in zip(
+        tuned.anatomy.attentions, source.__dict__["gates"], plain, gated, strict=True
+    ):
+        x = seen[id(gate)]
+        here = mask if attention.stack != "decoder" else torch.ones(x.shape[:2])
+        opened = _gate_of(gate, x, here)[:, None, None, None]
+        torch.testing.assert_close(k(), opened * keys, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(v(), opened * values, rtol=1e-4, atol=1e-6)
+        checked += 1
+    assert checked == len(tuned.anatomy.attentions) > 2
 
 
 @pytest.mark.parametrize("beams", [1, 3])

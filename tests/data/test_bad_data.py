@@ -38,13 +38,14 @@ def assert_says(message, *words):
         ("ragged.csv", b"text,label\na,b\nc,d,e\n", ["ragged.csv:3", "3"]),
         ("short.csv", b"text,label\na,b\nc\n", ["short.csv:3", "got 1"]),
         ("twice.csv", b"text,label,text\na,b,c\n", ["twice.csv", ":1: two columns are called 'text'", "Rename"]),
-        ("latin.csv", "text,label\ncafé,b\n".encode("latin-1"), ["latin.csv", "UTF-8"]),
+        ("greek.csv", "text,label\nκαφές και τσάι,b\n".encode("iso8859-7"), ["greek.csv", "line 2", "--encoding"]),
         ("nul.csv", b"text,label\na\x00,b\nc,d\n", ["nul.csv", "line 2", "NUL"]),
         ("bad.jsonl", b'{"text": "a", "label": "x"}\n{"text": "b", label: 1}\n', ["bad.jsonl:2"]),
         ("list.jsonl", b'["a", "x"]\n', ["list.jsonl:1"]),
         ("empty.jsonl", b"", ["empty.jsonl"]),
         ("not.parquet", b"PAR0", ["not.parquet"]),
-        ("rows.xlsx", b"x", ["rows.xlsx", ".csv", ".jsonl"]),
+        ("rows.xlsx", b"x", ["rows.xlsx"]),
+        ("rows.ods", b"x", ["rows.ods", ".csv", ".jsonl", ".xlsx"]),
     ],
 )
 def test_a_malformed_file_is_named_with_its_line(tmp_path, name, raw, words):

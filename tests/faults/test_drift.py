@@ -42,6 +42,7 @@ def resumed(path: Path) -> dict[str, Any]:
 OTHER: dict[str, Any] = {
     "model": "elsewhere", "task": "classification", "method": "bitfit", "strategy": "llrd", "settings": {"rank": 2},
     "data.source": "other.csv", "data.test": "test.csv", "data.test_share": 0.3, "data.split_seed": 1,
+    "data.delimiter": ";", "data.encoding": "latin-1",
     "data.text": "text", "data.pair": "label", "data.label": "label", "data.prompt": "text", "data.context": "text",
     "data.response": "label", "data.messages": "text", "data.tokens": "text", "data.tags": "label",
     "data.loss_on": "all", "data.strict": True, "data.accept_refused": 0.1, "max_length": 12, "seed": 1,

@@ -144,8 +144,8 @@ def test_a_missing_file_names_near_files_and_a_wrong_kind_says_which_are_read(tm
     put(tmp_path, "train.jsonl", '{"a": 1}\n')
     with pytest.raises(BadInput, match=r"Did you mean 'train\.jsonl'"):
         row_files.read(tmp_path / "trian.jsonl")
-    with pytest.raises(DataError, match=r"not from '\.xlsx'"):
-        row_files.read(put(tmp_path, "a.xlsx", "x"))
+    with pytest.raises(DataError, match=r"not from '\.ods'"):
+        row_files.read(put(tmp_path, "a.ods", "x"))
 
 
 def test_a_unicode_line_separator_inside_a_text_does_not_split_the_row(tmp_path: Path) -> None:

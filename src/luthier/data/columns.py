@@ -1,5 +1,6 @@
 """Which column is which: found by the names that data sets use, or told by flags, and always said aloud."""
 
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +34,9 @@ RESPONSE = ("response", "output", "completion", "answer", "target", "summary", "
 MESSAGES = ("messages", "conversations", "conversation", "dialog", "dialogue", "turns")
 TOKENS = ("tokens", "words")
 TAGS = ("tags", "ner_tags", "pos_tags", "labels")
+
+LOOKED_AT = 1000
+"""Rows that a suggestion is made from."""
 
 SHAPES = {
     "labelled": "a text with a label",
@@ -93,7 +97,8 @@ class Columns:
     def outcome(self, row: Row) -> str:
         """The label or tags, as text; empty where the shape has none."""
         name = self.label if self.shape == "labelled" else self.tags if self.shape == "tagged" else None
-        return "" if name is None else normalised(row.get(name))
+        value = None if name is None else row.get(name)
+        return "" if name is None else normalised(value) if isinstance(value, list | dict) else label_name(value)
 
 
 class _Finder:
@@ -181,6 +186,8 @@ def find_columns(table: Table, flags: DataSpec, task: str = "auto") -> Columns:
             found[shape] = roles
     if unclear and (not found or set(found) == {"plain"}):
         raise next(iter(unclear.values()))
+    if task == "auto" and not asked and set(found) <= {"plain"}:
+        _refuse_half_labelled(finder, found.get("plain"))
     # Text alone is the weakest reading: Alpaca-like files carry a ready-made `text` beside prompt and response.
     if len(found) > 1:
         found.pop("plain", None)
@@ -202,6 +209,89 @@ def find_columns(table: Table, flags: DataSpec, task: str = "auto") -> Columns:
             f"Its columns are {finder.listed}."
         )
     return Columns(shape=shape, unused=tuple(n for n in finder.names if n not in chosen.values()), **roles)
+
+
+def _refuse_half_labelled(finder: _Finder, plain: dict[str, str | None] | None) -> None:
+    """A label without its text, or a text beside what looks like labels: ask for the other one alone.
+
+    Raises:
+        DataError: names what is certain, and the flag for what is not.
+    """
+    text = plain["text"] if plain is not None else None
+    label = next((finder.lower[n] for n in LABEL if n in finder.lower and _holds_labels(finder)), None)
+    if text is None and label is not None:
+        texts = _longest_texts(finder.table, [n for n in finder.names if n != label])
+        if texts:
+            some = "" if len(texts) == 1 else f" (or {', '.join(map(repr, texts[1:4]))})"
+            raise DataError(
+                f"{finder.table.source}: label = {label!r}; which column is the text? For example --text "
+                f"{_shell(texts[0])}{some}. Its columns are {finder.listed}."
+            )
+    if text is not None and label is None:
+        classes = [n for n in finder.names if n != text and _looks_like_classes(finder.table, n)]
+        if classes:
+            raise DataError(
+                f"{finder.table.source}: text = {text!r}; is {classes[0]!r} its label? Say so with --label "
+                f"{_shell(classes[0])}, or learn the text alone with --task causal_lm. Its columns are {finder.listed}."
+            )
+        flags = [n for n in finder.names if n != text and _holds_flags(finder.table, n)]
+        if len(flags) > 1:
+            raise DataError(
+                f"{finder.table.source}: text = {text!r}; {', '.join(map(repr, flags[:5]))} hold 0 and 1 alone. For "
+                f"several labels a row name them together, --label {_shell(','.join(flags))}; for one of them, "
+                f"--label {_shell(flags[0])}."
+            )
+    if text is None and label is None and plain is None:
+        texts, flags = (
+            _longest_texts(finder.table, finder.names),
+            [n for n in finder.names if _holds_flags(finder.table, n)],
+        )
+        if texts and len(flags) > 1:
+            raise DataError(
+                f"{finder.table.source}: {texts[0]!r} looks like the text, and {', '.join(map(repr, flags[:5]))} hold "
+                f"0 and 1 alone. Name them: --text {_shell(texts[0])} --label {_shell(','.join(flags))} for several "
+                "labels a row."
+            )
+        classes = [n for n in finder.names if n not in texts[:1] and _looks_like_classes(finder.table, n)]
+        if texts and classes:
+            raise DataError(
+                f"{finder.table.source}: no column has a usual name; {texts[0]!r} looks like a text and "
+                f"{classes[0]!r} like its label. Say so with --text {_shell(texts[0])} --label {_shell(classes[0])}. "
+                f"Its columns are {finder.listed}."
+            )
+
+
+def _shell(column: str) -> str:
+    """A column's name as one word of a command line."""
+    return shlex.quote(column)
+
+
+def _cells(table: Table, column: str) -> list[Any]:
+    return [row.get(column) for row in table.rows[:LOOKED_AT]]
+
+
+def _longest_texts(table: Table, names: Iterable[str]) -> list[str]:
+    """Columns of text with several words each, those with the most first."""
+    words = {}
+    for name in names:
+        cells = [c for c in _cells(table, name) if isinstance(c, str) and c.strip()]
+        if len(cells) > len(table.rows[:LOOKED_AT]) / 2:
+            words[name] = sum(len(c.split()) for c in cells) / len(cells)
+    return sorted((n for n, mean in words.items() if mean >= 2), key=lambda n: -words[n])
+
+
+def _looks_like_classes(table: Table, name: str) -> bool:
+    """Few different short words, each in several rows."""
+    cells = [c for c in _cells(table, name) if not is_blank(c)]
+    if len(cells) < 4 or not all(isinstance(c, str | int | bool) for c in cells):
+        return False
+    names = {label_name(c) for c in cells}
+    short = all(len(n.split()) <= 4 for n in names)
+    return short and 2 <= len(names) <= min(50, len(cells) / 2) and not _holds_flags(table, name)
+
+
+def _holds_flags(table: Table, name: str) -> bool:
+    return {label_name(c) for c in _cells(table, name)} == {"0", "1"}
 
 
 def _shapes_of_flags(flags: DataSpec) -> set[str]:
@@ -318,3 +408,26 @@ def text_complaint(value: Any, role: str) -> str | None:
     if not isinstance(value, str):
         return f"{role} is {value!r} ({type(value).__name__}), not text"
     return None if value.strip() else f"{role} is empty"
+
+
+def label_name(value: Any) -> str:
+    """The name of a class as a cell has it: one rule for split, task and messages.
+
+    >>> [label_name(v) for v in (True, "True", 1, 1.0, "1.0", " Yes ")]
+    ['true', 'true', '1', '1', '1', 'Yes']
+    """
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    text = str(value).strip()
+    if text in ("True", "False", "TRUE", "FALSE"):  # as Python and Excel write what JSON has as true and false
+        return text.lower()
+    whole, dot, rest = text.partition(".")
+    # 1.0 in one half and 1 in the other are one class.
+    return whole if dot and not rest.strip("0") and rest and whole.lstrip("+-").isdigit() else text
+
+
+def is_blank(value: Any) -> bool:
+    """Whether a cell of a label holds nothing: no value, no text, or a number that is none."""
+    return value is None or (isinstance(value, str) and not value.strip()) or bool(value != value)

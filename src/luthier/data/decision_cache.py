@@ -37,6 +37,8 @@ class Decisions:
     task: Task
     duplicates: Duplicates
     notes: tuple[str, ...]
+    aside: tuple[tuple[tuple[int, str], ...], ...]
+    """of each half as it was read: number and reason of the rows that cannot be used"""
     held: tuple[int, ...] | None
     """numbers of the rows held out as test; None where test rows were given, or none are wanted"""
 
@@ -77,6 +79,7 @@ def read(entry: Path) -> tuple[tuple[Decisions, list[tuple[str, bool]]] | None, 
         task=build(Task, words["task"], str(entry)),
         duplicates=build(Duplicates, words["duplicates"], str(entry)),
         notes=tuple(words["notes"]),
+        aside=tuple(tuple((int(i), str(why)) for i, why in half) for half in words["aside"]),
         held=tuple(arrays["held"].tolist()) if "held" in arrays else None,
     )
     return (decided, [(str(digest), bool(is_plain)) for digest, is_plain in words["halves"]]), ""
@@ -85,6 +88,7 @@ def read(entry: Path) -> tuple[tuple[Decisions, list[tuple[str, bool]]] | None, 
 def write(entry: Path, decided: Decisions, halves: Sequence[Table]) -> str:
     """Keep what was decided, with the digests of the halves; returns what is to be said where that cannot be."""
     words = {name: plain(getattr(decided, name)) for name in ("columns", "task", "duplicates", "notes")}
+    words["aside"] = [[list(row) for row in half] for half in decided.aside]
     words["halves"] = [[table.fingerprint(), table.is_plain()] for table in halves]
     held = {} if decided.held is None else {"held": np.asarray(decided.held, dtype=np.int64)}
     why_not = disk_cache.write(entry, held, words)

@@ -2,12 +2,14 @@
 
 import dataclasses
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from luthier.core import DataError, near, random
 from luthier.data import columns, decision_cache, rows, tasks
-from luthier.data.columns import Columns, find_columns
+from luthier.data.columns import Columns, find_columns, is_blank, label_name, text_complaint
 from luthier.data.decision_cache import Decisions
 from luthier.data.rows import Duplicates, Table, count_duplicates, halves, hold_out, load_rows
 from luthier.data.tasks import Task, infer_task
@@ -26,6 +28,8 @@ class Data:
     columns: Columns
     task: Task
     duplicates: Duplicates
+    aside: tuple[tuple[str, str], ...] = ()
+    """place and reason of each row that cannot be used; they stand in neither half"""
     notes: tuple[str, ...] = field(default=())
     """every decision, in sentences, for the log"""
 
@@ -47,21 +51,24 @@ def load_data(spec: DataSpec, task: str = "auto", model_config: Any = None) -> D
         UnknownName: no such sample or task.
         ModelError: a model without the head for the task.
     """
-    train, own_test = load_rows(spec.source)
+    train, own_test = load_rows(spec.source, delimiter=spec.delimiter, encoding=spec.encoding)
     given, unused = own_test, None
     if spec.test is not None:
-        first, second = load_rows(spec.test)
+        first, second = load_rows(spec.test, delimiter=spec.delimiter, encoding=spec.encoding)
         given, unused = (second if second is not None else first), own_test
+    train, given = _joined_labels(train, spec.label), None if given is None else _joined_labels(given, spec.label)
     made_by = (sys.modules[__name__], columns, random, rows, tasks, row_files)
     entry = decision_cache.entry_of([t for t in (train, given) if t is not None], spec, task, model_config, made_by)
     known, said = decision_cache.read(entry) if entry is not None else (None, "")
     if known is not None:
         found, digests = known
+        train, given, aside = _without(train, given, found)
         parts = _halves(train, given, found)
         for half, (digest, is_plain) in zip([p for p in parts if p is not None], digests, strict=True):
             half.known(digest, is_plain)
     else:
         found = _decide(train, given, unused, spec, task, model_config)
+        train, given, aside = _without(train, given, found)
         parts = _halves(train, given, found)
         if entry is not None:
             refused = decision_cache.write(entry, found, [half for half in parts if half is not None])
@@ -74,8 +81,87 @@ def load_data(spec: DataSpec, task: str = "auto", model_config: Any = None) -> D
         columns=found.columns,
         task=found.task,
         duplicates=found.duplicates,
+        aside=aside,
         notes=(*found.notes, said) if said else found.notes,
     )
+
+
+def _joined_labels(table: Table, label: str | None) -> Table:
+    """With --label a,b,c of three columns of 0 and 1: one more column of that name, the list of those that hold 1.
+
+    Raises:
+        DataError: one of them holds something else.
+    """
+    if label is None or "," not in label or label in table.columns:
+        return table
+    names = [name.strip() for name in label.split(",")]
+    if not set(names) <= set(table.columns):
+        return table  # whoever looks for the column says what there is
+    rows = []
+    for row, place in zip(table.rows, table.places, strict=True):
+        marks = {name: label_name(row[name]) for name in names}
+        wrong = next((name for name, mark in marks.items() if mark not in ("0", "1", "true", "false", "")), None)
+        if wrong is not None:
+            raise DataError(
+                f"{place}: field {wrong!r} is {row[wrong]!r}; of several columns named with --label each must hold 0 "
+                "or 1. Name one column, or correct the cell."
+            )
+        rows.append({**row, label: [name for name, mark in marks.items() if mark in ("1", "true")]})
+    return Table(rows, table.places, table.source, table.notes, table.origin)
+
+
+def _without(
+    train: Table, given: Table | None, found: Decisions
+) -> tuple[Table, Table | None, tuple[tuple[str, str], ...]]:
+    """The tables without the rows set aside, and place and reason of those."""
+    places = [
+        (table.places[i], why)
+        for table, unusable in zip((train, given), found.aside, strict=True)
+        if table is not None
+        for i, why in unusable
+    ]
+    test = None if given is None else _less(given, found.aside[1])
+    return _less(train, found.aside[0]), test, tuple(places)
+
+
+def _unusable(table: Table, columns: Columns, spec: DataSpec) -> tuple[tuple[int, str], ...]:
+    """Rows of a text with a label that lack either, by number and reason: no model can learn from them.
+
+    Raises:
+        DataError: more than `spec.accept_refused` of the rows, or all of them.
+    """
+    if columns.shape != "labelled":
+        return ()
+    roles = [name for name in (columns.text, columns.pair) if name is not None]
+    found: list[tuple[int, str]] = []
+    for i, row in enumerate(table.rows):
+        why = next((c for name in roles if (c := text_complaint(row.get(name), f"field {name!r}"))), None)
+        if why is None and columns.label is not None and is_blank(row.get(columns.label)):
+            why = f"no label in field {columns.label!r}"
+        if why is not None:
+            found.append((i, why))
+    share = len(found) / max(1, len(table))
+    if found and (share > spec.accept_refused or share == 1):
+        shown = "; ".join(f"{table.places[i]}: {why}" for i, why in found[:10])
+        more = f"; and {len(found) - 10} more" if len(found) > 10 else ""
+        advice = (
+            "Is it the right file, and are these the right columns?"
+            if share == 1
+            else "Correct them, or go on without them: --skip-bad."
+        )
+        raise DataError(
+            f"{table.source}: {len(found)} of {len(table)} rows cannot be used ({share:.1%}, accepted are "
+            f"{spec.accept_refused:.1%}): {shown}{more}. {advice}"
+        )
+    return tuple(found)
+
+
+def _said_of(aside: Sequence[tuple[tuple[int, str], ...]], n_rows: int) -> list[str]:
+    reasons = Counter(why for half in aside for _, why in half)
+    if not reasons:
+        return []
+    shown = ", ".join(f"{why} {n}" for why, n in reasons.most_common(5))
+    return [f"set aside: {sum(reasons.values())} of {n_rows} rows ({shown}); they are in no half"]
 
 
 def _halves(train: Table, given: Table | None, found: Decisions) -> tuple[Table, Table | None]:
@@ -92,10 +178,15 @@ def _decide(
         unused: test rows of the source itself, where others are named.
     """
     columns = find_columns(train, spec, task)
-    notes = [columns.sentence()]
+    notes = [*train.notes, *(test.notes if test is not None else ()), columns.sentence()]
     if unused is not None:
         notes.append(f"test rows are those of {spec.test}; the {len(unused)} of {unused.source} are not used")
-    held = None
+    n_rows = len(train) + (len(test) if test is not None else 0)
+    aside = (_unusable(train, columns, spec), _unusable(test, columns, spec) if test is not None else ())
+    train = _less(train, aside[0])
+    test = None if test is None else _less(test, aside[1])
+    notes += _said_of(aside, n_rows)
+    held, whole = None, None
     if test is None and spec.test_share > 0:
         whole = infer_task(train, None, columns, task, model_config)
         by_class = whole.name == "classification" and not whole.multi_label
@@ -103,9 +194,16 @@ def _decide(
         held = hold_out(train, spec.test_share, spec.split_seed, columns.content, outcome)
         train, test = halves(train, held)
         alike = ", of each class alike" if by_class else ""
+        if by_class and outcome is not None:
+            counts = Counter(outcome(row) for row in (*train.rows, *test.rows))
+            single = sorted(name for name, n in counts.items() if n == 1)
+            if single:
+                some = ", ".join(map(repr, single[:5])) + (f" and {len(single) - 5} more" if len(single) > 5 else "")
+                notes.append(f"classes of one row, which is learnt and never scored: {some}")
         notes.append(f"held out {len(test)} of {n_rows} rows as test{alike} (seed {spec.split_seed})")
     decided_task = infer_task(train, test, columns, task, model_config)
-    notes += decided_task.notes
+    # Of the whole where it was split here: that is what the user knows of the file.
+    notes += (whole if whole is not None and whole.name == "classification" else decided_task).notes
     duplicates = count_duplicates(train, test, columns.content, columns.outcome)
     notes.append(duplicates.sentence())
     return Decisions(
@@ -113,8 +211,16 @@ def _decide(
         task=decided_task,
         duplicates=duplicates,
         notes=tuple(notes),
+        aside=aside,
         held=None if held is None else tuple(held),
     )
+
+
+def _less(table: Table, aside: Sequence[tuple[int, str]]) -> Table:
+    if not aside:
+        return table
+    reasons = dict(aside)
+    return table.take(i for i in range(len(table)) if i not in reasons)
 
 
 def load_inputs(source: str, columns: Columns) -> tuple[Table, Columns]:

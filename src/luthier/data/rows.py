@@ -21,7 +21,7 @@ __all__ = ["Duplicates", "Table", "count_duplicates", "halves", "hold_out", "loa
 
 Row = dict[str, Any]
 
-FILE_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".txt", ".json")
+FILE_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".txt", ".json", ".xlsx", ".gz")
 TEST_NAMES = ("test", "validation", "dev")
 
 
@@ -32,6 +32,8 @@ class Table:
     rows: list[Row] = field(repr=False)
     places: list[str] = field(repr=False)
     source: str
+    notes: tuple[str, ...] = ()
+    """what was recognised when the rows were read, in sentences"""
     origin: str = ""
     """digest of the bytes that all rows were read from, in this order; empty where there is none"""
 
@@ -118,8 +120,11 @@ class Duplicates:
             )
 
 
-def load_rows(source: str) -> tuple[Table, Table | None]:
+def load_rows(source: str, *, delimiter: str | None = None, encoding: str | None = None) -> tuple[Table, Table | None]:
     """Read all rows of a source.
+
+    Args:
+        delimiter, encoding: of a .csv file; recognised where they are not given.
 
     Returns:
         The training rows, and the test rows where the source itself has a test half (samples and hub names may).
@@ -131,7 +136,7 @@ def load_rows(source: str) -> tuple[Table, Table | None]:
     if source.startswith("sample:"):
         train, test = _load_sample(source)
     elif (path := Path(source).expanduser()).exists():
-        train, test = _load_path(path), None
+        train, test = _load_path(path, delimiter, encoding), None
     elif path.suffix.lower() in FILE_ENDINGS or source.startswith((".", "/", "~")):
         raise DataError(_no_such_file(path))
     else:
@@ -150,9 +155,10 @@ def _no_such_file(path: Path) -> str:
     return f"{path}: no such file.{hint} Give a .csv, .tsv, .jsonl or .parquet file, a folder of .txt, or sample:NAME."
 
 
-def _load_path(path: Path) -> Table:
-    found = trusted.read(path)
-    return Table(found.rows, found.places, str(path), found.digest)
+def _load_path(path: Path, delimiter: str | None, encoding: str | None) -> Table:
+    found = trusted.read(path, as_found=True, delimiter=delimiter, encoding=encoding)
+    notes = tuple(f"{path.name}: {note}" for note in found.notes)
+    return Table(found.rows, found.places, str(path), notes, found.digest)
 
 
 def _load_sample(source: str) -> tuple[Table, Table | None]:

@@ -1,17 +1,20 @@
 """What is learnt: which head the model gets, which labels there are, which score counts, how outputs are read."""
 
+import ast
+import difflib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from luthier.core import DataError, ModelError, UnknownName, near
-from luthier.data.columns import Columns, cell
+from luthier.data.columns import Columns, cell, is_blank, label_name
 from luthier.data.rows import Table
 from luthier.runs.spec import TASKS
 
@@ -39,6 +42,10 @@ GENERATED = {"seq2seq": ("rouge_l", "bleu", "exact_match"), "causal_lm": ("rouge
 """Scores of generated text against the response; they need `generate`, so they are computed when asked for."""
 
 MOST_COMPLAINTS = 10
+SHOWN_CLASSES = 12
+MOST_LIST_CHARS = 100_000
+
+_COMMA_NUMBER = re.compile(r"[+-]?(\d+|\d{1,3}(\.\d{3})+)(,\d+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +58,11 @@ class Task:
     multi_label: bool = False
     spans: bool = False
     """tags are B-/I-/O and are scored as spans"""
+    written: Literal["", "decimal_comma", "indicators"] = ""
+    """how labels stand in the rows where that is not plain: 3,5 for three and a half; one 0 or 1 for each label"""
+    center: float = 0.0
+    scale: float = 1.0
+    """of a regression: the model learns (number - center) / scale; answers are in the unit of the rows"""
     notes: tuple[str, ...] = ()
     """what was decided from the data, in sentences"""
 
@@ -107,11 +119,17 @@ class Task:
             DataError: a label that this task does not have, or no number where one is needed; names the rows.
         """
         if self.name == "regression":
-            return _numbers(table, columns)
+            numbers = _numbers(table, columns, self.written == "decimal_comma")
+            return ((numbers - self.center) / self.scale).astype(np.float32)
         if self.name != "classification":
             return None
         number = {name: i for i, name in enumerate(self.labels)}
-        names = _label_lists(table, columns) if self.multi_label else [[n] for n in _label_names(table, columns)]
+        if self.written == "indicators":
+            names = _indicated(table, columns, len(self.labels))
+        elif self.multi_label:
+            names = _label_lists(table, columns)
+        else:
+            names = [[n] for n in _label_names(table, columns)]
         _refuse_unknown(table, names, number)
         if self.multi_label:
             matrix = np.zeros((len(table), len(self.labels)), dtype=np.float32)
@@ -130,10 +148,14 @@ class Task:
             Label names, lists of label names (several labels), numbers, or one tag for each token.
         """
         if self.name == "regression":
-            return [float(v) for v in np.asarray(logits, dtype=np.float64).reshape(-1)]
+            return [float(v) for v in self.in_unit(logits)]
         if self.multi_label:
             return [[self.labels[i] for i in np.flatnonzero(row > 0)] for row in logits]
         return [self.labels[int(i)] for i in np.argmax(logits, axis=-1)]
+
+    def in_unit(self, values: NDArray[Any]) -> NDArray[np.float64]:
+        """Outputs or targets of a regression in the unit of the rows, flat."""
+        return np.asarray(values, dtype=np.float64).reshape(-1) * self.scale + self.center
 
     def probabilities(self, logits: NDArray[Any]) -> NDArray[np.float64]:
         """Softmax over the labels, or a sigmoid for each where a row may have several; same shape as `logits`."""
@@ -225,7 +247,7 @@ def _filled(table: Table, columns: Columns) -> list[Any]:
         for i in range(len(table)):
             cell(table, i, column)  # names the first row that lacks it
     values = [row[column] for row in table.rows]
-    empty = [table.places[i] for i, blank in enumerate(_each(values, _is_blank)) if blank]
+    empty = [table.places[i] for i, blank in enumerate(_each(values, is_blank)) if blank]
     if empty:
         raise DataError(
             f"{len(empty)} rows have no label in column {columns.label!r}: {_some(empty)}."
@@ -247,39 +269,42 @@ def _each(values: Sequence[Any], ask: Callable[[Any], T]) -> list[T]:
     return [ask(value) for value in values]
 
 
-def _is_blank(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and not value.strip()) or bool(value != value)
-
-
 def _is_list(value: Any) -> bool:
     """Whether a cell holds several labels: a list, or (from a CSV) the JSON of one."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            return isinstance(json.loads(value), list)
-        except ValueError:  # a name that begins with a bracket
-            return False
+    if isinstance(value, str):
+        return _written_list(value) is not None
     return isinstance(value, list | tuple)
+
+
+def _written_list(text: str) -> list[Any] | None:
+    """The list that a cell of text holds, as JSON or as Python prints it; None where it holds none.
+
+    Python's form is read as data: constants alone, and nothing is evaluated.
+    """
+    text = text.strip()
+    if not (text.startswith("[") and text.endswith("]")) or len(text) > MOST_LIST_CHARS:
+        return None  # also a name that begins with a bracket
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        try:
+            found = ast.literal_eval(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            return None
+    return found if isinstance(found, list) else None
 
 
 def _as_list(value: Any, place: str) -> list[str]:
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
+        found = _written_list(value)
+        if found is None:
             raise DataError(
                 f'{place}: {value!r} is no list of labels. Write several labels as ["a", "b"] (JSON), none as [].'
-            ) from error
+            )
+        value = found
     if not isinstance(value, list | tuple):
         raise DataError(f"{place}: the label {value!r} is one value where other rows have a list. Write it as a list.")
-    return [_label_name(v) for v in value]
-
-
-def _label_name(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value).strip()
+    return [label_name(v) for v in value]
 
 
 def _label_names(table: Table, columns: Columns) -> list[str]:
@@ -290,7 +315,7 @@ def _label_names(table: Table, columns: Columns) -> list[str]:
             f"{len(lists)} rows have a list in column {columns.label!r} where the task has one label a row:"
             f" {_some(lists)}. Write one label, or lists in the training rows too."
         )
-    return _each(values, _label_name)
+    return _each(values, label_name)
 
 
 def _label_lists(table: Table, columns: Columns) -> list[list[str]]:
@@ -305,9 +330,11 @@ def _sorted_names(names: set[str]) -> tuple[str, ...]:
         return tuple(sorted(names))
 
 
-def _as_number(value: Any) -> float | None:
+def _as_number(value: Any, comma: bool = False) -> float | None:
     if isinstance(value, bool | list | tuple | dict):
         return None
+    if comma and isinstance(value, str):
+        value = value.replace(".", "").replace(",", ".")
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -322,9 +349,17 @@ def _written_as_fraction(value: Any) -> bool:
     return isinstance(value, float)
 
 
+def _has_decimal_commas(values: Sequence[Any]) -> bool:
+    """Whether all labels are numbers as Germany writes them, 1.234,5 or 3,0, and one at least has a comma."""
+    texts = [v.strip() for v in values if isinstance(v, str)]
+    return len(texts) == len(values) and any("," in v for v in texts) and all(map(_COMMA_NUMBER.fullmatch, texts))
+
+
 def _labels_are_measures(table: Table, columns: Columns) -> bool:
     """Regression, if every label is a number and one at least is no whole number; else classes."""
     values = _filled(table, columns)
+    if _has_decimal_commas(values):
+        return True
     return None not in _each(values, _as_number) and any(_each(values, _is_fraction))
 
 
@@ -333,8 +368,48 @@ def _is_fraction(value: Any) -> bool:
     return number is not None and _written_as_fraction(value) and not number.is_integer()
 
 
+def _indicators(values: Sequence[Any]) -> int:
+    """How many labels there are where each row holds one 0 or 1 for each; 0 where rows hold something else."""
+    widths: set[int] = set()
+    seen: set[Any] = set()
+    for value in values:
+        found = _written_list(value) if isinstance(value, str) else value
+        if not isinstance(found, list | tuple) or not all(isinstance(v, int | float) for v in found):
+            return 0
+        widths.add(len(found))
+        seen.update(found)
+    return widths.pop() if len(widths) == 1 and seen and seen <= {0, 1} and widths != {0} and widths != {1} else 0
+
+
+def _indicated(table: Table, columns: Columns, n_labels: int) -> list[list[str]]:
+    """Names of the labels whose place holds a 1: the number of the place."""
+    rows = []
+    for value, place in zip(_filled(table, columns), table.places, strict=True):
+        found = _written_list(value) if isinstance(value, str) else value
+        if not isinstance(found, list | tuple) or len(found) != n_labels or not set(found) <= {0, 1}:
+            raise DataError(
+                f"{place}: {value!r} should hold one 0 or 1 for each of {n_labels} labels, as the training rows do."
+            )
+        rows.append([str(at) for at, on in enumerate(found) if on])
+    return rows
+
+
 def _classification(table: Table, columns: Columns) -> Task:
     values = _filled(table, columns)
+    if n_labels := _indicators(values):
+        rows = _indicated(table, columns, n_labels)
+        if all(len(row) == n_labels for row in rows):
+            raise DataError(f"{table.source}: every row has every label: there is nothing to learn.")
+        return Task(
+            name="classification",
+            labels=tuple(str(at) for at in range(n_labels)),
+            multi_label=True,
+            written="indicators",
+            notes=(
+                f"{n_labels} labels, several a row: each row holds a 0 or 1 for each, and they are called by their "
+                "places, from 0",
+            ),
+        )
     if _is_list(values[0]):
         lists = _label_lists(table, columns)
         labels = _sorted_names({name for row in lists for name in row})
@@ -365,17 +440,53 @@ def _classification(table: Table, columns: Columns) -> Task:
             f"{table.source}: column {columns.label!r} has {len(labels)} different values in {len(table)} rows and"
             f" {once} of them occur once (such as {names[0]!r}): these are no classes. Use {advice}."
         )
-    notes = [f"{len(labels)} classes"]
+    notes = [f"{len(labels)} classes", _counted(counts)]
     if all_numbers:
         notes = [
-            f"{len(labels)} classes: the labels are whole numbers, read as classes (--task regression for measures)"
+            f"{len(labels)} classes: the labels are whole numbers, read as classes (--task regression for measures)",
+            _counted(counts),
         ]
+    notes += _doubtful(counts)
     return Task(name="classification", labels=labels, notes=tuple(notes))
 
 
-def _numbers(table: Table, columns: Columns) -> NDArray[np.float32]:
+def _counted(counts: Counter[str]) -> str:
+    """Rows of each class, the largest first."""
+    shown = ", ".join(f"{name} {n}" for name, n in counts.most_common(SHOWN_CLASSES))
+    left = len(counts) - SHOWN_CLASSES
+    return f"rows of each class: {shown}" + (f", and {left} more classes" if left > 0 else "")
+
+
+def _doubtful(counts: Counter[str]) -> list[str]:
+    """What looks like a slip in the labels: classes that differ in case, blanks or a letter, and several in one."""
+    notes = []
+    alike: dict[str, list[str]] = {}
+    for name in counts:
+        alike.setdefault("".join(ch for ch in name.casefold() if ch.isalnum()) or name, []).append(name)
+    groups = [sorted(names, key=lambda n: -counts[n]) for names in alike.values() if len(names) > 1]
+    taken = {name for group in groups for name in group}
+    whole = sum(counts.values())
+    rare = [n for n in counts if counts[n] <= max(2, whole // 100) and n not in taken and len(n) >= 5]
+    for name in rare[:SHOWN_CLASSES]:
+        larger = [other for other in counts if counts[other] > 4 * counts[name]]
+        groups += [[found, name] for found in difflib.get_close_matches(name, larger, 1, 0.85)]
+    if groups:
+        shown = "; ".join(", ".join(f"{n!r} {counts[n]}" for n in group) for group in groups[:5])
+        notes.append(f"labels that look alike are kept apart: {shown}. If they are one class, write it one way")
+    joined = {name: {part.strip() for part in name.split(",")} for name in counts if "," in name}
+    times = Counter(part for name in counts for part in joined.get(name, {name}))
+    several = next((name for name, parts in joined.items() if any(times[part] > 1 for part in parts)), None)
+    if several is not None:
+        notes.append(
+            f"labels such as {several!r} are read as one class each. If they are several labels of a row, write them "
+            f"as a list: {json.dumps(sorted(joined[several]))}"
+        )
+    return notes
+
+
+def _numbers(table: Table, columns: Columns, comma: bool = False) -> NDArray[np.float32]:
     values = _filled(table, columns)
-    numbers = [_as_number(v) for v in values]
+    numbers = [_as_number(v, comma) for v in values]
     wrong = [f"{table.places[i]} ({values[i]!r})" for i, n in enumerate(numbers) if n is None]
     if wrong:
         raise DataError(
@@ -386,14 +497,23 @@ def _numbers(table: Table, columns: Columns) -> NDArray[np.float32]:
 
 
 def _regression(table: Table, columns: Columns) -> Task:
-    numbers = _numbers(table, columns)
+    comma = _has_decimal_commas(_filled(table, columns))
+    numbers = _numbers(table, columns, comma)
     if np.all(numbers == numbers[0]):
         raise DataError(
             f"{table.source}: all {len(table)} numbers in column {columns.label!r} are {numbers[0]:g}: there is nothing"
             " to learn. Name another column with --label."
         )
     low, high = float(numbers.min()), float(numbers.max())
-    return Task(name="regression", notes=(f"regression: numbers from {low:g} to {high:g}",))
+    center, scale = float(numbers.mean(dtype=np.float64)), float(numbers.std(dtype=np.float64))
+    said = f"regression: numbers from {low:g} to {high:g}" + (", written with decimal commas" if comma else "")
+    return Task(
+        name="regression",
+        written="decimal_comma" if comma else "",
+        center=center,
+        scale=scale,
+        notes=(f"{said}; learnt with mean {center:g} and deviation {scale:g} taken out, answered in their own unit",),
+    )
 
 
 # --- tags -------------------------------------------------------------------------------------------------------------
@@ -425,15 +545,15 @@ def _word_list(value: Any, place: str, column: str) -> list[str]:
     if isinstance(value, str):
         if not value.lstrip().startswith("["):
             return value.split()
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return str(value).split()
+        found = _written_list(value)
+        if found is None:
+            return value.split()
+        value = found
     if not isinstance(value, list | tuple):
         raise DataError(
             f"{place}: field {column!r} is {value!r}; it must be a list of words, or words parted by blanks."
         )
-    return [_label_name(v) for v in value]
+    return [label_name(v) for v in value]
 
 
 def _token_classification(table: Table, columns: Columns) -> Task:

@@ -50,6 +50,8 @@ class DataSpec:
     ] = None
     test_share: Annotated[float, "share of the rows held out when the data has no test half", between(0, 0.9)] = 0.2
     split_seed: Annotated[int, "names the split; runs with other seeds keep the same held-out rows"] = 0
+    delimiter: Annotated[str | None, "what parts the columns of a .csv file; left out, what its lines show"] = None
+    encoding: Annotated[str | None, "how a .csv file is written, such as latin-1; left out, what its bytes show"] = None
     text: Annotated[str | None, "column with the text"] = None
     pair: Annotated[str | None, "column with the second text of a pair"] = None
     label: Annotated[str | None, "column with the label, the list of labels, or the number"] = None
@@ -306,6 +308,8 @@ RESUME: dict[str, ResumeRule] = {
     "data.test": "exact",
     "data.test_share": "exact",
     "data.split_seed": "exact",
+    "data.delimiter": "exact",
+    "data.encoding": "exact",
     "data.text": "exact",
     "data.pair": "exact",
     "data.label": "exact",

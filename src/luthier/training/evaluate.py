@@ -173,7 +173,7 @@ def _references(task: Task, examples: Examples) -> list[Any]:
     targets = examples.targets
     assert targets is not None
     if task.name == "regression":
-        return [float(v) for v in targets.reshape(-1)]
+        return [float(v) for v in task.in_unit(targets)]
     if task.multi_label:
         return [[task.labels[i] for i in np.flatnonzero(row > 0)] for row in targets]
     return [task.labels[int(t)] for t in targets]

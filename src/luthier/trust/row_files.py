@@ -1,27 +1,35 @@
-"""Data rows from CSV, JSON lines, Parquet and folders of texts. Strict: what is wrong is named by file, line and field.
+"""Data rows from CSV, JSON, Parquet and folders of texts. What is wrong is named by file, line and field.
 
-Nothing is repaired, guessed or left out. All complaints about a file (50 at most) come together in one error; rows are
+Read strictly, nothing is repaired, guessed or left out. Read as people have it (`as_found`), the dialect of a CSV file
+is recognised and said, and what no column that is used needs (a key that some rows lack, a number that is none, a
+column without a name) is no complaint. All complaints about a file (50 at most) come together in one error; rows are
 left out only where the caller gives a budget for it, and then they are listed.
 """
 
 import csv
+import datetime
+import decimal
+import gzip
 import hashlib
 import io
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+import zipfile
+import zlib
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from luthier.core import BadInput, DataError, Refused, near
+from luthier.trust import dialect as dialects
 from luthier.trust._bytes import open_regular, read_capped, show
 from luthier.trust._limits import Limits
 from luthier.trust.config import too_deep
 
-__all__ = ["Rows", "read", "read_csv", "read_jsonl", "read_parquet", "read_text_folder"]
+__all__ = ["Rows", "read", "read_csv", "read_json", "read_jsonl", "read_parquet", "read_text_folder", "read_xlsx"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,8 @@ class Rows:
     places: list[str]
     left_out: list[str] = field(default_factory=list)
     digest: str = ""
+    notes: tuple[str, ...] = ()
+    """what was recognised, in sentences"""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -81,7 +91,9 @@ class _Complaints:
 
 
 def read(path: str | os.PathLike[str], **options: Any) -> Rows:
-    """Read rows by the kind of `path`: .csv, .tsv, .jsonl, .ndjson, .parquet, or a folder of .txt files.
+    """Read rows by the kind of `path`: .csv, .tsv, .jsonl, .ndjson, .json, .parquet, .xlsx, or a folder of .txt files.
+
+    A text file may be packed: .csv.gz and so on.
 
     Raises:
         BadInput: no such file (near names are offered).
@@ -89,58 +101,98 @@ def read(path: str | os.PathLike[str], **options: Any) -> Rows:
         Refused: not a regular file, or over a cap.
     """
     path = Path(path)
+    options = {name: value for name, value in options.items() if value is not None}
     if path.is_dir():
-        return read_text_folder(path, **options)
+        return read_text_folder(path, **_without(options, path, "delimiter", "encoding"))
     readers: dict[str, Callable[..., Rows]] = {
         **dict.fromkeys((".csv", ".tsv"), read_csv),
         **dict.fromkeys((".jsonl", ".ndjson"), read_jsonl),
+        ".json": read_json,
         ".parquet": read_parquet,
+        ".xlsx": read_xlsx,
     }
     open_regular(path).close()  # a missing file is the first thing to hear of
-    if path.suffix.lower() not in readers:
+    ending = _ending(path)
+    if ending not in readers or (path.suffix.lower() == ".gz" and ending in (".parquet", ".xlsx")):
         raise DataError(
             f"{show(str(path), 200)}: rows are read from {', '.join(readers)} or a folder of .txt files, not from "
             f"{show(path.suffix)}. Unpack or convert it first."
         )
-    return readers[path.suffix.lower()](path, **options)
+    if readers[ending] is not read_csv:
+        options = _without(options, path, "delimiter", "encoding")
+    return readers[ending](path, **options)
+
+
+def _ending(path: Path) -> str:
+    """The kind of file that the name says, in small letters, without a packer's ending."""
+    name = path.with_suffix("") if path.suffix.lower() == ".gz" else path
+    return name.suffix.lower()
+
+
+def _without(options: dict[str, Any], path: Path, *names: str) -> dict[str, Any]:
+    given = [name for name in names if name in options]
+    if given:
+        raise BadInput(f"{show(str(path), 200)}: --{given[0]} is for .csv and .tsv files. Leave it out.")
+    return options
 
 
 def read_csv(
     path: str | os.PathLike[str],
     *,
     delimiter: str | None = None,
+    encoding: str | None = None,
     header: Sequence[str] | None = None,
     require: Collection[str] = (),
     skip_bad: int = 0,
+    as_found: bool = False,
     limits: Limits = Limits(),  # noqa: B008  # frozen
 ) -> Rows:
-    """Read a CSV file in UTF-8; every value stays text.
+    """Read a CSV file; every value stays text.
 
     Args:
         path: the file.
-        delimiter: one character; a tab for .tsv and a comma otherwise if not given.
+        delimiter: one character; if not given, a tab for .tsv and a comma otherwise.
+        encoding: of the file; if not given, UTF-8.
         header: the names of the columns, if the first line does not hold them.
         require: columns that must be there and may not be empty in any row.
         skip_bad: how many bad rows may be left out.
+        as_found: recognise delimiter and encoding where they are not given, trim names, name columns that have none.
         limits: caps.
 
     Raises:
-        BadInput: no such file.
-        DataError: not UTF-8, a NUL, a ragged row, a column named twice, no rows, an open quote.
+        BadInput: no such file, or no such encoding.
+        DataError: not in that encoding, a NUL, a ragged row, a column named twice, no rows, an open quote.
         Refused: not a regular file, or over a cap.
     """
     where = show(str(path), 200)
     seen = hashlib.sha256()
-    text = _text(path, limits, seen)
-    delimiter = delimiter or ("\t" if str(path).endswith(".tsv") else ",")
+    usual = "\t" if _ending(Path(path)) == ".tsv" else ","
+    notes: list[str] = []
+    if as_found or encoding is not None:
+        content = _content(path, limits, seen)
+        text, said = dialects.decode(content, where, encoding)
+        notes.append(said)
+        _refuse_nothing(text, where)
+    else:
+        text = _text(path, limits, seen)
+    if delimiter is not None and len(delimiter) != 1:
+        delimiter = {"\\t": "\t", "tab": "\t", "comma": ",", "semicolon": ";"}.get(delimiter, delimiter)
+        if len(delimiter) != 1:
+            raise BadInput(f"delimiter {delimiter!r}: give one character, or tab.")
+    dialect = dialects.Dialect(delimiter or usual)
+    if as_found:
+        dialect, said = dialects.guess(text, usual, delimiter)
+        notes.append(said)
     complaints = _Complaints(skip_bad, limits)
     rows: list[dict[str, Any]] = []
     places: list[str] = []
     blank: list[str] = []
     kept_limit = csv.field_size_limit(limits.row_chars)
     try:
-        lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        lines = dialects.records(text, dialect)
         names = list(header) if header is not None else next(lines, [])
+        if as_found:
+            names = _named_columns(names)
         _check_names(names, f"{where}:1", require, limits)
         last = lines.line_num
         for values in lines:
@@ -165,7 +217,33 @@ def read_csv(
         ) from None
     finally:
         csv.field_size_limit(kept_limit)
-    return _finish(rows, places, complaints, where, limits, seen.hexdigest())
+    return _finish(rows, places, complaints, where, limits, seen.hexdigest(), notes)
+
+
+def _named_columns(names: Sequence[str]) -> list[str]:
+    """Names without blanks around them; a column without one is called by its number, which nobody reads by itself."""
+    trimmed = [name.strip() for name in names]
+    return [name or f"column {at}" for at, name in enumerate(trimmed, 1)]
+
+
+def read_json(path: str | os.PathLike[str], *, limits: Limits = Limits(), **options: Any) -> Rows:  # noqa: B008
+    """Read a .json file: one list of objects, or JSON lines under that name. Options and errors as of `read_jsonl`."""
+    where = show(str(path), 200)
+    seen = hashlib.sha256()
+    text = _text(path, limits, seen)
+    if text.lstrip()[:1] != "[":
+        return read_jsonl(path, limits=limits, **options)
+    if too_deep(text, limits.depth) is not None:
+        raise DataError(f"{where}: nested deeper than {limits.depth} levels.")
+    reader = _LineReader(limits, any_number=bool(options.get("as_found")))
+    try:
+        found = reader.decode(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}:{error.lineno}: not JSON: {error.msg} at column {error.colno}. Mend it.") from None
+    except _BadRow as bad:
+        raise DataError(f"{where}: {bad}. Mend it.") from None
+    numbered = ((f"{path}[{number}]", value) for number, value in enumerate(found, 1))
+    return _gather(numbered, where, seen.hexdigest(), limits, reader.row, **options)
 
 
 def read_jsonl(
@@ -175,6 +253,7 @@ def read_jsonl(
     types: Mapping[str, type | tuple[type, ...]] | None = None,
     ragged: bool = False,
     skip_bad: int = 0,
+    as_found: bool = False,
     limits: Limits = Limits(),  # noqa: B008
 ) -> Rows:
     """Read JSON lines in UTF-8: one object a line, all with the same keys.
@@ -185,6 +264,7 @@ def read_jsonl(
         types: key -> the type or types its value must have.
         ragged: let rows have different keys.
         skip_bad: how many bad rows may be left out.
+        as_found: a key that a row lacks is a cell that holds nothing, and NaN is a number that is none.
         limits: caps.
 
     Raises:
@@ -195,28 +275,58 @@ def read_jsonl(
     where = show(str(path), 200)
     seen = hashlib.sha256()
     text = _text(path, limits, seen)
-    complaints = _Complaints(skip_bad, limits)
-    rows: list[dict[str, Any]] = []
-    places: list[str] = []
-    keys: list[str] | None = None
-    reader = _LineReader(limits)
+    reader = _LineReader(limits, any_number=as_found)
     lines = text.split("\n")  # not splitlines(): U+2028 may stand inside a JSON text
     while lines and not lines[-1].strip():
         lines.pop()
     name = str(path)
-    for number, line in enumerate(lines, 1):
-        place = f"{name}:{number}"
+    numbered = ((f"{name}:{number}", line) for number, line in enumerate(lines, 1))
+    return _gather(
+        numbered, where, seen.hexdigest(), limits, reader.parse,
+        require=require, types=types, ragged=ragged, skip_bad=skip_bad, as_found=as_found,
+    )  # fmt: skip
+
+
+def _gather(
+    found: Iterable[tuple[str, Any]],
+    where: str,
+    digest: str,
+    limits: Limits,
+    row_of: Callable[[Any], dict[str, Any]],
+    *,
+    require: Collection[str] = (),
+    types: Mapping[str, type | tuple[type, ...]] | None = None,
+    ragged: bool = False,
+    skip_bad: int = 0,
+    as_found: bool = False,
+) -> Rows:
+    """Rows out of (place, what stands there)."""
+    complaints = _Complaints(skip_bad, limits)
+    rows: list[dict[str, Any]] = []
+    places: list[str] = []
+    keys: list[str] | None = None
+    for place, value in found:
         try:
-            row = reader.parse(line)
+            row = row_of(value)
             if keys is None:
                 keys = list(row)
-            _check_row(row, keys, require, types or {}, ragged)
+            _check_row(row, keys, require, types or {}, ragged or as_found)
         except _BadRow as bad:
             complaints.add(place, str(bad))
             continue
         rows.append(row)
         places.append(place)
-    return _finish(rows, places, complaints, where, limits, seen.hexdigest())
+    if as_found:
+        _fill_gaps(rows)
+    return _finish(rows, places, complaints, where, limits, digest)
+
+
+def _fill_gaps(rows: list[dict[str, Any]]) -> None:
+    """A key that a row lacks holds nothing there, so that every row has every column."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    for at, row in enumerate(rows):
+        if len(row) < len(names):
+            rows[at] = {name: row.get(name) for name in names}
 
 
 def read_parquet(
@@ -225,9 +335,13 @@ def read_parquet(
     require: Collection[str] = (),
     types: Mapping[str, type | tuple[type, ...]] | None = None,
     skip_bad: int = 0,
+    as_found: bool = False,
     limits: Limits = Limits(),  # noqa: B008
 ) -> Rows:
     """Read a Parquet file with pyarrow, after its claims have been compared with the caps. Lines count rows, from 1.
+
+    Args:
+        as_found: dates and times become text, and NaN stays a number that is none: whoever uses the column judges.
 
     Raises:
         BadInput: no such file.
@@ -276,7 +390,9 @@ def read_parquet(
                     place = f"{path}:{len(rows) + complaints.count + 1}"
                     try:
                         _check_row(row, list(schema.names), require, types or {}, ragged=False)
-                        _check_values(row)
+                        if as_found:
+                            row = {name: _plain(value) for name, value in row.items()}
+                        _check_values(row, any_number=as_found)
                     except _BadRow as bad:
                         complaints.add(place, str(bad))
                         continue
@@ -287,10 +403,67 @@ def read_parquet(
     return _finish(rows, places, complaints, where, limits)
 
 
+def _plain(value: Any) -> Any:
+    """Dates and times as text; numbers of exact width as numbers."""
+    if isinstance(value, datetime.date | datetime.time | datetime.timedelta):
+        return value.isoformat() if hasattr(value, "isoformat") else str(value)
+    return float(value) if isinstance(value, decimal.Decimal) else value
+
+
+def read_xlsx(
+    path: str | os.PathLike[str],
+    *,
+    skip_bad: int = 0,
+    as_found: bool = False,
+    limits: Limits = Limits(),  # noqa: B008
+) -> Rows:
+    """Read the first sheet of a workbook: the first line names the columns. Formulas give the values last computed.
+
+    Raises:
+        BadInput: no such file.
+        DataError: openpyxl is not installed, no workbook, a column named twice, no rows.
+        Refused: over a cap.
+    """
+    where = show(str(path), 200)
+    content = read_capped(path, limits.row_file_bytes, "a file of rows")
+    try:
+        import openpyxl
+    except ImportError:
+        raise DataError(
+            f"{where}: reading .xlsx needs openpyxl. `pip install openpyxl`, or save the sheet as CSV."
+        ) from None
+    complaints = _Complaints(skip_bad, limits)
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as packed:
+            if sum(entry.file_size for entry in packed.infolist()) > limits.row_file_bytes:
+                raise Refused(f"{where}: unpacks to more than {limits.row_file_bytes} bytes. Save the sheet as CSV.")
+        book = openpyxl.load_workbook(io.BytesIO(content), read_only=True, data_only=True)
+        sheet = book.worksheets[0]
+        lines = sheet.iter_rows(values_only=True)
+        head = ["" if name is None else str(name) for name in next(lines, ())]
+        while head and not head[-1].strip():
+            head.pop()
+        names = _named_columns(head)
+        _check_names(names, f"{where}:1", (), limits)
+        rows, places = [], []
+        for number, values in enumerate(lines, 2):
+            cells = [_plain(value) for value in values[: len(names)]]
+            if all(cell is None for cell in cells):
+                continue
+            rows.append(dict(zip(names, [*cells, *[None] * (len(names) - len(cells))], strict=True)))
+            places.append(f"{path}:{number}")
+        others = [other.title for other in book.worksheets[1:]]
+    except (zipfile.BadZipFile, KeyError, ValueError, IndexError, SyntaxError) as error:
+        raise DataError(f"{where}: cannot be read as a workbook ({show(str(error), 120)}). Save it anew.") from None
+    notes = [f"the first sheet, {sheet.title!r}, is read, not {', '.join(map(repr, others))}"] if others else []
+    return _finish(rows, places, complaints, where, limits, hashlib.sha256(content).hexdigest(), notes)
+
+
 def read_text_folder(
     path: str | os.PathLike[str],
     *,
     skip_bad: int = 0,
+    as_found: bool = False,
     limits: Limits = Limits(),  # noqa: B008
 ) -> Rows:
     """Read a folder of .txt files: rows of `text`, and of `label` where the files lie in one folder per class.
@@ -325,7 +498,10 @@ def read_text_folder(
         rows.append({"text": text} if label is None else {"text": text, "label": label})
         places.append(f"{file}:1")
 
-    entries = sorted(folder.iterdir())
+    def listed(inside: Path) -> list[Path]:
+        return sorted(e for e in inside.iterdir() if not (as_found and _of_a_system(e.name)))
+
+    entries = listed(folder)
     classes = [e for e in entries if e.is_dir() and not e.is_symlink()]
     for entry in entries:
         if entry not in classes:
@@ -334,9 +510,14 @@ def read_text_folder(
             else:
                 take(entry, None)
     for entry in classes:
-        for file in sorted(entry.iterdir()):
+        for file in listed(entry):
             take(file, entry.name)
     return _finish(rows, places, complaints, where, limits, seen.hexdigest())
+
+
+def _of_a_system(name: str) -> bool:
+    """Files that file managers leave behind, which nobody put there."""
+    return name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini", "__macosx")
 
 
 class _BadRow(Exception):
@@ -346,8 +527,8 @@ class _BadRow(Exception):
 class _LineReader:
     """Strict JSON for single lines, with the hooks made once."""
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
+    def __init__(self, limits: Limits, any_number: bool = False) -> None:
+        self.limits, self._any_number = limits, any_number
 
         def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
             made = dict(found)
@@ -369,6 +550,8 @@ class _LineReader:
             return number
 
         def constant(word: str) -> float:
+            if any_number:
+                return float(word.replace("Infinity", "inf"))
             raise _BadRow(f"{word} is no number in JSON")
 
         self._decoder = json.JSONDecoder(
@@ -392,8 +575,19 @@ class _LineReader:
         if not isinstance(row, dict):
             raise _BadRow(f"must be an object like {{...}}, got {type(row).__name__}")
         if "\\u" in line and re.search(r"\\u[dD][89a-fA-F]", line):
-            _check_values(row)
+            _check_values(row, self._any_number)
         return row
+
+    def decode(self, text: str) -> Any:
+        """The value of a whole text, by the same rules."""
+        return self._decoder.decode(text)
+
+    def row(self, value: Any) -> dict[str, Any]:
+        """An element of a list as a row."""
+        if not isinstance(value, dict):
+            raise _BadRow(f"must be an object like {{...}}, got {type(value).__name__}")
+        _check_values(value, self._any_number)
+        return value
 
 
 def _check_row(
@@ -423,7 +617,7 @@ def _check_row(
             raise _BadRow(f"column {show(name)} must be {wanted}, got {show(str(value))} ({type(value).__name__})")
 
 
-def _check_values(row: dict[str, Any]) -> None:
+def _check_values(row: dict[str, Any], any_number: bool = False) -> None:
     waiting: list[tuple[str, Any]] = list(row.items())
     while waiting:
         name, value = waiting.pop()
@@ -439,7 +633,7 @@ def _check_values(row: dict[str, Any]) -> None:
             waiting.extend((name, k) for k in value)
         elif isinstance(value, list):
             waiting.extend((name, v) for v in value)
-        elif isinstance(value, float) and not math.isfinite(value):
+        elif isinstance(value, float) and not math.isfinite(value) and not any_number:
             raise _BadRow(f"column {show(name)} holds {value}, which is no number")
         elif value is not None and not isinstance(value, int | float):
             raise _BadRow(f"column {show(name)} holds a {type(value).__name__}; write it as text or number")
@@ -461,15 +655,35 @@ def _check_names(names: Sequence[str], place: str, require: Collection[str], lim
             raise DataError(f"{place}: there is no column {show(name)}.{near(name, list(names))} It has {has}.")
 
 
-def _text(path: str | os.PathLike[str], limits: Limits, seen: "hashlib._Hash") -> str:
-    """The text of a file in UTF-8; its bytes are added to the digest `seen`."""
+def _content(path: str | os.PathLike[str], limits: Limits, seen: "hashlib._Hash") -> bytes:
+    """The bytes of a text file, unpacked where its name ends in .gz; those on the disk go into the digest `seen`."""
     where = show(str(path), 200)
     content = read_capped(path, limits.row_file_bytes, "a file of rows")
     seen.update(content)
+    if str(path).lower().endswith(".gz"):
+        content = _unpacked(content, where, limits)
+    if content[:4] == b"PK\x03\x04" or content[:2] == b"\x1f\x8b":
+        raise DataError(f"{where}: a packed file, not text. Unpack it first, or name it by what it is (.xlsx, .gz).")
+    return content
+
+
+def _unpacked(content: bytes, where: str, limits: Limits) -> bytes:
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(content)) as packed:
+            text = packed.read(limits.row_file_bytes + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{where}: cannot be unpacked ({show(str(error), 120)}). Fetch it again.") from None
+    if len(text) > limits.row_file_bytes:
+        raise Refused(f"{where}: unpacks to more than {limits.row_file_bytes} bytes, which is over the cap.")
+    return text
+
+
+def _text(path: str | os.PathLike[str], limits: Limits, seen: "hashlib._Hash") -> str:
+    """The text of a file in UTF-8; its bytes are added to the digest `seen`."""
+    where = show(str(path), 200)
+    content = _content(path, limits, seen)
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise DataError(f"{where}: byte 0 begins UTF-16. Save it as UTF-8 (`iconv -f UTF-16 -t UTF-8`).")
-    if content[:4] == b"PK\x03\x04" or content[:2] == b"\x1f\x8b":
-        raise DataError(f"{where}: a packed file, not text. Unpack it first.")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -478,11 +692,15 @@ def _text(path: str | os.PathLike[str], limits: Limits, seen: "hashlib._Hash") -
             f"{where}: byte {error.start} (line {line}) is not UTF-8: {show(content[error.start : error.start + 8])}. "
             "Save it as UTF-8 (`iconv -f LATIN1 -t UTF-8`, if that is what it is)."
         ) from None
+    _refuse_nothing(text, where)
+    return text
+
+
+def _refuse_nothing(text: str, where: str) -> None:
     if (at := text.find("\x00")) >= 0:
         raise DataError(f"{where}: line {text.count(chr(10), 0, at) + 1} holds a NUL character. Remove it.")
     if not text.strip():
         raise DataError(f"{where}: is empty. Give a file with rows.")
-    return text
 
 
 def _finish(
@@ -492,10 +710,11 @@ def _finish(
     where: str,
     limits: Limits,
     digest: str = "",
+    notes: Sequence[str] = (),
 ) -> Rows:
     left_out = complaints.settle(where)
     if not rows:
         raise DataError(f"{where}: holds no rows. Give a file with at least one.")
     if len(rows) > limits.rows:
         raise Refused(f"{where}: {len(rows)} rows; at most {limits.rows} are read.")
-    return Rows(rows, places, left_out, digest)
+    return Rows(rows, places, left_out, digest, tuple(filter(None, notes)))

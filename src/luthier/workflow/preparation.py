@@ -46,6 +46,7 @@ class Prepared:
     task: Task
     columns: Columns
     train_table: Table
+    aside: tuple[tuple[str, str], ...]
     test_table: Table | None
     tokenizer: Any = field(repr=False)
     train: Examples
@@ -142,7 +143,8 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None) -> Pr
     )
     return Prepared(
         spec=spec, source=source, method=method, strategies=strategies, task=task, columns=columns, train_table=table,
-        test_table=test, tokenizer=tokenizer, train=train_examples, selection=select_examples, test=test_examples,
+        test_table=test, aside=data.aside, tokenizer=tokenizer,
+        train=train_examples, selection=select_examples, test=test_examples,
         pad_id=pad.id,
         pad=plain(pad), max_length=max_length, n_params=n_params, n_base=anatomy.n_params, precision=precision,
         device=device, weights=weights, lines=tuple(lines),

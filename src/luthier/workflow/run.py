@@ -9,6 +9,7 @@ drift      what may differ between a run and its resumption
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -176,6 +177,10 @@ def _write_ledger(run: RunFolder, prepared: Prepared) -> None:
     for half, examples in (("train", prepared.train), ("select", prepared.selection), ("test", prepared.test)):
         if examples is not None:
             run.rows.append_rows(examples.ledger.lines(half))
+    run.rows.append_rows(
+        json.dumps({"half": "none", "row": None, "place": place, "status": "refused", "reason": why}).encode() + b"\n"
+        for place, why in prepared.aside
+    )
     run.rows.flush()
 
 

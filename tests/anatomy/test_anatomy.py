@@ -490,3 +490,8 @@ def test_site_needs_no_torch() -> None:
 def test_sites_are_values() -> None:
     one, two = Site("attn.q", 0, "x", 2, 3), Site("attn.q", 0, "x", 2, 3)
     assert one == two and hash(one) == hash(two)
+
+
+def test_what_is_no_module_is_refused_by_name() -> None:
+    with pytest.raises(AnatomyError, match="str is no module of torch"):
+        Anatomy.read("bert")  # type: ignore[arg-type]

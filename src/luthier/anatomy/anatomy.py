@@ -16,6 +16,7 @@ from luthier.anatomy.architecture import architecture_of
 from luthier.anatomy.infer import attends, block_lists, has_weight, is_norm, layer_shape, norm_site, read_block
 from luthier.anatomy.site import KINDS, Site
 from luthier.core import AnatomyError, near
+from luthier.core.protocols import Model
 
 __all__ = ["Anatomy", "Attention", "Block"]
 
@@ -92,12 +93,14 @@ class Anatomy:
     head_known: bool = True  # False: a classifier of which nothing tells the pretrained part from the new head
 
     @classmethod
-    def read(cls, model: nn.Module) -> "Anatomy":
+    def read(cls, model: Model | nn.Module) -> "Anatomy":
         """Read the model's structure. To be done before any surgery.
 
         Raises:
             AnatomyError: no list of blocks with an attention and a feed-forward layer was found.
         """
+        if not isinstance(model, nn.Module):
+            raise AnatomyError(f"{type(model).__name__} is no module of torch. Give a model of transformers.")
         return _read(model)
 
     @property

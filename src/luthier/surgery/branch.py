@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy
+from luthier.core.protocols import Model
 from luthier.surgery.context import Context
 from luthier.surgery.prompts import text_stack
 
@@ -46,7 +47,7 @@ class Branch:
     """Hooks that run the frozen blocks without a graph and hand their calls to `module`."""
 
     def __init__(
-        self, model: Any, anatomy: Anatomy, modules: dict[str, nn.Module], module: nn.Module, context: Context
+        self, model: Model, anatomy: Anatomy, modules: dict[str, nn.Module], module: nn.Module, context: Context
     ) -> None:
         self.enabled = True
         self.module, self.context = module, context

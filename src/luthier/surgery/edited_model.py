@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy
 from luthier.core import ConfigError, UnknownName, near
+from luthier.core.protocols import Model
 from luthier.surgery.context import Context
 from luthier.surgery.socket import Socket
 from luthier.surgery.tuning import Tuning
@@ -29,7 +30,7 @@ class EditedModel:
         followers: called after each change of what acts, when the sockets know of it.
     """
 
-    def __init__(self, model: Any, new_tensors: Sequence[str] = ()) -> None:
+    def __init__(self, model: Model, new_tensors: Sequence[str] = ()) -> None:
         self.model = model
         anatomy = Anatomy.read(model)
         # A pooler that the checkpoint lacks is random: it has to learn, whatever the method.

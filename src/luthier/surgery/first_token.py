@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy
+from luthier.core.protocols import Model
 
 __all__ = ["FirstTokenCut", "first_token_place", "head_reads_first_token"]
 
@@ -69,7 +70,7 @@ def _adds_residual(module: nn.Module) -> bool:
     return list(inspect.signature(module.forward).parameters) == ["hidden_states", "input_tensor"]
 
 
-def head_reads_first_token(model: Any, block: nn.Module, n_vocab: int) -> bool:
+def head_reads_first_token(model: Model, block: nn.Module, n_vocab: int) -> bool:
     """Whether the logits of a small random batch depend on the first token of the last hidden states and on no other.
 
     Read off the gradient: exactly zero behind the first position, and not zero at it in any row.

@@ -163,7 +163,8 @@ class Forward:
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate` with one memory for all its steps, also where no cache tells the first from the later ones."""
-        context, model = self.edited.context, self.edited.model
+        context = self.edited.context
+        model: Any = self.edited.model
         context.memory.clear()
         texts = (*args, *(kwargs.get(n) for n in ("inputs", "input_ids", "inputs_embeds")))
         text = next((t for t in texts if isinstance(t, Tensor)), None)

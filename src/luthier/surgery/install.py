@@ -8,6 +8,7 @@ import torch
 
 from luthier.anatomy import Anatomy
 from luthier.core import AnatomyError, CompositionError, ConfigError, near
+from luthier.core.protocols import Model
 from luthier.surgery import compose
 from luthier.surgery.base import Base, is_plain
 from luthier.surgery.edited_model import EditedModel
@@ -44,7 +45,7 @@ def edits_of(method: Method, edited: EditedModel, seed: int, *, train_head: bool
     return edits
 
 
-def _require_known_head(model: Any, anatomy: Anatomy) -> None:
+def _require_known_head(model: Model, anatomy: Anatomy) -> None:
     """A head that nobody found would stay random, be frozen, and be stored nowhere."""
     if not anatomy.head_known and not anatomy.head_tensors:
         last = list(anatomy.tensors)[-1]
@@ -103,7 +104,7 @@ def check(edited: EditedModel, edits: list[tuple[str, Edit]], method: Method) ->
     return claims
 
 
-def _refuse_offloaded(model: Any) -> None:
+def _refuse_offloaded(model: Model) -> None:
     """Refuse a model whose weights accelerate brings in for each pass: they are not here to be edited.
 
     Raises:

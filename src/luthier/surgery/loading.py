@@ -9,6 +9,7 @@ import torch
 
 from luthier.anatomy import Anatomy
 from luthier.core import WrongBase
+from luthier.core.protocols import Model
 from luthier.surgery import compose
 from luthier.surgery.tuned import Tuned, attach
 from luthier.surgery.tuning_files import base_digest, precision_of, read_tuning, restore, vouched, weights_digest
@@ -17,7 +18,7 @@ from luthier.trust import safetensors as trusted_tensors
 __all__ = ["load"]
 
 
-def load(model: Any, folder: Path | str, *, name: str = "default", trainable: bool = False) -> Tuned:
+def load(model: Model, folder: Path | str, *, name: str = "default", trainable: bool = False) -> Tuned:
     """Attach a saved tuning to its base, in eval mode and frozen; with `trainable`, ready to learn on.
 
     Raises:
@@ -53,7 +54,7 @@ def load(model: Any, folder: Path | str, *, name: str = "default", trainable: bo
     return tuned
 
 
-def _same_shape(model: Any, base: dict[str, Any], heads: list[str], folder: Path | str) -> None:
+def _same_shape(model: Model, base: dict[str, Any], heads: list[str], folder: Path | str) -> None:
     tuned = Tuned.of(model)
     anatomy = tuned.anatomy if tuned is not None else Anatomy.read(model)
     here = {

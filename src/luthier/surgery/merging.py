@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from luthier.core import CannotMerge
+from luthier.core.protocols import Model
 from luthier.surgery.edited_model import EditedModel
 from luthier.surgery.serving import Serving
 from luthier.surgery.tuning import Master
@@ -125,7 +126,7 @@ def merged_tensors(edited: EditedModel) -> list[tuple[Tensor, Tensor]]:
 
 
 @torch.no_grad()
-def probe(model: Any, batch: Any) -> Tensor:
+def probe(model: Model, batch: Any) -> Tensor:
     """The logits of one batch, in fp32 and in evaluation mode."""
     modes = {m: m.training for m in model.modules()}
     model.eval()

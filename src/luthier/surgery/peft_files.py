@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy, Site
 from luthier.core import CannotMerge, ConfigError, IntegrityError, ModelError
+from luthier.core.protocols import Model
 from luthier.runs import durable
 from luthier.surgery import compose
 from luthier.surgery.tuned import Tuned, attach
@@ -94,7 +95,7 @@ def to_peft(tuned: Tuned, folder: Path | str, name: str | None = None) -> Path:
     return folder
 
 
-def from_peft(model: Any, folder: Path | str) -> Tuned:
+def from_peft(model: Model, folder: Path | str) -> Tuned:
     """Attach to `model` what peft saved in `folder`, with the same numbers. Nothing is imported or fetched.
 
     Raises:
@@ -175,7 +176,7 @@ def _method(
     )
 
 
-def _sites(model: Any, paths: set[str], folder: Path) -> dict[str, Site]:
+def _sites(model: Model, paths: set[str], folder: Path) -> dict[str, Site]:
     found = {site.path: site for site in Anatomy.read(model).all_sites if site.path in paths and site.n_params}
     strange = sorted(paths - found.keys())
     if strange or not paths:

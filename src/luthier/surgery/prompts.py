@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy
 from luthier.core import AnatomyError, ModelError
+from luthier.core.protocols import Model
 
 __all__ = ["PromptHooks", "refuse_prompts", "text_stack"]
 
@@ -35,7 +36,7 @@ def text_stack(modules: dict[str, nn.Module], anatomy: Anatomy) -> nn.Module:
     return found
 
 
-def refuse_prompts(model: Any, anatomy: Anatomy, asked_by: str) -> None:
+def refuse_prompts(model: Model, anatomy: Anatomy, asked_by: str) -> None:
     """Refuse vectors before the text where they could not be what those words in front would be.
 
     Raises:
@@ -66,7 +67,7 @@ class PromptHooks:
     """Inserts the rows of `sources` (in order) in front of the text of `stack`, while this object is installed."""
 
     def __init__(
-        self, model: Any, stack: nn.Module, embed: nn.Module, decoder: nn.Module | None, limit: int | None
+        self, model: Model, stack: nn.Module, embed: nn.Module, decoder: nn.Module | None, limit: int | None
     ) -> None:
         self.sources: list[nn.Module] = []
         self.embed, self.stack, self.limit = embed, stack, limit

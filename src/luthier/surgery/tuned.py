@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from luthier.core import CompositionError, ConfigError, human_count
+from luthier.core.protocols import Model
 from luthier.surgery import compose, install, merging, other_trainers, tuning_files
 from luthier.surgery.edited_model import EditedModel
 from luthier.surgery.fast_path import FastPath
@@ -50,7 +51,7 @@ class Tuned:
         calls_hooks: a loop of one's own that calls the methods' hooks says so here.
     """
 
-    def __init__(self, model: Any, new_tensors: Sequence[str] = ()) -> None:
+    def __init__(self, model: Model, new_tensors: Sequence[str] = ()) -> None:
         self.edited = EditedModel(model, new_tensors)
         self.model, self.anatomy = model, self.edited.anatomy
         self.context, self.tunings = self.edited.context, self.edited.tunings
@@ -69,7 +70,7 @@ class Tuned:
     # ------------------------------------------------------------------ looking
 
     @staticmethod
-    def of(model: Any) -> Tuned | None:
+    def of(model: Model) -> Tuned | None:
         """The `Tuned` that holds `model`, if one does."""
         found = model.__dict__.get("_luthier_tuned")
         return found if isinstance(found, Tuned) else None
@@ -322,7 +323,7 @@ class Tuned:
 
 
 def attach(
-    model: Any,
+    model: Model,
     method: Method | str,
     *,
     name: str = "default",

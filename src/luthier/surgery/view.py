@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from luthier.anatomy import Anatomy
+from luthier.core.protocols import Model
 from luthier.surgery.unfrozen import Unfrozen
 
 __all__ = ["TunedView", "TuningView"]
@@ -46,7 +47,7 @@ class TunedView(Protocol):
         anatomy: what it is made of.
     """
 
-    model: Any
+    model: Model
     anatomy: Anatomy
 
     @property

@@ -54,6 +54,15 @@ class Block:
 class Anatomy:
     """One name for every place of one model.
 
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> model = BertForSequenceClassification(BertConfig(
+    ...     vocab_size=50, hidden_size=12, num_hidden_layers=2, num_attention_heads=3, intermediate_size=20))
+    >>> anatomy = Anatomy.read(model)
+    >>> for site in anatomy.sites("attn.q"):
+    ...     print(site.key, site.path)
+    attn.q@0 bert.encoder.layer.0.attention.self.query
+    attn.q@1 bert.encoder.layer.1.attention.self.query
+
     Args:
         d: width of the residual stream.
         m: inner width of the feed-forward layer (of the first stack).

@@ -46,7 +46,7 @@ def little_model(folder: Path, kind: str = "bert", **changes: Any) -> Path:
     """A tiny model and its tokenizer as a folder on the disk."""
     if not folder.exists():
         encoder = kind in ("bert", "roberta", "distilbert", "albert")
-        model = tiny(kind, "base" if encoder else "lm", **changes)
+        model = tiny(kind, "base" if encoder else "seq2seq" if kind in ("t5", "bart") else "lm", **changes)
         folder.mkdir(parents=True)
         config = config_of(kind, **changes)
         config.architectures = [type(model).__name__]

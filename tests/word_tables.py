@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from luthier.data.rows import Table
@@ -88,3 +88,35 @@ def word_tokenizer(
 def table(rows: list[dict[str, Any]], name: str = "rows.csv", first: int = 2) -> Table:
     """A table whose rows stand at lines `first`, `first + 1`, ... of the file `name`."""
     return Table(rows, [f"{name}:{first + i}" for i in range(len(rows))], name)
+
+
+def byte_tokenizer(kind: str = "gpt2", **special: Any) -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on a few words, whose blanks are written into the word that follows them.
+
+    Args:
+        kind: "gpt2", "gpt2-prefix" (`add_prefix_space`), "roberta" (<s> text </s>), "llama3" (a Split of its own).
+    """
+    blank = kind == "gpt2-prefix"
+    inner = Tokenizer(models.BPE())
+    if kind == "llama3":
+        inner.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    else:
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=blank)
+    inner.decoder = decoders.ByteLevel()
+    names = ["<s>", "<pad>", "</s>", "<unk>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=names, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    inner.train_from_iterator([" ".join([*WORDS, "Hello world in Paris"])] * 4, trainer)
+    if kind == "roberta":
+        inner.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    given = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", **special}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, clean_up_tokenization_spaces=False, add_prefix_space=blank, **given,
+        model_max_length=10**30,
+    )  # fmt: skip

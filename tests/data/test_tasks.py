@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from word_tables import table
 
-from luthier.core import DataError, ModelError, UnknownName
+from luthier.core import ConfigError, DataError, ModelError, UnknownName
 from luthier.data.columns import Columns
 from luthier.data.tasks import Task, infer_task
 
@@ -161,3 +161,13 @@ def test_a_row_without_the_field_is_named():
     data = table([{"text": "a", "label": "x"}, {"text": "b"}], "train.jsonl", 1)
     with pytest.raises(DataError, match=r"train\.jsonl:2: no field 'label'; its fields are 'text'"):
         infer_task(data, None, LABELLED)
+
+
+@pytest.mark.parametrize("task", ["causal_lm", "seq2seq"])
+@pytest.mark.parametrize("score", ["rouge_l", "bleu", "exact_match"])
+def test_a_score_of_generated_text_is_refused_with_what_a_run_can_select_by(task: str, score: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{score}' is of generated text.*loss, perplexity, token_accuracy"):
+        Task(name=task).check_metric(score)
+    assert Task(name=task).check_metric("perplexity") == "perplexity"
+    several = Task(name="classification", labels=("a", "b"), multi_label=True)
+    assert several.check_metric("exact_match") == "exact_match", "of labels it is computed"

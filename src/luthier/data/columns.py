@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -76,6 +76,10 @@ class Columns:
         """Role -> column, of the roles that are filled."""
         roles = ("text", "pair", "label", "prompt", "context", "response", "messages", "tokens", "tags")
         return {role: column for role in roles if (column := getattr(self, role)) is not None}
+
+    def inputs(self) -> "Columns":
+        """The columns that a model reads, without those that it is to answer: what a row to predict has."""
+        return replace(self, label=None, tags=None, response=None)
 
     def sentence(self) -> str:
         """The choice in words, for the log."""

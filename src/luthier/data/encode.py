@@ -45,17 +45,19 @@ def encode(
     with_targets: bool = True,
     loss_on: str = "response",
     template: ChatTemplate | None = None,
+    check: bool = True,
 ) -> Examples:
-    """Encode every row of a table.
+    """Encode every row of a table: for training and evaluation, and for prediction up to the target.
 
     Args:
         tokenizer: the model's own, of transformers.
         n_vocab: rows of the model's input embedding.
         max_length: tokens of the longest example (`choose_length`).
         accept_refused: share of rows that may be unusable.
-        with_targets: off for prediction, where rows have no labels; then every row must be usable.
+        with_targets: off for prediction, where rows have no labels, and none are read.
         loss_on: `DataSpec.loss_on`.
         template: of chat and prompt-response rows, in place of the tokenizer's own.
+        check: refuse a table with too many unusable rows; in prediction, with any. Off, the ledger says which they are.
 
     The result is kept on the disk and read from there the next time (`luthier.data.token_cache`); notes in the ledger
     say so.
@@ -65,6 +67,8 @@ def encode(
         ModelError: the tokenizer does not fit the model.
     """
     check_tokenizer(tokenizer, n_vocab)
+    if not with_targets:
+        columns = columns.inputs()
     options = {"n_vocab": n_vocab, "max_length": max_length, "with_targets": with_targets, "loss_on": loss_on}
     entry = token_cache.entry_of(table, columns, task, tokenizer, template, ENCODERS, **options)
     examples, said = token_cache.read(entry, table) if entry is not None else (None, "")
@@ -77,7 +81,10 @@ def encode(
             said = "; ".join(filter(None, [said, token_cache.write(entry, examples)]))
     if said:
         examples.ledger.notes.append(said)
-    examples.ledger.check(accept_refused if with_targets else 0.0)
+    if check and with_targets:
+        examples.ledger.check(accept_refused)
+    elif check:
+        examples.ledger.refuse_any()
     return examples
 
 

@@ -92,7 +92,7 @@ def _usable(gather: _Gather, indices: Sequence[int], columns: Sequence[str]) -> 
     """The rows whose fields are all text; the others are refused, with the field."""
     kept = []
     for i in indices:
-        found = [text_complaint(cell(gather.table, i, c), f"field {c!r}") for c in columns]
+        found = [text_complaint(gather.table.rows[i].get(c), f"field {c!r}") for c in columns]
         complaint = next((c for c in found if c), None)
         if complaint:
             gather.ledger.refuse(i, complaint)

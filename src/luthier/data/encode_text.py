@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from luthier.data.columns import Columns, cell, text_complaint
+from luthier.data.columns import Columns, text_complaint
 from luthier.data.examples import CHUNK, Examples, Flat, Ledger
 from luthier.data.rows import Table
 from luthier.data.tasks import Task
@@ -78,11 +78,13 @@ def encode_texts(
 def _usable_texts(
     table: Table, columns: Columns, indices: Sequence[int], ledger: Ledger
 ) -> tuple[list[int], list[str], list[str]]:
-    rows, texts, pairs = [], [], []
+    rows: list[int] = []
+    texts: list[str] = []
+    pairs: list[str] = []
     for i in indices:
         assert columns.text is not None
-        text = cell(table, i, columns.text)
-        pair = cell(table, i, columns.pair) if columns.pair else ""
+        text: Any = table.rows[i].get(columns.text)
+        pair: Any = table.rows[i].get(columns.pair) if columns.pair else ""
         complaint = text_complaint(text, f"field {columns.text!r}")
         if columns.pair:
             complaint = complaint or text_complaint(pair, f"field {columns.pair!r}")

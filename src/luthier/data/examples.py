@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from luthier.core import DataError
 from luthier.data.rows import Table
 
-__all__ = ["CHUNK", "IGNORED", "Examples", "Flat", "Ledger"]
+__all__ = ["CHUNK", "IGNORED", "REFUSED", "TRUNCATED", "USED", "Examples", "Flat", "Ledger"]
 
 IGNORED = -100
 """The label of a token that carries no loss; what torch's cross-entropy ignores."""
@@ -65,6 +65,11 @@ class Ledger:
         """The inverse of `taken`, of a ledger of the same rows."""
         assert len(status) == len(tokens) == len(targets) == len(self._table)
         self._status, self._tokens, self._targets, self._reasons = status, tokens, targets, reasons
+
+    @property
+    def table(self) -> Table:
+        """The rows that it is of."""
+        return self._table
 
     def place(self, row: int) -> str:
         """Where a row stands, such as `questions.csv:12`."""
@@ -120,6 +125,19 @@ class Ledger:
         reasons = self._some_refused(3)
         return f"{text} ({reasons})" if reasons else text
 
+    def refuse_any(self) -> None:
+        """Stop when one row is unusable.
+
+        Raises:
+            DataError: there is one; names reasons and places.
+        """
+        n = self.counts()
+        if n[REFUSED]:
+            raise DataError(
+                f"{self._table.source}: {n[REFUSED]} of {n['rows']} rows cannot be answered: {self._some_refused(10)}."
+                " Correct them, or leave strict out: then each row gets its answer or its reason."
+            )
+
     def check(self, accept_refused: float) -> None:
         """Stop when too many rows are unusable.
 
@@ -160,6 +178,8 @@ class Examples:
     """token types (0 and 1 of a pair), flat, where the tokenizer has them"""
     labels: NDArray[np.int32] | None = field(default=None, repr=False)
     """one label for each id, `IGNORED` where there is no loss, flat (causal_lm, token_classification)"""
+    words: NDArray[np.int32] | None = field(default=None, repr=False)
+    """the number in its row of the word that each id begins, `IGNORED` elsewhere, flat (tags to predict)"""
     answers: NDArray[np.int32] | None = field(default=None, repr=False)
     """ids of the responses, flat, cut by `answer_offsets` (seq2seq)"""
     answer_offsets: NDArray[np.int64] | None = field(default=None, repr=False)

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.core import DataError, ModelError, UnknownName, near
+from luthier.core import ConfigError, DataError, ModelError, UnknownName, near
 from luthier.data.columns import Columns, cell, is_blank, label_name
 from luthier.data.rows import Table
 from luthier.runs.spec import TASKS
@@ -38,8 +38,8 @@ METRICS = {
     "causal_lm": ("loss", "perplexity", "token_accuracy"),
     "seq2seq": ("loss", "perplexity", "token_accuracy"),
 }
-GENERATED = {"seq2seq": ("rouge_l", "bleu", "exact_match"), "causal_lm": ("rouge_l", "bleu", "exact_match")}
-"""Scores of generated text against the response; they need `generate`, so they are computed when asked for."""
+GENERATED = ("rouge_l", "bleu", "exact_match")
+"""Scores of generated text against the response: a run writes no text while it trains."""
 
 MOST_COMPLAINTS = 10
 SHOWN_CLASSES = 12
@@ -94,20 +94,22 @@ class Task:
         """The score that decides which evaluation is best."""
         return self.metrics[0]
 
-    @property
-    def generated_metrics(self) -> tuple[str, ...]:
-        """Scores that compare generated text with the response."""
-        return GENERATED.get(self.name, ())
-
     def check_metric(self, name: str) -> str:
-        """Return `name` if this task has such a score.
+        """Return `name` if a run of this task computes such a score.
 
         Raises:
-            UnknownName: it has none.
+            UnknownName: the task has none.
+            ConfigError: it is of generated text.
         """
-        known = [*self.metrics, *self.generated_metrics]
-        if name in known:
+        if name in self.metrics:
             return name
+        if name in GENERATED and self.name in ("causal_lm", "seq2seq"):
+            raise ConfigError(
+                f"eval.metric {name!r} is of generated text, and a run writes none while it trains. A run of task "
+                f"{self.name} can select by {', '.join(self.metrics)}. For {name}, let the finished run answer "
+                "the test rows (luthier predict) and compare."
+            )
+        known = list(self.metrics)
         raise UnknownName(f"task {self.name} has no score {name!r}.{near(name, known)} It has {', '.join(known)}.")
 
     def targets(self, table: Table, columns: Columns) -> NDArray[Any] | None:

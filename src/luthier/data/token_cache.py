@@ -25,7 +25,7 @@ __all__ = ["CACHED_FROM", "entry_of", "read", "write"]
 CACHED_FROM = 256
 """Tables with fewer rows are encoded faster than they are looked up."""
 
-ARRAYS = ("ids", "offsets", "rows", "n_targets", "types", "labels", "answers", "answer_offsets", "targets")
+ARRAYS = ("ids", "offsets", "rows", "n_targets", "types", "labels", "words", "answers", "answer_offsets", "targets")
 
 
 def entry_of(

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from luthier.core import IntegrityError, NothingTrains, plain
+from luthier.data.stop_tokens import stop_ids
 from luthier.runs import Record, RunFolder, durable, environment, load_step, peak_bytes
 from luthier.surgery import Tuned, tuning_files
 from luthier.training.evaluate import plain_scores
@@ -111,6 +112,7 @@ def _save(prepared: Prepared, tuned: Tuned, run: RunFolder) -> int:
             "tokenizer": prepared.fingerprints["tokenizer"],
             "template": plain(prepared.template) if prepared.template is not None else None,
             "loss_on": prepared.spec.data.loss_on,
+            **_stop(prepared, tuned),
             "weights": "fp32" if prepared.weights == torch.float32 else prepared.precision.name,
         },
     }
@@ -124,6 +126,16 @@ def _save(prepared: Prepared, tuned: Tuned, run: RunFolder) -> int:
             f"{run.tuning}: {', '.join(differs[:3])} read back otherwise than written. The disk is at fault."
         )
     return sum(p.stat().st_size for p in run.tuning.iterdir())
+
+
+def _stop(prepared: Prepared, tuned: Tuned) -> dict[str, list[int]]:
+    """The tokens that end an answer, of a task whose answers are written."""
+    if prepared.task.name not in ("causal_lm", "seq2seq"):
+        return {}
+    found = stop_ids(prepared.train, prepared.tokenizer, tuned.model)
+    if getattr(tuned.model, "generation_config", None) is not None and found:
+        tuned.model.generation_config.eos_token_id = found  # merged or saved, the model stops there too
+    return {"stop": found}
 
 
 def record_of(

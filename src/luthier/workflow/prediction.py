@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from luthier.core import ConfigError, DataError, IntegrityError, WrongBase, build
+from luthier.core import ConfigError, IntegrityError, WrongBase, build
 from luthier.data.batches import Batch, Collator, EvalBatches
-from luthier.data.chat import Chat, ChatTemplate, read_messages
+from luthier.data.chat import ChatTemplate
 from luthier.data.columns import Columns
 from luthier.data.encode import encode
+from luthier.data.examples import IGNORED, TRUNCATED, Examples
 from luthier.data.load_data import load_inputs
 from luthier.data.rows import Table
-from luthier.data.tasks import Task
+from luthier.data.stop_tokens import stop_ids
+from luthier.data.tasks import Task, words_and_tags
+from luthier.data.tokenizer import position_limit
 from luthier.runs import RunFolder
 from luthier.runs.spec import RunSpec
 from luthier.surgery import Tuned, read_tuning
@@ -25,10 +27,13 @@ from luthier.surgery import load as load_tuning
 from luthier.training.evaluate import Evaluator
 from luthier.training.objective import Objective, Result
 from luthier.training.precision import choose_device, choose_precision
+from luthier.workflow.generation import Generator
 from luthier.workflow.load_model import find_model, load_model, load_tokenizer
-from luthier.workflow.preparation import tokenizer_digest
+from luthier.workflow.preparation import reserved_positions, tokenizer_digest
 
 __all__ = ["Predictor", "predict"]
+
+_ROWS, _WRITTEN_ROWS = 1024, 64  # rows that are answered before the first of them is handed out
 
 
 class Predictor:
@@ -74,6 +79,15 @@ class Predictor:
             self.tuned.forward.route_attention()
             self.tuned.fast.accelerate(training=False)
         self.objective = Objective(self.tuned, self.task, full_logits=True)
+        # Runs of older versions say nothing of stop tokens.
+        stop = self.contract.get("stop") or stop_ids(None, self.tokenizer, model)
+        if getattr(model, "generation_config", None) is not None and stop:
+            model.generation_config.eos_token_id = stop  # what is merged or saved from here stops there too
+        limit, taken = position_limit(model.config), reserved_positions(self.tuned.tuning().method, self.tuned.anatomy)
+        self.generator = Generator(
+            self.tuned, self.tokenizer, self.precision, self.device, pad_id=int(pad["id"]), stop=stop,
+            limit=None if limit is None else limit - taken, tokens=4 * self.spec.batch.tokens,
+        )  # fmt: skip
 
     def add(self, name: str, path: Path | str) -> None:
         """Load the tuning of another run beside this one's, under a name that `rows` and `texts` take in `tunings`.
@@ -91,7 +105,8 @@ class Predictor:
         facts = read_tuning(run.tuning)
         task = {k: v for k, v in facts["task"].items() if k != "columns"}
         differs = [f"task {k}" for k, v in task.items() if v != self._facts["task"].get(k)]
-        differs += [k for k, v in facts["contract"].items() if v != self.contract.get(k)]
+        # Older runs have no "stop"; a run whose rows end otherwise differs in its template too.
+        differs += [k for k, v in facts["contract"].items() if k in self.contract and v != self.contract[k]]
         if differs:
             raise ConfigError(
                 f"{path}: differs from this run in {', '.join(differs)}, so its rows cannot be encoded and answered "
@@ -101,54 +116,125 @@ class Predictor:
         self.tuned.activate("default")
 
     def rows(
-        self, table: Table, *, max_new_tokens: int = 64, tunings: Sequence[str | None] | None = None
+        self,
+        table: Table,
+        *,
+        max_new_tokens: int = 64,
+        tunings: Sequence[str | None] | None = None,
+        strict: bool = False,
     ) -> list[dict[str, Any]]:
         """One answer for each row, in their order: label and probabilities, a number, tags, or generated text.
+
+        A row that cannot be read has `{"refused": reason}` in its place. A row that was read in part has a "note"
+        beside its answer. Tags are one a word; a word that has no token has None.
 
         Args:
             tunings: for each row the tuning that answers it ("default", or what `add` named), or None for the base.
                 Rows of one batch may have different ones; see `Tuned.rows`.
+            strict: refuse all rows where one cannot be read.
 
         Raises:
-            DataError: a row that cannot be read; all such rows are named.
+            DataError: with `strict`, a row that cannot be read; all such rows are named.
             ConfigError: not as many tunings as rows.
             UnknownName, CompositionError: a tuning that is not there, or that cannot stand beside others in a batch.
         """
+        return list(self.stream(table, max_new_tokens=max_new_tokens, tunings=tunings, strict=strict))
+
+    def stream(
+        self,
+        table: Table,
+        *,
+        max_new_tokens: int = 64,
+        tunings: Sequence[str | None] | None = None,
+        strict: bool = False,
+    ) -> Iterator[dict[str, Any]]:
+        """The answers of `rows`, as they come: some rows are answered at a time."""
         if tunings is not None and len(tunings) != len(table.rows):
             raise ConfigError(
                 f"{len(tunings)} tunings are named for {len(table.rows)} rows. Name one for each, or None for the base."
             )
-        with self.tuned.serving():
-            if tunings:
-                with self.tuned.rows(tunings):  # refuses what cannot be before any work
-                    pass
-            return self._answers(table, max_new_tokens, tunings)
+        if tunings:
+            with self.tuned.serving(), self.tuned.rows(tunings):  # refuses what cannot be before any work
+                pass
+        if strict:
+            self._encoded(table).ledger.refuse_any()
+        written = self.task.name in ("causal_lm", "seq2seq")
+        at_a_time = _WRITTEN_ROWS if written else _ROWS
+        for start in range(0, len(table), at_a_time):
+            part = table.take(range(start, min(start + at_a_time, len(table))))
+            named = None if tunings is None else tunings[start : start + at_a_time]
+            with self.tuned.serving():
+                examples = self._encoded(part)
+                found = self._write(examples, max_new_tokens, named) if written else self._read(examples, named)
+            for record in examples.ledger:
+                answer = found.get(record["row"])
+                if answer is None:
+                    yield {"refused": record["reason"]}
+                elif record["status"] == TRUNCATED:
+                    yield {**answer, "note": record["reason"]}
+                else:
+                    yield answer
 
-    def _answers(self, table: Table, max_new_tokens: int, tunings: Sequence[str | None] | None) -> list[dict[str, Any]]:
-        if self.task.name in ("causal_lm", "seq2seq"):
-            return self._generate(table, max_new_tokens, tunings)
-        examples = encode(
+    def _encoded(self, table: Table) -> Examples:
+        """The rows as training read them, up to the target."""
+        stored = self.contract["template"]
+        return encode(
             table, self.columns, self.task, self.tokenizer, n_vocab=self._vocabulary(),
-            max_length=int(self.contract["max_length"]), with_targets=False,
+            max_length=int(self.contract["max_length"]), with_targets=False, check=False,
+            template=None if stored is None else build(ChatTemplate, stored, "template"),
         )  # fmt: skip
+
+    def _read(self, examples: Examples, tunings: Sequence[str | None] | None) -> dict[int, dict[str, Any]]:
+        """Row -> its answer, of those that could be encoded."""
+        if len(examples) == 0:
+            return {}
         batches = EvalBatches(examples, Collator(pad_id=int(self.contract["pad"]["id"])), 4 * self.spec.batch.tokens)
         objective = self.objective
         if tunings is not None:
             objective = _ByRow(self.tuned, self.task, [tunings[i] for i in examples.rows])
         out = Evaluator(self.tuned, objective, batches, self.precision, self.device).outputs()
+        rows = examples.rows.tolist()
         if self.task.name == "token_classification":
-            return [{"tags": self.task.decode(np.asarray(row))} for row in out["logits"]]
+            return self._tags(examples, out["logits"])
         decoded = self.task.decode(out["logits"])
         if self.task.name == "regression":
-            return [{"value": value} for value in decoded]
+            return {row: {"value": value} for row, value in zip(rows, decoded, strict=True)}
         shares = self.task.probabilities(out["logits"])
-        return [
-            {"label": label, "probabilities": {n: float(p) for n, p in zip(self.task.labels, row, strict=True)}}
-            for label, row in zip(decoded, shares, strict=True)
-        ]
+        return {
+            row: {"label": label, "probabilities": {n: float(p) for n, p in zip(self.task.labels, each, strict=True)}}
+            for row, label, each in zip(rows, decoded, shares, strict=True)
+        }
+
+    def _tags(self, examples: Examples, logits: Sequence[Any]) -> dict[int, dict[str, Any]]:
+        """One tag for each word of each row, in order; None for a word of which no token remains."""
+        assert examples.words is not None
+        found: dict[int, dict[str, Any]] = {}
+        for k, row in enumerate(examples.rows.tolist()):
+            numbers = examples.words[examples.offsets[k] : examples.offsets[k + 1]]
+            n_words = len(words_and_tags(examples.ledger.table, row, self.columns.inputs())[0])
+            tags = found.setdefault(row, {"tags": [None] * n_words})["tags"]
+            decoded = self.task.decode(np.asarray(logits[k]))
+            for number, tag in zip(numbers[numbers != IGNORED].tolist(), decoded, strict=True):
+                tags[number] = tag
+        return found
+
+    def _write(
+        self, examples: Examples, max_new_tokens: int, tunings: Sequence[str | None] | None
+    ) -> dict[int, dict[str, Any]]:
+        named = None if tunings is None else [tunings[i] for i in examples.rows]
+        written = self.generator.write(examples, max_new_tokens, named)
+        return {
+            row: {"text": each.text, **({"note": each.note} if each.note else {})}
+            for row, each in zip(examples.rows.tolist(), written, strict=True)
+        }
 
     def texts(
-        self, texts: Sequence[str], *, max_new_tokens: int = 64, tunings: Sequence[str | None] | None = None
+        self,
+        texts: Sequence[str],
+        *,
+        max_new_tokens: int = 64,
+        tunings: Sequence[str | None] | None = None,
+        strict: bool = False,
     ) -> list[dict[str, Any]]:
         """Answers for texts alone; see `rows`.
 
@@ -169,55 +255,11 @@ class Predictor:
             Table(source="--text", rows=rows, places=[f"--text {i + 1}" for i in range(len(rows))]),
             max_new_tokens=max_new_tokens,
             tunings=tunings,
+            strict=strict,
         )
 
     def _vocabulary(self) -> int:
         return int(self.tuned.model.get_input_embeddings().weight.shape[0])
-
-    def _prompts(self, table: Table) -> list[list[int]]:
-        columns, tokenizer = self.columns, self.tokenizer
-        stored = self.contract["template"]
-        if self.task.name == "causal_lm" and stored is not None:
-            template = build(ChatTemplate, stored, "template")
-            with Chat(tokenizer, template=template) as chat:
-                return [
-                    chat.prompt(self._messages(row), place) for row, place in zip(table.rows, table.places, strict=True)
-                ]
-        column = columns.prompt or columns.text
-        assert column is not None
-        texts = [row.get(column) for row in table.rows]
-        bad = [p for p, t in zip(table.places, texts, strict=True) if not isinstance(t, str) or not t.strip()]
-        if bad:
-            raise DataError(f"no text in column {column!r}: {', '.join(bad[:10])}. Fill it in, or remove these rows.")
-        return [list(ids) for ids in tokenizer(texts)["input_ids"]]
-
-    def _messages(self, row: dict[str, Any]) -> list[dict[str, Any]]:
-        columns = self.columns
-        if columns.messages is not None:
-            messages = read_messages(row.get(columns.messages), columns.messages)
-            # What the assistant said last is what we are asked for.
-            return messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        assert columns.prompt is not None
-        prompt = str(row.get(columns.prompt, ""))
-        context = row.get(columns.context) if columns.context else None
-        return [{"role": "user", "content": f"{prompt}\n\n{context}" if context else prompt}]
-
-    def _generate(
-        self, table: Table, max_new_tokens: int, tunings: Sequence[str | None] | None
-    ) -> list[dict[str, Any]]:
-        answers: list[dict[str, Any]] = []
-        pad = int(self.contract["pad"]["id"])
-        for i, ids in enumerate(self._prompts(table)):
-            given = torch.tensor([ids], device=self.device)
-            named = nullcontext() if tunings is None else self.tuned.rows([tunings[i]])
-            with torch.inference_mode(), self.precision.autocast(self.device), named:
-                out = self.tuned.model.generate(
-                    input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=max_new_tokens,
-                    do_sample=False, pad_token_id=pad, eos_token_id=self.tokenizer.eos_token_id,
-                )  # fmt: skip
-            new = out[0] if self.tuned.anatomy.is_encoder_decoder else out[0, len(ids) :]
-            answers.append({"text": self.tokenizer.decode(new, skip_special_tokens=True).strip()})
-        return answers
 
 
 class _ByRow(Objective):
@@ -233,24 +275,23 @@ class _ByRow(Objective):
 
 
 def predict(
-    path: Path | str, *, texts: Sequence[str] = (), data: str | None = None, max_new_tokens: int = 64
+    path: Path | str,
+    *,
+    texts: Sequence[str] = (),
+    data: str | None = None,
+    max_new_tokens: int = 64,
+    strict: bool = False,
 ) -> list[dict[str, Any]]:
-    """Answers of a finished run for texts, or for the rows of a file, in their order.
-
-    >>> from luthier import DataSpec, RunSpec, train
-    >>> rows = DataSpec(source="reviews.csv", text="review", label="stars")
-    >>> result = train(RunSpec(model="sample:minilm-l6", data=rows, steps=2))
-    >>> answer = predict(result.path, texts=["a film for a long evening"])[0]
-    >>> sorted(answer["probabilities"])
-    ['bad', 'good']
+    """Answers of a finished run for texts, or for the rows of a file, in their order; see `Predictor.rows`.
 
     Raises:
         ConfigError: neither or both were given; no such run.
+        DataError: with `strict`, a row that cannot be read.
     """
     if bool(texts) == (data is not None):
         raise ConfigError("give texts, or a file of rows: one of the two.")
     predictor = Predictor(path)
     if data is None:
-        return predictor.texts(texts, max_new_tokens=max_new_tokens)
+        return predictor.texts(texts, max_new_tokens=max_new_tokens, strict=strict)
     table, _ = load_inputs(data, predictor.columns)
-    return predictor.rows(table, max_new_tokens=max_new_tokens)
+    return predictor.rows(table, max_new_tokens=max_new_tokens, strict=strict)

@@ -30,7 +30,7 @@ from luthier.training.precision import Precision, choose_device, choose_precisio
 from luthier.training.strategy import split_settings, strategies
 from luthier.workflow.load_model import Source, empty_model, find_model, load_config, load_tokenizer
 
-__all__ = ["Prepared", "prepare", "tokenizer_digest"]
+__all__ = ["Prepared", "prepare", "reserved_positions", "tokenizer_digest"]
 
 _LANGUAGE_ROWS = 200  # a language model's rows are long: all of them can take longer than training
 
@@ -113,8 +113,7 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None) -> Pr
     empty = empty_model(source, task)
     anatomy = Anatomy.read(empty)
     n_params = method.n_params(anatomy)
-    edits = list(method.edits(anatomy))
-    reserved = sum(getattr(e, "length", 0) for e in edits if type(e).__name__ == "PrependTokens")
+    reserved = reserved_positions(method, anatomy)
     if n_params == 0 and not anatomy.head_tensors:
         raise NothingTrains(f"{spec.method} trains no number of {source.name}. Choose another method.")
     n_vocab = int(empty.get_input_embeddings().weight.shape[0])
@@ -186,6 +185,11 @@ def _method_and_strategies(spec: RunSpec) -> tuple[Method, tuple[Strategy, ...]]
             f"{error} {misplaced[0]!r} is a field of the run: write --set run.{misplaced[0]}=..., or put it at the top "
             "of the spec."
         ) from error
+
+
+def reserved_positions(method: Method, anatomy: Anatomy) -> int:
+    """Positions that the method takes for tokens of its own."""
+    return sum(getattr(e, "length", 0) for e in method.edits(anatomy) if type(e).__name__ == "PrependTokens")
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

@@ -160,6 +160,12 @@ def check(edited: EditedModel) -> None:
                     f"{plug.base.dtype}), and an update cannot be added to it without its scale. Serve the tuning "
                     "attached, or load the base in bfloat16, load the tuning there and merge that."
                 )
+        if live.ends:
+            site, kind = live.ends[0].site, type(live.ends[0].attachment).__name__
+            raise CannotMerge(
+                f"{site.key}: a place at the end of a sublayer, with no weight of its own to merge {kind} into. Attach "
+                "to the projection there (attn.o, ffn.down) instead, or serve it attached."
+            )
         for plug in live.whole:
             site = plug.site
             name = edited.anatomy.tied.get(f"{site.path}.{site.param}", f"{site.path}.{site.param}")

@@ -99,12 +99,12 @@ class Route:
         if rows.alike:
             return self._alone
         used = [p for p in self.socket.plugs if p.tuning in rows.names]
-        if not used and not self.values:
-            return self._frozen
-        if used and used[0].site.kind.endswith("_out"):
-            return self._sublayer
-        stack = self._stack(used)
-        return self._in_groups if stack is None else partial(self._together, stack)
+        inner = [p for p in used if not p.at_end]
+        way: Callable[..., Any] = self._frozen
+        if inner or self.values:
+            stack = self._stack(inner)
+            way = self._in_groups if stack is None else partial(self._together, stack)
+        return way if len(inner) == len(used) else partial(self._sublayer, way)
 
     def _may(self, x: Any) -> bool:
         """Whether the functions that choose no type and give no gradient may stand for the layer on this input."""
@@ -176,7 +176,7 @@ class Route:
         """All free tunings that hold only attachments of `cls` here, one for each part of the layer."""
         by_tuning: dict[str, list[Plug]] = {}
         for plug in self.socket.plugs:
-            if plug.tuning in self.state.free:
+            if plug.tuning in self.state.free and not plug.at_end:
                 by_tuning.setdefault(plug.tuning, []).append(plug)
         by_part: dict[SiteRows | None, list[Plug]] = {}
         for plugs in by_tuning.values():
@@ -233,7 +233,7 @@ class Route:
             # (picked * n, d) or (picked, n, d), as x came
             given = part.reshape(-1, part.shape[-1]) if flat else part.view(len(picked), *x.shape[1:])
             with _only(self.context, picked, len(rows)):
-                y = self.socket.run(self._plan(name), (given,), {})
+                y = self.socket.project(self._plan(name), (given,), {})
             y = y.reshape(len(picked), -1, y.shape[-1])  # (picked, n, d_out)
             if out is None:
                 out = y.new_empty(len(rows), *y.shape[1:])
@@ -241,9 +241,9 @@ class Route:
         assert out is not None
         return out.reshape(*x.shape[:-1], out.shape[-1])  # (..., d_out), as x came
 
-    def _sublayer(self, rows: RowNames, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The sublayer once for the batch, then what each tuning adds to its rows."""
-        out = self.socket.run(self._plan(None), args, kwargs)  # first: the start of the sublayer may lie inside
+    def _sublayer(self, way: Callable[..., Any], rows: RowNames, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The layer for the whole batch in its own `way`, then what each tuning adds to its rows at the end."""
+        out = way(rows, args, kwargs)  # first: the start of the sublayer may lie inside
         taps = {id(p.tap): p.tap for p in self.socket.plugs if p.tap is not None}
         seen = {number: tap.take() for number, tap in taps.items()}
         y = out[0] if isinstance(out, tuple) else out
@@ -255,7 +255,7 @@ class Route:
             shape = (-1, y.shape[-1]) if y.dim() == 2 else (len(picked), *y.shape[1:])
             part = part.reshape(shape)  # (picked * n, d) or (picked, n, d), as y came
             with _only(self.context, picked, len(rows)):
-                for plug in self._plan(name).whole:
+                for plug in self._plan(name).ends:
                     x = seen[id(plug.tap)] if plug.tap is not None else own
                     if x is not None:
                         mine = self._by_row(rows, x).index_select(0, picked)

@@ -53,6 +53,7 @@ class Plug:
         cls = type(self.attachment)
         self.changes_input = cls.before is not Attachment.before
         self.has_fused = cls.fused is not Attachment.fused
+        self.at_end = self.site.kind in _SUBLAYERS  # of a sublayer, which may be the very module of a projection
         self.read_dtype()
 
     def read_dtype(self) -> None:
@@ -100,9 +101,14 @@ class Substitute:
 
 @dataclass(eq=False)
 class Plan:
-    """What a forward pass has to do at one socket."""
+    """What a forward pass has to do at one socket: the layer and what changes it, then what ends the sublayer.
 
-    whole: list[Plug] = field(default_factory=list)
+    One module may be both a projection and the end of a sublayer (`attn.o` and `attn_out` of Llama). What sits at the
+    projection reads what the projection reads; what sits at the end, what its own tap heard.
+    """
+
+    whole: list[Plug] = field(default_factory=list)  # at the layer itself
+    ends: list[Plug] = field(default_factory=list)  # at the end of a sublayer, around all else
     parts: list[tuple[Site, list[Plug]]] = field(default_factory=list)
     experts: list[Plug] = field(default_factory=list)
     substitutes: list[Substitute] = field(default_factory=list)
@@ -179,16 +185,18 @@ class Socket(nn.Module):
                 live.experts.append(plug)
             elif plug.site.rows is not None:
                 by_site.setdefault(plug.site.key, (plug.site, []))[1].append(plug)
+            elif plug.at_end:
+                live.ends.append(plug)
             else:
                 live.whole.append(plug)
         live.parts = list(by_site.values())
         live.substitutes = [s for s in self.substitutes if s.tuning in active and (s.dtype is not None or not folded)]
         live.substitutes = live.substitutes if instead is None else instead
-        live.empty = not (live.whole or live.parts or live.experts or live.substitutes)
+        live.empty = not (live.whole or live.ends or live.parts or live.experts or live.substitutes)
         if len(live.whole) == 1 and not (live.parts or live.experts or live.substitutes):
             only = live.whole[0]
             live.fused = only if only.has_fused else None
-            live.single = only if not only.changes_input and only.site.kind not in _SUBLAYERS else None
+            live.single = only if not only.changes_input and not live.ends else None
         return live
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -202,6 +210,11 @@ class Socket(nn.Module):
 
     def run(self, live: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Carry out `live`: the layer, and what sits there."""
+        out = self.project(live, args, kwargs)  # first: the start of the sublayer may lie inside this module
+        return self._end(live.ends, out, args, kwargs) if live.ends else out
+
+    def project(self, live: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The layer and what changes it, without what ends a sublayer."""
         if live.empty:
             return self._base(args, kwargs)
         # A compiler fuses by itself, and better where it sees the plain computation.
@@ -216,8 +229,6 @@ class Socket(nn.Module):
             )
         if not (live.whole or live.parts):
             return self._run(live, args, kwargs)
-        if live.whole and live.whole[0].site.kind in _SUBLAYERS:
-            return self._sublayer(live, args, kwargs)
         x = args[0] if args else kwargs["hidden_states"]
         if live.parts:
             y = self._parts(live, x, args, kwargs)
@@ -301,14 +312,13 @@ class Socket(nn.Module):
             changed.append((site.rows, part))
         return join_rows(y, changed)
 
-    def _sublayer(self, live: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _end(self, ends: list[Plug], out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The end of a sublayer: x comes from its start."""
-        out = self._run(live, args, kwargs)  # first: the start of the sublayer may lie inside this module
-        taps = {id(p.tap): p.tap for p in live.whole if p.tap is not None}
+        taps = {id(p.tap): p.tap for p in ends if p.tap is not None}
         seen = {number: tap.take() for number, tap in taps.items()}
         y = out[0] if isinstance(out, tuple) else out
         own = args[0] if args else kwargs.get("hidden_states")
-        for plug in live.whole:
+        for plug in ends:
             x = seen[id(plug.tap)] if plug.tap is not None else own
             y = plug.after(x, y)
         return (y, *out[1:]) if isinstance(out, tuple) else y

@@ -159,6 +159,8 @@ class Tuned:
             raise ConfigError(
                 f"tuning name {name!r}: it must be new, not empty, and hold none of . / : | on this model."
             )
+        if hasattr(self.model.luthier, name):  # torch registers no module under a name that its class has
+            raise ConfigError(f"tuning name {name!r}: torch's modules have an attribute of that name. Choose another.")
         self.edited.refuse_folded("adding a tuning")
         self._serving.refuse("adding a tuning")
         active = self.edited.active()

@@ -9,7 +9,7 @@ PIP := $(BIN)/pip --disable-pip-version-check
 PYTEST := $(BIN)/pytest -n 2 --dist worksteal
 FAST := -m "not slow and not gpu"
 
-.PHONY: demo test test-all lint types matrix docs shares bench bench-quick gpu audit sbom lock clean
+.PHONY: demo test test-all lint types matrix docs shares bench bench-quick gpu mutants audit sbom lock clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.run
@@ -48,6 +48,10 @@ bench-quick: .venv/.dev .venv/.samples
 # TINY=1 runs all of it at tiny sizes, on a CPU too.
 gpu:
 	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(if $(TINY),--tiny) $(if $(GPU_OUT),--out $(GPU_OUT))
+
+# Not for CI: about an hour. ARGS="--only training/schedule.py" for a part; --help says the rest.
+mutants: .venv/.dev
+	$(BIN)/python scripts/mutants.py $(ARGS)
 
 # Needs the network; without it, or where the index does not know a package, it fails and says what was not audited.
 audit: .venv/.dev

@@ -1,4 +1,9 @@
-"""Fine-tune any transformer with any method, and know beforehand what it costs."""
+"""Fine-tune any transformer with any method, and know beforehand what it costs.
+
+>>> import luthier
+>>> len(luthier.__version__.split("."))
+3
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -2,6 +2,34 @@
 
 from luthier.anatomy.anatomy import Anatomy, Attention, Block
 from luthier.anatomy.architecture import ARCHITECTURES, Architecture, Fused
+from luthier.anatomy.selection import (
+    BySite,
+    NumberBySite,
+    Selector,
+    WholeBySite,
+    at_site,
+    is_projection,
+    is_sublayer,
+    joined,
+)
 from luthier.anatomy.site import KINDS, Rows, Site
 
-__all__ = ["ARCHITECTURES", "KINDS", "Anatomy", "Architecture", "Attention", "Block", "Fused", "Rows", "Site"]
+__all__ = [
+    "ARCHITECTURES",
+    "KINDS",
+    "Anatomy",
+    "Architecture",
+    "Attention",
+    "Block",
+    "BySite",
+    "Fused",
+    "NumberBySite",
+    "Rows",
+    "Selector",
+    "Site",
+    "WholeBySite",
+    "at_site",
+    "is_projection",
+    "is_sublayer",
+    "joined",
+]

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import (
 
 from luthier.anatomy.architecture import architecture_of
 from luthier.anatomy.infer import attends, block_lists, has_weight, is_norm, layer_shape, norm_site, read_block
+from luthier.anatomy.selection import selectors
 from luthier.anatomy.site import KINDS, Site
 from luthier.core import AnatomyError, near
 from luthier.core.protocols import Model
@@ -52,6 +53,15 @@ class Block:
 @dataclass(frozen=True)
 class Anatomy:
     """One name for every place of one model.
+
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> model = BertForSequenceClassification(BertConfig(
+    ...     vocab_size=50, hidden_size=12, num_hidden_layers=2, num_attention_heads=3, intermediate_size=20))
+    >>> anatomy = Anatomy.read(model)
+    >>> for site in anatomy.sites("attn.q"):
+    ...     print(site.key, site.path)
+    attn.q@0 bert.encoder.layer.0.attention.self.query
+    attn.q@1 bert.encoder.layer.1.attention.self.query
 
     Args:
         d: width of the residual stream.
@@ -123,21 +133,25 @@ class Anatomy:
         layers: Iterable[int] | None = None,
         stack: str | None = None,
         asked_by: str = "",
+        fits: Callable[[Site], bool] | None = None,
     ) -> tuple[Site, ...]:
-        """All sites of the kinds named, in the model's order; every kind must be there.
+        """All sites that the choices mean, in the model's order; each choice must mean one.
 
         In a model that writes words and has other stacks beside (an image tower), a kind without a stack stands for
         that of the words' stack.
 
         Args:
-            kinds: such as "attn.q"; a family's name ("experts", "ffn") stands for all that the
-                model has of it. "attn.q@vision_tower" means that stack. None at all stands for every kind.
+            kinds: such as "attn.q"; a family's name ("experts", "ffn") stands for all that the model has of it; "@" and
+                a stack or layers may follow ("attn.q@vision_tower", "attn.q@0-5", "*@last4";
+                `luthier.anatomy.selection`). None at all stands for every kind.
             layers: only sites of these layers (counted in each stack from 0); sites outside the layers are left out.
             stack: only "encoder" or "decoder".
             asked_by: who asks, for the message.
+            fits: what "*" stands for; without it, every site.
 
         Raises:
-            AnatomyError: the model has no site of one of the kinds, there; the message lists what there is.
+            AnatomyError: the model has no such site, or not there; the message lists what there is.
+            ConfigError: a choice that is not written as one.
         """
         kept = None if layers is None else set(layers)
         candidates = [
@@ -145,31 +159,24 @@ class Anatomy:
         ]
         if not kinds and candidates:
             return tuple(candidates)
+        who = f"{asked_by}: " if asked_by else ""
         wanted: set[int] = set()
-        for asked in kinds or self.kinds():
-            kind, _, where = asked.partition("@")
-            if where and where not in self.stacks:
-                raise AnatomyError(self._no_stack(asked, where, asked_by))
-            inside = where or (self.text_stack if stack is None else "")
-            matching = {
-                id(s)
-                for s in candidates
-                if (s.kind == kind or s.kind.startswith(f"{kind}.")) and (s.stack in (inside, "") or not inside)
-            }
-            if not matching:
-                raise AnatomyError(self._absent(kind, kept, inside or stack, asked_by))
-            wanted |= matching
+        for choice in selectors(kinds or self.kinds(), who):
+            where = choice.chosen(self.depths, who)
+            inside = choice.stack or (self.text_stack if stack is None else "")
+            of_kind = [s for s in candidates if choice.means(s, fits) and (s.stack in (inside, "") or not inside)]
+            if not of_kind:
+                raise AnatomyError(self._absent(choice.kind, kept, inside or stack, asked_by))
+            there = [id(s) for s in of_kind if where is None or (s.stack, s.layer) in where]
+            if not there:
+                raise AnatomyError(f"{who}{choice.text!r} means no site: {_where(of_kind)}.")
+            wanted |= set(there)
         return tuple(s for s in candidates if id(s) in wanted)
 
-    def _no_stack(self, asked: str, where: str, asked_by: str) -> str:
-        who = f"{asked_by}: " if asked_by else ""
-        stacks = [s for s in self.stacks if s]
-        if not stacks:
-            return f"{who}{asked!r} names a stack, and this {self.model_type} model has one alone. Leave @{where} out."
-        return (
-            f"{who}{asked!r}: no stack is called {where!r}.{near(where, stacks)} This {self.model_type} model has "
-            f"{', '.join(stacks)}."
-        )
+    @property
+    def depths(self) -> dict[str, int]:
+        """Layers of each stack; the one stack of most models is called ""."""
+        return {stack: 1 + max(b.layer for b in self.blocks if b.stack == stack) for stack in self.stacks}
 
     def _absent(self, kind: str, layers: set[int] | None, stack: str | None, asked_by: str) -> str:
         who = f"{asked_by}: " if asked_by else ""
@@ -242,6 +249,19 @@ class Anatomy:
             row["n_params"] += site.n_params
         order = list(KINDS)
         return sorted(rows.values(), key=lambda row: order.index(row["site"]))
+
+
+def _where(sites: Iterable[Site]) -> str:
+    """Where sites of one kind stand, for a message."""
+    by_kind: dict[str, list[Site]] = {}
+    for site in sites:
+        by_kind.setdefault(site.kind, []).append(site)
+    said = []
+    for kind, members in by_kind.items():
+        layers = sorted({(s.stack, s.layer) for s in members if s.layer is not None})
+        named = ", ".join(f"{stack}.{layer}" if stack else str(layer) for stack, layer in layers)
+        said.append(f"{kind} stands in layers {named}" if named else f"{kind} stands outside of the layers")
+    return "; ".join(said)
 
 
 def _generic(site: Site, blocks: tuple[Block, ...]) -> str:

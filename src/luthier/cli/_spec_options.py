@@ -234,7 +234,7 @@ def setting_options(cards: Sequence[Card], taken: Sequence[Option]) -> list[Opti
 def _setting(card: Card, setting: Setting, name: str, several: bool) -> Option:
     choices = tuple(re.findall(r"'([^']*)'", setting.type)) if setting.type.startswith("Literal[") else ()
     flag = setting.type == "bool"
-    shape = "|".join(choices) or {"int": "INT", "float": "NUMBER"}.get(setting.type, "TEXT")
+    shape = "|".join(choices) or {"int": "INT", "float": "NUMBER"}.get(setting.type.partition(" | ")[0], "TEXT")
     if setting.type.startswith("tuple["):
         shape = "LIST"
     field = f"{SETTINGS}{card.name}.{setting.name}" if several else SETTINGS + setting.name

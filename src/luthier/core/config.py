@@ -131,7 +131,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         try:
             ready[name] = _convert(value, facts[name].type, f"{label}.{name}")
             limit = facts[name].limit
-            numbers = ready[name] if isinstance(ready[name], tuple) else (ready[name],)
+            numbers = ready[name] if isinstance(ready[name], tuple) else getattr(ready[name], "numbers", (ready[name],))
             for number in numbers:
                 if limit is not None and isinstance(number, int | float) and not isinstance(number, bool):
                     if number != number:
@@ -150,6 +150,8 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
 
 def plain(value: Any) -> Any:
     """Turn a dataclass (or anything inside one) into what JSON and TOML can hold."""
+    if hasattr(value, "to_text") and not isinstance(value, type):
+        return value.to_text()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -191,7 +193,7 @@ def _name_of(hint: Any) -> str:
     if get_origin(hint) is tuple:
         return f"a list of {_name_of(get_args(hint)[0])}"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "nothing"}.get(
-        hint, getattr(hint, "__name__", str(hint))
+        hint, getattr(hint, "says", getattr(hint, "__name__", str(hint)))
     )
 
 
@@ -235,6 +237,8 @@ def _convert(value: Any, hint: Any, label: str) -> Any:
             return value
         if isinstance(value, float) and value.is_integer():
             return int(value)
+    elif hasattr(hint, "from_text"):  # a type that is written in words of its own
+        return hint.from_text(value, label)
     elif dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if isinstance(value, hint):
             return value

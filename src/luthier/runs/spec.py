@@ -38,7 +38,11 @@ TASKS: tuple[str, ...] = get_args(Task)
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
-    """Which rows, which of their columns, and what to do with rows that cannot be used."""
+    """Which rows, which of their columns, and what to do with rows that cannot be used.
+
+    >>> DataSpec(source="questions.csv", text="question", label="kind").test_share
+    0.2
+    """
 
     source: Annotated[
         str,
@@ -167,7 +171,14 @@ class CheckpointSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
-    """Everything one run depends on."""
+    """Everything one run depends on.
+
+    >>> spec = RunSpec(model="sample:minilm-l6", data=DataSpec(source="sample:trec6"), steps=20)
+    >>> spec.method, spec.batch.size
+    ('lora', 16)
+    >>> print(spec.to_toml().splitlines()[0])
+    model = "sample:minilm-l6"
+    """
 
     model: Annotated[str, "model to tune: a folder, sample:NAME, or a hub name"]
     data: Annotated[DataSpec, "rows to learn from"]

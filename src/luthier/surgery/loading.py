@@ -21,6 +21,15 @@ __all__ = ["load"]
 def load(model: Model, folder: Path | str, *, name: str = "default", trainable: bool = False) -> Tuned:
     """Attach a saved tuning to its base, in eval mode and frozen; with `trainable`, ready to learn on.
 
+    >>> import copy, tempfile
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> model = BertForSequenceClassification(BertConfig(
+    ...     vocab_size=50, hidden_size=12, num_hidden_layers=2, num_attention_heads=3, intermediate_size=20))
+    >>> fresh, folder = copy.deepcopy(model), tempfile.mkdtemp() + "/tuning"
+    >>> digest = attach(model, "ia3").save(folder)
+    >>> print(load(fresh, folder).status()[0]["method"])
+    ia3
+
     Raises:
         WrongBase: the tuning was made for another model.
         Refused, IntegrityError: the files are not what they claim to be.

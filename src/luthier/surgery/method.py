@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any, ClassVar, Self
 
 from torch import Tensor
 
-from luthier.anatomy import Anatomy, Site
+from luthier.anatomy import Anatomy, BySite, Site, is_projection
 from luthier.core import Card, Catalogue, plain
 from luthier.surgery.attachment import Attachment
 from luthier.surgery.base import Base
@@ -130,13 +130,34 @@ class PerSite(Method):
     def build(self, site: Site, base: Base) -> Attachment:
         """Make the attachment; called in fp32 under a generator keyed by the site."""
 
+    def fits(self, site: Site) -> bool:
+        """What `*` in `sites` stands for: the projections of the layers."""
+        return is_projection(site)
+
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
         """The sites, in the order of the model."""
-        return anatomy.sites(*self.sites, asked_by=getattr(self, "name", type(self).__name__))
+        return anatomy.sites(*self.sites, asked_by=f"{self._label}.sites", fits=self.fits)
+
+    def on(self, anatomy: Anatomy) -> Self:
+        """The method with the values that its by-site settings have on this model."""
+        known: Any = self
+        varying = {f.name: v for f in fields(known) if isinstance(v := getattr(self, f.name), BySite)}
+        if not varying:
+            return self
+        places, label = self.places(anatomy), self._label
+        resolved = {n: v.resolved(places, anatomy.depths, f"{label}.{n}", self.fits) for n, v in varying.items()}
+        made: Self = replace(known, **resolved)
+        return made
+
+    @property
+    def _label(self) -> str:
+        return str(getattr(self, "name", type(self).__name__))
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
+        here = self.on(anatomy)
         for site in self.places(anatomy):
-            yield Attach(site, lambda base, site=site: self.build(site, base))  # type: ignore[misc]
+            yield Attach(site, lambda base, site=site: here.build(site, base))  # type: ignore[misc]
 
     def n_params(self, anatomy: Anatomy) -> int:
-        return sum(self.params_at(site) for site in self.places(anatomy))
+        here = self.on(anatomy)
+        return sum(here.params_at(site) for site in self.places(anatomy))

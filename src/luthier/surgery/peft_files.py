@@ -9,6 +9,7 @@ that several layers share has no name in those files, and is refused.
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from luthier.anatomy import Anatomy, Site
+from luthier.anatomy import Anatomy, BySite, Site
 from luthier.core import CannotMerge, ConfigError, IntegrityError, ModelError
 from luthier.core.protocols import Model
 from luthier.runs import durable
@@ -87,12 +88,27 @@ def to_peft(tuned: Tuned, folder: Path | str, name: str | None = None) -> Path:
         facts["feedforward_modules"] = [sites[k].path for k, m in tuning.modules_by_key().items() if _reads(m)]
     else:
         method: Any = tuning.method
-        facts |= {"r": method.rank, "lora_alpha": method.alpha, "lora_dropout": method.dropout, "bias": "none"}
-        facts["use_dora"] = kind == "dora"
+        facts |= {"lora_dropout": method.dropout, "bias": "none", "use_dora": kind == "dora"}
+        facts |= _widths({sites[k].path: m for k, m in tuning.modules_by_key().items()}, method)
     with durable.folder(folder.absolute()) as draft:
         draft.write_tensors(WEIGHTS, {n: t.cpu().contiguous() for n, t in tensors.items()})
         draft.write_json(CONFIG, facts)
     return folder
+
+
+def _widths(modules: Mapping[str, Any], method: Any) -> dict[str, Any]:
+    """Rank and alpha as peft's file says them: one for all, and a pattern for the layers with another."""
+    facts: dict[str, Any] = {}
+    for name, pattern, setting, value_of in (
+        ("r", "rank_pattern", method.rank, lambda m: len(m.a)),
+        ("lora_alpha", "alpha_pattern", method.alpha, lambda m: m.scale * len(m.a)),
+    ):
+        facts[name] = setting
+        if isinstance(setting, BySite):
+            found = {path: value_of(module) for path, module in modules.items()}
+            facts[name] = Counter(found.values()).most_common(1)[0][0]
+            facts[pattern] = {path: value for path, value in found.items() if value != facts[name]}
+    return facts
 
 
 def from_peft(model: Model, folder: Path | str) -> Tuned:

@@ -42,6 +42,19 @@ class Tuned:
     *active*, *trainable* and *frozen* are three separate facts: `activate` says which tunings act, `train_only` which
     of them learn; `print(tuned)` shows both.
 
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> model = BertForSequenceClassification(BertConfig(
+    ...     vocab_size=50, hidden_size=12, num_hidden_layers=2, num_attention_heads=3, intermediate_size=20))
+    >>> tuned = attach(model, "lora", name="first", rank=2)
+    >>> print(tuned)
+    BertForSequenceClassification, 9.3 k numbers in the base
+      first: lora, active, trains, 218 in 6 places
+    >>> Tuned.of(model) is tuned
+    True
+    >>> tuned.activate()  # nothing acts: the base model
+    >>> tuned.detach() is model  # everything taken off, bit for bit
+    True
+
     Attributes:
         model: the user's model, which keeps its class.
         anatomy: what it is made of.
@@ -335,6 +348,15 @@ def attach(
     **settings: Any,
 ) -> Tuned:
     """Edit a Hugging Face model in place so that `method` can train; the model keeps its class.
+
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> model = BertForSequenceClassification(BertConfig(
+    ...     vocab_size=50, hidden_size=12, num_hidden_layers=2, num_attention_heads=3, intermediate_size=20))
+    >>> tuned = attach(model, "lora", rank=2)
+    >>> tuned.n_trained()  # 2 layers, q and v, a matrix to and one from two numbers
+    192
+    >>> type(model).__name__
+    'BertForSequenceClassification'
 
     Args:
         model: any transformer whose anatomy can be read. All its weights are frozen first.

@@ -284,6 +284,13 @@ def predict(
 ) -> list[dict[str, Any]]:
     """Answers of a finished run for texts, or for the rows of a file, in their order; see `Predictor.rows`.
 
+    >>> from luthier import DataSpec, RunSpec, train
+    >>> rows = DataSpec(source="reviews.csv", text="review", label="stars")
+    >>> result = train(RunSpec(model="sample:minilm-l6", data=rows, steps=2))
+    >>> answer = predict(result.path, texts=["a film for a long evening"])[0]
+    >>> sorted(answer["probabilities"])
+    ['bad', 'good']
+
     Raises:
         ConfigError: neither or both were given; no such run.
         DataError: with `strict`, a row that cannot be read.

@@ -57,6 +57,13 @@ def train(
 ) -> Result:
     """Fine-tune as the spec says, into a new folder.
 
+    >>> from luthier import DataSpec, RunSpec
+    >>> rows = DataSpec(source="reviews.csv", text="review", label="stars")
+    >>> spec = RunSpec(model="sample:minilm-l6", data=rows, steps=2, out="runs/one")
+    >>> result = train(spec)
+    >>> result.record.status, sorted(result.scores)
+    ('finished', ['accuracy', 'loss', 'macro_f1', 'mcc'])
+
     Args:
         stop_at: make only so many optimiser steps, and leave the run unfinished; `resume` goes on.
 
@@ -89,6 +96,14 @@ def resume(
     stop_at: int | None = None,
 ) -> Result:
     """Go on with an unfinished run, to the bit where nothing has changed.
+
+    >>> from luthier import DataSpec, RunSpec
+    >>> rows = DataSpec(source="reviews.csv", text="review", label="stars")
+    >>> spec = RunSpec(model="sample:minilm-l6", data=rows, steps=2, out="runs/stopped")
+    >>> train(spec, stop_at=1).record.status
+    'paused'
+    >>> resume("runs/stopped").record.status
+    'finished'
 
     Args:
         changed: dotted spec fields to change, such as {"optim.lr": 1e-4}; each is applied or refused, none ignored.

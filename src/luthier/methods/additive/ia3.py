@@ -21,7 +21,7 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor, nn
 
-from luthier.anatomy import Anatomy, Site
+from luthier.anatomy import Anatomy, Site, is_projection, joined
 from luthier.core import AnatomyError
 from luthier.kernels import GroupedScales, scale
 from luthier.methods.parts.own_tensors import group_names, own_modules
@@ -56,10 +56,11 @@ class IA3(Method):
         return [Group(group_names(tuned, scales), decay_to=1.0)]
 
     def _outputs(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        kinds = list(self.outputs)
+        kinds = joined(self.outputs)
         if self.cross and anatomy.is_encoder_decoder:
-            kinds += [k.replace("attn.", "cross.") for k in self.outputs if k.startswith("attn.")]
-        found = anatomy.sites(*kinds, asked_by="ia3") if kinds else ()
+            # Cross-attention stands in the decoder only.
+            kinds += [k.replace("attn.", "cross.") for k in kinds if k.startswith("attn.") and "@encoder" not in k]
+        found = anatomy.sites(*kinds, asked_by="ia3.outputs", fits=is_projection) if kinds else ()
         for site in found:
             if site.expert is not None and site.bias is not None:
                 raise AnatomyError(
@@ -68,7 +69,7 @@ class IA3(Method):
         return found
 
     def _inputs(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        found = anatomy.sites(*self.inputs, asked_by="ia3") if self.inputs else ()
+        found = anatomy.sites(*self.inputs, asked_by="ia3.inputs", fits=is_projection) if self.inputs else ()
         for site in found:
             if site.kind == "norm" or site.kind.endswith("_out"):
                 raise AnatomyError(

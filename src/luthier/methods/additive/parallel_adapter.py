@@ -19,9 +19,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from luthier.anatomy import Anatomy, Site
+from luthier.anatomy import Anatomy, Site, is_sublayer
 from luthier.core import above, at_least, between
-from luthier.methods.parts.bottleneck import Activation, bottleneck_params
+from luthier.methods.parts.bottleneck import Activation, bottleneck_params, check_sublayers
 from luthier.methods.parts.parallel_branch import Beside
 from luthier.surgery import METHODS, Attach, Edit, Method
 
@@ -35,6 +35,7 @@ class ParallelAdapter(Method):
     scale: Annotated[float, "multiplies the branch; the paper's 4 for generation, 2 for GLUE", above(0)] = 4.0
     learn_scale: Annotated[bool, "let the scale train; the paper then starts it at 1"] = False
     placement: Annotated[Literal["ffn", "attn", "both"], "beside which sublayer"] = "ffn"
+    sites: Annotated[tuple[str, ...], "where to attach, in place of `placement`: ffn_out@last4, *@0-2"] = ()
     reads: Annotated[Literal["residual", "normed"], "the stream, or what the sublayer reads of it"] = "residual"
     activation: Annotated[Activation, "between its two layers"] = "relu"
     dropout: Annotated[float, "share of the bottleneck dropped in training", between(0, 0.99)] = 0.1
@@ -53,7 +54,8 @@ class ParallelAdapter(Method):
 
     def _sites(self, anatomy: Anatomy) -> tuple[Site, ...]:
         kinds = {"ffn": ("ffn_out",), "attn": ("attn_out",), "both": ("attn_out", "ffn_out")}[self.placement]
-        return anatomy.sites(*kinds, asked_by="parallel_adapter")
+        found = anatomy.sites(*(self.sites or kinds), asked_by="parallel_adapter.sites", fits=is_sublayer)
+        return check_sublayers(found, "parallel_adapter")
 
     def _branch(self, site: Site) -> Beside:
         return Beside(

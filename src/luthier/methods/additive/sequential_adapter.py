@@ -21,9 +21,9 @@ from typing import Annotated, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from luthier.anatomy import Anatomy, Site
+from luthier.anatomy import Anatomy, Site, is_sublayer
 from luthier.core import AnatomyError, at_least
-from luthier.methods.parts.bottleneck import Activation, Bottleneck, bottleneck_params, width_of
+from luthier.methods.parts.bottleneck import Activation, Bottleneck, bottleneck_params, check_sublayers, width_of
 from luthier.methods.parts.own_tensors import group_names, own_modules, own_unfrozen
 from luthier.surgery import METHODS, Attach, Edit, Group, Method, TunedView, Unfreeze
 
@@ -33,10 +33,11 @@ from luthier.surgery import METHODS, Attach, Edit, Group, Method, TunedView, Unf
 class SequentialAdapter(Method):
     """Settings of the sequential adapter."""
 
+    sites: Annotated[tuple[str, ...], "where to attach; none: attn_out and ffn_out of every layer"] = ()
     width: Annotated[int, "width of the bottleneck", at_least(1)] = 64
     activation: Annotated[Activation, "between its two layers"] = "gelu"
     init: Annotated[Literal["paper", "zero_up"], "small normal weights, or a second layer of zeros"] = "paper"
-    train_norms: Annotated[bool, "also train the norms of the blocks"] = True
+    train_norms: Annotated[bool, "also train the norms of the blocks that have an adapter"] = True
     embedding_norm: Annotated[bool, "also train the norm of the embeddings"] = False
     cross: Annotated[bool, "also close cross-attention, where there is one"] = False
 
@@ -64,7 +65,8 @@ class SequentialAdapter(Method):
 
     def _sites(self, anatomy: Anatomy) -> tuple[Site, ...]:
         kinds = ["attn_out", "ffn_out"] + (["cross_out"] if self.cross and anatomy.is_encoder_decoder else [])
-        return anatomy.sites(*kinds, asked_by="sequential_adapter")
+        found = anatomy.sites(*(self.sites or kinds), asked_by="sequential_adapter.sites", fits=is_sublayer)
+        return check_sublayers(found, "sequential_adapter")
 
     def _norms(self, anatomy: Anatomy) -> list[str]:
         norms = anatomy.sites("norm", asked_by="sequential_adapter") if self.train_norms or self.embedding_norm else ()
@@ -74,7 +76,8 @@ class SequentialAdapter(Method):
                 f"sequential_adapter: this {anatomy.model_type} model has no norm behind its embeddings. "
                 "Leave embedding_norm=false."
             )
-        wanted = [s for s in norms if self.train_norms and s.layer is not None]
+        layers = {(s.stack, s.layer) for s in self._sites(anatomy)}
+        wanted = [s for s in norms if self.train_norms and s.layer is not None and (s.stack, s.layer) in layers]
         wanted += outside if self.embedding_norm else []
         paths = {s.path for s in wanted}
         return [n for n in anatomy.norm_tensors() if n.rpartition(".")[0] in paths]

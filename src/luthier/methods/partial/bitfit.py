@@ -25,8 +25,8 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor, nn
 
-from luthier.anatomy import Anatomy, Site
-from luthier.core import AnatomyError
+from luthier.anatomy import Anatomy, Site, is_projection
+from luthier.core import AnatomyError, ConfigError
 from luthier.methods.parts.own_tensors import group_names, own_modules, own_unfrozen
 from luthier.surgery import METHODS, Attach, Attachment, Edit, Group, Method, TunedView, Unfreeze
 
@@ -41,6 +41,7 @@ class BitFit(Method):
     """Settings of BitFit."""
 
     subset: Annotated[bool, "only the biases of attn.q and ffn.up"] = False
+    sites: Annotated[tuple[str, ...], "only the biases of these places, such as *@last4; none: all of them"] = ()
     embeddings: Annotated[bool, "also the biases outside the blocks: embedding norm, last norm, pooler"] = True
     add_missing_biases: Annotated[bool, "give linear layers without a bias a new one of zeros"] = False
 
@@ -48,6 +49,10 @@ class BitFit(Method):
     starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 4e-3
     trains_base: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.subset and self.sites:
+            raise ConfigError(f"bitfit: subset names attn.q and ffn.up, and sites {', '.join(self.sites)}. Give one.")
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         names = self._names(anatomy)
@@ -76,9 +81,9 @@ class BitFit(Method):
 
     def _names(self, anatomy: Anatomy) -> dict[str, tuple[int, ...] | None]:
         """Name of a bias -> which of its numbers train; None for all of them."""
-        if self.subset:
+        if self.subset or self.sites:
             found: dict[str, tuple[int, ...] | None] = {}
-            for site in anatomy.sites(*_SUBSET, asked_by="bitfit"):
+            for site in self._chosen(anatomy):
                 if site.bias is not None:
                     name = f"{site.path}.{site.bias}"
                     name = anatomy.tied.get(name, name)
@@ -99,9 +104,15 @@ class BitFit(Method):
     def _missing(self, anatomy: Anatomy) -> list[Site]:
         if not self.add_missing_biases:
             return []
-        kinds = _SUBSET if self.subset else (*_LINEAR, *_FFN)
-        present = [k for k in kinds if k in anatomy.kinds()]
+        if self.subset or self.sites:
+            return [s for s in self._chosen(anatomy) if s.bias is None and is_projection(s)]
+        present = [k for k in (*_LINEAR, *_FFN) if k in anatomy.kinds()]
         return [s for s in anatomy.sites(*present, asked_by="bitfit") if s.bias is None]
+
+    def _chosen(self, anatomy: Anatomy) -> tuple[Site, ...]:
+        """The places that `subset` or `sites` names."""
+        chosen = self.sites or _SUBSET
+        return anatomy.sites(*chosen, asked_by="bitfit.sites", fits=lambda site: site.layer is not None)
 
 
 def _mask(anatomy: Anatomy, name: str, rows: tuple[int, ...] | None) -> Tensor | None:

@@ -1,7 +1,7 @@
 """What methods are made of. No file here is a method; a method imports from here, and never from another method.
 
     bottleneck        Bottleneck       narrow, bend, widen, and add: the inside of every adapter
-                      bottleneck_params, width_of, Activation
+                      bottleneck_params, check_sublayers, width_of, Activation
     parallel_branch   Beside           a bottleneck of a sublayer's input, added to its output
     low_rank          ThinUpdate       x -> scale B A x beside a weight: merged, fused, and served in rows
                       SmallDropout     dropout of a branch's input, the same again under checkpointing

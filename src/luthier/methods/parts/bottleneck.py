@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from luthier import kernels
-from luthier.anatomy import Site
+from luthier.anatomy import Site, is_sublayer
+from luthier.core import AnatomyError
 from luthier.surgery import Attachment
 
-__all__ = ["Activation", "Bottleneck", "bottleneck_params", "width_of"]
+__all__ = ["Activation", "Bottleneck", "bottleneck_params", "check_sublayers", "width_of"]
 
 Activation = Literal["identity", "relu", "gelu", "gelu_tanh", "silu", "tanh"]
 
@@ -23,6 +24,20 @@ Activation = Literal["identity", "relu", "gelu", "gelu_tanh", "silu", "tanh"]
 def width_of(site: Site) -> int:
     """Width of the stream that a sublayer site reads and gives; its `d_in` is that of the sublayer's last layer."""
     return site.d_out
+
+
+def check_sublayers(sites: tuple[Site, ...], asked_by: str) -> tuple[Site, ...]:
+    """Hand `sites` back if an adapter can close, or stand beside, all of them.
+
+    Raises:
+        AnatomyError: one of them is not what a sublayer gives.
+    """
+    for site in sites:
+        if not is_sublayer(site):
+            raise AnatomyError(
+                f"{asked_by}.sites: {site.key} is not what a sublayer gives. Use attn_out, ffn_out or cross_out."
+            )
+    return sites
 
 
 def bottleneck_params(sites: tuple[Site, ...], width: int) -> int:

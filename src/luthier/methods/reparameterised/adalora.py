@@ -42,7 +42,7 @@ _SPREADS = ("spread_p", "spread_l", "spread_q")
 class AdaLoRA(PerSite):
     """Settings of AdaLoRA."""
 
-    sites: Annotated[tuple[str, ...], "where to attach"] = ("attn.q", "attn.v")
+    sites: Annotated[tuple[str, ...], "where to attach: attn.q, ffn, attn.q@0-5, *@last4"] = ("attn.q", "attn.v")
     rank: Annotated[int, "triplets per site at the start", at_least(1)] = 12
     target_rank: Annotated[int, "triplets per site at the end, on average", at_least(1)] = 8
     alpha: Annotated[float, "the update is scaled by alpha / rank", above(0)] = 16.0

@@ -21,7 +21,7 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor, nn
 
-from luthier.anatomy import Anatomy, Site
+from luthier.anatomy import Anatomy, NumberBySite, Site, WholeBySite, at_site
 from luthier.core import AnatomyError, above, at_least, between
 from luthier.kernels import dora_linear, dora_norm, row_squares
 from luthier.methods.parts.low_rank import SmallDropout, check_projections, fusable, live_bias
@@ -33,9 +33,9 @@ from luthier.surgery import METHODS, Attachment, Base, Method, PerSite
 class DoRA(PerSite):
     """Settings of DoRA."""
 
-    sites: Annotated[tuple[str, ...], "where to attach"] = ("attn.q", "attn.v")
-    rank: Annotated[int, "width of the two thin matrices", at_least(1)] = 8
-    alpha: Annotated[float, "the update is scaled by alpha / rank", above(0)] = 16.0
+    sites: Annotated[tuple[str, ...], "where to attach: attn.q, ffn, attn.q@0-5, *@last4"] = ("attn.q", "attn.v")
+    rank: Annotated[int | WholeBySite, "width of the two thin matrices; by place: 8, attn.q@0: 16", at_least(1)] = 8
+    alpha: Annotated[float | NumberBySite, "the update is scaled by alpha / rank", above(0)] = 16.0
     dropout: Annotated[float, "share of the update's input dropped in training", between(0, 0.99)] = 0.0
 
     mergeable: ClassVar[bool] = True
@@ -46,7 +46,7 @@ class DoRA(PerSite):
         return check_projections(anatomy, super().places(anatomy), "dora", self.dropout)
 
     def params_at(self, site: Site) -> int:
-        return self.rank * (site.d_in + site.d_out) + site.d_out
+        return at_site(self.rank, site) * (site.d_in + site.d_out) + site.d_out
 
     def conflicts(self, other: Method) -> str | None:
         if other.computes_tensors:
@@ -54,7 +54,8 @@ class DoRA(PerSite):
         return None
 
     def build(self, site: Site, base: Base) -> Attachment:
-        return ThinTurn(base, self.rank, self.alpha / self.rank, self.dropout)
+        rank = at_site(self.rank, site)
+        return ThinTurn(base, rank, at_site(self.alpha, site) / rank, self.dropout)
 
 
 class ThinTurn(Attachment):

@@ -17,7 +17,7 @@ at the first step A has no gradient at all, because B is zero.
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from luthier.anatomy import Anatomy, Site
+from luthier.anatomy import Anatomy, NumberBySite, Site, WholeBySite, at_site
 from luthier.core import above, at_least, between
 from luthier.methods.parts.low_rank import ThinUpdate, check_projections
 from luthier.surgery import METHODS, Attachment, Base, PerSite
@@ -28,9 +28,9 @@ from luthier.surgery import METHODS, Attachment, Base, PerSite
 class LoRA(PerSite):
     """Settings of LoRA."""
 
-    sites: Annotated[tuple[str, ...], "where to attach"] = ("attn.q", "attn.v")
-    rank: Annotated[int, "width of the two thin matrices", at_least(1)] = 8
-    alpha: Annotated[float, "the update is scaled by alpha / rank", above(0)] = 16.0
+    sites: Annotated[tuple[str, ...], "where to attach: attn.q, ffn, attn.q@0-5, *@last4"] = ("attn.q", "attn.v")
+    rank: Annotated[int | WholeBySite, "width of the two thin matrices; by place: 8, attn.q@0: 16", at_least(1)] = 8
+    alpha: Annotated[float | NumberBySite, "the update is scaled by alpha / rank", above(0)] = 16.0
     dropout: Annotated[float, "share of the branch's input dropped in training", between(0, 0.99)] = 0.0
 
     mergeable: ClassVar[bool] = True
@@ -41,7 +41,8 @@ class LoRA(PerSite):
         return check_projections(anatomy, super().places(anatomy), "lora", self.dropout)
 
     def params_at(self, site: Site) -> int:
-        return self.rank * (site.d_in + site.d_out)
+        return at_site(self.rank, site) * (site.d_in + site.d_out)
 
     def build(self, site: Site, base: Base) -> Attachment:
-        return ThinUpdate(site.d_in, site.d_out, self.rank, self.alpha / self.rank, self.dropout)
+        rank = at_site(self.rank, site)
+        return ThinUpdate(site.d_in, site.d_out, rank, at_site(self.alpha, site) / rank, self.dropout)

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from luthier import kernels
-from luthier.anatomy import Anatomy, Site
+from luthier.anatomy import Anatomy, Site, is_projection, is_sublayer
 from luthier.core import ConfigError, above, at_least, between
 from luthier.methods.parts.bottleneck import Activation
 from luthier.methods.parts.low_rank import check_projections, fusable
@@ -73,9 +73,12 @@ class AdaMix(PerSite):
         object.__setattr__(self, "mergeable", self.form == "lora")
         object.__setattr__(self, "starts_at_base", self.form == "lora" or self.zero_init)
 
+    def fits(self, site: Site) -> bool:
+        return is_sublayer(site) if self.form == "adapter" else is_projection(site)
+
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
         kinds = self.sites or (("ffn_out",) if self.form == "adapter" else ("attn.q", "attn.v"))
-        found = anatomy.sites(*kinds, asked_by="adamix")
+        found = anatomy.sites(*kinds, asked_by="adamix.sites", fits=self.fits)
         if self.form == "lora":
             if any(s.expert is not None for s in found):
                 raise ConfigError(

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier import kernels
-from luthier.anatomy import Anatomy, Site
+from luthier.anatomy import Anatomy, Site, is_projection, is_sublayer
 from luthier.core import above, at_least, between
 from luthier.methods.parts.bottleneck import Activation
 from luthier.methods.parts.low_rank import check_projections, fusable
@@ -94,7 +94,8 @@ class ProPETL(Method):
     def _classes(self, anatomy: Anatomy) -> dict[str, list[Site]]:
         """Key of a prototype -> the sites that share it."""
         kinds = self.sites or (("ffn_out",) if self.form == "adapter" else ("attn.q", "attn.v"))
-        found = anatomy.sites(*kinds, asked_by="propetl")
+        fits = is_sublayer if self.form == "adapter" else is_projection
+        found = anatomy.sites(*kinds, asked_by="propetl.sites", fits=fits)
         if self.form == "lora":
             check_projections(anatomy, found, "propetl", 0.0)
         shapes: dict[str, list[tuple[int, ...]]] = {}

@@ -1,0 +1,106 @@
+"""Every method with a choice of places takes the same words for it, and its count follows."""
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from cells import logits, shake
+from tiny import inputs, tiny
+
+from luthier.anatomy import Anatomy
+from luthier.core import AnatomyError, ConfigError
+from luthier.runs.spec import RunSpec
+from luthier.surgery import attach, compose, load, to_peft
+
+D, M, LAYERS = 48, 80, 3
+
+# (method, settings, trained numbers in tiny BERT by hand)
+CELLS: list[tuple[str, dict[str, Any], int]] = [
+    ("lora", {"sites": "attn.q@0,2", "rank": 3}, 2 * 3 * 2 * D),
+    ("lora", {"sites": "*@last1", "rank": 2}, 4 * 2 * 2 * D + 2 * 2 * (D + M)),
+    ("lora", {"sites": "attn.q", "rank": "3, attn.q@0: 5"}, (5 + 3 + 3) * 2 * D),
+    ("lora", {"sites": "attn.q", "rank": {"default": 3, "attn.q@last2": 5}}, (3 + 5 + 5) * 2 * D),
+    ("dora", {"sites": "attn.v@0-1", "rank": "2, attn.v@1: 4"}, (2 + 4) * 2 * D + 2 * D),
+    ("adalora", {"sites": "ffn@1", "rank": 4, "target_rank": 2}, 2 * 4 * (D + M + 1)),
+    ("ia3", {"outputs": "attn.k@1,2", "inputs": "ffn.down@first1"}, 2 * D + M),
+    ("bitfit", {"sites": "attn.q@last1, ffn.up@0"}, D + M),
+    ("bitfit", {"sites": "*@0"}, 4 * D + M + D + 2 * D),
+    ("parallel_adapter", {"sites": "ffn_out@last2", "width": 5}, 2 * (2 * D * 5 + 5 + D)),
+    ("parallel_adapter", {"sites": "*@0", "width": 5}, 2 * (2 * D * 5 + 5 + D)),
+    ("sequential_adapter", {"sites": "ffn_out@1", "width": 5, "train_norms": False}, 2 * D * 5 + 5 + D),
+    ("sequential_adapter", {"sites": "ffn_out@1", "width": 5}, 2 * D * 5 + 5 + D + 4 * D),
+    ("adamix", {"sites": "ffn_out@last1", "width": 5, "experts": 2}, 2 * (D * 5 + 5) + 5 * D + D),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "count"), CELLS)
+def test_the_count_follows_the_choice_and_is_what_trains(name: str, settings: dict[str, Any], count: int) -> None:
+    model = tiny("bert")
+    method = compose.method(name, settings)
+    assert method.n_params(Anatomy.read(model)) == count
+    tuned = attach(model, method)
+    assert tuned.n_trained() == count
+
+
+@pytest.mark.parametrize(("name", "settings", "count"), CELLS)
+def test_settings_come_back_from_their_plain_form(name: str, settings: dict[str, Any], count: int) -> None:
+    method = compose.method(name, settings)
+    again = compose.method(name, method.settings())
+    assert again == method and again.n_params(Anatomy.read(tiny("bert"))) == count
+    spec = RunSpec.from_plain({"model": "m", "data": {"source": "d"}, "method": name, "settings": settings})
+    assert compose.method(name, spec.settings) == method
+
+
+# peft asks transformers a question by its old name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_a_tuning_with_ranks_by_site_computes_the_same_saved_merged_and_in_peft(name: str, tmp_path: Path) -> None:
+    settings = {"sites": "attn.q, attn.v, ffn.up@1", "rank": "2, attn.q: 3, *@last1: 5", "alpha": "7, attn.v@0: 9"}
+    model = tiny("bert")
+    tuned = attach(model, name, **settings)
+    shake(tuned)
+    model.eval()
+    batch = inputs(model)
+    ours = logits(model, batch)
+    assert {key: len(m.a) for key, m in tuned.modules().items()} == {
+        "attn.q@0": 3, "attn.q@1": 3, "attn.q@2": 5, "attn.v@0": 2, "attn.v@1": 2, "attn.v@2": 5, "ffn.up@1": 2,
+    }  # fmt: skip
+    tuned.save(tmp_path / "tuning")
+    torch.testing.assert_close(logits(load(tiny("bert"), tmp_path / "tuning").model.eval(), batch), ours)
+    to_peft(tuned, tmp_path / "peft")
+    theirs = peft.PeftModel.from_pretrained(tiny("bert"), str(tmp_path / "peft")).eval()
+    torch.testing.assert_close(logits(theirs, batch), ours, rtol=1e-5, atol=1e-5)
+    tuned.merge()
+    torch.testing.assert_close(logits(model, batch), ours, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "error", "says"),
+    [
+        ("lora", {"sites": "attn.q@7"}, AnatomyError, "lora.sites: 'attn.q@7'"),
+        ("lora", {"sites": "attn.q@2-0"}, ConfigError, "counts down"),
+        ("lora", {"rank": "8, attn.o: 3"}, AnatomyError, "lora.rank: 'attn.o'"),
+        ("lora", {"rank": "8, attn.q: 0"}, ConfigError, "lora.rank: must be at least 1, got 0"),
+        ("ia3", {"outputs": "attn.k@9"}, AnatomyError, "ia3.outputs: 'attn.k@9'"),
+        ("bitfit", {"sites": "attn.q", "subset": True}, ConfigError, "Give one"),
+        ("sequential_adapter", {"sites": "attn.q"}, AnatomyError, "attn.q@0 is not what a sublayer gives"),
+        ("adamix", {"sites": "ffn_out@5"}, AnatomyError, "adamix.sites"),
+    ],
+)
+def test_a_choice_that_cannot_be_is_refused_by_its_setting(
+    name: str, settings: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error) as raised:
+        compose.method(name, settings).n_params(Anatomy.read(tiny("bert")))
+    assert says in str(raised.value)
+
+
+def test_keys_of_cross_attention_follow_the_decoders_layers_alone() -> None:
+    anatomy = Anatomy.read(tiny("t5"))
+    method = compose.method("ia3", {"outputs": "attn.k@encoder.0", "inputs": "ffn.down@encoder.0"})
+    one = method.n_params(anatomy)
+    both = compose.method("ia3", {"outputs": "attn.k@0", "inputs": "ffn.down@encoder.0"}).n_params(anatomy)
+    width = anatomy.sites("attn.k@decoder.0")[0].d_out
+    assert both - one == 2 * width, "its own keys and those of cross-attention"

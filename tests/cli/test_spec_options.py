@@ -66,10 +66,13 @@ def asked(spec: type[RunSpec], monkeypatch: pytest.MonkeyPatch, *words: str) -> 
 
 
 def test_every_field_of_the_spec_is_one_option_under_a_name_of_its_own() -> None:
-    made = options.spec_options(RunSpec)
+    every = options.spec_options(RunSpec)
+    assert len({o.name for o in every}) == len(every)
+    made = [o for o in every if o.gives is None]
     assert {o.field for o in made} == set(RESUME) - {"model", "settings"}
     assert len({o.name for o in made}) == len(made)
     assert {o.field: o.name for o in made if o.field in USED} == USED
+    assert {o.name: (o.field, o.gives) for o in every if o not in made} == {"skip-bad": ("data.accept_refused", 1.0)}
     assert all(o.help for o in made)
 
 
@@ -117,6 +120,13 @@ def test_words_become_the_values_that_the_fields_have(monkeypatch: pytest.Monkey
     spec = asked(RunSpec, monkeypatch, "m", "--data", "d.csv", *words)
     assert spec.optim.betas == (0.8, 0.9) and spec.gradient_checkpointing is True
     assert spec.fast is False and spec.data.strict is True and spec.data.text == "12"
+
+
+def test_a_switch_gives_a_field_its_value_and_stands_alone(luthier: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert asked(RunSpec, monkeypatch, "m", "--data", "d", "--skip-bad").data.accept_refused == 1.0
+    assert asked(RunSpec, monkeypatch, "m", "--data", "d").data.accept_refused == 0.05
+    answer = luthier("train", "m", "--data", "d", "--skip-bad", "--accept-refused", "0.5")
+    assert answer.code == 2 and "--skip-bad" in answer.err and "--accept-refused" in answer.err
 
 
 # --- settings of methods and strategies

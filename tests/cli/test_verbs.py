@@ -1,6 +1,7 @@
 """The verbs, called as a user calls them."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,7 @@ def test_a_run_tells_what_came_out_and_what_to_try(luthier: Call, model: Path, r
     for word in ("accuracy", "trained", "peak memory", "on disk", "luthier predict run"):
         assert word in answer.out
     assert "step 3/3" in answer.err
+    assert not re.search(r"[0-9a-f]{32}", answer.err), "a digest is for no eyes"
     assert json.loads(Path("run/run.json").read_text())["spec"]["settings"] == {"rank": 3}
     again = luthier("train", "run/spec.toml", "--out", "again", "--json")
     assert again.code == 0

@@ -98,6 +98,8 @@ def test_kept_rows_are_to_the_bit_what_encoding_gives(kind, tmp_path, monkeypatc
     monkeypatch.setattr(encoding, "_encode_anew", None)  # the second time nothing is encoded
     second = _encode(kind)
     assert "are those kept in" in _said(second)
+    (entry,) = _entries(tmp_path)
+    assert entry.name[:8] in _said(second) and entry.name not in _said(first) + _said(second)
     _same(anew, first)
     _same(anew, second)
     assert second.ledger.notes[:-1] == anew.ledger.notes

@@ -50,6 +50,7 @@ class Option:
         field: dotted name in the spec, such as `optim.lr`; a setting of the method begins with SETTINGS.
         name: without dashes, such as `lr`.
         shape: what stands for a value in the help; None for a switch.
+        gives: what a switch gives the field; None, true or false.
         as_text: the word is read as `--set` reads it, because no type of the command line says what it may be.
     """
 
@@ -61,11 +62,13 @@ class Option:
     help: str
     as_text: bool = False
     choices: tuple[str, ...] = ()
+    gives: Any = None
 
     @property
     def parameter(self) -> inspect.Parameter:
         """How typer wants to be told of it."""
-        names = (f"--{self.name}/--no-{self.name}",) if self.kind is bool else (f"--{self.name}",)
+        both = self.kind is bool and self.gives is None
+        names = (f"--{self.name}/--no-{self.name}",) if both else (f"--{self.name}",)
         told: dict[str, Any] = {"rich_help_panel": self.panel, "help": self.help, "show_default": False}
         if self.shape is not None:
             told["metavar"] = self.shape
@@ -78,7 +81,7 @@ class Option:
     @property
     def key(self) -> str:
         """The option as a name of Python."""
-        return "option_" + re.sub(r"\W", "_", self.field)
+        return "option_" + re.sub(r"\W", "_", self.field if self.gives is None else self.name)
 
     def _completion(self) -> Any:
         if self.choices:
@@ -110,7 +113,17 @@ def spec_options(spec: type) -> list[Option]:
         last = field.rpartition(".")[2]
         unique = lasts.count(last) == 1 and _dashed(last) not in names.values()
         names.setdefault(field, _dashed(last if unique else field))
-    return [_option(field, names[field] or "", fact, panel) for field, fact, panel in found]
+    options = []
+    for field, fact, panel in found:
+        options.append(_option(field, names[field] or "", fact, panel))
+        if (switch := fact.switch) is not None:
+            options.append(
+                Option(
+                    field=field, name=switch.name, panel=panel, kind=bool, shape=None, help=switch.meaning,
+                    gives=switch.value,
+                )
+            )  # fmt: skip
+    return options
 
 
 def _leaves(spec: type, prefix: str = "", panel: str = RUN_PANEL) -> list[tuple[str, FieldFacts, str]]:
@@ -252,9 +265,26 @@ def _setting(card: Card, setting: Setting, name: str, several: bool) -> Option:
 
 
 def values_of(options: Sequence[Option], words: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted field -> value, of the options that were given; `words` by the options' keys."""
-    given = {option: words[option.key] for option in options if words.get(option.key) is not None}
-    return {o.field: read_word(value) if o.as_text and isinstance(value, str) else value for o, value in given.items()}
+    """Dotted field -> value, of the options that were given; `words` by the options' keys.
+
+    Raises:
+        UsageError: two options of one field.
+    """
+    values: dict[str, Any] = {}
+    names: dict[str, str] = {}
+    for option in options:
+        value = words.get(option.key)
+        if value is None:
+            continue
+        if option.field in names:
+            raise UsageError(
+                f"--{names[option.field]} and --{option.name} are two words for one field: give one of them."
+            )
+        names[option.field] = option.name
+        if option.gives is not None:
+            value = option.gives
+        values[option.field] = read_word(value) if option.as_text and isinstance(value, str) else value
+    return values
 
 
 def check_names(method: str | None, *sources: str | None, strategy: str | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from luthier.core.card import Card, Setting
 from luthier.core.catalogue import Catalogue
-from luthier.core.config import FieldFacts, Flag, above, at_least, between, build, fields_of, plain
+from luthier.core.config import FieldFacts, Flag, Switch, above, at_least, between, build, fields_of, plain
 from luthier.core.errors import *  # noqa: F403  # the whole tree, by its own __all__
 from luthier.core.random import key
 from luthier.core.units import human_bytes, human_count, human_seconds
@@ -29,6 +29,7 @@ __all__ = [  # noqa: F405
     "Refused",
     "ResourceError",
     "Setting",
+    "Switch",
     "UnknownName",
     "UsageError",
     "WrongArithmetic",

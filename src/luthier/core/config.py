@@ -74,6 +74,15 @@ class Flag:
 
 
 @dataclass(frozen=True)
+class Switch:
+    """A second option of a field, which takes no value: it gives the field this one."""
+
+    name: str
+    value: Any
+    meaning: str
+
+
+@dataclass(frozen=True)
 class FieldFacts:
     """What a dataclass field says of itself."""
 
@@ -84,6 +93,7 @@ class FieldFacts:
     default: Any
     required: bool
     flag: str | None = None
+    switch: Switch | None = None
 
 
 def fields_of(cls: type) -> list[FieldFacts]:
@@ -91,19 +101,21 @@ def fields_of(cls: type) -> list[FieldFacts]:
     hints = get_type_hints(cls, include_extras=True)
     facts = []
     for field in dataclasses.fields(cls):
-        hint, meaning, limit, flag = hints[field.name], "", None, None
+        hint, extras = hints[field.name], []
         if get_origin(hint) is Annotated:
             hint, *extras = get_args(hint)
-            meaning = next((e for e in extras if isinstance(e, str)), "")
-            limit = next((e for e in extras if isinstance(e, Limit)), None)
-            flag = next((e.name for e in extras if isinstance(e, Flag)), None)
         if field.default is not dataclasses.MISSING:
             default = field.default
         elif field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         else:
             default = dataclasses.MISSING
-        facts.append(FieldFacts(field.name, hint, meaning, limit, default, default is dataclasses.MISSING, flag))
+        meaning = next((e for e in extras if isinstance(e, str)), "")
+        limit = next((e for e in extras if isinstance(e, Limit)), None)
+        flag = next((e.name for e in extras if isinstance(e, Flag)), None)
+        switch = next((e for e in extras if isinstance(e, Switch)), None)
+        required = default is dataclasses.MISSING
+        facts.append(FieldFacts(field.name, hint, meaning, limit, default, required, flag, switch))
     return facts
 
 

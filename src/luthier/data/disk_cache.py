@@ -29,7 +29,7 @@ from luthier.runs import durable, read_verified
 from luthier.runs.tensorfile import read_tensors
 from luthier.samples import cache_dir
 
-__all__ = ["entry", "limit", "read", "source_digest", "write"]
+__all__ = ["entry", "limit", "read", "short", "source_digest", "write"]
 
 DEFAULT_GIB = 4.0
 NUMBERS, WORDS = "kept.safetensors", "kept.json"
@@ -87,6 +87,11 @@ def read(folder: Path, what: str) -> tuple[tuple[dict[str, NDArray[Any]], Any] |
     with contextlib.suppress(OSError):  # a cache that may only be read serves as well
         os.utime(folder)  # used now: what was used longest ago goes first
     return (arrays, words), ""
+
+
+def short(folder: Path) -> str:
+    """An entry's folder for the eye: the first digits of its name are enough to find it by."""
+    return f"{folder.parent}/{folder.name[:8]}..."
 
 
 def write(folder: Path, arrays: Mapping[str, NDArray[Any]], words: Any) -> str:

@@ -77,7 +77,7 @@ def read(entry: Path, table: Table) -> tuple[Examples | None, str]:
         {int(row): reason for row, reason in words["reasons"].items()},
     )
     ledger.notes += words["notes"]
-    return Examples(**arrays, ledger=ledger), f"encoded rows are those kept in {entry}"
+    return Examples(**arrays, ledger=ledger), f"encoded rows are those kept in {disk_cache.short(entry)}"
 
 
 def write(entry: Path, examples: Examples) -> str:
@@ -86,7 +86,11 @@ def write(entry: Path, examples: Examples) -> str:
     arrays = {name: getattr(examples, name) for name in ARRAYS if getattr(examples, name) is not None}
     arrays |= {"status": status, "tokens": tokens, "counts": counts}
     why_not = disk_cache.write(entry, arrays, {"reasons": reasons, "notes": examples.ledger.notes})
-    return f"encoded rows could not be kept: {why_not}" if why_not else f"encoded rows are kept in {entry}"
+    return (
+        f"encoded rows could not be kept: {why_not}"
+        if why_not
+        else f"encoded rows are kept in {disk_cache.short(entry)}"
+    )
 
 
 def _rules(tokenizer: Any) -> list[Any]:

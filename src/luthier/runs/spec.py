@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
 
-from luthier.core import ConfigError, Flag, UnknownName, above, at_least, between, build, plain
+from luthier.core import ConfigError, Flag, Switch, UnknownName, above, at_least, between, build, plain
 
 __all__ = [
     "RESUME",
@@ -69,7 +69,12 @@ class DataSpec:
         "response"
     )
     strict: Annotated[bool, "stop when rows of the test half also stand in the training half"] = False
-    accept_refused: Annotated[float, "share of rows that may be unusable before the run stops", between(0, 1)] = 0.05
+    accept_refused: Annotated[
+        float,
+        "share of rows that may be unusable before the run stops",
+        between(0, 1),
+        Switch("skip-bad", 1.0, "go on without all rows that cannot be used, however many"),
+    ] = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,7 +66,8 @@ class Renderer:
     ) -> None:
         if not isinstance(template, str) or not template.strip():
             raise ModelError(
-                "This model has no chat template. Pass one (`--chat-template FILE`), or train on plain text columns."
+                "This model has no chat template. Put one beside its tokenizer (chat_template.jinja), or train on "
+                "columns of plain text."
             )
         if len(template) > limits.template_chars:
             raise Refused(f"chat template: {len(template)} characters; at most {limits.template_chars} are read.")

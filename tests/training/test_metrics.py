@@ -115,5 +115,27 @@ def test_a_missing_library_says_how_to_get_it(monkeypatch):
         raise ImportError(name)
 
     monkeypatch.setattr(metrics.importlib, "import_module", missing)
-    with pytest.raises(UsageError, match=r"needs scikit-learn.*pip install 'luthier\[metrics\]'"):
-        score(["macro_f1"], ["a", "b"], ["a", "a"])
+    with pytest.raises(UsageError, match=r"needs rouge-score.*pip install 'luthier\[metrics\]'"):
+        score(["rouge_l"], ["a", "b"], ["a", "a"])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_scores_are_those_of_scikit_learn_and_scipy(seed):
+    sklearn = pytest.importorskip("sklearn.metrics")
+    stats = pytest.importorskip("scipy.stats")
+    draw = np.random.default_rng(seed)
+    wanted, said = (draw.choice(list("abcd")[: 2 + seed % 3], 40).tolist() for _ in range(2))
+    found = score(["accuracy", "macro_f1", "mcc"], said, wanted)
+    assert found["accuracy"] == pytest.approx(sklearn.accuracy_score(wanted, said))
+    assert found["macro_f1"] == pytest.approx(sklearn.f1_score(wanted, said, average="macro", zero_division=0))
+    assert found["mcc"] == pytest.approx(sklearn.matthews_corrcoef(wanted, said))
+    marks = draw.integers(0, 2, (2, 30, 4))
+    rows = [[[str(i) for i in np.flatnonzero(row)] for row in half] for half in marks]
+    found = score(["micro_f1", "macro_f1"], *rows)
+    for average in ("micro", "macro"):
+        expected = sklearn.f1_score(marks[1], marks[0], average=average, zero_division=0)
+        assert found[f"{average}_f1"] == pytest.approx(expected)
+    x, y = draw.normal(size=(2, 25)).round(1 if seed % 2 else 8)  # rounded: equal ranks
+    found = score(["pearson", "spearman"], x.tolist(), y.tolist())
+    assert found["pearson"] == pytest.approx(stats.pearsonr(x, y).statistic)
+    assert found["spearman"] == pytest.approx(stats.spearmanr(x, y).statistic)

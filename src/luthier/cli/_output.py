@@ -26,7 +26,7 @@ __all__ = ["WIDTH", "Screen", "screen"]
 WIDTH = 80  # of tables where no terminal says another
 NARROWEST = 40
 
-BOLD, RED = "1", "1;31"
+BOLD, RED, YELLOW = "1", "1;31", "33"
 
 # A command must stay on one line: whoever copies it would copy the line breaks too.
 COMMAND = re.compile(r"\s*(\w+: )?luthier \w")

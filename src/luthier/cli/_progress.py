@@ -7,7 +7,8 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from luthier.cli._output import Screen, screen
-from luthier.core import human_bytes, human_count, human_seconds
+from luthier.cli._quality import show_quality
+from luthier.core import human_bytes, human_count, human_seconds, plain
 from luthier.training import Listener
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def facts_of(result: Result) -> dict[str, Any]:
         "stored_bytes": result.stored_bytes,
         "bit_exact": result.record.bit_exact,
         "because": list(result.record.because),
+        "quality": None if result.quality is None else plain(result.quality),
     }
 
 
@@ -112,46 +114,32 @@ def show_result(result: Result) -> None:
     to = screen()
     facts = facts_of(result)
     to.result(facts)
+    if result.quality is not None:
+        show_quality(to, result.quality)
     if facts["scores"]:
         to.headline("\n" + " · ".join(f"{name} {value:.4g}" for name, value in facts["scores"].items()))
     rows = [
         ("trained", f"{human_count(facts['trained'])} of {human_count(facts['n_params'])} numbers "
                     f"({facts['share']:.2%})"),
         ("training", human_seconds(facts["seconds"])),
-        ("peak memory", human_bytes(facts["peak_bytes"]) if facts["peak_bytes"] else "not measured"),
+        ("peak memory", _memory_line(facts["memory"], facts["peak_bytes"])),
         ("on disk", human_bytes(facts["stored_bytes"])),
         ("folder", facts["path"]),
     ]  # fmt: skip
     to.table(("", ""), rows)
-    if facts["memory"]:
-        to.show()
-        to.table(("peak memory", "held", ""), _memory_rows(facts["memory"], facts["peak_bytes"]), right=("held",))
-    to.show(f'\nNext: luthier predict {_short(facts["path"])} --text "..."')
-
-
-_PARTS = {
-    "program": "Python, libraries and encoded rows, before the model",
-    "weights": "the base model's",
-    "trained": "the numbers that train",
-    "gradients": "the most they hold at once",
-    "optimiser": "its moments",
-    "activations": "kept for the backward pass of the longest micro-batch",
-    "logits": "the same, as wide as the vocabulary",
-    "other": "workspace, packed weights, scores: what remains",
-}
-
-
-def _memory_rows(memory: dict[str, int], peak: int) -> list[tuple[str, str, str]]:
-    rows = [(name, human_bytes(memory[name]), of) for name, of in _PARTS.items() if name in memory and name != "other"]
-    other = memory["other"]
-    if other >= 0:
-        rows.append(("other", human_bytes(other), _PARTS["other"]))
+    if result.quality is None or result.quality.is_result:
+        to.show(f'\nNext: luthier predict {_short(facts["path"])} --text "..."')
     else:
-        rows.append(("", "-" + human_bytes(-other), "never held all at once"))
-    return [
-        *rows,
-        ("together", human_bytes(peak), "the process's highest" if "program" in memory else "the GPU's highest"),
-    ]
+        to.show(f"\nNext: the rows that were answered wrongly stand in {_short(facts['path'])}/predictions.csv")
+
+
+def _memory_line(memory: dict[str, int], peak: int | None) -> str:
+    """The peak, and its largest parts; docs/memory.md says what each part is."""
+    if not peak:
+        return "not measured"
+    largest = sorted(((n, part) for part, n in memory.items() if n > 0.02 * peak), reverse=True)[:3]
+    parts = ", ".join(f"{part} {human_bytes(n)}" for n, part in largest)
+    return f"{human_bytes(peak)} ({parts})" if parts else human_bytes(peak)
 
 
 def _short(path: str) -> str:

@@ -20,7 +20,7 @@ from luthier.training.objective import Objective
 from luthier.training.out_of_memory import is_out_of_memory, make_room
 from luthier.training.precision import Precision
 
-__all__ = ["Evaluator", "plain_scores"]
+__all__ = ["Evaluator", "plain_scores", "references"]
 
 
 class Evaluator:
@@ -122,18 +122,22 @@ class Evaluator:
 
     def scores(self) -> dict[str, float]:
         """The task's scores, rounded by nobody, under their names."""
-        out, task, examples = self.outputs(), self.objective.task, self.batches.examples
+        return self.scores_of(self.outputs())
+
+    def scores_of(self, out: dict[str, Any]) -> dict[str, float]:
+        """The task's scores of what `outputs` gave."""
+        task, examples = self.objective.task, self.batches.examples
         found = {"loss": float(out["loss"]), "perplexity": metrics.perplexity(out["loss"])}
         if task.name in ("causal_lm", "seq2seq"):
             found["token_accuracy"] = out["correct"] / max(1, out["n_targets"])
         else:
-            wanted = [n for n in task.metrics if metrics.METRICS[n].function is not None]
+            names = [n for n in task.metrics if metrics.METRICS[n].function is not None]
             if task.name == "token_classification":
                 predictions = [task.decode(row) for row in out["logits"]]
-                references = [[task.labels[t] for t in row] for row in _tags(examples)]
+                wanted = [[task.labels[t] for t in row] for row in _tags(examples)]
             else:
-                predictions, references = task.decode(out["logits"]), _references(task, examples)
-            found |= metrics.score(wanted, predictions, references)
+                predictions, wanted = task.decode(out["logits"]), references(task, examples)
+            found |= metrics.score(names, predictions, wanted)
         return {name: found[name] for name in task.metrics}
 
     def _one(self, batch: Batch) -> tuple[float, int, int, list[Any] | None]:
@@ -168,7 +172,7 @@ def plain_scores(scores: dict[str, float], digits: int | None = None) -> dict[st
     }
 
 
-def _references(task: Task, examples: Examples) -> list[Any]:
+def references(task: Task, examples: Examples) -> list[Any]:
     """What was wanted, in the words that `Task.decode` uses."""
     targets = examples.targets
     assert targets is not None

@@ -1,14 +1,15 @@
-"""The scores people expect for each task, through scikit-learn, SciPy, rouge-score and sacrebleu.
-
-Those libraries are imported where they are used: the ones of the `metrics` extra may be missing.
+"""The scores people expect for each task. Those of generated text need rouge-score and sacrebleu (the `metrics` extra),
+which are imported where they are used.
 """
 
 import importlib
 import math
-import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from luthier.core import UnknownName, UsageError, near
 
@@ -79,10 +80,6 @@ def _library(module: str, package: str) -> Any:
         ) from error
 
 
-def _sklearn() -> Any:
-    return _library("sklearn.metrics", "scikit-learn")
-
-
 # --- one label for each row -------------------------------------------------------------------------------------------
 
 
@@ -93,30 +90,48 @@ def _accuracy(predictions: Sequence[Any], references: Sequence[Any]) -> float:
 
 def _macro_f1(predictions: Sequence[Any], references: Sequence[Any]) -> float:
     """Mean F1 of the classes that occur among references or predictions; one that is never predicted counts 0."""
-    if isinstance(references[0], list):
-        p, r = _indicators(predictions, references)
-        return float(_sklearn().f1_score(r, p, average="macro", zero_division=0))
-    return float(_sklearn().f1_score(list(references), list(predictions), average="macro", zero_division=0))
+    several = isinstance(references[0], list)
+    right, said, wanted = (
+        _counts(predictions, references) if several else _counts(_alone(predictions), _alone(references))
+    )
+    names = said.keys() | wanted.keys()
+    return sum(2 * right[n] / (said[n] + wanted[n]) for n in names) / len(names) if names else 0.0
 
 
 def _mcc(predictions: Sequence[Any], references: Sequence[Any]) -> float:
-    """Matthews' correlation; 0 where either side has one class only."""
-    return float(_sklearn().matthews_corrcoef(list(references), list(predictions)))
+    """Matthews' correlation, in Gorodkin's form for several classes; 0 where either side has one class only."""
+    n = len(references)
+    right = sum(p == r for p, r in zip(predictions, references, strict=True))
+    said, wanted = Counter(predictions), Counter(references)
+    together = sum(said[name] * wanted[name] for name in said)
+    spread = (n * n - sum(v * v for v in said.values())) * (n * n - sum(v * v for v in wanted.values()))
+    return (right * n - together) / math.sqrt(spread) if spread else 0.0
+
+
+def _alone(labels: Sequence[Any]) -> list[list[Any]]:
+    return [[label] for label in labels]
+
+
+def _counts(predictions: Sequence[Any], references: Sequence[Any]) -> tuple[Counter[Any], Counter[Any], Counter[Any]]:
+    """How often each label was rightly predicted, predicted, and wanted; a label counts once a row."""
+    right: Counter[Any] = Counter()
+    said: Counter[Any] = Counter()
+    wanted: Counter[Any] = Counter()
+    for p, r in zip(predictions, references, strict=True):
+        mine, theirs = set(p), set(r)
+        right.update(mine & theirs)
+        said.update(mine)
+        wanted.update(theirs)
+    return right, said, wanted
 
 
 # --- several labels for each row --------------------------------------------------------------------------------------
 
 
-def _indicators(predictions: Sequence[Any], references: Sequence[Any]) -> tuple[Any, Any]:
-    preprocessing = _library("sklearn.preprocessing", "scikit-learn")
-    names = sorted({name for row in [*predictions, *references] for name in row})
-    maker = preprocessing.MultiLabelBinarizer(classes=names).fit([names])
-    return maker.transform(predictions), maker.transform(references)
-
-
 def _micro_f1(predictions: Sequence[Any], references: Sequence[Any]) -> float:
-    p, r = _indicators(predictions, references)
-    return float(_sklearn().f1_score(r, p, average="micro", zero_division=0))
+    right, said, wanted = _counts(predictions, references)
+    total = said.total() + wanted.total()
+    return 2 * right.total() / total if total else 0.0
 
 
 def _exact_match(predictions: Sequence[Any], references: Sequence[Any]) -> float:
@@ -132,18 +147,26 @@ def _plain_form(value: Any) -> Any:
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def _correlation(kind: str) -> Function:
-    def function(predictions: Sequence[Any], references: Sequence[Any]) -> float:
-        stats = _library("scipy.stats", "SciPy")
-        # Without spread there is no correlation; 0 says "learnt nothing", which a nan would hide from comparisons.
-        if len(set(predictions)) < 2 or len(set(references)) < 2:
-            return 0.0
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of nearly constant input: the number is what we report
-            value = float(getattr(stats, kind)(list(predictions), list(references)).statistic)
-        return value if math.isfinite(value) else 0.0
+def _pearson(predictions: Sequence[Any], references: Sequence[Any]) -> float:
+    """Linear correlation. Without spread there is none; 0 says "learnt nothing", which a nan would hide."""
+    x, y = (np.asarray(values, dtype=np.float64) for values in (predictions, references))
+    x, y = x - x.mean(), y - y.mean()
+    spread = float(np.sqrt(x @ x) * np.sqrt(y @ y))
+    if len(set(predictions)) < 2 or len(set(references)) < 2 or not spread > 0 or not math.isfinite(spread):
+        return 0.0
+    return float(np.clip(x @ y / spread, -1.0, 1.0))
 
-    return function
+
+def _spearman(predictions: Sequence[Any], references: Sequence[Any]) -> float:
+    return _pearson(_ranks(predictions), _ranks(references))
+
+
+def _ranks(values: Sequence[Any]) -> list[float]:
+    """Ranks from 1; equal values share the mean of theirs."""
+    found, where, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
+    del found
+    last = np.cumsum(counts)
+    return [float(v) for v in (last - (counts - 1) / 2)[where]]
 
 
 def _mse(predictions: Sequence[Any], references: Sequence[Any]) -> float:
@@ -223,8 +246,8 @@ METRICS: dict[str, Metric] = {
     "micro_f1": Metric(_micro_f1, True, "F1 over all labels of all rows"),
     "mcc": Metric(_mcc, True, "Matthews' correlation, -1 to 1"),
     "exact_match": Metric(_exact_match, True, "share of rows that are right as a whole"),
-    "pearson": Metric(_correlation("pearsonr"), True, "linear correlation, -1 to 1"),
-    "spearman": Metric(_correlation("spearmanr"), True, "rank correlation, -1 to 1"),
+    "pearson": Metric(_pearson, True, "linear correlation, -1 to 1"),
+    "spearman": Metric(_spearman, True, "rank correlation, -1 to 1"),
     "mse": Metric(_mse, False, "mean squared error"),
     "token_accuracy": Metric(_token_accuracy, True, "share of tokens with the right tag, or guessed right"),
     "token_macro_f1": Metric(_token_macro_f1, True, "mean F1 of the tags over all tokens"),

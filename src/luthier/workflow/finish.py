@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,14 +12,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from luthier.core import IntegrityError, NothingTrains, plain
+from luthier.data.examples import Examples
 from luthier.data.stop_tokens import stop_ids
 from luthier.runs import Record, RunFolder, durable, environment, load_step, peak_bytes
 from luthier.surgery import Tuned, tuning_files
-from luthier.training.evaluate import plain_scores
+from luthier.training.evaluate import plain_scores, references
 from luthier.training.loop import Loop
 from luthier.training.memory_parts import whole_memory
+from luthier.training.quality import Quality, judge
 from luthier.workflow.build import evaluator_of
 from luthier.workflow.preparation import Prepared
 
@@ -38,9 +44,10 @@ class Result:
     memory: dict[str, int]
     n_params: int
     n_base: int
+    quality: Quality | None = None
 
 
-def finish(prepared: Prepared, loop: Loop, run: RunFolder) -> tuple[dict[str, float], int]:
+def finish(prepared: Prepared, loop: Loop, run: RunFolder) -> tuple[dict[str, float], int, Quality | None]:
     """The result: chosen, brought into its stored form, refused where it is none, saved, read back, scored."""
     loop.optimiser.let_go()  # the last checkpoint holds it
     _take_best(loop, run)
@@ -50,13 +57,52 @@ def finish(prepared: Prepared, loop: Loop, run: RunFolder) -> tuple[dict[str, fl
     loop.signals.check()
     _refuse_base(prepared, loop)
     stored = _save(prepared, loop.tuned, run)
-    scores = evaluator_of(prepared, loop, prepared.test).scores() if prepared.test is not None else {}
+    scores: dict[str, float] = {}
+    quality = None
+    if prepared.test is not None:
+        evaluator = evaluator_of(prepared, loop, prepared.test)
+        out = evaluator.outputs()
+        scores = evaluator.scores_of(out)
+        quality = _keep_answers(prepared, prepared.test, out, run)
     if scores:
         run.event("scores", lasting=False, step=loop.step, **plain_scores(scores, 6))
         loop.listener.scores(loop.step, scores)
     run.flush()
     run.write_json("scores.json", plain_scores(scores))
-    return scores, stored
+    return scores, stored, quality
+
+
+def _keep_answers(prepared: Prepared, test: Examples, out: dict[str, Any], run: RunFolder) -> Quality | None:
+    """Beside the scores: what they are worth (`quality.json`) and each held-out row's answer (`predictions.csv`)."""
+    task, learnt = prepared.task, prepared.train.targets
+    if test.targets is None or learnt is None or prepared.test_table is None:
+        return None
+    quality = judge(task, out["logits"], test.targets, learnt, float(out["loss"]))
+    if quality is not None:
+        run.write_json("quality.json", plain(quality))
+    durable.write_bytes(run.path / "predictions.csv", answers_csv(prepared, test, out["logits"]))
+    return quality
+
+
+def answers_csv(prepared: Prepared, test: Examples, logits: NDArray[Any]) -> bytes:
+    """Held-out rows with what was wanted and answered, and how sure the answer is; one line a row."""
+    task, table, columns = prepared.task, prepared.test_table, prepared.columns
+    assert table is not None and test.targets is not None
+    roles = [c for c in (columns.text, columns.pair) if c is not None]
+    answers, wanted = task.decode(logits), references(task, test)
+    chances = task.probabilities(logits) if task.name == "classification" else None
+    sheet = io.StringIO(newline="")
+    writer = csv.writer(sheet)
+    writer.writerow(["place", *roles, "wanted", "answer", *(["sure"] if chances is not None else [])])
+    for line, row in enumerate(test.rows.tolist()):
+        sure = [] if chances is None else [f"{chances[line].max():.4f}"]
+        cells = [table.rows[row].get(name) for name in roles]
+        writer.writerow([table.places[row], *cells, _in_cell(wanted[line]), _in_cell(answers[line]), *sure])
+    return sheet.getvalue().encode()
+
+
+def _in_cell(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list) else str(value)
 
 
 def _take_best(loop: Loop, run: RunFolder) -> None:
@@ -164,10 +210,16 @@ def _peak(device: torch.device) -> int | None:
 
 
 def result_of(
-    prepared: Prepared, loop: Loop, run: RunFolder, record: Record, scores: dict[str, float], stored: int
+    prepared: Prepared,
+    loop: Loop,
+    run: RunFolder,
+    record: Record,
+    scores: dict[str, float],
+    stored: int,
+    quality: Quality | None = None,
 ) -> Result:
     return Result(
         path=run.path, record=record, scores=scores, tuned=loop.tuned, tokenizer=prepared.tokenizer,
         seconds=loop.seconds, peak_bytes=record.peak_bytes, stored_bytes=stored, memory=dict(record.memory),
-        n_params=prepared.n_params, n_base=prepared.n_base,
+        n_params=prepared.n_params, n_base=prepared.n_base, quality=quality,
     )  # fmt: skip

@@ -267,7 +267,7 @@ def _run(
         record = record_of(prepared, loop, run, {}, 0, "paused", because)
         return result_of(prepared, loop, run, record, {}, 0)
     try:
-        scores, stored = finish(prepared, loop, run)
+        scores, stored, quality = finish(prepared, loop, run)
     except StopRequested as asked:
         # All training is in the last checkpoint; what follows it is made anew from there.
         run.event("interrupted", step=loop.step, signal=asked.number)
@@ -284,4 +284,4 @@ def _run(
         f"{human_seconds(loop.seconds)} training, {loop.rows_seen / max(loop.seconds, 1e-9):.0f} rows/s, peak memory "
         f"{human_bytes(record.peak_bytes or 0)}; saved {human_bytes(stored)} in {run.tuning}"
     )
-    return result_of(prepared, loop, run, record, scores, stored)
+    return result_of(prepared, loop, run, record, scores, stored, quality)

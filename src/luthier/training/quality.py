@@ -1,0 +1,227 @@
+"""What came out, judged: a score with its interval, what guessing gives, class by class, and what is no result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from luthier.core import key
+from luthier.data.tasks import Task
+from luthier.training import metrics
+
+__all__ = ["ClassQuality", "Quality", "judge"]
+
+RESAMPLES = 1000
+BINS = 15
+"""Of equal width, for the calibration error."""
+SURE = 0.9
+BADLY = 0.5
+"""A class with a lower recall than this is learnt badly."""
+FEW_ROWS = 100
+"""Of a class to learn from: with fewer, more rows are the better advice than more steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassQuality:
+    """One class: what of it was found, and how much of what was called so is right."""
+
+    name: str
+    precision: float
+    recall: float
+    f1: float
+    rows: int
+    """held-out rows of this class"""
+    answered: int
+    """held-out rows that were called so"""
+    learnt: int
+    """training rows of this class"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """What the answers on held-out rows are worth. Plain values only."""
+
+    rows: int
+    metric: str
+    score: float
+    low: float
+    high: float
+    """95 % interval of the score over rows like these"""
+    baseline: float | None = None
+    """the same score of always answering the same"""
+    baseline_answer: str = ""
+    classes: tuple[ClassQuality, ...] = ()
+    confusion: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
+    """rows of each class (down) by the answer (across), in the order of `classes`"""
+    calibration_error: float | None = None
+    """mean gap between how sure answers are and how often they are right"""
+    sure_but_wrong: tuple[int, ...] = ()
+    """held-out rows, by number, that were answered wrongly with the most certainty"""
+    warnings: tuple[str, ...] = ()
+    """what makes this no result, or a doubtful one, each with what to try"""
+
+    @property
+    def is_result(self) -> bool:
+        """Whether nothing speaks against using it."""
+        return not any(w.startswith(NO_RESULT) for w in self.warnings)
+
+
+NO_RESULT = "No result: "
+
+
+def judge(task: Task, logits: NDArray[Any], targets: NDArray[Any], learnt: NDArray[Any], loss: float) -> Quality | None:
+    """Judge the answers on held-out rows.
+
+    Args:
+        logits: of the held-out rows, (rows, outputs).
+        targets: of the same rows, as `Task.targets` gives them.
+        learnt: targets of the training rows.
+        loss: mean loss of the held-out rows.
+
+    Returns:
+        None for tasks whose rows have no one label or number.
+    """
+    if task.name == "regression":
+        return _numbers(task, logits, targets, learnt)
+    if task.name == "classification" and not task.multi_label:
+        return _classes(task, logits, targets.astype(np.int64), learnt.astype(np.int64), loss)
+    return None
+
+
+def _classes(
+    task: Task, logits: NDArray[Any], wanted: NDArray[np.int64], learnt: NDArray[np.int64], loss: float
+) -> Quality:
+    n, n_classes = len(wanted), len(task.labels)
+    said = logits.argmax(-1)
+    sure = task.probabilities(logits).max(-1)
+    right = said == wanted
+    confusion = np.zeros((n_classes, n_classes), dtype=np.int64)
+    np.add.at(confusion, (wanted, said), 1)
+    seen = np.bincount(learnt, minlength=n_classes)
+    low, high = _wilson(int(right.sum()), n)
+    most = int(seen.argmax())
+    classes = tuple(_one(task.labels[i], confusion, i, int(seen[i])) for i in range(n_classes))
+    accuracy, baseline = float(right.mean()), float((wanted == most).mean())
+    wrong = np.flatnonzero(~right & (sure >= SURE))
+    return Quality(
+        rows=n,
+        metric="accuracy",
+        score=accuracy,
+        low=low,
+        high=high,
+        baseline=baseline,
+        baseline_answer=task.labels[most],
+        classes=classes,
+        confusion=tuple(tuple(int(v) for v in row) for row in confusion),
+        calibration_error=_calibration_error(sure, right),
+        sure_but_wrong=tuple(int(i) for i in wrong[np.argsort(-sure[wrong], kind="stable")][:10]),
+        warnings=_class_warnings(classes, said, accuracy, low, baseline, task.labels[most], loss),
+    )
+
+
+def _one(name: str, confusion: NDArray[np.int64], i: int, learnt: int) -> ClassQuality:
+    hit, rows, answered = (int(v) for v in (confusion[i, i], confusion[i].sum(), confusion[:, i].sum()))
+    return ClassQuality(
+        name=name,
+        precision=hit / answered if answered else 0.0,
+        recall=hit / rows if rows else 0.0,
+        f1=2 * hit / (rows + answered) if rows + answered else 0.0,
+        rows=rows,
+        answered=answered,
+        learnt=learnt,
+    )
+
+
+def _class_warnings(
+    classes: Sequence[ClassQuality], said: NDArray[Any], accuracy: float, low: float, baseline: float, most: str,
+    loss: float,
+) -> tuple[str, ...]:  # fmt: skip
+    found = []
+    answers, present = {int(v) for v in said}, sum(c.rows > 0 for c in classes)
+    if len(answers) == 1 and present > 1:
+        found.append(
+            f"{NO_RESULT}every row is answered {classes[answers.pop()].name!r}. Train longer (--epochs), with another "
+            "rate (--lr), or on more rows of the other classes."
+        )
+    elif accuracy <= baseline:
+        found.append(
+            f"{NO_RESULT}always answering {most!r} would be right in {baseline:.1%} of these rows, which is no worse. "
+            "Train longer (--epochs) or with another rate (--lr), and check the labels."
+        )
+    elif low <= baseline:
+        found.append(
+            f"Doubtful: always answering {most!r} would be right in {baseline:.1%} of these rows, inside the interval "
+            "of the score. More held-out rows would tell (--test-share), or longer training (--epochs)."
+        )
+    guessing = math.log(len(classes))
+    if loss > guessing:
+        found.append(
+            f"Doubtful: the loss, {loss:.2f}, is above that of guessing, {guessing:.2f}: wrong answers are given with "
+            "certainty. Do not trust the probabilities; fewer epochs or a lower rate may help."
+        )
+    badly = [c for c in classes if c.rows and c.recall < BADLY]
+    if badly and len(answers) != 1:
+        shown = "; ".join(
+            f"{c.name!r} ({c.recall:.0%} of {c.rows} rows found, {c.learnt} rows to learn from)" for c in badly[:5]
+        )
+        more = f"; and {len(badly) - 5} more" if len(badly) > 5 else ""
+        few = sum(c.learnt < FEW_ROWS for c in badly) * 2 >= len(badly)
+        advice = (
+            "More rows of them help most." if few else "Train longer (--epochs), or look at what they are taken for."
+        )
+        found.append(f"Learnt badly: {shown}{more}. {advice}")
+    return tuple(found)
+
+
+def _numbers(task: Task, logits: NDArray[Any], targets: NDArray[Any], learnt: NDArray[Any]) -> Quality:
+    said, wanted = task.in_unit(logits), task.in_unit(targets)
+    score = metrics.METRICS["pearson"].function
+    assert score is not None
+    value = float(score(said.tolist(), wanted.tolist()))
+    draw = np.random.Generator(np.random.Philox(key("quality", len(wanted))))
+    again = []
+    for _ in range(RESAMPLES if len(wanted) > 2 else 0):
+        rows = draw.integers(0, len(wanted), len(wanted))
+        again.append(score(said[rows].tolist(), wanted[rows].tolist()))
+    low, high = (float(np.percentile(again, q)) for q in (2.5, 97.5)) if again else (-1.0, 1.0)
+    error = float(np.mean((said - wanted) ** 2))
+    constant = float(np.mean((wanted - task.in_unit(learnt).mean()) ** 2))
+    found = []
+    if float(said.std()) <= 1e-3 * float(wanted.std()):
+        found.append(
+            f"{NO_RESULT}every row is answered {said.mean():.4g}. Train longer (--epochs) or with another rate (--lr)."
+        )
+    elif error >= constant:
+        found.append(
+            f"{NO_RESULT}always answering the mean of the training rows has a squared error of {constant:.4g}, "
+            f"which is no worse than {error:.4g}. Train longer (--epochs) or with another rate (--lr)."
+        )
+    return Quality(rows=len(wanted), metric="pearson", score=value, low=low, high=high, warnings=tuple(found))
+
+
+def _wilson(right: int, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson's score interval).
+
+    >>> [round(v, 3) for v in _wilson(45, 50)]
+    [0.786, 0.957]
+    """
+    z = 1.959963984540054
+    share, spread = right / n, z * z / n
+    middle = (share + spread / 2) / (1 + spread)
+    half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _calibration_error(sure: NDArray[Any], right: NDArray[Any]) -> float:
+    """Expected calibration error: over bins of certainty, the gap between certainty and accuracy, by rows."""
+    bins = np.minimum((sure * BINS).astype(int), BINS - 1)
+    gaps = [
+        abs(float(sure[bins == b].mean()) - float(right[bins == b].mean())) * int((bins == b).sum())
+        for b in np.unique(bins)
+    ]
+    return sum(gaps) / len(sure)

@@ -9,7 +9,7 @@ PIP := $(BIN)/pip --disable-pip-version-check
 PYTEST := $(BIN)/pytest -n 2 --dist worksteal
 FAST := -m "not slow and not gpu"
 
-.PHONY: demo test test-all lint types matrix docs shares bench bench-quick gpu mutants audit sbom lock clean
+.PHONY: demo test test-all lint types matrix docs docs-site shares bench bench-quick gpu audit sbom lock clean mutants
 .DELETE_ON_ERROR:
 
 demo: .venv/.run
@@ -34,6 +34,10 @@ matrix: .venv/.dev
 
 docs: .venv/.dev shares
 	$(BIN)/luthier methods --pages docs/methods
+
+# The site: build/site/index.html. The build itself needs no network, and its pages load nothing from elsewhere.
+docs-site: .venv/.docs
+	$(BIN)/mkdocs build --strict
 
 shares: .venv/.dev
 	$(BIN)/luthier methods --refresh
@@ -90,6 +94,10 @@ ifdef LOCKED
 else
 	$(PIP) install -q -c constraints.txt -e ".[dev]"
 endif
+	touch $@
+
+.venv/.docs: .venv/.run
+	$(PIP) install -q -c constraints.txt -e ".[metrics,docs]"
 	touch $@
 
 .venv/.samples: .venv/.dev

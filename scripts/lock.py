@@ -18,12 +18,21 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def frozen() -> list[str]:
-    """`name==version` of everything installed but luthier, without local labels such as `+cpu`."""
+    """`name==version` of everything installed or pinned but luthier, without local labels such as `+cpu`."""
     said = subprocess.run(
         [sys.executable, "-m", "pip", "freeze", "--exclude-editable"], capture_output=True, text=True, check=True
     ).stdout
     lines = [line.partition("+")[0] for line in said.splitlines() if "==" in line]
+    here = {name_of(line) for line in lines}
+    # What is not installed here (the extra `docs` before `make docs-site`) keeps its pin.
+    pinned = (ROOT / "constraints.txt").read_text().splitlines()
+    lines += [line for line in pinned if "==" in line and name_of(line) not in here]
     return sorted(lines, key=str.lower)
+
+
+def name_of(pin: str) -> str:
+    """The package of a line `name==version`, spelt as indexes compare it."""
+    return pin.partition("==")[0].strip().lower().replace("_", "-").replace(".", "-")
 
 
 def digests() -> dict[str, tuple[str, str]]:

@@ -67,7 +67,9 @@ class Anatomy:
         d: width of the residual stream.
         m: inner width of the feed-forward layer (of the first stack).
         n_layers: layers that a forward pass goes through, all stacks together; ALBERT counts its one block that often.
-        n_heads, d_head, n_kv_heads: of the first attention.
+        n_heads: of the first attention.
+        d_head: width of one of its heads.
+        n_kv_heads: its heads of keys and values.
         max_positions: tokens that the model can count; None where nothing bounds them.
         n_params: all numbers of the model, tied ones once, the head included.
         pre_norm: whether sublayers read a normed stream (GPT-2), not the stream itself (BERT).

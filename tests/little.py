@@ -6,7 +6,6 @@ The rows have lengths from 4 to 20 tokens, so steps are cut into several micro-b
 from __future__ import annotations
 
 import csv
-import dataclasses
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -14,18 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
 from tiny import config_of, tiny
+from tiny_methods import settings
 from word_tables import WORDS, word_tokenizer
 
 from luthier.runs.spec import BatchSpec, DataSpec, OptimSpec, RunSpec
-from luthier.surgery import METHODS
 from luthier.training import Listener
 
 if TYPE_CHECKING:
     import pytest  # `make gpu` uses these runs where there may be none
 
 __all__ = ["Heard", "at_call", "little_data", "little_model", "little_spec", "settings"]
-
-SMALL = {"target_rank": 2, "length": 3, "width": 6, "mlp_width": 7, "rank": 3, "dimensions": 600, "d_int": 600}
 
 
 class Heard(Listener):
@@ -72,18 +69,6 @@ def little_data(path: Path, rows: int = 46, kind: str = "labelled", seed: int = 
                 text = " ".join([*words, *[label] * 3])
                 writer.writerow((text, label) if kind == "labelled" else (text, f"{label} {words[0]}"))
     return path
-
-
-def settings(method: str) -> dict[str, Any]:
-    """Sizes of a method that fit a tiny model; for methods of several parts, prefixed."""
-    found: dict[str, Any] = {}
-    parts = method.split("+")
-    for part in parts:
-        for field in dataclasses.fields(METHODS.get(part)):  # type: ignore[arg-type]
-            value = SMALL.get(field.name)
-            if value is not None and isinstance(field.default, int) and field.default > value:
-                found[field.name if len(parts) == 1 else f"{part}.{field.name}"] = value
-    return found
 
 
 def little_spec(home: Path, method: str = "lora", kind: str = "bert", **changes: Any) -> RunSpec:

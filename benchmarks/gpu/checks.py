@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import Trainer, logits, small, task_of
+from cells import Trainer, learning_rate, logits, small, task_of
 from little import little_spec
 from tiny import inputs, tiny
 from torch import Tensor
@@ -77,7 +77,7 @@ def _alike(one: tuple[Tensor, dict[str, Tensor]], other: tuple[Tensor, dict[str,
 def learns_and_leaves_the_frozen_alone(name: str, device: str) -> None:
     tuned, model, batch = made(name, device)
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
-    rate = max(tuned.tuning().method.default_lr, 3e-3)
+    rate = learning_rate(tuned.tuning().method)
     losses = Trainer(tuned, model, batch, total=30, lr=rate, decay=0.0).run().losses
     assert sum(losses[-5:]) / 5 < 0.97 * losses[0], f"the loss goes from {losses[0]:.4f} to {losses[-1]:.4f}"
     now = dict(model.named_parameters())

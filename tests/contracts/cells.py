@@ -1,56 +1,83 @@
-"""What the contract runs over: every registered method on an encoder, two decoders and an encoder-decoder.
+"""What the contract runs over: every method on the shelf, on an encoder, two decoders and an encoder-decoder.
 
-A method that refuses an architecture says so with an AnatomyError before anything is touched; that is a cell too.
+A method that refuses an architecture says so before anything is touched; that is a cell too. Checks that only look at
+a tuned model share it: building one costs more than most checks. Who changes it takes it away (`take`).
 """
 
 from __future__ import annotations
 
-import dataclasses
+import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tiny import inputs, tiny
+from tiny_methods import learning_rate, small
 from torch import Tensor
 
-from luthier.core import AnatomyError
+from luthier.core import AnatomyError, CompositionError
 from luthier.runs.spec import OptimSpec
 from luthier.surgery import METHODS, Method, Tuned, attach
 from luthier.training.objective import Result
 from luthier.training.optimiser import Optimiser
 
-ARCHITECTURES = {"bert": "classification", "gpt2": "lm", "llama": "lm", "t5": "seq2seq"}
+__all__ = [
+    "ARCHITECTURES", "CELLS", "GENERATORS", "Refused", "Trainer", "attached", "base_logits", "fresh", "learning_rate",
+    "logits", "model_and_inputs", "objective", "shake", "shaken", "small", "steps_of", "take", "task_of", "trained",
+    "untrained",
+]  # fmt: skip
+
+ARCHITECTURES = {"bert": "classification", "llama": "lm", "gpt2": "lm", "t5": "seq2seq"}
+QUICK = ("bert", "llama")  # one of each kind in `make test`; conftest.py marks the others as slow
+
+
 CELLS = [(name, arch) for name in METHODS.names() for arch in ARCHITECTURES]
-SMALL = {"target_rank": 2, "length": 3, "width": 6, "mlp_width": 7, "rank": 3, "dimension": 600, "d_int": 600}
+GENERATORS = [(name, arch) for name, arch in CELLS if arch != "bert"]
 
 
-def small(name: str) -> Method:
-    """The method with sizes that fit a tiny model; everything else is its default."""
-    cls = METHODS.get(name)
-    fields = {f.name: f.default for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    shrunk = {n: v for n, v in SMALL.items() if n in fields and isinstance(fields[n], int) and fields[n] > v}
-    return cls(**shrunk)
+class Refused(Exception):
+    """The method does not go with this architecture and says so."""
 
 
 @cache
 def task_of(name: str, arch: str) -> str:
     """The architecture's own task; classification for a method that has nothing to train in a language model."""
     task = ARCHITECTURES[arch]
-    try:
-        attach(tiny(arch, task), small(name))
-    except AnatomyError:
+    for tried in (task, "classification"):
         try:
-            attach(tiny(arch, "classification"), small(name))
-        except AnatomyError:
-            return task
-        return "classification"
+            attach(fresh(arch, tried), small(name))
+        except (AnatomyError, CompositionError):
+            continue
+        return tried
     return task
 
 
+@cache
+def _pristine(arch: str, task: str) -> Any:
+    return tiny(arch, task)
+
+
+def fresh(arch: str, task: str) -> Any:
+    """A tiny model that nobody has touched."""
+    return copy.deepcopy(_pristine(arch, task))
+
+
 def model_and_inputs(name: str, arch: str, **more: Any) -> tuple[Any, dict[str, Tensor]]:
-    model = tiny(arch, task_of(name, arch))
+    model = fresh(arch, task_of(name, arch))
     return model, inputs(model, **more)
+
+
+@cache
+def _base_logits(arch: str, task: str) -> Tensor:
+    model = _pristine(arch, task)
+    return logits(model, inputs(model))
+
+
+def base_logits(name: str, arch: str) -> Tensor:
+    """What the model computes before anything is attached."""
+    return _base_logits(arch, task_of(name, arch))
 
 
 def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -60,23 +87,108 @@ def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
         return model(**given).logits
 
 
-class Refused(Exception):
-    """The method does not go with this architecture and says so."""
-
-
 def attached(
     name: str, arch: str, *, seed: int = 0, method: Method | None = None, **more: Any
 ) -> tuple[Tuned, Any, dict[str, Tensor]]:
-    """The method on a fresh model; Refused where it says that it cannot."""
+    """The method on a fresh model, which the caller may change; Refused where it says that it cannot."""
     model, batch = model_and_inputs(name, arch, **more)
     before = list(model.state_dict())
     try:
         tuned = attach(model, method or small(name), seed=seed)
-    except AnatomyError as error:
+    except (AnatomyError, CompositionError) as error:
         assert list(model.state_dict()) == before, "a refused method left something on the model"
         assert len(str(error)) > 40, f"the refusal says too little: {error}"
         raise Refused(str(error)) from error
     return tuned, model, batch
+
+
+class Shared(NamedTuple):
+    """A tuned model that several checks look at."""
+
+    tuned: Tuned
+    model: Any
+    batch: dict[str, Tensor]
+
+
+_SHARED: OrderedDict[tuple[str, str, str], tuple[Shared, int]] = OrderedDict()
+
+
+def _shared(stage: str, name: str, arch: str, make: Callable[[], Shared]) -> Shared:
+    """The one of this stage, made anew where a check has changed it."""
+    key = (stage, name, arch)
+    held = _SHARED.get(key)
+    if held is None or held[1] != _fingerprint(held[0]):
+        made = make()
+        _SHARED[key] = held = (made, _fingerprint(made))
+        while len(_SHARED) > 4:  # checks of one cell stand together, so few are ever asked for again
+            _SHARED.popitem(last=False)
+    return held[0]
+
+
+def _fingerprint(shared: Shared) -> int:
+    """Every number, gradient, switch and hook of the model, so that no check meets what another left behind."""
+    model = shared.model
+    numbers = [t.detach().contiguous() for t in (*model.parameters(), *model.buffers()) if t.dim() and t.numel()]
+    return hash(
+        (
+            b"".join(
+                t.detach().contiguous().view(torch.uint8).numpy().tobytes() for t in numbers if t.numel() and t.dim()
+            ),
+            tuple((p.requires_grad, p.grad is None) for p in model.parameters()),
+            tuple(
+                (m.training, len(m._forward_hooks), len(m._forward_pre_hooks), getattr(m, "gradient_checkpointing", 0))
+                for m in model.modules()
+            ),
+            repr(shared.tuned.status()),
+        )
+    )
+
+
+def take(shared: Shared) -> Shared:
+    """Hand it over to a check that will change it."""
+    for key in [k for k, (held, _) in _SHARED.items() if held is shared]:
+        del _SHARED[key]
+    return shared
+
+
+def untrained(name: str, arch: str) -> Shared:
+    """As it starts."""
+    return _shared("untrained", name, arch, lambda: Shared(*attached(name, arch)))
+
+
+def shaken(name: str, arch: str) -> Shared:
+    """Every trained number off its start, in evaluation mode."""
+
+    def make() -> Shared:
+        made = Shared(*attached(name, arch))
+        shake(made.tuned)
+        return made
+
+    return _shared("shaken", name, arch, make)
+
+
+def trained(name: str, arch: str) -> Shared:
+    """After a run of four steps, or of eight where it has phases, in the form that is stored."""
+
+    def make() -> Shared:
+        made = Shared(*attached(name, arch))
+        Trainer(*made, total=8 if _has_phases(made.tuned) else 4).run()
+        made.tuned.finish()
+        made.model.eval()
+        return made
+
+    return _shared("trained", name, arch, make)
+
+
+def steps_of(tuned: Tuned) -> int:
+    """The length of a run of which the first steps are looked at: long, so that nothing is pruned yet, but where a run
+    has phases so short that all of them come.
+    """
+    return 8 if _has_phases(tuned) else 200
+
+
+def _has_phases(tuned: Tuned) -> bool:
+    return any(p.phases() for t in tuned.tunings.values() for p in t.method.parts() if hasattr(p, "phases"))
 
 
 def objective(model: Any, batch: dict[str, Tensor]) -> Callable[[], Result]:
@@ -111,7 +223,9 @@ class Trainer:
 
     def step(self) -> None:
         step = len(self.losses) + 1
-        torch.manual_seed(step)
+        torch.default_generator.manual_seed(step)
+        for part in self.parts:
+            part.before_step(self.tuned, step, self.total)
         forward: Callable[[], Any] = objective(self.model, self.batch)
         for part in self.parts:
             forward = _with(part, self.tuned, forward)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from cells import shake
 from tiny import inputs, tiny
+from tiny_methods import settings
 from torch import Tensor
 
 from luthier.surgery import Method, Tuned, attach, method
@@ -19,14 +20,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "prompt_tuning": {"length": 3},  # PrependTokens
     "prefix_tuning": {"length": 3},  # PrependKeys
     "lst": {},  # AddBranch
-    "intrinsic_said": {"dimension": 600},  # Reparametrise
+    "intrinsic_said": {},  # Reparametrise
 }
 
 
 def make(name: str) -> Method:
-    from cells import small
-
-    return method(name, KINDS[name]) if name not in ("lst", "intrinsic_said", "prefix_tuning") else small(name)
+    return method(name, {**settings(name), **KINDS[name]})
 
 
 def prepared(tuned: Tuned, batch: dict[str, Tensor]) -> Tuned:

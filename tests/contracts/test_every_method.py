@@ -9,16 +9,35 @@ from typing import Any
 
 import pytest
 import torch
-from cells import ARCHITECTURES, CELLS, Refused, Trainer, attached, logits, model_and_inputs, shake, small, task_of
-from tiny import inputs, tiny
+from cells import (
+    ARCHITECTURES,
+    CELLS,
+    GENERATORS,
+    Refused,
+    Trainer,
+    attached,
+    base_logits,
+    fresh,
+    learning_rate,
+    logits,
+    model_and_inputs,
+    shake,
+    shaken,
+    small,
+    steps_of,
+    take,
+    task_of,
+    trained,
+    untrained,
+)
+from tiny import inputs
 from torch.testing import assert_close
 
 from luthier import kernels
-from luthier.core import AnatomyError, CannotMerge, build, plain
-from luthier.surgery import METHODS, attach, frozen_layers, load
+from luthier.core import AnatomyError, CannotMerge, CompositionError, plain
+from luthier.surgery import METHODS, attach, compose, frozen_layers, load
 
 REFUSED: set[tuple[str, str]] = set()
-GENERATORS = [(m, a) for m, a in CELLS if a != "bert"]
 
 
 @pytest.fixture(autouse=True)
@@ -60,19 +79,18 @@ def refusals(name: str) -> int:
 @pytest.mark.parametrize(("name", "arch"), CELLS)
 @cell
 def test_the_formula_counts_what_is_trained(name: str, arch: str) -> None:  # G1, U2
-    tuned, model, batch = attached(name, arch)
+    tuned, model, batch = untrained(name, arch)
     if tuned.tuning().method.looks_at_data:
-        Trainer(tuned, model, batch, total=200)  # masks are chosen from data
+        tuned, model, batch = attached(name, arch)
+        Trainer(tuned, model, batch, total=steps_of(tuned))  # masks are chosen from data
     assert tuned.n_trained() == tuned.tuning().method.n_params(tuned.anatomy)
 
 
 @pytest.mark.parametrize(("name", "arch"), CELLS)
 @cell
 def test_it_starts_where_it_says(name: str, arch: str) -> None:  # G4, U1
-    model, batch = model_and_inputs(name, arch)
-    base = logits(model, batch)
-    tuned, model, batch = attached(name, arch)
-    apart = float((logits(model, batch) - base).abs().max())
+    tuned, model, batch = untrained(name, arch)
+    apart = float((logits(model, batch) - base_logits(name, arch)).abs().max())
     if tuned.tuning().method.starts_at_base:
         assert apart <= 1e-6
     else:
@@ -86,12 +104,14 @@ def test_what_is_frozen_stays_and_what_trains_moves(name: str, arch: str) -> Non
     named = dict(model.named_parameters())
     frozen = {n: p.detach().clone() for n, p in named.items() if not p.requires_grad}
     start = {n: p.detach().clone() for n, p in tuned.trained().items()}
-    trainer = Trainer(tuned, model, batch, total=200)  # the start of a long run: nothing is pruned yet
+    total = steps_of(tuned)
+    trainer = Trainer(tuned, model, batch, total=total)
     assert not {id(p) for p in trainer.optimiser.named.values()} & {id(named[n]) for n in frozen}
     assert all(t.dtype == torch.float32 for t in start.values())
     seen: set[str] = set()
     model.luthier.train()
-    while len(trainer.losses) < 4 or (len(trainer.losses) < 24 and not set(start) <= seen):  # experts are drawn by lot
+    # Experts are drawn by lot, and some parts wait for a phase of their own.
+    while len(trainer.losses) < 4 or (len(trainer.losses) < min(24, total) and not set(start) <= seen):
         trainer.step()
         seen |= {n for n, g in trainer.gradients.items() if bool(g.any())}
     for n, value in frozen.items():
@@ -119,7 +139,7 @@ def _may_rest(name: str) -> bool:
 @cell
 def test_it_learns_what_it_is_shown(name: str, arch: str) -> None:  # U6
     tuned, model, batch = attached(name, arch)
-    lr = max(tuned.tuning().method.default_lr, 3e-3)
+    lr = learning_rate(tuned.tuning().method)
     losses = Trainer(tuned, model, batch, total=30, lr=lr, decay=0.0).run().losses
     assert sum(losses[-5:]) / 5 < 0.97 * losses[0], f"{losses[0]:.4f} -> {losses[-1]:.4f}"
 
@@ -127,11 +147,9 @@ def test_it_learns_what_it_is_shown(name: str, arch: str) -> None:  # U6
 @pytest.mark.parametrize(("name", "arch"), CELLS)
 @cell
 def test_asleep_it_is_the_base_and_awake_itself_again(name: str, arch: str) -> None:  # G5
-    model, batch = model_and_inputs(name, arch)
-    base = logits(model, batch)
-    tuned, model, batch = attached(name, arch)
+    base = base_logits(name, arch)
     # A new head is the base's own: only the method's part is put to sleep here.
-    shake(tuned)
+    tuned, model, batch = shaken(name, arch)
     awake = logits(model, batch)
     assert not torch.equal(awake, base)
     with tuned.base_only():
@@ -161,16 +179,13 @@ def test_detaching_gives_the_model_back(name: str, arch: str) -> None:  # G5
 @pytest.mark.parametrize(("name", "arch"), CELLS)
 @cell
 def test_saved_and_loaded_it_computes_the_same_bits(name: str, arch: str, tmp_path: Any) -> None:  # G6, U5, P5
-    tuned, model, batch = attached(name, arch)
-    Trainer(tuned, model, batch, total=4).run()
-    tuned.finish()
-    model.eval()
+    tuned, model, batch = trained(name, arch)
     expected = logits(model, batch)
     tuned.save(tmp_path / "tuning")
-    fresh, _ = model_and_inputs(name, arch)
-    again = load(fresh, tmp_path / "tuning")
-    assert torch.equal(logits(fresh, batch), expected)
-    assert not fresh.training
+    other, _ = model_and_inputs(name, arch)
+    again = load(other, tmp_path / "tuning")
+    assert torch.equal(logits(other, batch), expected)
+    assert not other.training
     stored = again.tuning().method.n_stored(again.anatomy)
     from safetensors import safe_open
 
@@ -185,15 +200,14 @@ def test_saved_and_loaded_it_computes_the_same_bits(name: str, arch: str, tmp_pa
         "tuning.json",
         "tuning.safetensors",
     ]
-    base = sum(p.numel() for p in tiny(arch, task_of(name, arch)).parameters())
+    base = sum(p.numel() for p in fresh(arch, task_of(name, arch)).parameters())
     assert numbers <= 2 * stored + 64 or numbers <= base, f"the file holds {numbers} numbers, {stored} are declared"
 
 
 @pytest.mark.parametrize(("name", "arch"), CELLS)
 @cell
 def test_neither_padding_nor_neighbours_change_a_row(name: str, arch: str) -> None:  # G7
-    tuned, model, batch = attached(name, arch, padded=True)
-    shake(tuned)
+    _, model, batch = shaken(name, arch)
     together = logits(model, batch)
     for i in range(len(batch["input_ids"])):
         n = int(batch["attention_mask"][i].sum())
@@ -214,8 +228,7 @@ def test_neither_padding_nor_neighbours_change_a_row(name: str, arch: str) -> No
 def test_generation_is_the_same_with_and_without_a_cache(name: str, arch: str) -> None:  # G8
     if task_of(name, arch) == "classification":
         return  # nothing generates here
-    tuned, model, batch = attached(name, arch, padded=True)
-    shake(tuned)
+    _, model, batch = shaken(name, arch)
     given = {k: batch[k] for k in ("input_ids", "attention_mask")}
     if arch != "t5":
         # Decoders continue from the right edge: pads stand on the left.
@@ -235,11 +248,7 @@ def test_generation_is_the_same_with_and_without_a_cache(name: str, arch: str) -
 @pytest.mark.parametrize(("name", "arch"), CELLS)
 @cell
 def test_merged_it_computes_the_same_or_says_that_it_cannot(name: str, arch: str) -> None:  # G9, U4
-    original, _ = model_and_inputs(name, arch)
-    tuned, model, batch = attached(name, arch)
-    Trainer(tuned, model, batch, total=3).run()
-    tuned.finish()
-    model.eval()
+    tuned, model, batch = take(trained(name, arch))
     apart = logits(model, batch)
     if not tuned.tuning().method.mergeable:
         before = {n: t.clone() for n, t in model.state_dict().items()}
@@ -255,21 +264,20 @@ def test_merged_it_computes_the_same_or_says_that_it_cannot(name: str, arch: str
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters())
     merged = tuned.merge()
     assert_close(logits(merged, batch), apart, atol=1e-5, rtol=1e-5)
-    assert list(merged.state_dict()) == list(original.state_dict())
+    assert list(merged.state_dict()) == list(fresh(arch, task_of(name, arch)).state_dict())
     assert not any("luthier" in type(m).__module__ for m in merged.modules())
 
 
 @pytest.mark.parametrize(("name", "arch"), CELLS)
 @cell
 def test_a_loss_on_one_tuning_leaves_another_alone(name: str, arch: str) -> None:  # G10
-    tuned, model, batch = attached(name, arch)
-    shake(tuned)
+    tuned, model, batch = take(shaken(name, arch))
     mine = logits(model, batch)
     lora, method = small("lora"), tuned.tuning().method
-    if name == "lora" or (method.conflicts(lora) is None and lora.conflicts(method) is None):
-        tuned.add(lora, name="other", seed=1)
-    if "other" not in tuned.tunings:
+    alone = any(p.conflicts(lora) or lora.conflicts(p) for p in method.parts() if not p.is_a("lora"))
+    if alone:
         return
+    tuned.add(lora, name="other", seed=1)
     tuned.activate("other")
     tuned.train_only("other")
     model(**batch).loss.backward()
@@ -287,14 +295,42 @@ def test_a_loss_on_one_tuning_leaves_another_alone(name: str, arch: str) -> None
 
 @pytest.mark.parametrize(("name", "arch"), CELLS)
 @cell
+def test_in_rows_each_row_is_its_own_or_it_is_refused(name: str, arch: str) -> None:
+    tuned, model, batch = take(shaken(name, arch))
+    names: list[str | None] = ["default", None, "default"]
+    with tuned.base_only():
+        rows = {None: logits(model, batch)}
+    rows["default"] = logits(model, batch)
+    try:
+        tuned.add(small(name), name="other", seed=1)
+    except CompositionError:
+        pass  # two of them cannot be on one model
+    else:
+        tuned.activate("other")
+        shake(tuned, 0.1)
+        rows["other"] = logits(model, batch)
+        names[2] = "other"
+    assert len({float(of[2].sum()) for of in rows.values()}) == len(rows), "the rows would not tell who acts"
+    try:
+        with tuned.rows(names):
+            found = logits(model, batch)
+    except CompositionError as error:
+        assert len(str(error)) > 40, f"the refusal says too little: {error}"
+        return
+    for i, who in enumerate(names):
+        assert_close(found[i], rows[who][i], atol=2e-5, rtol=1e-4, msg=lambda m, i=i: f"row {i}, {names[i]}: {m}")
+
+
+@pytest.mark.parametrize(("name", "arch"), CELLS)
+@cell
 def test_gradient_checkpointing_changes_no_gradient(name: str, arch: str) -> None:  # G12
     found = []
+    tuned, model, batch = take(shaken(name, arch))
+    model.train()
     for checkpointing in (False, True):
-        tuned, model, batch = attached(name, arch)
-        shake(tuned)
         if checkpointing:
             tuned.forward.checkpoint_activations()
-        model.train()
+        model.zero_grad()
         torch.manual_seed(5)
         model(**batch).loss.backward()
         found.append({n: p.grad for n, p in tuned.trained().items() if p.grad is not None})
@@ -303,15 +339,18 @@ def test_gradient_checkpointing_changes_no_gradient(name: str, arch: str) -> Non
         assert_close(found[1][n], gradient, atol=1e-6, rtol=1e-5, msg=lambda m, n=n: f"{n}: {m}")
 
 
+def attached_to(model: Any, name: str) -> tuple[Any, dict[str, torch.Tensor]]:
+    try:
+        return attach(model, small(name)), inputs(model)
+    except (AnatomyError, CompositionError) as error:
+        raise Refused from error
+
+
 @pytest.mark.parametrize(("name", "arch"), CELLS)
 @cell
 def test_it_works_on_a_bf16_model(name: str, arch: str) -> None:  # G12
-    model = tiny(arch, task_of(name, arch)).to(torch.bfloat16)
-    batch = inputs(model)
-    try:
-        tuned = attach(model, small(name))
-    except AnatomyError as error:
-        raise Refused from error
+    model = fresh(arch, task_of(name, arch)).to(torch.bfloat16)
+    tuned, batch = attached_to(model, name)
     assert all(p.dtype == torch.float32 for p in tuned.trained().values())
     with torch.autocast("cpu", torch.bfloat16):
         Trainer(tuned, model, batch, total=2).run()
@@ -327,12 +366,8 @@ def test_in_bf16_all_fast_paths_together_are_about_as_near_the_exact_result_as_t
 ) -> None:
     def results(dtype: torch.dtype, *, fast: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and all gradients, of a base that bf16 holds exactly."""
-        model = tiny(arch, task_of(name, arch)).to(torch.bfloat16).to(dtype)
-        batch = inputs(model)
-        try:
-            tuned = attach(model, small(name))
-        except AnatomyError as error:
-            raise Refused from error
+        model = fresh(arch, task_of(name, arch)).to(torch.bfloat16).to(dtype)
+        tuned, batch = attached_to(model, name)
         shake(tuned, 0.02)
         model.eval()
         if fast:
@@ -359,26 +394,28 @@ def test_in_bf16_all_fast_paths_together_are_about_as_near_the_exact_result_as_t
 @cell
 def test_its_state_of_training_goes_out_and_in(name: str, arch: str) -> None:
     tuned, model, batch = attached(name, arch)
-    Trainer(tuned, model, batch, total=6).step()
+    Trainer(tuned, model, batch, total=steps_of(tuned)).step()
     state = {n: t.clone() for n, t in tuned.state.tensors().items()}
     expected = logits(model, batch)
-    other, fresh, _ = attached(name, arch, seed=9)
+    other, second, _ = attached(name, arch, seed=9)
     other.state.load_tensors(state)
-    assert torch.equal(logits(fresh, batch), expected)
+    assert torch.equal(logits(second, batch), expected)
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad and not n.startswith("luthier.")}
     assert not any(n.split("|")[-1] in frozen for n in state), "a frozen weight is in the state"
 
 
 @pytest.mark.parametrize("name", METHODS.names())
 def test_its_settings_survive_json(name: str) -> None:
-    method = small(name)
-    assert build(type(method), json.loads(json.dumps(plain(method)))) == method
+    chosen = small(name)
+    words = json.loads(json.dumps(plain(chosen.settings())))
+    assert compose.method(compose.spell(chosen), words).parts() == chosen.parts()
 
 
 @pytest.mark.parametrize("name", METHODS.names())
 def test_two_seeds_give_two_starts_and_one_seed_one(name: str) -> None:
     arch = next(a for a in ARCHITECTURES if refuses_not(name, a))
-    starts = [attached(name, arch, seed=s)[0].state.tensors() for s in (0, 0, 1)]
+    starts = [untrained(name, arch)[0].state.tensors()]
+    starts += [attached(name, arch, seed=s)[0].state.tensors() for s in (0, 1)]
     assert all(torch.equal(starts[0][n], starts[1][n]) for n in starts[0])
     drawn = [
         n for n, t in starts[0].items() if not n.split("|")[1].startswith(("head/", "model/")) and t.is_floating_point()
@@ -389,7 +426,7 @@ def test_two_seeds_give_two_starts_and_one_seed_one(name: str) -> None:
 
 def refuses_not(name: str, arch: str) -> bool:
     try:
-        attached(name, arch)
+        untrained(name, arch)
     except Refused:
         return False
     return True

@@ -16,6 +16,7 @@ __all__ = ["calls_in_order", "goes_through_interface", "is_dropout", "n_tensor_a
 
 # Reading and parsing sources is the slow part of an anatomy, and a model has few classes.
 _STEPS: dict[tuple[type[nn.Module], str], tuple[tuple[str, ...], ...]] = {}
+_SOURCES: dict[tuple[type[nn.Module], str], str] = {}
 
 
 def calls_in_order(module: nn.Module) -> list[str]:
@@ -139,8 +140,10 @@ def _chain(node: ast.expr) -> tuple[str, ...] | None:
 
 
 def _source(cls: type[nn.Module], method: str) -> str:
-    function: Any = getattr(cls, method, None)
-    try:
-        return textwrap.dedent(inspect.getsource(inspect.unwrap(function)))
-    except (OSError, TypeError):  # typed in by hand, compiled, or built in: there is no source
-        return ""
+    if (cls, method) not in _SOURCES:
+        function: Any = getattr(cls, method, None)
+        try:
+            _SOURCES[cls, method] = textwrap.dedent(inspect.getsource(inspect.unwrap(function)))
+        except (OSError, TypeError):  # typed in by hand, compiled, or built in: there is no source
+            _SOURCES[cls, method] = ""
+    return _SOURCES[cls, method]

@@ -28,11 +28,11 @@ MINILM_L6 = {
 
 
 def path() -> Path:
-    """The table that the package ships."""
-    return Path(luthier.methods.__path__[0]) / "shares.json"
+    """The folder that the package ships, one file a method."""
+    return Path(luthier.methods.__path__[0]) / "shares"
 
 
-def count_shares() -> dict[str, Any]:
+def count_shares() -> dict[str, dict[str, Any]]:
     """Method -> trained numbers (the head's 2,310 included) and their share of all numbers of the model.
 
     A method that cannot be put on this model (it needs a site that BERT lacks) has no entry.
@@ -42,15 +42,20 @@ def count_shares() -> dict[str, Any]:
     anatomy = Anatomy.read(model)
     head = sum(torch.Size(anatomy.tensors[name]).numel() for name in anatomy.head_tensors)
     counted = {}
-    for name in METHODS.names():
+    for name in METHODS.ours():
         try:
             trained = METHODS.get(name)().n_params(anatomy) + head
         except LuthierError:
             continue
         counted[name] = {"trained": trained, "share": round(trained / anatomy.n_params, 6)}
-    return {"model": "minilm-l6 with six classes", "n_params": anatomy.n_params, "head": head, "methods": counted}
+    return counted
 
 
-def write_shares(table: dict[str, Any]) -> None:
-    """Store the table where `luthier methods` reads it."""
-    path().write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+def write_shares(counted: dict[str, dict[str, Any]]) -> None:
+    """Store them where `luthier methods` reads them; files of methods that are gone go too."""
+    path().mkdir(exist_ok=True)
+    for old in path().glob("*.json"):
+        if old.stem not in counted:
+            old.unlink()
+    for name, share in counted.items():
+        (path() / f"{name}.json").write_text(json.dumps(share) + "\n", encoding="utf-8")

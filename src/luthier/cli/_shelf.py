@@ -42,6 +42,8 @@ def facts(card: Card) -> dict[str, Any]:
         "family": card.family,
         "paper": card.paper,
         "title": card.title,
+        "from": card.origin,
+        "preset_of": card.of or None,
         "mergeable": card.mergeable,
         "identity": card.starts_at_base,
         "default_lr": card.facts.get("default_lr", 1e-3),
@@ -55,9 +57,9 @@ def facts(card: Card) -> dict[str, Any]:
 @lru_cache(maxsize=1)
 def shares() -> dict[str, dict[str, Any]]:
     """Method -> numbers trained on minilm-l6 with a head of six classes, and their share (`_parameter_shares.py`)."""
-    text = (files("luthier.methods") / "shares.json").read_text(encoding="utf-8")
-    read: dict[str, dict[str, Any]] = json.loads(text)["methods"]
-    return read
+    folder = files("luthier.methods") / "shares"
+    found = {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir() if file.name.endswith(".json")}
+    return {name.removesuffix(".json"): json.loads(text) for name, text in sorted(found.items())}
 
 
 def few_words(card: Card) -> str:
@@ -99,7 +101,8 @@ def as_markdown(card: Card) -> str:
         f"# {card.name}",
         "",
         f"{card.family} · {card.paper} · "
-        f"{'merges into the weights' if card.mergeable else 'stays beside the weights'} · "
+        + (f"a preset of {card.of} · " if card.of else "")
+        + f"{'merges into the weights' if card.mergeable else 'stays beside the weights'} · "
         f"{'starts as the base model' if card.starts_at_base else 'starts elsewhere than the base model'}"
         + (f" · trains {share:.2%} of minilm-l6" if share is not None else ""),
         "",

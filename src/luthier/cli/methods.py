@@ -10,6 +10,7 @@ from luthier.cli._output import screen
 from luthier.cli._shared_options import AsJson
 from luthier.cli._shelf import SHELF, facts, few_words, of_families, settings_table, word_of
 from luthier.core import Card
+from luthier.core.shelves import OURS
 
 __all__ = ["command"]
 
@@ -49,7 +50,7 @@ def command(
         from luthier.cli._parameter_shares import count_shares, write_shares
 
         write_shares(count_shares())
-        screen().say("shares.json: written")
+        screen().say("shares: written")
         return
     if pages is not None:
         written = _shelf.write_pages(pages)
@@ -88,12 +89,18 @@ def _show_list(cards: list[Card]) -> None:
         f"\n{len(cards)} methods. merges: into the weights, at no cost later.\n"
         "share: of minilm-l6's numbers trained, with a head of six classes."
     )
+    for card in cards:
+        if card.origin != OURS:
+            screen().show(f"{card.name} is from the {card.origin}.")
     screen().show("Next: luthier methods lora  (prints its page)")
 
 
 def _show_page(card: Card) -> None:
     show = screen().show
-    screen().headline(f"{card.name} · {card.family} · {card.paper}\n")
+    about = [card.name, card.family, card.paper]
+    about += [f"a preset of {card.of}"] if card.of else []
+    about += [f"from the {card.origin}"] if card.origin != OURS else []
+    screen().headline(" · ".join(about) + "\n")
     screen().page(card.page)
     show(
         f"\nmerges into the weights: {_yes(card.mergeable)} · starts as the base model: {_yes(card.starts_at_base)} · "

@@ -17,7 +17,12 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """What `luthier methods` shows. Read from the file's syntax tree, so no torch is needed to list a shelf."""
+    """What `luthier methods` shows. Read from the file's syntax tree, so no torch is needed to list a shelf.
+
+    Attributes:
+        origin: "luthier", or the package or folder that the file comes from.
+        of: what a preset is a preset of, such as "lora"; empty for a class of its own.
+    """
 
     name: str
     family: str
@@ -29,3 +34,5 @@ class Card:
     page: str
     facts: dict[str, object] = field(default_factory=dict)
     settings: tuple[Setting, ...] = ()
+    origin: str = "luthier"
+    of: str = ""

@@ -6,20 +6,26 @@ A file registers the one class it adds, under its own name:
     @dataclass(frozen=True, kw_only=True)
     class LoRA(PerSite): ...
 
+or another entry with other defaults:
+
+    METHODS.preset("rslora", of="lora", family="reparameterised", paper="arXiv:2312.03732", scaling="root")
+
 The facts that a listing shows (family, paper, mergeable, settings, the docstring) are read from the syntax tree, so
 that `luthier methods` answers without importing torch. A test compares them with the imported class.
 """
 
-import ast
-import importlib
-import importlib.util
+import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_type_hints
 
-from luthier.core.card import Card, Setting
-from luthier.core.errors import UnknownName, near
+from luthier.core import shelves
+from luthier.core.card import Card
+from luthier.core.errors import ConfigError, UnknownName, near
+from luthier.core.read_card import Preset, as_card, read_card
+from luthier.core.shelves import OURS, Place
 
 __all__ = ["Catalogue"]
 
@@ -27,9 +33,10 @@ T = TypeVar("T")
 
 
 class Catalogue(Generic[T]):
-    """All files below one package (and below any folder added with `add_shelf`) that register a class.
+    """All files that register a class: ours, those that installed packages offer, and those in folders of one's own.
 
-    Files whose name starts with an underscore, and those of a folder `parts`, are pieces that the others share.
+    Ours lie below `package`. Other packages name theirs in the entry point group of the same name; folders are named
+    by the environment variable LUTHIER_SHELF, or handed to `add_shelf`. No file may have the name of another.
 
     Args:
         package: dotted name of the folder that holds the shelf, such as `luthier.methods`.
@@ -39,81 +46,155 @@ class Catalogue(Generic[T]):
     def __init__(self, package: str, word: str) -> None:
         self.package = package
         self.word = word
+        self.plural = f"{word.removesuffix('y')}ies" if word.endswith("y") else f"{word}s"
+        self.registry = self.plural.upper()  # what files call this catalogue
+        # Makes the class of a preset that is a sum of entries: (its name, "a+b", values) -> class.
+        self.combine: Callable[[str, str, dict[str, Any]], type[T]] | None = None
         self._classes: dict[str, type[T]] = {}
-        self._facts: dict[str, dict[str, Any]] = {}
-        self._shelves: list[tuple[Path, str | None]] = []
-        self._files: dict[str, tuple[Path, str]] | None = None
+        self._homes: dict[str, str] = {}  # name -> the module that registered it
+        self._cards: dict[str, Card] = {}
+        self._added: list[Path] = []
+        self._places: dict[str, Place] | None = None
+        self._named: tuple[Path, ...] = ()
 
     def register(self, name: str, **facts: Any) -> Callable[[type[T]], type[T]]:
-        """Put the decorated class on the shelf. `name` must be the file's name; a test checks it."""
+        """Put the decorated class on the shelf. `name` must be the file's name."""
 
         def keep(cls: type[T]) -> type[T]:
             self._classes[name] = cls
-            self._facts[name] = facts
             cls.name = name  # type: ignore[attr-defined]
             cls.facts = facts  # type: ignore[attr-defined]
             return cls
 
         return keep
 
+    def preset(self, name: str, *, of: str, family: str, paper: str, **defaults: Any) -> None:
+        """Put another entry on the shelf again, under this name and with other defaults.
+
+        Args:
+            name: the file's name.
+            of: the entry, or a sum such as "lora+prompt_tuning", whose settings are named `**{"lora.rank": 4}`.
+            family: the folder.
+            paper: where it comes from.
+            defaults: of settings, or of class facts such as `default_lr`. Written out, never computed.
+
+        Raises:
+            UnknownName: no such entry, or it has no such setting.
+            ConfigError: a sum where entries cannot be added up.
+        """
+        facts = {"of": of, "family": family, "paper": paper}
+        if "+" in of:
+            if self.combine is None:
+                raise ConfigError(f"{name}: {of!r} is a sum, and {self.plural} do not add up. Name one.")
+            self.register(name, **facts)(self.combine(name, of, defaults))
+            return
+        base: Any = self.get(of)
+        hints = get_type_hints(base, include_extras=True)
+        settings = {f.name for f in dataclasses.fields(base)}
+        strange = [n for n in defaults if n not in settings and not hasattr(base, n)]
+        if strange:
+            raise UnknownName(
+                f"{name}: {of} has no setting {strange[0]!r}.{near(strange[0], sorted(settings))}"
+                f" Its settings are {', '.join(sorted(settings))}."
+            )
+        place = self.places().get(name)
+        body = {
+            **defaults,
+            "__annotations__": {n: hints[n] for n in defaults if n in settings},
+            "__module__": place.module if place else base.__module__,
+            "__doc__": f"{of} with other defaults.",
+        }
+        title = "".join(part.capitalize() for part in name.split("_"))
+        made: type[T] = dataclasses.dataclass(frozen=True, kw_only=True)(type(title, (base,), body))
+        self.register(name, **facts)(made)
+
     def add_shelf(self, folder: Path) -> None:
-        """Also list the files of `folder`: a shelf outside the package (a third party's, or a test's)."""
-        self._shelves.append((Path(folder), None))
-        self._files = None
+        """Also list the files of `folder`, as LUTHIER_SHELF does.
+
+        Raises:
+            ConfigError: one of them has the name of another entry.
+        """
+        self._added.append(Path(folder))
+        self._places = None
+        try:
+            self.places()
+        except ConfigError:
+            self.remove_shelf(folder)
+            raise
 
     def remove_shelf(self, folder: Path) -> None:
         """Undo `add_shelf`."""
-        for name, (path, _) in list(self.files().items()):
-            if path.is_relative_to(folder):
-                self._classes.pop(name, None)
-                self._facts.pop(name, None)
-        self._shelves = [s for s in self._shelves if s[0] != Path(folder)]
-        self._files = None
+        self._added = [path for path in self._added if path != Path(folder)]
+        self.refresh()
 
-    def files(self) -> dict[str, tuple[Path, str]]:
-        """Name -> (file, dotted module), without importing anything on the shelf."""
-        if self._files is None:
-            spec = importlib.util.find_spec(self.package)
-            assert spec is not None and spec.submodule_search_locations is not None
-            found: dict[str, tuple[Path, str]] = {}
-            root = Path(next(iter(spec.submodule_search_locations)))
-            for path in sorted(root.rglob("*.py")):
-                if not path.name.startswith("_") and "parts" not in path.relative_to(root).parts:
-                    dotted = ".".join((self.package, *path.relative_to(root).with_suffix("").parts))
-                    found[path.stem] = (path, dotted)
-            for folder, _ in self._shelves:
-                for path in sorted(folder.glob("*.py")):
-                    if not path.name.startswith("_"):
-                        found[path.stem] = (path, f"luthier_shelf_{abs(hash(str(folder)))}_{path.stem}")
-            self._files = found
-        return self._files
+    def refresh(self) -> None:
+        """Look again for files, after a package was installed or a folder's files were changed."""
+        shelves.forget()
+        self._drop(lambda name, home: shelves.is_of_a_folder(home))
+        self._cards.clear()
+        self._places = None
+
+    def _drop(self, gone: Callable[[str, str], bool]) -> None:
+        for name, home in [(n, h) for n, h in self._homes.items() if gone(n, h)]:
+            del self._homes[name]
+            self._classes.pop(name, None)
+            sys.modules.pop(home, None)
+
+    def places(self) -> dict[str, Place]:
+        """Name -> where its file is, without importing anything on the shelf.
+
+        Raises:
+            ConfigError: two files have one name, or a folder or entry point leads nowhere.
+        """
+        named = shelves.named_folders()
+        if self._places is None or named != self._named:
+            found: dict[str, Place] = {}
+            for place in self._all(named):
+                known = found.setdefault(place.path.stem, place)
+                if known.path.resolve() != place.path.resolve():
+                    raise ConfigError(
+                        f"{place.path}: {place.path.stem!r} is the name of {_whose(self.word, known)} ({known.path}). "
+                        "Rename your file, and the name that it registers."
+                    )
+            if named != self._named:
+                self.refresh()
+            self._drop(lambda name, home: name not in found or found[name].module != home)
+            self._places, self._named = found, named
+        return self._places
+
+    def _all(self, named: tuple[Path, ...]) -> Iterator[Place]:
+        folders = dict.fromkeys((*named, *self._added))
+        return chain(
+            shelves.in_package(self.package),
+            shelves.in_packages(self.package, self.registry),
+            *(shelves.in_folder(folder, self.registry) for folder in folders),
+        )
 
     def names(self) -> list[str]:
         """Every name on the shelf, in alphabetical order."""
-        return sorted(self.files())
+        return sorted(self.places())
+
+    def ours(self) -> list[str]:
+        """The names that this package brings, in alphabetical order."""
+        return [name for name in self.names() if self.places()[name].origin == OURS]
 
     def get(self, name: str) -> type[T]:
         """Import and return the class called `name`.
 
         Raises:
             UnknownName: nothing on the shelf has that name; the message offers near ones.
+            ConfigError: its file registers another name.
         """
+        self.places()  # a folder may have come or gone
         if name not in self._classes:
-            if name not in self.files():
-                raise UnknownName(
-                    f"No {self.word} is called {name!r}.{near(name, self.names())}"
-                    f" `luthier {self.word.removesuffix('y') + 'ies' if self.word.endswith('y') else self.word + 's'}`"
-                    f" lists all {len(self.names())}."
+            place = self._place(name)
+            shelves.run(place)
+            self._homes[name] = place.module
+            if name not in self._classes:
+                raise ConfigError(
+                    f"{place.path}: registers no {self.word} called {name!r}, which is the file's name. Let it say "
+                    f"@{self.registry}.register({name!r}, ...), or rename the file."
                 )
-            path, dotted = self.files()[name]
-            if dotted.startswith("luthier_shelf_"):
-                module_spec = importlib.util.spec_from_file_location(dotted, path)
-                assert module_spec is not None and module_spec.loader is not None
-                module = importlib.util.module_from_spec(module_spec)
-                sys.modules[dotted] = module
-                module_spec.loader.exec_module(module)
-            else:
-                importlib.import_module(dotted)
         return self._classes[name]
 
     def card(self, name: str) -> Card:
@@ -121,80 +202,30 @@ class Catalogue(Generic[T]):
 
         Raises:
             UnknownName: nothing on the shelf has that name.
+            ConfigError: the file cannot be read as a card.
         """
-        if name not in self.files():
-            self.get(name)  # raises with near names
-        path, _ = self.files()[name]
-        return read_card(path)
+        place = self._place(name)
+        if name not in self._cards:
+            found = read_card(place.path)
+            if isinstance(found, Preset):
+                found = as_card(found, {part: self.card(part) for part in found.of.split("+")})
+            self._cards[name] = dataclasses.replace(found, origin=place.origin)
+        return self._cards[name]
 
     def cards(self) -> list[Card]:
         """The cards of all files, in alphabetical order of their names."""
         return [self.card(name) for name in self.names()]
 
-
-def read_card(path: Path) -> Card:
-    """Read one file's card: the class below `@X.register(...)`, its settings and its constants."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    page = ast.get_docstring(tree) or ""
-    for node in tree.body:
-        if not isinstance(node, ast.ClassDef):
-            continue
-        for decorator in node.decorator_list:
-            if (
-                isinstance(decorator, ast.Call)
-                and isinstance(decorator.func, ast.Attribute)
-                and decorator.func.attr == "register"
-            ):
-                facts: dict[str, Any] = {k.arg: ast.literal_eval(k.value) for k in decorator.keywords if k.arg}
-                constants, settings = _fields(node, _assigned(tree))
-                facts = {**constants, **facts}
-                return Card(
-                    name=ast.literal_eval(decorator.args[0]),
-                    family=str(facts.get("family", path.parent.name)),
-                    paper=str(facts.get("paper", "")),
-                    title=page.split("\n", 1)[0].rstrip("."),
-                    path=str(path),
-                    mergeable=bool(facts.get("mergeable", False)),
-                    starts_at_base=bool(facts.get("starts_at_base", True)),
-                    page=page,
-                    facts=facts,
-                    settings=tuple(settings),
-                )
-    raise UnknownName(
-        f"{path}: no class in this file is registered; decorate one with @METHODS.register({path.stem!r})."
-    )
-
-
-def _assigned(tree: ast.Module) -> dict[str, ast.expr]:
-    """The constants of a file, by name: a setting's default may be one of them, and its page shows the value."""
-    return {
-        target.id: item.value
-        for item in tree.body
-        if isinstance(item, ast.Assign)
-        for target in item.targets
-        if isinstance(target, ast.Name)
-    }
-
-
-def _fields(node: ast.ClassDef, assigned: dict[str, ast.expr]) -> tuple[dict[str, Any], list[Setting]]:
-    constants: dict[str, Any] = {}
-    settings: list[Setting] = []
-    for item in node.body:
-        if not isinstance(item, ast.AnnAssign) or not isinstance(item.target, ast.Name):
-            continue
-        text = ast.unparse(item.annotation)
-        value = assigned.get(item.value.id, item.value) if isinstance(item.value, ast.Name) else item.value
-        default = ast.unparse(value) if value is not None else ""
-        if text.startswith("ClassVar"):
-            try:
-                constants[item.target.id] = ast.literal_eval(item.value) if item.value is not None else None
-            except ValueError:
-                constants[item.target.id] = default
-        elif isinstance(item.annotation, ast.Subscript) and text.startswith("Annotated"):
-            parts = item.annotation.slice
-            assert isinstance(parts, ast.Tuple)
-            meaning = next((p.value for p in parts.elts[1:] if isinstance(p, ast.Constant)), "")
-            settings.append(
-                Setting(name=item.target.id, type=ast.unparse(parts.elts[0]), default=default, meaning=str(meaning))
+    def _place(self, name: str) -> Place:
+        places = self.places()
+        if name not in places:
+            raise UnknownName(
+                f"No {self.word} is called {name!r}.{near(name, self.names())}"
+                f" `luthier {self.plural}` lists all {len(places)}."
+                f" One of your own is found where {shelves.VARIABLE} names its folder."
             )
-    return constants, settings
+        return places[name]
+
+
+def _whose(word: str, place: Place) -> str:
+    return f"a {word} of luthier's" if place.origin == OURS else f"another {word}, from {place.origin}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from luthier.anatomy import Anatomy
 from luthier.core import CompositionError, ConfigError, UnknownName, build, fields_of, near
@@ -19,6 +19,9 @@ class Combined(Method):
     """Several methods on one model, trained together; each keeps its own settings and keys."""
 
     members: tuple[Method, ...]
+
+    # Of a preset that is a sum: how it is spelt, and its settings.
+    spelt: ClassVar[tuple[str, Mapping[str, Any]]] = ("", {})
 
     def __post_init__(self) -> None:
         check(self.members)
@@ -37,6 +40,31 @@ class Combined(Method):
     def default_lr(self) -> float:  # type: ignore[override]
         """The smallest of its parts'."""
         return min(m.default_lr for m in self.members)
+
+    @property
+    def looks_at_data(self) -> bool:  # type: ignore[override]
+        """One of its parts does."""
+        return any(m.looks_at_data for m in self.members)
+
+    @property
+    def computes_tensors(self) -> bool:  # type: ignore[override]
+        """One of its parts does."""
+        return any(m.computes_tensors for m in self.members)
+
+    @property
+    def trains_base(self) -> bool:  # type: ignore[override]
+        """One of its parts does."""
+        return any(m.trains_base for m in self.members)
+
+    @property
+    def draws(self) -> bool:  # type: ignore[override]
+        """One of its parts does."""
+        return any(m.draws for m in self.members)
+
+    @property
+    def looks_ahead(self) -> bool:  # type: ignore[override]
+        """One of its parts does."""
+        return any(m.looks_ahead for m in self.members)
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         for member in self.members:
@@ -70,7 +98,7 @@ def method(words: str, settings: Mapping[str, Any] | None = None) -> Method:
         ConfigError: a value that cannot work, or a bare setting that several parts have.
         CompositionError: the parts cannot stand together.
     """
-    names = [w.strip() for w in words.split("+")]
+    names, given = _spelt_out([w.strip() for w in words.split("+")])
     classes = [METHODS.get(n) for n in names]
     if len(set(names)) < len(names):
         raise CompositionError(
@@ -78,7 +106,7 @@ def method(words: str, settings: Mapping[str, Any] | None = None) -> Method:
         )
     fields = {n: [f.name for f in fields_of(c)] for n, c in zip(names, classes, strict=True)}
     values: dict[str, dict[str, Any]] = {n: {} for n in names}
-    for full, value in (settings or {}).items():
+    for full, value in (*given.items(), *(settings or {}).items()):
         owner, dot, field = full.rpartition(".")
         if dot and owner in values:
             values[owner][field] = value
@@ -96,7 +124,45 @@ def method(words: str, settings: Mapping[str, Any] | None = None) -> Method:
         values[homes[0]][full] = value
     members = [build(c, values[n], n) for n, c in zip(names, classes, strict=True)]
     check(members)
-    return members[0] if len(members) == 1 else Combined(members=tuple(members))
+    whole = Combined if "+" in words else METHODS.get(words.strip())
+    if issubclass(whole, Combined):
+        return whole(members=tuple(members))
+    return members[0]
+
+
+def _spelt_out(names: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
+    """Presets that are sums, as their parts and the settings that these have in them."""
+    parts: list[str] = []
+    given: dict[str, Any] = {}
+    for name in names:
+        cls = METHODS.get(name)
+        if issubclass(cls, Combined):
+            words, values = cls.spelt
+            parts += words.split("+")
+            given |= values
+        else:
+            parts.append(name)
+    return parts, given
+
+
+def _sum(name: str, words: str, values: Mapping[str, Any]) -> type[Method]:
+    """The class of a preset that is a sum: `Combined` with its members made."""
+    made = method(words, values)
+    parts = "+".join(part.name for part in made.parts())
+    spelt = {f"{part.name}.{n}": v for part in made.parts() for n, v in part.settings().items()}
+    chosen = {n: v for n, v in spelt.items() if n in values or n.partition(".")[2] in values}
+    body = {
+        "__annotations__": {"members": tuple[Method, ...]},
+        "members": made.parts(),
+        "spelt": (parts, chosen),
+        "__doc__": f"{words} with other defaults.",
+        "__module__": __name__,
+    }
+    title = "".join(part.capitalize() for part in name.split("_"))
+    return dataclass(frozen=True, kw_only=True)(type(title, (Combined,), body))
+
+
+METHODS.combine = _sum
 
 
 def setting_names(words: str) -> list[str]:

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from luthier.anatomy import Anatomy
-from luthier.core import WrongBase
+from luthier.core import UnknownName, WrongBase, near
 from luthier.core.protocols import Model
+from luthier.core.shelves import VARIABLE
 from luthier.surgery import compose
+from luthier.surgery.method import METHODS
 from luthier.surgery.tuned import Tuned, attach
 from luthier.surgery.tuning_files import base_digest, precision_of, read_tuning, restore, vouched, weights_digest
 from luthier.trust import safetensors as trusted_tensors
@@ -31,6 +33,7 @@ def load(model: Model, folder: Path | str, *, name: str = "default", trainable: 
     ia3
 
     Raises:
+        UnknownName: it was made with a method that is on no shelf here.
         WrongBase: the tuning was made for another model.
         Refused, IntegrityError: the files are not what they claim to be.
     """
@@ -38,6 +41,7 @@ def load(model: Model, folder: Path | str, *, name: str = "default", trainable: 
     base = facts["base"]
     heads = [str(k).removeprefix("head/") for k in facts.get("head", ())]
     _same_shape(model, base, heads, folder)
+    _known_here(facts["method"], Path(folder) / "tuning.json")
     with vouched(Path(folder) / "tuning.json"):
         method = compose.method(facts["method"], facts["settings"])
     before = Tuned.of(model)
@@ -101,3 +105,13 @@ def _same_weights(tuned: Tuned, base: dict[str, Any], folder: Path | str) -> Non
         f"{folder}: made for {base.get('name') or base['model_type']} with weights "
         f"{str(base.get('sha256_bf16'))[:12]}; this model's are {found[:12]}. {advice}"
     )
+
+
+def _known_here(words: str, where: Path) -> None:
+    """A method that is on no shelf here may be its owner's: that is no damage of the file."""
+    strange = [name for name in words.split("+") if name.isidentifier() and name not in METHODS.names()]
+    if strange:
+        raise UnknownName(
+            f"{where}: made with the method {strange[0]!r}, which is on no shelf here. If it is your own, name its "
+            f"folder in {VARIABLE} or install its package.{near(strange[0], METHODS.names())}"
+        )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, ClassVar, Self
 
 from torch import Tensor
 
 from luthier.anatomy import Anatomy, BySite, Site, is_projection
-from luthier.core import Card, Catalogue, plain
+from luthier.core import Catalogue, plain
 from luthier.surgery.attachment import Attachment
 from luthier.surgery.base import Base
 from luthier.surgery.edits import Attach, Edit
@@ -54,11 +54,16 @@ class Method(ABC):
         default_lr: peak learning rate where the user names none.
         looks_at_data: `prepare` needs batches before the first step.
         computes_tensors: replaces tensors of the model by computed ones, so what it finds there is not what acts.
+        draws: in training it draws which of its numbers take part, so two passes differ even without dropout.
+        looks_ahead: what it adds to a token depends on later tokens too; its page says what that means in generation.
+
+    Class facts for the contract tests alone, so that a new file joins no list:
+        tiny: settings that fit a model of three layers and width 48; `lr` for the rate at which it learns there.
+        needs: methods that must stand beside it, because it changes their numbers and has none of its own.
     """
 
     name: ClassVar[str]
     facts: ClassVar[dict[str, Any]]
-    card: ClassVar[Card]
     mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-3
@@ -66,6 +71,10 @@ class Method(ABC):
     computes_tensors: ClassVar[bool] = False
     through_trunk: ClassVar[bool] = True  # the loss has a gradient on the embedded text
     trains_base: ClassVar[bool] = False  # weights of the blocks themselves move: their dropout stays on
+    draws: ClassVar[bool] = False
+    looks_ahead: ClassVar[bool] = False
+    tiny: ClassVar[Mapping[str, Any]] = {}
+    needs: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
@@ -91,6 +100,9 @@ class Method(ABC):
         """A penalty added once per optimiser step, independent of the batch."""
         return None
 
+    def before_step(self, tuned: TunedView, step: int, total: int) -> None:
+        """Before the first forward pass of a step: choose what takes part in it. Draws are keyed by the step."""
+
     def after_backward(self, tuned: TunedView, step: int, total: int) -> None:
         """Gradients of the whole step are present, unscaled and unclipped; the optimiser has not moved."""
 
@@ -107,6 +119,11 @@ class Method(ABC):
     def conflicts(self, other: Method) -> str | None:
         """Why this method cannot stand beside `other` on one model, or None."""
         return None
+
+    @classmethod
+    def is_a(cls, *names: str) -> bool:
+        """Whether this is one of the methods called so, or a preset of one."""
+        return any(vars(kind).get("name") in names for kind in cls.__mro__)
 
     def settings(self) -> dict[str, Any]:
         """The settings as plain values."""

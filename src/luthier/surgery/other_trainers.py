@@ -83,7 +83,9 @@ def _refuse_half(tuned: Watched) -> None:
     for tuning in tuned.edited.tunings.values():
         for part in tuning.method.parts() if tuning.trainable else ():
             cls = type(part)
-            asks = [n for n in ("loss", "extra_loss", "on_step") if getattr(cls, n) is not getattr(Method, n)]
+            asks = [
+                n for n in ("before_step", "loss", "extra_loss", "on_step") if getattr(cls, n) is not getattr(Method, n)
+            ]
             if asks:
                 raise ConfigError(
                     f"{part.name} has to be asked during training ({', '.join(asks)}), which this trainer does not do: "

@@ -59,9 +59,12 @@ def to_peft(tuned: Tuned, folder: Path | str, name: str | None = None) -> Path:
         ResourceError: the folder cannot be written.
     """
     tuning, folder = tuned.tuning(name), Path(folder)
-    kind = tuning.method.name
-    if kind not in ("lora", "dora", "ia3"):
-        raise CannotMerge(f"{kind} has no form in peft's files that computes the same. lora, dora and ia3 have one.")
+    kind = next((n for n in ("lora", "dora", "ia3") if tuning.method.is_a(n)), None)
+    if kind is None:
+        raise CannotMerge(
+            f"{compose.spell(tuning.method)} has no form in peft's files that computes the same. "
+            "lora, dora and ia3 have one."
+        )
     places = {site.key: site for site in tuned.anatomy.all_sites}
     sites = {key: _plain(places[key], kind) for key in tuning.modules_by_key()}
     tensors: dict[str, Tensor] = {}

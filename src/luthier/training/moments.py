@@ -12,7 +12,7 @@ from luthier.core import ConfigError
 from luthier.data.batches import Batch
 from luthier.data.tasks import Task
 from luthier.runs.spec import RunSpec
-from luthier.surgery import Method, Tuned
+from luthier.surgery import Method, Tuned, keyed
 from luthier.training.course import Course, Piece, Progress
 from luthier.training.optimiser import Optimiser
 from luthier.training.schedule import factor
@@ -69,6 +69,11 @@ class Moments:
         """Step `step`, from 0, is about to be made."""
         self._progress.step, self._progress.total, self._progress.epoch = step + 1, total, epoch
         self._progress.numbers.clear()
+        for part in self._parts:
+            if type(part).before_step is not Method.before_step:
+                # Keyed by the step: made again after a stop or for want of memory, it draws the same.
+                with keyed(self._spec.seed, "before step", part.name, step):
+                    part.before_step(self._tuned, step + 1, total)
         for one, course in self._filling("before_step"):
             one.before_step(course)
         self._rest()

@@ -78,7 +78,7 @@ class LST(Method):
         return total + sizes.d * width + width
 
     def conflicts(self, other: Method) -> str | None:
-        if other.name == "head_only":
+        if other.is_a("head_only"):
             return None
         return "no gradient enters the frozen model beside a side network, so nothing in it can train."
 

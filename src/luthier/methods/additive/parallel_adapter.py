@@ -43,6 +43,7 @@ class ParallelAdapter(Method):
     mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-4
+    tiny: ClassVar[dict[str, int]] = {"width": 6}
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         for site in self._sites(anatomy):

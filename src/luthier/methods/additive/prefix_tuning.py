@@ -40,6 +40,7 @@ class PrefixTuning(Method):
     mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 5e-5
+    tiny: ClassVar[dict[str, int]] = {"length": 3, "mlp_width": 7}
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         source = Prefixes(anatomy, self.length, self.mlp_width, self.dropout)

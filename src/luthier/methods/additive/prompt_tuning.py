@@ -44,6 +44,7 @@ class PromptTuning(Method):
     mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 0.3
+    tiny: ClassVar[dict[str, int]] = {"length": 3}
 
     def __post_init__(self) -> None:
         if (self.init == "words") != bool(self.words):

@@ -42,6 +42,7 @@ class MAM(Method):
     mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 1e-4
+    tiny: ClassVar[dict[str, int]] = {"length": 3, "width": 6, "mlp_width": 7}
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         source = Prefixes(anatomy, self.length, self.mlp_width, self.dropout, asked_by="mam")

@@ -51,6 +51,8 @@ class UniPELT(Method):
     mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 5e-4
+    looks_ahead: ClassVar[bool] = True
+    tiny: ClassVar[dict[str, int]] = {"length": 3, "width": 6, "mlp_width": 7, "rank": 3}
 
     def __post_init__(self) -> None:
         if not self.use or set(self.use) - set(_PARTS) or len(set(self.use)) < len(self.use):

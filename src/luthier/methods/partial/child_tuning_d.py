@@ -90,7 +90,7 @@ class ChildTuningD(Method):
             )
 
     def conflicts(self, other: Method) -> str | None:
-        if other.name in ("full", "bitfit"):
+        if other.is_a("full", "bitfit"):
             return f"both train tensors of the model in place, {other.name} without a mask. Use one of them."
         return None
 

@@ -55,6 +55,7 @@ class DiffPruning(Method):
     starts_at_base: ClassVar[bool] = True
     computes_tensors: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-4
+    draws: ClassVar[bool] = True
     trains_base: ClassVar[bool] = True
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:

@@ -59,6 +59,7 @@ class AdaLoRA(PerSite):
     mergeable: ClassVar[bool] = True
     starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 2e-3
+    tiny: ClassVar[dict[str, int]] = {"rank": 3, "target_rank": 2}
 
     def __post_init__(self) -> None:
         if self.target_rank > self.rank:

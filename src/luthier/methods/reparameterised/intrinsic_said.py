@@ -46,6 +46,7 @@ class IntrinsicSAID(Method):
     starts_at_base: ClassVar[bool] = True
     computes_tensors: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-2
+    tiny: ClassVar[dict[str, int]] = {"dimension": 600}
     trains_base: ClassVar[bool] = True
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:

@@ -36,6 +36,7 @@ class LoRA(PerSite):
     mergeable: ClassVar[bool] = True
     starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 2e-3
+    tiny: ClassVar[dict[str, int]] = {"rank": 3}
 
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
         return check_projections(anatomy, super().places(anatomy), "lora", self.dropout)

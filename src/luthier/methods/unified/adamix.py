@@ -66,6 +66,8 @@ class AdaMix(PerSite):
     mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 4e-4
+    draws: ClassVar[bool] = True
+    tiny: ClassVar[dict[str, int]] = {"width": 6, "rank": 3}
     needs_logits: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -135,7 +137,7 @@ class AdaMix(PerSite):
             module.restore(module.stored())
 
     def conflicts(self, other: Method) -> str | None:
-        if other.name == "propetl":
+        if other.is_a("propetl"):
             return "neither paper says what masks over a mixture of experts would be. Use one of them."
         return None
 

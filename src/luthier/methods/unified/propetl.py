@@ -51,6 +51,7 @@ class ProPETL(Method):
     mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 3e-4
+    tiny: ClassVar[dict[str, int]] = {"width": 6, "rank": 3}
 
     def __post_init__(self) -> None:
         # Masked thin matrices are thin matrices: they merge, and they start at the base.
@@ -87,7 +88,7 @@ class ProPETL(Method):
             module.restore(module.stored())
 
     def conflicts(self, other: Method) -> str | None:
-        if other.name == "adamix":
+        if other.is_a("adamix"):
             return "neither paper says what masks over a mixture of experts would be. Use one of them."
         return None
 

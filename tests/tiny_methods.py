@@ -1,0 +1,36 @@
+"""Methods at sizes that fit a tiny model, as their own files give them: no list here that a new file must join."""
+
+from typing import Any
+
+from luthier.surgery import METHODS, Combined, Method, method
+
+__all__ = ["learning_rate", "settings", "small", "spelling"]
+
+
+def spelling(words: str) -> str:
+    """What stands on the model: a method that changes the numbers of another brings that one along."""
+    return "+".join(dict.fromkeys(n for word in words.split("+") for n in (*METHODS.get(word).needs, word)))
+
+
+def settings(words: str) -> dict[str, Any]:
+    """The settings that the files call tiny; for methods of several parts, prefixed."""
+    parts = spelling(words).split("+")
+    found: dict[str, Any] = {}
+    for part in parts:
+        cls = METHODS.get(part)
+        if issubclass(cls, Combined):
+            found |= settings(cls.spelt[0])
+        else:
+            alone = len(parts) == 1
+            found |= {n if alone else f"{part}.{n}": v for n, v in cls.tiny.items() if n != "lr"}
+    return found
+
+
+def small(words: str) -> Method:
+    """The method, everything else at its default."""
+    return method(spelling(words), settings(words))
+
+
+def learning_rate(chosen: Method) -> float:
+    """At which it learns on a tiny model within thirty steps."""
+    return max(float(part.tiny.get("lr", max(part.default_lr, 3e-3))) for part in chosen.parts())

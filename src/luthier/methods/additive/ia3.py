@@ -9,6 +9,8 @@ arXiv:2205.05638, section 3.3. Its extra losses belong to its recipe, T-Few, and
 
 Count: L (2 d + m); with grouped key-value heads, their width for the first two.
 Claims: a few tens of thousands of numbers, merged exactly, no cost at inference.
+Use it when: the tuning must be tiny, or many of them answer one batch; it merges, and needs few rows.
+Not when: the task is far from what the model knows: it can only scale what is there.
 Pitfalls: merging must scale the biases of k and v too; decay has to pull towards one, not towards zero; keys are
 scaled before rotary angles; for a gated feed-forward layer the scaled vector is what ffn.down reads; a pattern such as
 "output.dense" would match BERT's attention output too and train L (3 d + m).

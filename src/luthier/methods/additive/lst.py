@@ -16,6 +16,8 @@ Starts: by the size of the weights (the default: it needs no data, so attaching 
 "fisher", the paper's own, which costs a pass over the data, forward and backward through the whole model, before the
 first step: gradients of each optimiser step are squared and summed. The paper squares those of each row: so does
 batch.size = 1.
+Use it when: memory is short: no gradient enters the frozen model.
+Not when: the tuned model must start as the base, or become a plain model again.
 Pitfalls: a gradient into the frozen model costs all of that memory and shows nowhere else. In an encoder-decoder the
 side decoder reads the side encoder. Position biases (T5, BLOOM) are the frozen model's; rotary angles are computed for
 the side's own width. Side keys and values share the model's cache, behind its layers. Refused where layers share one

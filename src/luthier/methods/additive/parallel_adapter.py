@@ -10,6 +10,8 @@ Count: per sublayer 2 d r + r + d; one more where the scale is learned.
 Claims: better than the sequential adapter and than LoRA at equal size, at the feed-forward layer above all.
 Cost: at its default width of 512 the branch multiplies by a fifth of what a block of minilm-l6 does: a third more than
 LoRA there, a fifth on smollm2-135m (docs/benchmarks.md).
+Use it when: quality counts more than size, and the tuning may stay beside the weights.
+Not when: no cost at inference is allowed: it does not merge.
 Pitfalls: the branch has no residual of its own; the scale acts in training and evaluation alike. In a model that norms
 before its sublayers the released code reads the stream before that norm, not the normed vector: reads="residual". In
 post-norm models both are the same tensor.

@@ -11,6 +11,8 @@ Li, Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", a
 Count: without network 2 L P d (grouped heads: their width for d); with it P d + (d + 1) q + (q + 1) 2 L d, of which
 2 L P d are stored.
 Claims: near full fine-tuning in generation with 0.1 % of its numbers; ahead of it with little data.
+Use it when: the task is generation, the weights may not be touched, and rows are few.
+Not when: the model is small, the training short, or every token of the context is needed.
 Pitfalls: no position moves and no key of the prefix is rotated, unlike prefixes handed over as a cache, which shift
 every word by P; training needs the network at this learning rate, or a larger one without it; stored numbers are those
 without the network. Without one, rows start normal with deviation 0.02: our choice.

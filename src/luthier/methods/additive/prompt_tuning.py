@@ -9,6 +9,8 @@ Lester, Al-Rfou, Constant 2021, "The Power of Scale for Parameter-Efficient Prom
 Count: P times the width of the word embedding.
 Claims: matches full fine-tuning at 10 billion parameters, and falls behind it below that.
 Cost: every row grows by P tokens. Where the texts are shorter than that, most of a step is the prompt.
+Use it when: the model is large and a tuning must be a few vectors that travel with a request.
+Not when: the model is small: its paper reaches full fine-tuning only with billions of numbers.
 Pitfalls: learning rates are of another order here, 0.3 with Adafactor: with 1e-3 the vectors hardly move; the paper's
 100 vectors shorten the text by as much where positions are bounded; T5 v1.1 wants to be trained as a language model
 first. The paper samples from the 5,000 most frequent words: we take the first 5,000 ids, which are those in a

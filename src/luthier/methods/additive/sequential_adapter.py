@@ -11,6 +11,8 @@ Count: per sublayer 2 d r + r + d; the norms of the blocks, 4 d per block of BER
 Claims: within 0.4 % of full fine-tuning on GLUE with 3.6 % of its numbers per task.
 Cost: two bottlenecks in every block, one behind the other, and gradients of the norms: a quarter more than LoRA on
 short rows (docs/benchmarks.md).
+Use it when: a well-worn method is wanted whose parts other tools know, and depth may grow.
+Not when: answers must cost what the base's cost: it adds layers in a row and does not merge.
 Pitfalls: placed after the norm or after the residual sum it is another method; the norms must train, and must not be
 decayed; a start much above 1e-2 hurts badly. The paper's text says 1e-2, its released code 1e-3: we follow the code.
 """

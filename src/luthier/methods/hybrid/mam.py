@@ -11,6 +11,8 @@ Count: stored 2 l d L + (2 d r + r + d) L; the network trains l d + (d + 1) q + 
 Claims: 6.7 % of the numbers of BART-large match full fine-tuning in summarisation and translation.
 Cost: 16 more keys in every attention, the network that makes them, and a branch beside every feed-forward layer: three
 tenths more than LoRA on short rows (docs/benchmarks.md).
+Use it when: quality counts more than size, and keys and a branch may stay beside the weights.
+Not when: the tuning must be small, or must merge.
 Pitfalls: soft tokens before the text would be another method; the scale acts on the branch alone; the branch reads the
 input of the feed-forward layer, not its output. The settings are those of GLUE; l=30, r=512, s=4 are the paper's for
 generation.

@@ -13,6 +13,8 @@ Mao et al. 2022, "UniPELT: A Unified Framework for Parameter-Efficient Language 
 Count: stored 2 l d L + (2 d k + k + d) L + 4 d r L + 4 (d + 1) L; the prefix's network trains in place of its rows.
 Claims: 1 to 4 % above the best single one of its parts on GLUE, most with little data; 1.3 % of BERT-base stored.
 Cost: three methods in every block, each with a gate that reads its input: half as much again as LoRA on short rows.
+Use it when: rows are few and it is not known which of LoRA, prefix and adapter suits.
+Not when: simplicity or size counts: it is three methods at once.
 Pitfalls: padding must stay out of the mean, or a result depends on its neighbours (the released code lets it in);
 merging LoRA would ignore its gate. In generation the gates are those of the prompt, at every step. A gate of a decoder
 averages over the whole text it is trained on, answers included: one number per module and layer that looks ahead. The

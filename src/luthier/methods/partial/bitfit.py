@@ -12,6 +12,8 @@ Count: sum of the lengths of all biases; in BERT's blocks L (7 d + m), and outsi
 embedding norm and d for a pooler where there is one. With `subset`, the biases of attn.q and ffn.up: L (d + m), also
 where one layer computes queries, keys and values together: a mask lets only the queries' part move.
 Claims: 0.09 % of BERT-base trained, near full fine-tuning on small and medium data.
+Use it when: the model has biases, rows are few, and a tuning should be tens of kilobytes and merge.
+Not when: the model has no biases, as most decoders since Llama, or rows are many.
 Pitfalls: a model without biases (T5, Llama) has nothing to train: refused, unless `add_missing_biases` gives each
 linear layer of the blocks a new bias of zeros; the name `output.dense.bias` fits two layers of BERT's block; decay
 pulls a bias towards zero and not towards its pretrained value, so there is none here; the key bias of softmax attention

@@ -15,6 +15,8 @@ Count: floor(share * numbers in the blocks) + all numbers outside the blocks.
 Claims: a regulariser, better and steadier than full fine-tuning on small data; memory is not saved, nor much storage.
 Cost: one pass over the data, forward and backward, before the first step; then a step of full fine-tuning, and a mask
 over every gradient and every new value.
+Use it when: a large encoder overfits few rows, and the result may be as large as the model.
+Not when: memory is short: gradients and moments are those of full fine-tuning.
 Pitfalls: a mask on the gradient alone lets momentum and decay through; masking after clipping; scoring with gradients
 of another mode or another subset gives another mask; dropout draws anew where memory cuts a step otherwise, so with it
 the few entries at the edge may differ.

@@ -18,6 +18,8 @@ Count: 2 * numbers of the model + number of tensors in training; floor(share * n
 Claims: full fine-tuning's quality with half a percent of the numbers stored per task.
 Cost: every pass draws, bends and multiplies a gate for each number of the model, and gates and differences both have
 gradients and moments: four steps of LoRA on short rows, one and a half on long ones (docs/benchmarks.md).
+Use it when: a sparse difference to the base must be stored, and training may cost several times more.
+Not when: steps must be cheap, or memory is short: it trains more numbers than the model has.
 Pitfalls: training costs more memory than full fine-tuning; the penalty is a sum over numbers, not a mean, so its
 weight is tiny; gates need a far larger rate than delta; a tensor that a pass uses twice draws its gates twice.
 """

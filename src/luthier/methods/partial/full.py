@@ -10,6 +10,8 @@ Count: all parameters of the model, tied ones once, a new task head apart.
 Claims: the quality that the others are measured against.
 Cost: a step multiplies by half as much again as one through a frozen model, and its optimiser reads and writes every
 number: one and a half to two steps of LoRA (docs/benchmarks.md).
+Use it when: memory is there, rows are many, or the model must learn a domain or a language anew.
+Not when: many tunings are kept, or rows are few: each is as large as the model and forgets more.
 Pitfalls: needs gradients and two optimiser moments for every number; a learning rate that suits LoRA destroys it;
 decay pulls towards zero, not towards the pretrained value. Where decay is set it leaves norms and biases alone, as the
 field does.

@@ -9,6 +9,8 @@ a linear probe.
 
 Count: 0 in the model; the head alone, and with `pooler` the pooler below it.
 Claims: the floor that a method has to beat to be worth its cost.
+Use it when: a first number is wanted in seconds: what the frozen features already tell apart.
+Not when: the result matters: in `make demo` every other method is far ahead of it.
 Pitfalls: dropout in the frozen trunk would only add noise; a pooler that trains silently is not a probe; a language
 model has no new head, so there is nothing to train; small features want a large rate and many passes, so a probe after
 two or three epochs understates what the features hold.

@@ -16,6 +16,8 @@ in that code, s keeps the rank of the start, and the penalty is the mean norm of
 
 Count: sum over sites of rank * (d_in + d_out + 1) in training; about target_rank of it is stored.
 Claims: better than LoRA at the same stored rank, where some sites need more rank than others.
+Use it when: the budget of ranks is fixed and nobody knows which layers need them.
+Not when: the run has a few dozen steps only: ranks need time to be moved.
 Pitfalls: changing s when triplets are pruned; a schedule that never arrives (its shares are of the whole run here);
 half again as many trained numbers as the LoRA it is compared with, and two moments of importance for each.
 """

@@ -10,6 +10,8 @@ only the update's input is dropped; the authors' code drops the frozen product's
 
 Count: sum over sites of rank * (d_in + d_out) + d_out.
 Claims: closer to full fine-tuning than LoRA at the same rank, most of all at small ranks; merged exactly.
+Use it when: LoRA falls short of full fine-tuning, and a tenth to a fifth more time a step is no matter.
+Not when: the base is quantised, since it needs the norms of the weights; or LoRA is already enough.
 Pitfalls: the norm runs over the inputs, not the outputs; a norm that is not held constant gives other gradients and
 costs more memory; about half of LoRA's learning rate; a row of zeros has no direction and is refused.
 """

@@ -14,6 +14,8 @@ Count: exactly `dimension`, whatever the model; M of it are lambdas.
 Claims: a few hundred to a few thousand numbers reach 90 % of full fine-tuning's quality.
 Cost: every pass projects z onto the whole model and back, N log N for N numbers, whatever the batch: nine steps of
 LoRA on short rows, three on long ones (docs/benchmarks.md).
+Use it when: the question is how few directions a task needs, or a tuning must be a few thousand numbers.
+Not when: time counts: every step computes a projection of the whole model.
 Pitfalls: a backward transform divided by sqrt(N) makes wrong gradients; one seed for all tensors makes their updates
 copies of each other; computing an update of the whole model costs its size in time and memory at every pass, so large
 models are out of reach.

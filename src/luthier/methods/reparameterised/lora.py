@@ -9,6 +9,8 @@ U(±1/sqrt(d_in)), as the authors' code does; the paper says Gaussian.
 
 Count: sum over sites of rank * (d_in + d_out).
 Claims: quality of full fine-tuning with a fraction of its trained numbers; no cost at inference once merged.
+Use it when: in doubt. It is close to full fine-tuning, costs little, merges, and many tools read it.
+Not when: the model must learn what is far from it, such as a new language, where low rank is too little.
 Pitfalls: the effective scale is alpha / rank, so raising the rank alone weakens the update; dropout belongs on the
 branch, never on the base path; a bf16 merge loses most of a small update, so merging is done in fp32 and cast once;
 at the first step A has no gradient at all, because B is zero.

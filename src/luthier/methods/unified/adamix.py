@@ -18,6 +18,8 @@ Count: per site experts * (d width + width) + up_experts * (width d + d) in trai
 Claims: better than one adapter at the cost of one when served.
 Cost: two passes a step, and for a language model all logits of both, which LoRA's loss never holds: one and a half
 steps of LoRA on a classifier, more than two where the vocabulary is large (docs/benchmarks.md).
+Use it when: an adapter should gain from several in training, and cost as much as one afterwards.
+Not when: a training step must be cheap: it passes each batch twice.
 Pitfalls: experts copied from one start stay alike; the mean of products is not the product of means, and only the
 latter is small; each step costs two passes; an expert that was not drawn has no gradient and does not move, neither by
 momentum nor by decay.

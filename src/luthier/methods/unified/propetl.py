@@ -12,6 +12,8 @@ nor is the form over prefixes.
 
 Count: prototype + one score per masked entry and layer in training; stored are the prototype and one bit per entry.
 Claims: quality of an adapter in every layer for about a tenth of its storage.
+Use it when: adapters of all layers must share their numbers, because storage is what counts.
+Not when: one tuning is kept and quality counts: LoRA is simpler.
 Pitfalls: the authors' "sparsity" is this density; scores saved instead of bits, or one byte per bit; a prototype
 registered in every layer is saved in every layer; scores need a far larger rate than the prototype and no decay.
 """

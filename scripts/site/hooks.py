@@ -26,11 +26,13 @@ LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#]+)(#[^)]*)?\)")
 
 def on_config(config: Any) -> Any:
     """Fill the navigation in with the methods, family by family, and the decisions."""
+    unnamed = pages.not_in(config["nav"])
     for section in config["nav"]:
         for title, entries in section.items():
             if title == "Methods":
                 entries += pages.method_navigation()
             if title == "Internals":
+                entries += unnamed
                 entries.append({"Decisions": ["decisions/index.md", *pages.decisions()]})
     return config
 

@@ -10,7 +10,7 @@ import equations
 
 from luthier.cli._shelf import SHELF, facts
 
-__all__ = ["decisions", "decisions_index", "method_navigation", "method_page", "sections"]
+__all__ = ["decisions", "decisions_index", "method_navigation", "method_page", "named_in", "not_in", "sections"]
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADING = re.compile(r"^(Count|Claims|Cost|Starts|Pitfalls|Use it when|Not when): ?", re.MULTILINE)
@@ -22,6 +22,20 @@ def method_navigation() -> list[dict[str, Any]]:
     for card in SHELF.cards():
         families.setdefault(card.family, []).append(f"methods/{card.name}.md")
     return [{family[0].upper() + family[1:]: sorted(found)} for family, found in sorted(families.items())]
+
+
+def named_in(nav: Any) -> set[str]:
+    """Every page that a navigation names."""
+    if isinstance(nav, str):
+        return {nav}
+    return {uri for entry in (nav.values() if isinstance(nav, dict) else nav) for uri in named_in(entry)}
+
+
+def not_in(nav: Any) -> list[str]:
+    """Pages of docs/ that the navigation does not name and that are not filled in: a new page is found all the same."""
+    folder = ROOT / "docs"
+    there = {p.relative_to(folder).as_posix() for p in folder.rglob("*.md")}
+    return sorted(uri for uri in there - named_in(nav) if not uri.startswith(("methods/", "decisions/")))
 
 
 def sections(page: str) -> dict[str, str]:

@@ -522,6 +522,27 @@ class Folder:
         with _explained(self.path / name, "writing"):
             self._drafts[name] = _Draft(self.path / name, parts)
 
+    def share(self) -> None:
+        """Give folder and files the ordinary permissions, those that the umask leaves: they are made to be given away.
+
+        Files that another library has written into the folder are brought to the disk too.
+        """
+        with _explained(self.path, "setting permissions"):
+            trial = self.path / ".tmp-mode"
+            trial.mkdir()  # the one way to read the umask that touches no other thread
+            mode = trial.stat().st_mode & 0o777
+            trial.rmdir()
+            for path in sorted(p for p in self.path.rglob("*") if not p.name.startswith(".")):
+                path.chmod(mode if path.is_dir() else mode & 0o666)
+                if path.is_file() and path.name not in self._drafts:
+                    _op("fsync", path)
+                    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                    try:
+                        os.fsync(fd)
+                    finally:
+                        os.close(fd)
+            self.path.chmod(mode)
+
     def _finish(self, facts: Mapping[str, Any] | None) -> None:
         """Write the manifest and return once all is on the disk."""
         drafts = list(self._drafts.values())

@@ -96,6 +96,7 @@ def to_peft(tuned: Tuned, folder: Path | str, name: str | None = None) -> Path:
     with durable.folder(folder.absolute()) as draft:
         draft.write_tensors(WEIGHTS, {n: t.cpu().contiguous() for n, t in tensors.items()})
         draft.write_json(CONFIG, facts)
+        draft.share()
     return folder
 
 

@@ -39,12 +39,15 @@ _ROWS, _WRITTEN_ROWS = 1024, 64  # rows that are answered before the first of th
 class Predictor:
     """A run ready to answer. Loading it checks base, tokenizer and tuning against what the run recorded.
 
+    Args:
+        dtype: type of the base's weights; left out, the one it was trained in, whose answers are those of the run.
+
     Raises:
         ConfigError: no such run, or one that is not finished.
         WrongBase, IntegrityError: model, tokenizer or tuning are not those of the run.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, *, dtype: torch.dtype | None = None) -> None:
         path = Path(path)
         run = RunFolder.open(path, write=False)
         if not run.tuning.exists():
@@ -71,7 +74,8 @@ class Predictor:
         self.device = choose_device(self.spec.device)
         self.precision = choose_precision(self.spec.precision, self.device)
         # The base in the type it was trained in: another would answer a little differently.
-        dtype = torch.float32 if self.contract["weights"] == "fp32" else self.precision.dtype
+        if dtype is None:
+            dtype = torch.float32 if self.contract["weights"] == "fp32" else self.precision.dtype
         model, _ = load_model(source, self.task, dtype=dtype, device=self.device, seed=self.spec.seed)
         model.config.pad_token_id = pad["id"]
         self.tuned = load_tuning(model, run.tuning)

@@ -1,0 +1,161 @@
+"""A finished run as a plain model folder, its tuning folded into the weights: any transformers program reads it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from luthier.__version__ import __version__
+from luthier.core import CannotMerge, ConfigError
+from luthier.runs import durable
+from luthier.surgery import merging
+from luthier.workflow.load_model import find_model, load_config, quiet
+from luthier.workflow.prediction import Predictor
+
+__all__ = ["merge"]
+
+PIPELINES = {
+    "classification": "text-classification",
+    "regression": "text-classification",
+    "token_classification": "token-classification",
+    "causal_lm": "text-generation",
+}
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def merge(path: Path | str, out: Path | str, *, dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto") -> Path:
+    """Write a run's model with the tuning in its weights: safetensors, configuration, tokenizer, and a model card.
+
+    The merged model's logits are compared with the tuned one's before anything is written.
+
+    Args:
+        path: the folder of a finished run.
+        out: the folder to write; it must not exist.
+        dtype: of the weights; auto, the type in which the base is stored.
+
+    Raises:
+        ConfigError: no such run, one that is not finished, or `out` is there.
+        CannotMerge: no weight of the model can do what the method does, or the type is too coarse for it.
+        WrongBase, IntegrityError: model, tokenizer or tuning are not those of the run.
+    """
+    out = Path(out).absolute()
+    if out.exists():
+        raise ConfigError(f"{out}: is there already. Name a folder that does not exist.")
+    if not out.parent.is_dir():
+        raise ConfigError(f"{out}: the folder {out.parent} does not exist. Make it, or name another place.")
+    if dtype != "auto" and dtype not in TYPES:
+        raise ConfigError(f"dtype: got {dtype!r}; it must be auto, fp32, bf16 or fp16.")
+    path = Path(path)
+    predictor = Predictor(path, dtype=torch.float32 if dtype == "auto" else TYPES[dtype])
+    if dtype == "auto":
+        stored = getattr(load_config(find_model(predictor.spec.model)), "dtype", None)
+        if stored in (torch.bfloat16, torch.float16):
+            predictor = Predictor(path, dtype=stored)
+    method = predictor.spec.method
+    try:
+        merging.check(predictor.tuned.edited)
+        half = next(predictor.tuned.model.parameters()).dtype != torch.float32
+        # Half types round the logits that are compared, too.
+        model = predictor.tuned.merge(check=_a_batch(predictor), tolerance=0.5 if half else 0.25)
+    except CannotMerge as error:
+        raise CannotMerge(f"{path} ({method}): {error} {_instead(method, path)}") from None
+    in_unit = _into_unit(model, predictor)
+    _describe(model, predictor)
+    card = _card(path, out, model, predictor, in_unit)
+    with durable.folder(out) as draft:
+        with quiet():
+            model.save_pretrained(draft.path)
+            predictor.tokenizer.save_pretrained(draft.path)
+        draft.write_bytes("README.md", card.encode())
+        draft.share()
+    return out
+
+
+def _instead(method: str, path: Path) -> str:
+    if "lora" in method or "ia3" in method or "dora" in method:
+        return f"Write the weights in float32 (--dtype fp32), or export the tuning alone: luthier export {path} FOLDER."
+    return "Nearest is a method that merges: luthier methods --mergeable lists them."
+
+
+def _a_batch(predictor: Predictor) -> dict[str, Any]:
+    """Some ids of the vocabulary: what merged and tuned weights are compared on."""
+    n_vocab = int(predictor.tuned.model.get_input_embeddings().weight.shape[0])
+    ids = torch.arange(24, device=predictor.device).reshape(2, 12) * max(1, n_vocab // 24) % n_vocab
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if predictor.task.name == "seq2seq":
+        batch["decoder_input_ids"] = ids[:, :6]
+    return batch
+
+
+def _into_unit(model: nn.Module, predictor: Predictor) -> bool:
+    """A regression's answers in the unit of the rows: its last layer, if it has a bias, takes over scale and centre."""
+    task = predictor.task
+    if task.name != "regression" or (task.center, task.scale) == (0.0, 1.0):
+        return True
+    last = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 1]
+    if not last or last[-1].bias is None:
+        return False
+    with torch.no_grad():
+        last[-1].weight.mul_(task.scale)
+        last[-1].bias.mul_(task.scale).add_(task.center)
+    return True
+
+
+def _describe(model: Any, predictor: Predictor) -> None:
+    """Configuration and tokenizer say what a pipeline needs to know, and no place on this disk."""
+    name = predictor.spec.model
+    model.config._name_or_path = name if name.startswith("sample:") or not Path(name).exists() else Path(name).name
+    if predictor.task.name == "regression":
+        model.config.id2label, model.config.label2id = {0: "value"}, {"value": 0}
+    tokenizer = predictor.tokenizer
+    tokenizer.name_or_path = model.config._name_or_path
+    tokenizer.init_kwargs.pop("name_or_path", None)
+    if predictor.task.name != "causal_lm":
+        tokenizer.model_max_length = int(predictor.contract["max_length"])
+    template = predictor.contract["template"]
+    if template is not None:
+        tokenizer.chat_template = template["text"]
+
+
+def _card(path: Path, out: Path, model: Any, predictor: Predictor, in_unit: bool) -> str:
+    spec, task = predictor.spec, predictor.task
+    pipeline = PIPELINES.get(task.name)
+    scores = path / "scores.json"
+    found = json.loads(scores.read_text(encoding="utf-8")) if scores.exists() else {}
+    lines = ["---", "library_name: transformers", *([f"pipeline_tag: {pipeline}"] if pipeline else []), "---", ""]
+    lines += [
+        f"# {out.name}", "",
+        f"`{model.config._name_or_path}` tuned with {spec.method} by luthier {__version__}; the tuning is in the "
+        "weights, so that nothing but transformers is needed.", "", "```python",
+    ]  # fmt: skip
+    if pipeline is None:
+        lines += [
+            "from transformers import AutoModelForSeq2SeqLM, AutoTokenizer", "",
+            f"tokenizer = AutoTokenizer.from_pretrained({out.name!r})",
+            f"model = AutoModelForSeq2SeqLM.from_pretrained({out.name!r})",
+            'answer = model.generate(**tokenizer("...", return_tensors="pt"))',
+            "print(tokenizer.decode(answer[0], skip_special_tokens=True))", "```", "",
+        ]  # fmt: skip
+    else:
+        more = ", function_to_apply='none'" if task.name == "regression" else ""
+        asked = '[{"role": "user", "content": "..."}]' if predictor.contract["template"] is not None else '"..."'
+        lines += [
+            "from transformers import pipeline", "", f"answer = pipeline({pipeline!r}, model={out.name!r}{more})",
+            f"print(answer({asked}))", "```", "",
+        ]  # fmt: skip
+    lines += [f"Task: {task.name.replace('_', ' ')}."]
+    if task.labels:
+        lines += [f"Labels: {', '.join(task.labels)}."]
+    lines += [f"Learnt with at most {predictor.contract['max_length']} tokens a row."]
+    if not in_unit:
+        lines += [f"The last layer has no bias: multiply an answer by {task.scale!r} and add {task.center!r}."]
+    if found:
+        shown = [
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in found.items()
+        ]
+        lines += ["", f"On held-out rows: {', '.join(shown)}."]
+    return "\n".join(lines) + "\n"

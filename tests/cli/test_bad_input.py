@@ -90,7 +90,7 @@ def test_a_value_that_cannot_work_is_named_with_what_can(
         (b"", "empty.csv", ("empty.csv", "empty")),
         (b"text,label\nhow is it,a\nwho,b,c\n", "ragged.csv", ("ragged.csv", "3")),
         (b'{"text": "how", "label": "a"}\n{"text": \n', "torn.jsonl", ("torn.jsonl", "2")),
-        (b"text,label\n\xff\xfe\xfahow,a\n", "latin.csv", ("latin.csv", "UTF-8")),
+        (b"text,label\n" + 4 * b"\xc1\xc2\x81,a\n", "greek.csv", ("greek.csv", "UTF-8", "--encoding")),
         (b"text,text,label\nhow,is,a\n", "twice.csv", ("twice.csv", "'text'")),
         (b"words,kind\nhow,a\n", "other.csv", ("words", "kind")),
         (b"text,label\nhow is it,a\nwho is it,a\nwhat is it,a\nwhen is it,a\n", "one.csv", ("'a'",)),

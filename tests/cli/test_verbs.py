@@ -106,7 +106,7 @@ def test_help_teaches_and_costs_no_torch(luthier: Call, verb: str) -> None:
 def test_a_run_tells_what_came_out_and_what_to_try(luthier: Call, model: Path, rows: Path) -> None:
     answer = luthier("train", model, "--data", rows, "--steps", 3, "--threads", 1, "--out", "run", "--set", "rank=3")
     assert answer.code == 0, answer.err
-    for word in ("accuracy", "trained", "peak memory", "on disk", "luthier predict run"):
+    for word in ("accuracy", "trained", "peak memory", "on disk", "95 % interval", "Next: "):
         assert word in answer.out
     assert "step 3/3" in answer.err
     assert not re.search(r"[0-9a-f]{32}", answer.err), "a digest is for no eyes"

@@ -133,7 +133,9 @@ class Screen:
 
         drawn = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0), show_header=any(head))
         for column in head:
-            drawn.add_column(column, justify="right" if column in right else "left", overflow="fold")
+            # A class of the user's rows may head a column: its name is text, not markup, and drives no terminal.
+            name = Text(for_terminal(column, keep_lines=True))
+            drawn.add_column(name, justify="right" if column in right else "left", overflow="fold")
         for row in rows:
             drawn.add_row(*(Text(for_terminal(str(cell), keep_lines=True)) for cell in row))
         console = Console(file=self.out, width=_width(self.out), highlight=False, color_system=None)

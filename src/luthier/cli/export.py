@@ -25,14 +25,18 @@ def command(
       luthier export runs/x adapter
     """
     from luthier.core import ConfigError
-    from luthier.surgery import to_peft
     from luthier.workflow import Predictor
+    from luthier.workflow.export import export_peft
 
-    if Path(target).exists():
+    if Path(target).exists():  # said before the model is loaded
         raise ConfigError(f"{target}: is there already. Name a folder that does not exist.")
-    written = to_peft(Predictor(run).tuned, target)
-    sizes = {path.name: path.stat().st_size for path in sorted(written.iterdir())}
-    screen().result({"path": str(written), "format": "peft", "bytes": sizes})
-    screen().show(
-        f"{written}: {', '.join(sizes)}; read it with peft.PeftModel.from_pretrained(model, {str(written)!r})"
+    written = export_peft(Predictor(run), target)
+    files = [path for path in sorted(written.path.rglob("*")) if path.is_file()]
+    sizes = {str(path.relative_to(written.path)): path.stat().st_size for path in files}
+    screen().result(
+        {"path": str(written.path), "format": "peft", "bytes": sizes, "python": written.line, "notes": written.notes}
     )
+    screen().show(f"{written.path}: {', '.join(sizes)}")
+    for note in written.notes:
+        screen().say(f"  {note}")
+    screen().show(f"read it with: {written.line}")

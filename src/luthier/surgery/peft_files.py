@@ -23,6 +23,7 @@ from luthier.core.protocols import Model
 from luthier.runs import durable
 from luthier.surgery import compose
 from luthier.surgery.tuned import Tuned, attach
+from luthier.surgery.tuning import Tuning
 from luthier.trust import config as trusted_config
 from luthier.trust import safetensors
 
@@ -51,8 +52,16 @@ _TENSOR = re.compile(r"(?P<path>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora
 _PARTS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_magnitude_vector": "magnitude", "ia3_l": "scale"}
 
 
-def to_peft(tuned: Tuned, folder: Path | str, name: str | None = None) -> Path:
+def to_peft(
+    tuned: Tuned, folder: Path | str, name: str | None = None, *, task_type: str | None = None, base: str | None = None
+) -> Path:
     """Write a tuning as `PeftModel.from_pretrained` reads it; the base is left as it is.
+
+    The files are the same whatever acts on the model, speeds it up, serves or is folded into it at the moment.
+
+    Args:
+        task_type: as peft calls it, such as "SEQ_CLS"; its `AutoPeftModelFor...` classes ask for it.
+        base: where the base can be had; without it, what the model says of itself.
 
     Raises:
         CannotMerge: peft has no such method, or no name for a place of it.
@@ -76,15 +85,16 @@ def to_peft(tuned: Tuned, folder: Path | str, name: str | None = None) -> Path:
                 tensors[f"{PREFIX}{sites[key].path}.{part}"] = (
                     _shaped(given, _reads(module)) if part == "ia3_l" else given
                 )
+    values = _own_values(tuned, tuning)
     heads = sorted({unfrozen.name.rpartition(".")[0] for unfrozen in tuning.unfrozen.values()})
-    for path in heads:
-        for short, parameter in tuned.model.get_submodule(path).named_parameters():
-            tensors[f"{PREFIX}{path}.{short}"] = parameter.detach()
+    for full, value in values.items():
+        if any(full.startswith(f"{path}.") for path in heads):
+            tensors[f"{PREFIX}{full}"] = value
     paths = [site.path for site in sites.values()]
     facts: dict[str, Any] = {
         "peft_type": "IA3" if kind == "ia3" else "LORA", "target_modules": paths, "modules_to_save": heads or None,
-        "inference_mode": True, "task_type": None, "revision": None,
-        "base_model_name_or_path": str(getattr(tuned.model.config, "_name_or_path", "")),
+        "inference_mode": True, "task_type": task_type, "revision": None,
+        "base_model_name_or_path": base or str(getattr(tuned.model.config, "_name_or_path", "")),
         "fan_in_fan_out": _orientation({site.transposed for site in sites.values()}),
     }  # fmt: skip
     if kind == "ia3":
@@ -113,6 +123,16 @@ def _widths(modules: Mapping[str, Any], method: Any) -> dict[str, Any]:
             facts[name] = Counter(found.values()).most_common(1)[0][0]
             facts[pattern] = {path: value for path, value in found.items() if value != facts[name]}
     return facts
+
+
+def _own_values(tuned: Tuned, tuning: Tuning) -> dict[str, Tensor]:
+    """The model's tensors by the names that they had before anything was attached, as this tuning has them."""
+    copies = {id(tensor): copy for tensor, copy in tuned.edited.base_copies or ()}
+    trained = {id(unfrozen.parameter): unfrozen.value for unfrozen in tuning.unfrozen.values()}
+    return {
+        name: copies.get(id(parameter), trained.get(id(parameter), parameter)).detach()
+        for name, parameter in tuned.edited.parameters.items()
+    }
 
 
 def from_peft(model: Model, folder: Path | str) -> Tuned:

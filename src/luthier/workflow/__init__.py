@@ -8,6 +8,8 @@ resume_proof     a run that is stopped and resumed, against one that was not
 finish           the tuning is saved, read back, compared, and scored
 prediction       answers of a finished run
 merged_folder    a finished run as a plain model folder
+generation       text that it writes
+export           a finished run as files that other libraries read
 load_model       a model and its tokenizer, from a folder, a sample or the hub
 """
 

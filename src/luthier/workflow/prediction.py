@@ -59,7 +59,7 @@ class Predictor:
         self.columns = build(Columns, task.pop("columns"), f"{run.tuning}/tuning.json columns")
         self.task = build(Task, task, f"{run.tuning}/tuning.json task")
         self.contract = facts["contract"]
-        source = find_model(self.spec.model)
+        source = self.source = find_model(self.spec.model)
         if source.digest != run.fingerprints.get("model"):
             raise WrongBase(
                 f"{self.spec.model}: has changed since {path} was trained on it "

@@ -1,0 +1,122 @@
+"""A finished run as a folder that other libraries read, with everything that an answer needs.
+
+adapter_config.json, adapter_model.safetensors    the tuning, as peft reads it
+tokenizer.json, ...                               the tokenizer, with the template and the padding of training
+generation_config.json                            the tokens that end an answer
+base/                                             where the base is a folder: its configuration with this run's labels
+                                                  and stop tokens, and an index of where its weights lie; no weights
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from luthier.core import ConfigError, ResourceError
+from luthier.surgery import to_peft
+from luthier.trust import safetensors
+from luthier.workflow.load_model import Source
+from luthier.workflow.prediction import Predictor
+
+__all__ = ["Exported", "export_peft"]
+
+TASK_TYPES = {
+    "classification": ("SEQ_CLS", "AutoPeftModelForSequenceClassification"),
+    "regression": ("SEQ_CLS", "AutoPeftModelForSequenceClassification"),
+    "token_classification": ("TOKEN_CLS", "AutoPeftModelForTokenClassification"),
+    "causal_lm": ("CAUSAL_LM", "AutoPeftModelForCausalLM"),
+    "seq2seq": ("SEQ_2_SEQ_LM", "AutoPeftModelForSeq2SeqLM"),
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The folder, the one line of Python that reads it, and what else is to be known."""
+
+    path: Path
+    line: str
+    notes: tuple[str, ...]
+
+
+def export_peft(predictor: Predictor, folder: Path | str) -> Exported:
+    """Write a run's tuning so that one line of peft reads it.
+
+    Raises:
+        ConfigError: the folder is there already.
+        CannotMerge: the method has no form in peft's files.
+        ResourceError: it cannot be written.
+    """
+    target = Path(folder)
+    if target.exists():
+        raise ConfigError(f"{target}: is there already. Name a folder that does not exist.")
+    task, source = predictor.task, predictor.source
+    task_type, reader = TASK_TYPES[task.name]
+    local = source.name.startswith("sample:") or Path(source.name).expanduser().is_dir()
+    base = str(target.absolute() / "base") if local else source.name
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".tmp-{target.name}-", dir=target.absolute().parent))
+    try:
+        whole = draft / target.name
+        to_peft(predictor.tuned, whole, task_type=task_type, base=base)
+        _write_tokenizer(predictor, whole)
+        if local:
+            _write_base(predictor, source, whole / "base")
+        settings = getattr(predictor.tuned.model, "generation_config", None)
+        if settings is not None:
+            settings.save_pretrained(whole)
+        _open_to_all(whole)
+        whole.rename(target)
+    except OSError as error:
+        raise ResourceError(f"{target}: cannot be written ({error.strerror or error}). Name another folder.") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    more, notes = "", []
+    if not local and task.labels:
+        # A name brings the base's own configuration, which knows nothing of these labels.
+        more = f", id2label={dict(enumerate(task.labels))!r}, label2id={ {n: i for i, n in enumerate(task.labels)}!r}"
+    elif not local and task.name == "regression":
+        more = ", num_labels=1"
+    if (task.scale, task.center) != (1.0, 0.0):
+        notes.append(f"its numbers times {task.scale:g} plus {task.center:g} are in the unit of the rows")
+    if local:
+        notes.append(f"its base is read from {source.path}; keep that folder where it is")
+    return Exported(target, f"peft.{reader}.from_pretrained({str(target)!r}{more})", tuple(notes))
+
+
+def _write_tokenizer(predictor: Predictor, folder: Path) -> None:
+    tokenizer, stored = predictor.tokenizer, predictor.contract["template"]
+    before = tokenizer.chat_template
+    try:
+        if stored is not None:
+            tokenizer.chat_template = stored["text"]
+        tokenizer.save_pretrained(folder)
+    finally:
+        tokenizer.chat_template = before
+
+
+def _write_base(predictor: Predictor, source: Source, folder: Path) -> None:
+    """The base's configuration, with labels and padding as in training, and an index that points at its weights."""
+    import json
+
+    folder.mkdir()
+    model = predictor.tuned.model
+    model.config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
+    where: dict[str, Any] = {}
+    for path in source.folder.weights:
+        where |= dict.fromkeys(safetensors.check_header(path).entries, str(Path(path).absolute()))
+    index = {"metadata": {}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1, sort_keys=True), "utf-8")
+
+
+def _open_to_all(folder: Path) -> None:
+    """Ordinary permissions: the folder is made to be given away."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

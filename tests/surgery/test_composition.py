@@ -223,7 +223,7 @@ def test_words_and_settings_are_checked_with_near_names() -> None:
 def test_a_site_that_the_model_lacks_is_refused_before_anything_is_touched() -> None:
     model = tiny("bert", "classification")
     before = list(model.state_dict())
-    with pytest.raises(AnatomyError, match=r"lora: .*no site 'ffn.gate'.* attn.q"):
+    with pytest.raises(AnatomyError, match=r"lora\.sites: .*no site 'ffn.gate'.* attn.q"):
         attach(model, "lora", sites=("attn.q", "ffn.gate"))
     with pytest.raises(AnatomyError, match=r"attn\.qq"):
         attach(model, "lora", sites=("attn.q", "attn.qq"))

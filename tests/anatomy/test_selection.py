@@ -53,7 +53,7 @@ def test_layers_are_counted_in_each_stack(t5: Anatomy) -> None:
 @pytest.mark.parametrize(
     ("word", "error", "says"),
     [
-        ("attn.q@9", AnatomyError, ("'attn.q@9'", "no 9", "0 to 2")),
+        ("attn.q@9", AnatomyError, ("'attn.q@9'", "no layer 9", "0 to 2")),
         ("attn.q@1-9", AnatomyError, ("1-9", "0 to 2")),
         ("attn.q@last4", AnatomyError, ("last4", "0 to 2")),
         ("attn.q@2-1", ConfigError, ("2-1", "counts down", "1-2")),

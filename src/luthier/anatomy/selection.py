@@ -106,7 +106,7 @@ class Selector:
             reached = {(stack, layer) for stack, depth in meant.items() for layer in _layers(item, depth)}
             if not reached:
                 counts = " and ".join(f"0 to {n - 1}{f' in the {s}' if s else ''}" for s, n in meant.items())
-                raise AnatomyError(f"{asked_by}{self.text!r}: there is no {item}. This model has layers {counts}.")
+                raise AnatomyError(f"{asked_by}{self.text!r}: there is no layer {item}; the model has {counts}.")
             found |= reached
         return found
 

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from luthier.core import Card, Catalogue, UnknownName, near, plain
+from luthier.core import Card, Catalogue, Setting, UnknownName, near, plain
 from luthier.trust.text import for_markdown
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "of_families",
     "settings_table",
     "shares",
+    "type_of",
     "word_of",
     "write_pages",
 ]
@@ -83,9 +84,14 @@ def of_families(shelf: Catalogue[Any], families: list[str]) -> list[Card]:
     return [card for card in cards if not families or card.family in families]
 
 
+def type_of(setting: Setting) -> str:
+    """The type for a reader: a number that may differ from place to place says so."""
+    return setting.type.replace(" | WholeBySite", ", or by place").replace(" | NumberBySite", ", or by place")
+
+
 def settings_table(card: Card) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Head and rows of a table of the settings."""
-    return ("name", "type", "default", "meaning"), [(s.name, s.type, s.default, s.meaning) for s in card.settings]
+    return ("name", "type", "default", "meaning"), [(s.name, type_of(s), s.default, s.meaning) for s in card.settings]
 
 
 def word_of(default: str) -> str:
@@ -116,7 +122,7 @@ def as_markdown(card: Card) -> str:
     if card.settings:
         lines += ["| setting | type | default | meaning |", "| --- | --- | --- | --- |"]
         lines += [
-            f"| `{s.name}` | `{s.type.replace('|', chr(92) + '|')}` | `{s.default}` | {for_markdown(s.meaning)} |"
+            f"| `{s.name}` | `{type_of(s).replace('|', chr(92) + '|')}` | `{s.default}` | {for_markdown(s.meaning)} |"
             for s in card.settings
         ]
         lines.append("")

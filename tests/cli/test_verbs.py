@@ -57,15 +57,13 @@ def test_a_page_shows_idea_settings_and_what_to_try(luthier: Call, name: str) ->
 
 
 def test_the_line_to_try_on_a_page_is_a_valid_setting() -> None:
-    from luthier.cli._shelf import word_of
+    from luthier.cli._shelf import example_of
     from luthier.cli._spec_options import overlay, settings_of
     from luthier.surgery import METHODS, compose
 
     for name in SHELF.names():
-        card = SHELF.card(name)
-        if card.settings:
-            setting = card.settings[0]
-            values = overlay({}, settings_of([f"{setting.name}={word_of(setting.default)}"]))
+        if word := example_of(SHELF.card(name)):
+            values = overlay({}, settings_of([word]))
             assert compose.method(name, values["settings"]) == METHODS.get(name)(), name
 
 

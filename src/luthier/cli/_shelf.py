@@ -16,6 +16,7 @@ __all__ = [
     "SHELF",
     "STRATEGIES",
     "as_markdown",
+    "example_of",
     "facts",
     "few_words",
     "index",
@@ -23,7 +24,6 @@ __all__ = [
     "settings_table",
     "shares",
     "type_of",
-    "word_of",
     "write_pages",
 ]
 
@@ -94,9 +94,16 @@ def settings_table(card: Card) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     return ("name", "type", "default", "meaning"), [(s.name, type_of(s), s.default, s.meaning) for s in card.settings]
 
 
-def word_of(default: str) -> str:
-    """A default as one would write it after --set: `('attn.q', 'attn.v')` is `attn.q,attn.v`."""
-    return default.strip("()").replace("'", "").replace('"', "").replace(", ", ",").rstrip(",").lower() or "''"
+def example_of(card: Card) -> str:
+    """`NAME=VALUE` of the first setting that has a value to show, as one would write it after --set; "" without one.
+
+    `('attn.q', 'attn.v')` is written `attn.q,attn.v`.
+    """
+    for setting in card.settings:
+        word = setting.default.strip("()").replace("'", "").replace('"', "").replace(", ", ",").rstrip(",").lower()
+        if word and word != "none":
+            return f"{setting.name}={word}"
+    return ""
 
 
 def as_markdown(card: Card) -> str:

@@ -8,7 +8,7 @@ import typer
 from luthier.cli import _shelf
 from luthier.cli._output import screen
 from luthier.cli._shared_options import AsJson
-from luthier.cli._shelf import SHELF, facts, few_words, of_families, settings_table, word_of
+from luthier.cli._shelf import SHELF, example_of, facts, few_words, of_families, settings_table
 from luthier.core import Card
 from luthier.core.shelves import OURS
 
@@ -110,5 +110,5 @@ def _show_page(card: Card) -> None:
     if card.settings:
         show("\nSettings (--set NAME=VALUE, or an option of their own)")
         screen().table(*settings_table(card))
-    example = f" --set {card.settings[0].name}={word_of(card.settings[0].default)}" if card.settings else ""
+    example = f" --set {word}" if (word := example_of(card)) else ""
     show(f"\nTry: luthier train sample:minilm-l6 --data sample:trec6 --method {card.name}{example}")

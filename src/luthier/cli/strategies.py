@@ -7,7 +7,7 @@ import typer
 
 from luthier.cli._output import screen
 from luthier.cli._shared_options import AsJson
-from luthier.cli._shelf import STRATEGIES, few_words, of_families, settings_table, word_of
+from luthier.cli._shelf import STRATEGIES, example_of, few_words, of_families, settings_table
 from luthier.core import Card, plain
 
 __all__ = ["command"]
@@ -68,5 +68,5 @@ def _show_page(card: Card) -> None:
     if card.settings:
         screen().show("\nSettings (--set NAME=VALUE, or an option of their own)")
         screen().table(*settings_table(card))
-    example = f" --set {card.settings[0].name}={word_of(card.settings[0].default)}" if card.settings else ""
+    example = f" --set {word}" if (word := example_of(card)) else ""
     screen().show(f"\nTry: luthier train sample:minilm-l6 --data sample:trec6 --strategy {card.name}{example}")

@@ -9,9 +9,18 @@ MOST_CLASSES = 20
 MOST_CONFUSED = 8
 
 
-def show_quality(to: Screen, quality: Quality) -> None:
-    """Draw it; small confusion matrices too."""
-    said = f"{quality.metric} {quality.score:.3f} on {quality.rows} held-out rows (95 % interval {quality.low:.3f} to "
+def show_quality(
+    to: Screen, quality: Quality, *, rows: str = "held-out rows", answers: str = "predictions.csv",
+    more: str = "quality.json",
+) -> None:  # fmt: skip
+    """Draw it; small confusion matrices too.
+
+    Args:
+        rows: what was scored.
+        answers: where the answer to each row stands.
+        more: where the classes stand that are not drawn.
+    """
+    said = f"{quality.metric} {quality.score:.3f} on {quality.rows} {rows} (95 % interval {quality.low:.3f} to "
     said += f"{quality.high:.3f})"
     if quality.baseline is not None:
         said += f"; always answering {quality.baseline_answer!r}: {quality.baseline:.3f}"
@@ -26,16 +35,16 @@ def show_quality(to: Screen, quality: Quality) -> None:
         )
         left = len(quality.classes) - len(shown)
         if left:
-            to.show(f"and {left} smaller classes: quality.json")
+            to.show(f"and {left} smaller classes: {more}")
     if quality.classes and len(quality.classes) <= MOST_CONFUSED and quality.score < 1:
         to.show("\nrows of each class (down) by the answer (across):")
         names = [c.name for c in quality.classes]
-        rows = [(c.name, *counts) for c, counts in zip(quality.classes, quality.confusion, strict=True)]
-        to.table(("", *names), rows, right=tuple(names))
+        table = [(c.name, *counts) for c, counts in zip(quality.classes, quality.confusion, strict=True)]
+        to.table(("", *names), table, right=tuple(names))
     if quality.calibration_error is not None:
         wrong = len(quality.sure_but_wrong)
         many = str(wrong) if wrong < 10 else "10 or more"
-        sure = f"; {many} rows are wrong at 90 % or more (predictions.csv)" if wrong else ""
+        sure = f"; {many} rows are wrong at 90 % or more ({answers})" if wrong else ""
         to.show(f"\nCertainty and accuracy are {quality.calibration_error:.3f} apart on average{sure}.")
     for warning in quality.warnings:
         to.show(f"\n{warning}", style=YELLOW)

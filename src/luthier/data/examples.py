@@ -154,7 +154,7 @@ class Ledger:
             raise DataError(
                 f"{self._table.source}: {n[REFUSED]} of {n['rows']} rows cannot be used"
                 f" ({n[REFUSED] / n['rows']:.1%}, accepted are {accept_refused:.1%}): {self._some_refused(10)}."
-                f" Correct them, or accept more: data.accept_refused = {min(1.0, n[REFUSED] / n['rows'] + 0.01):.2f}."
+                f" Correct them, or go on without them: --skip-bad (in Python, accept_refused of DataSpec)."
             )
 
     def _some_refused(self, most: int) -> str:

@@ -7,12 +7,14 @@ resume_checks    what may differ between a run and its resumption
 resume_proof     a run that is stopped and resumed, against one that was not
 finish           the tuning is saved, read back, compared, and scored
 prediction       answers of a finished run
+evaluate_run     its scores on other rows
 merged_folder    a finished run as a plain model folder
 generation       text that it writes
 export           a finished run as files that other libraries read
 load_model       a model and its tokenizer, from a folder, a sample or the hub
 """
 
+from luthier.workflow.evaluate_run import Evaluation, evaluate
 from luthier.workflow.finish import Result
 from luthier.workflow.merged_folder import merge
 from luthier.workflow.prediction import Predictor, predict
@@ -20,4 +22,16 @@ from luthier.workflow.preparation import Prepared, prepare
 from luthier.workflow.resume_proof import verify_resume
 from luthier.workflow.run import resume, train
 
-__all__ = ["Predictor", "Prepared", "Result", "merge", "predict", "prepare", "resume", "train", "verify_resume"]
+__all__ = [
+    "Evaluation",
+    "Predictor",
+    "Prepared",
+    "Result",
+    "evaluate",
+    "merge",
+    "predict",
+    "prepare",
+    "resume",
+    "train",
+    "verify_resume",
+]

@@ -15,8 +15,11 @@ import torch
 from numpy.typing import NDArray
 
 from luthier.core import IntegrityError, NothingTrains, plain
+from luthier.data.columns import Columns
 from luthier.data.examples import Examples
+from luthier.data.rows import Table
 from luthier.data.stop_tokens import stop_ids
+from luthier.data.tasks import Task
 from luthier.runs import Record, RunFolder, durable, environment, load_step, peak_bytes
 from luthier.surgery import Tuned, tuning_files
 from luthier.training.evaluate import plain_scores, references
@@ -80,14 +83,14 @@ def _keep_answers(prepared: Prepared, test: Examples, out: dict[str, Any], run: 
     quality = judge(task, out["logits"], test.targets, learnt, float(out["loss"]))
     if quality is not None:
         run.write_json("quality.json", plain(quality))
-    durable.write_bytes(run.path / "predictions.csv", answers_csv(prepared, test, out["logits"]))
+    durable.write_bytes(
+        run.path / "predictions.csv", answers_csv(task, prepared.columns, prepared.test_table, test, out["logits"])
+    )
     return quality
 
 
-def answers_csv(prepared: Prepared, test: Examples, logits: NDArray[Any]) -> bytes:
-    """Held-out rows with what was wanted and answered, and how sure the answer is; one line a row."""
-    task, table, columns = prepared.task, prepared.test_table, prepared.columns
-    assert table is not None and test.targets is not None
+def answers_csv(task: Task, columns: Columns, table: Table, test: Examples, logits: NDArray[Any]) -> bytes:
+    """Labelled rows with what was wanted and answered, and how sure the answer is; one line a row."""
     roles = [c for c in (columns.text, columns.pair) if c is not None]
     answers, wanted = task.decode(logits), references(task, test)
     chances = task.probabilities(logits) if task.name == "classification" else None

@@ -102,7 +102,9 @@ def to_peft(
     else:
         method: Any = tuning.method
         facts |= {"lora_dropout": method.dropout, "bias": "none", "use_dora": kind == "dora"}
-        facts |= _widths({sites[k].path: m for k, m in tuning.modules_by_key().items()}, method)
+        root = getattr(method, "scaling", "rank") == "root"
+        facts |= {"use_rslora": True} if root else {}
+        facts |= _widths({sites[k].path: m for k, m in tuning.modules_by_key().items()}, method, root)
     with durable.folder(folder.absolute()) as draft:
         draft.write_tensors(WEIGHTS, {n: t.cpu().contiguous() for n, t in tensors.items()})
         draft.write_json(CONFIG, facts)
@@ -110,12 +112,12 @@ def to_peft(
     return folder
 
 
-def _widths(modules: Mapping[str, Any], method: Any) -> dict[str, Any]:
+def _widths(modules: Mapping[str, Any], method: Any, root: bool) -> dict[str, Any]:
     """Rank and alpha as peft's file says them: one for all, and a pattern for the layers with another."""
     facts: dict[str, Any] = {}
     for name, pattern, setting, value_of in (
         ("r", "rank_pattern", method.rank, lambda m: len(m.a)),
-        ("lora_alpha", "alpha_pattern", method.alpha, lambda m: m.scale * len(m.a)),
+        ("lora_alpha", "alpha_pattern", method.alpha, lambda m: m.scale * (math.sqrt(len(m.a)) if root else len(m.a))),
     ):
         facts[name] = setting
         if isinstance(setting, BySite):
@@ -208,12 +210,11 @@ def _method(
         return (compose.method("ia3", {"outputs": gives, "inputs": reads, "cross": False}),)
     if facts.get("peft_type") != "LORA":
         raise ConfigError(f"{folder / CONFIG}: peft_type {facts.get('peft_type')!r}; LORA and IA3 can be read.")
-    rank, alpha = int(facts["r"]), float(facts["lora_alpha"])
-    if facts.get("use_rslora"):
-        alpha *= math.sqrt(rank)
-    return (
-        compose.method("dora" if facts.get("use_dora") else "lora", {"sites": kinds, "rank": rank, "alpha": alpha}),
-    )
+    rank, alpha, rooted = int(facts["r"]), float(facts["lora_alpha"]), bool(facts.get("use_rslora"))
+    settings = {"sites": kinds, "rank": rank, "alpha": alpha}
+    if facts.get("use_dora"):
+        return (compose.method("dora", settings | {"alpha": alpha * math.sqrt(rank) if rooted else alpha}),)
+    return (compose.method("lora", settings | {"scaling": "root" if rooted else "rank"}),)
 
 
 def _sites(model: Model, paths: set[str], folder: Path) -> dict[str, Site]:

@@ -19,7 +19,7 @@ spec = RunSpec.from_plain(
         "model": "sample:minilm-l6",
         "data": {"source": "sample:trec6"},
         "method": "bitfit",
-        "steps": 40,
+        "steps": 30,
         "batch": {"size": 8},
         "eval": {"rows": 50},
         "checkpoint": {"every_steps": 5},

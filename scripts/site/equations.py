@@ -36,13 +36,16 @@ def blocks(page: str) -> list[list[str]]:
 
 
 def mathml(lines: list[str]) -> str:
-    """One block as HTML: equations below each other, and what stands behind each as a smaller line."""
+    """One block as HTML: equations below each other, and what else stands behind each as a smaller line."""
     rows = []
     for line in lines:
         first, *rest = [piece for piece in re.split(r" {4,}", line) if piece]
-        rows.append(f'<div class="equation">{_piece(first)}</div>')
-        if rest:
-            rows.append('<div class="where">' + "".join(f"<span>{_piece(piece)}</span>" for piece in rest) + "</div>")
+        for kind, pieces in (
+            ("equation", [first, *(p for p in rest if _is_equation(p))]),
+            ("where", [p for p in rest if not _is_equation(p)]),
+        ):
+            if pieces:
+                rows.append(f'<div class="{kind}">' + "".join(f"<span>{_piece(p)}</span>" for p in pieces) + "</div>")
     return "\n".join(rows)
 
 
@@ -53,6 +56,10 @@ def _piece(text: str) -> str:
         value = _words(after) if _is_prose(after) else _math(after)
         return f"{_math(name)}: {value}"
     return _words(text) if _is_prose(text) else _math(text)
+
+
+def _is_equation(text: str) -> bool:
+    return ("=" in text or "<-" in text) and ":" not in text and "," not in text.partition("=")[0]
 
 
 def _is_prose(text: str) -> bool:

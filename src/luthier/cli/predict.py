@@ -1,9 +1,12 @@
 """`luthier predict`: ask a finished run."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Annotated, Any
 
 import typer
 
+from luthier.cli._answer_file import AnswerFile
 from luthier.cli._output import screen
 from luthier.cli._shared_options import AsJson
 from luthier.core import UsageError
@@ -16,38 +19,101 @@ NEEDS_WORDS = True
 def command(
     run: Annotated[str, typer.Argument(help="The folder of a finished run.")],
     text: Annotated[list[str] | None, typer.Option(help="A text to answer; may be given several times.")] = None,
-    data: Annotated[str | None, typer.Option(help="A file of rows, with the columns of the training rows.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="A file of rows, with the columns of the training rows; - reads standard input."),
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option(help="A new .csv, .jsonl or .parquet file for the rows with their answers.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest generated answer, in tokens.")] = 64,
+    strict: Annotated[bool, typer.Option("--strict", help="Answer no row where one of them cannot be read.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer texts, or the rows of a file, with a finished run. Answers come in the order of the rows.
+
+    A row that cannot be read gets its reason in place of an answer.
 
     Examples:
 
       luthier predict runs/x --text "How tall is the Eiffel tower?"
 
-      luthier predict runs/x --data questions.csv --json
+      luthier predict runs/x --data questions.csv --out answers.csv
+
+      cat questions.jsonl | luthier predict runs/x --data - --json
     """
     if bool(text) == (data is not None):
         raise UsageError("predict: give --text, or --data with a file of rows: one of the two.")
+    into = None if out is None else AnswerFile(out)
 
-    from luthier.workflow import predict
+    from luthier.data.load_data import load_inputs
+    from luthier.workflow import Predictor
 
-    answers = predict(run, texts=text or [], data=data, max_new_tokens=max_new_tokens)
-    screen().result({"run": run, "answers": answers})
-    many = data is not None or len(answers) > 1
-    if not screen().for_eyes:
-        for number, answer in enumerate(answers, start=1):
-            screen().row(*([number] if many else []), *cells_of(answer))
-    elif many:
+    predictor = Predictor(run)
+    table = predictor.table_of(text) if text else load_inputs(str(data), predictor.columns)[0]
+    many = data is not None or len(table) > 1
+    answers: list[dict[str, Any]] = []
+    no_answer: list[str] = []
+    in_part: list[str] = []
+    with ExitStack() as stack:
+        if into is not None:
+            stack.enter_context(into).start(table.columns, COLUMNS[predictor.task.name])
+        stream: Iterator[dict[str, Any]] = predictor.stream(table, max_new_tokens=max_new_tokens, strict=strict)
+        for number, answer in enumerate(stream, start=1):
+            place = table.places[number - 1]
+            if "refused" in answer:
+                no_answer.append(f"{place}: {answer['refused']}")
+            elif "note" in answer:
+                in_part.append(f"{place}: {answer['note']}")
+            if into is not None:
+                into.add(table.rows[number - 1], _columns_of(answer))
+                if not as_json:
+                    continue
+            elif not (as_json or screen().for_eyes):  # a program has each answer as soon as it is there
+                screen().row(*([number] if many else []), *cells_of(answer))
+            answers.append(answer)
+    wrote = {} if into is None else {"out": str(into.path)}
+    screen().result({"run": run, "answers": answers, **wrote})
+    if into is not None:
+        screen().show(f"{into.path}: {len(table)} rows")
+    elif screen().for_eyes and many:
         rows = [(number, answer_of(answer)) for number, answer in enumerate(answers, start=1)]
         screen().table(("row", "answer"), rows, right=("row",))
-    else:
+    elif screen().for_eyes:
         screen().show(answer_of(answers[0]))
+    for what, found in (("cannot be answered", no_answer), ("are read in part", in_part)):
+        if found:
+            more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+            screen().say(f"{len(found)} of {len(table)} rows {what}: {'; '.join(found[:3])}{more}")
+
+
+COLUMNS = {
+    "classification": ("label", "probability", "note"),
+    "regression": ("value", "note"),
+    "token_classification": ("tags", "note"),
+    "causal_lm": ("answer", "note"),
+    "seq2seq": ("answer", "note"),
+}
+
+
+def _columns_of(answer: dict[str, Any]) -> dict[str, Any]:
+    """One answer as the cells of a file."""
+    cells = {"note": answer.get("refused", answer.get("note"))}
+    if "label" in answer:
+        label, shares = answer["label"], answer["probabilities"]
+        share = [shares[name] for name in label] if isinstance(label, list) else shares[label]
+        return {**cells, "label": label, "probability": share}
+    return {
+        **cells,
+        **{name: answer[name] for name in ("value", "tags") if name in answer},
+        "answer": answer.get("text"),
+    }
 
 
 def cells_of(answer: dict[str, Any]) -> tuple[str, ...]:
-    """One answer for a program: a label and its probability are two cells."""
+    """One answer for a program: a label and its probability are two cells; a row without one has them empty."""
+    if "refused" in answer:
+        return "", "", str(answer["refused"])
     label = answer.get("label")
     if isinstance(label, str):
         return label, f"{answer['probabilities'][label]:.6g}"
@@ -55,7 +121,9 @@ def cells_of(answer: dict[str, Any]) -> tuple[str, ...]:
 
 
 def answer_of(answer: dict[str, Any]) -> str:
-    """One answer in words: a label with its probability, a number, tags, or text."""
+    """One answer in words: a label with its probability, a number, tags, or text; or why there is none."""
+    if "refused" in answer:
+        return f"(no answer: {answer['refused']})"
     if "label" in answer:
         label = answer["label"]
         if isinstance(label, list):
@@ -64,5 +132,5 @@ def answer_of(answer: dict[str, Any]) -> str:
     if "value" in answer:
         return f"{answer['value']:.4g}"
     if "tags" in answer:
-        return " ".join(str(tag) for tag in answer["tags"])
+        return " ".join("(unread)" if tag is None else str(tag) for tag in answer["tags"])
     return str(answer["text"])

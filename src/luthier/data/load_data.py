@@ -2,9 +2,11 @@
 
 import dataclasses
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from luthier.core import DataError, near, random
@@ -226,13 +228,16 @@ def _less(table: Table, aside: Sequence[tuple[int, str]]) -> Table:
 def load_inputs(source: str, columns: Columns) -> tuple[Table, Columns]:
     """Read rows to predict: those columns of the run that are inputs must be there, labels need not.
 
+    Args:
+        source: as for training, or "-" for JSON lines or a table of text on standard input.
+
     Returns:
         The rows, and the columns without the roles that the rows lack; `columns.label` stays where it can be scored.
 
     Raises:
         DataError: an input column is missing; lists the columns.
     """
-    first, second = load_rows(source)
+    first, second = _standard_input() if source == "-" else load_rows(source)
     table = second if second is not None else first
     found = set(table.columns)
     answers = ("label", "tags", "response")
@@ -246,3 +251,18 @@ def load_inputs(source: str, columns: Columns) -> tuple[Table, Columns]:
             f"{near(lost[0], table.columns)} Its columns are {', '.join(map(repr, table.columns))}. Rename one."
         )
     return table, kept
+
+
+def _standard_input() -> tuple[Table, None]:
+    """The rows on standard input, which are read to their end: JSON lines where they begin like that, else CSV."""
+    content = sys.stdin.buffer.read()
+    ending = ".jsonl" if content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", b"[")) else ".csv"
+    with tempfile.TemporaryDirectory() as home:
+        path = Path(home) / f"standard-input{ending}"
+        path.write_bytes(content)
+        try:
+            found, _ = load_rows(str(path))
+        except DataError as error:
+            raise DataError(str(error).replace(str(path), "standard input")) from None
+    places = [place.replace(str(path), "standard input") for place in found.places]
+    return Table(found.rows, places, "standard input", found.notes, found.origin), None

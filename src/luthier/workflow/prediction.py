@@ -245,6 +245,15 @@ class Predictor:
         Raises:
             ConfigError: the task needs more than one text a row.
         """
+        table = self.table_of(texts)
+        return self.rows(table, max_new_tokens=max_new_tokens, tunings=tunings, strict=strict)
+
+    def table_of(self, texts: Sequence[str]) -> Table:
+        """Texts as rows with the one column that this run reads.
+
+        Raises:
+            ConfigError: the task needs more than one text a row.
+        """
         if self.columns.pair is not None:
             raise ConfigError("this run was trained on pairs of texts: give both columns in a file with --data.")
         column = self.columns.text or self.columns.prompt or self.columns.messages or self.columns.tokens
@@ -255,12 +264,7 @@ class Predictor:
         if column == self.columns.tokens:
             values = [text.split() for text in texts]
         rows = [{column: value} for value in values]
-        return self.rows(
-            Table(source="--text", rows=rows, places=[f"--text {i + 1}" for i in range(len(rows))]),
-            max_new_tokens=max_new_tokens,
-            tunings=tunings,
-            strict=strict,
-        )
+        return Table(source="--text", rows=rows, places=[f"--text {i + 1}" for i in range(len(rows))])
 
     def _vocabulary(self) -> int:
         return int(self.tuned.model.get_input_embeddings().weight.shape[0])

@@ -29,7 +29,9 @@ def test_attention_is_a_mixture_of_text_and_prefix_per_head(kv_heads):
     pk, pv = (torch.randn(kv_heads, 3, 10, generator=draw, dtype=torch.float64) for _ in range(2))
     module = nn.Module().eval()
     module.is_causal, module.num_key_value_groups = False, 4 // kv_heads
-    module.__dict__["_luthier_prefixes"] = [prefix_attention.Prefix("", pk, pv)]
+    module.__dict__["_luthier_prefixes"] = [
+        prefix_attention.Prefix(prefix_attention.Prefixes("", lambda: [(pk, pv)]), 0)
+    ]
     found, _ = prefix_attention._attention(module, q, k, v, None, scaling=10**-0.5, is_causal=False)
     groups = 4 // kv_heads
     k, v = (t.repeat_interleave(groups, 1) for t in (k, v))

@@ -81,7 +81,7 @@ def test_each_example_has_gates_of_its_own():
 def test_the_gate_takes_the_place_of_alpha_over_rank():
     tuned = stirred("bert", "unipelt", **SMALL)
     update = next(iter(tuned.modules(GatedUpdate).values()))
-    tuned.context.mask, tuned.context.past = torch.tensor([[1, 1, 0]]), 0
+    tuned.context.masks, tuned.context.past = {"": torch.tensor([[1, 1, 0]])}, 0
     tuned.context.memory.clear()
     x = torch.randn(1, 3, 48)
     gate = torch.sigmoid(x[:, :2] @ update.gate.linear.weight.T + update.gate.linear.bias).mean()
@@ -127,7 +127,7 @@ def test_an_unknown_part_is_refused():
 def test_prompt_vectors_before_the_text_count_as_real_tokens_in_a_gate():
     tuned = stirred("bert", "unipelt", **SMALL)
     for gate in gates_of(tuned)[:3]:
-        tuned.context.mask, tuned.context.past = torch.tensor([[1, 1, 0], [1, 0, 0]]), 0
+        tuned.context.masks, tuned.context.past = {"": torch.tensor([[1, 1, 0], [1, 0, 0]])}, 0
         tuned.context.memory.clear()
         x = torch.randn(2, 5, gate.linear.in_features)  # two vectors, then the text that the mask knows
         opened = torch.sigmoid(x @ gate.linear.weight[0] + gate.linear.bias)
@@ -173,7 +173,7 @@ def test_the_adapter_adds_its_formula_times_the_gate_of_what_it_reads(name):
     tuned = stirred(name, "unipelt", **SMALL)
     mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
     for module in tuned.modules(GatedAdapter).values():
-        tuned.context.mask, tuned.context.past, tuned.context.batch = mask.long(), 0, 2
+        tuned.context.masks, tuned.context.past, tuned.context.batch = {"": mask.long()}, 0, 2
         tuned.context.memory.clear()
         y = torch.randn(2, 3, 48)
         inner = torch.relu(y @ module.down.weight.T + module.down.bias)

@@ -24,7 +24,8 @@ class Batch:
     """Examples side by side, padded to the longest."""
 
     inputs: dict[str, Tensor]
-    """what the model is called with: input_ids, attention_mask, and token_type_ids or decoder_input_ids; (b, t)"""
+    """what the model is called with: input_ids, attention_mask, and token_type_ids or decoder_input_ids with
+    decoder_attention_mask; (b, t)"""
     labels: Tensor | None
     """(b, t) int64 with IGNORED where there is no loss, or one target for each example: (b,) or (b, labels)"""
     rows: NDArray[np.int64] = field(repr=False)
@@ -65,9 +66,11 @@ class Collator:
         labels: Tensor | None = None
         if examples.answers is not None:
             assert examples.answer_offsets is not None
-            labels = self._lay(examples.answers, examples.answer_offsets, indices, IGNORED, left=False)[0]
+            labels, real = self._lay(examples.answers, examples.answer_offsets, indices, IGNORED, left=False)
             if self.decoder_start is not None:
                 inputs["decoder_input_ids"] = self._moved_right(labels)
+                if not bool(real.all()):  # what is computed from a row as a whole must not see its padding
+                    inputs["decoder_attention_mask"] = real
         elif examples.labels is not None:
             labels = self._lay(examples.labels, examples.offsets, indices, IGNORED)[0]
         elif examples.targets is not None:

@@ -45,12 +45,14 @@ class Attachment(nn.Module):
         reads_base_weight: uses the frozen weight in the forward pass; goes innermost.
         needs_input: at sublayer sites, wants x. An attachment that only changes y says False and costs no tap.
         per_token: each token's result depends on that token alone, and not on the others of its row.
+        reads_whole_text: computes something from a text as a whole, and keeps it for later steps of a generation.
     """
 
     kind: ClassVar[Literal["delta", "scale", "parallel", "sequential"]] = "delta"
     reads_base_weight: ClassVar[bool] = False
     needs_input: ClassVar[bool] = True
     per_token: ClassVar[bool] = True
+    reads_whole_text: ClassVar[bool] = False
 
     reads: Literal["input", "residual"] = "input"
     context: Context  # set by surgery: the facts of the current batch

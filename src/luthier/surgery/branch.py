@@ -144,6 +144,8 @@ class Branch:
             if isinstance(out, tuple):
                 return (result.to(out[0].dtype), *out[1:])
             out.last_hidden_state = result.to(out.last_hidden_state.dtype)
+            if getattr(out, "hidden_states", None):  # its last entry is the same states
+                out.hidden_states = (*out.hidden_states[:-1], out.last_hidden_state)
             return out
 
         return hook

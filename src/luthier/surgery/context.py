@@ -6,9 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["Context"]
+from luthier.core import ModelError
+
+__all__ = ["Context", "packed", "read_mask"]
 
 
 @dataclass
@@ -16,31 +19,78 @@ class Context:
     """Facts of the current forward pass of the model.
 
     Attributes:
-        mask: (batch, tokens) of the text the (encoder or only) stack reads, 1 where real; None if all are real.
-        decoder_mask: the same for the decoder of an encoder-decoder.
+        masks: by stack, (batch, tokens) of the text that it reads, 1 where real; None if all are real. "" is the text
+            that the model as a whole is given.
         past: tokens already in the key/value cache; 0 in training and at prefill.
         n_tokens: tokens given to this pass (without the past).
+        packed: several texts stand one behind the other in a row.
         generating: a step of `generate`, with or without a cache.
         memory: results that attachments keep from prefill to later steps of one generation, by any key.
     """
 
-    mask: Tensor | None = None
-    decoder_mask: Tensor | None = None
+    masks: dict[str, Tensor | None] = field(default_factory=dict)
     past: int = 0
     n_tokens: int = 0
     batch: int = 0
+    packed: bool = False
     generating: bool = False
     memory: dict[Any, Any] = field(default_factory=dict)
 
     def mask_for(self, stack: str) -> Tensor | None:
         """The token mask of the stack called `stack`."""
-        return self.decoder_mask if stack == "decoder" else self.mask
+        return self.masks.get(stack, self.masks.get("") if stack != "decoder" else None)
 
     def once(self, key: Any, compute: Callable[[], Tensor]) -> Tensor:
-        """`compute()` at prefill, and what it gave then at every later step of the same generation."""
+        """`compute()` at prefill, and what it gave then at every later step of the same generation.
+
+        Raises:
+            ModelError: the text comes in pieces, or several texts in one row, so nothing is known of it as a whole.
+        """
+        if self.packed:
+            raise ModelError(
+                "texts stand one behind the other in a row, and what acts here is computed from a text as a whole "
+                "(UniPELT's gates). Give every text a row of its own."
+            )
+        if self.past > 0 and not self.generating and (key not in self.memory or self.n_tokens > 1):
+            raise ModelError(
+                f"{self.n_tokens} tokens after {self.past} that are in the cache: what acts here is computed from a "
+                "prompt as a whole (UniPELT's gates). Give the prompt in one piece, through this model with this "
+                "tuning, and then token by token with the cache that it gave."
+            )
         if key in self.memory and (self.past > 0 or self.generating):
             kept: Tensor = self.memory[key]
             return kept
         value = compute()
         self.memory[key] = value.detach()
         return value
+
+
+def read_mask(mask: Any, past: int, n_tokens: int) -> Tensor | None:
+    """(batch, tokens) of a mask as models are given it, 1 where real; None where there is none to read.
+
+    A ready-made mask (batch, 1, queries, keys), as static caches come with, says which token sees which: a real one
+    sees itself.
+    """
+    if isinstance(mask, dict):  # one for each kind of layer: a window hides no token from itself
+        mask = next(iter(mask.values()), None)
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        return None
+    if mask.dim() == 2:
+        return mask
+    if n_tokens < 1 or mask.shape[2] != n_tokens or mask.shape[3] < past + n_tokens:
+        return None
+    seen = mask[:, 0].bool() if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
+    return torch.diagonal(seen[:, :, past : past + n_tokens], dim1=1, dim2=2).long()
+
+
+def packed(inputs: dict[str, Any]) -> bool:
+    """Whether several texts stand one behind the other in a row."""
+    if any(inputs.get(name) is not None for name in ("cu_seq_lens_q", "cu_seqlens", "seq_idx")):
+        return True
+    positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
+    if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] < 2:
+        return False
+    falls = positions[:, 1:] < positions[:, :-1]
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == positions.shape[1]:
+        falls = falls & (mask[:, 1:] > 0) & (mask[:, :-1] > 0)  # what padding is numbered with says nothing
+    return bool(falls.any())

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from luthier import kernels
+from luthier.core import ConfigError
 from luthier.surgery import prefix_attention
 from luthier.surgery.branch import Branch
+from luthier.surgery.checkpointing import Checkpointing, Restore
+from luthier.surgery.context import packed, read_mask
 from luthier.surgery.edited_model import EditedModel
-from luthier.surgery.prefix_attention import KeysValues, Prefix
-from luthier.surgery.prompts import PromptHooks, text_stack
+from luthier.surgery.prefix_attention import KeysValues, Pairs, Prefix, Prefixes
+from luthier.surgery.prompts import PromptHooks, leading_pads, text_stack
 from luthier.surgery.serving import Serving
 
 __all__ = ["Forward", "PrefixSource"]
@@ -25,7 +34,7 @@ class PrefixSource(Protocol):
 
 
 class Forward:
-    """Hooks on the model as a whole.
+    """Hooks on the model, and on whatever holds its blocks: a pass begins where the outermost of them is called.
 
     Attributes:
         prompts: puts vectors before the text; None until a tuning wants that.
@@ -36,18 +45,22 @@ class Forward:
         self.edited, self.serving = edited, serving
         self.prompts: PromptHooks | None = None
         self.branches: dict[str, Branch] = {}
-        self._prefixes: list[tuple[str, PrefixSource, list[Prefix]]] = []
-        self._own_attention: Any = None  # what the model's configuration said before; None while it says it still
-        self._inside = False  # the model's own `forward` is running
+        self._prefixes: list[Prefixes] = []
+        self._route: prefix_attention.Route | None = None
+        self._open: list[nn.Module] = []  # hooked modules whose `forward` is running, outermost first
+        # What attachments kept for the texts of a cache; a conversation may be taken up again after another.
+        self._memories: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
         model = edited.model
-        self._names = list(inspect.signature(model.forward).parameters)
-        self._hooks = [model.register_forward_pre_hook(self._on_forward, with_kwargs=True)]
-        if edited.anatomy.is_encoder_decoder and hasattr(model, "get_encoder"):
-            # `generate` runs the encoder on its own, before the model's first forward pass.
-            self._hooks.append(model.get_encoder().register_forward_pre_hook(self._on_encoder, with_kwargs=True))
-        self._hooks.append(model.register_forward_hook(self._after_forward, always_call=True))
+        self._hooks: list[Any] = []
+        for path, stack in _entrances(edited).items():
+            module = edited.modules[path]
+            self._hooks.append(module.register_forward_pre_hook(self._enter(module, stack), with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(self._leave, always_call=True))
+        self._checkpointing = Checkpointing(model, self._note)
         if hasattr(model, "generate"):
             model.__dict__["generate"] = self._generate
+        if hasattr(model, "resize_token_embeddings"):
+            model.__dict__["resize_token_embeddings"] = self._resize
         edited.followers.append(self.refresh)
 
     # ------------------------------------------------------------------ what takes part
@@ -55,9 +68,9 @@ class Forward:
     def route_attention(self) -> bool:
         """Send the model's attention through our own function, where all of it uses the interface. Idempotent."""
         attentions = self.edited.anatomy.attentions
-        if self._own_attention is None and attentions and all(a.interface for a in attentions):
-            self._own_attention = prefix_attention.install(self.edited.model)
-        return self._own_attention is not None
+        if self._route is None and attentions and all(a.interface for a in attentions):
+            self._route = prefix_attention.Route(self.edited.model)
+        return self._route is not None
 
     def checkpoint_activations(self) -> None:
         """Compute activations of the blocks twice instead of keeping them: less memory, more time, the same gradients.
@@ -73,10 +86,14 @@ class Forward:
 
     def add_prefixes(self, tuning: str, source: PrefixSource, paths: list[str]) -> None:
         """Put the keys and values of `source` before those of the text in the attentions at `paths`."""
-        prefixes = [Prefix(tuning) for _ in paths]
-        for path, prefix in zip(paths, prefixes, strict=True):
-            prefix_attention.add(self.edited.modules[path], prefix)
-        self._prefixes.append((tuning, source, prefixes))
+
+        def compute() -> Pairs:
+            return source.keys_values(self.edited.context) if self.edited.tunings[tuning].active else ()
+
+        whole = Prefixes(tuning, compute)
+        for index, path in enumerate(paths):
+            prefix_attention.add(self.edited.modules[path], Prefix(whole, index))
+        self._prefixes.append(whole)
         self.route_attention()
 
     def add_branch(self, tuning: str, module: nn.Module) -> None:
@@ -88,7 +105,7 @@ class Forward:
         """Take off what the tuning has here."""
         for module in self.edited.modules.values():
             prefix_attention.remove(module, tuning)
-        self._prefixes = [p for p in self._prefixes if p[0] != tuning]
+        self._prefixes = [p for p in self._prefixes if p.tuning != tuning]
         if tuning in self.branches:
             self.branches.pop(tuning).remove()
 
@@ -109,11 +126,13 @@ class Forward:
         """Take everything off the model."""
         if self.prompts is not None:
             self.prompts.remove()
-        if self._own_attention is not None:
-            prefix_attention.uninstall(self._own_attention)
+        if self._route is not None:
+            self._route.close()
+        self._checkpointing.close()
         for hook in self._hooks:
             hook.remove()
-        self.edited.model.__dict__.pop("generate", None)
+        for given in ("generate", "resize_token_embeddings"):
+            self.edited.model.__dict__.pop(given, None)
 
     def _text_stack(self) -> tuple[nn.Module, nn.Module, nn.Module | None]:
         model, anatomy, modules = self.edited.model, self.edited.anatomy, self.edited.modules
@@ -124,54 +143,166 @@ class Forward:
 
     # ------------------------------------------------------------------ a pass
 
-    def note_batch(self, inputs: dict[str, Any]) -> None:
-        """Note facts of the batch; and compute prefixes here, outside of any checkpointed block.
+    def _enter(self, module: nn.Module, stack: str) -> Any:
+        names = list(inspect.signature(module.forward).parameters)
 
-        Called at each start of the whole model's `forward`, and by who enters further inside.
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            given = dict(zip(names, args, strict=False)) | kwargs
+            if module in self._open:  # a pass ended in an error that closed nothing
+                del self._open[self._open.index(module) :]
+            outermost = not self._open
+            self._open.append(module)
+            if not outermost:
+                if stack:
+                    self._note_mask(given, stack)
+                return None
+            self._begin(given, stack)
+            positions = self._positions(given) if "position_ids" in names else None
+            return None if positions is None else (args, {**kwargs, "position_ids": positions})
+
+        return hook
+
+    def _positions(self, inputs: dict[str, Any]) -> Tensor | None:
+        """Positions that count from the first real token, where padding stands before it and nobody gave any.
+
+        A prefix has no position of its own, so with it positions are no longer relative.
         """
-        texts = (inputs.get(name) for name in ("input_ids", "inputs_embeds", "decoder_input_ids"))
-        text = next((t for t in texts if t is not None), None)
+        mask, n = inputs.get("attention_mask"), self.edited.context.n_tokens
+        if not any(whole.pairs for whole in self._prefixes) or inputs.get("position_ids") is not None:
+            return None
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or leading_pads(mask) is None:
+            return None
+        return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -n:]
+
+    def _leave(self, module: nn.Module, args: Any, out: Any) -> None:
+        if module in self._open:
+            del self._open[self._open.index(module) :]
+            if not self._open:
+                self._end(out)
+
+    def _begin(self, inputs: dict[str, Any], stack: str) -> None:
+        """Note facts of the batch; and compute prefixes here, outside of any checkpointed block."""
+        if self._route is not None:
+            self._route.keep()
         cache = inputs.get("past_key_values")
         context = self.edited.context
         context.past = int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
+        given = (inputs.get(name) for name in (_TEXTS if context.past == 0 else _LATER_TEXTS))
+        text = next((t for t in given if isinstance(t, Tensor)), None)
+        first = next((v for v in inputs.values() if isinstance(v, Tensor) and v.dim() > 0), None)
         context.n_tokens = int(text.shape[1]) if text is not None else 0
-        context.batch = int(text.shape[0]) if text is not None else 0
-        mask = inputs.get("attention_mask")
-        context.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        two = self.edited.anatomy.is_encoder_decoder
-        context.decoder_mask = inputs.get("decoder_attention_mask") if two else context.mask
-        if context.past == 0 and not context.generating:
-            context.memory.clear()
+        context.batch = len(text) if text is not None else 0 if first is None else len(first)
+        context.packed = packed(inputs)
+        mask = read_mask(inputs.get("attention_mask"), context.past, context.n_tokens)
+        if self.edited.anatomy.is_encoder_decoder and stack == "decoder":
+            context.masks = {"encoder": inputs.get("encoder_attention_mask"), "decoder": mask}
+        else:
+            context.masks = {"": mask, "decoder": inputs.get("decoder_attention_mask")}
+        if not self.edited.anatomy.is_encoder_decoder:
+            context.masks.pop("decoder", None)
+        if not context.generating:
+            context.memory = self._memory_of(cache) if context.past > 0 else {}
         self.serving.before_pass(inputs)
-        for name, source, prefixes in self._prefixes:
-            active = self.edited.tunings[name].active
-            pairs = source.keys_values(context) if active else [(None, None)] * len(prefixes)
-            for prefix, (keys, values) in zip(prefixes, pairs, strict=True):
-                prefix.keys, prefix.values = keys, values
+        for whole in self._prefixes:
+            whole.pairs = whole.compute()
 
-    def _on_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._inside = True
-        self.note_batch(dict(zip(self._names, args, strict=False)) | kwargs)
+    def _note_mask(self, inputs: dict[str, Any], stack: str) -> None:
+        """The mask of one stack, where the model hands it its own."""
+        context = self.edited.context
+        mask = inputs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            context.masks[stack] = mask
+        elif any(isinstance(inputs.get(name), Tensor) for name in ("pixel_values", "input_features", "input_values")):
+            context.masks[stack] = None
 
-    def _on_encoder(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._inside:
-            names = inspect.signature(encoder.forward).parameters
-            self.note_batch(dict(zip(names, args, strict=False)) | kwargs)
+    def _end(self, out: Any) -> None:
+        context = self.edited.context
+        for whole in self._prefixes:
+            whole.pairs = None
+        cache = getattr(out, "past_key_values", None)
+        if cache is not None and context.memory and not context.generating:
+            self._memories[cache] = context.memory
 
-    def _after_forward(self, model: nn.Module, args: Any, out: Any) -> None:
-        self._inside = False
+    def _memory_of(self, cache: Any) -> dict[Any, Any]:
+        return self._memories.get(cache, {}) if cache is not None else {}
+
+    def _note(self) -> Restore:
+        """The state of the pass that is running, to be put back when a block of it is computed again."""
+        edited = self.edited
+        active = [t.tuning_name for t in edited.active()]
+        pairs = [(whole, whole.pairs) for whole in self._prefixes]
+        context, fast = replace(edited.context, memory=dict(edited.context.memory)), kernels.fast()
+
+        @contextmanager
+        def restore() -> Iterator[None]:
+            now_active = [t.tuning_name for t in edited.active()]
+            now_pairs = [(whole, whole.pairs) for whole, _ in pairs]
+            now = dict(vars(edited.context))
+            if now_active != active:
+                edited.set_active(active)
+            for whole, then in pairs:
+                whole.pairs = then
+            vars(edited.context).update(vars(context))
+            try:
+                with kernels.plain(not fast):
+                    yield
+            finally:
+                vars(edited.context).update(now)
+                for whole, then in now_pairs:
+                    whole.pairs = then
+                if now_active != active:
+                    edited.set_active(now_active)
+
+        def give() -> AbstractContextManager[None]:
+            return restore()
+
+        return give
+
+    def _resize(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Refuse other tables of words under a tuning: it would be saved for a base that is nowhere."""
+        model: Any = self.edited.model
+        table = model.get_input_embeddings()
+        if new_num_tokens is None or new_num_tokens == table.weight.shape[0]:
+            return table
+        raise ConfigError(
+            f"resize_token_embeddings: {new_num_tokens} tokens for {table.weight.shape[0]} while a tuning stands on "
+            "the model: what is saved would fit no base, and new rows would not train. Detach, add the tokens, attach."
+        )
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate` with one memory for all its steps, also where no cache tells the first from the later ones."""
-        context = self.edited.context
-        model: Any = self.edited.model
-        context.memory.clear()
+        context, model = self.edited.context, self.edited.model
+        written: Any = type(model)
         texts = (*args, *(kwargs.get(n) for n in ("inputs", "input_ids", "inputs_embeds")))
         text = next((t for t in texts if isinstance(t, Tensor)), None)
         self.serving.before_generation(1 if text is None else len(text))
-        context.generating = True
+        settings = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+        in_pieces = kwargs.get("prefill_chunk_size") or getattr(settings, "prefill_chunk_size", None)
+        plugs = [p for s in self.edited.sockets() for p in (*s.live.whole, *(p for _, ps in s.live.parts for p in ps))]
+        if in_pieces and any(plug.attachment.reads_whole_text for plug in plugs):
+            warnings.warn(
+                f"prefill_chunk_size={in_pieces} is left out: what acts here is computed from the prompt as a whole.",
+                stacklevel=2,
+            )
+            kwargs["prefill_chunk_size"] = None
+        context.memory, context.generating = self._memory_of(kwargs.get("past_key_values")), True
         try:
-            return type(model).generate(model, *args, **kwargs)
+            return written.generate(model, *args, **kwargs)
         finally:
-            context.generating = False
-            context.memory.clear()
+            context.memory, context.generating = {}, False
+
+
+_TEXTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "hidden_states")
+_LATER_TEXTS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds", "hidden_states")
+
+
+def _entrances(edited: EditedModel) -> dict[str, str]:
+    """Paths of the model and of all that holds its blocks, with the stack that each belongs to ("" for several)."""
+    found: dict[str, set[str]] = {"": {b.stack for b in edited.anatomy.blocks}}
+    for block in edited.anatomy.blocks:
+        path = block.path.rpartition(".")[0].rpartition(".")[0]
+        while path:
+            if not isinstance(edited.modules[path], nn.ModuleList | nn.ModuleDict):
+                found.setdefault(path, set()).add(block.stack)
+            path = path.rpartition(".")[0]
+    return {path: next(iter(stacks)) if path and len(stacks) == 1 else "" for path, stacks in found.items()}

@@ -6,7 +6,7 @@ cache never holds it, beams need no copy of it, and the mask grows by columns th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from luthier import kernels
 
-__all__ = ["NAME", "KeysValues", "Prefix", "add", "install", "remove", "uninstall"]
+__all__ = ["NAME", "KeysValues", "Pairs", "Prefix", "Prefixes", "Route", "add", "remove"]
 
 NAME = "luthier"
 
@@ -27,17 +27,44 @@ _PREFIXES = "_luthier_prefixes"
 """Where the list of an attention module's prefixes stands on it: it is the model's own module, not a class of ours."""
 
 
+Pairs = Sequence[tuple[KeysValues, KeysValues]]
+
+
+class Prefixes:
+    """All prefixes of one tuning.
+
+    They are computed at the start of a pass, outside of any checkpointed block; by an attention that is called outside
+    of every pass, when it asks.
+
+    Args:
+        compute: gives keys and values for each attention, or nothing while the tuning does not act.
+    """
+
+    def __init__(self, tuning: str, compute: Callable[[], Pairs]) -> None:
+        self.tuning, self.compute = tuning, compute
+        self.pairs: Pairs | None = None
+
+    def pair(self, index: int) -> tuple[KeysValues, KeysValues]:
+        """Keys and values of one attention."""
+        pairs = self.compute() if self.pairs is None else self.pairs
+        return pairs[index] if pairs else (None, None)
+
+
 @dataclass(eq=False)
 class Prefix:
-    """What one attention module sees before its own keys; `keys`, `values` are set at the start of each forward pass.
+    """What one attention module sees before its own keys.
 
     Shapes (n_kv_heads, P, d_head) or (batch, n_kv_heads, P, d_head); or functions that give them when the attention
     asks, for prefixes that depend on what it reads.
     """
 
-    tuning: str
-    keys: KeysValues = None
-    values: KeysValues = None
+    whole: Prefixes
+    index: int
+
+    @property
+    def tuning(self) -> str:
+        """Whose it is."""
+        return self.whole.tuning
 
 
 def add(module: nn.Module, prefix: Prefix) -> None:
@@ -66,7 +93,8 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention as transformers calls it. query (B,H,T,D), key and value (B,H_kv,S,D) -> (B,T,H,D)."""
-    prefixes = [p for p in module.__dict__.get(_PREFIXES, ()) if p.keys is not None]
+    pairs = [p.whole.pair(p.index) for p in module.__dict__.get(_PREFIXES, ())]
+    prefixes = [(keys, values) for keys, values in pairs if keys is not None and values is not None]
     if prefixes:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         n_text, n_queries = key.shape[2], query.shape[2]
@@ -74,11 +102,10 @@ def _attention(
             ones = torch.ones(n_queries, n_text, dtype=torch.bool, device=query.device)
             attention_mask = ones.tril(n_text - n_queries)[None, None]
         is_causal = False
-        for prefix in prefixes:
-            assert prefix.keys is not None and prefix.values is not None
-            more = _per_row(prefix.keys, key)
+        for more_keys, more_values in prefixes:
+            more = _per_row(more_keys, key)
             key = torch.cat([more, key], dim=2)
-            value = torch.cat([_per_row(prefix.values, value), value], dim=2)
+            value = torch.cat([_per_row(more_values, value), value], dim=2)
             length = more.shape[-2]
             if attention_mask is not None:
                 seen = True if attention_mask.dtype == torch.bool else 0.0
@@ -117,17 +144,38 @@ def _register() -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def install(model: Any) -> Any:
-    """Route the model's attention through `_attention`; returns what `uninstall` needs to undo it."""
-    _register()
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config") and hasattr(m.config, "to_dict")}
-    before = [(c, getattr(c, "_attn_implementation_internal", None)) for c in configs.values()]
-    for config, _ in before:
-        config._attn_implementation_internal = NAME
-    return before
+_routed: dict[int, tuple[Any, Any, int]] = {}
+"""Configurations that name our function: the object, what it named before, and how many models want ours."""
 
 
-def uninstall(before: Any) -> None:
-    """Give every configuration its own attention back."""
-    for config, name in before:
-        config._attn_implementation_internal = name
+class Route:
+    """A model's attention sent through `_attention`. Configurations may be shared by several models."""
+
+    def __init__(self, model: Any) -> None:
+        _register()
+        found = (m.config for m in model.modules() if hasattr(m, "config") and hasattr(m.config, "to_dict"))
+        self.configs = list({id(c): c for c in found}.values())
+        for config in self.configs:
+            _, before, count = _routed.get(id(config), (config, getattr(config, _ROUTE, None), 0))
+            _routed[id(config)] = (config, before, count + 1)
+            setattr(config, _ROUTE, NAME)
+
+    def keep(self) -> None:
+        """Set it again where somebody has asked for another function since: without ours there is no prefix."""
+        for config in self.configs:
+            if getattr(config, _ROUTE, None) != NAME:
+                found, _, count = _routed[id(config)]
+                _routed[id(config)] = (found, getattr(config, _ROUTE, None), count)
+                setattr(config, _ROUTE, NAME)
+
+    def close(self) -> None:
+        """Give every configuration its own attention back, once no other model wants ours."""
+        for config in self.configs:
+            found, before, count = _routed.pop(id(config))
+            if count > 1:
+                _routed[id(config)] = (found, before, count - 1)
+            elif getattr(config, _ROUTE, None) == NAME:
+                setattr(config, _ROUTE, before)
+
+
+_ROUTE = "_attn_implementation_internal"

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from luthier.anatomy import Anatomy
 from luthier.core import AnatomyError, ModelError
 from luthier.core.protocols import Model
+from luthier.surgery.context import packed
 
-__all__ = ["PromptHooks", "refuse_prompts", "text_stack"]
+__all__ = ["PromptHooks", "leading_pads", "refuse_prompts", "text_stack", "with_vectors"]
 
 
 def text_stack(modules: dict[str, nn.Module], anatomy: Anatomy) -> nn.Module:
@@ -63,6 +64,43 @@ def refuse_prompts(model: Model, anatomy: Anatomy, asked_by: str) -> None:
         )
 
 
+def arranged(front: Tensor, text: Tensor, pads: Tensor | None) -> Tensor:
+    """`front` (rows, n, ...) put before each row's text (rows, T, ...), behind the padding that stands before it.
+
+    Args:
+        pads: (rows,), how many pads stand first; None where none do.
+    """
+    both = torch.cat([front, text], dim=1)
+    if pads is None:
+        return both
+    return _picked(both, _order(front.shape[1], text.shape[1], pads))
+
+
+def _order(n: int, tokens: int, pads: Tensor) -> Tensor:
+    """Of each row pads, vectors, text: places in (vectors, pads, text). (rows, n + tokens)."""
+    at = torch.arange(n + tokens, device=pads.device)[None]
+    pads = pads[:, None]
+    return torch.where(at < pads, at + n, torch.where(at < pads + n, at - pads, at))
+
+
+def _picked(x: Tensor, index: Tensor) -> Tensor:
+    """x: (rows, any, ...), index: (rows, some) -> (rows, some, ...)."""
+    x = x.expand(len(index), *x.shape[1:])
+    return x[torch.arange(len(index), device=x.device)[:, None], index]
+
+
+def leading_pads(mask: Tensor | None) -> Tensor | None:
+    """How many zeros each row of a mask begins with; None where no row does."""
+    if mask is None or not bool((mask[:, 0] == 0).any()):
+        return None
+    return (mask.long().cumsum(-1) == 0).sum(-1)
+
+
+def with_vectors(mask: Tensor, n: int) -> Tensor:
+    """The mask (rows, T) of a text with `n` vectors before it, all real. (rows, n + T)."""
+    return arranged(mask.new_ones(len(mask), n), mask, leading_pads(mask)) if n else mask
+
+
 class PromptHooks:
     """Inserts the rows of `sources` (in order) in front of the text of `stack`, while this object is installed."""
 
@@ -73,6 +111,7 @@ class PromptHooks:
         self.embed, self.stack, self.limit = embed, stack, limit
         self.keep = decoder is not None
         self._inserted = 0
+        self._pads: Tensor | None = None  # of each row, where they stand before the vectors
         self._states: Tensor | None = None
         self._names = list(inspect.signature(stack.forward).parameters)
         self._offset = _position_offset(stack, model.config)
@@ -101,7 +140,7 @@ class PromptHooks:
     def _before(
         self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        self._inserted = 0
+        self._inserted, self._pads = 0, None
         if not self.sources:
             return None
         given = dict(zip(self._names, args, strict=False)) | kwargs
@@ -122,11 +161,17 @@ class PromptHooks:
         mask = given.get("attention_mask")
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             raise ModelError("prompt vectors need a (batch, tokens) attention mask; a ready-made 4-D mask was given.")
+        if packed(given):
+            raise ModelError(
+                "texts stand one behind the other in a row, and prompt vectors would come before the first alone. Give "
+                "every text a row of its own."
+            )
         positions = given.get("position_ids")
+        pads = leading_pads(mask)
         if mask is not None or past > 0:
             total = tokens if past == 0 else past - n + tokens
             seen = mask if mask is not None else torch.ones(rows, total, dtype=torch.long, device=embeds.device)
-            given["attention_mask"] = torch.cat([seen.new_ones(rows, n), seen], dim=1)
+            given["attention_mask"] = with_vectors(seen, n)
         if "position_ids" in self._names:
             if positions is None and mask is not None:
                 positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
@@ -144,15 +189,15 @@ class PromptHooks:
                 shifted = torch.where(mask[:, -tokens:] > 0, shifted, positions)
             if past == 0:
                 start = 0 if self._offset is None else self._offset + 1
-                front = torch.arange(start, start + n, device=embeds.device).expand(shifted.shape[0], n)
-                shifted = torch.cat([front, shifted], dim=1)
+                front = torch.arange(start, start + n, device=embeds.device).expand(rows, n)
+                shifted = arranged(front, shifted.expand(rows, -1), pads)
             given["position_ids"] = shifted
         if past == 0:
-            embeds = torch.cat([prompt.expand(rows, -1, -1), embeds], dim=1)  # (rows, n + tokens, d)
+            embeds = arranged(prompt.expand(rows, -1, -1), embeds, pads)  # (rows, n + tokens, d)
             types = given.get("token_type_ids")
             if types is not None:
-                given["token_type_ids"] = torch.cat([types.new_zeros(types.shape[0], n), types], dim=1)
-            self._inserted = n
+                given["token_type_ids"] = arranged(types.new_zeros(rows, n), types.expand(rows, -1), pads)
+            self._inserted, self._pads = n, pads
         given["input_ids"], given["inputs_embeds"] = None, embeds
         given.pop("cache_position", None)
         return (), given
@@ -162,11 +207,19 @@ class PromptHooks:
         if n == 0 or self.keep:
             return out
         if isinstance(out, tuple):
-            return (out[0][:, n:], *out[1:])
-        out.last_hidden_state = out.last_hidden_state[:, n:]
+            return (self._text(out[0]), *out[1:])
+        out.last_hidden_state = self._text(out.last_hidden_state)
         if getattr(out, "hidden_states", None) is not None:
-            out.hidden_states = tuple(h[:, n:] for h in out.hidden_states)
+            out.hidden_states = tuple(self._text(h) for h in out.hidden_states)
         return out
+
+    def _text(self, states: Tensor) -> Tensor:
+        """The states of what the caller gave. (rows, n + tokens, d) -> (rows, tokens, d)."""
+        n, pads = self._inserted, self._pads
+        if pads is None:
+            return states[:, n:]
+        at = torch.arange(states.shape[1] - n, device=states.device)[None].expand(len(pads), -1)
+        return _picked(states, torch.where(at < pads[:, None], at, at + n))
 
     def _hold(self, encoder: nn.Module, args: Any, out: Any) -> None:
         self._states = out[0]
@@ -174,8 +227,8 @@ class PromptHooks:
     def _pool(self, pooler: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         states, self._states = self._states, None
         if args[0].dim() == 2 and states is not None:  # ALBERT hands over the first position alone
-            return (states[:, self._inserted], *args[1:])
-        return (args[0][:, self._inserted :], *args[1:])
+            return (self._text(states)[:, 0], *args[1:])
+        return (self._text(args[0]), *args[1:])
 
     def _cross(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -183,7 +236,7 @@ class PromptHooks:
         mask, states = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
         if mask is not None and states is not None and mask.shape[-1] < states.shape[1]:
             extra = states.shape[1] - mask.shape[-1]
-            kwargs = {**kwargs, "encoder_attention_mask": torch.cat([mask.new_ones(len(mask), extra), mask], dim=1)}
+            kwargs = {**kwargs, "encoder_attention_mask": with_vectors(mask, extra)}
         return args, kwargs
 
 

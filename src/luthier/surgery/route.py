@@ -278,13 +278,13 @@ def _still(plan: Plan) -> Callable[[Tensor], Tensor] | None:
 @contextmanager
 def _only(context: Context, picked: Tensor, batch: int) -> Iterator[None]:
     """The facts of the batch cut down to some of its rows."""
-    mask, decoder_mask, n = context.mask, context.decoder_mask, context.batch
+    masks, n = context.masks, context.batch
     try:
         context.batch = len(picked)
-        if mask is not None and len(mask) == batch:
-            context.mask = mask.index_select(0, picked)
-        if decoder_mask is not None and len(decoder_mask) == batch:
-            context.decoder_mask = decoder_mask.index_select(0, picked)
+        context.masks = {
+            stack: mask.index_select(0, picked) if mask is not None and len(mask) == batch else mask
+            for stack, mask in masks.items()
+        }
         yield
     finally:
-        context.mask, context.decoder_mask, context.batch = mask, decoder_mask, n
+        context.masks, context.batch = masks, n

@@ -261,6 +261,13 @@ class Tuned:
             if folded:
                 self.merging.fold()
 
+    def checkpoint_activations(self) -> None:
+        """Compute activations of the blocks twice instead of keeping them: less memory, more time, the same gradients.
+
+        Each block finds the model as it was in its own pass, whatever has been activated since.
+        """
+        self.forward.checkpoint_activations()
+
     # ------------------------------------------------------------------ answering
 
     def serving(self) -> AbstractContextManager[Any]:
@@ -377,6 +384,7 @@ def attach(
         raise ConfigError(
             f"settings {', '.join(settings)}: pass them to the method itself, {type(method).__name__}(...)."
         )
+    model = getattr(model, "_orig_mod", model)  # compiled before: edits go to what is called from there
     tuned = Tuned.of(model) or Tuned(model, new_tensors)
     try:
         tuned.add(method, name=name, seed=seed, train_head=train_head)

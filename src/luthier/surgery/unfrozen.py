@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
 __all__ = ["Unfrozen"]
 
 _WORTH_HALVING = 4096
+
+# Versions of a parameter are counted from here for each value that is put into it, so that no two of them meet by steps
+# in place.
+_STRIDE = 1 << 20
+_values = itertools.count(1)
+
+
+def _fresh_version() -> int:
+    return (next(_values) % 2000) * _STRIDE
+
+
+def _set_version(parameter: nn.Parameter, version: int) -> None:
+    """Tell autograd which value stands in `parameter`: a graph that saved another one is refused in its backward pass.
+
+    Assigning `.data` is not seen by it, and gradients would be computed with the numbers of another tuning.
+    """
+    torch._C._autograd._unsafe_set_version_counter((parameter,), (version,))
 
 
 class Unfrozen:
@@ -28,6 +47,7 @@ class Unfrozen:
         self.inactive_value: Tensor | None = None
         self._mask = mask
         self.original = original
+        self._versions = {"original": _fresh_version(), "tuned": parameter._version}
 
     @property
     def original(self) -> Tensor:
@@ -68,13 +88,16 @@ class Unfrozen:
     def deactivate(self) -> None:
         """Put the original value into the model."""
         self.inactive_value = self.parameter.data
+        self._versions["tuned"] = self.parameter._version
         self.parameter.data = self.original
+        _set_version(self.parameter, self._versions["original"])
 
     def activate(self) -> None:
         """Put the tuned value into the model."""
         assert self.inactive_value is not None
         self.parameter.data = self.inactive_value
         self.inactive_value = None
+        _set_version(self.parameter, self._versions["tuned"])
 
     def follow_device(self) -> None:
         """Move what lies beside the parameter to where the parameter is by now."""

@@ -12,6 +12,7 @@ from luthier.core import ResourceError
 from luthier.data.batches import Batch
 from luthier.runs.spec import RunSpec
 from luthier.surgery import Tuned
+from luthier.surgery.checkpointing import checkpoints_itself
 from luthier.training.allocator import stop_keeping
 from luthier.training.feed import Feed
 
@@ -72,9 +73,9 @@ class MemorySaver:
         self.let_blocks_checkpoint()
 
     def let_blocks_checkpoint(self) -> None:
-        """transformers checkpoints only layers that call themselves training; their dropout modules need not."""
+        """transformers checkpoints only layers that call themselves training; they compute in the mode of the model."""
         for module in self._tuned.model.modules():
-            if hasattr(module, "gradient_checkpointing"):
+            if checkpoints_itself(module):
                 module.training = True
 
     def shrink(self, step: int, micro_batches: Sequence[Batch], error: BaseException) -> None:

@@ -23,7 +23,6 @@ _CLOSE, _CLOSE_IN_HALVES = 1e-4, 1e-2
 
 def trunk_states(tuned: Tuned, inputs: dict[str, Any]) -> Tensor:
     """The states that come out of the trunk, (batch, tokens, width)."""
-    tuned.forward.note_batch(inputs)
     states: Tensor = tuned.model.base_model(**inputs, use_cache=False)[0]
     return states
 

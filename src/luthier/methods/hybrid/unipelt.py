@@ -34,6 +34,7 @@ from luthier.core import ConfigError, at_least
 from luthier.methods.parts.bottleneck import Activation, Bottleneck, bottleneck_params
 from luthier.methods.parts.prefixes import Prefixes, drop_networks, prefix_params, prefix_stored
 from luthier.surgery import METHODS, Attach, Attachment, Context, Edit, Method, PrependKeys, TunedView
+from luthier.surgery.prompts import with_vectors
 
 _PARTS = ("lora", "prefix", "adapter")
 
@@ -126,7 +127,7 @@ class _Gate(nn.Module):
             return opened.mean(1, keepdim=True)
         weights = mask[:, -opened.shape[1] :].to(opened.dtype)
         front = opened.shape[1] - weights.shape[1]  # prompt vectors, which the mask of the text does not know
-        weights = nn.functional.pad(weights, (front, 0), value=1.0)[..., None]
+        weights = with_vectors(weights, front)[..., None]
         mean: Tensor = (opened * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True).clamp(min=1.0)
         return mean
 
@@ -136,6 +137,7 @@ class GatedUpdate(Attachment):
 
     kind = "delta"
     per_token = False
+    reads_whole_text = True
 
     def __init__(self, site: Site, rank: int) -> None:
         super().__init__()
@@ -155,6 +157,7 @@ class GatedAdapter(Bottleneck):
     kind = "sequential"
     needs_input = False
     per_token = False
+    reads_whole_text = True
 
     def __init__(self, site: Site, width: int, activation: Activation) -> None:
         super().__init__(site.d_out, width, activation)
@@ -172,6 +175,7 @@ class PrefixGate(Attachment):
 
     kind = "delta"
     per_token = False
+    reads_whole_text = True
 
     def __init__(self, site: Site) -> None:
         super().__init__()

@@ -217,6 +217,43 @@ def test_in_rows_of_different_tunings_each_row_is_what_it_is_alone(arch: str) ->
             torch.testing.assert_close(found[row], alone[name][row], rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("arch", EVERY)
+def test_while_answering_the_end_of_a_sublayer_acts_beside_an_update_of_its_projection(arch: str) -> None:
+    tuned = made(arch, "lora+parallel_adapter")
+    if tuned is None:
+        return
+    batch = {k: v.double() if v.is_floating_point() else v for k, v in inputs(tuned.model).items()}
+    alone = logits(tuned.model, batch)
+    with tuned.serving():
+        torch.testing.assert_close(logits(tuned.model, batch), alone, rtol=1e-8, atol=1e-8)
+    try:
+        with tuned.serving(), tuned.rows(["default"] * 3):
+            torch.testing.assert_close(logits(tuned.model, batch), alone, rtol=1e-8, atol=1e-8)
+    except CompositionError:
+        assert arch not in QUICK
+
+
+@pytest.mark.parametrize("arch", ["llama", "opt", "bart"])
+def test_one_kind_of_attachment_at_both_places_keeps_its_place_in_rows(arch: str) -> None:
+    model = tiny(arch)
+    for name, outputs in (("projection", ("attn.o",)), ("end", ("attn_out",)), ("again", ("attn.o",))):
+        tuned = attach(model, method("ia3", {"outputs": outputs, "inputs": ()}), name=name, train_head=False)
+        shake(tuned, 0.3)
+        tuned.activate()
+    widen(model)
+    names = ["projection", "end", None, "again"]
+    batch = inputs(model, batch=4)
+    alone = {}
+    for name in names:
+        tuned.activate(*([name] if name else []))
+        alone[name] = logits(model, batch)
+    tuned.activate()
+    with tuned.serving(), tuned.rows(names):
+        found = logits(model, batch)
+    for row, name in enumerate(names):
+        torch.testing.assert_close(found[row], alone[name][row], rtol=1e-8, atol=1e-8)
+
+
 def test_what_sits_at_a_place_is_not_merged_into_a_layer_that_happens_to_end_there() -> None:
     for arch in ("llama", "bart", "bert"):
         tuned = attach(tiny(arch), "ia3", outputs=("attn_out",), inputs=())

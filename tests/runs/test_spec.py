@@ -74,6 +74,11 @@ def changed(value, hint):
     literals = [a for a in get_args(hint) if isinstance(a, str)]
     if literals:
         return next(a for a in literals if a != value)
+    numbers = [a for a in get_args(hint) if a in (int, float)]
+    if value is None and numbers:
+        return numbers[0](1)
+    if isinstance(value, float):
+        return value / 2 or 0.25
     return {bool: lambda: not value, dict: lambda: {"rank": 3}, list: lambda: [0.5, 0.25]}.get(
         type(value), lambda: f"other{value}" if isinstance(value, str) or value is None else value + 1
     )()

@@ -17,6 +17,7 @@ from luthier.anatomy.infer import attends, block_lists, has_weight, is_norm, lay
 from luthier.anatomy.selection import selectors
 from luthier.anatomy.site import KINDS, Site
 from luthier.core import AnatomyError, near
+from luthier.core.other_names import place_here
 from luthier.core.protocols import Model
 
 __all__ = ["Anatomy", "Attention", "Block"]
@@ -194,9 +195,9 @@ class Anatomy:
                 + (f" in the stacks {', '.join(stacks)}." if stacks else ".")
             )
         if kind not in KINDS and kind not in {k.split(".")[0] for k in KINDS}:
-            return (
-                f"{who}no site is called {kind!r}.{near(kind, list(KINDS))} This model has {', '.join(self.kinds())}."
-            )
+            ours = place_here(kind)
+            hint = f" Here that is {ours!r}." if ours is not None else near(kind, list(KINDS))
+            return f"{who}no site is called {kind!r}.{hint} This model has {', '.join(self.kinds())}."
         blame = f" The order inside {', '.join(self.unknown)} is not known." if self.unknown else ""
         return (
             f"{who}this {self.model_type} model has no site {kind!r}. It has {', '.join(self.kinds())}."

@@ -2,7 +2,7 @@
 
 from luthier.core.card import Card, Setting
 from luthier.core.catalogue import Catalogue
-from luthier.core.config import FieldFacts, Flag, Switch, above, at_least, between, build, fields_of, plain
+from luthier.core.config import FieldFacts, Flag, Switch, above, at_least, between, build, checked, fields_of, plain
 from luthier.core.errors import *  # noqa: F403  # the whole tree, by its own __all__
 from luthier.core.random import key
 from luthier.core.units import human_bytes, human_count, human_seconds
@@ -38,6 +38,7 @@ __all__ = [  # noqa: F405
     "at_least",
     "between",
     "build",
+    "checked",
     "fields_of",
     "human_bytes",
     "human_count",

@@ -23,6 +23,7 @@ from typing import Any, Generic, TypeVar, get_type_hints
 
 from luthier.core import shelves
 from luthier.core.card import Card
+from luthier.core.config import checked
 from luthier.core.errors import ConfigError, UnknownName, near
 from luthier.core.read_card import Preset, as_card, read_card
 from luthier.core.shelves import OURS, Place
@@ -30,6 +31,7 @@ from luthier.core.shelves import OURS, Place
 __all__ = ["Catalogue"]
 
 T = TypeVar("T")
+C = TypeVar("C", bound=type)  # the class that is registered, as itself: a type checker knows its settings
 
 
 class Catalogue(Generic[T]):
@@ -57,14 +59,14 @@ class Catalogue(Generic[T]):
         self._places: dict[str, Place] | None = None
         self._named: tuple[Path, ...] = ()
 
-    def register(self, name: str, **facts: Any) -> Callable[[type[T]], type[T]]:
-        """Put the decorated class on the shelf. `name` must be the file's name."""
+    def register(self, name: str, **facts: Any) -> Callable[[C], C]:
+        """Put the decorated class on the shelf; its constructor checks its settings. `name` must be the file's name."""
 
-        def keep(cls: type[T]) -> type[T]:
+        def keep(cls: C) -> C:
             self._classes[name] = cls
             cls.name = name  # type: ignore[attr-defined]
             cls.facts = facts  # type: ignore[attr-defined]
-            return cls
+            return checked(cls)
 
         return keep
 
@@ -177,6 +179,26 @@ class Catalogue(Generic[T]):
     def ours(self) -> list[str]:
         """The names that this package brings, in alphabetical order."""
         return [name for name in self.names() if self.places()[name].origin == OURS]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __len__(self) -> int:
+        return len(self.places())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.places()
+
+    def __getitem__(self, name: str) -> type[T]:
+        return self.get(name)
+
+    def __repr__(self) -> str:
+        """All names, by the folders they stand in."""
+        by_family: dict[str, list[str]] = {}
+        for card in self.cards():
+            by_family.setdefault(card.family, []).append(card.name)
+        lines = [f"{len(self)} {self.plural}; {self.registry}[name] is the class, help(...) of it its page"]
+        return "\n".join([*lines, *(f"  {family}: {', '.join(names)}" for family, names in by_family.items())])
 
     def get(self, name: str) -> type[T]:
         """Import and return the class called `name`.

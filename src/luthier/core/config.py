@@ -5,16 +5,20 @@ A field is written once, with its type, its meaning, its limits and its default:
     rank: Annotated[int, "width of the two thin matrices", at_least(1)] = 8
 
 `build` makes the object from plain values (of a TOML file, of JSON, of `--set rank=16`) and complains about everything
-that is wrong at once; `plain` is its inverse.
+that is wrong at once; `plain` is its inverse. The constructor of a class that is `checked` does the same.
 """
 
 import dataclasses
+import functools
 import json
+import numbers
+import os
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from luthier.core import other_names
 from luthier.core.errors import ConfigError, UnknownName, near
 
 __all__ = [
@@ -25,6 +29,7 @@ __all__ = [
     "at_least",
     "between",
     "build",
+    "checked",
     "fields_of",
     "plain",
     "read_word",
@@ -32,6 +37,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+C = TypeVar("C", bound=type)
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,11 @@ class FieldFacts:
 
 def fields_of(cls: type) -> list[FieldFacts]:
     """The settings of a dataclass, in order, with meaning and limits."""
+    return list(_fields_of(cls))
+
+
+@functools.cache
+def _fields_of(cls: type) -> tuple[FieldFacts, ...]:
     hints = get_type_hints(cls, include_extras=True)
     facts = []
     for field in dataclasses.fields(cls):
@@ -116,7 +127,32 @@ def fields_of(cls: type) -> list[FieldFacts]:
         switch = next((e for e in extras if isinstance(e, Switch)), None)
         required = default is dataclasses.MISSING
         facts.append(FieldFacts(field.name, hint, meaning, limit, default, required, flag, switch))
-    return facts
+    return tuple(facts)
+
+
+def checked(cls: C) -> C:
+    """Let the constructor of a dataclass, whose fields are all named in the call, check them as `build` does.
+
+    >>> @checked
+    ... @dataclass(frozen=True, kw_only=True)
+    ... class Cup:
+    ...     size: Annotated[int, "in millilitres", at_least(1)] = 250
+    >>> Cup(size=0)
+    Traceback (most recent call last):
+    luthier.core.errors.ConfigError: Cup.size: must be at least 1, got 0 (in millilitres).
+    """
+    made: Any = cls.__dict__.get("__init__")
+    if made is None or hasattr(made, "unchecked"):
+        return cls  # it is the one of a class above, which sees what it makes
+
+    @functools.wraps(made)
+    def check(self: Any, **values: Any) -> None:
+        kind = type(self)
+        made(self, **_ready(kind, values, _label(kind)))
+
+    check.unchecked = made  # type: ignore[attr-defined]
+    cls.__init__ = check  # type: ignore[misc]
+    return cls
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
@@ -131,13 +167,35 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         UnknownName: a key is no field; the message offers near ones.
         ConfigError: a value has the wrong type or lies outside its limits.
     """
-    label = where or getattr(cls, "name", cls.__name__)
-    facts = {f.name: f for f in fields_of(cls)}
+    ready = _ready(cls, values, where or _label(cls))
+    unchecked = getattr(cls.__init__, "unchecked", None)
+    if unchecked is None:
+        return cls(**ready)
+    made = object.__new__(cls)
+    unchecked(made, **ready)
+    return made
+
+
+def _label(cls: type) -> str:
+    """What messages call a class: its name on a shelf, where it has one that is no setting."""
+    on_shelf = getattr(cls, "name", None)
+    is_setting = any(f.name == "name" for f in _fields_of(cls))
+    return cls.__name__ if is_setting or not isinstance(on_shelf, str) else on_shelf
+
+
+def _ready(cls: type, values: Mapping[str, Any], label: str) -> dict[str, Any]:
+    """The values as the fields' types.
+
+    Raises:
+        UnknownName, ConfigError: see `build`.
+    """
+    facts = {f.name: f for f in _fields_of(cls)}
     complaints = []
     for key in values:
         if key not in facts:
             known = ", ".join(facts) or "none"
-            raise UnknownName(f"{label} has no setting {key!r}.{near(key, list(facts))} Its settings are {known}.")
+            hint = other_names.answer(key, facts, values[key]) or near(key, list(facts))
+            raise UnknownName(f"{label} has no setting {key!r}.{hint} Its settings are {known}.")
     ready: dict[str, Any] = {}
     for name, value in values.items():
         try:
@@ -157,7 +215,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
             complaints.append(f"{label}.{fact.name}: missing; it says {fact.meaning or 'what to use'}.")
     if complaints:
         raise ConfigError("\n".join(complaints))
-    return cls(**ready)
+    return ready
 
 
 def plain(value: Any) -> Any:
@@ -237,16 +295,16 @@ def _convert(value: Any, hint: Any, label: str) -> Any:
         elif len(args) == 2 and args[1] is Ellipsis:
             return (_convert(value, args[0], label),)
     elif hint is float:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
+        if isinstance(value, numbers.Real) and not isinstance(value, bool):
+            return float(value)  # numpy's too
         if isinstance(value, str):
             try:
                 return float(value)
             except ValueError:
                 pass
     elif hint is int:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
+        if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+            return int(value)
         if isinstance(value, float) and value.is_integer():
             return int(value)
     elif hasattr(hint, "from_text"):  # a type that is written in words of its own
@@ -263,6 +321,8 @@ def _convert(value: Any, hint: Any, label: str) -> Any:
     elif hint is type(None):
         if value is None:
             return None
+    elif hint is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
     elif isinstance(hint, type) and isinstance(value, hint):
         return value
     choice = ""

@@ -9,11 +9,11 @@ import json
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import tomli_w
 
-from luthier.core import ConfigError, Flag, Switch, UnknownName, above, at_least, between, build, plain
+from luthier.core import ConfigError, Flag, Switch, UnknownName, above, at_least, between, build, checked, plain
 
 __all__ = [
     "RESUME",
@@ -36,6 +36,7 @@ Task = Literal["auto", "classification", "regression", "token_classification", "
 TASKS: tuple[str, ...] = get_args(Task)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
     """Which rows, which of their columns, and what to do with rows that cannot be used.
@@ -43,6 +44,8 @@ class DataSpec:
     >>> DataSpec(source="questions.csv", text="question", label="kind").test_share
     0.2
     """
+
+    says: ClassVar[str] = 'a DataSpec, such as DataSpec(source="rows.csv")'
 
     source: Annotated[
         str,
@@ -77,6 +80,7 @@ class DataSpec:
     ] = 0.05
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class OptimSpec:
     """What moves the trained numbers, and how its learning rate moves."""
@@ -102,6 +106,7 @@ class OptimSpec:
             )
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class BatchSpec:
     """How many rows make one optimiser step, and how they are cut into pieces that fit in memory."""
@@ -118,6 +123,7 @@ class BatchSpec:
     ] = 0
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class EvalSpec:
     """When to score rows that are not learnt from, and what follows from the score.
@@ -161,6 +167,7 @@ class EvalSpec:
         return self.best or self.patience is not None
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSpec:
     """How often the state of training is made safe, and how many such states are kept."""
@@ -174,6 +181,7 @@ class CheckpointSpec:
     keep: Annotated[int, "verified checkpoints to keep", at_least(1), Flag("checkpoint-keep")] = 2
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
     """Everything one run depends on.
@@ -384,6 +392,7 @@ SAME_BITS = frozenset({
 """Fields that a resumed run may change without changing one bit of what it computes."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Change:
     """One field that differs between the spec of a run and the spec it is resumed with."""

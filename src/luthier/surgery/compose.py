@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from luthier.anatomy import Anatomy
-from luthier.core import CompositionError, ConfigError, UnknownName, build, fields_of, near
+from luthier.core import CompositionError, ConfigError, UnknownName, build, fields_of, near, other_names
 from luthier.surgery.edits import Edit
 from luthier.surgery.method import METHODS, Method
 
@@ -118,9 +118,8 @@ def method(words: str, settings: Mapping[str, Any] | None = None) -> Method:
             )
         if not homes:
             known = fields[names[0]] if len(names) == 1 else [f"{n}.{f}" for n in names for f in fields[n]]
-            raise UnknownName(
-                f"{words} has no setting {full!r}.{near(full, known)} Its settings are {', '.join(known) or 'none'}."
-            )
+            hint = other_names.answer(full.rpartition(".")[2], known, value) or near(full, known)
+            raise UnknownName(f"{words} has no setting {full!r}.{hint} Its settings are {', '.join(known) or 'none'}.")
         values[homes[0]][full] = value
     members = [build(c, values[n], n) for n, c in zip(names, classes, strict=True)]
     check(members)

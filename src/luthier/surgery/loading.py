@@ -13,7 +13,7 @@ from luthier.core.protocols import Model
 from luthier.core.shelves import VARIABLE
 from luthier.surgery import compose
 from luthier.surgery.method import METHODS
-from luthier.surgery.tuned import Tuned, attach
+from luthier.surgery.tuned import Tuned, attach, check_loaded
 from luthier.surgery.tuning_files import base_digest, precision_of, read_tuning, restore, vouched, weights_digest
 from luthier.trust import safetensors as trusted_tensors
 
@@ -37,6 +37,7 @@ def load(model: Model, folder: Path | str, *, name: str = "default", trainable: 
         WrongBase: the tuning was made for another model.
         Refused, IntegrityError: the files are not what they claim to be.
     """
+    check_loaded(model, "load")
     facts = read_tuning(folder)
     base = facts["base"]
     heads = [str(k).removeprefix("head/") for k in facts.get("head", ())]

@@ -344,6 +344,25 @@ class Tuned:
             other_trainers.save_checkpoint(self, save_directory, state_dict)
 
 
+def check_loaded(model: object, who: str) -> None:
+    """Refuse a name where a model is wanted.
+
+    Raises:
+        ConfigError: it is no model; says what to pass.
+    """
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, str | Path):
+        name = str(model)
+        sample = name.startswith("sample:")
+        place = f"luthier.samples.model_path({name.removeprefix('sample:')!r})" if sample else repr(name)
+        raise ConfigError(
+            f"{who}: got the name {name!r} where a loaded model is wanted. Load it first, such as "
+            f"transformers.AutoModelForSequenceClassification.from_pretrained({place}); luthier.train takes names."
+        )
+    raise ConfigError(f"{who}: got {type(model).__name__} where a loaded model of transformers (a Module) is wanted.")
+
+
 def attach(
     model: Model,
     method: Method | str,
@@ -378,6 +397,7 @@ def attach(
         AnatomyError: the model lacks a site that the method asks for.
         CompositionError: the method cannot stand beside what is there.
     """
+    check_loaded(model, "attach")
     if isinstance(method, str):
         method = compose.method(method, settings)
     elif settings:

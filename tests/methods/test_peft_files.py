@@ -91,7 +91,7 @@ def test_what_has_no_form_there_is_refused_and_nothing_is_written(tmp_path: Path
         ({"auto_map": {"x": "evil.X"}}, LuthierError),
         ({"parent_library": "os"}, LuthierError),
         ({"peft_type": "OFT"}, ConfigError),
-        ({"alpha_pattern": {"query": 3}}, ConfigError),
+        ({"alpha_pattern": {"qu.*": 3}}, ConfigError),
         ({"megatron_config": {"x": 1}}, ConfigError),
     ],
 )

@@ -12,7 +12,7 @@ from tiny import inputs, tiny
 from luthier.anatomy import Anatomy
 from luthier.core import AnatomyError, ConfigError
 from luthier.runs.spec import RunSpec
-from luthier.surgery import attach, compose, load, to_peft
+from luthier.surgery import attach, compose, from_peft, load, to_peft
 
 D, M, LAYERS = 48, 80, 3
 
@@ -72,8 +72,26 @@ def test_a_tuning_with_ranks_by_site_computes_the_same_saved_merged_and_in_peft(
     to_peft(tuned, tmp_path / "peft")
     theirs = peft.PeftModel.from_pretrained(tiny("bert"), str(tmp_path / "peft")).eval()
     torch.testing.assert_close(logits(theirs, batch), ours, rtol=1e-5, atol=1e-5)
+    again = from_peft(tiny("bert"), tmp_path / "peft")
+    torch.testing.assert_close(logits(again.model.eval(), batch), ours)
+    assert {k: len(m.a) for k, m in again.modules().items()} == {k: len(m.a) for k, m in tuned.modules().items()}
     tuned.merge()
     torch.testing.assert_close(logits(model, batch), ours, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_layers_and_patterns_that_peft_wrote_are_read(tmp_path: Path) -> None:
+    facts = peft.LoraConfig(
+        r=3, lora_alpha=7, target_modules=["query", "value"], layers_to_transform=[0, 2], init_lora_weights=False,
+        rank_pattern={"layer.2.attention.self.query": 5}, alpha_pattern={"value": 9},
+    )  # fmt: skip
+    theirs = peft.get_peft_model(tiny("bert"), facts).eval()
+    theirs.save_pretrained(str(tmp_path / "peft"))
+    ours = from_peft(tiny("bert"), tmp_path / "peft")
+    ranks = {key: len(m.a) for key, m in ours.modules().items()}
+    assert ranks == {"attn.q@0": 3, "attn.v@0": 3, "attn.q@2": 5, "attn.v@2": 3}
+    batch = inputs(ours.model)
+    torch.testing.assert_close(logits(ours.model.eval(), batch), logits(theirs, batch), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ that several layers share has no name in those files, and is refused.
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +36,17 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # refused: it may change what the numbers mean.
 READ = {
     "peft_type", "r", "lora_alpha", "use_dora", "use_rslora", "target_modules", "feedforward_modules",
-    "modules_to_save",
+    "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern",
 }  # fmt: skip
 NO_MATTER = {  # of training or of provenance; `megatron_core` names a package, which nothing here imports
     "base_model_name_or_path", "inference_mode", "init_ia3_weights", "init_lora_weights", "lora_dropout",
     "megatron_core", "peft_version", "revision", "task_type", "fan_in_fan_out", "qalora_group_size", "auto_mapping",
 }  # fmt: skip
 SAYS_NOTHING = {
-    "alora_invocation_tokens", "alpha_pattern", "arrow_config", "bias", "corda_config", "ensure_weight_tying",
-    "eva_config", "exclude_modules", "kasa_config", "layer_replication", "layers_pattern", "layers_to_transform",
-    "loftq_config", "lora_bias", "lora_ga_config", "megatron_config", "monteclora_config", "rank_pattern",
-    "runtime_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
+    "alora_invocation_tokens", "arrow_config", "bias", "corda_config", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "kasa_config", "layer_replication", "loftq_config", "lora_bias", "lora_ga_config",
+    "megatron_config", "monteclora_config", "runtime_config", "target_parameters", "trainable_token_indices",
+    "use_bdlora", "use_qalora", "velora_config",
 }  # fmt: skip
 _TENSOR = re.compile(r"(?P<path>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector|ia3_l)")
 _PARTS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_magnitude_vector": "magnitude", "ia3_l": "scale"}
@@ -160,8 +160,9 @@ def from_peft(model: Model, folder: Path | str) -> Tuned:
             parts.setdefault(match["path"], {})[_PARTS[match["part"]]] = tensor
         else:
             heads[inner] = tensor
-    tuned_sites = _sites(model, set(parts), folder)
-    tuned = attach(model, *_method(facts, parts, tuned_sites, folder), train_head=bool(heads))
+    every = Anatomy.read(model).all_sites
+    tuned_sites = _sites(every, set(parts), folder)
+    tuned = attach(model, *_method(facts, parts, tuned_sites, every, folder), train_head=bool(heads))
     try:
         _fill(tuned, parts, heads, folder)
     except BaseException:
@@ -200,25 +201,70 @@ def _copy(parameter: nn.Parameter, found: Tensor | None, name: str, folder: Path
 
 
 def _method(
-    facts: Mapping[str, Any], parts: Mapping[str, dict[str, Tensor]], sites: Mapping[str, Site], folder: Path
+    facts: Mapping[str, Any],
+    parts: Mapping[str, dict[str, Tensor]],
+    sites: Mapping[str, Site],
+    every: Sequence[Site],
+    folder: Path,
 ) -> tuple[Any]:
     """The method of ours that attaches at exactly these places."""
-    kinds = sorted({site.kind for site in sites.values()})
     if facts.get("peft_type") == "IA3":
-        reads = sorted({sites[p].kind for p, tensors in parts.items() if tensors["scale"].shape[0] == 1})
-        gives = [kind for kind in kinds if kind not in reads]
-        return (compose.method("ia3", {"outputs": gives, "inputs": reads, "cross": False}),)
+        reads = {p for p, tensors in parts.items() if tensors["scale"].shape[0] == 1}
+        read, given = ([s for p, s in sites.items() if (p in reads) == wanted] for wanted in (True, False))
+        return (
+            compose.method("ia3", {"outputs": _words(given, every), "inputs": _words(read, every), "cross": False}),
+        )
     if facts.get("peft_type") != "LORA":
         raise ConfigError(f"{folder / CONFIG}: peft_type {facts.get('peft_type')!r}; LORA and IA3 can be read.")
-    rank, alpha, rooted = int(facts["r"]), float(facts["lora_alpha"]), bool(facts.get("use_rslora"))
-    settings = {"sites": kinds, "rank": rank, "alpha": alpha}
-    if facts.get("use_dora"):
-        return (compose.method("dora", settings | {"alpha": alpha * math.sqrt(rank) if rooted else alpha}),)
-    return (compose.method("lora", settings | {"scaling": "root" if rooted else "rank"}),)
+    ranks = _by_path(facts, "rank_pattern", int(facts["r"]), sites, folder)
+    alphas = _by_path(facts, "alpha_pattern", float(facts["lora_alpha"]), sites, folder)
+    name, rooted = "dora" if facts.get("use_dora") else "lora", bool(facts.get("use_rslora"))
+    if rooted and name == "dora":
+        alphas = {path: alpha * math.sqrt(ranks[path]) for path, alpha in alphas.items()}
+    settings = {
+        "sites": _words(sites.values(), every),
+        "rank": _one_or_rules(ranks, sites),
+        "alpha": _one_or_rules(alphas, sites),
+    }
+    if name == "lora":
+        settings["scaling"] = "root" if rooted else "rank"
+    return (compose.method(name, settings),)
 
 
-def _sites(model: Model, paths: set[str], folder: Path) -> dict[str, Site]:
-    found = {site.path: site for site in Anatomy.read(model).all_sites if site.path in paths and site.n_params}
+def _words(sites: Iterable[Site], every: Iterable[Site]) -> list[str]:
+    """These sites as choices: a kind where all that the model has of it are among them, else each by its own."""
+    keys = {site.key for site in sites}
+    whole = {s.kind for s in every} - {s.kind for s in every if s.key not in keys}
+    return sorted({s.kind if s.kind in whole else s.key for s in every if s.key in keys})
+
+
+def _by_path(
+    facts: Mapping[str, Any], pattern: str, default: float, sites: Mapping[str, Site], folder: Path
+) -> dict[str, Any]:
+    """The value of each layer: the first key of the pattern that its path ends with, as peft takes it.
+
+    Raises:
+        ConfigError: a key that is no path, such as a regular expression: those of others are not run.
+    """
+    given = facts.get(pattern) or {}
+    for key in given:
+        if not any(path == key or path.endswith(f".{key}") for path in sites):
+            raise ConfigError(
+                f"{folder / CONFIG}: {pattern} has {key!r}, which is no tuned layer or the end of its path."
+            )
+    met = {path: next((k for k in given if path == k or path.endswith(f".{k}")), None) for path in sites}
+    return {path: default if key is None else type(default)(given[key]) for path, key in met.items()}
+
+
+def _one_or_rules(values: Mapping[str, Any], sites: Mapping[str, Site]) -> Any:
+    """One number where all are alike, else a rule for each place."""
+    if len(set(values.values())) == 1:
+        return next(iter(values.values()))
+    return {sites[path].key: value for path, value in values.items()}
+
+
+def _sites(every: Sequence[Site], paths: set[str], folder: Path) -> dict[str, Site]:
+    found = {site.path: site for site in every if site.path in paths and site.n_params}
     strange = sorted(paths - found.keys())
     if strange or not paths:
         named = ", ".join(strange[:3]) or "nothing"

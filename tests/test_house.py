@@ -211,3 +211,18 @@ def test_a_verb_teaches_and_is_one_file(verb: str) -> None:
     module = importlib.import_module(f"luthier.cli.{verb.replace('-', '_')}")
     assert "Examples:" in module.command.__doc__
     assert f"luthier {verb}" in module.command.__doc__
+
+
+# --- sizes
+
+
+def test_no_class_does_everything() -> None:
+    large = []
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                methods = sum(isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef) for item in node.body)
+                if lines > 400 or methods > 25:
+                    large.append(f"{path.relative_to(SOURCE)}: {node.name} has {lines} lines and {methods} methods")
+    assert not large, "\n".join(large)

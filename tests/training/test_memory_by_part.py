@@ -135,7 +135,7 @@ def test_a_first_step_as_wide_as_any_is_the_trial_and_counts_the_same(
     monkeypatch.setattr(Loop, "_gradients", gradients)
     for name in ("itself", "apart"):
         if name == "apart":
-            monkeypatch.setattr(loop_file, "_as_wide", lambda batch, longest: False)
+            monkeypatch.setattr(loop_file, "as_wide", lambda batch, longest: False)
         passes.clear()
         one = BatchSpec(size=64, tokens=4096)  # all rows in one step, so each is as wide as any
         result = train(little_spec(home, steps=3, batch=one, out=str(tmp_path / name)))

@@ -13,6 +13,7 @@ What is decided beside the step has files of its own:
     bad_steps       what follows from numbers that are not finite, or far from those before
     evaluations     when held-out rows are scored
     save_times      when a checkpoint is due
+    trial           what the widest pass holds, counted before step 1
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,15 +41,15 @@ from luthier.training.evaluations import Evaluations
 from luthier.training.feed import Feed
 from luthier.training.guards import LossScale, NoOpGuard
 from luthier.training.listener import Listener
-from luthier.training.memory_parts import Parts
 from luthier.training.moments import Moments
 from luthier.training.objective import Objective, Result
 from luthier.training.optimiser import Lomo, NotFinite, Optimiser
 from luthier.training.out_of_memory import MemorySaver, is_out_of_memory, make_room
 from luthier.training.precision import Precision
-from luthier.training.recheck import differing
+from luthier.training.recheck import differing, explained
 from luthier.training.save_times import SaveTimes
 from luthier.training.stop_signals import StopRequested, StopSignals
+from luthier.training.trial import Trial, as_wide
 
 __all__ = ["Listener", "Loop"]
 
@@ -86,7 +88,6 @@ class Loop:
     seconds: float = 0.0
     rows_seen: int = 0
     tokens_seen: int = 0
-    memory: dict[str, int] = field(default_factory=dict)  # bytes by part, from the trial before step 1
 
     def __post_init__(self) -> None:
         self.guard: NoOpGuard | None = None
@@ -96,8 +97,8 @@ class Loop:
             self.spec, self.tuned, self.feed,
             in_one_piece=isinstance(self.optimiser, Lomo), event=self.run.event, say=self._say,
         )  # fmt: skip
+        self.trial = Trial(self.tuned, self.optimiser, self.device)
         self._saved: dict[str, Any] = {}  # the state at the last save
-        self._parts: Parts | None = None  # counts what the trial's forward pass keeps
         self._graph: Tensor | None = None  # a loss whose backward pass will be the update
 
     def run_to(self, until: int | None = None) -> None:
@@ -149,11 +150,7 @@ class Loop:
             self.seconds += time.monotonic() - begun
             self.save()
             self.run.event("interrupted", step=self.step, signal=asked.number, seconds=round(self.seconds, 3))
-            raise Interrupted(
-                f"stopped by signal {asked.number} after step {self.step} of {self.total}; nothing is lost. "
-                f"Go on with `luthier resume {self.run.path}`.",
-                asked.number,
-            ) from asked
+            raise _interrupted(asked.number, self.step, self.total, self.run.path) from asked
         finally:
             self.listener.end()
 
@@ -215,7 +212,7 @@ class Loop:
         while micro_batches:
             try:
                 losses = self._first_pass(step, micro_batches)
-                self._count()
+                self.trial.count()
                 self._recheck(step, micro_batches, losses)
                 return losses, self._gradient_norm(step), micro_batches
             except StopRequested:
@@ -226,8 +223,7 @@ class Loop:
                     raise
                 self._forget()
                 self.saver.shrink(step + 1, micro_batches, error)
-                if self._parts is not None:
-                    self._parts = Parts(self.tuned, self.optimiser, self.device)
+                self.trial.begin_again()
             make_room()
             micro_batches = self.feed.cut(step)
         return [], 0.0, []
@@ -253,7 +249,7 @@ class Loop:
             with closing(self.moments.passes(micro, batch, n_targets, partial(self._loss, step, micro, batch))) as made:
                 whole: Tensor | None = None
                 while True:
-                    with self._parts.watching() if self._parts is not None else nullcontext():
+                    with self.trial.watching():
                         loss = next(made, None)
                     if loss is None:
                         break
@@ -278,11 +274,7 @@ class Loop:
         found = differing(losses, self.optimiser.named, lambda: self._gradients(step, micro_batches))
         if found:
             self.run.event("wrong_arithmetic", step=step + 1, n_differ=len(found), differ=found[:64])
-            raise WrongArithmetic(
-                f"step {step + 1}: computed twice, {len(found)} results differ ({', '.join(found[:3])}). No update was "
-                "made; the last good checkpoint stays. On a CPU this is faulty hardware: resume on another machine. On "
-                "a GPU it may be a kernel that adds in no fixed order: then leave recheck at 0."
-            )
+            raise WrongArithmetic(explained(step + 1, found))
 
     def _loss(self, step: int, micro: int, batch: Batch) -> Tensor:
         """One forward pass: the loss as a sum over targets. StopRequested twice, it draws the same dropout."""
@@ -360,32 +352,27 @@ class Loop:
         self.moments.before_step(0, self.total, 0)  # what step 1 will remember, the trial needs too
         longest = self.feed.longest()
         first = self.feed.cut(0)
-        if len(first) == 1 and _as_wide(first[0], longest) and not isinstance(self.optimiser, Lomo):
-            self._parts = Parts(self.tuned, self.optimiser, self.device)
+        if len(first) == 1 and as_wide(first[0], longest) and not isinstance(self.optimiser, Lomo):
+            self.trial.begin()
             return
         while True:
-            self._parts = Parts(self.tuned, self.optimiser, self.device)
+            self.trial.begin()
             try:
                 # A pass that moves nothing; what it holds is counted.
                 with self.optimiser.measuring() if isinstance(self.optimiser, Lomo) else nullcontext():
                     self._gradients(0, [longest])
-                self._count()
+                self.trial.count()
                 return
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                self._parts = None
+                self.trial.end()
                 self.saver.shrink(0, [longest], error)
             finally:
-                self._parts = None
+                self.trial.end()
                 self.optimiser.zero_grad()
             make_room()
             longest = self.feed.fitting(longest)
-
-    def _count(self) -> None:
-        """Note what the trial held, while its gradients are there."""
-        if self._parts is not None:
-            self.memory, self._parts = self._parts.counted(), None
 
     def _evaluate_when_due(self) -> None:
         if not self.evaluations.due(self.step, self.total):
@@ -409,7 +396,7 @@ class Loop:
             "tokens": self.spec.batch.tokens,
             "budget": self.feed.budget,
             "checkpointing": self.saver.checkpointing,
-            "memory": self.memory,
+            "memory": self.trial.memory,
             "eval_budget": evaluator.budget if evaluator is not None else None,
             "selection": self.evaluations.selection.state(),
             "left_out": sorted(self.feed.left_out),
@@ -449,7 +436,7 @@ class Loop:
         self.evaluations.selection.load(state["selection"])
         if state.get("checkpointing") and self.saver.can_checkpoint:
             self.saver.checkpoint_activations()
-        self.memory = dict(state.get("memory", {}))
+        self.trial.memory = dict(state.get("memory", {}))
         self.feed.left_out = set(state["left_out"])
         self.bad_steps.guard.load(state["numbers"])
         self.scale.load(state["scale"])
@@ -470,10 +457,11 @@ class Loop:
         return self.step
 
 
-def _as_wide(batch: Batch, longest: Batch) -> bool:
-    """Whether a pass over `batch` needs at least the memory of one over `longest`."""
-    shapes = {name: x.shape for name, x in batch.inputs.items()}
-    return shapes == {name: x.shape for name, x in longest.inputs.items()} and batch.n_targets >= longest.n_targets
+def _interrupted(signum: int, step: int, total: int, path: Path) -> Interrupted:
+    return Interrupted(
+        f"stopped by signal {signum} after step {step} of {total}; nothing is lost. Go on with `luthier resume {path}`.",
+        signum,
+    )
 
 
 def _row(step: int, **found: Any) -> dict[str, Any]:

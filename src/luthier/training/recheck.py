@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["differing"]
+__all__ = ["differing", "explained"]
 
 
 def differing(losses: list[float], parameters: Mapping[str, Tensor], again: Callable[[], list[float]]) -> list[str]:
@@ -35,6 +35,15 @@ def differing(losses: list[float], parameters: Mapping[str, Tensor], again: Call
         if (grad is None) != (name not in first) or (grad is not None and not _same_bits(first[name], grad.detach())):
             found.append(name)
     return found
+
+
+def explained(step: int, found: list[str]) -> str:
+    """What differing results of a step mean, and what to do."""
+    return (
+        f"step {step}: computed twice, {len(found)} results differ ({', '.join(found[:3])}). No update was made; the "
+        "last good checkpoint stays. On a CPU this is faulty hardware: resume on another machine. On a GPU it may be a "
+        "kernel that adds in no fixed order: then leave recheck at 0."
+    )
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

@@ -199,7 +199,7 @@ def record_of(
         scores={k: float(v) for k, v in scores.items() if math.isfinite(v)},
         seconds=seconds,
         peak_bytes=peak,
-        memory=whole_memory(loop.memory, program, peak),
+        memory=whole_memory(loop.trial.memory, program, peak),
         trained=prepared.n_params,
         stored=stored,
         status=status,

@@ -459,7 +459,8 @@ class Loop:
 
 def _interrupted(signum: int, step: int, total: int, path: Path) -> Interrupted:
     return Interrupted(
-        f"stopped by signal {signum} after step {step} of {total}; nothing is lost. Go on with `luthier resume {path}`.",
+        f"stopped by signal {signum} after step {step} of {total}; nothing is lost. "
+        f"Go on with `luthier resume {path}`.",
         signum,
     )
 

@@ -42,6 +42,7 @@ def on_files(files: Any, config: Any) -> Any:
     made = {
         "index.md": _home((ROOT / "README.md").read_text(encoding="utf-8")),
         "examples.md": _examples(),
+        "cli.md": pages.command_line(),
         "decisions/index.md": pages.decisions_index(),
     }
     for source, target in FROM_ROOT.items():

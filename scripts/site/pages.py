@@ -1,5 +1,8 @@
 """Pages of the site that are made: one for each method, from its own file, and the list of decisions."""
 
+import contextlib
+import io
+import os
 import re
 from html import escape
 from pathlib import Path
@@ -8,9 +11,19 @@ from typing import Any
 import drawing
 import equations
 
+from luthier.cli._main import main, verbs
 from luthier.cli._shelf import SHELF, facts
 
-__all__ = ["decisions", "decisions_index", "method_navigation", "method_page", "named_in", "not_in", "sections"]
+__all__ = [
+    "command_line",
+    "decisions",
+    "decisions_index",
+    "method_navigation",
+    "method_page",
+    "named_in",
+    "not_in",
+    "sections",
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADING = re.compile(r"^(Count|Claims|Cost|Starts|Pitfalls|Use it when|Not when): ?", re.MULTILINE)
@@ -103,6 +116,25 @@ def _text(words: str) -> str:
     """Words of a docstring as Markdown that shows them as they are: `code` stays code, nothing else is markup."""
     pieces = re.split(r"(`[^`]*`)", words)
     return "".join(p if p.startswith("`") else re.sub(r"([\\*_\[\]<>#|])", r"\\\1", p) for p in pieces)
+
+
+def command_line() -> str:
+    """What `--help` says of every verb."""
+    os.environ["COLUMNS"] = "84"  # help is drawn as wide as the terminal, and a page has none
+    lines = [
+        "# Command line",
+        "",
+        "`luthier VERB --help`, of every verb. [Exit codes](exit-codes.md) are documented.",
+        "",
+    ]
+    for verb in verbs():
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            main([verb, "--help"])
+        if not said.getvalue().strip():
+            raise RuntimeError(f"luthier {verb} --help says nothing on standard output")
+        lines += [f"## {verb}", "", "```text", said.getvalue().strip("\n"), "```", ""]
+    return "\n".join(lines)
 
 
 def decisions() -> list[str]:

@@ -13,11 +13,20 @@ import pages
 import pytest
 import yaml
 
+from luthier.cli._main import verbs
 from luthier.surgery import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERY = METHODS.names()
-GENERATED = {"index.md", "examples.md", "decisions/index.md", "contributing.md", "security.md", "changelog.md"}
+GENERATED = {
+    "index.md",
+    "examples.md",
+    "cli.md",
+    "decisions/index.md",
+    "contributing.md",
+    "security.md",
+    "changelog.md",
+}
 
 
 def test_an_equation_is_read_as_mathematics() -> None:
@@ -75,6 +84,14 @@ def test_the_navigation_names_pages_that_are_there_and_a_new_page_is_found() -> 
     filled = {uri for family in pages.method_navigation() for uris in family.values() for uri in uris}
     assert pages.named_in(nav) | filled | {*pages.decisions()} | {*pages.not_in(nav)} | GENERATED == there | GENERATED
     assert pages.not_in([{"Start": ["index.md"]}]) and "quickstart.md" in pages.not_in([{"Start": ["index.md"]}])
+
+
+def test_the_page_of_the_command_line_has_every_verb(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")  # given back afterwards
+    page = pages.command_line()
+    for verb in verbs():
+        assert f"## {verb}\n" in page and f"luthier {verb} " in page
+    assert "--method" in page
 
 
 def test_links_between_pages_lead_somewhere() -> None:

@@ -10,6 +10,7 @@ then each assistant turn becomes an example of its own, rendered as it would be 
 import hashlib
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,9 +18,9 @@ from types import TracebackType
 from typing import Any
 
 from luthier.core import DataError, ModelError
-from luthier.trust.template import Renderer
+from luthier.trust.template import Rendered, Renderer
 
-__all__ = ["DEFAULT_TEMPLATE", "ROLES", "Chat", "ChatTemplate", "Tokens", "read_messages"]
+__all__ = ["DEFAULT_TEMPLATE", "ROLES", "Chat", "ChatTemplate", "Tokens", "read_messages", "read_tools"]
 
 Message = dict[str, Any]
 
@@ -35,6 +36,7 @@ ROLES = {
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
+    "function_call": "assistant",
 }
 """Role tags of the OpenAI and ShareGPT layouts -> the names that templates know."""
 
@@ -136,6 +138,15 @@ def _message(item: Any, where: str) -> Message:
     if not isinstance(role, str) or role.lower() not in ROLES:
         raise DataError(f"{where} has the role {role!r}; known roles are {', '.join(ROLES)}")
     content = item.get(content_key)
+    # Parquet gives every row the keys of all: what is empty there was not written.
+    rest = {k: v for k, v in item.items() if k not in (role_key, content_key) and v is not None}
+    calls = [without_nothing(call) for call in rest.pop("tool_calls", None) or ()]
+    if role.lower() == "function_call":
+        calls, content = _calls_of(content, where), None
+    if calls:
+        rest["tool_calls"] = calls
+    if "weight" in rest and rest["weight"] not in (0, 1):
+        raise DataError(f"{where} has the weight {rest['weight']!r}; it must be 0 (no loss) or 1")
     if isinstance(content, list):
         parts = [
             p for p in content if isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str)
@@ -143,12 +154,47 @@ def _message(item: Any, where: str) -> Message:
         if len(parts) < len(content):
             raise DataError(f"{where} has parts that are no text; only text can be learnt")
         content = "".join(p["text"] for p in parts)
-    if content is None and item.get("tool_calls"):
+    if content is None and calls:
         content = ""
     if not isinstance(content, str):
         raise DataError(f"{where} has the {content_key} {content!r}; it must be text")
-    rest = {k: v for k, v in item.items() if k not in (role_key, content_key) and v is not None}
     return {"role": ROLES[role.lower()], "content": content, **rest}
+
+
+def without_nothing(value: Any) -> Any:
+    """The value without keys that hold nothing, at any depth."""
+    if isinstance(value, dict):
+        return {k: without_nothing(v) for k, v in value.items() if v is not None}
+    return [without_nothing(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _calls_of(content: Any, where: str) -> list[Any]:
+    """The calls of a ShareGPT turn, whose value is the JSON of one call or of several."""
+    try:
+        found = json.loads(content) if isinstance(content, str) else content
+    except ValueError as error:
+        raise DataError(f"{where} is a function call, but no JSON: {str(content)[:60]!r}") from error
+    calls = found if isinstance(found, list) else [found]
+    if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
+        raise DataError(f"{where} is a function call without a name: {str(content)[:60]!r}")
+    return [{"type": "function", "function": without_nothing(call)} for call in calls]
+
+
+def read_tools(value: Any, column: str) -> list[Any] | None:
+    """The functions that a row offers: a list, or the JSON of one; None where the row has none.
+
+    Raises:
+        DataError: it is neither.
+    """
+    if value is None or value == "" or value == []:
+        return None
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        found = None
+    if not isinstance(found, list | tuple):
+        raise DataError(f"field {column!r} is {str(value)[:60]!r}; it must be a list of functions, or the JSON of one")
+    return list(without_nothing(list(found))) or None
 
 
 @dataclass(frozen=True)
@@ -188,6 +234,10 @@ class Chat:
         self._counts: Counter[str] = Counter()
         self._shape: tuple[str, str, str] | None = None
         self._regular, self._learnt = True, 0
+        self._tools: list[Any] | None = None  # of the row at hand
+        self._reads_tools = "tools" in self._renderer.facts().variables
+        self._arguments: str | None = None  # "object" or "text", once a call was met
+        self._unread: Counter[str] = Counter()
 
     def __enter__(self) -> "Chat":
         return self
@@ -206,15 +256,67 @@ class Chat:
             "system": "rows have a system message that the template leaves out",
             "forged": "messages hold the text of a special token, which the tokenizer reads as that token",
             "joined": "rows are encoded piece by piece, since a token would join prompt and response",
+            "weight": "turns have the weight 0 and carry no loss",
+            "tools": "rows offer tools that this template does not read: calls are learnt of functions not shown",
+            "calls": "turns call tools that this template leaves out: the calls are not learnt",
+            "thoughts": "thoughts are left out by this template: they are not learnt",
         }
-        return [f"chat template: {self._counts[k]} {text}" for k, text in sentences.items() if self._counts[k]]
+        found = [f"chat template: {self._counts[k]} {text}" for k, text in sentences.items() if self._counts[k]]
+        for name, count in self._unread.items():
+            found.append(f"chat template: {count} messages have the field {name!r}, which this template does not read")
+        return found
 
-    def prompt(self, messages: Sequence[Message], where: str = "") -> list[int]:
+    def prompt(self, messages: Sequence[Message], where: str = "", tools: list[Any] | None = None) -> list[int]:
         """The ids that generation starts from: the conversation and the opening of the assistant's turn."""
-        text = self._renderer.render(messages, add_generation_prompt=True, must_keep=False, where=where).text
-        return self._ids([text])[0]
+        self._tools = tools
+        messages = self._with_arguments(messages)
+        return self._ids([self._render(messages, add_generation_prompt=True, where=where).text])[0]
 
-    def plan(self, row: int, messages: Sequence[Message], place: str) -> list[_Plan]:
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False, where: str = "") -> Rendered:
+        given = {} if self._tools is None else {"tools": self._tools}
+        return self._renderer.render(
+            messages, add_generation_prompt=add_generation_prompt, must_keep=False, where=where, **given
+        )
+
+    def _with_arguments(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages, their calls' arguments as the template writes them without escaping: object or text."""
+        return [m if "tool_calls" not in m else {**m, "tool_calls": self._calls(m["tool_calls"])} for m in messages]
+
+    def _calls(self, calls: Sequence[Any]) -> list[Any]:
+        if self._arguments is None:
+            self._arguments = next((form for form in ("object", "text") if self._writes_plainly(form)), "as given")
+        found = []
+        for call in calls:
+            inner = call.get("function", call) if isinstance(call, dict) else {}
+            given = inner.get("arguments")
+            if self._arguments == "object" and isinstance(given, str):
+                try:
+                    given = json.loads(given)
+                except ValueError as error:
+                    raise DataError(f"the arguments {given[:60]!r} of a tool call are no JSON") from error
+            elif self._arguments == "text" and isinstance(given, dict | list):
+                given = json.dumps(given, ensure_ascii=False)
+            if given is not inner.get("arguments"):
+                inner = {**inner, "arguments": given}
+                call = {**call, "function": inner} if "function" in call else inner
+            found.append(call)
+        return found
+
+    def _writes_plainly(self, form: str) -> bool:
+        """Whether the template writes arguments of this form as JSON: not quoted again, not as Python does."""
+        arguments: Any = {"key": "value"} if form == "object" else '{"key": "value"}'
+        call = {"id": "call00001", "type": "function", "function": {"name": "name", "arguments": arguments}}
+        turns: list[Message] = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        ]
+        try:
+            text = self._renderer.render(turns, must_keep=False).text
+        except DataError:
+            return False
+        return re.search(r'(?<!")\{\s*"key"\s*:\s*"value"\s*\}(?!")', text) is not None
+
+    def plan(self, row: int, messages: Sequence[Message], place: str, tools: list[Any] | None = None) -> list[_Plan]:
         """Render one conversation and find what carries loss.
 
         Raises:
@@ -224,14 +326,24 @@ class Chat:
         turns = [k for k, m in enumerate(messages) if m["role"] == "assistant"]
         if not turns:
             raise DataError("no message is the assistant's, so there is nothing to learn")
+        learnt = [messages[k].get("weight", 1) != 0 for k in turns]
+        if not any(learnt):
+            raise DataError("every turn of the assistant has the weight 0, so there is nothing to learn")
+        self._tools = tools
+        messages = self._with_arguments(messages)
+        self._counts["weight"] += learnt.count(False)
+        self._counts["tools"] += tools is not None and not self._reads_tools
         for k in turns:
             if not messages[k]["content"].strip() and not messages[k].get("tool_calls"):
                 raise DataError(f"message {k + 1}, of the assistant, is empty")
         self._counts["forged"] += sum(any(end in m["content"] for end in self._ends) for m in messages)
-        whole = self._renderer.render(messages, must_keep=False, where=place)
+        whole = self._render(messages, where=place)
         text = whole.text
+        self._count_unread(messages, text)
         if messages[0]["role"] == "system" and messages[0]["content"].strip() not in text:
             self._counts["system"] += 1
+        if self._all and not all(learnt):
+            raise DataError("a turn has the weight 0, which loss_on = all cannot heed; use loss_on = response")
         if self._all:
             plan = _Plan(row, text, [(0, len(text))])
             return [plan if text.rstrip().endswith(self._ends) else self._with_end(plan)]
@@ -253,7 +365,22 @@ class Chat:
                 raise DataError(
                     f"the template drops or changes the assistant's turn {answer[:80]!r}; it renders {text[:400]!r}"
                 )
-        return [self._with_end(p) for p in plans]
+        return [self._with_end(p) for p in _weighted(plans, learnt)]
+
+    def _count_unread(self, messages: Sequence[Message], text: str) -> None:
+        """Note what messages say and this template does not: fields, thoughts, calls."""
+        for message in messages:
+            for name in message.keys() - {"role", "content", "weight", "tool_calls"}:
+                if name not in self.template.text:
+                    self._unread[name] += 1
+            if message["role"] != "assistant":
+                continue
+            thought = message.get("reasoning_content") or ""
+            if "</think>" in message["content"]:
+                thought = message["content"].rsplit("</think>", 1)[0].replace("<think>", "")
+            self._counts["thoughts"] += bool(str(thought).strip()) and str(thought).strip() not in text
+            names = [call.get("function", call).get("name", "") for call in message.get("tool_calls", ())]
+            self._counts["calls"] += any(str(name) not in text for name in names)
 
     def _by_rendering(
         self, row: int, messages: Sequence[Message], turns: Sequence[int], text: str, place: str
@@ -265,8 +392,8 @@ class Chat:
         spans: list[tuple[int, int]] = []
         upto: list[str] = []
         for k in turns:
-            before = self._renderer.render(messages[:k], add_generation_prompt=True, must_keep=False, where=place).text
-            after = self._renderer.render(messages[: k + 1], must_keep=False, where=place).text
+            before = self._render(messages[:k], add_generation_prompt=True, where=place).text
+            after = self._render(messages[: k + 1], where=place).text
             if not after.startswith(before):
                 raise DataError(
                     "the template does not continue its own generation prompt: with the prompt it renders"
@@ -293,7 +420,7 @@ class Chat:
         said = text[slice(*spans[-1])]
         content = messages[k]["content"]
         if self._shape is None and content.strip() and said.count(content.strip()) == 1:
-            bare = self._renderer.render(messages[:k], must_keep=False).text
+            bare = self._render(messages[:k]).text
             opening = text[len(bare) : spans[-1][0]] if text.startswith(bare) else ""
             before, after = said.split(content.strip())
             self._shape = (opening, before, after)
@@ -395,6 +522,16 @@ class Chat:
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _weighted(plans: list[_Plan], learnt: Sequence[bool]) -> list[_Plan]:
+    """The plans without the turns that carry no loss: several turns of one text, or a text for each turn."""
+    if all(learnt):
+        return plans
+    if len(plans) == 1:
+        kept = [span for span, wanted in zip(plans[0].spans, learnt, strict=True) if wanted]
+        return [_Plan(plans[0].row, plans[0].text, kept)]
+    return [plan for plan, wanted in zip(plans, learnt, strict=True) if wanted]
 
 
 def _cut(text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[str, bool]]:

@@ -70,11 +70,17 @@ class Columns:
     messages: str | None = None
     tokens: str | None = None
     tags: str | None = None
+    system: str | None = None
+    history: str | None = None
+    tools: str | None = None
     unused: tuple[str, ...] = ()
 
     def used(self) -> dict[str, str]:
         """Role -> column, of the roles that are filled."""
-        roles = ("text", "pair", "label", "prompt", "context", "response", "messages", "tokens", "tags")
+        roles = (
+            *("text", "pair", "label", "prompt", "context", "response", "messages", "tokens", "tags"),
+            *("system", "history", "tools"),  # what stands around a conversation
+        )
         return {role: column for role in roles if (column := getattr(self, role)) is not None}
 
     def inputs(self) -> "Columns":
@@ -94,7 +100,7 @@ class Columns:
     @cached_property
     def _content_columns(self) -> list[str]:
         roles = {"labelled": ("text", "pair"), "tagged": ("tokens",)}.get(
-            self.shape, ("messages", "prompt", "context", "response", "text")
+            self.shape, ("system", "history", "messages", "prompt", "context", "response", "text")
         )
         return [name for role in roles if (name := getattr(self, role)) is not None]
 
@@ -367,7 +373,7 @@ def _tagged(finder: _Finder) -> dict[str, str | None] | None:
 
 def _dialogue(finder: _Finder) -> dict[str, str | None] | None:
     messages = finder.pick("messages", MESSAGES)
-    return None if messages is None else {"messages": messages}
+    return None if messages is None else {"messages": messages, **_around(finder), "history": None}
 
 
 def _answered(finder: _Finder) -> dict[str, str | None] | None:
@@ -377,12 +383,19 @@ def _answered(finder: _Finder) -> dict[str, str | None] | None:
         return None
     if own and finder.flags.prompt is None and finder.flags.context is None and response == finder.lower["response"]:
         context = finder.usual("context", CONTEXT)
-        return {"prompt": finder.lower["prompt"], "context": context, "response": response}
+        return {"prompt": finder.lower["prompt"], "context": context, "response": response, **_around(finder)}
     prompt = finder.pick("prompt", PROMPT, taken=(response, finder.flags.context))
     context = finder.pick("context", CONTEXT, taken=(response, prompt))
     if prompt is None:  # `input` and `output`, without an instruction
         prompt, context = context, None
-    return None if prompt is None else {"prompt": prompt, "context": context, "response": response}
+    if prompt is None:
+        return None
+    return {"prompt": prompt, "context": context, "response": response, **_around(finder)}
+
+
+def _around(finder: _Finder) -> dict[str, str | None]:
+    """What stands around a conversation in columns of its own."""
+    return {name: finder.lower.get(name) for name in ("system", "history", "tools")}
 
 
 def _plain(finder: _Finder) -> dict[str, str | None] | None:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from luthier.core import DataError
-from luthier.data.chat import Chat, ChatTemplate, Message, Tokens, read_messages
+from luthier.data.chat import Chat, ChatTemplate, Message, Tokens, read_messages, read_tools
 from luthier.data.columns import Columns, cell, text_complaint
 from luthier.data.examples import CHUNK, IGNORED, Examples, Flat, Ledger
 from luthier.data.rows import Table
@@ -131,7 +131,10 @@ def _plain(gather: _Gather, columns: Columns, with_targets: bool) -> None:
 
 
 def prompt_messages(table: Table, row: int, columns: Columns, with_response: bool) -> list[Message]:
-    """A row with prompt and response as a chat of two turns; further input follows the prompt after a blank line.
+    """A row with prompt and response as a chat: what the system says, earlier turns, the prompt, and the response.
+
+    Further input follows the prompt after a blank line. A prompt and a response may be lists of messages themselves;
+    then the response's turns alone carry loss.
 
     Raises:
         DataError: a field is missing, empty or no text.
@@ -140,20 +143,47 @@ def prompt_messages(table: Table, row: int, columns: Columns, with_response: boo
     assert columns.prompt is not None
     prompt = cell(table, row, columns.prompt)
     context = table.rows[row].get(columns.context) if columns.context else None
-    wanted = [(prompt, columns.prompt)]
     response = None
     if with_response:
         assert columns.response is not None
         response = cell(table, row, columns.response)
-        wanted.append((response, columns.response))
     if context is not None and not isinstance(context, str):
         raise DataError(f"field {columns.context!r} is {context!r} ({type(context).__name__}), not text")
-    for value, name in wanted:
-        if complaint := text_complaint(value, f"field {name!r}"):
+    messages = _before(table.rows[row], columns)
+    if isinstance(prompt, list | tuple):
+        # What the assistant said before is context here: the response alone is to be learnt.
+        given = read_messages(prompt, columns.prompt)
+        messages += [{**m, "weight": 0} if m["role"] == "assistant" else m for m in given]
+    else:
+        if complaint := text_complaint(prompt, f"field {columns.prompt!r}"):
             raise DataError(complaint)
-    asked = prompt if context is None or not context.strip() else f"{prompt}\n\n{context}"
-    messages: list[Message] = [{"role": "user", "content": asked}]
-    return [*messages, {"role": "assistant", "content": response}] if with_response else messages
+        asked = prompt if context is None or not context.strip() else f"{prompt}\n\n{context}"
+        messages.append({"role": "user", "content": asked})
+    if not with_response:
+        return messages
+    assert columns.response is not None
+    if isinstance(response, list | tuple):
+        return messages + read_messages(response, columns.response)
+    if complaint := text_complaint(response, f"field {columns.response!r}"):
+        raise DataError(complaint)
+    return [*messages, {"role": "assistant", "content": response}]
+
+
+def _before(row: dict[str, Any], columns: Columns) -> list[Message]:
+    """What columns of their own say before the conversation: the system's words, and pairs of earlier turns."""
+    found: list[Message] = []
+    said = row.get(columns.system) if columns.system else None
+    if said is not None and not isinstance(said, str):
+        raise DataError(f"field {columns.system!r} is {said!r} ({type(said).__name__}), not text")
+    if said and said.strip():
+        found.append({"role": "system", "content": said})
+    for pair in (row.get(columns.history) if columns.history else None) or ():
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(turn, str) for turn in pair):
+            raise DataError(
+                f"field {columns.history!r} holds {str(pair)[:60]!r}; each must be a question and its answer"
+            )
+        found += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return found
 
 
 def _conversation(gather: _Gather, columns: Columns, with_response: bool) -> Callable[[int], list[Message]]:
@@ -161,7 +191,17 @@ def _conversation(gather: _Gather, columns: Columns, with_response: bool) -> Cal
         return lambda row: prompt_messages(gather.table, row, columns, with_response)
     assert columns.messages is not None
     column = columns.messages
-    return lambda row: read_messages(cell(gather.table, row, column), column)
+
+    def messages(row: int) -> list[Message]:
+        found = read_messages(cell(gather.table, row, column), column)
+        before = _before(gather.table.rows[row], columns)
+        return found if found[0]["role"] == "system" else [*before, *found]
+
+    return messages
+
+
+def _tools(gather: _Gather, columns: Columns, row: int) -> list[Any] | None:
+    return read_tools(gather.table.rows[row].get(columns.tools), columns.tools) if columns.tools else None
 
 
 def _chats(gather: _Gather, columns: Columns, chat: Chat) -> None:
@@ -170,7 +210,8 @@ def _chats(gather: _Gather, columns: Columns, chat: Chat) -> None:
         plans = []
         for row in chunk:
             try:
-                plans += chat.plan(row, messages_of(row), gather.table.places[row])
+                tools = _tools(gather, columns, row)
+                plans += chat.plan(row, messages_of(row), gather.table.places[row], tools)
             except DataError as error:  # this row; `Ledger.check` stops when there are too many
                 gather.ledger.refuse(row, _without_place(str(error), gather.table.places[row]))
         for plan, tokens in zip(plans, chat.encode(plans), strict=True):
@@ -214,7 +255,7 @@ def _prompts(gather: _Gather, columns: Columns, chat: Chat) -> None:
             messages = messages_of(row)
             while messages and messages[-1]["role"] == "assistant":  # what is to be generated
                 messages = messages[:-1]
-            ids = chat.prompt(messages, gather.table.places[row])
+            ids = chat.prompt(messages, gather.table.places[row], _tools(gather, columns, row))
         except DataError as error:
             gather.ledger.refuse(row, _without_place(str(error), gather.table.places[row]))
             continue
@@ -246,8 +287,9 @@ def _seq2seq(gather: _Gather, columns: Columns, with_targets: bool) -> Examples:
                 ledger.refuse(row, _without_place(str(error), gather.table.places[row]))
                 continue
             rows.append(row)
-            sources.append(messages[0]["content"])
-            wanted.append(messages[1]["content"] if with_targets else "")
+            asked = messages[:-1] if with_targets else messages
+            sources.append("\n\n".join(m["content"] for m in asked))
+            wanted.append(messages[-1]["content"] if with_targets else "")
         if not rows:
             continue
         full = tokenize(tokenizer, sources)["input_ids"]

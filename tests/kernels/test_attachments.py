@@ -100,6 +100,8 @@ def test_dropout_without_a_seed_is_refused() -> None:
     x, w, bias, a, b = _site()
     with pytest.raises(ConfigError, match="needs a seed"):
         low_rank_linear(x, w, bias, a, b, 1.0, 0.2)
+    with pytest.raises(ConfigError, match=r"dora_linear: p=0\.2 needs a seed"):
+        dora_linear(x, w, bias, a, b, w.norm(dim=1), 1.0, 0.2)
 
 
 def test_the_norm_of_dora_is_that_of_the_whole_weight() -> None:

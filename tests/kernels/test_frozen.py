@@ -50,3 +50,18 @@ def test_the_frameworks_frozen_layers_already_save_and_compute_no_more_than_need
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         F.linear(x, w, b)
     assert all(t.data_ptr() == w.data_ptr() for t in saved)
+
+
+def test_a_cpus_temporaries_are_bounded_for_each_thread_and_another_device_takes_all_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(frozen, "_PIECE_BYTES", 1000)
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found = list(frozen._pieces(torch.empty(77, 10)))
+        sizes = [len(range(77)[piece]) for piece in found]
+        assert max(sizes) * 10 * 4 == 1000 * threads and sum(sizes) == 77
+        assert [piece.start for piece in found] == [sum(sizes[:i]) for i in range(len(sizes))]
+        assert list(frozen._pieces(torch.empty(77, 10, device="meta"))) == [slice(0, 77)]
+    # A row wider than a piece stands alone.
+    assert list(frozen._pieces(torch.empty(2, 5000))) == [slice(0, 1), slice(1, 2)]

@@ -45,6 +45,13 @@ def test_correlations_see_a_line_and_a_rank():
     assert score(["pearson"], [4.0, 3.0, 2.0, 1.0], wanted)["pearson"] == pytest.approx(-1.0)
 
 
+def test_two_different_values_are_enough_for_a_correlation():
+    found = score(["pearson", "spearman"], [0.0, 2.0, 0.0, 2.0], [1.0, 3.0, 1.0, 1.0])
+    # Deviations (-1, 1, -1, 1) and (-.5, 1.5, -.5, -.5): 2 of sqrt(4 * 3).
+    assert found["pearson"] == pytest.approx(2 / math.sqrt(12))
+    assert found["spearman"] == pytest.approx(2 / math.sqrt(12))
+
+
 def test_spans_count_only_when_both_ends_and_the_kind_are_right():
     wanted = [["B-LOC", "I-LOC", "O", "B-PER"], ["O", "B-LOC"]]
     assert score(["span_f1", "token_accuracy"], wanted, wanted) == {"span_f1": 1.0, "token_accuracy": 1.0}

@@ -31,6 +31,8 @@ def on_config(config: Any) -> Any:
         for title, entries in section.items():
             if title == "Methods":
                 entries += pages.method_navigation()
+            if title == "Strategies":
+                entries += [f"strategies/{name}.md" for name in pages.STRATEGIES.names()]
             if title == "Internals":
                 entries += unnamed
                 entries.append({"Decisions": ["decisions/index.md", *pages.decisions()]})
@@ -42,6 +44,8 @@ def on_files(files: Any, config: Any) -> Any:
     made = {
         "index.md": _home((ROOT / "README.md").read_text(encoding="utf-8")),
         "examples.md": _examples(),
+        "strategies/index.md": pages.strategies_index(),
+        **{f"strategies/{name}.md": pages.strategy_page(name) for name in pages.STRATEGIES.names()},
         "cli.md": pages.command_line(),
         "decisions/index.md": pages.decisions_index(),
     }

@@ -12,7 +12,7 @@ import drawing
 import equations
 
 from luthier.cli._main import main, verbs
-from luthier.cli._shelf import SHELF, facts
+from luthier.cli._shelf import SHELF, STRATEGIES, facts
 
 __all__ = [
     "command_line",
@@ -92,6 +92,33 @@ def method_page(name: str) -> str:
         f"{'-' if share is None else f'{share:.2%}'} | {known['default_lr']:g} |",
         "",
     ]
+    option = f"`luthier train MODEL --data FILE --method {name}`"
+    return "\n".join([*lines, *_rest(card, prose, parts, option)])
+
+
+def strategy_page(name: str) -> str:
+    """The same of a strategy, which has no place in a block: equation, words, settings."""
+    card = STRATEGIES.card(name)
+    parts = sections(card.page)
+    prose = [p for p in re.split(r"\n\s*\n", parts[""]) if not p.startswith("    ")]
+    lines = [f"# {name}", "", f"**{_text(' '.join(prose[0].split()))}**", "", '<div class="equations">']
+    lines += [*(equations.mathml(block) for block in equations.blocks(card.page)), "</div>", ""]
+    option = f"`luthier train MODEL --data FILE --strategy {name}`"
+    return "\n".join([*lines, *_rest(card, prose, parts, option)])
+
+
+def strategies_index() -> str:
+    """The list of all strategies."""
+    lines = ["# Strategies", "", "How a model learns, where a [method](../methods/README.md) is what of it trains.", ""]
+    lines += ["| name | family | paper | what it is |", "| --- | --- | --- | --- |"]
+    for card in STRATEGIES.cards():
+        lines.append(f"| [{card.name}]({card.name}.md) | {card.family} | {card.paper} | {_text(card.title)} |")
+    return "\n".join([*lines, ""])
+
+
+def _rest(card: Any, prose: list[str], parts: dict[str, str], option: str) -> list[str]:
+    """The words of a file behind its first sentence, and its settings."""
+    lines: list[str] = []
     for paragraph in prose[1:]:
         lines += [_text(" ".join(paragraph.split())), ""]
     for heading in ("Claims", "Count", "Cost", "Starts", "Pitfalls"):
@@ -103,9 +130,8 @@ def method_page(name: str) -> str:
         for s in card.settings:
             kind = s.type.replace("|", "\\|")
             lines.append(f"| `{s.name}` | `{kind}` | `{s.default}` | {_text(s.meaning)} |")
-        setting = card.settings[0]
-        lines += ["", f"`luthier train MODEL --data FILE --method {name} --set {setting.name}=...`", ""]
-    return "\n".join(lines)
+        lines.append("")
+    return [*lines, option, ""]
 
 
 def _box(kind: str, title: str, text: str) -> list[str]:

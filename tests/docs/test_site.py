@@ -22,6 +22,7 @@ GENERATED = {
     "index.md",
     "examples.md",
     "cli.md",
+    "strategies/index.md",
     "decisions/index.md",
     "contributing.md",
     "security.md",
@@ -68,6 +69,15 @@ def test_the_page_of_a_method_has_an_equation_and_a_drawing_that_are_well_formed
 def test_a_drawing_marks_what_the_edits_touch(name: str, parts: dict[str, set[str]]) -> None:
     _, anatomy = drawing.tiny_anatomy()
     assert drawing.marks(METHODS.get(name)(), anatomy) == parts
+
+
+@pytest.mark.parametrize("name", pages.STRATEGIES.names())
+def test_the_page_of_a_strategy_has_its_paper_its_settings_and_well_formed_equations(name: str) -> None:
+    card, page = pages.STRATEGIES.card(name), pages.strategy_page(name).replace("\\", "")
+    for block in equations.blocks(card.page):
+        ElementTree.fromstring(f"<div>{equations.mathml(block)}</div>")
+    assert card.paper in page and f"({name}.md)" in pages.strategies_index()
+    assert all(f"| `{setting.name}` |" in page and setting.meaning in page for setting in card.settings)
 
 
 def test_other_settings_give_another_drawing() -> None:

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from little import little_spec
 from tiny import inputs, tiny
 
 from luthier.cli._shelf import SHELF
 from luthier.core import ConfigError
 from luthier.surgery import METHODS, attach
+from luthier.workflow import resume, train
+from luthier.workflow.resume_proof import run_digests
 
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "own-methods.md"
 METHOD, PRESET = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
@@ -107,6 +110,28 @@ def test_helpers_in_the_folder_are_imported_and_are_no_methods(folder: Path) -> 
     assert "amounts" not in SHELF.names()
     (first, *_) = attach(tiny("llama"), "output_shift").trained().values()
     assert bool((first == 0.25).all())
+
+
+def test_what_a_method_draws_before_a_step_is_drawn_again_by_a_resumed_run(folder: Path, tmp_path: Path) -> None:
+    text = METHOD.replace("return y + self.shift\n", "return y + self.factor * self.shift\n    factor = 1.0\n")
+    text = text.replace(
+        "from luthier.surgery", "from luthier.methods.parts.own_tensors import own_modules\nfrom luthier.surgery"
+    )
+    hook = "    def before_step(self, tuned, step, total):\n        for shift in own_modules(self, tuned, Shift):\n"
+    hook += "            shift.factor = 0.5 + float(torch.rand(()))\n\n    def params_at"
+    (folder / "output_shift.py").write_text(text.replace("    def params_at", hook))
+    digests = []
+    for stop in (None, 5):
+        out = tmp_path / f"run-{stop}"
+        train(little_spec(tmp_path, "output_shift", settings={}, out=str(out)), stop_at=stop)
+        if stop:
+            resume(out)
+        digests.append(run_digests(out))
+    assert digests[0] == digests[1]
+    (folder / "output_shift.py").write_text(text)
+    METHODS.refresh()
+    train(little_spec(tmp_path, "output_shift", settings={}, out=str(tmp_path / "still")))
+    assert run_digests(tmp_path / "still")["tuning"] != digests[0]["tuning"], "the hook was never asked"
 
 
 def test_a_name_that_luthier_has_is_refused_with_both_files(folder: Path) -> None:

@@ -8,7 +8,16 @@ from luthier.surgery.base import Base
 from luthier.surgery.branch import BlockCall
 from luthier.surgery.compose import Combined, method
 from luthier.surgery.context import Context
-from luthier.surgery.edits import AddBranch, Attach, Edit, PrependKeys, PrependTokens, Reparametrise, Unfreeze
+from luthier.surgery.edits import (
+    AddBranch,
+    Attach,
+    Edit,
+    PrependKeys,
+    PrependTokens,
+    Reparametrise,
+    Unfreeze,
+    attach_each,
+)
 from luthier.surgery.loading import load
 from luthier.surgery.look import Look, gradients
 from luthier.surgery.method import METHODS, Batches, Group, Method, Objective, PerSite
@@ -42,6 +51,7 @@ __all__ = [
     "TuningView",
     "Unfreeze",
     "attach",
+    "attach_each",
     "from_peft",
     "gradients",
     "keyed",

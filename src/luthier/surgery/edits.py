@@ -12,8 +12,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from luthier.surgery.attachment import Attachment
     from luthier.surgery.base import Base
 
-__all__ = ["AddBranch", "Attach", "Edit", "PrependKeys", "PrependTokens", "Reparametrise", "Unfreeze"]
+__all__ = ["AddBranch", "Attach", "Edit", "PrependKeys", "PrependTokens", "Reparametrise", "Unfreeze", "attach_each"]
 
 
 @dataclass(frozen=True)
@@ -101,3 +102,11 @@ class AddBranch:
 
 
 Edit = Attach | Reparametrise | Unfreeze | PrependTokens | PrependKeys | AddBranch
+
+
+def attach_each(
+    sites: Iterable[Site], make: Callable[[Site, Base], Attachment], shared: Mapping[str, nn.Module] | None = None
+) -> Iterator[Attach]:
+    """One attachment at each of the sites: what `make(site, base)` gives there."""
+    for site in sites:
+        yield Attach(site, partial(make, site), shared or {})

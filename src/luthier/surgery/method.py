@@ -13,7 +13,7 @@ from luthier.anatomy import Anatomy, BySite, Site, is_projection
 from luthier.core import Catalogue, plain
 from luthier.surgery.attachment import Attachment
 from luthier.surgery.base import Base
-from luthier.surgery.edits import Attach, Edit
+from luthier.surgery.edits import Edit, attach_each
 from luthier.surgery.view import TunedView
 
 __all__ = ["METHODS", "Batches", "Group", "Method", "Objective", "PerSite"]
@@ -172,8 +172,7 @@ class PerSite(Method):
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         here = self.on(anatomy)
-        for site in self.places(anatomy):
-            yield Attach(site, lambda base, site=site: here.build(site, base))  # type: ignore[misc]
+        yield from attach_each(self.places(anatomy), here.build)
 
     def n_params(self, anatomy: Anatomy) -> int:
         here = self.on(anatomy)

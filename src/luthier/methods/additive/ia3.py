@@ -27,7 +27,7 @@ from luthier.anatomy import Anatomy, Site, is_projection, joined
 from luthier.core import AnatomyError
 from luthier.kernels import GroupedScales, scale
 from luthier.methods.parts.own_tensors import group_names, own_modules
-from luthier.surgery import METHODS, Attach, Attachment, Base, Edit, Group, Method, TunedView
+from luthier.surgery import METHODS, Attachment, Base, Edit, Group, Method, TunedView, attach_each
 
 
 @METHODS.register("ia3", family="additive", paper="arXiv:2205.05638")
@@ -44,10 +44,8 @@ class IA3(Method):
     default_lr: ClassVar[float] = 1e-2
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
-        for site in self._outputs(anatomy):
-            yield Attach(site, lambda base, site=site: RescaleOutput(site.d_out))  # type: ignore[misc]
-        for site in self._inputs(anatomy):
-            yield Attach(site, lambda base, site=site: RescaleInput(site.d_in))  # type: ignore[misc]
+        yield from attach_each(self._outputs(anatomy), lambda site, base: RescaleOutput(site.d_out))
+        yield from attach_each(self._inputs(anatomy), lambda site, base: RescaleInput(site.d_in))
 
     def n_params(self, anatomy: Anatomy) -> int:
         return sum(s.d_out for s in self._outputs(anatomy)) + sum(s.d_in for s in self._inputs(anatomy))

@@ -25,7 +25,7 @@ from luthier.anatomy import Anatomy, Site, is_sublayer
 from luthier.core import above, at_least, between
 from luthier.methods.parts.bottleneck import Activation, bottleneck_params, check_sublayers
 from luthier.methods.parts.parallel_branch import Beside
-from luthier.surgery import METHODS, Attach, Edit, Method
+from luthier.surgery import METHODS, Edit, Method, attach_each
 
 
 @METHODS.register("parallel_adapter", family="additive", paper="arXiv:2110.04366")
@@ -48,8 +48,7 @@ class ParallelAdapter(Method):
     tiny: ClassVar[dict[str, int]] = {"width": 6}
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
-        for site in self._sites(anatomy):
-            yield Attach(site, lambda base, site=site: self._branch(site))  # type: ignore[misc]
+        yield from attach_each(self._sites(anatomy), lambda site, base: self._branch(site))
 
     def n_params(self, anatomy: Anatomy) -> int:
         sites = self._sites(anatomy)

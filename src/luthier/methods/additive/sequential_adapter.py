@@ -27,7 +27,7 @@ from luthier.anatomy import Anatomy, Site, is_sublayer
 from luthier.core import AnatomyError, at_least
 from luthier.methods.parts.bottleneck import Activation, Bottleneck, bottleneck_params, check_sublayers, width_of
 from luthier.methods.parts.own_tensors import group_names, own_modules, own_unfrozen
-from luthier.surgery import METHODS, Attach, Edit, Group, Method, TunedView, Unfreeze
+from luthier.surgery import METHODS, Edit, Group, Method, TunedView, Unfreeze, attach_each
 
 
 @METHODS.register("sequential_adapter", family="additive", paper="arXiv:1902.00751")
@@ -50,8 +50,9 @@ class SequentialAdapter(Method):
     trains_base: ClassVar[bool] = True
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
-        for site in self._sites(anatomy):
-            yield Attach(site, lambda base, site=site: Closing(width_of(site), self.width, self.activation, self.init))  # type: ignore[misc]
+        yield from attach_each(
+            self._sites(anatomy), lambda site, base: Closing(width_of(site), self.width, self.activation, self.init)
+        )
         yield from (Unfreeze(name) for name in self._norms(anatomy))
 
     def n_params(self, anatomy: Anatomy) -> int:

@@ -27,7 +27,7 @@ from luthier.core import above, at_least, between
 from luthier.methods.parts.bottleneck import bottleneck_params
 from luthier.methods.parts.parallel_branch import Beside
 from luthier.methods.parts.prefixes import Prefixes, drop_networks, prefix_params, prefix_stored
-from luthier.surgery import METHODS, Attach, Edit, Method, PrependKeys, TunedView
+from luthier.surgery import METHODS, Edit, Method, PrependKeys, TunedView, attach_each
 
 
 @METHODS.register("mam", family="hybrid", paper="arXiv:2110.04366")
@@ -49,8 +49,7 @@ class MAM(Method):
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         source = Prefixes(anatomy, self.length, self.mlp_width, self.dropout, asked_by="mam")
         yield PrependKeys(source, anatomy.acting_attentions, self.length)
-        for site in self._sites(anatomy):
-            yield Attach(site, lambda base, site=site: self._branch(site))  # type: ignore[misc]
+        yield from attach_each(self._sites(anatomy), lambda site, base: self._branch(site))
 
     def n_params(self, anatomy: Anatomy) -> int:
         beside = bottleneck_params(self._sites(anatomy), self.width)

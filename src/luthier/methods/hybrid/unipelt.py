@@ -33,7 +33,7 @@ from luthier.anatomy import Anatomy, Attention, Site
 from luthier.core import ConfigError, at_least
 from luthier.methods.parts.bottleneck import Activation, Bottleneck, bottleneck_params
 from luthier.methods.parts.prefixes import Prefixes, drop_networks, prefix_params, prefix_stored
-from luthier.surgery import METHODS, Attach, Attachment, Context, Edit, Method, PrependKeys, TunedView
+from luthier.surgery import METHODS, Attachment, Context, Edit, Method, PrependKeys, TunedView, attach_each
 from luthier.surgery.prompts import with_vectors
 
 _PARTS = ("lora", "prefix", "adapter")
@@ -64,17 +64,16 @@ class UniPELT(Method):
             )
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
-        for site in self._updated(anatomy):
-            yield Attach(site, lambda base, site=site: GatedUpdate(site, self.rank))  # type: ignore[misc]
+        yield from attach_each(self._updated(anatomy), lambda site, base: GatedUpdate(site, self.rank))
         if "prefix" in self.use:
             gates = {site.key: PrefixGate(site) for site in self._watched(anatomy)}
             prefixes = Prefixes(anatomy, self.length, self.mlp_width, asked_by="unipelt")
             order = [gates[self._watch(anatomy, attention).key] for attention in anatomy.acting_attentions]
             yield PrependKeys(GatedPrefixes(prefixes, order), anatomy.acting_attentions, self.length)
-            for site in self._watched(anatomy):
-                yield Attach(site, lambda base, site=site: gates[site.key])  # type: ignore[misc]
-        for site in self._closed(anatomy):
-            yield Attach(site, lambda base, site=site: GatedAdapter(site, self.width, self.activation))  # type: ignore[misc]
+            yield from attach_each(self._watched(anatomy), lambda site, base: gates[site.key])
+        yield from attach_each(
+            self._closed(anatomy), lambda site, base: GatedAdapter(site, self.width, self.activation)
+        )
 
     def n_params(self, anatomy: Anatomy) -> int:
         prefix = prefix_params(anatomy, self.length, self.mlp_width, "unipelt") if "prefix" in self.use else 0

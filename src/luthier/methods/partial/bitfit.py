@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from luthier.anatomy import Anatomy, Site, is_projection
 from luthier.core import AnatomyError, ConfigError
 from luthier.methods.parts.own_tensors import group_names, own_modules, own_unfrozen
-from luthier.surgery import METHODS, Attach, Attachment, Edit, Group, Method, TunedView, Unfreeze
+from luthier.surgery import METHODS, Attachment, Edit, Group, Method, TunedView, Unfreeze, attach_each
 
 _LINEAR = ("attn.q", "attn.k", "attn.v", "attn.o", "cross.q", "cross.k", "cross.v", "cross.o")
 _FFN = ("ffn.gate", "ffn.up", "ffn.down")
@@ -65,7 +65,7 @@ class BitFit(Method):
                 "Set add_missing_biases=true, or use ia3, or lora."
             )
         yield from (Unfreeze(name, mask=_mask(anatomy, name, rows)) for name, rows in names.items())
-        yield from (Attach(site, lambda base, site=site: AddedBias(site.d_out)) for site in missing)  # type: ignore[misc]
+        yield from attach_each(missing, lambda site, base: AddedBias(site.d_out))
 
     def n_params(self, anatomy: Anatomy) -> int:
         return self._held(anatomy) + sum(site.d_out for site in self._missing(anatomy))

@@ -74,6 +74,8 @@ def changed(value, hint):
     literals = [a for a in get_args(hint) if isinstance(a, str)]
     if literals:
         return next(a for a in literals if a != value)
+    if bool in get_args(hint) and isinstance(value, str):
+        return True
     numbers = [a for a in get_args(hint) if a in (int, float)]
     if value is None and numbers:
         return numbers[0](1)

@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,6 +30,8 @@ class AnswerFile:
         self.path = Path(path)
         if self.path.suffix.lower() not in ENDINGS:
             raise UsageError(f"--out {path}: answers are written to {', '.join(ENDINGS)}. Choose one of these endings.")
+        if self.path.suffix.lower() == ".parquet" and find_spec("pyarrow") is None:
+            raise UsageError(f"--out {path}: needs pyarrow. pip install 'luthier[parquet]', or write .csv or .jsonl.")
         if self.path.exists():
             raise ConfigError(f"{path}: is there already. Name a file that does not exist.")
         if not self.path.absolute().parent.is_dir():

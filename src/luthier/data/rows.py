@@ -176,8 +176,14 @@ def _named(rows: Sequence[Row] | None, source: str, half: str) -> Any:
 
 
 def _load_hub(source: str) -> tuple[Table, Table | None]:
-    # Imported here: `datasets` takes a second to import and only hub names need it.
-    import datasets
+    # Imported here: `datasets` takes a second to import, and only hub names need it.
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"{source!r} is no file here, and data sets of the hub need the package datasets, which is not installed. "
+            "Check the path, or install it: pip install 'luthier[hub]'."
+        ) from error
 
     name, _, config = source.partition(":")
     try:

@@ -364,7 +364,7 @@ def read_parquet(
         import pyarrow.parquet as pq
     except ImportError:
         raise DataError(
-            f"{where}: reading Parquet needs pyarrow. `pip install pyarrow`, or write JSON lines."
+            f"{where}: reading Parquet needs pyarrow. pip install 'luthier[parquet]', or write JSON lines."
         ) from None
     complaints = _Complaints(skip_bad, limits)
     rows: list[dict[str, Any]] = []
@@ -430,7 +430,7 @@ def read_xlsx(
         import openpyxl
     except ImportError:
         raise DataError(
-            f"{where}: reading .xlsx needs openpyxl. `pip install openpyxl`, or save the sheet as CSV."
+            f"{where}: reading .xlsx needs openpyxl. pip install 'luthier[excel]', or save the sheet as CSV."
         ) from None
     complaints = _Complaints(skip_bad, limits)
     try:

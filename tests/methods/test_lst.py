@@ -321,3 +321,14 @@ def test_the_ladder_is_cut_from_a_model_that_holds_another_tuning(name):
     beside = tuned.add(method("lst", {"reduction": 3}), name="second").modules_by_key()["branch"].state_dict()
     assert alone.keys() == beside.keys()
     assert all(torch.equal(alone[n], beside[n]) for n in alone)
+
+
+@pytest.mark.parametrize("arch", ["olmo2", "olmoe", "qwen2-moe"])
+def test_blocks_that_cannot_be_cut_narrower_are_refused_with_the_start_that_needs_no_cut(arch: str) -> None:
+    model = tiny(arch, "lm")
+    names = list(model.state_dict())
+    with pytest.raises(AnatomyError, match="importance=random"):
+        attach(model, "lst")
+    assert list(model.state_dict()) == names
+    tuned = attach(model, "lst", importance="random")
+    assert tuned.trained() and torch.isfinite(model(**inputs(model)).loss)

@@ -186,7 +186,13 @@ class Sides(nn.Module):
         self.tensors = [n for n in anatomy.tensors if any(n.startswith(f"{path}.") for path in blocks)]
         self.__dict__["narrow"] = narrow  # its kept blocks are registered above; the rest is only needed to start
         if method.importance == "magnitude" and next(model.parameters()).device.type != "meta":
-            self.start(model, None)
+            try:
+                self.start(model, None)
+            except RuntimeError as error:
+                raise AnatomyError(
+                    f"lst: the blocks of {anatomy.model_type} hold weights that cannot be cut for a narrower network "
+                    f"({error}). Start it at random (importance=random), or choose another method."
+                ) from error
 
     @torch.no_grad()
     def start(self, model: Any, scores: dict[str, Tensor] | None) -> None:

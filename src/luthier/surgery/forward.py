@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from luthier import kernels
@@ -47,6 +48,7 @@ class Forward:
         self.branches: dict[str, Branch] = {}
         self._prefixes: list[Prefixes] = []
         self._route: prefix_attention.Route | None = None
+        self._twice = False  # activations are computed twice
         self._open: list[nn.Module] = []  # hooked modules whose `forward` is running, outermost first
         # What attachments kept for the texts of a cache; a conversation may be taken up again after another.
         self._memories: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
@@ -77,7 +79,7 @@ class Forward:
 
         The non-reentrant kind: with a frozen base the other one has no gradient to start from.
         """
-        model = self.edited.model
+        model, self._twice = self.edited.model, True
         enable = getattr(model, "activation_checkpointing_enable", None)
         if enable is not None:
             enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -157,8 +159,12 @@ class Forward:
                     self._note_mask(given, stack)
                 return None
             self._begin(given, stack)
-            positions = self._positions(given) if "position_ids" in names else None
-            return None if positions is None else (args, {**kwargs, "position_ids": positions})
+            more: dict[str, Any] = {}
+            if "position_ids" in names and (positions := self._positions(given)) is not None:
+                more["position_ids"] = positions
+            if self._twice and "use_cache" in names and given.get("use_cache") is None and torch.is_grad_enabled():
+                more["use_cache"] = False  # a block that is computed again would put its keys there again
+            return (args, kwargs | more) if more else None
 
         return hook
 
@@ -195,11 +201,14 @@ class Forward:
         context.packed = packed(inputs)
         mask = read_mask(inputs.get("attention_mask"), context.past, context.n_tokens)
         if self.edited.anatomy.is_encoder_decoder and stack == "decoder":
-            context.masks = {"encoder": inputs.get("encoder_attention_mask"), "decoder": mask}
+            context.masks = {"encoder": read_mask(inputs.get("encoder_attention_mask"), 0, 0), "decoder": mask}
+        elif self.edited.anatomy.is_encoder_decoder:
+            written = next((inputs[n] for n in _LATER_TEXTS[:2] if isinstance(inputs.get(n), Tensor)), None)
+            n_written = written.shape[1] if written is not None else 0
+            seen = read_mask(inputs.get("decoder_attention_mask"), context.past, n_written)
+            context.masks = {"": mask, "decoder": seen}
         else:
-            context.masks = {"": mask, "decoder": inputs.get("decoder_attention_mask")}
-        if not self.edited.anatomy.is_encoder_decoder:
-            context.masks.pop("decoder", None)
+            context.masks = {"": mask}
         if not context.generating:
             context.memory = self._memory_of(cache) if context.past > 0 else {}
         self.serving.before_pass(inputs)

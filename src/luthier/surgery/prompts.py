@@ -158,6 +158,11 @@ class PromptHooks:
                 f"{tokens} tokens and {n} prompt vectors are {tokens + n} positions; the model has {self.limit}. "
                 f"Use texts of at most {self.limit - n} tokens, or fewer vectors."
             )
+        if getattr(cache, "is_compileable", False) and not self.keep:
+            raise ModelError(
+                "prompt vectors make the text longer than a cache of a fixed length was made for. Generate with the "
+                "default cache, or with use_cache=False."
+            )
         mask = given.get("attention_mask")
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             raise ModelError("prompt vectors need a (batch, tokens) attention mask; a ready-made 4-D mask was given.")

@@ -8,7 +8,7 @@ import hashlib
 import json
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,17 @@ from typing import Any
 from luthier.core import DataError, key, near
 from luthier.trust import row_files as trusted
 
-__all__ = ["Duplicates", "Table", "count_duplicates", "halves", "hold_out", "load_rows", "normalised", "split_rows"]
+__all__ = [
+    "Duplicates",
+    "Table",
+    "count_duplicates",
+    "halves",
+    "hold_out",
+    "load_rows",
+    "normalised",
+    "rows_of",
+    "split_rows",
+]
 
 Row = dict[str, Any]
 
@@ -145,6 +155,34 @@ def load_rows(source: str, *, delimiter: str | None = None, encoding: str | None
         if table is not None and not table.rows:
             raise DataError(f"{table.source}: holds no rows. Give a source with at least one row of text.")
     return train, test
+
+
+def rows_of(data: Any) -> list[Row]:
+    """The rows of a table in memory: a DataFrame, a data set of `datasets`, or a list of dictionaries.
+
+    Raises:
+        DataError: it is none of these, or holds no row.
+    """
+    if hasattr(data, "to_dict") and hasattr(data, "columns"):
+        rows = data.to_dict("records")
+    elif hasattr(data, "features") and hasattr(data, "column_names"):
+        rows = _with_label_names(data)
+    elif isinstance(data, Sequence) and not isinstance(data, str | bytes):
+        rows = list(data)
+    else:
+        raise DataError(
+            f"data: {type(data).__name__} is no table. Give a file, sample:NAME, a DataFrame, a data set of "
+            "`datasets`, or a list of dictionaries, one for each row."
+        )
+    if not rows:
+        raise DataError("data: holds no rows. Give at least one row of text.")
+    wrong = next((i for i, row in enumerate(rows) if not isinstance(row, Mapping)), None)
+    if wrong is not None:
+        raise DataError(
+            f"data[{wrong}]: {type(rows[wrong]).__name__} is no row. Give a dictionary for each, such as "
+            '{"text": "...", "label": "..."}.'
+        )
+    return [dict(row) for row in rows]
 
 
 def _no_such_file(path: Path) -> str:

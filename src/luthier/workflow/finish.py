@@ -6,7 +6,9 @@ import csv
 import io
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from luthier.core import IntegrityError, NothingTrains, plain
+from luthier.core import IntegrityError, NothingTrains, human_count, plain
 from luthier.data.columns import Columns
 from luthier.data.examples import Examples
 from luthier.data.rows import Table
@@ -27,12 +29,14 @@ from luthier.training.loop import Loop
 from luthier.training.memory_parts import whole_memory
 from luthier.training.quality import Quality, judge
 from luthier.workflow.build import evaluator_of
+from luthier.workflow.merged_folder import merge
+from luthier.workflow.prediction import predict
 from luthier.workflow.preparation import Prepared
 
 __all__ = ["Result", "finish", "record_of", "result_of"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Result:
     """A finished run: its folder, its record, and the model as it was saved."""
 
@@ -48,6 +52,30 @@ class Result:
     n_params: int
     n_base: int
     quality: Quality | None = None
+
+    def predict(
+        self, texts: str | Sequence[str] = (), *, data: str | None = None, max_new_tokens: int = 64
+    ) -> list[dict[str, Any]]:
+        """Answers of the run as it was saved, for texts or the rows of a file; see `luthier.predict`."""
+        asked = [texts] if isinstance(texts, str) else texts
+        return predict(self.path, texts=asked, data=data, max_new_tokens=max_new_tokens)
+
+    def merge(self, out: Path | str) -> Path:
+        """Write a model folder that transformers loads without luthier, and return its path."""
+        return merge(self.path, out)
+
+    def _facts(self) -> list[tuple[str, str]]:
+        scores = [(name, f"{value:.4g}") for name, value in self.scores.items()]
+        rest = [("trained", f"{human_count(self.n_params)} numbers"), ("folder", str(self.path))]
+        return [("method", str(self.record.spec["method"])), *scores, *rest]
+
+    def __repr__(self) -> str:
+        return f"Result({self.record.status}, {', '.join(f'{name} {value}' for name, value in self._facts())})"
+
+    def _repr_html_(self) -> str:
+        """For a notebook."""
+        rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in self._facts())
+        return f"<table>{rows}</table>"
 
 
 def finish(prepared: Prepared, loop: Loop, run: RunFolder) -> tuple[dict[str, float], int, Quality | None]:

@@ -30,8 +30,10 @@ from luthier.training.allocator import keeping_freed
 from luthier.training.loop import Listener, Loop
 from luthier.training.stop_signals import StopRequested, StopSignals
 from luthier.workflow.build import build
+from luthier.workflow.call import spec_of
 from luthier.workflow.finish import Result, finish, record_of, result_of
 from luthier.workflow.preparation import Prepared, prepare
+from luthier.workflow.progress import listener_of
 from luthier.workflow.resume_checks import apply, check_changes, compare_fingerprints
 
 __all__ = ["default_out", "resume", "train"]
@@ -53,9 +55,22 @@ def default_out(spec: RunSpec) -> Path:
 
 
 def train(
-    spec: RunSpec, *, listener: Listener | None = None, stop_at: int | None = None, prepared: Prepared | None = None
+    model: RunSpec | str | Path,
+    data: Any = None,
+    *,
+    progress: bool | None = None,
+    listener: Listener | None = None,
+    stop_at: int | None = None,
+    prepared: Prepared | None = None,
+    **given: Any,
 ) -> Result:
-    """Fine-tune as the spec says, into a new folder.
+    """Fine-tune a model on rows, or as a spec says, into a new folder.
+
+    >>> result = train("sample:minilm-l6", "reviews.csv", text="review", label="stars", steps=2, rank=4, out="runs/4")
+    >>> result.record.spec["settings"]
+    {'rank': 4}
+
+    The same with every field in its place:
 
     >>> from luthier import DataSpec, RunSpec
     >>> rows = DataSpec(source="reviews.csv", text="review", label="stars")
@@ -65,12 +80,27 @@ def train(
     ('finished', ['accuracy', 'loss', 'macro_f1', 'mcc'])
 
     Args:
+        model: a folder, sample:NAME or a hub name; or a whole RunSpec, and no rows then.
+        data: a file, sample:NAME or a hub name; or rows: a DataFrame, a data set of `datasets`, a list of dictionaries.
+            Rows of memory are written to a file beside the run's folder, so that it can be resumed.
+        progress: show what the run says, and a bar; left out, in a terminal and in a notebook.
+        listener: is told what happens, in place of what is shown.
+        given: fields of the run as the command line calls them, with `_` for `-`, and settings of the method.
         stop_at: make only so many optimiser steps, and leave the run unfinished; `resume` goes on.
 
     Raises:
         Any LuthierError: before work starts where it can be known; the folder keeps the last good checkpoint.
     """
-    listener = listener or Listener()
+    if isinstance(model, RunSpec):
+        if data is not None or given:
+            more = ", ".join(["data"] * (data is not None) + list(given))
+            raise ConfigError(
+                f"train: {more} beside a RunSpec. Set it in the spec, or give the model's name in its place."
+            )
+        spec = model
+    else:
+        spec = spec_of(model, data, given)
+    listener = listener or listener_of(progress)
     path = Path(spec.out) if spec.out is not None else default_out(spec)
     if prepared is None:
         # Seen before the data are read: an occupied folder would be refused anyway, minutes later.

@@ -34,7 +34,7 @@ from tiny import inputs
 from torch.testing import assert_close
 
 from luthier import kernels
-from luthier.core import AnatomyError, CannotMerge, CompositionError, plain
+from luthier.core import AnatomyError, CannotMerge, CompositionError, LuthierError, plain
 from luthier.surgery import METHODS, attach, compose, frozen_layers, load
 
 REFUSED: set[tuple[str, str]] = set()
@@ -319,6 +319,30 @@ def test_in_rows_each_row_is_its_own_or_it_is_refused(name: str, arch: str) -> N
         return
     for i, who in enumerate(names):
         assert_close(found[i], rows[who][i], atol=2e-5, rtol=1e-4, msg=lambda m, i=i: f"row {i}, {names[i]}: {m}")
+
+
+@pytest.mark.parametrize(("name", "arch"), CELLS)
+@cell
+def test_called_through_its_trunk_it_computes_what_it_says_or_refuses(name: str, arch: str) -> None:
+    tuned, model, batch = shaken(name, arch)
+    if model.base_model is model:
+        return  # T5 for sequences is its own trunk
+    held: list[Any] = []
+    handle = model.base_model.register_forward_hook(lambda module, args, out: held.append(out[0].detach().clone()))
+    logits(model, batch)
+    handle.remove()
+    with tuned.base_only():
+        logits(model, inputs(model, batch=2, length=5, seed=1))  # what is left of another pass is of no use
+    given = {n: batch[n] for n in ("input_ids", "attention_mask")}
+    if model.config.is_encoder_decoder:  # a classifier hands the same words to both sides
+        given["decoder_input_ids"] = model.base_model._shift_right(batch["input_ids"])
+    try:
+        with torch.no_grad():
+            found = model.base_model(**given)[0]
+    except LuthierError as error:
+        assert len(str(error)) > 40, f"the refusal says too little: {error}"
+        return
+    assert_close(found, held[0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "arch"), CELLS)

@@ -87,7 +87,8 @@ def test_tools_of_a_row_reach_the_template_or_are_said_to_be_read_by_nobody() ->
     row = {"messages": [USER, call_turn({"city": "rome"}), SAID], "tools": json.dumps([TOOL])}
     tokenizer, examples = read(row, OBJECTS)
     assert '"name": "weather"' in whole(tokenizer, examples) and "strict" not in whole(tokenizer, examples)
-    _, unread = read(row)
+    tokenizer, unread = read(row)
+    assert learnt(tokenizer, unread) == "because<|im_end|>", "a call that is not shown is no empty answer to learn"
     assert any("rows offer tools that this template does not read" in note for note in unread.ledger.notes)
     assert any("the calls are not learnt" in note for note in unread.ledger.notes)
     with pytest.raises(DataError, match="must be a list of functions"):

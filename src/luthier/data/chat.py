@@ -340,9 +340,16 @@ class Chat:
         whole = self._render(messages, where=place)
         text = whole.text
         self._count_unread(messages, text)
+        # Without its call such a turn is nothing: to learn it would be to learn to say nothing.
+        learnt = [
+            wanted and bool(messages[k]["content"].strip() or _calls_in(messages[k], text))
+            for k, wanted in zip(turns, learnt, strict=True)
+        ]
+        if not any(learnt):
+            raise DataError("the assistant does nothing but call tools, and the template leaves calls out")
         if messages[0]["role"] == "system" and messages[0]["content"].strip() not in text:
             self._counts["system"] += 1
-        if self._all and not all(learnt):
+        if self._all and not all(messages[k].get("weight", 1) for k in turns):
             raise DataError("a turn has the weight 0, which loss_on = all cannot heed; use loss_on = response")
         if self._all:
             plan = _Plan(row, text, [(0, len(text))])
@@ -379,8 +386,7 @@ class Chat:
             if "</think>" in message["content"]:
                 thought = message["content"].rsplit("</think>", 1)[0].replace("<think>", "")
             self._counts["thoughts"] += bool(str(thought).strip()) and str(thought).strip() not in text
-            names = [call.get("function", call).get("name", "") for call in message.get("tool_calls", ())]
-            self._counts["calls"] += any(str(name) not in text for name in names)
+            self._counts["calls"] += bool(message.get("tool_calls")) and not _calls_in(message, text)
 
     def _by_rendering(
         self, row: int, messages: Sequence[Message], turns: Sequence[int], text: str, place: str
@@ -522,6 +528,12 @@ class Chat:
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _calls_in(message: Message, text: str) -> bool:
+    """Whether a turn calls tools, and the text names them."""
+    names = [call.get("function", call).get("name", "") for call in message.get("tool_calls", ())]
+    return bool(names) and all(str(name) in text for name in names)
 
 
 def _weighted(plans: list[_Plan], learnt: Sequence[bool]) -> list[_Plan]:

@@ -59,7 +59,7 @@ def load_data(spec: DataSpec, task: str = "auto", model_config: Any = None) -> D
         first, second = load_rows(spec.test, delimiter=spec.delimiter, encoding=spec.encoding)
         given, unused = (second if second is not None else first), own_test
     train, given = _joined_labels(train, spec.label), None if given is None else _joined_labels(given, spec.label)
-    made_by = (sys.modules[__name__], columns, random, rows, tasks, row_files)
+    made_by = (sys.modules[__name__], columns, random, rows, tasks, row_files, *row_files.FILES)
     entry = decision_cache.entry_of([t for t in (train, given) if t is not None], spec, task, model_config, made_by)
     known, said = decision_cache.read(entry) if entry is not None else (None, "")
     if known is not None:

@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 
 from luthier.__version__ import __version__
 from luthier.cli._output import Screen
-from luthier.core import LuthierError, UnknownName, near
+from luthier.core import LuthierError, UnknownName, near, other_names
 
 __all__ = ["HELP", "guarded", "main", "verbs"]
 
@@ -161,6 +161,8 @@ def guarded(screen: Screen, run: Callable[[], int], words: Sequence[str] = ()) -
         if "--method" in words[1:-1]:  # whose settings are options too
             verb += f" --method {words[words.index('--method') + 1]}"
         said = error.format_message().rstrip(".")
+        if asked := getattr(error, "option_name", None):  # there is no such option
+            said += _called_here(str(asked), words)
         return screen.failed("UsageError", f"{said}{_given(error, words)}. `{verb} --help` shows what it takes.", 2)
     except (typer.Abort, KeyboardInterrupt):
         return screen.failed("Interrupted", "stopped by Ctrl-C; nothing half-written was left behind.", 130)
@@ -176,6 +178,17 @@ def guarded(screen: Screen, run: Callable[[], int], words: Sequence[str] = ()) -
             f"the command. Version {__version__}.",
             1,
         )
+
+
+def _called_here(option: str, words: Sequence[str]) -> str:
+    """What an option of another library is called here."""
+    ours = other_names.SETTINGS.get(option.lstrip("-").replace("-", "_"))
+    if ours is None:
+        return ""
+    value = dict(pairwise(words)).get(option, "VALUE")
+    if ours == "sites":
+        value = ",".join(other_names.place_here(name.strip()) or name.strip() for name in value.split(","))
+    return f". Here it is --{ours.replace('_', '-')} {value}"
 
 
 def _given(error: Any, words: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from luthier.cli._spec_options import (
     spec_options,
     values_of,
 )
-from luthier.core import UsageError
+from luthier.core import ConfigError, UsageError
 from luthier.runs.spec import RunSpec
 
 __all__ = ["NEEDS_WORDS", "command", "command_for"]
@@ -115,5 +115,16 @@ def _train(spec_class: type[RunSpec], model: str, given: dict[str, Any], assigne
         values["out"] = None
         if method is not None and method != values["method"]:
             values["settings"] = {}
-    spec = spec_class.from_plain(overlay(values, changes))
+    try:
+        spec = spec_class.from_plain(overlay(values, changes))
+    except ConfigError as error:
+        raise ConfigError(_with_options(str(error), spec_class, given)) from None
     show_result(train(spec, listener=Watcher(title=spec.method)))
+
+
+def _with_options(said: str, spec_class: type[RunSpec], given: dict[str, Any]) -> str:
+    """A complaint that names the options as they were typed: `--batch`, not run.batch.size."""
+    for option in spec_options(spec_class):
+        if option.field in given:
+            said = said.replace(f"run.{option.field}:", f"--{option.name}:")
+    return said

@@ -220,7 +220,7 @@ def _load_hub(source: str) -> tuple[Table, Table | None]:
     except ImportError as error:
         raise DataError(
             f"{source!r} is no file here, and data sets of the hub need the package datasets, which is not installed. "
-            "Check the path, or install it: pip install 'luthier[hub]'."
+            f"Check the path, or install it: pip install 'luthier[hub]'.{_near_file(source)}"
         ) from error
 
     name, _, config = source.partition(":")
@@ -231,7 +231,8 @@ def _load_hub(source: str) -> tuple[Table, Table | None]:
         raise DataError(
             f"{source!r} is no file here and could not be loaded as a data set from the hub"
             f" ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'})."
-            " Check the path, or the connection; `luthier samples` lists data sets that need no hub."
+            f" Check the path, or the connection; `luthier samples` lists data sets that need no hub."
+            f"{_near_file(source)}"
         ) from error
     if "train" not in halves:
         raise DataError(
@@ -242,6 +243,11 @@ def _load_hub(source: str) -> tuple[Table, Table | None]:
         _named(_with_label_names(halves["train"]), source, "train"),
         _named(_with_label_names(halves[test]), source, test) if test else None,
     )
+
+
+def _near_file(source: str) -> str:
+    path = Path(source)
+    return near(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
 
 
 def _with_label_names(half: Any) -> list[Row]:

@@ -46,6 +46,10 @@ def choose_device(asked: str) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("cpu")
+    kind = asked.partition(":")[0]
+    if kind not in ("cpu", "cuda", "mps", "xpu", "hpu"):
+        hint = " Did you mean 'cuda'?" if kind == "gpu" else ""
+        raise ConfigError(f"device {asked!r}: there is none of that name.{hint} Use auto, cpu, cuda, cuda:1 or mps.")
     try:
         device = torch.device(asked)
         torch.empty(1, device=device)

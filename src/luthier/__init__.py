@@ -14,9 +14,22 @@ if TYPE_CHECKING:
     from luthier.anatomy import Anatomy
     from luthier.runs.spec import DataSpec, RunSpec
     from luthier.surgery import Tuned, attach, load
-    from luthier.workflow import predict, resume, train
+    from luthier.workflow import evaluate, merge, predict, resume, train
 
-__all__ = ["Anatomy", "DataSpec", "RunSpec", "Tuned", "__version__", "attach", "load", "predict", "resume", "train"]
+__all__ = [
+    "Anatomy",
+    "DataSpec",
+    "RunSpec",
+    "Tuned",
+    "__version__",
+    "attach",
+    "evaluate",
+    "load",
+    "merge",
+    "predict",
+    "resume",
+    "train",
+]
 
 # Resolved on first use: torch and transformers take seconds to import, and `luthier methods` needs neither.
 _HOMES = {
@@ -26,6 +39,8 @@ _HOMES = {
     "load": "luthier.surgery",
     "DataSpec": "luthier.runs.spec",
     "RunSpec": "luthier.runs.spec",
+    "evaluate": "luthier.workflow",
+    "merge": "luthier.workflow",
     "predict": "luthier.workflow",
     "resume": "luthier.workflow",
     "train": "luthier.workflow",

@@ -44,6 +44,11 @@ class Evaluation:
 def evaluate(path: Path | str, data: str, *, skip_bad: bool = False, out: Path | str | None = None) -> Evaluation:
     """Score a finished run on the rows of a file, as its held-out rows were scored. Writes nothing but `out`.
 
+    >>> from luthier import train
+    >>> result = train("sample:minilm-l6", "reviews.csv", text="review", label="stars", steps=2)
+    >>> sorted(evaluate(result.path, "reviews.csv").scores)
+    ['accuracy', 'loss', 'macro_f1', 'mcc']
+
     Args:
         path: the folder of a finished run.
         data: rows with the columns of the training rows, the label too.

@@ -32,6 +32,11 @@ def merge(path: Path | str, out: Path | str, *, dtype: Literal["auto", "fp32", "
 
     The merged model's logits are compared with the tuned one's before anything is written.
 
+    >>> from luthier import train
+    >>> result = train("sample:minilm-l6", "reviews.csv", text="review", label="stars", steps=20)
+    >>> (merge(result.path, "merged-model") / "model.safetensors").exists()
+    True
+
     Args:
         path: the folder of a finished run.
         out: the folder to write; it must not exist.

@@ -5,9 +5,24 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from cells import shake, small
 from torch import nn
-from unusual import COMMON, UNUSUAL, clip, gemma4, learnt, llama, llava, qwen2_vl, qwen3_5, qwen3_next, seen, whisper
+from unusual import (
+    COMMON,
+    UNUSUAL,
+    clip,
+    gemma4,
+    learnt,
+    llama,
+    llava,
+    qwen2_vl,
+    qwen3_5,
+    qwen3_next,
+    random_model,
+    seen,
+    whisper,
+)
 
 from luthier.anatomy import Anatomy
 from luthier.core import AnatomyError, CompositionError
@@ -165,3 +180,20 @@ def test_a_prefix_and_prompt_vectors_do_not_stand_on_whisper_together_but_a_pref
     assert all(p.grad is not None and p.grad.any() for p in tuned.trained().values())
     with pytest.raises((AnatomyError, CompositionError)):
         attach(model, "prompt_tuning", name="other")
+
+
+def test_layers_whose_weight_is_read_without_a_call_are_no_sites_and_it_is_said() -> None:
+    config = hf.WavLMConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, conv_dim=[16, 16],
+        conv_kernel=[3, 3], conv_stride=[2, 2], num_feat_extract_layers=2, num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    model = random_model(hf.WavLMModel, config)
+    assert any(
+        "q_proj" in remark and "without the layer being called" in remark for remark in Anatomy.read(model).remarks
+    )
+    with pytest.raises(AnatomyError, match=r"attn\.q"):
+        attach(model, "lora")
+    tuned = attach(model, "lora", sites=["ffn.up"])
+    model(torch.randn(1, 400)).last_hidden_state.square().sum().backward()
+    assert all(p.grad is not None for p in tuned.trained().values())

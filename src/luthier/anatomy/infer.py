@@ -14,7 +14,13 @@ from typing import Any
 from torch import nn
 
 from luthier.anatomy.architecture import Architecture, Fused
-from luthier.anatomy.order import calls_in_order, goes_through_interface, is_dropout, n_tensor_arguments
+from luthier.anatomy.order import (
+    calls_in_order,
+    goes_through_interface,
+    is_dropout,
+    n_tensor_arguments,
+    reads_without_calling,
+)
 from luthier.anatomy.site import Rows, Site
 from luthier.core import AnatomyError
 
@@ -433,6 +439,10 @@ class _Reader:
         return Site(kind, self.layer, self._whole(path), 0, 0, stack=self.stack, shared=self.shared)
 
     def _add(self, kind: str, path: str, rows: Rows | None = None) -> None:
+        if reads_without_calling(self.modules[_parent(path)], _name(path)):
+            # Nothing attached there would be called, and no gradient would come.
+            self.facts.remarks.append(f"{_name(path)}, whose weight is read without the layer being called: no site")
+            return
         module = self.modules[path]
         d_in, d_out, transposed = _shape(module)
         bias = "bias" if module._parameters.get("bias") is not None else None

@@ -12,7 +12,13 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["calls_in_order", "goes_through_interface", "is_dropout", "n_tensor_arguments"]
+__all__ = [
+    "calls_in_order",
+    "goes_through_interface",
+    "is_dropout",
+    "n_tensor_arguments",
+    "reads_without_calling",
+]
 
 # Reading and parsing sources is the slow part of an anatomy, and a model has few classes.
 _STEPS: dict[tuple[type[nn.Module], str], tuple[tuple[str, ...], ...]] = {}
@@ -46,6 +52,15 @@ def _owns(module: nn.Module) -> bool:
 def goes_through_interface(module: nn.Module) -> bool:
     """Whether the module's forward asks transformers' registry of attention functions for its attention."""
     return "ALL_ATTENTION_FUNCTIONS" in _source(type(module), "forward")
+
+
+def reads_without_calling(module: nn.Module, child: str) -> bool:
+    """Whether the module's sources take the weight of `child` and never call it (WavLM's attention does)."""
+    try:
+        source = inspect.getsource(type(module))
+    except (OSError, TypeError):
+        return False
+    return f"self.{child}.weight" in source and not any(f"self.{child}{mark}" in source for mark in ("(", ",", ")"))
 
 
 def n_tensor_arguments(module: nn.Module) -> int:

@@ -109,7 +109,7 @@ def equals_the_cpu(name: str, device: str) -> None:
     one = shaken(made(name, "cpu"))
     other = made(name, device)
     Trainer(*other, total=200)
-    other[0].load_state_tensors({n: t.to(device) for n, t in one[0].state_tensors().items()})
+    other[0].state.load_tensors({n: t.to(device) for n, t in one[0].state.tensors().items()})
     other[1].eval()
     _alike(computed(other), computed(one))
 

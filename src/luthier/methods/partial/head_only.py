@@ -40,7 +40,7 @@ class HeadOnly(Method):
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         if not anatomy.head_tensors and not self._pooler(anatomy):
             raise AnatomyError(
-                f"head_only: this {anatomy.model_type} model has no new task head to train. "
+                f"{self.name}: this {anatomy.model_type} model has no new task head to train. "
                 "Use it for classification, or choose a method that changes the model, such as lora."
             )
         yield from (Unfreeze(name) for name in self._pooler(anatomy))
@@ -51,5 +51,5 @@ class HeadOnly(Method):
     def _pooler(self, anatomy: Anatomy) -> list[str]:
         found = [n for n in anatomy.tensors if ".pooler." in f".{n}"]
         if self.pooler and not found:
-            raise AnatomyError(f"head_only: this {anatomy.model_type} model has no pooler; leave `pooler` off.")
+            raise AnatomyError(f"{self.name}: this {anatomy.model_type} model has no pooler; leave `pooler` off.")
         return found if self.pooler else []

@@ -105,5 +105,5 @@ def test_time_memory_and_output_are_capped() -> None:
 
 
 def test_a_model_without_a_template_is_told_what_to_do() -> None:
-    with pytest.raises(ModelError, match=r"no chat template\. Pass one"):
+    with pytest.raises(ModelError, match=r"no chat template\. Put one"):
         template.check("")

@@ -281,8 +281,8 @@ def test_weights_that_overflow_are_never_saved(home: Path, tmp_path: Path, monke
 def test_scores_that_are_not_finite_are_written_as_text(home: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     from luthier.training.evaluate import Evaluator
 
-    inner = Evaluator.scores
-    monkeypatch.setattr(Evaluator, "scores", lambda self: {**inner(self), "loss": float("inf")})
+    inner = Evaluator.scores_of
+    monkeypatch.setattr(Evaluator, "scores_of", lambda self, out: {**inner(self, out), "loss": float("inf")})
     result = train(little_spec(home, steps=3, out=str(tmp_path / "run")))
     assert json.loads((tmp_path / "run" / "scores.json").read_text())["loss"] == "inf"
     assert "loss" not in result.record.scores and "accuracy" in result.record.scores

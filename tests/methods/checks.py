@@ -1,12 +1,15 @@
 """What the methods' own tests share: a model in float64, a few steps of AdamW, numbers that are nowhere zero."""
 
+from functools import cache
 from typing import Any
 
 import torch
 from tiny import inputs, tiny
 from torch import Tensor
+from transformers import BertConfig, BertModel
 
-from luthier.surgery import Tuned, attach
+from luthier.anatomy import Anatomy
+from luthier.surgery import Tuned, attach, method
 
 
 def optimiser(tuned: Tuned, lr: float = 1e-2, decay: float = 0.01) -> torch.optim.Optimizer:
@@ -67,12 +70,12 @@ def double(name: str, task: str = "") -> Any:
     return tiny(name, task).double()
 
 
-def attach_double(name: str, method: str, task: str = "", **settings: Any) -> Tuned:
+def attach_double(name: str, words: str, task: str = "", **settings: Any) -> Tuned:
     """A tiny model in float64 and its tuning, built in float64 too."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        return attach(double(name, task), method, **settings)
+        return attach(double(name, task), words, **settings)
     finally:
         torch.set_default_dtype(before)
 
@@ -110,3 +113,14 @@ def contribution(tuned, norm, key):
         module.up.weight.copy_(up)
         module.up.bias.copy_(bias)
     return whole - without
+
+
+@cache
+def _bert_base() -> Anatomy:
+    with torch.device("meta"):
+        return Anatomy.read(BertModel(BertConfig()))
+
+
+def counted(words: str, **settings: Any) -> int:
+    """Numbers that a method trains on BERT-base, on the meta device."""
+    return method(words, settings).n_params(_bert_base())

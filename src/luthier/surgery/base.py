@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -52,11 +54,16 @@ def _row_index(rows: Rows) -> Tensor:
 
 
 class Base:
-    """One site's frozen layer. Read-only for methods: what it returns is detached and never a parameter."""
+    """One site's frozen layer. Read-only for methods: what it returns is detached and never a parameter.
 
-    def __init__(self, module: nn.Module, site: Site) -> None:
+    Args:
+        neighbours: finds another layer of the same block by the kind of its site and the site's part.
+    """
+
+    def __init__(self, module: nn.Module, site: Site, neighbours: Callable[[str, str], Base] | None = None) -> None:
         self.module = module
         self.site = site
+        self._neighbours = neighbours
         self.packed: Packed | None = None
         self.moves = False  # a tuning trains the weight itself: nothing computed from it may be kept
 
@@ -139,6 +146,27 @@ class Base:
             y: Tensor = self.module(x)
             return y if self.site.rows is None else take_rows(y, self.site.rows)
         return torch.nn.functional.linear(x, self.weight(), self.bias())
+
+    def beside(self, kind: str, part: str = "") -> Base:
+        """Another layer of the same block, such as its second norm: `beside("norm", "1")`.
+
+        Raises:
+            AnatomyError: the block has none.
+        """
+        if self._neighbours is None:
+            raise AnatomyError(
+                f"{self.site.key}: this layer was made without the model around it; nothing is beside it."
+            )
+        return self._neighbours(kind, part)
+
+    def run(self, x: Tensor) -> Tensor:
+        """The layer itself, called in its own type; the result is in that of x. x: (..., d_in) -> (..., d_out).
+
+        A gradient goes through it to x. Edits that stand there do not act: it is the model's layer, with the values
+        that it has at the moment.
+        """
+        y: Tensor = self.module(x if x.dtype == self.dtype else x.to(self.dtype))
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     @torch.no_grad()
     def write(self, weight: Tensor, bias: Tensor | None) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
-from luthier.anatomy import Anatomy
+from luthier.anatomy import Anatomy, Site
 from luthier.core import AnatomyError, CompositionError, ConfigError, near
 from luthier.core.protocols import Model
 from luthier.surgery import compose
@@ -184,7 +185,7 @@ class Installer:
     def _attach(self, tuning: Tuning, prefix: str, edit: Attach, seed: int) -> None:
         site = edit.site
         module = self.edited.modules[site.path]
-        base = Base(module, site)
+        base = Base(module, site, partial(self._beside, site))
         weight = getattr(module, site.param, None)
         base.moves = any(u.parameter is weight for t in self.edited.tunings.values() for u in t.unfrozen.values())
         with keyed(seed, "init", prefix, site.key):
@@ -213,6 +214,16 @@ class Installer:
                 hook = self.edited.socket(path).register_forward_pre_hook(tap.put, with_kwargs=True)
                 self._taps.append((tuning.tuning_name, hook))
         socket.plugs.append(Plug(tuning.tuning_name, site, attachment, base, tap, prefix.removesuffix(":")))
+
+    def _beside(self, site: Site, kind: str, part: str) -> Base:
+        """The layer of `kind` in the block of `site`."""
+        block = [s for s in self.edited.anatomy.all_sites if (s.stack, s.layer) == (site.stack, site.layer)]
+        found = [s for s in block if s.kind == kind and part in ("", s.part)]
+        if not found:
+            wanted = f"{kind!r} with the part {part!r}" if part else repr(kind)
+            there = ", ".join(dict.fromkeys(s.key for s in block))
+            raise AnatomyError(f"{site.key}: its block has no {wanted}. It has {there}.")
+        return Base(self.edited.modules[found[0].path], found[0], partial(self._beside, found[0]))
 
     def _unfreeze(self, tuning: Tuning, prefix: str, edit: Unfreeze) -> None:
         name = self.edited.anatomy.tied.get(edit.name, edit.name)

@@ -1,5 +1,6 @@
 """What methods are made of. No file here is a method; a method imports from here, and never from another method.
 
+    behind            Behind, behind_sites, closing_norm, reduced      the bottleneck that reads what its block makes
     bottleneck        Bottleneck       narrow, bend, widen, and add: the inside of every adapter
                       bottleneck_params, check_sublayers, width_of, Activation
     parallel_branch   Beside           a bottleneck of a sublayer's input, added to its output

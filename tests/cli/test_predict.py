@@ -77,3 +77,24 @@ def test_rows_come_from_standard_input(luthier: Call, run: str, content: str, mo
     answer = luthier("predict", run, "--data", "-", "--json")
     assert answer.json["answers"][0]["label"] == wanted["label"]
     assert "refused" in answer.json["answers"][1] and "standard input:" in answer.err
+
+
+def test_answers_below_a_probability_are_unsure_and_the_label_stands_beside(luthier: Call, run: str) -> None:
+    asked = luthier("predict", run, "--data", "asked.jsonl", "--json").json["answers"]
+    sure = [max(a["probabilities"].values()) for a in asked if "label" in a]
+    between = str(sum(sure) / 2)  # two rows have an answer: one is surer, one is less sure
+    answer = luthier("predict", run, "--data", "asked.jsonl", "--unsure", between, "--out", "sorted.csv")
+    assert answer.code == 0 and "1 of 3 rows are unsure" in answer.err
+    rows = list(csv.DictReader(io.StringIO(Path("sorted.csv").read_text())))
+    for row, told in zip(rows, asked, strict=True):
+        if "label" in told:
+            assert row["label"] == told["label"]
+            assert (row["answer"] == "unsure") == (float(row["probability"]) < float(between))
+            assert row["answer"] in ("unsure", row["label"])
+        else:
+            assert not row["answer"] and row["note"]
+    shown = luthier("predict", run, "--text", "how good is it", "--unsure", 1).out.split("\t")
+    assert shown[0] == "unsure" and 0 < float(shown[1]) < 1
+    assert luthier("predict", run, "--text", "how", "--unsure", 0.01, "--json").json["answers"][0]["unsure"] is False
+    wrong = luthier("predict", run, "--text", "how", "--unsure", 60)
+    assert wrong.code == 2 and "--unsure 60" in wrong.err and "0.6" in wrong.err

@@ -14,6 +14,7 @@ from luthier.core import UsageError
 __all__ = ["NEEDS_WORDS", "answer_of", "cells_of", "command"]
 
 NEEDS_WORDS = True
+UNSURE = "unsure"
 
 
 def command(
@@ -27,6 +28,10 @@ def command(
         str | None, typer.Option(help="A new .csv, .jsonl or .parquet file for the rows with their answers.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest generated answer, in tokens.")] = 64,
+    unsure: Annotated[
+        float | None,
+        typer.Option(metavar="NUMBER 0..1", help="Answer `unsure` where the probability is lower than this."),
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Answer no row where one of them cannot be read.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -40,31 +45,43 @@ def command(
 
       luthier predict runs/x --data questions.csv --out answers.csv
 
+      luthier predict runs/x --data questions.csv --unsure 0.6 --out answers.csv
+
       cat questions.jsonl | luthier predict runs/x --data - --json
     """
     if bool(text) == (data is not None):
         raise UsageError("predict: give --text, or --data with a file of rows: one of the two.")
+    if unsure is not None and not 0 < unsure <= 1:
+        raise UsageError(f"--unsure {unsure:g}: it is a probability, above 0 and at most 1, such as 0.6.")
     into = None if out is None else AnswerFile(out)
 
     from luthier.data.load_data import load_inputs
     from luthier.workflow import Predictor
+    from luthier.workflow.unsure import check_unsure
 
     predictor = Predictor(run)
+    if unsure is not None:
+        check_unsure(unsure, predictor.task)
     table = predictor.table_of(text) if text else load_inputs(str(data), predictor.columns)[0]
     many = data is not None or len(table) > 1
     answers: list[dict[str, Any]] = []
     no_answer: list[str] = []
+    n_unsure = 0
     in_part: list[str] = []
     with ExitStack() as stack:
         if into is not None:
-            stack.enter_context(into).start(table.columns, COLUMNS[predictor.task.name])
-        stream: Iterator[dict[str, Any]] = predictor.stream(table, max_new_tokens=max_new_tokens, strict=strict)
+            answered = () if unsure is None else ("answer",)
+            stack.enter_context(into).start(table.columns, (*answered, *COLUMNS[predictor.task.name]))
+        stream: Iterator[dict[str, Any]] = predictor.stream(
+            table, max_new_tokens=max_new_tokens, strict=strict, unsure=unsure
+        )
         for number, answer in enumerate(stream, start=1):
             place = table.places[number - 1]
             if "refused" in answer:
                 no_answer.append(f"{place}: {answer['refused']}")
             elif "note" in answer:
                 in_part.append(f"{place}: {answer['note']}")
+            n_unsure += bool(answer.get("unsure"))
             if into is not None:
                 into.add(table.rows[number - 1], _columns_of(answer))
                 if not as_json:
@@ -81,6 +98,8 @@ def command(
         screen().table(("row", "answer"), rows, right=("row",))
     elif screen().for_eyes:
         screen().show(answer_of(answers[0]))
+    if unsure is not None:
+        screen().say(f"{n_unsure} of {len(table)} rows are unsure: below {unsure:g}")
     for what, found in (("cannot be answered", no_answer), ("are read in part", in_part)):
         if found:
             more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
@@ -102,12 +121,22 @@ def _columns_of(answer: dict[str, Any]) -> dict[str, Any]:
     if "label" in answer:
         label, shares = answer["label"], answer["probabilities"]
         share = [shares[name] for name in label] if isinstance(label, list) else shares[label]
-        return {**cells, "label": label, "probability": share}
-    return {
-        **cells,
-        **{name: answer[name] for name in ("value", "tags") if name in answer},
-        "answer": answer.get("text"),
-    }
+        return {**cells, "answer": said_of(answer), "label": label, "probability": share}
+    if "tags" in answer:
+        return {**cells, "answer": said_of(answer), "tags": answer["tags"]}
+    return {**cells, **({"value": answer["value"]} if "value" in answer else {"answer": answer.get("text")})}
+
+
+def said_of(answer: dict[str, Any]) -> Any:
+    """The label, labels or tags that are answered, with `unsure` in place of what is less sure than was asked for."""
+    doubted = answer.get("unsure", ())
+    if "tags" in answer:
+        return [UNSURE if i in doubted else tag for i, tag in enumerate(answer["tags"])]
+    label = answer["label"]
+    if isinstance(label, list):
+        kept = [name for name in label if name not in doubted] if doubted else label
+        return [*kept, UNSURE] if doubted else kept
+    return UNSURE if doubted else label
 
 
 def cells_of(answer: dict[str, Any]) -> tuple[str, ...]:
@@ -116,7 +145,7 @@ def cells_of(answer: dict[str, Any]) -> tuple[str, ...]:
         return "", "", str(answer["refused"])
     label = answer.get("label")
     if isinstance(label, str):
-        return label, f"{answer['probabilities'][label]:.6g}"
+        return said_of(answer), f"{answer['probabilities'][label]:.6g}"
     return (answer_of(answer),)
 
 
@@ -125,12 +154,14 @@ def answer_of(answer: dict[str, Any]) -> str:
     if "refused" in answer:
         return f"(no answer: {answer['refused']})"
     if "label" in answer:
-        label = answer["label"]
+        label, said = answer["label"], said_of(answer)
         if isinstance(label, list):
-            return ", ".join(label) or "(none)"
-        return f"{label}  ({answer['probabilities'][label]:.1%})"
+            doubted = f"  (unsure: {', '.join(answer['unsure'])})" if answer.get("unsure") else ""
+            return (", ".join(n for n in label if n in said) or "(none)") + doubted
+        likeliest = f"{label} " if said == UNSURE else ""
+        return f"{said}  ({likeliest}{answer['probabilities'][label]:.1%})"
     if "value" in answer:
         return f"{answer['value']:.4g}"
     if "tags" in answer:
-        return " ".join("(unread)" if tag is None else str(tag) for tag in answer["tags"])
+        return " ".join("(unread)" if tag is None else str(tag) for tag in said_of(answer))
     return str(answer["text"])

@@ -63,6 +63,8 @@ class Task:
     center: float = 0.0
     scale: float = 1.0
     """of a regression: the model learns (number - center) / scale; answers are in the unit of the rows"""
+    thresholds: tuple[float, ...] = ()
+    """of several labels, the probability from which each is answered; of two classes, that of the second; none: 0.5"""
     notes: tuple[str, ...] = ()
     """what was decided from the data, in sentences"""
 
@@ -82,6 +84,11 @@ class Task:
         if self.name == "classification":
             return "multi_label_classification" if self.multi_label else "single_label_classification"
         return "regression" if self.name == "regression" else None
+
+    @property
+    def has_thresholds(self) -> bool:
+        """Whether each answer is a yes or no from some probability on: several labels, or two classes."""
+        return self.name == "classification" and (self.multi_label or len(self.labels) == 2)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -151,9 +158,19 @@ class Task:
         """
         if self.name == "regression":
             return [float(v) for v in self.in_unit(logits)]
+        chosen = self.chosen(logits)
         if self.multi_label:
-            return [[self.labels[i] for i in np.flatnonzero(row > 0)] for row in logits]
-        return [self.labels[int(i)] for i in np.argmax(logits, axis=-1)]
+            return [[self.labels[i] for i in np.flatnonzero(row)] for row in chosen]
+        return [self.labels[int(i)] for i in chosen]
+
+    def chosen(self, logits: NDArray[Any]) -> NDArray[Any]:
+        """What is answered, as numbers: the class of each row, or (rows, labels) of yes and no."""
+        if self.thresholds:
+            chances = self.probabilities(logits)
+            if self.multi_label:
+                return np.asarray(chances >= np.asarray(self.thresholds))
+            return (chances[:, 1] >= self.thresholds[0]).astype(np.int64)
+        return np.asarray(logits) > 0 if self.multi_label else np.argmax(logits, axis=-1)
 
     def in_unit(self, values: NDArray[Any]) -> NDArray[np.float64]:
         """Outputs or targets of a regression in the unit of the rows, flat."""

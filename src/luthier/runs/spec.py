@@ -128,8 +128,8 @@ class BatchSpec:
 class EvalSpec:
     """When to score rows that are not learnt from, and what follows from the score.
 
-    What is selected by a score cannot be measured by it: with `best` or `patience`, a part of the training rows is
-    held out for that, and the test half is scored once, at the end.
+    What is selected by a score cannot be measured by it: with `best`, `patience` or `thresholds`, a part of the
+    training rows is held out for that, and the test half is scored once, at the end.
     """
 
     every: Annotated[
@@ -143,10 +143,15 @@ class EvalSpec:
     best: Annotated[bool, "keep the tuning with the best score rather than the last one"] = False
     share: Annotated[
         float,
-        "share of the training rows held out to select by, where best or patience ask for it",
+        "share of the training rows held out to select by, where best, patience or thresholds ask for it",
         between(0, 0.5),
         Flag("eval-share"),
     ] = 0.1
+    thresholds: Annotated[
+        bool,
+        "choose, on rows held out to select by, from which probability on a label is answered; for several labels and "
+        "for two classes",
+    ] = False
     rows: Annotated[
         int | None,
         "test rows that are scored, drawn by data.split_seed; left out, all, or 200 for a language model",
@@ -160,11 +165,18 @@ class EvalSpec:
             raise ConfigError(
                 f"eval.{wanted} needs evaluations during training: leave eval.every and eval.share out, or above 0."
             )
+        if self.thresholds and self.share == 0:
+            raise ConfigError("eval.thresholds are chosen on rows held out for it: leave eval.share out, or above 0.")
 
     @property
     def selects(self) -> bool:
-        """Whether a score decides anything."""
+        """Whether a score decides which step is kept, or when to stop."""
         return self.best or self.patience is not None
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether training rows are held out to select by."""
+        return self.selects or self.thresholds
 
 
 @checked
@@ -352,6 +364,7 @@ RESUME: dict[str, ResumeRule] = {
     "eval.best": "exact",  # these three decide which rows are learnt from, rows which are scored
     "eval.patience": "exact",
     "eval.share": "exact",
+    "eval.thresholds": "exact",
     "eval.rows": "exact",
     # boundary: the set of rows of each step follows from these, so they may change where an epoch begins
     "batch.size": "boundary",

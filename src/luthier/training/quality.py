@@ -97,8 +97,8 @@ def _classes(
     task: Task, logits: NDArray[Any], wanted: NDArray[np.int64], learnt: NDArray[np.int64], loss: float
 ) -> Quality:
     n, n_classes = len(wanted), len(task.labels)
-    said = logits.argmax(-1)
-    sure = task.probabilities(logits).max(-1)
+    said = task.chosen(logits)
+    sure = task.probabilities(logits)[np.arange(n), said]  # of what is answered; a threshold may take the less likely
     right = said == wanted
     confusion = np.zeros((n_classes, n_classes), dtype=np.int64)
     np.add.at(confusion, (wanted, said), 1)

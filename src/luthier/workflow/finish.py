@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from luthier.training.evaluate import plain_scores, references
 from luthier.training.loop import Loop
 from luthier.training.memory_parts import whole_memory
 from luthier.training.quality import Quality, judge
+from luthier.training.thresholds import choose_thresholds, thresholds_said
 from luthier.workflow.build import evaluator_of
 from luthier.workflow.merged_folder import merge
 from luthier.workflow.prediction import predict
@@ -54,11 +55,16 @@ class Result:
     quality: Quality | None = None
 
     def predict(
-        self, texts: str | Sequence[str] = (), *, data: str | None = None, max_new_tokens: int = 64
+        self,
+        texts: str | Sequence[str] = (),
+        *,
+        data: str | None = None,
+        max_new_tokens: int = 64,
+        unsure: float | None = None,
     ) -> list[dict[str, Any]]:
         """Answers of the run as it was saved, for texts or the rows of a file; see `luthier.predict`."""
         asked = [texts] if isinstance(texts, str) else texts
-        return predict(self.path, texts=asked, data=data, max_new_tokens=max_new_tokens)
+        return predict(self.path, texts=asked, data=data, max_new_tokens=max_new_tokens, unsure=unsure)
 
     def merge(self, out: Path | str) -> Path:
         """Write a model folder that transformers loads without luthier, and return its path."""
@@ -87,6 +93,7 @@ def finish(prepared: Prepared, loop: Loop, run: RunFolder) -> tuple[dict[str, fl
     loop.tuned.finish()
     loop.signals.check()
     _refuse_base(prepared, loop)
+    prepared = _with_thresholds(prepared, loop, run)
     stored = _save(prepared, loop.tuned, run)
     scores: dict[str, float] = {}
     quality = None
@@ -101,6 +108,21 @@ def finish(prepared: Prepared, loop: Loop, run: RunFolder) -> tuple[dict[str, fl
     run.flush()
     run.write_json("scores.json", plain_scores(scores))
     return scores, stored, quality
+
+
+def _with_thresholds(prepared: Prepared, loop: Loop, run: RunFolder) -> Prepared:
+    """Where the spec asks for thresholds: chosen on the rows held out to select by, and from now on a part of the task.
+
+    They are stored with it, so that whoever reads the tuning answers by them.
+    """
+    held = prepared.selection
+    if not prepared.spec.eval.thresholds or held is None or held.targets is None:
+        return prepared
+    found = choose_thresholds(prepared.task, evaluator_of(prepared, loop, held).outputs()["logits"], held.targets)
+    task = replace(prepared.task, thresholds=found)
+    run.event("thresholds", lasting=False, values=list(found))
+    loop.listener.say(thresholds_said(task, len(held)))
+    return replace(prepared, task=task)
 
 
 def _keep_answers(prepared: Prepared, test: Examples, out: dict[str, Any], run: RunFolder) -> Quality | None:
@@ -122,11 +144,14 @@ def answers_csv(task: Task, columns: Columns, table: Table, test: Examples, logi
     roles = [c for c in (columns.text, columns.pair) if c is not None]
     answers, wanted = task.decode(logits), references(task, test)
     chances = task.probabilities(logits) if task.name == "classification" else None
+    chosen = task.chosen(logits) if chances is not None else None
     sheet = io.StringIO(newline="")
     writer = csv.writer(sheet)
     writer.writerow(["place", *roles, "wanted", "answer", *(["sure"] if chances is not None else [])])
     for line, row in enumerate(test.rows.tolist()):
-        sure = [] if chances is None else [f"{chances[line].max():.4f}"]
+        sure = []
+        if chances is not None and chosen is not None:
+            sure = [f"{(chances[line].max() if task.multi_label else chances[line, chosen[line]]):.4f}"]
         cells = [table.rows[row].get(name) for name in roles]
         writer.writerow([table.places[row], *cells, _in_cell(wanted[line]), _in_cell(answers[line]), *sure])
     return sheet.getvalue().encode()

@@ -30,6 +30,7 @@ from luthier.training.precision import choose_device, choose_precision
 from luthier.workflow.generation import Generator
 from luthier.workflow.load_model import find_model, load_model, load_tokenizer
 from luthier.workflow.preparation import reserved_positions, tokenizer_digest
+from luthier.workflow.unsure import check_unsure, unsure_of
 
 __all__ = ["Predictor", "predict"]
 
@@ -126,23 +127,26 @@ class Predictor:
         max_new_tokens: int = 64,
         tunings: Sequence[str | None] | None = None,
         strict: bool = False,
+        unsure: float | None = None,
     ) -> list[dict[str, Any]]:
         """One answer for each row, in their order: label and probabilities, a number, tags, or generated text.
 
         A row that cannot be read has `{"refused": reason}` in its place. A row that was read in part has a "note"
-        beside its answer. Tags are one a word; a word that has no token has None.
+        beside its answer. Tags are one a word, each with how sure it is; a word that has no token has None.
 
         Args:
+            unsure: a probability: each answer also says what of it is less sure. `"unsure": True` stands for a label,
+                a list of labels where a row has several, a list of the numbers of words for tags.
             tunings: for each row the tuning that answers it ("default", or what `add` named), or None for the base.
                 Rows of one batch may have different ones; see `Tuned.rows`.
             strict: refuse all rows where one cannot be read.
 
         Raises:
             DataError: with `strict`, a row that cannot be read; all such rows are named.
-            ConfigError: not as many tunings as rows.
+            ConfigError: not as many tunings as rows; `unsure` for a task whose answers have no probability.
             UnknownName, CompositionError: a tuning that is not there, or that cannot stand beside others in a batch.
         """
-        return list(self.stream(table, max_new_tokens=max_new_tokens, tunings=tunings, strict=strict))
+        return list(self.stream(table, max_new_tokens=max_new_tokens, tunings=tunings, strict=strict, unsure=unsure))
 
     def stream(
         self,
@@ -151,8 +155,11 @@ class Predictor:
         max_new_tokens: int = 64,
         tunings: Sequence[str | None] | None = None,
         strict: bool = False,
+        unsure: float | None = None,
     ) -> Iterator[dict[str, Any]]:
         """The answers of `rows`, as they come: some rows are answered at a time."""
+        if unsure is not None:
+            check_unsure(unsure, self.task)
         if tunings is not None and len(tunings) != len(table.rows):
             raise ConfigError(
                 f"{len(tunings)} tunings are named for {len(table.rows)} rows. Name one for each, or None for the base."
@@ -172,6 +179,8 @@ class Predictor:
                 found = self._write(examples, max_new_tokens, named) if written else self._read(examples, named)
             for record in examples.ledger:
                 answer = found.get(record["row"])
+                if answer is not None and unsure is not None:
+                    answer |= {"unsure": unsure_of(answer, unsure)}
                 if answer is None:
                     yield {"refused": record["reason"]}
                 elif record["status"] == TRUNCATED:
@@ -216,10 +225,11 @@ class Predictor:
         for k, row in enumerate(examples.rows.tolist()):
             numbers = examples.words[examples.offsets[k] : examples.offsets[k + 1]]
             n_words = len(words_and_tags(examples.ledger.table, row, self.columns.inputs())[0])
-            tags = found.setdefault(row, {"tags": [None] * n_words})["tags"]
+            answer = found.setdefault(row, {"tags": [None] * n_words, "sure": [None] * n_words})
             decoded = self.task.decode(np.asarray(logits[k]))
-            for number, tag in zip(numbers[numbers != IGNORED].tolist(), decoded, strict=True):
-                tags[number] = tag
+            sure = self.task.probabilities(np.asarray(logits[k])).max(-1, initial=0.0).tolist()
+            for number, tag, share in zip(numbers[numbers != IGNORED].tolist(), decoded, sure, strict=True):
+                answer["tags"][number], answer["sure"][number] = tag, share
         return found
 
     def _write(
@@ -239,6 +249,7 @@ class Predictor:
         max_new_tokens: int = 64,
         tunings: Sequence[str | None] | None = None,
         strict: bool = False,
+        unsure: float | None = None,
     ) -> list[dict[str, Any]]:
         """Answers for texts alone; see `rows`.
 
@@ -246,7 +257,7 @@ class Predictor:
             ConfigError: the task needs more than one text a row.
         """
         table = self.table_of(texts)
-        return self.rows(table, max_new_tokens=max_new_tokens, tunings=tunings, strict=strict)
+        return self.rows(table, max_new_tokens=max_new_tokens, tunings=tunings, strict=strict, unsure=unsure)
 
     def table_of(self, texts: Sequence[str]) -> Table:
         """Texts as rows with the one column that this run reads.
@@ -289,6 +300,7 @@ def predict(
     data: str | None = None,
     max_new_tokens: int = 64,
     strict: bool = False,
+    unsure: float | None = None,
 ) -> list[dict[str, Any]]:
     """Answers of a finished run for texts, or for the rows of a file, in their order; see `Predictor.rows`.
 
@@ -307,6 +319,6 @@ def predict(
         raise ConfigError("give texts, or a file of rows: one of the two.")
     predictor = Predictor(path)
     if data is None:
-        return predictor.texts(texts, max_new_tokens=max_new_tokens, strict=strict)
+        return predictor.texts(texts, max_new_tokens=max_new_tokens, strict=strict, unsure=unsure)
     table, _ = load_inputs(data, predictor.columns)
-    return predictor.rows(table, max_new_tokens=max_new_tokens, strict=strict)
+    return predictor.rows(table, max_new_tokens=max_new_tokens, strict=strict, unsure=unsure)

@@ -28,6 +28,7 @@ from luthier.surgery import Method, compose
 from luthier.training import Strategy
 from luthier.training.precision import Precision, choose_device, choose_precision
 from luthier.training.strategy import split_settings, strategies
+from luthier.training.thresholds import check_thresholds
 from luthier.workflow.load_model import Source, empty_model, find_model, load_config, load_tokenizer
 
 __all__ = ["Prepared", "prepare", "reserved_positions", "tokenizer_digest"]
@@ -95,7 +96,9 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None) -> Pr
     for remark in data.notes:
         note(remark)
     select = None
-    if spec.eval.selects:
+    if spec.eval.thresholds:
+        check_thresholds(task)
+    if spec.eval.holds_out:
         by_class = task.name == "classification" and not task.multi_label
         table, select = split_rows(
             table, spec.eval.share, key(spec.data.split_seed, "select"), columns.content,

@@ -27,11 +27,13 @@ def train(
     losses = []
     for step in range(1, steps + 1):
         torch.manual_seed(seed * 1000 + step)
+        parts = [p for t in tuned.tunings.values() for p in t.method.parts()]
+        for part in parts:
+            part.before_step(tuned, step, total or steps)
         batch = inputs(tuned.model, seed=step % 2)
         result = tuned.model(**batch).loss
         result.backward()
         losses.append(float(result.detach()))
-        parts = [p for t in tuned.tunings.values() for p in t.method.parts()]
         for part in parts:
             extra = part.extra_loss(tuned)
             if extra is not None:

@@ -20,8 +20,9 @@ from luthier.surgery.prompts import refuse_prompts
 from luthier.surgery.socket import Plug, Substitute, Tap
 from luthier.surgery.tuning import BRANCH, PREFIX, Master, Tuning, keyed
 from luthier.surgery.unfrozen import Unfrozen
+from luthier.surgery.view import TunedView
 
-__all__ = ["Installer", "check", "edits_of"]
+__all__ = ["Installer", "begin", "check", "edits_of"]
 
 
 def edits_of(method: Method, edited: EditedModel, seed: int, *, train_head: bool) -> list[tuple[str, Edit]]:
@@ -103,6 +104,16 @@ def check(edited: EditedModel, edits: list[tuple[str, Edit]], method: Method) ->
             advice = "One tensor has one owner: use one of the methods, or settings that leave the tensor out."
             claim(f"the tensor {name!r}", prefix, advice)
     return claims
+
+
+def begin(tuned: TunedView, tuning: Tuning, seed: int) -> None:
+    """Let the parts of a method choose what follows from the weights; on the meta device there are none."""
+    if any(p.device.type == "meta" for p in tuned.model.parameters()):
+        return
+    for part in tuning.method.parts():
+        if type(part).begin is not Method.begin:
+            with keyed(seed, "begin", part.name):
+                part.begin(tuned)
 
 
 def _refuse_offloaded(model: Model) -> None:

@@ -89,6 +89,11 @@ class Method(ABC):
         return self.n_params(anatomy)
 
     # Most methods leave these alone.
+    def begin(self, tuned: TunedView) -> None:
+        """A new tuning of it is on the model: choose what follows from the weights alone, such as a mask. Draws are
+        keyed. A saved tuning that is loaded begins too, and then takes up what was saved.
+        """
+
     def prepare(self, tuned: TunedView, batches: Batches) -> None:
         """A start that looks at data: runs once before training. Must leave parameters, buffers and grads as found."""
 

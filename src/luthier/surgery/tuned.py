@@ -191,6 +191,7 @@ class Tuned:
                     other.deactivate()
             for prefix, edit in edits:
                 self._installer.install(tuning, prefix, edit, seed)
+            install.begin(self, tuning, seed)
         except BaseException:
             self.remove(name)
             self.activate(*(t.tuning_name for t in active))

@@ -87,9 +87,18 @@ def stored_tensors(tuning: Tuning) -> dict[str, Tensor]:
             # New values of the changed entries, not differences: fl(a + fl(b - a)) need not be b.
             index = unfrozen.mask.flatten().nonzero().flatten()  # (changed entries,)
             small = index.numel() == 0 or int(index[-1]) < 2**31
-            tensors[f"{key_}|index"] = index.to(torch.int32 if small else torch.int64).cpu()
+            if unfrozen.derived:
+                tensors[f"{key_}|places"] = _sum_of(unfrozen.mask)
+            else:
+                tensors[f"{key_}|index"] = index.to(torch.int32 if small else torch.int64).cpu()
             tensors[f"{key_}|values"] = value.flatten()[index].cpu().contiguous()
     return tensors
+
+
+def _sum_of(mask: Tensor) -> Tensor:
+    """One number that tells whether a mask chosen again is the one that was saved. (1,)"""
+    summed = hashlib.sha256(mask.cpu().contiguous().numpy().data)
+    return torch.tensor([int.from_bytes(summed.digest()[:7], "little")])
 
 
 def save(
@@ -237,6 +246,15 @@ def restore(tuning: Tuning, tensors: dict[str, Tensor], where: str) -> None:
             mask = torch.zeros(value.numel(), dtype=torch.bool)
             mask[index] = True
             unfrozen.mask = mask.view(value.shape).to(value.device)
+        elif unfrozen.derived and {f"{key_}|places", f"{key_}|values"} <= set(left):
+            values, summed = left.pop(f"{key_}|values"), left.pop(f"{key_}|places")
+            assert unfrozen.mask is not None, "a mask that follows from the base is chosen by `begin`"
+            if not torch.equal(_sum_of(unfrozen.mask), summed):
+                raise IntegrityError(
+                    f"{where}: the entries of {unfrozen.name} that follow from the base are others than when it was "
+                    "saved. Load the base in the precision it was trained in, or in float32."
+                )
+            value[unfrozen.mask] = values.to(value.device, value.dtype)
         else:
             raise IntegrityError(f"{where}: no values for {key_}; the file is not whole.")
     if left:

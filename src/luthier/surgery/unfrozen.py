@@ -37,6 +37,7 @@ class Unfrozen:
         kept: that value as it is held. A base that was stored in bf16 and loaded in fp32 loses nothing in bf16, and
             with full fine-tuning this is half a model less.
         mask: of the values; with `holds=False` of the gradient only.
+        derived: the mask follows from the base's weights, and `begin` chooses it again: its places are not stored.
         inactive_value: the tuned value, while the tuning is not active and the model has its original.
     """
 
@@ -45,6 +46,7 @@ class Unfrozen:
     ) -> None:
         self.name, self.parameter, self.holds = name, parameter, holds
         self.inactive_value: Tensor | None = None
+        self.derived = False
         self._mask = mask
         self.original = original
         self._versions = {"original": _fresh_version(), "tuned": parameter._version}

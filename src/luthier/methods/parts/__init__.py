@@ -15,6 +15,8 @@
                       pack, unpack     a mask, eight entries to a byte
                       no_trace         look at data and leave everything as it was
                       first_share
+    update_masks      choose_masks     a share of the model's own numbers that may move
+                      kept, maskable, sizes_of, Over, Scope
     own_tensors       own_modules      what a method finds of itself on a model that may hold other tunings
                       own_tunings, own_unfrozen, group_names
     narrow_copy       narrow_model     some blocks of a model again, at a fraction of its width

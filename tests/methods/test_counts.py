@@ -68,6 +68,13 @@ ENCODER_ALL = ("attn", "ffn")
         ("llama-7b", "adamix", {"width": 48}, 31_594_496),
         ("roberta", "adamix", {"form": "lora", "up_experts": 4}, 1_179_648),
         ("roberta", "propetl", {}, 1_278_784),
+        ("roberta", "krona", {}, 36_864),
+        ("llama-7b", "krona", {}, 524_288),
+        ("roberta", "krona_b", {}, 18_432),
+        ("roberta", "krona_b_res", {}, 18_432 + 12),
+        ("roberta", "lokr", {}, 26_112),
+        ("roberta", "phm_delta", {"n": 4, "rank": 1}, 64 + 24 * 1536),
+        ("roberta", "kadaptation", {}, 2 * 32**2 + 24 * 1536),
         ("llama-7b", "propetl", {"width": 341}, 2_797_909 + 89_391_104),
     ],
 )

@@ -5,8 +5,12 @@
                       bottleneck_params, check_sublayers, width_of, Activation
     parallel_branch   Beside           a bottleneck of a sublayer's input, added to its output
     low_rank          ThinUpdate       x -> scale B A x beside a weight: merged, fused, and served in rows
+                      Thin             the same for an A and B that are made of something else
                       SmallDropout     dropout of a branch's input, the same again under checkpointing
                       check_projections, fusable, live_bias
+    kronecker         KroneckerUpdate  x -> scale (A (x) B) x beside a weight, never formed
+                      Rule             n small matrices that all places share
+                      kron_linear, near_square, phm_weight, phm_thin, check_divides
     prefixes          Prefixes         keys and values of every attention, or the networks that compute them
                       prefix_params, prefix_stored, drop_networks, groups_of
     hadamard          Projection       a random projection by fast transforms, made again from its name

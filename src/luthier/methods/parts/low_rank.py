@@ -13,7 +13,7 @@ from luthier.kernels import GroupedUpdates, StillUpdate, Update, low_rank_linear
 from luthier.surgery import Attachment, Base
 from luthier.surgery.base import is_plain
 
-__all__ = ["SmallDropout", "ThinUpdate", "check_projections", "fusable", "live_bias"]
+__all__ = ["SmallDropout", "Thin", "ThinUpdate", "check_projections", "fusable", "live_bias"]
 
 
 def check_projections(anatomy: Anatomy, sites: tuple[Site, ...], asked_by: str, dropout: float) -> tuple[Site, ...]:
@@ -68,37 +68,56 @@ class SmallDropout:
         return x if seed is None else kernels.dropout(x, self.p, seed)
 
 
-class ThinUpdate(Attachment):
-    """Adds `scale * B A x` to the output."""
+class Thin(Attachment):
+    """Adds `scale * B A x` to the output, whatever A and B are made of: `thin()` says it, and all else follows."""
 
     kind = "delta"
 
-    def __init__(self, d_in: int, d_out: int, rank: int, scale: float, dropout: float = 0.0) -> None:
+    def __init__(self, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
         self.scale = scale
         self.dropout = SmallDropout(dropout)
-        self.a = nn.Parameter(torch.empty(rank, d_in))
-        self.b = nn.Parameter(torch.zeros(d_out, rank))
-        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+
+    def thin(self) -> tuple[Tensor, Tensor]:
+        """A: (rank, d_in) and B: (d_out, rank), with the graph of what they are made of."""
+        raise NotImplementedError
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        return y + (self.dropout(x, self.training) @ self.a.T @ self.b.T) * self.scale
+        a, b = self.thin()
+        return y + (self.dropout(x, self.training) @ a.T @ b.T) * self.scale
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + self.b @ self.a * self.scale, bias
+        a, b = self.thin()
+        return weight + b @ a * self.scale, bias
 
     def fused(self, base: Base, x: Tensor) -> Tensor | None:
         if not fusable(base):
             return None
         seed = self.dropout.seed(self.training)
         p = 0.0 if seed is None else self.dropout.p
-        return low_rank_linear(x, base.frozen(), base.bias(), self.a, self.b, self.scale, p, seed)
+        a, b = self.thin()
+        return low_rank_linear(x, base.frozen(), base.bias(), a, b, self.scale, p, seed)
 
     def still(self, base: Base) -> Callable[[Tensor], Tensor] | None:
-        if not fusable(base):
-            return None
-        return StillUpdate(base.frozen(), base.bias(), Update(self.a, self.b, self.scale))
+        return StillUpdate(base.frozen(), base.bias(), self._update()) if fusable(base) else None
 
     @classmethod
     def together(cls, members: Sequence[Attachment], dtype: torch.dtype) -> GroupedUpdates:
-        return GroupedUpdates([Update(m.a, m.b, m.scale) for m in members if isinstance(m, ThinUpdate)], dtype)
+        return GroupedUpdates([m._update() for m in members if isinstance(m, Thin)], dtype)
+
+    def _update(self) -> Update:
+        a, b = self.thin()
+        return Update(a.detach(), b.detach(), self.scale)
+
+
+class ThinUpdate(Thin):
+    """Adds `scale * B A x` to the output; A and B are what trains."""
+
+    def __init__(self, d_in: int, d_out: int, rank: int, scale: float, dropout: float = 0.0) -> None:
+        super().__init__(scale, dropout)
+        self.a = nn.Parameter(torch.empty(rank, d_in))
+        self.b = nn.Parameter(torch.zeros(d_out, rank))
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+
+    def thin(self) -> tuple[Tensor, Tensor]:
+        return self.a, self.b

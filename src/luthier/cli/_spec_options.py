@@ -148,6 +148,11 @@ def _option(field: str, name: str, fact: FieldFacts, panel: str) -> Option:
         shape = ",".join(_word_for(kind) for kind in get_args(kinds[0]) if kind is not Ellipsis)
     else:
         shape = _word_for(first)
+    if get_origin(kinds[0]) is tuple and get_args(kinds[0]) == (str, ...):  # named once for each: --source a --source b
+        return Option(
+            field=field, name=name, panel=panel, kind=list[str], shape="FOLDER",
+            help=f"{fact.meaning}; once for each",
+        )  # fmt: skip
     return Option(
         field=field, name=name, panel=panel, kind=first, shape=None if first is bool else shape + _bounds(fact.limit),
         help=fact.meaning + _default(fact.default, name), as_text=first is str and kinds != [str] and not
@@ -274,7 +279,7 @@ def values_of(options: Sequence[Option], words: Mapping[str, Any]) -> dict[str, 
     names: dict[str, str] = {}
     for option in options:
         value = words.get(option.key)
-        if value is None:
+        if value is None or value == []:
             continue
         if option.field in names:
             raise UsageError(

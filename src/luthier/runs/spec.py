@@ -214,6 +214,11 @@ class RunSpec:
         dict[str, Any],
         "settings of the method and of the strategy, such as rank, or lora.rank where methods are composed",
     ] = field(default_factory=dict)
+    sources: Annotated[
+        tuple[str, ...] | None,
+        "finished runs, or their tunings, that the method is made of: adapters to fuse, prompts to start from",
+        Flag("source"),
+    ] = None
     optim: Annotated[OptimSpec, "optimiser"] = OptimSpec()
     epochs: Annotated[
         float | None, "passes over the training rows; 3 where neither epochs nor steps is given", above(0)
@@ -340,6 +345,7 @@ RESUME: dict[str, ResumeRule] = {
     "method": "exact",
     "strategy": "exact",
     "settings": "exact",
+    "sources": "exact",
     "data.source": "exact",
     "data.test": "exact",
     "data.test_share": "exact",

@@ -22,6 +22,8 @@ from luthier.surgery.loading import load
 from luthier.surgery.look import Look, gradients
 from luthier.surgery.method import METHODS, Batches, Group, Method, Objective, PerSite
 from luthier.surgery.peft_files import from_peft, to_peft
+from luthier.surgery.source import Source
+from luthier.surgery.sources import open_source
 from luthier.surgery.tuned import Tuned, attach
 from luthier.surgery.tuning import keyed
 from luthier.surgery.tuning_files import read_tuning
@@ -46,6 +48,7 @@ __all__ = [
     "PrependKeys",
     "PrependTokens",
     "Reparametrise",
+    "Source",
     "Tuned",
     "TunedView",
     "TuningView",
@@ -57,6 +60,7 @@ __all__ = [
     "keyed",
     "load",
     "method",
+    "open_source",
     "read_tuning",
     "to_peft",
 ]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from luthier.anatomy import Anatomy
 from luthier.core import CompositionError, ConfigError, UnknownName, build, fields_of, near, other_names
 from luthier.surgery.edits import Edit
 from luthier.surgery.method import METHODS, Method
+from luthier.surgery.source import Source
 
-__all__ = ["Combined", "check", "check_beside", "method", "setting_names", "spell"]
+__all__ = ["Combined", "check", "check_beside", "fitted", "method", "setting_names", "spell", "takes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +128,38 @@ def method(words: str, settings: Mapping[str, Any] | None = None) -> Method:
     if issubclass(whole, Combined):
         return whole(members=tuple(members))
     return members[0]
+
+
+def takes(part: Method, source: Source) -> bool:
+    """Whether a method is made of tunings such as this one."""
+    return bool(part.sources) and source.method in METHODS.names() and METHODS.get(source.method).is_a(*part.sources)
+
+
+def fitted(method: Method, sources: Sequence[Source]) -> Method:
+    """`method` with the settings that saved tunings decide; each goes to the parts that are made of such ones.
+
+    Raises:
+        ConfigError: too few, one that no part takes, or some that do not go together.
+    """
+    for part in method.parts():
+        mine = [s for s in sources if takes(part, s)]
+        if part.sources and len(mine) < part.least_sources:
+            at_least = "one" if part.least_sources == 1 else f"at least {part.least_sources}"
+            words = " ".join(["--source runs/NAME"] * part.least_sources)
+            raise ConfigError(
+                f"{part.name}: is made of saved tunings of {' or '.join(part.sources)}, {at_least}; {len(mine)} given. "
+                f"Name the folders of finished runs: {words}, or attach(..., sources=[...])."
+            )
+    for source in sources:
+        if not any(takes(part, source) for part in method.parts()):
+            wanted = [name for part in method.parts() for name in part.sources]
+            reason = f"is made of saved tunings of {' or '.join(wanted)}" if wanted else "takes no saved tunings"
+            raise ConfigError(
+                f"{source.folder}: a tuning of {source.method}, and {spell(method)} {reason}. Leave the source out, or "
+                "choose another method."
+            )
+    members = tuple(part.fitted([s for s in sources if takes(part, s)]) for part in method.parts())
+    return replace(method, members=members) if isinstance(method, Combined) else members[0]
 
 
 def _spelt_out(names: Iterable[str]) -> tuple[list[str], dict[str, Any]]:

@@ -14,6 +14,7 @@ from luthier.core import Catalogue, plain
 from luthier.surgery.attachment import Attachment
 from luthier.surgery.base import Base
 from luthier.surgery.edits import Edit, attach_each
+from luthier.surgery.source import Source
 from luthier.surgery.view import TunedView
 
 __all__ = ["METHODS", "Batches", "Group", "Method", "Objective", "PerSite"]
@@ -57,6 +58,8 @@ class Method(ABC):
         draws: in training it draws which of its numbers take part, so two passes differ even without dropout.
         looks_ahead: what it adds to a token depends on later tokens too; its page says what that means in generation.
 
+        sources: the methods whose saved tunings it is made of; `least_sources`, how many at least.
+
     Class facts for the contract tests alone, so that a new file joins no list:
         tiny: settings that fit a model of three layers and width 48; `lr` for the rate at which it learns there.
         needs: methods that must stand beside it, because it changes their numbers and has none of its own.
@@ -73,6 +76,8 @@ class Method(ABC):
     trains_base: ClassVar[bool] = False  # weights of the blocks themselves move: their dropout stays on
     draws: ClassVar[bool] = False
     looks_ahead: ClassVar[bool] = False
+    sources: ClassVar[tuple[str, ...]] = ()
+    least_sources: ClassVar[int] = 1
     tiny: ClassVar[Mapping[str, Any]] = {}
     needs: ClassVar[tuple[str, ...]] = ()
 
@@ -93,6 +98,17 @@ class Method(ABC):
         """A new tuning of it is on the model: choose what follows from the weights alone, such as a mask. Draws are
         keyed. A saved tuning that is loaded begins too, and then takes up what was saved.
         """
+
+    def fitted(self, sources: Sequence[Source]) -> Self:
+        """This method with the settings that its sources decide, such as how many there are.
+
+        Raises:
+            ConfigError: they do not go together, or a setting says otherwise.
+        """
+        return self
+
+    def adopt(self, tuned: TunedView, sources: Sequence[Source]) -> None:
+        """Take over what the sources hold: once, in a new tuning. What is taken is saved with it."""
 
     def prepare(self, tuned: TunedView, batches: Batches) -> None:
         """A start that looks at data: runs once before training. Must leave parameters, buffers and grads as found."""

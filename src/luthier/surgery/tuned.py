@@ -30,6 +30,8 @@ from luthier.surgery.install import Installer
 from luthier.surgery.merging import Merging
 from luthier.surgery.method import Group, Method
 from luthier.surgery.serving import Serving
+from luthier.surgery.source import Source
+from luthier.surgery.sources import check_weights, opened
 from luthier.surgery.training_state import TrainingState
 from luthier.surgery.tuning import Tuning
 
@@ -155,7 +157,10 @@ class Tuned:
 
     # ------------------------------------------------------------------ adding and removing
 
-    def add(self, method: Method | str, *, name: str = "default", seed: int = 0, train_head: bool = True) -> Tuning:
+    def add(
+        self, method: Method | str, *, name: str = "default", seed: int = 0, train_head: bool = True,
+        sources: Sequence[Source | Path | str] = (),
+    ) -> Tuning:  # fmt: skip
         """Carry out a method's edits under a new name; it becomes active and trainable beside the others.
 
         A tuning of the same method that holds what the new one needs (the same tensor, the attention's prefix, the one
@@ -165,9 +170,14 @@ class Tuned:
             ConfigError: the name is taken.
             AnatomyError: the model lacks a site that the method asks for.
             CompositionError: the method cannot stand beside what is active. Nothing has been changed then.
+            WrongBase: a source was made for another model.
         """
         if isinstance(method, str):
             method = compose.method(method)
+        material = opened(sources)
+        if material:
+            method = compose.fitted(method, material)
+            check_weights(self.edited, material)
         if name in self.tunings or not name or "." in name or "/" in name or ":" in name or "|" in name:
             raise ConfigError(
                 f"tuning name {name!r}: it must be new, not empty, and hold none of . / : | on this model."
@@ -191,6 +201,9 @@ class Tuned:
                     other.deactivate()
             for prefix, edit in edits:
                 self._installer.install(tuning, prefix, edit, seed)
+            tuning.sources = [source.facts() for source in material]
+            for part in method.parts() if material else ():
+                part.adopt(self, [source for source in material if compose.takes(part, source)])
             install.begin(self, tuning, seed)
         except BaseException:
             self.remove(name)
@@ -372,6 +385,7 @@ def attach(
     seed: int = 0,
     train_head: bool = True,
     new_tensors: Sequence[str] = (),
+    sources: Sequence[Source | Path | str] = (),
     **settings: Any,
 ) -> Tuned:
     """Edit a Hugging Face model in place so that `method` can train; the model keeps its class.
@@ -392,6 +406,7 @@ def attach(
         seed: of the new numbers.
         train_head: also train a new task head (a classifier); a language-model head is never touched.
         new_tensors: names of further tensors that no checkpoint filled; they train with the head.
+        sources: for a method that is made of saved tunings: their folders, or those of their runs.
 
     Raises:
         UnknownName, ConfigError: no such method or setting.
@@ -408,7 +423,7 @@ def attach(
     model = getattr(model, "_orig_mod", model)  # compiled before: edits go to what is called from there
     tuned = Tuned.of(model) or Tuned(model, new_tensors)
     try:
-        tuned.add(method, name=name, seed=seed, train_head=train_head)
+        tuned.add(method, name=name, seed=seed, train_head=train_head, sources=sources)
     except BaseException:
         if not tuned.tunings:  # nothing of ours may stay on the user's model
             tuned.detach()

@@ -30,6 +30,7 @@ class Tuning(nn.Module):
         self.unfrozen: dict[str, Unfrozen] = {}  # canonical key ("model/..." or "head/...") -> tensor
         self.fixed: set[str] = set()  # numbers in `parts` that the method itself holds still: "key.short"
         self.claims: dict[str, str] = {}  # what only one active tuning may hold -> which part of the method holds it
+        self.sources: list[dict[str, str]] = []  # the saved tunings that it was made of: name, method, sha256
         self.active = True
         self.trainable = True
         self.finished = False

@@ -34,7 +34,7 @@ __all__ = [
 FORMAT = 1
 _KEYS = {
     "format", "luthier", "method", "settings", "base", "head", "labels", "task", "contract", "tensors",
-    "precision",
+    "precision", "sources",
 }  # fmt: skip
 
 
@@ -135,6 +135,7 @@ def save(
         },
         "head": sorted(k for k in tuning.unfrozen if k.startswith("head/")),
         "tensors": {n: list(t.shape) for n, t in tensors.items()},
+        **({"sources": tuning.sources} if tuning.sources else {}),
         **(about or {}),
     }
     target = Path(folder)
@@ -197,7 +198,7 @@ def read_tuning(folder: Path | str) -> dict[str, Any]:
         raise IntegrityError(
             f"{where}: no {', '.join(sorted(missing))}; the file is not whole. Train again or restore it."
         )
-    kinds = {"method": str, "settings": dict, "base": dict, "tensors": dict, "head": list}
+    kinds = {"method": str, "settings": dict, "base": dict, "tensors": dict, "head": list, "sources": list}
     for name, kind in kinds.items():
         if name in facts and not isinstance(facts[name], kind):
             raise IntegrityError(f"{where}: {name} is {facts[name]!r}, not a {kind.__name__}; restore it from a copy.")

@@ -40,7 +40,7 @@ def build(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
     model.config.pad_token_id = prepared.pad_id
     _check_finite(model, prepared.source.name)
     method = prepared.method
-    tuned = attach(model, method, seed=spec.seed, new_tensors=fresh)
+    tuned = attach(model, method, seed=spec.seed, new_tensors=fresh, sources=prepared.sources)
     trains_base = any(m.trains_base for m in method.parts())
     trunk_dropout = spec.trunk_dropout == "on" or (spec.trunk_dropout == "auto" and trains_base)
     if spec.fast:

@@ -25,6 +25,8 @@ from luthier.data.tasks import Task
 from luthier.data.tokenizer import choose_length, choose_pad
 from luthier.runs.spec import RunSpec
 from luthier.surgery import Method, compose
+from luthier.surgery import Source as SavedTuning
+from luthier.surgery.sources import check_shapes, opened
 from luthier.training import Strategy
 from luthier.training.precision import Precision, choose_device, choose_precision
 from luthier.training.strategy import split_settings, strategies
@@ -63,6 +65,7 @@ class Prepared:
     weights: torch.dtype
     fingerprints: dict[str, str]
     lines: tuple[str, ...]
+    sources: tuple[SavedTuning, ...] = field(default=(), repr=False)
 
     @property
     def template(self) -> ChatTemplate | None:
@@ -87,6 +90,10 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None) -> Pr
         say(line)
 
     method, strategies = _method_and_strategies(spec)
+    sources = opened(spec.sources or ())
+    method = compose.fitted(method, sources)
+    for made in sources:
+        note(f"made of {made.folder}: a tuning of {made.method}, {made.digest[:12]}")
     device = choose_device(spec.device)
     precision = choose_precision(spec.precision, device)
     source = find_model(spec.model)
@@ -115,6 +122,7 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None) -> Pr
     tokenizer = load_tokenizer(source)
     empty = empty_model(source, task)
     anatomy = Anatomy.read(empty)
+    check_shapes(anatomy, sources)
     n_params = method.n_params(anatomy)
     reserved = reserved_positions(method, anatomy)
     if n_params == 0 and not anatomy.head_tensors:
@@ -149,7 +157,7 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None) -> Pr
         train=train_examples, selection=select_examples, test=test_examples,
         pad_id=pad.id,
         pad=plain(pad), max_length=max_length, n_params=n_params, n_base=anatomy.n_params, precision=precision,
-        device=device, weights=weights, lines=tuple(lines),
+        device=device, weights=weights, lines=tuple(lines), sources=sources,
         fingerprints={
             "model": source.digest,
             "train": table.fingerprint(),
@@ -157,6 +165,7 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None) -> Pr
             "test": test.fingerprint() if test is not None else "",
             "tokenizer": tokenizer_digest(tokenizer),
             "luthier": __version__,
+            **({"sources": " ".join(made.digest for made in sources)} if sources else {}),
         },
     )  # fmt: skip
 

@@ -45,6 +45,11 @@ def compare_fingerprints(
     Returns:
         a sentence for each difference, and the fingerprints that hold from now on.
     """
+    if run.fingerprints.get("sources") != prepared.fingerprints.get("sources"):
+        raise IntegrityError(
+            f"{run.path}: the tunings that it is made of ({', '.join(prepared.spec.sources or ())}) are not those it "
+            "began with. Restore them, or start a new run with `luthier train`."
+        )
     words = {"train": "data", "select": "data", "test": "data", "model": "model", "tokenizer": "tokenizer"}
     differs = [n for n, now in prepared.fingerprints.items() if run.fingerprints.get(n) != now]
     refused = [n for n in differs if n in words and words[n] not in accepted]

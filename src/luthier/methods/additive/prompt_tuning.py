@@ -21,14 +21,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-import torch
-from torch import Tensor, nn
-
 from luthier.anatomy import Anatomy
 from luthier.core import ConfigError, above, at_least
+from luthier.methods.parts.prompt import Prompt, prompt_width
 from luthier.surgery import METHODS, Edit, Method, PrependTokens
-
-_FREQUENT = 5_000
 
 
 @METHODS.register("prompt_tuning", family="additive", paper="arXiv:2104.08691")
@@ -61,46 +57,8 @@ class PromptTuning(Method):
             )
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
-        yield PrependTokens(Prompt(self, self._width(anatomy)), self.length)
+        width = prompt_width(anatomy, "prompt_tuning")
+        yield PrependTokens(Prompt(self.length, width, init=self.init, span=self.span, words=self.words), self.length)
 
     def n_params(self, anatomy: Anatomy) -> int:
-        return self.length * self._width(anatomy)
-
-    def _width(self, anatomy: Anatomy) -> int:
-        return anatomy.sites("embed", asked_by="prompt_tuning")[0].d_out
-
-
-class Prompt(nn.Module):
-    """The vectors. Called, it gives them: (P, d)."""
-
-    def __init__(self, settings: PromptTuning, d: int) -> None:
-        super().__init__()
-        self.settings = settings
-        self.vectors = nn.Parameter(torch.empty(settings.length, d).uniform_(-settings.span, settings.span))
-
-    def forward(self) -> Tensor:
-        return self.vectors
-
-    @torch.no_grad()
-    def start(self, embed: nn.Module) -> None:
-        """Copy word embeddings where the settings say so. Surgery calls it once, with the model's own embedding.
-
-        Raises:
-            ConfigError: a token id that the vocabulary does not have.
-        """
-        if self.settings.init == "uniform":
-            return
-        weight = embed.weight
-        assert isinstance(weight, Tensor)
-        outside = [i for group in self.settings.words for i in group if not 0 <= i < weight.shape[0]]
-        if outside:
-            raise ConfigError(
-                f"prompt_tuning.words: no token has the id {outside[0]}; the vocabulary has {weight.shape[0]}."
-            )
-        sampled = torch.randperm(min(_FREQUENT, weight.shape[0]))
-        rows = [torch.tensor(group) for group in self.settings.words]
-        while len(rows) < self.settings.length:  # a vocabulary smaller than the prompt is gone through again
-            rows.append(sampled[len(rows) % len(sampled)][None])
-        # Through the layer, not from its table: some models scale what they look up.
-        looked_up = [embed(ids.to(weight.device)).float().mean(0) for ids in rows]
-        self.vectors.copy_(torch.stack(looked_up))
+        return self.length * prompt_width(anatomy, "prompt_tuning")

@@ -1,8 +1,12 @@
 """What methods are made of. No file here is a method; a method imports from here, and never from another method.
 
-    behind            Behind, behind_sites, closing_norm, reduced      the bottleneck that reads what its block makes
+    behind            Behind           the bottleneck that reads its block's stream through the closing norm
+                      behind_sites, closing_norm, reduced, stream
+    adopted           agreed           a setting that the sources of a method decide
+                      own_sites, mean_of
+    assignment        assignment       which row goes to which column at the least cost
     bottleneck        Bottleneck       narrow, bend, widen, and add: the inside of every adapter
-                      bottleneck_params, check_sublayers, width_of, Activation
+                      activated, bottleneck_params, check_sublayers, width_of, Activation
     parallel_branch   Beside           a bottleneck of a sublayer's input, added to its output
     low_rank          ThinUpdate       x -> scale B A x beside a weight: merged, fused, and served in rows
                       Thin             the same for an A and B that are made of something else
@@ -21,6 +25,8 @@
                       first_share
     update_masks      choose_masks     a share of the model's own numbers that may move
                       kept, maskable, sizes_of, Over, Scope
+    prompt            Prompt           vectors before the text, drawn or copied from word embeddings
+                      prompt_width
     own_tensors       own_modules      what a method finds of itself on a model that may hold other tunings
                       own_tunings, own_unfrozen, group_names
     narrow_copy       narrow_model     some blocks of a model again, at a fraction of its width

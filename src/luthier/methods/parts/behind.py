@@ -15,7 +15,7 @@ from luthier.core import AnatomyError
 from luthier.methods.parts.bottleneck import Activation, Bottleneck, check_sublayers
 from luthier.surgery import Base
 
-__all__ = ["Behind", "behind_sites", "closing_norm", "reduced"]
+__all__ = ["Behind", "behind_sites", "closing_norm", "reduced", "stream"]
 
 
 def behind_sites(anatomy: Anatomy, chosen: tuple[str, ...], asked_by: str) -> tuple[Site, ...]:
@@ -48,6 +48,12 @@ def reduced(site: Site, reduction: int) -> int:
     return max(1, site.d_out // reduction)
 
 
+def stream(norm: Base | None, x: Tensor, y: Tensor) -> Tensor:
+    """v: what the block would give without an adapter. x: what the sublayer read of the stream, y: what it gave."""
+    both = y + x
+    return both if norm is None else norm.run(both)
+
+
 class Behind(Bottleneck):
     """Adds a bottleneck of the block's stream to what the sublayer gives."""
 
@@ -64,10 +70,5 @@ class Behind(Bottleneck):
         if init == "zero_up":
             nn.init.zeros_(self.up.weight)
 
-    def stream(self, x: Tensor, y: Tensor) -> Tensor:
-        """v: what the block would give without an adapter. x: what the sublayer read of the stream, y: what it gave."""
-        both = y + x
-        return both if self.norm is None else self.norm.run(both)
-
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.add(y, self.stream(x, y))
+        return self.add(y, stream(self.norm, x, y))

@@ -16,7 +16,7 @@ from luthier.anatomy import Site, is_sublayer
 from luthier.core import AnatomyError
 from luthier.surgery import Attachment
 
-__all__ = ["Activation", "Bottleneck", "bottleneck_params", "check_sublayers", "width_of"]
+__all__ = ["Activation", "Bottleneck", "activated", "bottleneck_params", "check_sublayers", "width_of"]
 
 Activation = Literal["identity", "relu", "gelu", "gelu_tanh", "silu", "tanh"]
 
@@ -64,6 +64,11 @@ class Bottleneck(Attachment):
             return kernels.bottleneck(y, x, down.weight, down.bias, up.weight, up.bias, factor, self.activation)
         out: Tensor = y + factor * self.up(self.dropout(_ACT[self.activation](self.down(x))))
         return out
+
+
+def activated(activation: Activation, h: Tensor) -> Tensor:
+    """σ(h), of the name."""
+    return _ACT[activation](h)
 
 
 _ACT: dict[str, Callable[[Tensor], Tensor]] = {

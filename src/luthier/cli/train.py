@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from luthier.cli._shared_options import AsJson
+from luthier.cli._shortcuts import shortcut_options, spelt_out
 from luthier.cli._spec_options import (
     check_names,
     chosen_cards,
@@ -61,7 +62,9 @@ def command_for(words: Sequence[str], spec: type[RunSpec] = RunSpec) -> Callable
     """The verb with the fields of `spec`, and the settings of the method that the words name, as its options."""
     fields = spec_options(spec)
     data, run, rest = ([o for o in fields if where(o.field)] for where in (_of_data, _of_run, _of_parts))
-    options = [*data, *run, *setting_options(chosen_cards(words), fields), *rest]  # as --help shows them
+    short = shortcut_options()
+    # As --help shows them.
+    options = [*data, *run, *setting_options(chosen_cards(words), [*fields, *short]), *short, *rest]
 
     def command(model: str, settings: list[str] | None = None, as_json: bool = False, **given: Any) -> None:
         _train(spec, model, values_of(options, given), settings_of(settings or []))
@@ -98,9 +101,9 @@ def _train(spec_class: type[RunSpec], model: str, given: dict[str, Any], assigne
     if "epochs" in given and "steps" in given:
         raise UsageError(f"--epochs {given['epochs']:g} and --steps {given['steps']}: give one of the two.")
     refuse_twice(given, assigned)
-    changes = given | assigned
     from_file = model.endswith(".toml")
     data, method = given.get("data.source"), given.get("method")
+    changes = given | assigned
     if not from_file and "data.source" not in changes:
         raise UsageError("train: no rows to learn from. Name them: --data FILE, or --data sample:trec6 to begin with.")
     check_names(method, None if from_file else model, data, given.get("data.test"), strategy=given.get("strategy"))
@@ -115,6 +118,7 @@ def _train(spec_class: type[RunSpec], model: str, given: dict[str, Any], assigne
         values["out"] = None
         if method is not None and method != values["method"]:
             values["settings"] = {}
+    changes = spelt_out(changes, str(values.get("strategy") or ""))
     try:
         spec = spec_class.from_plain(overlay(values, changes))
     except ConfigError as error:

@@ -12,10 +12,13 @@ from torch import Tensor
 
 from luthier.core import key
 from luthier.data.batches import Batch
+from luthier.data.examples import Examples
 from luthier.data.tasks import Task
 from luthier.surgery import Tuned
 from luthier.surgery.embedded import changed_embeddings
+from luthier.training.objective import Objective, Result
 from luthier.training.optimiser import Optimiser
+from luthier.training.states import States, watched_states
 
 __all__ = ["Course", "Memory", "Piece", "Progress"]
 
@@ -65,6 +68,8 @@ class Course:
     seed: int
     progress: Progress
     memory: Memory = field(default_factory=Memory)
+    objective: Objective | None = None
+    sets: Mapping[str, Examples] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
@@ -106,6 +111,30 @@ class Course:
     def embedding(self, change: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
         """Within, the embedded text (rows, tokens, d) passes through `change`, before prompts and positions."""
         return changed_embeddings(self.tuned, change)
+
+    def examples(self, name: str = "train") -> Examples:
+        """The encoded rows of a set."""
+        return self.sets[name]
+
+    def forward(self, batch: Batch) -> Result:
+        """One plain pass of the task's objective, past whatever other strategies make of it."""
+        assert self.objective is not None, "a run has one"
+        return self.objective(batch)
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """Within, the model is in evaluation mode: no dropout."""
+        modes = [(module, module.training) for module in self.tuned.model.modules()]
+        self.tuned.model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    def states(self) -> AbstractContextManager[States]:
+        """Within, what comes out of the trunk is held, with its graph."""
+        return watched_states(self.tuned)
 
     def weights(self) -> Mapping[str, Tensor]:
         """Trained tensors by name, those that are frozen for this step included."""

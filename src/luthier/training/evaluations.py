@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 from luthier.training.early_stopping import Selection
 from luthier.training.evaluate import Evaluator
 
@@ -27,8 +29,9 @@ class Evaluations:
             return False
         return step % self.every == 0 or (self._at_end and step == total)
 
-    def run(self, step: int) -> tuple[dict[str, float], bool]:
-        """The scores of the model as it is, and whether they are the best so far."""
+    def run(self, step: int, keeping: AbstractContextManager[None]) -> tuple[dict[str, float], bool]:
+        """The scores of the model as it would be kept, and whether they are the best so far."""
         assert self.evaluator is not None
-        scores = self.evaluator.scores()
+        with keeping:
+            scores = self.evaluator.scores()
         return scores, self.selection.note(step, scores)

@@ -378,7 +378,7 @@ class Loop:
         if not self.evaluations.due(self.step, self.total):
             return
         self.set_mode(training=False)
-        scores, best = self.evaluations.run(self.step)
+        scores, best = self.evaluations.run(self.step, self.moments.keeping())
         self.run.event("scores", lasting=False, step=self.step, **plain_scores(scores, 6))
         self.listener.scores(self.step, scores)
         if best and self.spec.eval.best:

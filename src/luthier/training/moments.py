@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,13 +12,16 @@ from torch import Tensor
 
 from luthier.core import ConfigError
 from luthier.data.batches import Batch
+from luthier.data.examples import Examples
 from luthier.data.tasks import Task
 from luthier.runs.spec import RunSpec
 from luthier.surgery import Method, Tuned, keyed
 from luthier.training.course import Course, Piece, Progress
+from luthier.training.objective import Objective
 from luthier.training.optimiser import Optimiser
 from luthier.training.schedule import factor
 from luthier.training.strategy import Strategy, fills
+from luthier.training.told import told_of
 
 __all__ = ["Moments"]
 
@@ -35,8 +40,12 @@ class Moments:
         optimiser: Optimiser,
         device: torch.device,
         strategies: Sequence[Strategy] = (),
+        *,
+        objective: Objective | None = None,
+        sets: Mapping[str, Examples] | None = None,
     ) -> None:
         self._spec, self._tuned, self._optimiser, self._device = spec, tuned, optimiser, device
+        self._task = task
         self._parts: list[Method] = [p for t in tuned.tunings.values() for p in t.method.parts()]
         self._progress = Progress()
         self._asked: list[tuple[Strategy, Course]] = [
@@ -44,7 +53,7 @@ class Moments:
                 one,
                 Course(
                     name=one.name, tuned=tuned, task=task, optimiser=optimiser, device=device, seed=spec.seed,
-                    progress=self._progress,
+                    progress=self._progress, objective=objective, sets=sets or {},
                 ),
             )
             for one in strategies
@@ -123,10 +132,23 @@ class Moments:
         inner = forward
         for part in self._parts:
             inner = _around_method(part, self._tuned, inner)
+        if any(self._filling("weigh")):
+            inner = partial(self._weighed, inner)
         for one, course in self._filling("loss"):
             assert self._piece is not None
             inner = _around_strategy(one, course, self._piece, inner)
         return inner()
+
+    def _weighed(self, inner: Callable[[], Any]) -> Any:
+        """The loss with each target's own multiplied by what strategies say."""
+        assert self._piece is not None
+        result = inner()
+        told = told_of(self._task, result)
+        factor = torch.ones_like(told.losses)
+        for one, course in self._filling("weigh"):
+            factor = factor * one.weigh(course, self._piece, told)
+        result.loss = result.loss + ((factor - 1) * told.losses).sum()  # what methods have added stays
+        return result
 
     # ------------------------------------------------------------------ a whole gradient
 
@@ -171,8 +193,24 @@ class Moments:
         for one, course in self._filling("after_step"):
             one.after_step(course)
 
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Within, the weights are those that would be kept if the run ended here."""
+        owner = next(self._filling("kept"), None)
+        if owner is None:
+            yield
+            return
+        with owner[1].holding(owner[0].kept(owner[1])):
+            self._tuned.state.constrain()
+            yield
+
     def finish(self) -> None:
         """After the last step."""
+        for one, course in self._filling("kept"):
+            with torch.no_grad():
+                for name, value in one.kept(course).items():
+                    self._optimiser.named[name].copy_(value)
+            self._tuned.state.constrain()
         for one, course in self._filling("finish"):
             one.finish(course)
 

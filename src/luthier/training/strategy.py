@@ -3,6 +3,7 @@
 A strategy is a frozen dataclass of settings that is asked at named moments of a run, in this order:
 
     conflicts, check      before anything is read
+    suits                 when the task is known, before a weight is read
     groups                rates of some tensors, when the optimiser is made
     start                 once, before step 1, never on resume
     each step
@@ -11,10 +12,12 @@ A strategy is a frozen dataclass of settings that is asked at named moments of a
       each micro-batch
         passes            losses that add up to its own; the loop goes backward after each     one owner
           loss            around the task's loss, or in its place
+          weigh           a factor for the loss of each target; factors of several multiply
       penalty             once a step, no row decides it
       after_backward      the gradient is whole, unscaled, unclipped
       rate                share of the peak rate                                               one owner
       after_step          weights have moved; what lasts may change
+    kept                  weights that are scored and kept in place of those that train      one owner
     finish                once, after the last step
 
 Two rules keep a run exact. What lasts from step to step stands in `course.memory`, which every checkpoint holds, and
@@ -25,20 +28,22 @@ ambient generator.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from luthier.core import Card, Catalogue, CompositionError, ConfigError, UnknownName, build, fields_of, near, plain
+from luthier.data.tasks import Task
 from luthier.runs.spec import RunSpec
 from luthier.surgery import Group, Method, Tuned
 from luthier.training.course import Course, Piece
+from luthier.training.told import Told
 
-__all__ = ["ONE_OWNER", "STRATEGIES", "Strategy", "fills", "split_settings", "strategies"]
+__all__ = ["ONE_OWNER", "STRATEGIES", "Strategy", "fills", "refuse_task", "split_settings", "strategies"]
 
-ONE_OWNER = ("passes", "rate")
+ONE_OWNER = ("passes", "rate", "kept")
 """Moments that one strategy of a run may fill."""
 
 
@@ -47,8 +52,14 @@ class Strategy:
 
     Class facts, read from the syntax tree for the listing:
         neutral: settings with which the run is the one without the strategy; None where there are none.
-        reads: what it must see: "embeddings" (no frozen features then), "logits" (no chunked loss).
+        reads: what it must see: "embeddings" or "states" (no frozen features then), "logits" (no chunked loss).
+        drops: its passes must differ by dropout, so trunk_dropout = "auto" is on.
+        shortcut: a setting that an option of the strategy's own name gives: `--label-smoothing 0.1`.
         extra_passes: forward and backward passes of a step beyond the plain one's, at the default settings.
+        extra_forwards: forward passes without a backward one, beyond those.
+
+    Class facts for the contract tests alone:
+        tiny: settings with which it does something within six steps, five of them an epoch.
     """
 
     name: ClassVar[str]
@@ -56,7 +67,11 @@ class Strategy:
     card: ClassVar[Card]
     neutral: ClassVar[dict[str, Any] | None] = None
     reads: ClassVar[tuple[str, ...]] = ()
+    drops: ClassVar[bool] = False
+    shortcut: ClassVar[str] = ""
     extra_passes: ClassVar[float] = 0.0
+    extra_forwards: ClassVar[float] = 0.0
+    tiny: ClassVar[dict[str, Any]] = {}
 
     def conflicts(self, other: Strategy | Method) -> str | None:
         """Why this strategy cannot stand beside another, or with a method, or None."""
@@ -64,6 +79,10 @@ class Strategy:
 
     def check(self, spec: RunSpec) -> None:
         """Refuse a spec that cannot work with it. Raises: ConfigError."""
+
+    def suits(self, task: Task) -> str | None:
+        """Why it cannot learn a task, and what to do, or None."""
+        return None
 
     def groups(self, tuned: Tuned) -> list[Group]:
         """Rates of some tensors; factors of a method and of several strategies multiply."""
@@ -91,6 +110,10 @@ class Strategy:
         """Around the task's loss, or in its place: gives what `forward` gives, or a tensor, a sum over targets."""
         return forward()
 
+    def weigh(self, course: Course, piece: Piece, told: Told) -> Tensor:
+        """A factor for the loss of each target, of the shape of `told.losses`."""
+        raise AssertionError("asked only where a strategy fills it")
+
     def penalty(self, course: Course) -> Tensor | None:
         """Added to the gradient once a step; no row decides it."""
         return None
@@ -105,6 +128,10 @@ class Strategy:
     def after_step(self, course: Course) -> None:
         """Weights have moved; the memory may change."""
 
+    def kept(self, course: Course) -> Mapping[str, Tensor]:
+        """Trained tensors as they are to be scored and kept, by name; the others stay as they are."""
+        raise AssertionError("asked only where a strategy fills it")
+
     def finish(self, course: Course) -> None:
         """Once, after the last step: bring what trained into the form that is kept."""
 
@@ -114,6 +141,18 @@ class Strategy:
 
 
 STRATEGIES: Catalogue[Strategy] = Catalogue("luthier.strategies", "strategy")
+
+
+def refuse_task(strategies: Iterable[Strategy], task: Task) -> None:
+    """Refuse strategies that cannot learn a task.
+
+    Raises:
+        ConfigError: names strategy and task, with the reason.
+    """
+    for one in strategies:
+        reason = one.suits(task)
+        if reason:
+            raise ConfigError(f"strategy {one.name} cannot learn the task {task.name}: {reason}")
 
 
 def fills(strategy: Strategy, moment: str) -> bool:

@@ -23,6 +23,7 @@ from luthier.training.loop import Listener, Loop
 from luthier.training.moments import Moments
 from luthier.training.objective import Objective
 from luthier.training.optimiser import optimiser_of
+from luthier.training.strategy import fills
 from luthier.workflow.load_model import load_model
 from luthier.workflow.preparation import Prepared
 
@@ -41,8 +42,8 @@ def build(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
     _check_finite(model, prepared.source.name)
     method = prepared.method
     tuned = attach(model, method, seed=spec.seed, new_tensors=fresh, sources=prepared.sources)
-    trains_base = any(m.trains_base for m in method.parts())
-    trunk_dropout = spec.trunk_dropout == "on" or (spec.trunk_dropout == "auto" and trains_base)
+    wants_dropout = any(m.trains_base for m in method.parts()) or any(s.drops for s in prepared.strategies)
+    trunk_dropout = spec.trunk_dropout == "on" or (spec.trunk_dropout == "auto" and wants_dropout)
     if spec.fast:
         tuned.forward.route_attention()
         tuned.fast.accelerate(dropout=trunk_dropout)
@@ -50,14 +51,14 @@ def build(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
         tuned.forward.checkpoint_activations()
     needs_logits = any(getattr(m, "needs_logits", False) for m in method.parts())
     strategies = prepared.strategies
-    needs_logits = needs_logits or any("logits" in s.reads for s in strategies)
+    needs_logits = needs_logits or any("logits" in s.reads or fills(s, "weigh") for s in strategies)
     objective = Objective(tuned, prepared.task, full_logits=needs_logits)
     order = Order(prepared.train.lengths, spec.batch.size, spec.seed, spec.batch.group_by_length)
     start = getattr(model.config, "decoder_start_token_id", None) if prepared.task.name == "seq2seq" else None
     collator = Collator(pad_id=prepared.pad_id, pad_to=spec.batch.pad_to, decoder_start=start)
     batches = Batches(prepared.train, order, collator, spec.batch.tokens, spec.batch.accumulate, spec.batch.workers)
     later = spec.total_steps(order.steps_per_epoch) > order.steps_per_epoch  # in one epoch no row comes twice
-    sees_text = any("embeddings" in s.reads for s in strategies)
+    sees_text = any({"embeddings", "states"} & set(s.reads) for s in strategies)
     features = objective.keep_features(batches) if later and not sees_text else None
     if spec.optim.name == "lomo":
         refuse_inexact(spec, tuned, batches, strategies)
@@ -87,7 +88,10 @@ def build(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
             )
         loop = Loop(
             spec=spec, tuned=tuned, objective=objective, feed=Feed(spec, batches), optimiser=optimiser,
-            moments=Moments(spec, tuned, prepared.task, optimiser, prepared.device, strategies),
+            moments=Moments(
+                spec, tuned, prepared.task, optimiser, prepared.device, strategies,
+                objective=objective, sets={"train": prepared.train},
+            ),
             evaluations=Evaluations(None, every, Selection(spec.eval, metric), at_end=spec.eval.selects),
             precision=prepared.precision, device=prepared.device, run=run,
             place=lambda row: prepared.train_table.places[row],

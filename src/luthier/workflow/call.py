@@ -15,6 +15,7 @@ from luthier.data.rows import rows_of
 from luthier.runs import durable
 from luthier.runs.spec import RunSpec
 from luthier.surgery.compose import setting_names
+from luthier.training import STRATEGIES
 
 __all__ = ["spec_of"]
 
@@ -43,6 +44,7 @@ def spec_of(model: Any, data: Any, given: Mapping[str, Any]) -> RunSpec:
             "train: no rows to learn from. Give data: a file, sample:NAME, a DataFrame, or a list of rows."
         )
     homes = _homes()
+    given = _spelt_out(given)
     if given.get("strategy") is None:
         _refuse_unknown(given, homes, setting_names(given.get("method", "lora")))
     values: dict[str, Any] = {"model": str(model), "data": {}, "settings": {}}
@@ -75,6 +77,17 @@ def _refuse_unknown(given: Mapping[str, Any], homes: Mapping[str, str], settings
                 f"train: {name!r} is no field of a run and no setting of the method.{hint} Settings of the method: "
                 f"{', '.join(settings) or 'none'}; fields: luthier train --help, with _ for -."
             )
+
+
+def _spelt_out(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Strategies that a call names with their main setting (class_weights="balanced"), as strategy and settings."""
+    short = {c.name: str(c.facts["shortcut"]) for c in STRATEGIES.cards() if c.facts.get("shortcut")}
+    found = {name: value for name, value in given.items() if name not in short}
+    for name in given.keys() & short.keys():
+        words = [w for w in str(found.get("strategy") or "").split("+") if w]
+        found["strategy"] = "+".join([*words, *([name] if name not in words else [])])
+        found["settings"] = {**found.get("settings", {}), f"{name}.{short[name]}": given[name]}
+    return found
 
 
 def _homes() -> dict[str, str]:

@@ -173,6 +173,7 @@ def _take_best(loop: Loop, run: RunFolder) -> None:
             "start a new run."
         )
     loop.tuned.state.load_tensors(found.tensors["adapter"])
+    loop.moments.load(found.state, found.tensors)  # what is kept may be made of what a strategy remembers
     run.event("best_taken", step=best, value=loop.evaluations.selection.best_value)
 
 

@@ -29,7 +29,7 @@ from luthier.surgery import Source as SavedTuning
 from luthier.surgery.sources import check_shapes, opened
 from luthier.training import Strategy
 from luthier.training.precision import Precision, choose_device, choose_precision
-from luthier.training.strategy import split_settings, strategies
+from luthier.training.strategy import refuse_task, split_settings, strategies
 from luthier.training.thresholds import check_thresholds
 from luthier.workflow.load_model import Source, empty_model, find_model, load_config, load_tokenizer
 
@@ -100,6 +100,7 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None) -> Pr
     config = load_config(source)
     data = load_data(spec.data, spec.task, config)
     table, test, columns, task = data.train, data.test, data.columns, data.task
+    refuse_task(strategies, task)
     for remark in data.notes:
         note(remark)
     select = None

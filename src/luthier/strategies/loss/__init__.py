@@ -1,0 +1,1 @@
+"""Another loss than the task's own, or more than it."""

@@ -1,0 +1,153 @@
+"""The real loop on tiny models, with its checkpoints in memory: a cell of the contract costs some steps and no disk."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from little import little_data, little_model, little_spec
+from torch import Tensor
+
+from luthier.core import ConfigError
+from luthier.runs.spec import BatchSpec, DataSpec
+from luthier.surgery import compose
+from luthier.training import STRATEGIES, Listener
+from luthier.training.loop import Loop
+from luthier.training.strategy import refuse_task, split_settings, strategies
+from luthier.workflow.build import build
+from luthier.workflow.preparation import Prepared, prepare
+
+__all__ = ["Runs", "alike", "same"]
+
+State = tuple[dict[str, dict[str, Tensor]], str]
+
+
+class _Nowhere:
+    """A run's folder that keeps nothing but the lines of its log."""
+
+    path = Path("nowhere")
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def event(self, kind: str, **facts: Any) -> None:
+        self.rows.append({"event": kind, **facts})
+
+    def truncate_events(self, after: int) -> None:
+        pass
+
+
+class Runs:
+    """Makes loops; rows are read and encoded once for each kind of model."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self._prepared: dict[str, Prepared] = {}
+        self._whole: dict[tuple[Any, ...], Loop] = {}
+
+    def loop(
+        self, names: str | None, method: str = "lora", kind: str = "bert", *, values: dict[str, Any] | None = None,
+        **changes: Any,
+    ) -> Loop:  # fmt: skip
+        """A loop before step 1, with the strategies' `tiny` settings, or with `values`."""
+        given = {"steps": 3, "batch": BatchSpec(size=4, tokens=32, accumulate=2), **changes}
+        arch, _, more = kind.partition("-")
+        labels = more == "labels"
+        if more == "dry":
+            dry = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
+            given = {"model": str(little_model(self.home / kind, arch, **dry)), **given}
+        if labels or arch == "t5":  # its answers, or labels in a model that writes: "llama-labels"
+            rows = little_data(self.home / f"of-{kind}.csv", kind="labelled" if labels else "turns")
+            given = {"data": DataSpec(source=str(rows)), **given}
+        spec = little_spec(self.home, method, arch, strategy=names, **given)
+        own = values if values is not None else tiny_settings(names)
+        spec = dataclasses.replace(spec, settings=spec.settings | own)
+        if kind not in self._prepared:
+            self._prepared[kind] = prepare(dataclasses.replace(spec, strategy=None, method="lora", settings={}))
+        of_strategies, of_method = split_settings(names, spec.settings, compose.setting_names(method))
+        made = compose.method(method, of_method)
+        found = strategies(names, of_strategies, made)
+        for one in found:
+            one.check(spec)
+        refuse_task(found, self._prepared[kind].task)
+        prepared = dataclasses.replace(self._prepared[kind], spec=spec, method=made, strategies=found)
+        return _with_memory(build(prepared))
+
+    def kind(self, name: str, arch: str) -> str | None:
+        """The architecture's own task, or labels where the strategy refuses that; its refusal says why.
+
+        None of an encoder-decoder: its head for labels wants an end of text, which the tests' words have not.
+        """
+        try:
+            self.loop(name, kind=arch)
+        except ConfigError as error:
+            assert "cannot learn the task" in str(error) and len(str(error)) > 70, error
+            return f"{arch}-labels" if arch != "t5" else None
+        return arch
+
+    def whole(self, names: str | None, method: str = "lora", kind: str = "bert", **changes: Any) -> Loop:
+        """A run that several cells look at, and none changes."""
+        key = (names, method, kind, *sorted(changes.items()))
+        if key not in self._whole:
+            self._whole[key] = self.after(names, method, kind, **changes)
+        return self._whole[key]
+
+    def after(self, names: str | None, method: str = "lora", kind: str = "bert", **changes: Any) -> Loop:
+        """The loop after its last step."""
+        loop = self.loop(names, method, kind, **changes)
+        loop.run_to()
+        return loop
+
+    def resumed(self, at: int, *args: Any, **changes: Any) -> Loop:
+        """The same, by a loop that takes up the checkpoint of another, which was stopped after `at` steps."""
+        stopped = self.loop(*args, **changes)
+        stopped.run_to(at)
+        tensors, state = checkpoint(stopped)
+        loop = self.loop(*args, **changes)
+        loop.load(SimpleNamespace(tensors=tensors, state=json.loads(state), event_rows=0))  # type: ignore[arg-type]
+        loop.run_to()
+        return loop
+
+
+def tiny_settings(names: str | None) -> dict[str, Any]:
+    """The settings at which the contract runs, under their owners' names."""
+    words = names.split("+") if names else []
+    return {f"{name}.{k}": v for name in words for k, v in STRATEGIES.get(name).tiny.items()}
+
+
+def _with_memory(make: Callable[..., Loop]) -> Loop:
+    loop = make(_Nowhere(), Listener())
+    loop.save = lambda: setattr(loop, "_saved", loop.state())  # type: ignore[method-assign]
+    loop._go_back = None  # type: ignore[method-assign,assignment]  # nothing to go back to
+    return loop
+
+
+def checkpoint(loop: Loop) -> State:
+    """What a checkpoint would hold, as it would be read back."""
+    tensors = {"adapter": loop.tuned.state.tensors(), "optimizer": loop.optimiser.tensors(), **loop.moments.tensors()}
+    state = {k: v for k, v in loop.state().items() if k != "memory"}  # of bytes that a pass held
+    return copy.deepcopy({k: {n: t.detach() for n, t in v.items()} for k, v in tensors.items()}), json.dumps(state)
+
+
+def same(one: Loop, other: Loop) -> bool:
+    """Whether two loops hold the same state, bit for bit."""
+    (tensors, state), (others, other_state) = checkpoint(one), checkpoint(other)
+    return state == other_state and all(
+        tensors[part].keys() == others[part].keys()
+        and all(torch.equal(t, others[part][name]) for name, t in tensors[part].items())
+        for part in (*tensors, *others)
+    )
+
+
+def alike(one: Loop, other: Loop, bound: float = 2e-6) -> bool:
+    """Whether two loops have come to the same trained numbers, to rounding."""
+    trained, others = one.tuned.trained(), other.tuned.trained()
+    return trained.keys() == others.keys() and all(
+        torch.allclose(p.detach().double(), others[n].detach().double(), rtol=0, atol=bound) for n, p in trained.items()
+    )

@@ -22,6 +22,7 @@ from luthier.surgery.loading import load
 from luthier.surgery.look import Look, gradients
 from luthier.surgery.method import METHODS, Batches, Group, Method, Objective, PerSite
 from luthier.surgery.peft_files import from_peft, to_peft
+from luthier.surgery.peft_forms import PeftForm
 from luthier.surgery.source import Source
 from luthier.surgery.sources import open_source
 from luthier.surgery.tuned import Tuned, attach
@@ -44,6 +45,7 @@ __all__ = [
     "Look",
     "Method",
     "Objective",
+    "PeftForm",
     "PerSite",
     "PrependKeys",
     "PrependTokens",

@@ -14,6 +14,7 @@ from luthier.core import Catalogue, plain
 from luthier.surgery.attachment import Attachment
 from luthier.surgery.base import Base
 from luthier.surgery.edits import Edit, attach_each
+from luthier.surgery.peft_forms import PeftForm
 from luthier.surgery.source import Source
 from luthier.surgery.view import TunedView
 
@@ -56,6 +57,7 @@ class Method(ABC):
         looks_at_data: `prepare` needs batches before the first step.
         computes_tensors: replaces tensors of the model by computed ones, so what it finds there is not what acts.
         draws: in training it draws which of its numbers take part, so two passes differ even without dropout.
+        peft: how a tuning of it stands in the files of the peft library, where both compute the same.
         looks_ahead: what it adds to a token depends on later tokens too; its page says what that means in generation.
 
         sources: the methods whose saved tunings it is made of; `least_sources`, how many at least.
@@ -76,6 +78,7 @@ class Method(ABC):
     trains_base: ClassVar[bool] = False  # weights of the blocks themselves move: their dropout stays on
     draws: ClassVar[bool] = False
     looks_ahead: ClassVar[bool] = False
+    peft: ClassVar[PeftForm | None] = None
     sources: ClassVar[tuple[str, ...]] = ()
     least_sources: ClassVar[int] = 1
     tiny: ClassVar[Mapping[str, Any]] = {}

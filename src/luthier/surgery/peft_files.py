@@ -3,12 +3,12 @@
     adapter_config.json          which kind, which layers; read as data: unknown keys and other settings are refused
     adapter_model.safetensors    the tensors, under the names that peft gives them
 
-That is so for LoRA, DoRA and (IA)³ on layers of their own. A layer that holds several projections, an expert or a block
-that several layers share has no name in those files, and is refused.
+That is so for LoRA, DoRA and (IA)³, which are known here, and for every method whose file says how it stands there
+(`peft`, see peft_forms.py); on layers of their own. A layer that holds several projections, an expert or a block that
+several layers share has no name in those files, and is refused.
 """
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +22,8 @@ from luthier.core import CannotMerge, ConfigError, IntegrityError, ModelError
 from luthier.core.protocols import Model
 from luthier.runs import durable
 from luthier.surgery import compose
+from luthier.surgery.method import METHODS
+from luthier.surgery.peft_forms import PeftForm
 from luthier.surgery.tuned import Tuned, attach
 from luthier.surgery.tuning import Tuning
 from luthier.trust import config as trusted_config
@@ -38,9 +40,11 @@ READ = {
     "peft_type", "r", "lora_alpha", "use_dora", "use_rslora", "target_modules", "feedforward_modules",
     "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern",
 }  # fmt: skip
+COMMON = {"peft_type", "target_modules", "modules_to_save", "layers_to_transform", "layers_pattern"}
 NO_MATTER = {  # of training or of provenance; `megatron_core` names a package, which nothing here imports
     "base_model_name_or_path", "inference_mode", "init_ia3_weights", "init_lora_weights", "lora_dropout",
-    "megatron_core", "peft_version", "revision", "task_type", "fan_in_fan_out", "qalora_group_size", "auto_mapping",
+    "megatron_core", "peft_version", "revision", "task_type", "init_weights", "fan_in_fan_out", "qalora_group_size",
+    "auto_mapping",
 }  # fmt: skip
 SAYS_NOTHING = {
     "alora_invocation_tokens", "arrow_config", "bias", "corda_config", "ensure_weight_tying", "eva_config",
@@ -48,8 +52,18 @@ SAYS_NOTHING = {
     "megatron_config", "monteclora_config", "runtime_config", "target_parameters", "trainable_token_indices",
     "use_bdlora", "use_qalora", "velora_config",
 }  # fmt: skip
-_TENSOR = re.compile(r"(?P<path>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector|ia3_l)")
 _PARTS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_magnitude_vector": "magnitude", "ia3_l": "scale"}
+
+
+def forms() -> dict[str, tuple[str, PeftForm]]:
+    """peft's name of a method -> our name and form; for those whose file gives one."""
+    named = [card.name for card in METHODS.cards() if "peft" in card.facts and not card.of]
+    found = ((name, METHODS.get(name).peft) for name in named)
+    return {form.type: (name, form) for name, form in found if form is not None}
+
+
+def _names_there() -> str:
+    return ", ".join(["lora", "dora", "ia3", *sorted(name for name, _ in forms().values())])
 
 
 def to_peft(
@@ -68,17 +82,20 @@ def to_peft(
         ResourceError: the folder cannot be written.
     """
     tuning, folder = tuned.tuning(name), Path(folder)
-    kind = next((n for n in ("lora", "dora", "ia3") if tuning.method.is_a(n)), None)
-    if kind is None:
+    kind, form = next((n for n in ("lora", "dora", "ia3") if tuning.method.is_a(n)), None), tuning.method.peft
+    if kind is None and form is None:
         raise CannotMerge(
             f"{compose.spell(tuning.method)} has no form in peft's files that computes the same. "
-            "lora, dora and ia3 have one."
+            f"{_names_there()} have one."
         )
     places = {site.key: site for site in tuned.anatomy.all_sites}
-    sites = {key: _plain(places[key], kind) for key in tuning.modules_by_key()}
+    held = {key: module for key, module in tuning.modules_by_key().items() if key in places}
+    sites = {key: _plain(places[key], kind or tuning.method.name) for key in held}
+    if form is not None:
+        form.check_places(sites.values(), tuning.method.name)
     tensors: dict[str, Tensor] = {}
-    for key, module in tuning.modules_by_key().items():
-        for part, short in _PARTS.items():
+    for key, module in held.items():
+        for part, short in (_PARTS if form is None else form.parts).items():
             value = getattr(module, short, None)
             if isinstance(value, nn.Parameter):
                 given = value.detach()
@@ -92,19 +109,23 @@ def to_peft(
             tensors[f"{PREFIX}{full}"] = value
     paths = [site.path for site in sites.values()]
     facts: dict[str, Any] = {
-        "peft_type": "IA3" if kind == "ia3" else "LORA", "target_modules": paths, "modules_to_save": heads or None,
+        "peft_type": form.type if form else "IA3" if kind == "ia3" else "LORA",
+        "target_modules": paths, "modules_to_save": heads or None,
         "inference_mode": True, "task_type": task_type, "revision": None,
         "base_model_name_or_path": base or str(getattr(tuned.model.config, "_name_or_path", "")),
-        "fan_in_fan_out": _orientation({site.transposed for site in sites.values()}),
     }  # fmt: skip
-    if kind == "ia3":
-        facts["feedforward_modules"] = [sites[k].path for k, m in tuning.modules_by_key().items() if _reads(m)]
+    if form is None or form.transposed:
+        facts["fan_in_fan_out"] = _orientation({site.transposed for site in sites.values()})
+    if form is not None:
+        facts |= form.facts(tuning.method)
+    elif kind == "ia3":
+        facts["feedforward_modules"] = [sites[k].path for k, m in held.items() if _reads(m)]
     else:
         method: Any = tuning.method
         facts |= {"lora_dropout": method.dropout, "bias": "none", "use_dora": kind == "dora"}
         root = getattr(method, "scaling", "rank") == "root"
         facts |= {"use_rslora": True} if root else {}
-        facts |= _widths({sites[k].path: m for k, m in tuning.modules_by_key().items()}, method, root)
+        facts |= _widths({sites[k].path: m for k, m in held.items()}, method, root)
     with durable.folder(folder.absolute()) as draft:
         draft.write_tensors(WEIGHTS, {n: t.cpu().contiguous() for n, t in tensors.items()})
         draft.write_json(CONFIG, facts)
@@ -147,24 +168,42 @@ def from_peft(model: Model, folder: Path | str) -> Tuned:
         IntegrityError: tensors are missing or of other shapes.
     """
     folder = Path(folder)
-    facts = trusted_config.read_json(folder / CONFIG, READ | NO_MATTER | SAYS_NOTHING)
-    for key in sorted(SAYS_NOTHING & facts.keys()):
+    known = forms()
+    facts = trusted_config.read_json(
+        folder / CONFIG,
+        READ
+        | NO_MATTER
+        | SAYS_NOTHING
+        | {key for _, form in known.values() for key in {*form.understood(), *form.silent}},
+    )
+    name, form = known.get(str(facts.get("peft_type")), (None, None))
+    silent = SAYS_NOTHING if form is None else set(facts) - COMMON - NO_MATTER - form.understood()
+    for key in sorted(silent & facts.keys()):
         if facts[key] not in (None, False, 0, "none", [], {}, ""):
             raise ConfigError(f"{folder / CONFIG}: {key} is {facts[key]!r}; tunings of ours have nothing of that kind.")
+    names = _PARTS if form is None else form.parts
     parts: dict[str, dict[str, Tensor]] = {}
     heads: dict[str, Tensor] = {}
-    for name, tensor in safetensors.read(folder / WEIGHTS).items():
-        inner = name.removeprefix(PREFIX)
-        match = _TENSOR.fullmatch(inner)
-        if match:
-            parts.setdefault(match["path"], {})[_PARTS[match["part"]]] = tensor
+    for full, tensor in safetensors.read(folder / WEIGHTS).items():
+        inner = full.removeprefix(PREFIX)
+        part = next((p for p in names if inner.endswith(f".{p}")), None)
+        if part is not None:
+            parts.setdefault(inner.removesuffix(f".{part}"), {})[names[part]] = tensor
         else:
             heads[inner] = tensor
     every = Anatomy.read(model).all_sites
     tuned_sites = _sites(every, set(parts), folder)
-    tuned = attach(model, *_method(facts, parts, tuned_sites, every, folder), train_head=bool(heads))
+    if form is not None and name is not None:
+        settings = {"sites": _words(tuned_sites.values(), every), **form.chosen(facts, str(folder / CONFIG))}
+        method: Any = compose.method(name, settings)
+    else:
+        method = _method(facts, parts, tuned_sites, every, folder)
+    drawn = {key: heads.pop(key) for key in (form.shared if form else {}) if key in heads}
+    tuned = attach(model, method, train_head=bool(heads))
     try:
-        _fill(tuned, parts, heads, folder)
+        if form is not None:
+            _compare(tuned, form, drawn, folder)
+        _fill(tuned, parts, heads, folder, names.values())
     except BaseException:
         tuned.detach()
         raise
@@ -172,17 +211,26 @@ def from_peft(model: Model, folder: Path | str) -> Tuned:
     return tuned
 
 
-def _fill(tuned: Tuned, parts: Mapping[str, dict[str, Tensor]], heads: Mapping[str, Tensor], folder: Path) -> None:
+def _fill(
+    tuned: Tuned,
+    parts: Mapping[str, dict[str, Tensor]],
+    heads: Mapping[str, Tensor],
+    folder: Path,
+    names: Iterable[str],
+) -> None:
     places = {site.key: site for site in tuned.anatomy.all_sites}
     waiting = {
         f"{path}.{short}": (tensor, short) for path, tensors in parts.items() for short, tensor in tensors.items()
     }
     with torch.no_grad():
         for key, module in tuned.modules().items():
-            for short in _PARTS.values():
+            for short in names if key in places else ():
                 parameter = getattr(module, short, None)
-                if isinstance(parameter, nn.Parameter):
+                if isinstance(parameter, Tensor):
                     found, _ = waiting.pop(f"{places[key].path}.{short}", (None, ""))
+                    if not isinstance(parameter, nn.Parameter):
+                        _same(parameter, found, f"{key}.{short}", folder)
+                        continue
                     _copy(parameter, found.flatten() if found is not None and short == "scale" else found, key, folder)
         named = dict(tuned.model.named_parameters())
         for name, tensor in heads.items():
@@ -191,6 +239,22 @@ def _fill(tuned: Tuned, parts: Mapping[str, dict[str, Tensor]], heads: Mapping[s
             _copy(named[name], tensor, name, folder)
     if waiting:
         raise IntegrityError(f"{folder / WEIGHTS}: {', '.join(sorted(waiting)[:3])} have no place in this model.")
+
+
+def _compare(tuned: Tuned, form: PeftForm, drawn: Mapping[str, Tensor], folder: Path) -> None:
+    """What is drawn from a seed here must be what the file holds."""
+    modules = tuned.tuning().modules_by_key()
+    for key, found in drawn.items():
+        home, short = form.shared[key]
+        _same(getattr(modules[home], short), found, key, folder)
+
+
+def _same(ours: Tensor, found: Tensor | None, name: str, folder: Path) -> None:
+    if found is None or found.shape != ours.shape or not torch.allclose(found.to(ours), ours, rtol=1e-4, atol=1e-6):
+        raise IntegrityError(
+            f"{folder / WEIGHTS}: {name} is not what it is on this model. Take the right base; where it is drawn "
+            "from a seed, the file was made with another or by another way of drawing."
+        )
 
 
 def _copy(parameter: nn.Parameter, found: Tensor | None, name: str, folder: Path) -> None:
@@ -206,16 +270,17 @@ def _method(
     sites: Mapping[str, Site],
     every: Sequence[Site],
     folder: Path,
-) -> tuple[Any]:
+) -> Any:
     """The method of ours that attaches at exactly these places."""
     if facts.get("peft_type") == "IA3":
         reads = {p for p, tensors in parts.items() if tensors["scale"].shape[0] == 1}
         read, given = ([s for p, s in sites.items() if (p in reads) == wanted] for wanted in (True, False))
-        return (
-            compose.method("ia3", {"outputs": _words(given, every), "inputs": _words(read, every), "cross": False}),
-        )
+        return compose.method("ia3", {"outputs": _words(given, every), "inputs": _words(read, every), "cross": False})
     if facts.get("peft_type") != "LORA":
-        raise ConfigError(f"{folder / CONFIG}: peft_type {facts.get('peft_type')!r}; LORA and IA3 can be read.")
+        there = ", ".join(sorted(forms()))
+        raise ConfigError(
+            f"{folder / CONFIG}: peft_type {facts.get('peft_type')!r}; LORA, IA3 and {there} can be read."
+        )
     ranks = _by_path(facts, "rank_pattern", int(facts["r"]), sites, folder)
     alphas = _by_path(facts, "alpha_pattern", float(facts["lora_alpha"]), sites, folder)
     name, rooted = "dora" if facts.get("use_dora") else "lora", bool(facts.get("use_rslora"))
@@ -228,7 +293,7 @@ def _method(
     }
     if name == "lora":
         settings["scaling"] = "root" if rooted else "rank"
-    return (compose.method(name, settings),)
+    return compose.method(name, settings)
 
 
 def _words(sites: Iterable[Site], every: Iterable[Site]) -> list[str]:

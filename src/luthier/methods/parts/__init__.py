@@ -12,6 +12,9 @@
                       Thin             the same for an A and B that are made of something else
                       SmallDropout     dropout of a branch's input, the same again under checkpointing
                       check_projections, fusable, live_bias
+    dense             DenseUpdate      an update as large as the weight, made of few numbers at every pass
+    orthogonal        cayley           a rotation from a skew matrix, exactly
+                      cayley_series, skew, upper, turn_blocks
     kronecker         KroneckerUpdate  x -> scale (A (x) B) x beside a weight, never formed
                       Rule             n small matrices that all places share
                       kron_linear, near_square, phm_weight, phm_thin, check_divides

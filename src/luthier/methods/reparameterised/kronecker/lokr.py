@@ -28,7 +28,7 @@ from luthier.anatomy import Anatomy, Site
 from luthier.core import above, at_least
 from luthier.methods.parts.kronecker import KroneckerUpdate, check_divides, near_square
 from luthier.methods.parts.low_rank import check_projections
-from luthier.surgery import METHODS, Attachment, Base, PerSite
+from luthier.surgery import METHODS, Attachment, Base, PeftForm, PerSite
 
 
 @METHODS.register("lokr", family="reparameterised", paper="arXiv:2309.14859")
@@ -46,6 +46,16 @@ class LoKr(PerSite):
     starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 5e-3
     tiny: ClassVar[dict[str, int]] = {"rank": 2}
+    peft: ClassVar[PeftForm | None] = PeftForm(
+        "LOKR",
+        {f"lokr_w{n}{end}": f"{ours}{end}" for n, ours in ((1, "c"), (2, "d")) for end in ("", "_a", "_b")},
+        {"r": "rank", "alpha": "alpha", "decompose_both": "both"},
+        ignored=("rank_dropout", "module_dropout", "rank_dropout_scale", "use_effective_conv2d"),
+        transposed=False,
+        write=lambda method: {"decompose_factor": method.factor or -1},
+        read=lambda facts: {"factor": max(0, facts.get("decompose_factor", -1))},
+        also=("decompose_factor",),
+    )
 
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
         sites = check_projections(anatomy, super().places(anatomy), "lokr", 0.0)

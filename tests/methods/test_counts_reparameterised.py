@@ -1,0 +1,22 @@
+"""Trained numbers of reparameterised methods on models of real size, on the meta device."""
+
+import pytest
+from methods.test_counts import ENCODER_ALL, _counts
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "settings", "trained"),
+    [
+        ("roberta", "oft", {"block": 32}, 285_696),
+        ("llama-7b", "oft", {"block": 32}, 4_063_232),
+        ("roberta", "boft", {"block": 8, "factors": 2}, 24 * (2 * 768 * 8 + 768)),
+        ("roberta", "vera", {"rank": 1024}, 43_008),
+        ("llama-7b", "vera", {"rank": 256, "sites": ENCODER_ALL}, 1_417_216),
+        ("roberta", "loha", {}, 589_824),
+        ("llama-7b", "loha", {}, 8_388_608),
+        ("roberta", "fourierft", {}, 24_000),
+        ("llama-7b", "fourierft", {}, 64_000),
+    ],
+)
+def test_trained_numbers(model, method, settings, trained):
+    assert _counts(model, method, **settings)[0] == trained

@@ -445,6 +445,21 @@ def label_name(value: Any) -> str:
     return whole if dot and not rest.strip("0") and rest and whole.lstrip("+-").isdigit() else text
 
 
+NO_LABELS = frozenset(
+    ("na", "nan", "none", "null", "nil", "unknown", "unk", "undefined", "tbd", "todo", "fixme", "xxx", "asdf")
+)
+
+
+def reads_like_no_label(name: str) -> bool:
+    """Whether a class is called as people write that there is none.
+
+    >>> [reads_like_no_label(n) for n in ("?", "n/a", "Unknown", "+1", "nanny")]
+    [True, True, True, False, False]
+    """
+    letters = "".join(ch for ch in name.casefold() if ch.isalnum())
+    return letters in NO_LABELS or (not letters and all(ch in "?-–—_./#*" for ch in name))
+
+
 def is_blank(value: Any) -> bool:
     """Whether a cell of a label holds nothing: no value, no text, or a number that is none."""
     return value is None or (isinstance(value, str) and not value.strip()) or bool(value != value)

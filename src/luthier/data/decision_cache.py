@@ -19,6 +19,7 @@ import numpy as np
 from luthier.core import build, plain
 from luthier.data import disk_cache
 from luthier.data.columns import Columns
+from luthier.data.problems import Problem
 from luthier.data.rows import Duplicates, Table
 from luthier.data.tasks import Task
 from luthier.runs.spec import DataSpec
@@ -39,6 +40,7 @@ class Decisions:
     notes: tuple[str, ...]
     aside: tuple[tuple[tuple[int, str], ...], ...]
     """of each half as it was read: number and reason of the rows that cannot be used"""
+    problems: tuple[Problem, ...]
     held: tuple[int, ...] | None
     """numbers of the rows held out as test; None where test rows were given, or none are wanted"""
 
@@ -80,6 +82,7 @@ def read(entry: Path) -> tuple[tuple[Decisions, list[tuple[str, bool]]] | None, 
         duplicates=build(Duplicates, words["duplicates"], str(entry)),
         notes=tuple(words["notes"]),
         aside=tuple(tuple((int(i), str(why)) for i, why in half) for half in words["aside"]),
+        problems=tuple(Problem(*map(str, row)) for row in words["problems"]),
         held=tuple(arrays["held"].tolist()) if "held" in arrays else None,
     )
     return (decided, [(str(digest), bool(is_plain)) for digest, is_plain in words["halves"]]), ""
@@ -89,6 +92,7 @@ def write(entry: Path, decided: Decisions, halves: Sequence[Table]) -> str:
     """Keep what was decided, with the digests of the halves; returns what is to be said where that cannot be."""
     words = {name: plain(getattr(decided, name)) for name in ("columns", "task", "duplicates", "notes")}
     words["aside"] = [[list(row) for row in half] for half in decided.aside]
+    words["problems"] = [[p.place, p.kind, p.text, p.about] for p in decided.problems]
     words["halves"] = [[table.fingerprint(), table.is_plain()] for table in halves]
     held = {} if decided.held is None else {"held": np.asarray(decided.held, dtype=np.int64)}
     why_not = disk_cache.write(entry, held, words)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from luthier.core import DataError, near, random
-from luthier.data import columns, decision_cache, rows, tasks
+from luthier.data import columns, decision_cache, problems, rows, tasks
 from luthier.data.columns import Columns, find_columns, is_blank, label_name, text_complaint
 from luthier.data.decision_cache import Decisions
+from luthier.data.problems import Problem, find_problems, text_of
 from luthier.data.rows import Duplicates, Table, count_duplicates, halves, hold_out, load_rows
 from luthier.data.tasks import Task, infer_task
 from luthier.runs.spec import DataSpec
@@ -32,6 +33,8 @@ class Data:
     duplicates: Duplicates
     aside: tuple[tuple[str, str], ...] = ()
     """place and reason of each row that cannot be used; they stand in neither half"""
+    problems: tuple[Problem, ...] = field(default=(), repr=False)
+    """rows that somebody should look at"""
     notes: tuple[str, ...] = field(default=())
     """every decision, in sentences, for the log"""
 
@@ -59,7 +62,7 @@ def load_data(spec: DataSpec, task: str = "auto", model_config: Any = None) -> D
         first, second = load_rows(spec.test, delimiter=spec.delimiter, encoding=spec.encoding)
         given, unused = (second if second is not None else first), own_test
     train, given = _joined_labels(train, spec.label), None if given is None else _joined_labels(given, spec.label)
-    made_by = (sys.modules[__name__], columns, random, rows, tasks, row_files, *row_files.FILES)
+    made_by = (sys.modules[__name__], columns, random, rows, tasks, problems, row_files, *row_files.FILES)
     entry = decision_cache.entry_of([t for t in (train, given) if t is not None], spec, task, model_config, made_by)
     known, said = decision_cache.read(entry) if entry is not None else (None, "")
     if known is not None:
@@ -84,6 +87,7 @@ def load_data(spec: DataSpec, task: str = "auto", model_config: Any = None) -> D
         task=found.task,
         duplicates=found.duplicates,
         aside=aside,
+        problems=found.problems,
         notes=(*found.notes, said) if said else found.notes,
     )
 
@@ -185,6 +189,12 @@ def _decide(
         notes.append(f"test rows are those of {spec.test}; the {len(unused)} of {unused.source} are not used")
     n_rows = len(train) + (len(test) if test is not None else 0)
     aside = (_unusable(train, columns, spec), _unusable(test, columns, spec) if test is not None else ())
+    left_out = [
+        (table.places[i], why, text_of(table.rows[i], columns))
+        for table, unusable in zip((train, test), aside, strict=True)
+        if table is not None
+        for i, why in unusable
+    ]
     train = _less(train, aside[0])
     test = None if test is None else _less(test, aside[1])
     notes += _said_of(aside, n_rows)
@@ -208,12 +218,14 @@ def _decide(
     notes += (whole if whole is not None and whole.name == "classification" else decided_task).notes
     duplicates = count_duplicates(train, test, columns.content, columns.outcome)
     notes.append(duplicates.sentence())
+    twice = bool(duplicates.in_train or duplicates.in_test or duplicates.across)
     return Decisions(
         columns=columns,
         task=decided_task,
         duplicates=duplicates,
         notes=tuple(notes),
         aside=aside,
+        problems=find_problems(train, test, left_out, columns, decided_task, any_twice=twice),
         held=None if held is None else tuple(held),
     )
 

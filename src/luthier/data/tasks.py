@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.core import ConfigError, DataError, ModelError, UnknownName, near
-from luthier.data.columns import Columns, cell, is_blank, label_name
+from luthier.data.columns import Columns, cell, is_blank, label_name, reads_like_no_label
 from luthier.data.rows import Table
 from luthier.runs.spec import TASKS
 
-__all__ = ["Task", "infer_task"]
+__all__ = ["Task", "infer_task", "look_alikes"]
 
 T = TypeVar("T")
 
@@ -479,6 +479,27 @@ def _counted(counts: Counter[str]) -> str:
 def _doubtful(counts: Counter[str]) -> list[str]:
     """What looks like a slip in the labels: classes that differ in case, blanks or a letter, and several in one."""
     notes = []
+    groups = look_alikes(counts)
+    if groups:
+        shown = "; ".join(", ".join(f"{n!r} {counts[n]}" for n in group) for group in groups[:5])
+        notes.append(f"labels that look alike are kept apart: {shown}. If they are one class, write it one way")
+    none = [name for name in counts if reads_like_no_label(name)]
+    if none:
+        shown = ", ".join(f"{name!r} {counts[name]}" for name in none[:5])
+        notes.append(f"learnt as a class, though it reads like none: {shown}. If it is none, empty these cells")
+    joined = {name: {part.strip() for part in name.split(",")} for name in counts if "," in name}
+    times = Counter(part for name in counts for part in joined.get(name, {name}))
+    several = next((name for name, parts in joined.items() if any(times[part] > 1 for part in parts)), None)
+    if several is not None:
+        notes.append(
+            f"labels such as {several!r} are read as one class each. If they are several labels of a row, write them "
+            f"as a list: {json.dumps(sorted(joined[several]))}"
+        )
+    return notes
+
+
+def look_alikes(counts: Mapping[str, int]) -> list[list[str]]:
+    """Classes that may be one: they differ in case, blanks or a letter. Of each group the largest comes first."""
     alike: dict[str, list[str]] = {}
     for name in counts:
         alike.setdefault("".join(ch for ch in name.casefold() if ch.isalnum()) or name, []).append(name)
@@ -489,18 +510,7 @@ def _doubtful(counts: Counter[str]) -> list[str]:
     for name in rare[:SHOWN_CLASSES]:
         larger = [other for other in counts if counts[other] > 4 * counts[name]]
         groups += [[found, name] for found in difflib.get_close_matches(name, larger, 1, 0.85)]
-    if groups:
-        shown = "; ".join(", ".join(f"{n!r} {counts[n]}" for n in group) for group in groups[:5])
-        notes.append(f"labels that look alike are kept apart: {shown}. If they are one class, write it one way")
-    joined = {name: {part.strip() for part in name.split(",")} for name in counts if "," in name}
-    times = Counter(part for name in counts for part in joined.get(name, {name}))
-    several = next((name for name, parts in joined.items() if any(times[part] > 1 for part in parts)), None)
-    if several is not None:
-        notes.append(
-            f"labels such as {several!r} are read as one class each. If they are several labels of a row, write them "
-            f"as a list: {json.dumps(sorted(joined[several]))}"
-        )
-    return notes
+    return groups
 
 
 def _numbers(table: Table, columns: Columns, comma: bool = False) -> NDArray[np.float32]:

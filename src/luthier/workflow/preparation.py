@@ -20,6 +20,7 @@ from luthier.data.encode import encode
 from luthier.data.examples import Examples
 from luthier.data.load_data import load_data
 from luthier.data.order import shuffled
+from luthier.data.problems import Problem
 from luthier.data.rows import Table, split_rows
 from luthier.data.tasks import Task
 from luthier.data.tokenizer import choose_length, choose_pad
@@ -50,6 +51,7 @@ class Prepared:
     columns: Columns
     train_table: Table
     aside: tuple[tuple[str, str], ...]
+    problems: tuple[Problem, ...] = field(repr=False)
     test_table: Table | None
     tokenizer: Any = field(repr=False)
     train: Examples
@@ -154,7 +156,7 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None) -> Pr
     )
     return Prepared(
         spec=spec, source=source, method=method, strategies=strategies, task=task, columns=columns, train_table=table,
-        test_table=test, aside=data.aside, tokenizer=tokenizer,
+        test_table=test, aside=data.aside, problems=data.problems, tokenizer=tokenizer,
         train=train_examples, selection=select_examples, test=test_examples,
         pad_id=pad.id,
         pad=plain(pad), max_length=max_length, n_params=n_params, n_base=anatomy.n_params, precision=precision,

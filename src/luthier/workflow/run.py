@@ -23,7 +23,9 @@ from torch import Tensor
 
 from luthier import kernels
 from luthier.core import ConfigError, Interrupted, Locked, human_bytes, human_seconds, plain
-from luthier.runs import RunFolder, bytes_of, differences, environment, load_newest, preflight
+from luthier.data.problems import FILE as PROBLEMS
+from luthier.data.problems import problems_csv, problems_said
+from luthier.runs import RunFolder, bytes_of, differences, durable, environment, load_newest, preflight
 from luthier.runs.spec import SAME_BITS, RunSpec, changes
 from luthier.surgery import Look
 from luthier.training.allocator import keeping_freed
@@ -212,6 +214,9 @@ def _refuse_occupied(path: Path) -> None:
 def _begin(prepared: Prepared, loop: Loop, run: RunFolder) -> None:
     """What a run does before its first checkpoint; done again where it was killed before that."""
     _write_ledger(run, prepared)
+    if prepared.problems:
+        durable.write_bytes(run.path / PROBLEMS, problems_csv(prepared.problems))
+        loop.listener.say(f"{problems_said(prepared.problems)} ({run.path / PROBLEMS})")
     _check_disk(run, loop)
     if any(m.looks_at_data for m in prepared.method.parts()):
         _look_at_data(prepared, loop)

@@ -15,12 +15,15 @@ from little import little_data, little_model, little_spec
 from torch import Tensor
 
 from luthier.core import ConfigError
-from luthier.runs.spec import BatchSpec, DataSpec
+from luthier.runs.spec import BatchSpec, DataSpec, RunSpec
 from luthier.surgery import compose
 from luthier.training import STRATEGIES, Listener
 from luthier.training.loop import Loop
 from luthier.training.strategy import refuse_task, split_settings, strategies
+from luthier.workflow import train
 from luthier.workflow.build import build
+from luthier.workflow.find_others import find_others
+from luthier.workflow.load_model import empty_model
 from luthier.workflow.preparation import Prepared, prepare
 
 __all__ = ["Runs", "alike", "same"]
@@ -67,6 +70,7 @@ class Runs:
             given = {"data": DataSpec(source=str(rows)), **given}
         spec = little_spec(self.home, method, arch, strategy=names, **given)
         own = values if values is not None else tiny_settings(names)
+        own = self._roles(names, spec, more) | own
         spec = dataclasses.replace(spec, settings=spec.settings | own)
         if kind not in self._prepared:
             self._prepared[kind] = prepare(dataclasses.replace(spec, strategy=None, method="lora", settings={}))
@@ -76,8 +80,23 @@ class Runs:
         for one in found:
             one.check(spec)
         refuse_task(found, self._prepared[kind].task)
-        prepared = dataclasses.replace(self._prepared[kind], spec=spec, method=made, strategies=found)
+        prepared = self._prepared[kind]
+        n_vocab = int(empty_model(prepared.source, prepared.task).get_input_embeddings().weight.shape[0])
+        others = find_others(found, prepared.task, prepared.tokenizer, n_vocab)
+        prepared = dataclasses.replace(prepared, spec=spec, method=made, strategies=found, others=others)
         return _with_memory(build(prepared))
+
+    def _roles(self, names: str | None, spec: RunSpec, more: str) -> dict[str, Any]:
+        """A model for each role: what the run tunes where that answers, else a finished run on the same rows."""
+        wanted = [f"{name}.{role}" for name in (names or "").split("+") if name for role in STRATEGIES.get(name).roles]
+        if not wanted:
+            return {}
+        teacher = spec.model
+        if spec.data.source.endswith("labels.csv") or spec.data.source.endswith("rows.csv"):
+            teacher = str(self.home / f"teacher-{Path(spec.model).name}-{more}")
+            if not Path(teacher).exists():
+                train(dataclasses.replace(spec, strategy=None, method="ia3", settings={}, steps=3, out=teacher))
+        return dict.fromkeys(wanted, teacher)
 
     def kind(self, name: str, arch: str) -> str | None:
         """The architecture's own task, or labels where the strategy refuses that; its refusal says why.

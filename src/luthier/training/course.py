@@ -18,6 +18,7 @@ from luthier.surgery import Tuned
 from luthier.surgery.embedded import changed_embeddings
 from luthier.training.objective import Objective, Result
 from luthier.training.optimiser import Optimiser
+from luthier.training.other_models import OtherModel
 from luthier.training.states import States, watched_states
 
 __all__ = ["Course", "Memory", "Piece", "Progress"]
@@ -70,6 +71,7 @@ class Course:
     memory: Memory = field(default_factory=Memory)
     objective: Objective | None = None
     sets: Mapping[str, Examples] = field(default_factory=dict)
+    models: Mapping[str, OtherModel] = field(default_factory=dict)
 
     @property
     def step(self) -> int:

@@ -19,6 +19,7 @@ from luthier.surgery import Method, Tuned, keyed
 from luthier.training.course import Course, Piece, Progress
 from luthier.training.objective import Objective
 from luthier.training.optimiser import Optimiser
+from luthier.training.other_models import OtherModel
 from luthier.training.schedule import factor
 from luthier.training.strategy import Strategy, fills
 from luthier.training.told import told_of
@@ -43,6 +44,7 @@ class Moments:
         *,
         objective: Objective | None = None,
         sets: Mapping[str, Examples] | None = None,
+        models: Mapping[str, Mapping[str, OtherModel]] | None = None,
     ) -> None:
         self._spec, self._tuned, self._optimiser, self._device = spec, tuned, optimiser, device
         self._task = task
@@ -54,6 +56,7 @@ class Moments:
                 Course(
                     name=one.name, tuned=tuned, task=task, optimiser=optimiser, device=device, seed=spec.seed,
                     progress=self._progress, objective=objective, sets=sets or {},
+                    models=(models or {}).get(one.name, {}),
                 ),
             )
             for one in strategies

@@ -4,6 +4,7 @@ A strategy is a frozen dataclass of settings that is asked at named moments of a
 
     conflicts, check      before anything is read
     suits                 when the task is known, before a weight is read
+    models                beside the one that trains: found then, loaded before step 1, never trained
     groups                rates of some tensors, when the optimiser is made
     start                 once, before step 1, never on resume
     each step
@@ -53,6 +54,7 @@ class Strategy:
     Class facts, read from the syntax tree for the listing:
         neutral: settings with which the run is the one without the strategy; None where there are none.
         reads: what it must see: "embeddings" or "states" (no frozen features then), "logits" (no chunked loss).
+        roles: settings that name models beside the one that trains; `course.models` has them.
         drops: its passes must differ by dropout, so trunk_dropout = "auto" is on.
         shortcut: a setting that an option of the strategy's own name gives: `--label-smoothing 0.1`.
         extra_passes: forward and backward passes of a step beyond the plain one's, at the default settings.
@@ -67,6 +69,7 @@ class Strategy:
     card: ClassVar[Card]
     neutral: ClassVar[dict[str, Any] | None] = None
     reads: ClassVar[tuple[str, ...]] = ()
+    roles: ClassVar[tuple[str, ...]] = ()
     drops: ClassVar[bool] = False
     shortcut: ClassVar[str] = ""
     extra_passes: ClassVar[float] = 0.0
@@ -83,6 +86,10 @@ class Strategy:
     def suits(self, task: Task) -> str | None:
         """Why it cannot learn a task, and what to do, or None."""
         return None
+
+    def models(self) -> dict[str, str]:
+        """Role -> a finished run, a model folder, sample:NAME or a hub name; roles without a name are left out."""
+        return {role: name for role in self.roles if (name := getattr(self, role))}
 
     def groups(self, tuned: Tuned) -> list[Group]:
         """Rates of some tensors; factors of a method and of several strategies multiply."""

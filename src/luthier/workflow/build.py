@@ -25,6 +25,7 @@ from luthier.training.objective import Objective
 from luthier.training.optimiser import optimiser_of
 from luthier.training.strategy import fills
 from luthier.workflow.load_model import load_model
+from luthier.workflow.load_others import load_others
 from luthier.workflow.preparation import Prepared
 
 __all__ = ["build", "evaluator_of"]
@@ -90,7 +91,7 @@ def build(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
             spec=spec, tuned=tuned, objective=objective, feed=Feed(spec, batches), optimiser=optimiser,
             moments=Moments(
                 spec, tuned, prepared.task, optimiser, prepared.device, strategies,
-                objective=objective, sets={"train": prepared.train},
+                objective=objective, sets={"train": prepared.train}, models=load_others(prepared, listener.say),
             ),
             evaluations=Evaluations(None, every, Selection(spec.eval, metric), at_end=spec.eval.selects),
             precision=prepared.precision, device=prepared.device, run=run,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import warnings
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from luthier.data.tasks import Task
 from luthier.surgery import keyed
 from luthier.trust.model import ModelFolder, check_folder
 
-__all__ = ["Loaded", "Source", "find_model", "load_config", "load_model", "load_tokenizer", "quiet"]
+__all__ = ["Loaded", "Source", "find_model", "load_config", "load_model", "load_tokenizer", "quiet", "tokenizer_digest"]
 
 
 @dataclass(frozen=True)
@@ -186,3 +187,11 @@ def load_model(
             f"{', '.join(sorted(missing)[:3])}. It would start from random numbers there; use the right model folder."
         )
     return model.to(device).eval(), tuple(sorted(report["missing_keys"]))
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    summed = hashlib.sha256()
+    for word, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        summed.update(f"{number}\t{word}\n".encode(errors="surrogatepass"))
+    summed.update(repr(sorted(tokenizer.special_tokens_map.items())).encode())
+    return summed.hexdigest()

@@ -28,8 +28,8 @@ from luthier.training.evaluate import Evaluator
 from luthier.training.objective import Objective, Result
 from luthier.training.precision import choose_device, choose_precision
 from luthier.workflow.generation import Generator
-from luthier.workflow.load_model import find_model, load_model, load_tokenizer
-from luthier.workflow.preparation import reserved_positions, tokenizer_digest
+from luthier.workflow.load_model import find_model, load_model, load_tokenizer, tokenizer_digest
+from luthier.workflow.preparation import reserved_positions
 from luthier.workflow.unsure import check_unsure, unsure_of
 
 __all__ = ["Predictor", "predict"]

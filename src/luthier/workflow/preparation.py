@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -32,9 +31,17 @@ from luthier.training import Strategy
 from luthier.training.precision import Precision, choose_device, choose_precision
 from luthier.training.strategy import refuse_task, split_settings, strategies
 from luthier.training.thresholds import check_thresholds
-from luthier.workflow.load_model import Source, empty_model, find_model, load_config, load_tokenizer
+from luthier.workflow.find_others import Other, find_others
+from luthier.workflow.load_model import (
+    Source,
+    empty_model,
+    find_model,
+    load_config,
+    load_tokenizer,
+    tokenizer_digest,
+)
 
-__all__ = ["Prepared", "prepare", "reserved_positions", "tokenizer_digest"]
+__all__ = ["Prepared", "prepare", "reserved_positions"]
 
 _LANGUAGE_ROWS = 200  # a language model's rows are long: all of them can take longer than training
 
@@ -68,6 +75,7 @@ class Prepared:
     fingerprints: dict[str, str]
     lines: tuple[str, ...]
     sources: tuple[SavedTuning, ...] = field(default=(), repr=False)
+    others: tuple[Other, ...] = ()
 
     @property
     def template(self) -> ChatTemplate | None:
@@ -133,6 +141,7 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None) -> Pr
     n_vocab = int(empty.get_input_embeddings().weight.shape[0])
     max_length = choose_length(spec.max_length, tokenizer, config, task, reserved)
     pad = choose_pad(tokenizer, n_vocab)
+    others = find_others(strategies, task, tokenizer, n_vocab)
     options: dict[str, Any] = {"n_vocab": n_vocab, "max_length": max_length, "loss_on": spec.data.loss_on}
     train_examples = encode(table, columns, task, tokenizer, accept_refused=spec.data.accept_refused, **options)
     note(train_examples.ledger.sentence())
@@ -160,7 +169,7 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None) -> Pr
         train=train_examples, selection=select_examples, test=test_examples,
         pad_id=pad.id,
         pad=plain(pad), max_length=max_length, n_params=n_params, n_base=anatomy.n_params, precision=precision,
-        device=device, weights=weights, lines=tuple(lines), sources=sources,
+        device=device, weights=weights, lines=tuple(lines), sources=sources, others=others,
         fingerprints={
             "model": source.digest,
             "train": table.fingerprint(),
@@ -169,6 +178,7 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None) -> Pr
             "tokenizer": tokenizer_digest(tokenizer),
             "luthier": __version__,
             **({"sources": " ".join(made.digest for made in sources)} if sources else {}),
+            **{f"model {other.setting}": other.digest for other in others},
         },
     )  # fmt: skip
 
@@ -205,11 +215,3 @@ def _method_and_strategies(spec: RunSpec) -> tuple[Method, tuple[Strategy, ...]]
 def reserved_positions(method: Method, anatomy: Anatomy) -> int:
     """Positions that the method takes for tokens of its own."""
     return sum(getattr(e, "length", 0) for e in method.edits(anatomy) if type(e).__name__ == "PrependTokens")
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    summed = hashlib.sha256()
-    for word, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
-        summed.update(f"{number}\t{word}\n".encode(errors="surrogatepass"))
-    summed.update(repr(sorted(tokenizer.special_tokens_map.items())).encode())
-    return summed.hexdigest()

@@ -2,7 +2,8 @@
 
     y = x Wᵀ + bias + scale · drop(x) Aᵀ Bᵀ       W: (d_out, d_in) frozen   A: (rank, d_in)   B: (d_out, rank)
 
-Saved for the backward pass are x itself and the thin product x Aᵀ; a dropped copy of x is replayed from its seed. The
+Saved for the backward pass are the thin product x Aᵀ, and x itself where A learns; a dropped copy of x is replayed from
+its seed. The
 order of products goes through the thin side always: nothing of size (d_out, d_in) is made. Products run in W's type,
 which accumulates in fp32 inside a bf16 product; gradients of A and B are rounded once to that type and handed over in
 the type of A and B.
@@ -94,14 +95,16 @@ class _LowRank(torch.autograd.Function):
         y = _linear(rows, weight, bias)
         # B as (rank, d_out) rows: a thin product reads it twice as fast so, and copying it costs nothing.
         y.addmm_(h, b.to(dtype).T.contiguous(), alpha=scale)
-        ctx.save_for_backward(x, h, a, b)
-        ctx.weight, ctx.scale, ctx.p, ctx.seed = weight, scale, p, seed
+        # Where A is frozen nothing as wide as x is kept.
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, h, a, b)
+        ctx.weight, ctx.scale, ctx.p, ctx.seed, ctx.form = weight, scale, p, seed, (x.shape, x.dtype)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, h, a, b = ctx.saved_tensors
+        shape, given = ctx.form
         dtype = ctx.weight.dtype
         g = grad.reshape(-1, grad.shape[-1])
         thin = (g @ b.to(dtype)).mul_(ctx.scale)
@@ -113,7 +116,7 @@ class _LowRank(torch.autograd.Function):
                 gx.add_(dropout(thin @ a.to(dtype), ctx.p, ctx.seed))
             else:
                 gx.addmm_(thin, a.to(dtype))
-            gx = gx.view(x.shape).to(x.dtype)
+            gx = gx.view(shape).to(given)
         if ctx.needs_input_grad[3]:
             rows = x.reshape(-1, x.shape[-1]).to(dtype)
             ga = (thin.T @ (dropout(rows, ctx.p, ctx.seed) if drops else rows)).to(a.dtype)

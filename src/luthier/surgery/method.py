@@ -64,6 +64,7 @@ class Method(ABC):
 
     Class facts for the contract tests alone, so that a new file joins no list:
         tiny: settings that fit a model of three layers and width 48; `lr` for the rate at which it learns there.
+        start_is_drawn: whether another seed is another start, where the start is no constant.
         needs: methods that must stand beside it, because it changes their numbers and has none of its own.
     """
 
@@ -82,6 +83,7 @@ class Method(ABC):
     sources: ClassVar[tuple[str, ...]] = ()
     least_sources: ClassVar[int] = 1
     tiny: ClassVar[Mapping[str, Any]] = {}
+    start_is_drawn: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod

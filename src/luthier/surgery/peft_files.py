@@ -96,8 +96,8 @@ def to_peft(
     tensors: dict[str, Tensor] = {}
     for key, module in held.items():
         for part, short in (_PARTS if form is None else form.parts).items():
-            value = getattr(module, short, None)
-            if isinstance(value, nn.Parameter):
+            value = _acting(module).get(short, getattr(module, short, None))
+            if isinstance(value, Tensor):
                 given = value.detach()
                 tensors[f"{PREFIX}{sites[key].path}.{part}"] = (
                     _shaped(given, _reads(module)) if part == "ia3_l" else given
@@ -137,15 +137,27 @@ def _widths(modules: Mapping[str, Any], method: Any, root: bool) -> dict[str, An
     """Rank and alpha as peft's file says them: one for all, and a pattern for the layers with another."""
     facts: dict[str, Any] = {}
     for name, pattern, setting, value_of in (
-        ("r", "rank_pattern", method.rank, lambda m: len(m.a)),
-        ("lora_alpha", "alpha_pattern", method.alpha, lambda m: m.scale * (math.sqrt(len(m.a)) if root else len(m.a))),
+        ("r", "rank_pattern", method.rank, lambda m: len(_acting(m).get("a", m.a))),
+        ("lora_alpha", "alpha_pattern", method.alpha, lambda m: m.scale * _power(len(_acting(m).get("a", m.a)), root)),
     ):
         facts[name] = setting
-        if isinstance(setting, BySite):
+        if isinstance(setting, BySite) or any(_acting(module) for module in modules.values()):
             found = {path: value_of(module) for path, module in modules.items()}
             facts[name] = Counter(found.values()).most_common(1)[0][0]
             facts[pattern] = {path: value for path, value in found.items() if value != facts[name]}
     return facts
+
+
+def _power(rank: int, root: bool) -> float:
+    return math.sqrt(rank) if root else rank
+
+
+def _acting(module: Any) -> dict[str, Tensor]:
+    """A and B of an update that is a thin product of other numbers than those that train; nothing for the others."""
+    if not hasattr(module, "a0"):
+        return {}
+    a, b = module.thin()
+    return {"a": a, "b": b}
 
 
 def _own_values(tuned: Tuned, tuning: Tuning) -> dict[str, Tensor]:

@@ -9,9 +9,12 @@
                       activated, bottleneck_params, check_sublayers, width_of, Activation
     parallel_branch   Beside           a bottleneck of a sublayer's input, added to its output
     low_rank          ThinUpdate       x -> scale B A x beside a weight: merged, fused, and served in rows
+                      MovedUpdate      the same from a start that is no zero: what A and B have moved
                       Thin             the same for an A and B that are made of something else
                       SmallDropout     dropout of a branch's input, the same again under checkpointing
                       check_projections, fusable, live_bias
+    starts            thin_start       A and B as a part of the frozen weight
+                      check_start, Start
     dense             DenseUpdate      an update as large as the weight, made of few numbers at every pass
     orthogonal        cayley           a rotation from a skew matrix, exactly
                       cayley_series, skew, upper, turn_blocks

@@ -13,7 +13,7 @@ from luthier.kernels import GroupedUpdates, StillUpdate, Update, low_rank_linear
 from luthier.surgery import Attachment, Base
 from luthier.surgery.base import is_plain
 
-__all__ = ["SmallDropout", "Thin", "ThinUpdate", "check_projections", "fusable", "live_bias"]
+__all__ = ["MovedUpdate", "SmallDropout", "Thin", "ThinUpdate", "check_projections", "fusable", "live_bias"]
 
 
 def check_projections(anatomy: Anatomy, sites: tuple[Site, ...], asked_by: str, dropout: float) -> tuple[Site, ...]:
@@ -113,11 +113,33 @@ class Thin(Attachment):
 class ThinUpdate(Thin):
     """Adds `scale * B A x` to the output; A and B are what trains."""
 
-    def __init__(self, d_in: int, d_out: int, rank: int, scale: float, dropout: float = 0.0) -> None:
+    def __init__(
+        self, d_in: int, d_out: int, rank: int, scale: float, dropout: float = 0.0, *, train_a: bool = True
+    ) -> None:
         super().__init__(scale, dropout)
-        self.a = nn.Parameter(torch.empty(rank, d_in))
+        self.a = nn.Parameter(torch.empty(rank, d_in), requires_grad=train_a)
         self.b = nn.Parameter(torch.zeros(d_out, rank))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
 
     def thin(self) -> tuple[Tensor, Tensor]:
         return self.a, self.b
+
+
+class MovedUpdate(ThinUpdate):
+    """Adds `scale * (B A - B0 A0) x`: A and B start at A0 and B0, and what they have moved is the update.
+
+    The frozen weight stays what it is, where the papers of such starts take B0 A0 out of it.
+    """
+
+    a0: Tensor
+    b0: Tensor
+
+    def __init__(self, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0, *, train_a: bool = True) -> None:
+        super().__init__(a.shape[1], len(b), len(a), scale, dropout, train_a=train_a)
+        for name, value in (("a", a), ("b", b)):
+            self.get_parameter(name).data = value.clone()
+            self.register_buffer(f"{name}0", value.clone())
+
+    def thin(self) -> tuple[Tensor, Tensor]:
+        # B A - B0 A0 as sums of differences: exactly zero at the start, and nothing large cancels in half precision.
+        return torch.cat([self.a, self.a - self.a0]), torch.cat([self.b - self.b0, self.b0], 1)

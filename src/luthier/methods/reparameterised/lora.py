@@ -8,9 +8,13 @@ Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106
 U(±1/sqrt(d_in)), as the authors' code does; the paper says Gaussian.
 
 `scaling=root` divides by sqrt(rank) instead (arXiv:2312.03732), `b_rate` is how many times faster B learns than A
-(arXiv:2402.12354); `rslora` and `lora_plus` are LoRA with these.
+(arXiv:2402.12354), `train_a=false` leaves A as it was drawn (arXiv:2308.03303), and `start` takes A and B from the
+weight itself: its largest singular values (svd, arXiv:2404.02948), its smallest (minor), or Q and R of it (qr,
+arXiv:2406.01775); the update is then how far they have moved. `rslora`, `lora_plus`, `lora_fa`, `pissa` and `olora` are
+LoRA with these, and all of them go together.
 
-Count: sum over sites of rank * (d_in + d_out).
+Count: sum over sites of rank * (d_in + d_out); rank * d_out where A is frozen. With a start that is not zero the file
+holds the start too.
 Claims: quality of full fine-tuning with a fraction of its trained numbers; no cost at inference once merged.
 Use it when: in doubt. It is close to full fine-tuning, costs little, merges, and many tools read it.
 Not when: the model must learn what is far from it, such as a new language, where low rank is too little.
@@ -20,14 +24,16 @@ at the first step A has no gradient at all, because B is zero.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from luthier.anatomy import Anatomy, NumberBySite, Site, WholeBySite, at_site
 from luthier.core import above, at_least, between
-from luthier.methods.parts.low_rank import ThinUpdate, check_projections
+from luthier.methods.parts.low_rank import MovedUpdate, ThinUpdate, check_projections
 from luthier.methods.parts.own_tensors import group_names, own_modules
-from luthier.surgery import METHODS, Attachment, Base, Group, PerSite, TunedView
+from luthier.methods.parts.starts import Start, check_start, thin_start
+from luthier.surgery import METHODS, Attachment, Base, Edit, Group, PerSite, TunedView
 
 
 @METHODS.register("lora", family="reparameterised", paper="arXiv:2106.09685")
@@ -41,6 +47,8 @@ class LoRA(PerSite):
     dropout: Annotated[float, "share of the branch's input dropped in training", between(0, 0.99)] = 0.0
     scaling: Annotated[Literal["rank", "root"], "alpha is divided by the rank, or by its square root"] = "rank"
     b_rate: Annotated[float, "times the learning rate of A at which B learns", above(0)] = 1.0
+    train_a: Annotated[bool, "A learns too, and is not left as it was drawn"] = True
+    start: Annotated[Start, "where A and B start: zero, or parts of the weight: svd, minor, qr"] = "zero"
 
     mergeable: ClassVar[bool] = True
     starts_at_base: ClassVar[bool] = True
@@ -50,13 +58,27 @@ class LoRA(PerSite):
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
         return check_projections(anatomy, super().places(anatomy), "lora", self.dropout)
 
+    def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
+        here = self.on(anatomy)
+        for site in self.places(anatomy):
+            check_start(at_site(here.rank, site), self.start, site, f"{self._label}.rank")
+        return super().edits(anatomy)
+
     def params_at(self, site: Site) -> int:
-        return at_site(self.rank, site) * (site.d_in + site.d_out)
+        return at_site(self.rank, site) * (site.d_in * self.train_a + site.d_out)
+
+    def n_stored(self, anatomy: Anatomy) -> int:
+        here = self.on(anatomy)
+        held = sum(at_site(here.rank, site) * (site.d_in + site.d_out) for site in self.places(anatomy))
+        return held if self.start == "zero" else 2 * held
 
     def build(self, site: Site, base: Base) -> Attachment:
         rank = at_site(self.rank, site)
         scale = at_site(self.alpha, site) / (math.sqrt(rank) if self.scaling == "root" else rank)
-        return ThinUpdate(site.d_in, site.d_out, rank, scale, self.dropout)
+        if self.start == "zero":
+            return ThinUpdate(site.d_in, site.d_out, rank, scale, self.dropout, train_a=self.train_a)
+        a, b = thin_start(base.weight(), rank, self.start, scale)
+        return MovedUpdate(a, b, scale, self.dropout, train_a=self.train_a)
 
     def groups(self, tuned: TunedView) -> list[Group]:
         if self.b_rate == 1.0:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from luthier.core import AnatomyError, CompositionError
 from luthier.runs.spec import OptimSpec
-from luthier.surgery import METHODS, Method, Tuned, attach
+from luthier.surgery import METHODS, Method, Phases, Tuned, attach
 from luthier.training.objective import Result
 from luthier.training.optimiser import Optimiser
 
@@ -188,7 +188,7 @@ def steps_of(tuned: Tuned) -> int:
 
 
 def _has_phases(tuned: Tuned) -> bool:
-    return any(p.phases() for t in tuned.tunings.values() for p in t.method.parts() if hasattr(p, "phases"))
+    return any(p.phases(tuned) for t in tuned.tunings.values() for p in t.method.parts())
 
 
 def objective(model: Any, batch: dict[str, Tensor]) -> Callable[[], Result]:
@@ -219,11 +219,19 @@ class Trainer:
             if part.looks_at_data:
                 part.prepare(tuned, [lambda: forward().loss / forward().n_targets] * 2)
         self.optimiser = Optimiser(tuned.trained(), tuned.groups(), OptimSpec(weight_decay=decay), lr)
+        self.phases = Phases(tuned, self.parts)
         self.losses: list[float] = []
 
     def step(self) -> None:
         step = len(self.losses) + 1
         torch.default_generator.manual_seed(step)
+        entered = self.phases.enter(step, self.total)
+        if entered is not None and entered.fresh:
+            self.optimiser.begin_anew()
+        if self.phases:
+            learning = self.phases.learning(self.optimiser.named)
+            for name, parameter in self.optimiser.named.items():
+                parameter.requires_grad_(name in learning)
         for part in self.parts:
             part.before_step(self.tuned, step, self.total)
         forward: Callable[[], Any] = objective(self.model, self.batch)

@@ -23,6 +23,8 @@ from luthier.surgery.look import Look, gradients
 from luthier.surgery.method import METHODS, Batches, Group, Method, Objective, PerSite
 from luthier.surgery.peft_files import from_peft, to_peft
 from luthier.surgery.peft_forms import PeftForm
+from luthier.surgery.phase import Phase
+from luthier.surgery.phases import Phases
 from luthier.surgery.source import Source
 from luthier.surgery.sources import open_source
 from luthier.surgery.tuned import Tuned, attach
@@ -47,6 +49,8 @@ __all__ = [
     "Objective",
     "PeftForm",
     "PerSite",
+    "Phase",
+    "Phases",
     "PrependKeys",
     "PrependTokens",
     "Reparametrise",

@@ -15,6 +15,7 @@ from luthier.surgery.attachment import Attachment
 from luthier.surgery.base import Base
 from luthier.surgery.edits import Edit, attach_each
 from luthier.surgery.peft_forms import PeftForm
+from luthier.surgery.phase import Phase
 from luthier.surgery.source import Source
 from luthier.surgery.view import TunedView
 
@@ -99,6 +100,13 @@ class Method(ABC):
         return self.n_params(anatomy)
 
     # Most methods leave these alone.
+    def phases(self, tuned: TunedView) -> Sequence[Phase]:
+        """Parts of the run in which only some tensors learn, in order; none for a run in one piece."""
+        return ()
+
+    def enter(self, tuned: TunedView, phase: int) -> None:
+        """Phase number `phase`, from 0, begins: choose a mask, rewind. Once; a resumed run does not enter again."""
+
     def begin(self, tuned: TunedView) -> None:
         """A new tuning of it is on the model: choose what follows from the weights alone, such as a mask. Draws are
         keyed. A saved tuning that is loaded begins too, and then takes up what was saved.

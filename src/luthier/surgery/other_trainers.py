@@ -84,7 +84,9 @@ def _refuse_half(tuned: Watched) -> None:
         for part in tuning.method.parts() if tuning.trainable else ():
             cls = type(part)
             asks = [
-                n for n in ("before_step", "loss", "extra_loss", "on_step") if getattr(cls, n) is not getattr(Method, n)
+                n
+                for n in ("before_step", "loss", "extra_loss", "on_step", "phases")
+                if getattr(cls, n) is not getattr(Method, n)
             ]
             if asks:
                 raise ConfigError(

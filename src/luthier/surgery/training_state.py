@@ -98,6 +98,8 @@ class TrainingState:
                 state[f"{tuning.tuning_name}|{key_}|value"] = unfrozen.value
                 if unfrozen.mask is not None:
                     state[f"{tuning.tuning_name}|{key_}|mask"] = unfrozen.mask
+                for note, tensor in unfrozen.notes.items():
+                    state[f"{tuning.tuning_name}|{key_}|note.{note}"] = tensor
         return state
 
     @torch.no_grad()
@@ -112,6 +114,8 @@ class TrainingState:
             if key_ in tuning.unfrozen:
                 unfrozen = tuning.unfrozen[key_]
                 unfrozen.parameter.data.copy_(tensors["value"])
-                unfrozen.mask = tensors["mask"].to(unfrozen.parameter.device) if "mask" in tensors else unfrozen.mask
+                here = {n: t.to(unfrozen.parameter.device) for n, t in tensors.items() if n != "value"}
+                unfrozen.mask = here.get("mask")
+                unfrozen.notes = {n.removeprefix("note."): t for n, t in here.items() if n != "mask"}
             else:
                 tuning.modules_by_key()[key_].load_state_dict(tensors, strict=True)

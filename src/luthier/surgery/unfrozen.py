@@ -37,6 +37,7 @@ class Unfrozen:
         kept: that value as it is held. A base that was stored in bf16 and loaded in fp32 loses nothing in bf16, and
             with full fine-tuning this is half a model less.
         mask: of the values; with `holds=False` of the gradient only.
+        notes: tensors that its method wants back later in the run; a checkpoint holds them, a saved tuning does not.
         derived: the mask follows from the base's weights, and `begin` chooses it again: its places are not stored.
         inactive_value: the tuned value, while the tuning is not active and the model has its original.
     """
@@ -47,6 +48,7 @@ class Unfrozen:
         self.name, self.parameter, self.holds = name, parameter, holds
         self.inactive_value: Tensor | None = None
         self.derived = False
+        self.notes: dict[str, Tensor] = {}
         self._mask = mask
         self.original = original
         self._versions = {"original": _fresh_version(), "tuned": parameter._version}

@@ -16,6 +16,7 @@ _WANTS = {
     "after_backward": "looks at the gradients of the whole step before the update",
     "on_step": "looks at the gradients of the whole step after the update",
     "extra_loss": "adds a penalty with a backward pass of its own",
+    "phases": "lets only some of what trains learn at a time",
     "prepare": "looks at gradients of the data before the first step",
 }
 

@@ -350,9 +350,9 @@ class Loop:
             self.evaluations.evaluator.try_longest()
         self.set_mode(training=True)
         self.moments.before_step(0, self.total, 0)  # what step 1 will remember, the trial needs too
-        longest = self.feed.longest()
-        first = self.feed.cut(0)
-        if len(first) == 1 and as_wide(first[0], longest) and not isinstance(self.optimiser, Lomo):
+        longest, first = self.feed.longest(), self.feed.cut(0)
+        alike = not self.moments.wake() and not isinstance(self.optimiser, Lomo)  # a later phase may hold more
+        if alike and len(first) == 1 and as_wide(first[0], longest):
             self.trial.begin()
             return
         while True:
@@ -375,7 +375,7 @@ class Loop:
             longest = self.feed.fitting(longest)
 
     def _evaluate_when_due(self) -> None:
-        if not self.evaluations.due(self.step, self.total):
+        if not self.evaluations.due(self.step, self.total) or not self.moments.settled(self.step, self.total):
             return
         self.set_mode(training=False)
         scores, best = self.evaluations.run(self.step, self.moments.keeping())

@@ -15,7 +15,7 @@ from luthier.data.batches import Batch
 from luthier.data.examples import Examples
 from luthier.data.tasks import Task
 from luthier.runs.spec import RunSpec
-from luthier.surgery import Method, Tuned, keyed
+from luthier.surgery import Method, Phases, Tuned, keyed
 from luthier.training.course import Course, Piece, Progress
 from luthier.training.objective import Objective
 from luthier.training.optimiser import Optimiser
@@ -49,6 +49,7 @@ class Moments:
         self._spec, self._tuned, self._optimiser, self._device = spec, tuned, optimiser, device
         self._task = task
         self._parts: list[Method] = [p for t in tuned.tunings.values() for p in t.method.parts()]
+        self.phases = Phases(tuned, self._parts)
         self._progress = Progress()
         self._asked: list[tuple[Strategy, Course]] = [
             (
@@ -81,6 +82,11 @@ class Moments:
         """Step `step`, from 0, is about to be made."""
         self._progress.step, self._progress.total, self._progress.epoch = step + 1, total, epoch
         self._progress.numbers.clear()
+        if self.phases:
+            with keyed(self._spec.seed, "phase", step):
+                entered = self.phases.enter(step + 1, total)
+            if entered is not None and entered.fresh:
+                self._optimiser.begin_anew()
         for part in self._parts:
             if type(part).before_step is not Method.before_step:
                 # Keyed by the step: made again after a stop or for want of memory, it draws the same.
@@ -92,7 +98,7 @@ class Moments:
 
     def _rest(self) -> None:
         """Let lie still what a strategy does not name; of several strategies, what all name learns."""
-        learning = set(self._optimiser.named)
+        learning = self.phases.learning(self._optimiser.named)
         for one, course in self._filling("trains"):
             named = one.trains(course)
             if named is None:
@@ -102,12 +108,29 @@ class Moments:
                 raise ConfigError(f"strategy {one.name}: {unknown[0]!r} is no trained tensor of this run.")
             learning &= set(named)
         if not learning:
-            names = " and ".join(one.name for one, _ in self._filling("trains"))
+            who = [p.name for p in (self.phases.part,) if p is not None]
+            names = " and ".join([*who, *(one.name for one, _ in self._filling("trains"))])
             raise ConfigError(f"step {self._progress.step}: {names} leave nothing to train. Choose other settings.")
         resting = frozenset(self._optimiser.named) - learning
         for name in self.resting ^ resting:
             self._optimiser.named[name].requires_grad_(name not in resting)
         self.resting = resting
+
+    def wake(self) -> bool:
+        """Let all that any phase trains learn until the next step, to find out what memory holds.
+
+        Returns:
+            whether there are phases.
+        """
+        if self.phases:
+            for name in self.resting:
+                self._optimiser.named[name].requires_grad_(True)
+            self.resting = frozenset()
+        return bool(self.phases)
+
+    def settled(self, step: int, total: int) -> bool:
+        """Whether what there is after `step` steps may be selected: what an early phase gives is not what is stored."""
+        return not self._spec.eval.selects or self.phases.settled(step, total)
 
     # ------------------------------------------------------------------ a micro-batch
 
@@ -187,7 +210,8 @@ class Moments:
         owner = next(self._filling("rate"), None)
         if owner is not None:
             return owner[0].rate(step + 1, total)
-        return factor(self._spec.optim.schedule, step + 1, total, self._spec.optim.warmup)
+        at, length, rate = self.phases.schedule(step + 1, total)
+        return rate * factor(self._spec.optim.schedule, at, length, self._spec.optim.warmup)
 
     def after_step(self, step: int, total: int) -> None:
         """Weights have moved. `step` counts from 1."""
@@ -224,10 +248,11 @@ class Moments:
     # ------------------------------------------------------------------ what lasts
 
     def state(self) -> dict[str, Any]:
-        """Plain facts that last, for a checkpoint; nothing without strategies."""
-        if not self._asked:
-            return {}
-        return {"strategies": {one.name: dict(course.memory.facts) for one, course in self._asked}}
+        """Plain facts that last, for a checkpoint; nothing without strategies and phases."""
+        found: dict[str, Any] = {"phase": self.phases.entered} if self.phases else {}
+        if self._asked:
+            found["strategies"] = {one.name: dict(course.memory.facts) for one, course in self._asked}
+        return found
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Tensors that last, for a checkpoint; nothing without strategies that remember some."""
@@ -236,6 +261,7 @@ class Moments:
 
     def load(self, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
         """The inverse of `state` and `tensors`."""
+        self.phases.entered = int(state.get("phase", -1))
         held = tensors.get("strategies", {})
         for one, course in self._asked:
             course.memory.facts.clear()

@@ -120,6 +120,13 @@ class Optimiser:
         for parameter in self.named.values():
             parameter.grad = None
 
+    @torch.no_grad()
+    def begin_anew(self) -> None:
+        """Forget the moments and start counting again: what follows is trained from here."""
+        for moment in (*self.first.values(), *self.second.values()):
+            moment.zero_()
+        self.counts = dict.fromkeys(self.named, 0)
+
     def let_go(self) -> None:
         """Forget gradients and moments: no step will follow, and the memory is wanted."""
         self.zero_grad()

@@ -13,7 +13,7 @@ from luthier.data.batches import Batches, Collator, EvalBatches
 from luthier.data.examples import Examples
 from luthier.data.order import Order
 from luthier.runs import RunFolder, reset_peak, resident_bytes
-from luthier.surgery import Tuned, attach, compose
+from luthier.surgery import Phases, Tuned, attach, compose
 from luthier.training.early_stopping import Selection
 from luthier.training.evaluate import Evaluator
 from luthier.training.evaluations import Evaluations
@@ -61,6 +61,7 @@ def build(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
     later = spec.total_steps(order.steps_per_epoch) > order.steps_per_epoch  # in one epoch no row comes twice
     sees_text = any({"embeddings", "states"} & set(s.reads) for s in strategies)
     features = objective.keep_features(batches) if later and not sees_text else None
+    Phases(tuned, method.parts()).check(Feed(spec, batches).total)
     if spec.optim.name == "lomo":
         refuse_inexact(spec, tuned, batches, strategies)
     optimiser = optimiser_of(

@@ -1,0 +1,66 @@
+"""LP-FT: first the head alone on frozen features, then everything from that head.
+
+    phase 1: head trains, theta = theta_0          phase 2: head and theta train, from where phase 1 ended
+
+Nothing below the head has changed when the second phase begins. It begins with empty moments and a schedule of its own.
+
+Kumar, Raghunathan, Jones, Ma, Liang 2022, "Fine-Tuning can Distort Pretrained Features and Underperform
+Out-of-Distribution", arXiv:2202.10054, section 3. The run's rate is that of the second phase; how long the first lasts
+and how fast it learns are ours.
+
+Count: all parameters of the model, tied ones once, a new task head apart.
+Claims: features are distorted less, so it does better than full fine-tuning on rows unlike those of training.
+Cost: a step of full fine-tuning in the second phase, far less in the first; moments are there from the first step.
+Use it when: the text in use will be unlike the rows at hand.
+Not when: the model has no new head: a language model has nothing to probe.
+Pitfalls: a first phase that stops early leaves a head that distorts features after all; moments of the first phase in
+the second; dropout of the trunk stays on in both, while a probe of fixed features would have none.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from luthier.anatomy import Anatomy
+from luthier.core import AnatomyError, ConfigError, above, between
+from luthier.methods.parts.update_masks import maskable, sizes_of
+from luthier.surgery import METHODS, Edit, Method, Phase, TunedView, Unfreeze
+
+
+@METHODS.register("lp_ft", family="partial", paper="arXiv:2202.10054")
+@dataclass(frozen=True, kw_only=True)
+class LPFT(Method):
+    """Settings of probing first."""
+
+    probe: Annotated[float, "share of the run in which the head alone learns", between(0, 1)] = 0.5
+    probe_rate: Annotated[float, "learning rate of that part, as a multiple of the run's", above(0)] = 100.0
+
+    mergeable: ClassVar[bool] = True
+    starts_at_base: ClassVar[bool] = True
+    default_lr: ClassVar[float] = 5e-5
+    trains_base: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.probe < 1:
+            what = "full" if self.probe == 0 else "head_only"
+            raise ConfigError(f"lp_ft.probe: {self.probe:g} leaves one phase, which is {what}. Set it between 0 and 1.")
+
+    def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
+        if not anatomy.head_tensors:
+            raise AnatomyError(
+                f"lp_ft: this {anatomy.model_type} model has no new task head to probe with. "
+                "Use it for classification, or use full."
+            )
+        yield from (Unfreeze(name) for name in maskable(anatomy, "all"))
+
+    def n_params(self, anatomy: Anatomy) -> int:
+        return sum(sizes_of(anatomy, maskable(anatomy, "all")))
+
+    def phases(self, tuned: TunedView) -> Sequence[Phase]:
+        probe = Phase(self.probe, trains=lambda name: "head/" in name, rate=self.probe_rate)
+        return probe, Phase(1 - self.probe)
+
+    def conflicts(self, other: Method) -> str | None:
+        if other.is_a("full"):
+            return "lp_ft already trains every number of the model. Use one of them."
+        return None

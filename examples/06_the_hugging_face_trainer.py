@@ -1,6 +1,7 @@
 """The Trainer of transformers on a tuned model: it trains the tuning, and its checkpoints hold no base weight.
 
-The model keeps its class, so a trainer, a pipeline and `generate` take it as it is.
+The model keeps its class, so a trainer, a pipeline and `generate` take it as it is. The callback asks methods that have
+to be asked during training, such as adalora for its budget; the others need none.
 """
 
 import tempfile
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 
-from luthier import attach, load
+from luthier import HooksCallback, attach, load
 from luthier.samples import load_sample, model_path
 
 folder = model_path("minilm-l6")
@@ -16,7 +17,7 @@ rows = [row for row in load_sample("trec6").train if row["label"] in ("HUM", "NU
 labels = sorted({row["label"] for row in rows})
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(labels))
-attach(model, "lora", rank=4)
+tuned = attach(model, "adalora", rank=6, target_rank=4)
 
 examples = [{**tokenizer(row["text"]), "labels": labels.index(row["label"])} for row in rows]
 out = Path(tempfile.mkdtemp())
@@ -35,6 +36,7 @@ trainer = Trainer(
     ),
     train_dataset=examples,
     processing_class=tokenizer,
+    callbacks=[HooksCallback(tuned)],
 )
 trainer.train()
 

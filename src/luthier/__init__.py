@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from luthier.anatomy import Anatomy
     from luthier.runs.spec import DataSpec, RunSpec
     from luthier.surgery import Tuned, attach, load
+    from luthier.training.trainer_callback import HooksCallback
     from luthier.workflow import evaluate, merge, predict, resume, train
 
 __all__ = [
     "Anatomy",
     "DataSpec",
+    "HooksCallback",
     "RunSpec",
     "Tuned",
     "__version__",
@@ -34,6 +36,7 @@ __all__ = [
 # Resolved on first use: torch and transformers take seconds to import, and `luthier methods` needs neither.
 _HOMES = {
     "Anatomy": "luthier.anatomy",
+    "HooksCallback": "luthier.training.trainer_callback",
     "Tuned": "luthier.surgery",
     "attach": "luthier.surgery",
     "load": "luthier.surgery",

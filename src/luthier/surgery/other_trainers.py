@@ -91,8 +91,9 @@ def _refuse_half(tuned: Watched) -> None:
             if asks:
                 raise ConfigError(
                     f"{part.name} has to be asked during training ({', '.join(asks)}), which this trainer does not do: "
-                    "it would train something else than it says. Use luthier's own loop (`luthier train`), or call "
-                    "these methods in your loop and set calls_hooks = True on what attach() returned."
+                    "it would train something else than it says. Give a Trainer of transformers or TRL "
+                    "callbacks=[luthier.HooksCallback(tuned)], use luthier's own loop (`luthier train`), or call these "
+                    "methods in your loop and set calls_hooks = True on what attach() returned."
                 )
             if part.looks_at_data:
                 part.after_backward(tuned, 1, 1)  # says so where it was not prepared

@@ -25,7 +25,7 @@ class Batch:
 
     inputs: dict[str, Tensor]
     """what the model is called with: input_ids, attention_mask, and token_type_ids or decoder_input_ids with
-    decoder_attention_mask; (b, t)"""
+    decoder_attention_mask; (b, t). And row_task, where rows are of several tasks; (b,)"""
     labels: Tensor | None
     """(b, t) int64 with IGNORED where there is no loss, or one target for each example: (b,) or (b, labels)"""
     rows: NDArray[np.int64] = field(repr=False)
@@ -63,6 +63,7 @@ class Collator:
         inputs = {"input_ids": ids, "attention_mask": mask}
         if examples.types is not None:
             inputs["token_type_ids"] = self._lay(examples.types, examples.offsets, indices, 0)[0]
+        inputs |= {f"row_{name}": torch.from_numpy(numbers[indices]) for name, numbers in examples.facts.items()}
         labels: Tensor | None = None
         if examples.answers is not None:
             assert examples.answer_offsets is not None

@@ -73,6 +73,7 @@ class Columns:
     system: str | None = None
     history: str | None = None
     tools: str | None = None
+    row_task: str | None = None
     unused: tuple[str, ...] = ()
 
     def used(self) -> dict[str, str]:
@@ -80,6 +81,7 @@ class Columns:
         roles = (
             *("text", "pair", "label", "prompt", "context", "response", "messages", "tokens", "tags"),
             *("system", "history", "tools"),  # what stands around a conversation
+            "row_task",
         )
         return {role: column for role in roles if (column := getattr(self, role)) is not None}
 
@@ -102,7 +104,7 @@ class Columns:
         roles = {"labelled": ("text", "pair"), "tagged": ("tokens",)}.get(
             self.shape, ("system", "history", "messages", "prompt", "context", "response", "text")
         )
-        return [name for role in roles if (name := getattr(self, role)) is not None]
+        return [name for role in (*roles, "row_task") if (name := getattr(self, role)) is not None]
 
     def outcome(self, row: Row) -> str:
         """The label or tags, as text; empty where the shape has none."""
@@ -136,7 +138,8 @@ class _Finder:
         if wanted is None or wanted in self.names:
             return wanted
         raise DataError(
-            f"{self.table.source}: no column {wanted!r} (asked for by --{role}).{near(wanted, self.names)}"
+            f"{self.table.source}: no column {wanted!r} (asked for by --{role.replace('_', '-')})."
+            f"{near(wanted, self.names)}"
             f" Its columns are {self.listed}."
         )
 
@@ -218,7 +221,9 @@ def find_columns(table: Table, flags: DataSpec, task: str = "auto") -> Columns:
             f"{table.source}: one column stands for two roles ({chosen}). Name different columns. "
             f"Its columns are {finder.listed}."
         )
-    return Columns(shape=shape, unused=tuple(n for n in finder.names if n not in chosen.values()), **roles)
+    told = finder.flag("row_task")
+    unused = tuple(n for n in finder.names if n not in chosen.values() and n != told)
+    return Columns(shape=shape, unused=unused, row_task=told, **roles)
 
 
 def _refuse_half_labelled(finder: _Finder, plain: dict[str, str | None] | None) -> None:

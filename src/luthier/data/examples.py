@@ -6,7 +6,7 @@ example is what a batch holds; most rows are one example, a long plain text is s
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -185,6 +185,8 @@ class Examples:
     answer_offsets: NDArray[np.int64] | None = field(default=None, repr=False)
     targets: NDArray[Any] | None = field(default=None, repr=False)
     """one target for each example: int64 (n,), float32 (n,), or float32 (n, labels)"""
+    facts: Mapping[str, NDArray[np.int64]] = field(default_factory=dict, repr=False)
+    """whole numbers that say something of each example's row, by name: its task"""
     ledger: Ledger = field(repr=False)
 
     def __len__(self) -> int:

@@ -77,7 +77,8 @@ def read(entry: Path, table: Table) -> tuple[Examples | None, str]:
         {int(row): reason for row, reason in words["reasons"].items()},
     )
     ledger.notes += words["notes"]
-    return Examples(**arrays, ledger=ledger), f"encoded rows are those kept in {disk_cache.short(entry)}"
+    kept: dict[str, Any] = arrays
+    return Examples(**kept, ledger=ledger), f"encoded rows are those kept in {disk_cache.short(entry)}"
 
 
 def write(entry: Path, examples: Examples) -> str:

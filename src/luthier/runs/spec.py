@@ -68,6 +68,9 @@ class DataSpec:
     messages: Annotated[str | None, "column with a list of chat messages"] = None
     tokens: Annotated[str | None, "column with a list of words, for token classification", Flag("tokens")] = None
     tags: Annotated[str | None, "column with one tag for each word"] = None
+    row_task: Annotated[
+        str | None, "column that says which task a row is of, for methods that keep numbers for each task"
+    ] = None
     loss_on: Annotated[Literal["response", "all"], "which tokens of a prompt-response or chat row carry loss"] = (
         "response"
     )
@@ -361,6 +364,7 @@ RESUME: dict[str, ResumeRule] = {
     "data.messages": "exact",
     "data.tokens": "exact",
     "data.tags": "exact",
+    "data.row_task": "exact",
     "data.loss_on": "exact",
     "max_length": "exact",
     "seed": "exact",

@@ -12,7 +12,7 @@ from luthier.surgery.edits import Edit
 from luthier.surgery.method import METHODS, Method
 from luthier.surgery.source import Source
 
-__all__ = ["Combined", "check", "check_beside", "fitted", "method", "setting_names", "spell", "takes"]
+__all__ = ["Combined", "check", "check_beside", "fitted", "for_rows", "method", "setting_names", "spell", "takes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +159,37 @@ def fitted(method: Method, sources: Sequence[Source]) -> Method:
                 "choose another method."
             )
     members = tuple(part.fitted([s for s in sources if takes(part, s)]) for part in method.parts())
+    return replace(method, members=members) if isinstance(method, Combined) else members[0]
+
+
+def _changed(part: Any, **values: Any) -> Method:
+    made: Method = replace(part, **values) if values else part
+    return made
+
+
+def for_rows(method: Method, facts: Mapping[str, int]) -> Method:
+    """`method` for data that say so much of each row: how many tasks there are, say.
+
+    Raises:
+        ConfigError: it reads nothing of the kind, or was asked for fewer values.
+    """
+    for fact, n in facts.items():
+        readers = [part for part in method.parts() if fact in part.reads_rows]
+        if not readers:
+            raise ConfigError(
+                f"data.row_{fact}: {spell(method)} keeps no numbers for each {fact}, so the column would change "
+                "nothing. Leave it out, or use a method that does, such as hyperformer."
+            )
+        for part in readers:
+            own = getattr(part, f"{fact}s")
+            if own is not None and own < n:
+                raise ConfigError(
+                    f"{part.name}.{fact}s is {own}, and the rows have {n} values of {fact}. Leave it out: the data say."
+                )
+    members = tuple(
+        _changed(part, **{f"{f}s": getattr(part, f"{f}s") or n for f, n in facts.items() if f in part.reads_rows})
+        for part in method.parts()
+    )
     return replace(method, members=members) if isinstance(method, Combined) else members[0]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,12 @@ from torch import Tensor
 
 from luthier.core import ModelError
 
-__all__ = ["Context", "packed", "read_mask"]
+__all__ = ["ROW", "Context", "facts_left_out", "may_leave_out", "packed", "read_mask"]
+
+ROW = "row_"
+"""How inputs begin that say something of each row: `row_task`."""
+
+_LEFT_OUT = [False]
 
 
 @dataclass
@@ -25,6 +31,7 @@ class Context:
         n_tokens: tokens given to this pass (without the past).
         packed: several texts stand one behind the other in a row.
         generating: a step of `generate`, with or without a cache.
+        rows: facts of the rows, whole numbers by name, such as "task": (rows,). See `row`.
         memory: results that attachments keep from prefill to later steps of one generation, by any key.
     """
 
@@ -34,7 +41,24 @@ class Context:
     batch: int = 0
     packed: bool = False
     generating: bool = False
+    rows: dict[str, Tensor] = field(default_factory=dict)
     memory: dict[Any, Any] = field(default_factory=dict)
+
+    def row(self, name: str) -> Tensor:
+        """The fact `name` of each row of the batch, (batch,); 0 where there is one value and nobody says which.
+
+        Beams and samples of a row, which follow one another, share its fact.
+
+        Raises:
+            ModelError: facts of another number of rows.
+        """
+        given = self.rows.get(name)
+        if given is None:
+            return torch.zeros(self.batch, dtype=torch.long)
+        times, rest = divmod(self.batch, max(1, len(given)))
+        if rest or times == 0 or (times > 1 and not self.generating):
+            raise ModelError(f"{ROW}{name}: {len(given)} numbers for a batch of {self.batch} rows. Give one a row.")
+        return given if times == 1 else given.repeat_interleave(times)
 
     def mask_for(self, stack: str) -> Tensor | None:
         """The token mask of the stack called `stack`."""
@@ -63,6 +87,21 @@ class Context:
         value = compute()
         self.memory[key] = value.detach()
         return value
+
+
+@contextmanager
+def facts_left_out() -> Iterator[None]:
+    """Inside, a pass may say nothing of its rows: a look at what a model does, with words that mean nothing."""
+    before, _LEFT_OUT[0] = _LEFT_OUT[0], True
+    try:
+        yield
+    finally:
+        _LEFT_OUT[0] = before
+
+
+def may_leave_out() -> bool:
+    """Whether the pass is such a look."""
+    return _LEFT_OUT[0]
 
 
 def read_mask(mask: Any, past: int, n_tokens: int) -> Tensor | None:

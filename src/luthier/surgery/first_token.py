@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy
 from luthier.core.protocols import Model
+from luthier.surgery.context import facts_left_out
 
 __all__ = ["FirstTokenCut", "first_token_place", "head_reads_first_token"]
 
@@ -94,7 +95,8 @@ def head_reads_first_token(model: Model, block: nn.Module, n_vocab: int) -> bool
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
             try:
-                out = model(input_ids=ids, attention_mask=mask)
+                with facts_left_out():
+                    out = model(input_ids=ids, attention_mask=mask)
             except (RuntimeError, TypeError, ValueError):
                 return False  # it wants other inputs: nothing is known of its head
             logits = out.logits if hasattr(out, "logits") else out[0]

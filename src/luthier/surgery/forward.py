@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from luthier import kernels
-from luthier.core import ConfigError
+from luthier.core import ConfigError, ModelError
 from luthier.surgery import prefix_attention
 from luthier.surgery.branch import Branch
 from luthier.surgery.checkpointing import Checkpointing, Restore
-from luthier.surgery.context import packed, read_mask
+from luthier.surgery.context import ROW, may_leave_out, packed, read_mask
 from luthier.surgery.edited_model import EditedModel
 from luthier.surgery.prefix_attention import KeysValues, Pairs, Prefix, Prefixes
 from luthier.surgery.prompts import PromptHooks, leading_pads, text_stack
@@ -158,13 +158,19 @@ class Forward:
                 if stack:
                     self._note_mask(given, stack)
                 return None
+            facts = {n: kwargs[n] for n in kwargs if n.startswith(ROW) and n not in names}
+            if facts:
+                kwargs = {n: value for n, value in kwargs.items() if n not in facts}
+                given = {n: value for n, value in given.items() if n not in facts}
+            if not self.edited.context.generating:
+                self.edited.context.rows = _numbers(facts)
             self._begin(given, stack)
             more: dict[str, Any] = {}
             if "position_ids" in names and (positions := self._positions(given)) is not None:
                 more["position_ids"] = positions
             if self._twice and "use_cache" in names and given.get("use_cache") is None and torch.is_grad_enabled():
                 more["use_cache"] = False  # a block that is computed again would put its keys there again
-            return (args, kwargs | more) if more else None
+            return (args, kwargs | more) if more or facts else None
 
         return hook
 
@@ -212,8 +218,34 @@ class Forward:
         if not context.generating:
             context.memory = self._memory_of(cache) if context.past > 0 else {}
         self.serving.before_pass(inputs)
+        self._check_rows()
         for whole in self._prefixes:
             whole.pairs = whole.compute()
+
+    def _check_rows(self) -> None:
+        """Refuse a pass that does not say of its rows what those that act have to know.
+
+        Raises:
+            ModelError: a fact is missing, or has a value for which nothing was made.
+        """
+        context, by_row = self.edited.context, self.serving.rows
+        acting = [t for t in self.edited.tunings.values() if (t.tuning_name in by_row.names if by_row else t.active)]
+        for part in (part for tuning in acting for part in tuning.method.parts()):
+            for fact in part.reads_rows:
+                n, given = part.values_of(fact), context.rows.get(fact)
+                if given is None and n > 1 and not may_leave_out():
+                    raise ModelError(
+                        f"{part.name} keeps numbers for {n} {fact}s, and this batch does not say which {fact} each row "
+                        f"is of. Give {ROW}{fact}=[...], a whole number from 0 to {n - 1} for every row."
+                    )
+                if given is None:
+                    context.rows[fact] = torch.zeros(context.batch, dtype=torch.long)
+                elif len(given) and not 0 <= int(given.min()) <= int(given.max()) < n:
+                    raise ModelError(
+                        f"{ROW}{fact}: {part.name} knows the {fact}s 0 to {n - 1}, and the batch has "
+                        f"{int(given.min())} to {int(given.max())}."
+                    )
+                context.row(fact)
 
     def _note_mask(self, inputs: dict[str, Any], stack: str) -> None:
         """The mask of one stack, where the model hands it its own."""
@@ -294,11 +326,25 @@ class Forward:
                 stacklevel=2,
             )
             kwargs["prefill_chunk_size"] = None
+        context.rows = _numbers({n: kwargs.pop(n) for n in list(kwargs) if n.startswith(ROW)})
         context.memory, context.generating = self._memory_of(kwargs.get("past_key_values")), True
         try:
             return written.generate(model, *args, **kwargs)
         finally:
-            context.memory, context.generating = {}, False
+            context.memory, context.rows, context.generating = {}, {}, False
+
+
+def _numbers(facts: dict[str, Any]) -> dict[str, Tensor]:
+    """Facts of rows by name, as whole numbers. {"row_task": [0, 2]} -> {"task": tensor([0, 2])}."""
+    found = {}
+    for name, value in facts.items():
+        numbers = torch.as_tensor(value)
+        if numbers.dim() != 1 or numbers.is_floating_point():
+            raise ModelError(
+                f"{name}: wants one whole number for each row, and got {tuple(numbers.shape)} {value!r:.60}."
+            )
+        found[name.removeprefix(ROW)] = numbers.long()
+    return found
 
 
 _TEXTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "hidden_states")

@@ -61,6 +61,8 @@ class Method(ABC):
         peft: how a tuning of it stands in the files of the peft library, where both compute the same.
         looks_ahead: what it adds to a token depends on later tokens too; its page says what that means in generation.
 
+        reads_rows: facts of rows that it reads, such as "task": `Context.row`. How many values each has, a setting of
+            its plural says (`tasks`); left out, the data do, and 1 where they say nothing.
         sources: the methods whose saved tunings it is made of; `least_sources`, how many at least.
 
     Class facts for the contract tests alone, so that a new file joins no list:
@@ -81,6 +83,7 @@ class Method(ABC):
     draws: ClassVar[bool] = False
     looks_ahead: ClassVar[bool] = False
     peft: ClassVar[PeftForm | None] = None
+    reads_rows: ClassVar[tuple[str, ...]] = ()
     sources: ClassVar[tuple[str, ...]] = ()
     least_sources: ClassVar[int] = 1
     tiny: ClassVar[Mapping[str, Any]] = {}
@@ -162,6 +165,10 @@ class Method(ABC):
     def settings(self) -> dict[str, Any]:
         """The settings as plain values."""
         return dict(plain(self))
+
+    def values_of(self, fact: str) -> int:
+        """How many values a fact of rows has, for which it keeps numbers."""
+        return getattr(self, f"{fact}s", None) or 1
 
     def parts(self) -> tuple[Method, ...]:
         """The methods this one is made of; itself for a single one."""

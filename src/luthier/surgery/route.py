@@ -278,8 +278,10 @@ def _still(plan: Plan) -> Callable[[Tensor], Tensor] | None:
 @contextmanager
 def _only(context: Context, picked: Tensor, batch: int) -> Iterator[None]:
     """The facts of the batch cut down to some of its rows."""
-    masks, n = context.masks, context.batch
+    masks, n, facts = context.masks, context.batch, context.rows
     try:
+        cut = {name: context.row(name) for name in facts}
+        context.rows = {name: fact.index_select(0, picked.to(fact.device)) for name, fact in cut.items()}
         context.batch = len(picked)
         context.masks = {
             stack: mask.index_select(0, picked) if mask is not None and len(mask) == batch else mask
@@ -287,4 +289,4 @@ def _only(context: Context, picked: Tensor, batch: int) -> Iterator[None]:
         }
         yield
     finally:
-        context.masks, context.batch = masks, n
+        context.masks, context.batch, context.rows = masks, n, facts

@@ -36,8 +36,11 @@ class OtherModel:
         if self.answers is not None:
             rows = torch.from_numpy(batch.rows).to(self.answers.device)
             return self.answers[rows].to(batch.inputs["input_ids"].device)
+        # What is said of rows is for tunings: a model without one would not know the argument.
+        tuned = hasattr(self.model, "luthier")
+        inputs = {n: t for n, t in batch.inputs.items() if tuned or not n.startswith("row_")}
         with torch.no_grad():
-            found: Tensor = self.model(**batch.inputs).logits
+            found: Tensor = self.model(**inputs).logits
         return found
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from luthier.surgery import Tuned
+from luthier.surgery.context import facts_left_out
 from luthier.training.out_of_memory import is_out_of_memory
 
 __all__ = ["soft_capped", "softcap_of", "trunk_states", "why_all_logits"]
@@ -56,10 +57,11 @@ def why_all_logits(tuned: Tuned) -> str:
     halves = types & {torch.bfloat16, torch.float16}
     # Masters in fp32 beside a base in halves meet under autocast, in training as here.
     casts = torch.autocast(device.type, dtype=next(iter(halves), None), enabled=len(types) > 1 and bool(halves))
+    cuda = [device] if device.type == "cuda" else []
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []), casts:
+        with torch.no_grad(), torch.random.fork_rng(cuda), casts, facts_left_out():
             states = trunk_states(tuned, inputs)
             ours = F.linear(states.to(head.weight.dtype), head.weight, head.bias).float()
             ours = soft_capped(ours, softcap_of(model))

@@ -86,6 +86,7 @@ def evaluate(path: Path | str, data: str, *, skip_bad: bool = False, out: Path |
         loss_on=predictor.contract["loss_on"],
         template=None if template is None else build(ChatTemplate, template, "template"),
     )  # fmt: skip
+    examples = predictor.of_tasks(examples)
     refused = [(table.places[r["row"]], str(r["reason"])) for r in examples.ledger if r["status"] == "refused"]
     evaluator = _evaluator(predictor, examples)
     with predictor.tuned.serving():

@@ -215,6 +215,7 @@ def _save(prepared: Prepared, tuned: Tuned, run: RunFolder) -> int:
             "tokenizer": prepared.fingerprints["tokenizer"],
             "template": plain(prepared.template) if prepared.template is not None else None,
             "loss_on": prepared.spec.data.loss_on,
+            **({"row_tasks": list(prepared.row_tasks)} if prepared.row_tasks else {}),
             **_stop(prepared, tuned),
             "weights": "fp32" if prepared.weights == torch.float32 else prepared.precision.name,
         },

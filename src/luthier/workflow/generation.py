@@ -122,11 +122,12 @@ class Generator:
         self, prompts: Examples, piece: NDArray[np.int64], tunings: Sequence[str | None] | None, **options: Any
     ) -> Any:
         inputs = self.collator(prompts, piece).to(self.device).inputs
+        facts = {name: value for name, value in inputs.items() if name.startswith("row_")}
         named = nullcontext() if tunings is None else self.tuned.rows([tunings[i] for i in piece])
         with torch.inference_mode(), self.precision.autocast(self.device), named:
             return self.tuned.model.generate(
                 input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], do_sample=False, num_beams=1,
-                pad_token_id=self.pad_id, eos_token_id=list(self.stop) or None, **options,
+                pad_token_id=self.pad_id, eos_token_id=list(self.stop) or None, **facts, **options,
             )  # fmt: skip
 
     def _read(self, ids: list[int], tight: bool) -> Written:

@@ -16,6 +16,7 @@ from luthier.data.columns import Columns
 from luthier.data.encode import encode
 from luthier.data.examples import IGNORED, TRUNCATED, Examples
 from luthier.data.load_data import load_inputs
+from luthier.data.row_tasks import with_tasks
 from luthier.data.rows import Table
 from luthier.data.stop_tokens import stop_ids
 from luthier.data.tasks import Task, words_and_tags
@@ -191,11 +192,17 @@ class Predictor:
     def _encoded(self, table: Table) -> Examples:
         """The rows as training read them, up to the target."""
         stored = self.contract["template"]
-        return encode(
+        examples = encode(
             table, self.columns, self.task, self.tokenizer, n_vocab=self._vocabulary(),
             max_length=int(self.contract["max_length"]), with_targets=False, check=False,
             template=None if stored is None else build(ChatTemplate, stored, "template"),
         )  # fmt: skip
+        return self.of_tasks(examples)
+
+    def of_tasks(self, examples: Examples) -> Examples:
+        """Examples that say which task each row is of, where this run has several."""
+        names = self.contract.get("row_tasks")
+        return examples if names is None else with_tasks(examples, self.columns.row_task or "", names)
 
     def _read(self, examples: Examples, tunings: Sequence[str | None] | None) -> dict[int, dict[str, Any]]:
         """Row -> its answer, of those that could be encoded."""
@@ -267,6 +274,11 @@ class Predictor:
         """
         if self.columns.pair is not None:
             raise ConfigError("this run was trained on pairs of texts: give both columns in a file with --data.")
+        if self.columns.row_task is not None:
+            raise ConfigError(
+                f"this run knows several tasks ({', '.join(self.contract['row_tasks'])}): give rows in a file with "
+                f"--data, whose column {self.columns.row_task!r} says which task each is of."
+            )
         column = self.columns.text or self.columns.prompt or self.columns.messages or self.columns.tokens
         assert column is not None
         values: list[Any] = list(texts)

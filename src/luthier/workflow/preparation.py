@@ -20,6 +20,7 @@ from luthier.data.examples import Examples
 from luthier.data.load_data import load_data
 from luthier.data.order import shuffled
 from luthier.data.problems import Problem
+from luthier.data.row_tasks import task_names, with_tasks
 from luthier.data.rows import Table, split_rows
 from luthier.data.tasks import Task
 from luthier.data.tokenizer import choose_length, choose_pad
@@ -76,6 +77,7 @@ class Prepared:
     lines: tuple[str, ...]
     sources: tuple[SavedTuning, ...] = field(default=(), repr=False)
     others: tuple[Other, ...] = ()
+    row_tasks: tuple[str, ...] = ()
 
     @property
     def template(self) -> ChatTemplate | None:
@@ -113,6 +115,15 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None) -> Pr
     refuse_task(strategies, task)
     for remark in data.notes:
         note(remark)
+    row_tasks = () if columns.row_task is None else task_names(table, columns.row_task)
+    if row_tasks:
+        method = compose.for_rows(method, {"task": len(row_tasks)})
+        note(f"rows are of {len(row_tasks)} tasks: {', '.join(row_tasks)}")
+
+    def encoded(rows: Table, **more: Any) -> Examples:
+        made = encode(rows, columns, task, tokenizer, **options, **more)
+        return with_tasks(made, columns.row_task, row_tasks) if columns.row_task is not None else made
+
     select = None
     if spec.eval.thresholds:
         check_thresholds(task)
@@ -143,16 +154,16 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None) -> Pr
     pad = choose_pad(tokenizer, n_vocab)
     others = find_others(strategies, task, tokenizer, n_vocab)
     options: dict[str, Any] = {"n_vocab": n_vocab, "max_length": max_length, "loss_on": spec.data.loss_on}
-    train_examples = encode(table, columns, task, tokenizer, accept_refused=spec.data.accept_refused, **options)
+    train_examples = encoded(table, accept_refused=spec.data.accept_refused)
     note(train_examples.ledger.sentence())
     for remark in train_examples.ledger.notes:
         note(remark)
     select_examples = None
     if select is not None:
-        select_examples = encode(select, columns, task, tokenizer, accept_refused=spec.data.accept_refused, **options)
+        select_examples = encoded(select, accept_refused=spec.data.accept_refused)
     test_examples = None
     if test is not None:
-        test_examples = encode(test, columns, task, tokenizer, accept_refused=spec.data.accept_refused, **options)
+        test_examples = encoded(test, accept_refused=spec.data.accept_refused)
         note(test_examples.ledger.sentence())
     note(precision.sentence())
     # Where most of the model trains, its weights are the fp32 masters; elsewhere the frozen base is stored small.
@@ -170,6 +181,7 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None) -> Pr
         pad_id=pad.id,
         pad=plain(pad), max_length=max_length, n_params=n_params, n_base=anatomy.n_params, precision=precision,
         device=device, weights=weights, lines=tuple(lines), sources=sources, others=others,
+        row_tasks=row_tasks,
         fingerprints={
             "model": source.digest,
             "train": table.fingerprint(),

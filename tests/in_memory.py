@@ -15,6 +15,7 @@ from little import little_data, little_model, little_spec
 from torch import Tensor
 
 from luthier.core import ConfigError
+from luthier.data.tasks import Task
 from luthier.runs.spec import BatchSpec, DataSpec, RunSpec
 from luthier.surgery import compose
 from luthier.training import STRATEGIES, Listener
@@ -28,6 +29,7 @@ from luthier.workflow.preparation import Prepared, prepare
 
 __all__ = ["Runs", "alike", "same"]
 
+PIECES = BatchSpec(size=4, tokens=32, accumulate=2)  # several micro-batches to a step
 State = tuple[dict[str, dict[str, Tensor]], str]
 
 
@@ -59,11 +61,13 @@ class Runs:
         **changes: Any,
     ) -> Loop:  # fmt: skip
         """A loop before step 1, with the strategies' `tiny` settings, or with `values`."""
-        given = {"steps": 3, "batch": BatchSpec(size=4, tokens=32, accumulate=2), **changes}
+        given = {"steps": 3, "batch": PIECES, **changes}
         arch, _, more = kind.partition("-")
         labels = more == "labels"
         if more == "dry":
-            dry = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
+            dry = {"attention_dropout": 0.0}
+            if arch == "bert":
+                dry = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
             given = {"model": str(little_model(self.home / kind, arch, **dry)), **given}
         if labels or arch == "t5":  # its answers, or labels in a model that writes: "llama-labels"
             rows = little_data(self.home / f"of-{kind}.csv", kind="labelled" if labels else "turns")
@@ -84,7 +88,17 @@ class Runs:
         n_vocab = int(empty_model(prepared.source, prepared.task).get_input_embeddings().weight.shape[0])
         others = find_others(found, prepared.task, prepared.tokenizer, n_vocab)
         prepared = dataclasses.replace(prepared, spec=spec, method=made, strategies=found, others=others)
-        return _with_memory(build(prepared))
+        loop = _with_memory(build(prepared))
+        if kind.startswith("llama"):  # not in chunks: rounding would tell a strategy that looks at logits from none
+            loop.objective.chunked = False
+        return loop
+
+    def own(self, name: str) -> dict[str, Any]:
+        """Where a strategy's cells run: labels of an encoder, or words of a decoder where it wants those; its batch."""
+        cls = STRATEGIES.get(name)
+        one = cls(**dict.fromkeys(cls.roles, "a model"))
+        kind = "llama" if one.suits(Task(name="classification", labels=("bad", "good", "red"))) else "bert"
+        return {"kind": kind, "batch": BatchSpec(size=6, tokens=4096) if cls.whole_step else PIECES}
 
     def _roles(self, names: str | None, spec: RunSpec, more: str) -> dict[str, Any]:
         """A model for each role: what the run tunes where that answers, else a finished run on the same rows."""
@@ -101,13 +115,14 @@ class Runs:
     def kind(self, name: str, arch: str) -> str | None:
         """The architecture's own task, or labels where the strategy refuses that; its refusal says why.
 
-        None of an encoder-decoder: its head for labels wants an end of text, which the tests' words have not.
+        None where there is no other: an encoder has words for nobody here, and the head for labels of an
+        encoder-decoder wants an end of text, which the tests' words have not.
         """
         try:
-            self.loop(name, kind=arch)
+            self.loop(name, kind=arch, batch=self.own(name)["batch"])
         except ConfigError as error:
             assert "cannot learn the task" in str(error) and len(str(error)) > 70, error
-            return f"{arch}-labels" if arch != "t5" else None
+            return f"{arch}-labels" if arch == "llama" else None
         return arch
 
     def whole(self, names: str | None, method: str = "lora", kind: str = "bert", **changes: Any) -> Loop:

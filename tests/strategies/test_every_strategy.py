@@ -10,7 +10,7 @@ from in_memory import Runs, alike, same
 from little import little_spec
 
 from luthier.core import CompositionError, ConfigError, UnknownName
-from luthier.runs.spec import BatchSpec
+from luthier.runs.spec import BatchSpec, OptimSpec
 from luthier.training import STRATEGIES, Strategy
 from luthier.training.strategy import ONE_OWNER
 from luthier.trust import safetensors
@@ -51,23 +51,30 @@ def test_neutral_settings_are_the_run_without_it(name, method, runs):
     if neutral is None:
         assert "Neutral: none" in STRATEGIES.card(name).page, "the page says why there is none"
         return
-    loop = runs.after(name, method, values={f"{name}.{k}": v for k, v in neutral.items()})
+    loop = runs.after(name, method, values={f"{name}.{k}": v for k, v in neutral.items()}, **runs.own(name))
     loop.moments.finish()
-    assert alike(loop, runs.whole(None, method))
+    assert alike(loop, runs.whole(None, method, **runs.own(name)))
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_it_changes_what_is_learnt(name, runs):
-    loop = runs.after(name, steps=6)
+    loop = runs.after(name, steps=6, **runs.own(name))
     loop.moments.finish()
-    assert not alike(loop, runs.whole(None, steps=6), 1e-5)
+    assert not alike(loop, runs.whole(None, steps=6, **runs.own(name)), 1e-5)
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_step_in_pieces_is_the_step_in_one(name, runs):
     # Without dropout: its draws are named by the micro-batch.
-    one, many = (runs.after(name, "ia3", "bert-dry", batch=BatchSpec(size=6, tokens=tokens)) for tokens in (4096, 24))
-    assert len(one.feed.cut(0)) == 1 and len(many.feed.cut(0)) > 2
+    kind, cuts = f"{runs.own(name)['kind']}-dry", [BatchSpec(size=6, tokens=tokens) for tokens in (4096, 24)]
+    one = runs.after(name, "ia3", kind, batch=cuts[0])
+    assert len(one.feed.cut(0)) == 1
+    if STRATEGIES.get(name).whole_step:
+        with pytest.raises(ConfigError, match=r"one piece. Use batch.tokens = \d+"):
+            runs.loop(name, "ia3", kind, batch=cuts[1])
+        return
+    many = runs.after(name, "ia3", kind, batch=cuts[1])
+    assert len(many.feed.cut(0)) > 2
     assert alike(one, many, 2e-5)
 
 
@@ -77,15 +84,18 @@ def test_a_stopped_run_ends_with_the_bits_of_the_whole_one(name, arch, runs):
     kind = runs.kind(name, arch)
     if kind is None:
         return  # refused, with its reason
-    whole = runs.whole(name, "lora", kind, steps=4)
+    given = {"steps": 4, "batch": runs.own(name)["batch"]}
+    whole = runs.whole(name, "lora", kind, **given)
     for stop in (0, 2) if arch == "bert" else (2,):
-        assert same(runs.resumed(stop, name, "lora", kind, steps=4), whole)
+        assert same(runs.resumed(stop, name, "lora", kind, **given), whole)
 
 
 @pytest.mark.parametrize("method", ["lora", "prefix_tuning", "bitfit", "full"])
 @pytest.mark.parametrize("name", EVERY)
 def test_frozen_stays_frozen_and_detaching_gives_the_base_back(name, method, runs):
-    loop = runs.after(name, method, steps=2)
+    if method == "bitfit" and runs.own(name)["kind"] == "llama":
+        method = "ia3"  # it has no bias
+    loop = runs.after(name, method, steps=2, **runs.own(name))
     loop.moments.finish()
     base = safetensors.read(Path(loop.spec.model) / "model.safetensors")
     model = loop.tuned.detach()
@@ -98,8 +108,9 @@ def test_frozen_stays_frozen_and_detaching_gives_the_base_back(name, method, run
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_micro_batch_costs_the_passes_that_are_stated(name, runs):
-    cls = STRATEGIES.get(name)
-    loop = runs.loop(name, values={}, batch=BatchSpec(size=6, tokens=4096))
+    cls, own = STRATEGIES.get(name), runs.own(name)
+    given = {"batch": BatchSpec(size=6, tokens=4096), "optim": OptimSpec(lr=1e-5), "steps": 6}
+    loop = runs.loop(name, kind=own["kind"], values={}, **given)
     loop.moments.start()
     counted = {"graph": 0, "alone": 0, "backward": 0}
 

@@ -220,3 +220,59 @@ def little_spec_of_nothing():
 
 def test_told_is_flat():
     assert Told(LOGITS, LABELS, torch.ones(3)).chances.shape == (3,)
+
+
+# --- dft
+
+
+def test_the_gradient_of_dft_is_the_chance_times_that_of_the_loss():
+    logits = LOGITS.clone().requires_grad_()
+    told = told_of(THREE, passed(logits))
+    (STRATEGIES.get("dft")().weigh(None, None, told) * told.losses).sum().backward()
+    p = LOGITS.softmax(-1)
+    chance = p.gather(-1, LABELS[:, None])
+    assert torch.allclose(logits.grad, chance * (p - F.one_hot(LABELS, 3)), atol=1e-6)
+
+
+def test_what_is_absurd_teaches_dft_nothing_and_masked_words_have_no_part():
+    task = Task(name="seq2seq")
+    logits = torch.tensor([[[20.0, 0.0, 0.0], [0.1, 0.2, 0.3], [0.5, 0.0, 0.0]]], requires_grad=True)
+    told = told_of(task, Result(torch.zeros(()), 2, logits, torch.tensor([[2, 1, -100]])))
+    (STRATEGIES.get("dft")().weigh(None, None, told) * told.losses).sum().backward()
+    assert logits.grad[0, 0].abs().max() < 1e-6 and logits.grad[0, 1].any() and not logits.grad[0, 2].any()
+
+
+# --- scl
+
+
+def test_contrast_of_four_states_is_that_computed_by_hand():
+    one = STRATEGIES.get("scl")(tau=0.5)
+    states, labels = torch.tensor([[1.0, 0.2], [0.9, -0.1], [-1.0, 0.3], [0.1, 1.0]]), torch.tensor([0, 0, 1, 0])
+    h = states / states.norm(dim=-1, keepdim=True)
+    wanted = []
+    for i in range(4):
+        alike = [j for j in range(4) if j != i and labels[j] == labels[i]]
+        below = sum((h[i] @ h[k] / 0.5).exp() for k in range(4) if k != i)
+        if alike:
+            wanted.append(-sum(((h[i] @ h[j] / 0.5).exp() / below).log() for j in alike) / len(alike))
+    assert torch.allclose(one.contrast(states, labels), torch.stack(wanted).mean(), atol=1e-6)
+    assert torch.allclose(one.contrast(states * torch.tensor([[3.0]]), labels), torch.stack(wanted).mean(), atol=1e-6)
+
+
+def test_without_two_rows_of_a_label_the_rest_of_the_cross_entropy_is_left():
+    states = torch.randn(3, 4, requires_grad=True)
+    apart = STRATEGIES.get("scl")().contrast(states, torch.tensor([0, 1, 2]))
+    apart.backward()
+    assert apart.item() == 0 and not states.grad.any()
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama-labels"])
+def test_scl_has_a_gradient_on_the_trunk_by_its_states_alone(kind, runs):
+    loop = runs.loop("scl", "lora", kind, values={"scl.weight": 1.0}, batch=BatchSpec(size=6, tokens=4096))
+    loop.moments.start()
+    loop.moments.before_step(0, 3, 0)
+    loop.set_mode(training=True)
+    loop._gradients(0, loop.feed.cut(0))
+    trained = loop.tuned.trained()
+    assert any(p.grad is not None and p.grad.any() for n, p in trained.items() if "head/" not in n)
+    assert not any(p.grad is not None and p.grad.any() for n, p in trained.items() if "head/" in n)

@@ -31,6 +31,7 @@ class Progress:
     step: int = 0  # of the step being made, from 1
     total: int = 0
     epoch: int = 0
+    share: float = 0.0  # of the peak rate, in this step's update
     numbers: dict[str, float] = field(default_factory=dict)  # noted for the log, by "strategy.name"
 
 
@@ -137,6 +138,10 @@ class Course:
     def states(self) -> AbstractContextManager[States]:
         """Within, what comes out of the trunk is held, with its graph."""
         return watched_states(self.tuned)
+
+    def rate_of(self, name: str) -> float:
+        """The learning rate of a trained tensor in this step's update; known in `after_step`."""
+        return self.optimiser.rate_of(name, self.progress.share)
 
     def weights(self) -> Mapping[str, Tensor]:
         """Trained tensors by name, those that are frozen for this step included."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from luthier.core import ConfigError
-from luthier.data.batches import Batches, cut
+from luthier.data.batches import Batches
 from luthier.runs.spec import RunSpec
 from luthier.surgery import Method, Tuned
 from luthier.training.strategy import Strategy, fills
+from luthier.training.whole_steps import why_cut
 
 __all__ = ["refuse_inexact"]
 
@@ -31,22 +32,8 @@ def refuse_inexact(spec: RunSpec, tuned: Tuned, batches: Batches, strategies: Se
         ConfigError: a step of several backward passes; a method that wants to see all gradients of a step.
     """
     wrong = []
-    if spec.batch.accumulate > 1:
-        wrong.append(
-            f"batch.accumulate is {spec.batch.accumulate}: a gradient that is dropped at once cannot be summed over "
-            "micro-batches. Use 1."
-        )
-    else:
-        lengths, order = batches.examples.lengths, batches.order
-        widest = (-lengths).argsort(kind="stable")[: order.size]
-        pieces = cut(widest, lengths, spec.batch.tokens, order.size, spec.batch.pad_to)
-        if len(pieces) > 1:
-            wide = -(-int(lengths.max()) // spec.batch.pad_to) * spec.batch.pad_to
-            wrong.append(
-                f"{order.size} rows of up to {wide} tokens are cut into micro-batches at batch.tokens = "
-                f"{spec.batch.tokens}, and a step must be one piece. Use batch.tokens = {wide * order.size}, or "
-                f"batch.size = {max(1, spec.batch.tokens // wide)}."
-            )
+    if reason := why_cut(spec, batches):
+        wrong.append(f"a gradient that is dropped at once cannot be summed over micro-batches: {reason}")
     for tuning in tuned.tunings.values():
         for part in tuning.method.parts():
             for name, why in _WANTS.items():

@@ -95,7 +95,7 @@ class Loop:
         self.bad_steps = BadSteps(self.feed, self.place, self.run.event, self._say)
         self.saver = MemorySaver(
             self.spec, self.tuned, self.feed,
-            in_one_piece=isinstance(self.optimiser, Lomo), event=self.run.event, say=self._say,
+            in_one_piece=self.moments.whole_step, event=self.run.event, say=self._say,
         )  # fmt: skip
         self.trial = Trial(self.tuned, self.optimiser, self.device)
         self._saved: dict[str, Any] = {}  # the state at the last save

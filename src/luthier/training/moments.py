@@ -18,7 +18,7 @@ from luthier.runs.spec import RunSpec
 from luthier.surgery import Method, Phases, Tuned, keyed
 from luthier.training.course import Course, Piece, Progress
 from luthier.training.objective import Objective
-from luthier.training.optimiser import Optimiser
+from luthier.training.optimiser import Lomo, Optimiser
 from luthier.training.other_models import OtherModel
 from luthier.training.schedule import factor
 from luthier.training.strategy import Strategy, fills
@@ -68,6 +68,11 @@ class Moments:
             fills(one, "after_backward") for one in strategies
         )
 
+    @property
+    def whole_step(self) -> bool:
+        """Whether a step may not be cut."""
+        return isinstance(self._optimiser, Lomo) or any(one.whole_step for one, _ in self._asked)
+
     def _filling(self, moment: str) -> Iterator[tuple[Strategy, Course]]:
         return ((one, course) for one, course in self._asked if fills(one, moment))
 
@@ -114,6 +119,8 @@ class Moments:
         resting = frozenset(self._optimiser.named) - learning
         for name in self.resting ^ resting:
             self._optimiser.named[name].requires_grad_(name not in resting)
+        if any(one.forgets for one, _ in self._asked):
+            self._optimiser.forget(resting - self.resting)
         self.resting = resting
 
     def wake(self) -> bool:
@@ -209,9 +216,12 @@ class Moments:
         """Share of the peak rate at step `step`, from 0: a strategy's, or the schedule of the spec."""
         owner = next(self._filling("rate"), None)
         if owner is not None:
-            return owner[0].rate(step + 1, total)
-        at, length, rate = self.phases.schedule(step + 1, total)
-        return rate * factor(self._spec.optim.schedule, at, length, self._spec.optim.warmup)
+            share = owner[0].rate(step + 1, total)
+        else:
+            at, length, rate = self.phases.schedule(step + 1, total)
+            share = rate * factor(self._spec.optim.schedule, at, length, self._spec.optim.warmup)
+        self._progress.share = share
+        return share
 
     def after_step(self, step: int, total: int) -> None:
         """Weights have moved. `step` counts from 1."""

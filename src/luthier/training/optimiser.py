@@ -61,6 +61,17 @@ class Optimiser:
         sizes = [(self._pace(name, 1.0)[1] > 0, parameter.numel()) for name, parameter in self.named.items()]
         return sum(n for decays, n in sizes if decays), sum(n for decays, n in sizes if not decays)
 
+    def rate_of(self, name: str, factor: float) -> float:
+        """The rate of one tensor at `factor` of the peak rate."""
+        return self._pace(name, factor)[0]
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Drop the moments of some tensors, and their memory; they begin anew with their next gradient."""
+        for name in names:
+            self.first.pop(name, None)
+            self.second.pop(name, None)
+            self.counts[name] = 0
+
     def has_gradient(self, parameter: Tensor) -> bool:
         """Whether the last backward pass gave this tensor a gradient that is not all zeros."""
         return parameter.grad is not None and bool(parameter.grad.any())
@@ -103,6 +114,10 @@ class Optimiser:
     ) -> None:
         # Not `.data`: whoever keeps something computed from a parameter looks at its version, which must rise.
         values, grads = self._values(names)
+        for name in names:
+            if name not in self.first:  # forgotten since
+                self.first[name] = torch.zeros_like(self.named[name], dtype=_wide(self.named[name]))
+                self.second[name] = torch.zeros_like(self.named[name], dtype=_wide(self.named[name]))
         first, second = [self.first[n] for n in names], [self.second[n] for n in names]
         kernels.adamw(
             values, grads, first, second,
@@ -144,6 +159,10 @@ class Optimiser:
         Raises:
             IntegrityError: the state is of other tensors.
         """
+        counts = state.get("counts")
+        if counts is not None and len(counts) == len(self.named):
+            # What was forgotten has no moments, and no steps.
+            self.forget(n for n, c in zip(self.named, counts, strict=True) if not c and f"{n}|first" not in state)
         expected = set(self.tensors())
         if set(state) != expected:
             odd = sorted(set(state) ^ expected)[:3]

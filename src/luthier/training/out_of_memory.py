@@ -100,8 +100,9 @@ class MemorySaver:
         if self._in_one_piece:
             raise ResourceError(
                 f"step {step}: {len(micro_batches[0].rows)} rows of {widest} tokens together do not fit in memory "
-                f"({error}), and optim.name = lomo makes a step in one piece. Lower batch.size or max_length, or set "
-                "gradient_checkpointing = true; the last good checkpoint, if there is one, stays."
+                f"({error}), and a step is one piece here: by optim.name = lomo, or by a strategy that compares its "
+                "rows. Lower batch.size or max_length, or set gradient_checkpointing = true; the last good checkpoint, "
+                "if there is one, stays."
             ) from error
         if all(len(b.rows) == 1 for b in micro_batches):
             raise ResourceError(

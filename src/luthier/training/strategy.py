@@ -56,6 +56,8 @@ class Strategy:
         reads: what it must see: "embeddings" or "states" (no frozen features then), "logits" (no chunked loss).
         roles: settings that name models beside the one that trains; `course.models` has them.
         drops: its passes must differ by dropout, so trunk_dropout = "auto" is on.
+        whole_step: rows of a step must see one another, so a step is one micro-batch.
+        forgets: the optimiser drops the moments of what it lets rest.
         shortcut: a setting that an option of the strategy's own name gives: `--label-smoothing 0.1`.
         extra_passes: forward and backward passes of a step beyond the plain one's, at the default settings.
         extra_forwards: forward passes without a backward one, beyond those.
@@ -71,6 +73,8 @@ class Strategy:
     reads: ClassVar[tuple[str, ...]] = ()
     roles: ClassVar[tuple[str, ...]] = ()
     drops: ClassVar[bool] = False
+    whole_step: ClassVar[bool] = False
+    forgets: ClassVar[bool] = False
     shortcut: ClassVar[str] = ""
     extra_passes: ClassVar[float] = 0.0
     extra_forwards: ClassVar[float] = 0.0

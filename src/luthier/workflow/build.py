@@ -24,6 +24,7 @@ from luthier.training.moments import Moments
 from luthier.training.objective import Objective
 from luthier.training.optimiser import optimiser_of
 from luthier.training.strategy import fills
+from luthier.training.whole_steps import refuse_cut_steps
 from luthier.workflow.load_model import load_model
 from luthier.workflow.load_others import load_others
 from luthier.workflow.preparation import Prepared
@@ -62,6 +63,7 @@ def build(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
     sees_text = any({"embeddings", "states"} & set(s.reads) for s in strategies)
     features = objective.keep_features(batches) if later and not sees_text else None
     Phases(tuned, method.parts()).check(Feed(spec, batches).total)
+    refuse_cut_steps([s.name for s in prepared.strategies if s.whole_step], spec, batches)
     if spec.optim.name == "lomo":
         refuse_inexact(spec, tuned, batches, strategies)
     optimiser = optimiser_of(

@@ -1,0 +1,148 @@
+"""Acid tests of the catalogue for strategies that say which numbers learn how fast, and when."""
+
+import pytest
+import torch
+from in_memory import Runs
+
+from luthier.core import ConfigError
+from luthier.runs.spec import DataSpec, RunSpec
+from luthier.training import STRATEGIES
+from luthier.training.layer_groups import layer_groups
+
+torch.set_num_threads(1)
+CLR, GradualUnfreeze, LISA, AdaptiveFreeze = (
+    STRATEGIES.get(n) for n in ("clr", "gradual_unfreeze", "lisa", "adaptive_freeze")
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return Runs(tmp_path_factory.mktemp("pace"))
+
+
+# --- clr
+
+
+def test_the_triangles_have_the_values_of_the_formula_and_of_torchs_schedule():
+    total, half = 40, 10
+    one = CLR(cycles=2, low=0.25)
+    rates = [one.rate(step, total) for step in range(1, total + 2)]
+    assert rates[0] == rates[2 * half] == rates[4 * half] == pytest.approx(0.25)
+    assert rates[half] == rates[3 * half] == pytest.approx(1.0)
+    for form in ("triangular", "triangular2", "exp_range"):
+        parameter = torch.nn.Parameter(torch.zeros(1))
+        optimiser = torch.optim.SGD([parameter], lr=0.25)
+        theirs = torch.optim.lr_scheduler.CyclicLR(
+            optimiser, base_lr=0.25, max_lr=1.0, step_size_up=half, mode=form, gamma=0.97, cycle_momentum=False
+        )
+        for step in range(1, total + 1):
+            wanted = optimiser.param_groups[0]["lr"]
+            assert CLR(cycles=2, form=form, gamma=0.97).rate(step, total) == pytest.approx(wanted), (form, step)
+            optimiser.step()
+            theirs.step()
+
+
+def test_the_second_peak_of_triangular2_has_half_the_range():
+    one = CLR(cycles=2, low=0.25, form="triangular2")
+    assert one.rate(31, 40) == pytest.approx(0.25 + 0.75 / 2)
+
+
+def test_rates_are_of_steps_and_not_of_micro_batches(runs):
+    loop = runs.after("clr", steps=4, values={"clr.cycles": 1})
+    assert len(loop.feed.cut(0)) > 1
+    rates = [row["lr"] / loop.optimiser.lr for row in loop.run.rows if row["event"] == "step"]
+    assert rates == pytest.approx([CLR(cycles=1).rate(s, 4) for s in range(1, 5)])
+
+
+def test_cycles_that_do_not_fit_are_refused():
+    with pytest.raises(ConfigError, match="at most 2"):
+        CLR(cycles=3).check(RunSpec(model="m", data=DataSpec(source="d"), steps=5))
+
+
+# --- gradual_unfreeze
+
+
+def changed(loop, start):
+    return {n for n, p in loop.tuned.trained().items() if not torch.equal(p.detach(), start[n])}
+
+
+def test_groups_join_from_the_top_down_until_all_have(runs):
+    loop = runs.loop("gradual_unfreeze", "full", values={"gradual_unfreeze.every": 1}, steps=4)
+    start = {n: p.detach().clone() for n, p in loop.tuned.trained().items()}
+    groups = layer_groups(loop.tuned, list(start))
+    for made in range(1, 5):
+        loop.run_to(made)
+        free = {n for group in groups[: 1 + made] for n in group}
+        assert changed(loop, start) <= free
+        assert all(changed(loop, start) & set(g) for g in groups[: 1 + made] if g)
+    assert len(groups) == 5, "the head, three blocks, the embeddings"
+
+
+def test_the_head_may_learn_alone_at_first_and_an_epoch_is_the_usual_pace(runs):
+    settings = {"gradual_unfreeze.head_first": True}
+    loop = runs.loop("gradual_unfreeze", "full", values=settings, steps=12)
+    start = {n: p.detach().clone() for n, p in loop.tuned.trained().items()}
+    groups = layer_groups(loop.tuned, list(start))
+    loop.run_to(2)
+    assert changed(loop, start) <= set(groups[0])
+    noted = [row["gradual_unfreeze.groups"] for row in loop.run.rows if row["event"] == "step"]
+    assert noted == [1, 1]
+
+
+# --- lisa
+
+
+def test_in_each_interval_exactly_so_many_blocks_change_and_moments_are_bounded(runs):
+    loop = runs.loop("lisa", "full", values={"lisa.blocks": 1, "lisa.every": 2}, steps=8)
+    names = list(loop.tuned.trained())
+    top, *blocks, bottom = layer_groups(loop.tuned, names)
+    sizes = {n: p.numel() * 8 for n, p in loop.tuned.trained().items()}
+    bound = sum(sizes[n] for n in (*top, *bottom)) + max(sum(sizes[n] for n in g) for g in blocks)
+    drawn = []
+    for made in range(2, 9, 2):
+        start = {n: p.detach().clone() for n, p in loop.tuned.trained().items()}
+        loop.run_to(made)
+        moved = [i for i, group in enumerate(blocks) if changed(loop, start) & set(group)]
+        assert len(moved) == 1
+        drawn += moved
+        assert loop.optimiser.state_bytes() <= bound
+        assert not any(n in loop.optimiser.first for i, g in enumerate(blocks) if i not in moved for n in g)
+    assert len(set(drawn)) > 1, "others are drawn"
+
+
+def test_blocks_are_drawn_alike_often():
+    from types import SimpleNamespace
+
+    from luthier.core import key
+
+    n, counts = 6, [0] * 6
+    for interval in range(600):
+        draw = torch.Generator().manual_seed(key(0, "lisa", interval))
+        for i in torch.randperm(n, generator=draw)[:2].tolist():
+            counts[i] += 1
+    assert all(abs(c - 200) < 5 * (600 / 3 * 2 / 3) ** 0.5 for c in counts), SimpleNamespace(counts=counts)
+
+
+# --- adaptive_freeze
+
+
+def test_what_rests_is_a_prefix_that_grows_and_never_wakes(runs):
+    values = {"adaptive_freeze.every": 1, "adaptive_freeze.percent": 90.0}
+    loop = runs.loop("adaptive_freeze", "full", values=values, steps=8)
+    groups = [g for g in reversed(layer_groups(loop.tuned, list(loop.tuned.trained()))[1:]) if g]
+    resting = []
+    for made in range(1, 9):
+        start = {n: p.detach().clone() for n, p in loop.tuned.trained().items()}
+        asleep = loop.moments._asked[0][1].memory.facts.get("resting", 0)
+        loop.run_to(made)
+        resting.append(asleep)
+        assert not changed(loop, start) & {n for g in groups[:asleep] for n in g}
+    assert resting == sorted(resting) and 0 < resting[-1] < len(groups)
+
+
+def test_the_run_of_settled_blocks_is_that_of_the_percentile():
+    one = AdaptiveFreeze(percent=50.0)
+    assert one.settled([1, 1, 1, 1, 1], [1.01, 1.02, 1.9, 1.03, 1.5], 0) == 2, "changes .01 .02 .9 .03 .5, median .03"
+    assert one.settled([1, 1, 1], [1.9, 1.0, 1.0], 0) == 0, "a prefix: the lowest has not settled"
+    assert one.settled([1, 1, 1, 1], [1, 1.01, 1.02, 1.5], 2) == 3
+    assert AdaptiveFreeze(percent=0.0).settled([1, 1], [1, 1], 0) == 0

@@ -11,6 +11,7 @@ from luthier.surgery.context import Context
 from luthier.surgery.edits import (
     AddBranch,
     Attach,
+    Attend,
     Edit,
     PrependKeys,
     PrependTokens,
@@ -37,6 +38,7 @@ __all__ = [
     "AddBranch",
     "Attach",
     "Attachment",
+    "Attend",
     "Base",
     "Batches",
     "BlockCall",

@@ -141,6 +141,14 @@ def fitted(method: Method, sources: Sequence[Source]) -> Method:
     Raises:
         ConfigError: too few, one that no part takes, or some that do not go together.
     """
+    for source in sources:
+        if not any(takes(part, source) for part in method.parts()):
+            wanted = [name for part in method.parts() for name in part.sources]
+            reason = f"is made of saved tunings of {' or '.join(wanted)}" if wanted else "takes no saved tunings"
+            raise ConfigError(
+                f"{source.folder}: a tuning of {source.method}, and {spell(method)} {reason}. Leave the source out, or "
+                "choose another method."
+            )
     for part in method.parts():
         mine = [s for s in sources if takes(part, s)]
         if part.sources and len(mine) < part.least_sources:
@@ -149,14 +157,6 @@ def fitted(method: Method, sources: Sequence[Source]) -> Method:
             raise ConfigError(
                 f"{part.name}: is made of saved tunings of {' or '.join(part.sources)}, {at_least}; {len(mine)} given. "
                 f"Name the folders of finished runs: {words}, or attach(..., sources=[...])."
-            )
-    for source in sources:
-        if not any(takes(part, source) for part in method.parts()):
-            wanted = [name for part in method.parts() for name in part.sources]
-            reason = f"is made of saved tunings of {' or '.join(wanted)}" if wanted else "takes no saved tunings"
-            raise ConfigError(
-                f"{source.folder}: a tuning of {source.method}, and {spell(method)} {reason}. Leave the source out, or "
-                "choose another method."
             )
     members = tuple(part.fitted([s for s in sources if takes(part, s)]) for part in method.parts())
     return replace(method, members=members) if isinstance(method, Combined) else members[0]

@@ -5,6 +5,7 @@
     Unfreeze       a tensor of the model trains, whole or where a mask says so
     PrependTokens  vectors before the embedded text
     PrependKeys    keys and values before those of the text, in every attention
+    Attend         a module that attends in a way of its own, beside what an attention does or in place of it
     AddBranch      a network beside the model that reads its hidden states and gives its output
 
 `Reparametrise` is the sixth edit that the architecture note expected: see docs/decisions/0002-a-sixth-edit.md.
@@ -26,7 +27,17 @@ if TYPE_CHECKING:
     from luthier.surgery.attachment import Attachment
     from luthier.surgery.base import Base
 
-__all__ = ["AddBranch", "Attach", "Edit", "PrependKeys", "PrependTokens", "Reparametrise", "Unfreeze", "attach_each"]
+__all__ = [
+    "AddBranch",
+    "Attach",
+    "Attend",
+    "Edit",
+    "PrependKeys",
+    "PrependTokens",
+    "Reparametrise",
+    "Unfreeze",
+    "attach_each",
+]
 
 
 @dataclass(frozen=True)
@@ -90,6 +101,24 @@ class PrependKeys:
 
 
 @dataclass(frozen=True)
+class Attend:
+    """Let a module of one's own give what an attention gives, before its output projection.
+
+    `build` is called once with the frozen query projection, which knows the keys' and values' beside it, in fp32 and
+    under a generator keyed by the attention. The module has
+
+    `attend(inner, query, key, value) -> Tensor` of shape (B, T, H, D), the queries (B, H, T, D) and the keys and values
+    (B, H_kv, S, D) of the text as the model made them, rotated and from the cache. `inner(query, key, value)` attends
+    as the model does: with its mask, its bias, its dropout, and the prefix, if there is one. With `of_text=False` it
+    attends to keys that are no text: every query sees every key, nothing is dropped, and a prefix is not among them.
+    """
+
+    attention: Attention
+    build: Callable[[Base], nn.Module]
+    shared: Mapping[str, nn.Module] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class AddBranch:
     """A network beside the frozen model. `build(model, anatomy)` returns a module with
 
@@ -101,7 +130,7 @@ class AddBranch:
     build: Callable[..., nn.Module]
 
 
-Edit = Attach | Reparametrise | Unfreeze | PrependTokens | PrependKeys | AddBranch
+Edit = Attach | Attend | Reparametrise | Unfreeze | PrependTokens | PrependKeys | AddBranch
 
 
 def attach_each(

@@ -20,7 +20,7 @@ from luthier.surgery.branch import Branch
 from luthier.surgery.checkpointing import Checkpointing, Restore
 from luthier.surgery.context import ROW, may_leave_out, packed, read_mask
 from luthier.surgery.edited_model import EditedModel
-from luthier.surgery.prefix_attention import KeysValues, Pairs, Prefix, Prefixes
+from luthier.surgery.prefix_attention import Attending, KeysValues, Own, Pairs, Prefix, Prefixes
 from luthier.surgery.prompts import PromptHooks, leading_pads, text_stack
 from luthier.surgery.serving import Serving
 
@@ -96,6 +96,12 @@ class Forward:
         for index, path in enumerate(paths):
             prefix_attention.add(self.edited.modules[path], Prefix(whole, index))
         self._prefixes.append(whole)
+        self.route_attention()
+
+    def add_own_attention(self, tuning: str, attending: Attending, path: str) -> None:
+        """Let `attending` give what the attention at `path` gives, while the tuning acts."""
+        acts = self.edited.tunings[tuning]
+        prefix_attention.add_own(self.edited.modules[path], Own(tuning, attending, lambda: acts.active))
         self.route_attention()
 
     def add_branch(self, tuning: str, module: nn.Module) -> None:

@@ -13,12 +13,12 @@ from luthier.core.protocols import Model
 from luthier.surgery import compose
 from luthier.surgery.base import Base, is_plain
 from luthier.surgery.edited_model import EditedModel
-from luthier.surgery.edits import AddBranch, Attach, Edit, PrependKeys, PrependTokens, Reparametrise, Unfreeze
+from luthier.surgery.edits import AddBranch, Attach, Attend, Edit, PrependKeys, PrependTokens, Reparametrise, Unfreeze
 from luthier.surgery.forward import Forward
 from luthier.surgery.method import Method
 from luthier.surgery.prompts import refuse_prompts
 from luthier.surgery.socket import Plug, Substitute, Tap
-from luthier.surgery.tuning import BRANCH, PREFIX, Master, Tuning, keyed
+from luthier.surgery.tuning import ATTENTION, BRANCH, PREFIX, Master, Tuning, keyed
 from luthier.surgery.unfrozen import Unfrozen
 from luthier.surgery.view import TunedView
 
@@ -83,6 +83,13 @@ def check(edited: EditedModel, edits: list[tuple[str, Edit]], method: Method) ->
                     "another method."
                 )
             claim(PREFIX, prefix, "One prefix is learned as a whole: make it longer instead.")
+        elif isinstance(edit, Attend):
+            if not all(a.interface for a in anatomy.attentions):
+                raise AnatomyError(
+                    f"{label}: the attention of {anatomy.model_type} does not go through transformers' attention "
+                    "interface, so it cannot be changed from outside. Use prompt_tuning, or another method."
+                )
+            claim(f"{ATTENTION}{edit.attention.path}", prefix, "Give them different layers, or use one of them.")
         elif isinstance(edit, PrependTokens):
             refuse_prompts(edited.model, anatomy, label)
         elif isinstance(edit, AddBranch):
@@ -171,6 +178,8 @@ class Installer:
             source: Any = self._at_home(edit.source)
             tuning.add(f"{prefix}prefix", source)
             self.forward.add_prefixes(tuning.tuning_name, source, [fact.path for fact in edit.attentions])
+        elif isinstance(edit, Attend):
+            self._attend(tuning, prefix, edit, seed)
         elif isinstance(edit, AddBranch):
             with keyed(seed, "branch"):
                 module = self._at_home(edit.build(edited.model, edited.anatomy))
@@ -225,6 +234,23 @@ class Installer:
                 hook = self.edited.socket(path).register_forward_pre_hook(tap.put, with_kwargs=True)
                 self._taps.append((tuning.tuning_name, hook))
         socket.plugs.append(Plug(tuning.tuning_name, site, attachment, base, tap, prefix.removesuffix(":")))
+
+    def _attend(self, tuning: Tuning, prefix: str, edit: Attend, seed: int) -> None:
+        fact, sites = edit.attention, self.edited.anatomy.all_sites
+        kind = "cross.q" if fact.cross else "attn.q"
+        site = next((s for s in sites if (s.kind, s.stack, s.layer) == (kind, fact.stack, fact.layer)), None)
+        if site is None:
+            raise AnatomyError(
+                f"{compose.spell(tuning.method)}: the projections of the attention {fact.path} are not told apart, so "
+                "nothing can attend beside it. Use prefix_tuning, or another method."
+            )
+        place = site.key.removeprefix(kind)
+        with keyed(seed, "init", prefix, "attend", site.key):
+            module: Any = self._at_home(
+                edit.build(Base(self.edited.modules[site.path], site, partial(self._beside, site)))
+            )
+        tuning.add(f"{prefix}{'cross' if fact.cross else 'attn'}.attend{place}", module)
+        self.forward.add_own_attention(tuning.tuning_name, module, fact.path)
 
     def _beside(self, site: Site, kind: str, part: str) -> Base:
         """The layer of `kind` in the block of `site`."""

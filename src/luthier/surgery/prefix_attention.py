@@ -1,4 +1,5 @@
-"""Prefix keys and values through one registered attention function, for every architecture that uses the interface.
+"""Prefix keys and values, and attention of one's own, through one registered attention function, for every architecture
+that uses the interface.
 
 The prefix is joined to the keys inside the attention function, after the key/value cache: positions do not move, the
 cache never holds it, beams need no copy of it, and the mask grows by columns that every query sees.
@@ -8,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from luthier import kernels
 
-__all__ = ["NAME", "KeysValues", "Pairs", "Prefix", "Prefixes", "Route", "add", "remove"]
+__all__ = ["NAME", "Attending", "KeysValues", "Own", "Pairs", "Prefix", "Prefixes", "Route", "add", "add_own", "remove"]
 
 NAME = "luthier"
 
@@ -67,6 +68,37 @@ class Prefix:
         return self.whole.tuning
 
 
+class Inner(Protocol):
+    """What an attention does: with the text's mask, or, not `of_text`, to keys that every query sees."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *, of_text: bool = True) -> Tensor:
+        """query (B,H,T,D), key and value (B,H_kv,S,D) -> (B,T,H,D)."""
+
+
+class Attending(Protocol):
+    """A module that attends in a way of its own; see the edit `Attend`."""
+
+    def attend(self, inner: Inner, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query (B,H,T,D), key and value (B,H_kv,S,D) -> (B,T,H,D)."""
+
+
+@dataclass(eq=False)
+class Own:
+    """What attends in one attention module, for one tuning, while that acts."""
+
+    tuning: str
+    attending: Attending
+    acts: Callable[[], bool]
+
+
+_OWN = "_luthier_attends"
+
+
+def add_own(module: nn.Module, own: Own) -> None:
+    """Let the attention `module` ask `own`."""
+    module.__dict__.setdefault(_OWN, []).append(own)
+
+
 def add(module: nn.Module, prefix: Prefix) -> None:
     """Let the attention `module` see `prefix`."""
     module.__dict__.setdefault(_PREFIXES, []).append(prefix)
@@ -74,10 +106,11 @@ def add(module: nn.Module, prefix: Prefix) -> None:
 
 def remove(module: nn.Module, tuning: str) -> None:
     """Take the prefixes of a tuning off, where `module` has any."""
-    listed = module.__dict__.pop(_PREFIXES, ())
-    left = [prefix for prefix in listed if prefix.tuning != tuning]
-    if left:
-        module.__dict__[_PREFIXES] = left
+    for place in (_PREFIXES, _OWN):
+        listed = module.__dict__.pop(place, ())
+        left = [one for one in listed if one.tuning != tuning]
+        if left:
+            module.__dict__[place] = left
 
 
 def _attention(
@@ -93,6 +126,37 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention as transformers calls it. query (B,H,T,D), key and value (B,H_kv,S,D) -> (B,T,H,D)."""
+    own = next((o for o in module.__dict__.get(_OWN, ()) if o.acts()), None)
+    if own is None:
+        return _with_prefixes(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, **kwargs
+        )
+
+    def inner(query: Tensor, key: Tensor, value: Tensor, *, of_text: bool = True) -> Tensor:
+        if of_text:
+            return _with_prefixes(
+                module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, **kwargs
+            )[0]
+        softcap = {"softcap": kwargs["softcap"]} if kwargs.get("softcap") else {}
+        key, value = key.to(query.dtype), value.to(query.dtype)
+        return _plainly(module, query, key, value, None, 0.0, scaling, False, None, **softcap)[0]
+
+    return own.attending.attend(inner, query, key, value), None
+
+
+def _with_prefixes(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool | None,
+    position_bias: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What the model's attention does, with the prefixes that act."""
     pairs = [p.whole.pair(p.index) for p in module.__dict__.get(_PREFIXES, ())]
     prefixes = [(keys, values) for keys, values in pairs if keys is not None and values is not None]
     if prefixes:
@@ -112,6 +176,22 @@ def _attention(
                 attention_mask = torch.nn.functional.pad(attention_mask, (length, 0), value=seen)
             if position_bias is not None:
                 position_bias = torch.nn.functional.pad(position_bias, (length, 0), value=0.0)
+    return _plainly(module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, **kwargs)
+
+
+def _plainly(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool | None,
+    position_bias: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The fused function, in the types that autocast would choose."""
     device = query.device.type
     if not torch.is_autocast_enabled(device):
         return kernels.attention_interface(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from luthier.core import ConfigError
 from luthier.surgery.edited_model import EditedModel
-from luthier.surgery.tuning import BRANCH, PREFIX, Master, Tuning
+from luthier.surgery.tuning import ATTENTION, BRANCH, PREFIX, Master, Tuning
 
 __all__ = ["RowNames", "row_problem"]
 
@@ -22,6 +22,8 @@ def row_problem(edited: EditedModel, tuning: Tuning) -> str | None:
         return "puts vectors before the text, so its rows are longer than the others"
     if PREFIX in tuning.claims:
         return "puts keys before those of the text in every row's attention"
+    if any(claim.startswith(ATTENTION) for claim in tuning.claims):
+        return "attends in a way of its own, in every row"
     if BRANCH in tuning.claims:
         return "adds a network beside the whole model"
     if any(not key.startswith("head/") for key in tuning.unfrozen):

@@ -12,10 +12,11 @@ from luthier.core import key
 from luthier.surgery.method import Method
 from luthier.surgery.unfrozen import Unfrozen
 
-__all__ = ["BRANCH", "PREFIX", "Master", "Tuning", "keyed"]
+__all__ = ["ATTENTION", "BRANCH", "PREFIX", "Master", "Tuning", "keyed"]
 
 # What only one active tuning may claim, besides single tensors of the model.
 PREFIX, BRANCH = "the keys before those of the text", "the network beside the model"
+ATTENTION = "the attention at "  # and where
 
 
 class Tuning(nn.Module):

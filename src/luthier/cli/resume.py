@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from luthier.cli._shared_options import AsJson
+from luthier.core import UsageError
 from luthier.core.config import replace_word
 
 __all__ = ["NEEDS_WORDS", "command"]
@@ -38,5 +39,17 @@ def command(
 
     from luthier.cli._progress import Watcher, show_result
     from luthier.workflow import resume
+    from luthier.workflow.cross_validation import is_cross_validation
+
+    if is_cross_validation(run):
+        if changed or accept_drift:
+            raise UsageError(
+                f"resume: {run} is a cross-validation, whose folds must be alike: nothing of it can be changed. Leave "
+                "--set and --accept-drift out."
+            )
+        from luthier.cli._cross_validation import train_folds
+
+        train_folds(run, None)
+        return
 
     show_result(resume(run, changed=changed, accept_drift=accept_drift or [], listener=Watcher()))

@@ -22,7 +22,7 @@ from luthier.cli._spec_options import (
     values_of,
 )
 from luthier.core import ConfigError, UsageError
-from luthier.runs.spec import RunSpec
+from luthier.runs.spec import MOST_FOLDS, RunSpec
 
 __all__ = ["NEEDS_WORDS", "command", "command_for"]
 
@@ -41,6 +41,8 @@ Examples:
   luthier train sample:smollm2-135m --data sample:chitchat --steps 20
 
   luthier train spec.toml --seed 1 --out runs/again
+
+  luthier train sample:minilm-l6 --data few.csv --cv 5
 """
 
 Model = Annotated[
@@ -57,6 +59,17 @@ Settings = Annotated[
     ),
 ]
 
+Folds = Annotated[
+    int | None,
+    typer.Option(
+        "--cv",
+        metavar=f"INT 2..{MOST_FOLDS}",
+        min=2,
+        max=MOST_FOLDS,
+        help="Where rows are few: score each of so many folds with a run on the others, then train on all rows.",
+    ),
+]
+
 
 def command_for(words: Sequence[str], spec: type[RunSpec] = RunSpec) -> Callable[..., None]:
     """The verb with the fields of `spec`, and the settings of the method that the words name, as its options."""
@@ -66,13 +79,16 @@ def command_for(words: Sequence[str], spec: type[RunSpec] = RunSpec) -> Callable
     # As --help shows them.
     options = [*data, *run, *setting_options(chosen_cards(words), [*fields, *short]), *short, *rest]
 
-    def command(model: str, settings: list[str] | None = None, as_json: bool = False, **given: Any) -> None:
-        _train(spec, model, values_of(options, given), settings_of(settings or []))
+    def command(
+        model: str, settings: list[str] | None = None, cv: int | None = None, as_json: bool = False, **given: Any
+    ) -> None:
+        _train(spec, model, values_of(options, given), settings_of(settings or []), cv)
 
     named = inspect.Parameter.KEYWORD_ONLY
     parameters = [
         inspect.Parameter("model", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Model),
         inspect.Parameter("settings", named, default=None, annotation=Settings),
+        inspect.Parameter("cv", named, default=None, annotation=Folds),
         inspect.Parameter("as_json", named, default=False, annotation=AsJson),
         *(option.parameter for option in options),
     ]
@@ -97,7 +113,9 @@ def _of_parts(field: str) -> bool:
 command = command_for(())
 
 
-def _train(spec_class: type[RunSpec], model: str, given: dict[str, Any], assigned: dict[str, Any]) -> None:
+def _train(
+    spec_class: type[RunSpec], model: str, given: dict[str, Any], assigned: dict[str, Any], folds: int | None
+) -> None:
     if "epochs" in given and "steps" in given:
         raise UsageError(f"--epochs {given['epochs']:g} and --steps {given['steps']}: give one of the two.")
     refuse_twice(given, assigned)
@@ -123,6 +141,11 @@ def _train(spec_class: type[RunSpec], model: str, given: dict[str, Any], assigne
         spec = spec_class.from_plain(overlay(values, changes))
     except ConfigError as error:
         raise ConfigError(_with_options(str(error), spec_class, given)) from None
+    if folds is not None:
+        from luthier.cli._cross_validation import train_folds
+
+        train_folds(spec, folds)
+        return
     show_result(train(spec, listener=Watcher(title=spec.method)))
 
 

@@ -14,7 +14,7 @@ from luthier.data import columns, decision_cache, problems, rows, tasks
 from luthier.data.columns import Columns, find_columns, is_blank, label_name, text_complaint
 from luthier.data.decision_cache import Decisions
 from luthier.data.problems import Problem, find_problems, text_of
-from luthier.data.rows import Duplicates, Table, count_duplicates, halves, hold_out, load_rows
+from luthier.data.rows import Duplicates, Table, count_duplicates, fold_of, halves, hold_out, load_rows
 from luthier.data.tasks import Task, infer_task
 from luthier.runs.spec import DataSpec
 from luthier.trust import row_files
@@ -58,6 +58,8 @@ def load_data(spec: DataSpec, task: str = "auto", model_config: Any = None) -> D
     """
     train, own_test = load_rows(spec.source, delimiter=spec.delimiter, encoding=spec.encoding)
     given, unused = own_test, None
+    if spec.fold is not None:
+        given, unused = None, own_test
     if spec.test is not None:
         first, second = load_rows(spec.test, delimiter=spec.delimiter, encoding=spec.encoding)
         given, unused = (second if second is not None else first), own_test
@@ -186,7 +188,8 @@ def _decide(
     columns = find_columns(train, spec, task)
     notes = [*train.notes, *(test.notes if test is not None else ()), columns.sentence()]
     if unused is not None:
-        notes.append(f"test rows are those of {spec.test}; the {len(unused)} of {unused.source} are not used")
+        those = f"of {spec.test}" if spec.fold is None else f"of fold {spec.fold}"
+        notes.append(f"test rows are those {those}; the {len(unused)} of {unused.source} are not used")
     n_rows = len(train) + (len(test) if test is not None else 0)
     aside = (_unusable(train, columns, spec), _unusable(test, columns, spec) if test is not None else ())
     left_out = [
@@ -199,11 +202,15 @@ def _decide(
     test = None if test is None else _less(test, aside[1])
     notes += _said_of(aside, n_rows)
     held, whole = None, None
-    if test is None and spec.test_share > 0:
+    if test is None and (spec.test_share > 0 or spec.fold is not None):
         whole = infer_task(train, None, columns, task, model_config)
         by_class = whole.name == "classification" and not whole.multi_label
         n_rows, outcome = len(train), columns.outcome if by_class else None
-        held = hold_out(train, spec.test_share, spec.split_seed, columns.content, outcome)
+        if spec.fold is None:
+            held = hold_out(train, spec.test_share, spec.split_seed, columns.content, outcome)
+        else:
+            number, folds = (int(n) for n in spec.fold.split("/"))
+            held = fold_of(train, number, folds, spec.split_seed, columns.content, outcome)
         train, test = halves(train, held)
         alike = ", of each class alike" if by_class else ""
         if by_class and outcome is not None:
@@ -212,7 +219,8 @@ def _decide(
             if single:
                 some = ", ".join(map(repr, single[:5])) + (f" and {len(single) - 5} more" if len(single) > 5 else "")
                 notes.append(f"classes of one row, which is learnt and never scored: {some}")
-        notes.append(f"held out {len(test)} of {n_rows} rows as test{alike} (seed {spec.split_seed})")
+        as_what = "test" if spec.fold is None else f"fold {spec.fold}"
+        notes.append(f"held out {len(test)} of {n_rows} rows as {as_what}{alike} (seed {spec.split_seed})")
     decided_task = infer_task(train, test, columns, task, model_config)
     # Of the whole where it was split here: that is what the user knows of the file.
     notes += (whole if whole is not None and whole.name == "classification" else decided_task).notes

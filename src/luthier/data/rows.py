@@ -21,6 +21,7 @@ __all__ = [
     "Duplicates",
     "Table",
     "count_duplicates",
+    "fold_of",
     "halves",
     "hold_out",
     "load_rows",
@@ -369,4 +370,39 @@ def hold_out(
             f"{table.source}: {len(groups)} different rows ({dict(counts.most_common(5))}) are too few to hold out"
             f" {share:.0%}. Name test rows with --test, or train without any by --test-share 0."
         )
+    return sorted(held)
+
+
+def fold_of(
+    table: Table, number: int, folds: int, seed: int, content: Callable[[Row], str],
+    stratum: Callable[[Row], str] | None = None,
+) -> list[int]:  # fmt: skip
+    """The rows of fold `number` (from 1) of `folds`: each row is in one fold, of each stratum alike.
+
+    As in `hold_out` a row's fold follows from its content and the seed, and repeated rows stay together. A stratum of
+    one content is in no fold: it is always learnt.
+
+    Returns:
+        Their numbers, ascending.
+
+    Raises:
+        DataError: fewer contents than folds.
+    """
+    groups: dict[str, list[int]] = {}
+    for i, row in enumerate(table.rows):
+        groups.setdefault(content(row), []).append(i)
+    strata: dict[str, list[str]] = {}
+    for same, members in groups.items():
+        strata.setdefault(stratum(table.rows[members[0]]) if stratum else "", []).append(same)
+    held: list[int] = []
+    dealt = 0  # on from one stratum to the next, so that small strata do not all lie in the first folds
+    for name in sorted(strata):
+        if len(strata[name]) == 1:
+            continue
+        for same in sorted(strata[name], key=lambda same: key(seed, "fold", same)):
+            if dealt % folds == number - 1:
+                held += groups[same]
+            dealt += 1
+    if dealt < folds:
+        raise DataError(f"{table.source}: {dealt} different rows that can be scored are too few for {folds} folds.")
     return sorted(held)

@@ -31,6 +31,7 @@ __all__ = [
 
 DEFAULT_EPOCHS = 3.0
 MAX_SPEC_BYTES = 1_000_000
+MOST_FOLDS = 20
 
 Task = Literal["auto", "classification", "regression", "token_classification", "causal_lm", "seq2seq"]
 TASKS: tuple[str, ...] = get_args(Task)
@@ -56,6 +57,9 @@ class DataSpec:
         str | None, "held-out rows, named like the source; without it a share of the source is held out"
     ] = None
     test_share: Annotated[float, "share of the rows held out when the data has no test half", between(0, 0.9)] = 0.2
+    fold: Annotated[
+        str | None, "hold out this fold of the rows, such as 2/5, the second of five; --cv does so with each in turn"
+    ] = None
     split_seed: Annotated[int, "names the split; runs with other seeds keep the same held-out rows"] = 0
     delimiter: Annotated[str | None, "what parts the columns of a .csv file; left out, what its lines show"] = None
     encoding: Annotated[str | None, "how a .csv file is written, such as latin-1; left out, what its bytes show"] = None
@@ -81,6 +85,18 @@ class DataSpec:
         between(0, 1),
         Switch("skip-bad", 1.0, "go on without all rows that cannot be used, however many"),
     ] = 0.05
+
+    def __post_init__(self) -> None:
+        if self.fold is None:
+            return
+        number, _, folds = self.fold.partition("/")
+        right = number.isdecimal() and folds.isdecimal() and 1 <= int(number) <= int(folds) <= MOST_FOLDS
+        if not right or int(folds) < 2:
+            raise ConfigError(
+                f"data.fold: got {self.fold!r}; it is a number of as many, such as 2/5: at most {MOST_FOLDS} folds."
+            )
+        if self.test is not None:
+            raise ConfigError("data.fold and data.test both say which rows are held out. Give one of the two.")
 
 
 @checked
@@ -353,6 +369,7 @@ RESUME: dict[str, ResumeRule] = {
     "data.test": "exact",
     "data.test_share": "exact",
     "data.split_seed": "exact",
+    "data.fold": "exact",
     "data.delimiter": "exact",
     "data.encoding": "exact",
     "data.text": "exact",

@@ -156,7 +156,7 @@ def _class_warnings(
     elif low <= baseline:
         found.append(
             f"Doubtful: always answering {most!r} would be right in {baseline:.1%} of these rows, inside the interval "
-            "of the score. More held-out rows would tell (--test-share), or longer training (--epochs)."
+            "of the score. More held-out rows would tell (--test-share, --cv 5), or longer training (--epochs)."
         )
     guessing = math.log(len(classes))
     if loss > guessing:

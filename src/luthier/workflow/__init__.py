@@ -3,6 +3,7 @@
 preparation      everything that can be refused is refused there: nothing has been written yet
 build            the method's edits on the model, and the loop around it
 run              `train` and `resume`
+cross_validation k runs on folds, and one on all rows
 resume_checks    what may differ between a run and its resumption
 resume_proof     a run that is stopped and resumed, against one that was not
 finish           the tuning is saved, read back, compared, and scored
@@ -14,6 +15,7 @@ export           a finished run as files that other libraries read
 load_model       a model and its tokenizer, from a folder, a sample or the hub
 """
 
+from luthier.workflow.cross_validation import cross_validate
 from luthier.workflow.evaluate_run import Evaluation, evaluate
 from luthier.workflow.finish import Result
 from luthier.workflow.merged_folder import merge
@@ -27,6 +29,7 @@ __all__ = [
     "Predictor",
     "Prepared",
     "Result",
+    "cross_validate",
     "evaluate",
     "merge",
     "predict",

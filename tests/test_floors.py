@@ -20,9 +20,10 @@ ALLOWED: dict[str, set[str]] = {
     "training": {"core", "kernels", "runs", "anatomy", "data", "surgery"},
     "workflow": {"core", "kernels", "runs", "trust", "anatomy", "samples", "data", "surgery", "training"},
     "strategies": {"core", "kernels", "runs", "trust", "anatomy", "data", "surgery", "training", "workflow"},
+    "comparison": {"core", "runs", "data", "workflow"},
     "cli": {
         *("core", "runs", "trust", "anatomy", "samples", "data", "surgery", "methods", "training", "workflow"),
-        "strategies",
+        *("strategies", "comparison"),
     },
     "testing": {"core", "runs"},  # for tests of any floor; no room may import it
 }
@@ -32,7 +33,7 @@ FLOORS = [
     "data surgery",
     "methods training",
     "workflow",
-    "strategies",
+    "strategies comparison",
     "cli testing",
 ]
 

@@ -3,36 +3,24 @@
 The demo starts one of these for each method.
 """
 
-import contextlib
-import ctypes
 import json
-import os
-import signal
 import sys
 import tomllib
 
 from luthier.cli._main import guarded
 from luthier.cli._output import Screen
+from luthier.runs.parent import end_with_the_parent
 
 __all__ = ["main"]
 
 
 def main() -> int:
     """Train what the TOML on standard input says. Progress goes to standard error."""
-    _end_with_the_parent()
+    end_with_the_parent()
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries print: only the facts may reach the pipe
     screen = Screen.start(as_json=False)
     screen.lively = screen.lively and "--plain" not in sys.argv
     return guarded(screen, lambda: _train(screen, answers))
-
-
-def _end_with_the_parent() -> None:
-    """Nobody waits for the facts of a dead parent's run: then the kernel sends SIGTERM, and the run can be resumed."""
-    parent = os.getppid()
-    with contextlib.suppress(AttributeError, OSError):  # only Linux has it
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it died a moment ago
-        raise SystemExit(143)
 
 
 def _train(screen: Screen, answers: object) -> int:

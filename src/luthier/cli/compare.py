@@ -1,0 +1,186 @@
+"""`luthier compare`: several methods on the same rows, and what may be said of them."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from luthier.cli._output import screen
+from luthier.cli._shared_options import AsJson
+from luthier.cli._shelf import SHELF, of_families
+from luthier.cli._spec_options import check_names, complete_model, overlay, settings_of, spec_options, values_of
+from luthier.core import ConfigError, UsageError, human_bytes, human_count, human_seconds
+from luthier.core.config import read_word
+from luthier.runs.spec import RunSpec
+
+__all__ = ["NEEDS_WORDS", "command", "command_for"]
+
+NEEDS_WORDS = True
+WORDS = {"not told apart": "unclear"}
+OWN = ("method", "seed", "out")  # fields of a run that a comparison sets for each of its runs
+
+HELP = """Train several methods on the same rows with the same seeds, and say what the differences are worth.
+
+Each method and seed is an ordinary run in the folder of the comparison. The same command goes on where it was stopped.
+
+Examples:
+
+  luthier compare sample:minilm-l6 --data sample:trec6 --method head_only,bitfit,ia3,lora
+
+  luthier compare ./model --data rows.csv --method lora:rank=4,lora:rank=16 --seeds 6 --epochs 5
+
+  luthier compare sample:minilm-l6 --data sample:trec6 --method family:additive --steps 200 --workers 2
+"""
+
+Model = Annotated[
+    str, typer.Argument(help="A model folder, sample:NAME, or a hub name.", autocompletion=complete_model)
+]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--method",
+        metavar="NAMES",
+        help="Methods, with commas between: lora,ia3; lora:rank=4 with settings of its own; family:NAME; or all.",
+    ),
+]
+Seeds = Annotated[int, typer.Option(help="Runs of each method. Claims over seeds need 6. [default: 3]", min=1)]
+Score = Annotated[str, typer.Option("--metric", help="accuracy, macro_f1 or mcc. [default: accuracy]")]
+Margin = Annotated[
+    float | None,
+    typer.Option(help="Differences below it do not matter. [default: twice the spread over seeds, at least 0.01]"),
+]
+Workers = Annotated[int, typer.Option(help="Runs at a time. [default: 1]", min=1, max=64)]
+Out = Annotated[str | None, typer.Option(help="Folder of the comparison. [default: runs/compare-MODEL-DATA]")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="A field of all runs, such as optim.warmup=0.1."),
+]
+
+
+def command_for(words: Sequence[str] = ()) -> Callable[..., None]:
+    """The verb with the fields of a run, but for those that each run has of its own, as its options."""
+    options = [option for option in spec_options(RunSpec) if option.field not in (*OWN, "eval.metric")]
+
+    def command(
+        model: str,
+        method: list[str] | None = None,
+        seeds: int = 3,
+        metric: str = "accuracy",
+        margin: float | None = None,
+        workers: int = 1,
+        out: str | None = None,
+        settings: list[str] | None = None,
+        as_json: bool = False,
+        **given: Any,
+    ) -> None:
+        changes = values_of(options, given) | settings_of(settings or [])
+        if "data.source" not in changes:
+            raise UsageError("compare: no rows. Name them: --data FILE, or --data sample:trec6 to begin with.")
+        _compare(model, method or [], changes, seeds, metric, margin, workers, out)
+
+    named = inspect.Parameter.KEYWORD_ONLY
+    own: list[tuple[str, Any, Any]] = [
+        ("method", Methods, None), ("seeds", Seeds, 3), ("metric", Score, "accuracy"), ("margin", Margin, None),
+        ("workers", Workers, 1), ("out", Out, None), ("settings", Settings, None), ("as_json", AsJson, False),
+    ]  # fmt: skip
+    parameters = [
+        inspect.Parameter("model", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Model),
+        *(inspect.Parameter(name, named, default=default, annotation=hint) for name, hint, default in own),
+        *(option.parameter for option in options),
+    ]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    command.__doc__ = HELP
+    return command
+
+
+command = command_for()
+
+
+def _compare(
+    model: str, methods: list[str], changes: dict[str, Any], seeds: int, metric: str, margin: float | None,
+    workers: int, out: str | None,
+) -> None:  # fmt: skip
+    names = _names(methods)
+    for name in names:
+        check_names(name.partition(":")[0], model, changes["data.source"], changes.get("data.test"))
+    if margin is not None and not 0 < margin < 1:
+        raise ConfigError(f"--margin {margin:g}: a share between 0 and 1, such as 0.01.")
+    from luthier.comparison import compare, entrant_of
+
+    entrants = [entrant_of(name, read_word) for name in names]
+    base = RunSpec.from_plain(overlay({"model": model, "data": {}}, changes))
+    home = Path(out) if out is not None else _home(model, base.data.source)
+    say = screen().say
+    say(f"runs go to {home}; the same command goes on where it was stopped")
+    found = compare(
+        base, entrants, seeds=seeds, home=home, metric=metric, margin=margin, workers=workers,
+        threads=_threads(workers), say=say,
+    )  # fmt: skip
+    _show(found)
+    screen().show(f"\nAll numbers: {home / 'comparison.json'}")
+    from luthier.core import plain
+
+    screen().result({**plain(found), "folder": str(home)})
+
+
+def _names(methods: Sequence[str]) -> list[str]:
+    """Every method that the words name: families and `all` are spelt out."""
+    names: list[str] = []
+    for word in (part.strip() for words in methods for part in words.split(",")):
+        if word == "all":
+            names += [name for name in sorted(SHELF.names()) if name not in names]
+        elif word.startswith("family:"):
+            names += [c.name for c in of_families(SHELF, [word.partition(":")[2]]) if c.name not in names]
+        elif word:
+            names.append(word)
+    return names
+
+
+def _home(model: str, data: str) -> Path:
+    ends = [Path(word.partition(":")[2] or word).name.split(".")[0] for word in (model, data)]
+    return Path("runs") / f"compare-{'-'.join(ends)}"
+
+
+def _threads(workers: int) -> int | None:
+    """Of each process: several must not fight for the same cores."""
+    if workers == 1:
+        return None
+    import os
+
+    return max(1, (os.cpu_count() or 1) // workers)
+
+
+def _show(found: Any) -> None:
+    """Findings in words first, then the table."""
+    to = screen()
+    to.show()
+    for number, line in enumerate(found.findings):
+        (to.headline if number == 0 else to.show)(line)
+    to.show()
+    rows = []
+    for s in found.standings:
+        gap = s.difference
+        rows.append((
+            s.name, f"{s.score:.3f}", f"{_spread(s.scores):.3f}" if len(s.scores) > 1 else "",
+            f"{gap.value:+.3f}" if gap else "", f"{_short(gap.low)}..{_short(gap.high)}" if gap else "",
+            WORDS.get(s.word, s.word), human_count(s.costs.trained), human_seconds(s.costs.seconds),
+            human_bytes(s.costs.peak_bytes) if s.costs.peak_bytes else "?",
+        ))  # fmt: skip
+    rows += [(name, "failed", *[""] * 7) for name in found.failed]
+    head = ("method", found.metric, "±", "behind", "95 %", "", "trained", "time", "peak")
+    to.table(head, rows, right=("trained", "time", "peak", "±"))
+    beside = "; ".join(f"{name} {value:.3f}" for name, value in found.baselines.items())
+    to.show(f"\nOn the same rows: {beside}. Trained numbers are those beside the head.")
+
+
+def _short(value: float) -> str:
+    """-.012 for -0.012: the table has little room."""
+    return f"{value:+.3f}".replace("0.", ".", 1)
+
+
+def _spread(scores: Sequence[float]) -> float:
+    mean = sum(scores) / len(scores)
+    return float((sum((v - mean) ** 2 for v in scores) / (len(scores) - 1)) ** 0.5)

@@ -1,0 +1,15 @@
+"""Methods against each other: the same rows and seeds for all, and only what these can show.
+
+run          `compare`: runs what is missing, reads what all answered, and judges
+cells        one run for each method and seed, in a folder that its spec names
+verdict      who is best, who ties, what cannot be told, at what cost
+statistics   intervals, exact tests, corrections
+scores       scores of weighted rows
+baselines    what any method has to beat
+"""
+
+from luthier.comparison.cells import Entrant, entrant_of
+from luthier.comparison.run import compare
+from luthier.comparison.verdict import Comparison, Costs, Standing
+
+__all__ = ["Comparison", "Costs", "Entrant", "Standing", "compare", "entrant_of"]

@@ -1,0 +1,188 @@
+"""The runs of a comparison: one for each method and seed, each an ordinary run folder, found again by its spec.
+
+A cell's folder is named by the digest of its spec. The same command therefore finds what is finished, resumes what was
+stopped, and starts what is missing; nothing that is finished is computed again.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+import signal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from luthier.core import ConfigError, LuthierError
+from luthier.runs import durable
+from luthier.runs.spec import RunSpec
+
+__all__ = ["Cell", "Entrant", "Failure", "cells_of", "entrant_of", "finished", "run_cells"]
+
+RETRIES = 2
+"""Of a cell whose process was killed; it is resumed."""
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """One way of training that is compared: a method, with settings of its own where it stands more than once."""
+
+    name: str
+    method: str
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    entrant: Entrant
+    seed: int
+    spec: RunSpec
+
+    @property
+    def path(self) -> Path:
+        """The run's folder."""
+        assert self.spec.out is not None
+        return Path(self.spec.out)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a cell has no result."""
+
+    message: str
+    exit_code: int
+
+
+def entrant_of(words: str, read: Callable[[str], Any]) -> Entrant:
+    """`lora`, or `lora:rank=4:alpha=8` for the method with these settings.
+
+    Args:
+        read: makes a value of a word.
+
+    Raises:
+        ConfigError: a part is no NAME=VALUE.
+    """
+    method, *parts = words.split(":")
+    settings: dict[str, Any] = {}
+    for part in parts:
+        name, sign, value = part.partition("=")
+        if not (name and sign and value):
+            raise ConfigError(
+                f"--method {words}: {part!r} is no setting. Write NAME=VALUE after each colon: lora:rank=4."
+            )
+        settings[name] = read(value)
+    return Entrant(words, method, settings)
+
+
+def cells_of(base: RunSpec, entrants: Sequence[Entrant], seeds: Iterable[int], home: Path) -> list[Cell]:
+    """One cell for each seed and entrant; a seed is finished for all before the next begins."""
+    cells = []
+    for seed in seeds:
+        for entrant in entrants:
+            spec = replace(
+                base, method=entrant.method, settings={**base.settings, **entrant.settings}, seed=seed, out=None
+            )
+            name = re.sub(r"[^\w.+=-]", "_", entrant.name)[:60]
+            spec = replace(spec, out=str(home / "cells" / f"{name}-seed{seed}-{spec.digest()[:10]}"))
+            cells.append(Cell(entrant, seed, spec))
+    return cells
+
+
+def finished(cell: Cell) -> bool:
+    """Whether its result stands."""
+    return (cell.path / "record.json").is_file()
+
+
+def run_cells(
+    cells: Sequence[Cell], workers: int, said: Callable[[Cell, Failure | None], None], threads: int | None = None
+) -> dict[Path, Failure]:
+    """Run what is not finished, in processes of their own that share one loaded torch.
+
+    Args:
+        workers: processes at a time.
+        said: called after each cell, with what went wrong or None.
+        threads: of each process.
+
+    Returns:
+        What failed, by folder.
+
+    Raises:
+        KeyboardInterrupt: after the cells at work have made their last step safe.
+    """
+    # Every cell begins as a copy of one process that has loaded the libraries and nothing else: seconds for each cell.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["luthier.workflow", "luthier.comparison.cells"])
+    failures: dict[Path, Failure] = {}
+    waiting = [cell for cell in cells if not finished(cell)]
+    with ThreadPoolExecutor(workers) as pool:
+        open_: dict[Future[Failure | None], Cell] = {
+            pool.submit(_in_process, context, cell, threads): cell for cell in waiting
+        }
+        try:
+            while open_:
+                done, _ = wait(open_, return_when=FIRST_COMPLETED)
+                for future in done:
+                    cell, failure = open_.pop(future), future.result()
+                    if failure is not None:
+                        failures[cell.path] = failure
+                    said(cell, failure)
+                    if failure is not None and failure.exit_code in (130, 143):
+                        raise KeyboardInterrupt
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return failures
+
+
+def _in_process(context: Any, cell: Cell, threads: int | None) -> Failure | None:
+    for _ in range(RETRIES + 1):
+        mine, its = context.Pipe(duplex=False)
+        process = context.Process(target=work, args=(cell.spec.to_toml(), its, threads), name=cell.path.name)
+        process.start()
+        its.close()
+        try:
+            failure: Failure | None = mine.recv()
+        except EOFError:
+            failure = None
+        process.join()
+        mine.close()
+        if process.exitcode == 0 or failure is not None:
+            return failure
+    code = int(process.exitcode or 1)
+    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return Failure(f"its process ended by {how}, {RETRIES + 1} times. Less memory: a smaller --batch.", 5)
+
+
+def work(spec_toml: str, told: Connection, threads: int | None) -> None:
+    """Train one cell, or go on with it. Runs in a process of its own."""
+    import tomllib
+
+    import torch
+
+    from luthier.runs.parent import end_with_the_parent
+    from luthier.workflow import resume, train
+
+    end_with_the_parent()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    spec = RunSpec.from_plain(tomllib.loads(spec_toml))
+    assert spec.out is not None
+    path = Path(spec.out)
+    failure: Failure | None = None
+    try:
+        durable.sweep(path.parent, of=path.name)
+        if (path / "run.json").is_file():
+            resume(path)
+        else:
+            train(spec, progress=False)
+    except LuthierError as error:
+        failure = Failure(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        failure = Failure("interrupted", 130)
+    told.send(failure)
+    told.close()

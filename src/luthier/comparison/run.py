@@ -1,0 +1,249 @@
+"""`compare`: every method on the same rows, in the same order, with the same seeds; then what may be said of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from luthier.comparison.baselines import majority, word_counts
+from luthier.comparison.cells import Cell, Entrant, Failure, cells_of, finished, run_cells
+from luthier.comparison.scores import score_named
+from luthier.comparison.statistics import smallest_visible
+from luthier.comparison.verdict import Comparison, Costs, judge
+from luthier.core import ConfigError, IntegrityError, LuthierError, plain
+from luthier.data.load_data import Data, load_data
+from luthier.runs import Record, durable
+from luthier.runs.lock import Lock
+from luthier.runs.spec import RunSpec
+from luthier.workflow.load_model import find_model, load_config
+
+__all__ = ["compare"]
+
+
+def compare(
+    base: RunSpec,
+    entrants: Sequence[Entrant],
+    *,
+    seeds: int,
+    home: Path,
+    metric: str = "accuracy",
+    margin: float | None = None,
+    workers: int = 1,
+    threads: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Comparison:
+    """Run what is not finished, and judge the whole.
+
+    Args:
+        base: what all have in common; method, settings of methods, seed and folder are set for each.
+        home: folder of the comparison; the same call goes on where it was stopped.
+        metric: accuracy, macro_f1 or mcc.
+        margin: differences below it do not matter.
+        workers: runs at a time.
+
+    Raises:
+        ConfigError: nothing to compare, or a task whose rows have no one label.
+        DataError: rows that cannot be used.
+        Locked: another comparison writes to that folder.
+    """
+    score_named(metric)
+    _check(entrants, seeds)
+    data = load_data(base.data, base.task, load_config(find_model(base.model)))
+    if data.task.name != "classification" or data.task.multi_label:
+        raise ConfigError(
+            f"compare: the task is {data.task.name}, and only rows with one label each are compared so far. Train the "
+            "methods one by one; `luthier evaluate` scores each on the same file."
+        )
+    if data.test is None:
+        raise ConfigError("compare: no rows are held out (data.test_share is 0). Methods are compared on such rows.")
+    for note in data.notes:
+        say(note)
+    rows = len(data.test)
+    say(
+        f"{len(entrants)} methods, {seeds} {'seed' if seeds == 1 else 'seeds'}, {rows} held-out rows: a difference in "
+        f"accuracy under {smallest_visible(rows):.3f} will most likely not be seen (where two methods differ on a "
+        "tenth of the rows)"
+    )
+    _make_home(home)
+    lock = Lock(home / "run.lock")
+    lock.acquire()
+    try:
+        cells = cells_of(base, entrants, range(seeds), home)
+        there = sum(finished(cell) for cell in cells)
+        if there:
+            say(f"{there} of {len(cells)} runs are finished already")
+        failures = run_cells(cells, workers, _announcing(say, len(cells), there), threads)
+        found = _judge(cells, failures, data, metric, margin)
+        durable.write_json(home / "comparison.json", plain(found))
+    finally:
+        lock.release()
+    return found
+
+
+def _check(entrants: Sequence[Entrant], seeds: int) -> None:
+    names = [e.name for e in entrants]
+    twice = next((n for n in names if names.count(n) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"--method {twice} stands twice. Name each once; settings tell two apart: {twice}:rank=4.")
+    if not names:
+        raise ConfigError("compare: no methods are named. Name them: --method lora,ia3,bitfit, or --method all.")
+    if seeds < 1:
+        raise ConfigError(f"--seeds {seeds}: give at least 1; 3 show the spread, 6 allow a claim over seeds.")
+
+
+def _make_home(home: Path) -> None:
+    if home.exists() and not home.is_dir():
+        raise ConfigError(f"--out {home}: is a file. Name a folder for the comparison.")
+    if (home / "run.json").exists():
+        raise ConfigError(f"--out {home}: is the folder of a run. Name another for the comparison.")
+    for folder in reversed([p for p in (home / "cells", *(home / "cells").parents) if not p.exists()]):
+        durable.make_folder(folder)
+
+
+def _announcing(say: Callable[[str], None], total: int, there: int) -> Callable[[Cell, Failure | None], None]:
+    done = there
+
+    def announce(cell: Cell, failure: Failure | None) -> None:
+        nonlocal done
+        done += 1
+        if failure is not None:
+            say(f"[{done}/{total}] {cell.entrant.name}, seed {cell.seed}: {failure.message}")
+            return
+        record = _record(cell)
+        shown = " · ".join(f"{name} {value:.3f}" for name, value in record.scores.items() if name != "loss")
+        say(f"[{done}/{total}] {cell.entrant.name}, seed {cell.seed}: {shown} · {record.seconds:.1f} s")
+
+    return announce
+
+
+# --- what came out ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What one run answered on the held-out rows."""
+
+    places: list[str]
+    texts: list[str]
+    wanted: list[str]
+    said: list[str]
+
+
+def _judge(
+    cells: Sequence[Cell], failures: dict[Path, Failure], data: Data, metric: str, margin: float | None
+) -> Comparison:
+    by_entrant: dict[str, list[Cell]] = {}
+    for cell in cells:
+        by_entrant.setdefault(cell.entrant.name, []).append(cell)
+    failed: dict[str, str] = {}
+    whole: dict[str, list[Cell]] = {}
+    for name, own in by_entrant.items():
+        wrong = next((failures[c.path] for c in own if c.path in failures), None)
+        if wrong is not None:
+            failed[name] = wrong.message
+        else:
+            whole[name] = own
+    if not whole:
+        told = "; ".join(f"{name}: {why}" for name, why in failed.items())
+        error = LuthierError(f"compare: no method has a result. {told}")
+        error.exit_code = max(f.exit_code for f in failures.values())  # type: ignore[misc]
+        raise error
+    answers = {name: [_answers(cell) for cell in own] for name, own in whole.items()}
+    first = next(iter(answers.values()))[0]
+    for name, own_answers in answers.items():
+        for cell, one in zip(whole[name], own_answers, strict=True):
+            if one.places != first.places or one.wanted != first.wanted:
+                raise IntegrityError(
+                    f"{cell.path}: its held-out rows are others than those of the other runs. The data has changed "
+                    "since: compare into another folder."
+                )
+    numbers = {label: i for i, label in enumerate(data.task.labels)}
+    wanted = _numbered(first.wanted, numbers)
+    answered = np.array([[_numbered(one.said, numbers) for one in own] for own in answers.values()])
+    return judge(
+        list(whole), answered, wanted, _clusters(first.texts),
+        seeds=[cell.seed for cell in next(iter(whole.values()))], metric=metric, margin=margin,
+        costs=[_costs(own) for own in whole.values()],
+        calibration=[_calibration(own) for own in whole.values()],
+        baselines=_baselines(data, first, numbers), failed=failed,
+    )  # fmt: skip
+
+
+def _numbered(labels: Sequence[str], numbers: dict[str, int]) -> NDArray[np.int64]:
+    return np.array([numbers[label] for label in labels], dtype=np.int64)
+
+
+def _clusters(texts: Sequence[str]) -> NDArray[np.int64]:
+    """Rows whose texts differ in case, blanks, digits or punctuation only are near copies."""
+    known: dict[str, int] = {}
+    return np.array([known.setdefault(_skeleton(text), len(known)) for text in texts], dtype=np.int64)
+
+
+def _skeleton(text: str) -> str:
+    return re.sub(r"[\W_]+", " ", re.sub(r"\d+", "0", text.lower())).strip() or text
+
+
+def _answers(cell: Cell) -> _Answers:
+    path = cell.path / "predictions.csv"
+    try:
+        lines = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8"), newline="")))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise IntegrityError(f"{path}: cannot be read ({error}). Remove {cell.path} and compare again.") from error
+    head, body = lines[0], lines[1:]
+    where = {name: head.index(name) for name in ("place", "wanted", "answer")}
+    texts = [" ".join(line[1 : where["wanted"]]) for line in body]
+    return _Answers(
+        [line[where["place"]] for line in body], texts, [line[where["wanted"]] for line in body],
+        [line[where["answer"]] for line in body],
+    )  # fmt: skip
+
+
+def _record(cell: Cell) -> Record:
+    return Record.from_json((cell.path / "record.json").read_bytes())
+
+
+def _costs(cells: Sequence[Cell]) -> Costs:
+    records = [_record(cell) for cell in cells]
+    peaks = [r.peak_bytes for r in records if r.peak_bytes is not None]
+    return Costs(
+        trained=records[0].trained,
+        seconds=float(np.mean([r.seconds for r in records])),
+        peak_bytes=max(peaks) if peaks else None,
+        stored_bytes=records[0].stored,
+    )
+
+
+def _calibration(cells: Sequence[Cell]) -> float | None:
+    values = []
+    for cell in cells:
+        path = cell.path / "quality.json"
+        found = json.loads(path.read_bytes()).get("calibration_error") if path.is_file() else None
+        if isinstance(found, int | float):
+            values.append(float(found))
+    return float(np.mean(values)) if values else None
+
+
+def _baselines(data: Data, asked: _Answers, numbers: dict[str, int]) -> dict[str, NDArray[np.int64]]:
+    """Answers of what needs no model, for the rows that all methods answered."""
+    columns = data.columns
+    usable = [row for row in data.train.rows if columns.outcome(row) in numbers]
+    texts, learnt = [_text(row, columns) for row in usable], [columns.outcome(row) for row in usable]
+    most = majority(learnt)
+    found = {f"always answering {most!r}": np.full(len(asked.places), numbers[most], dtype=np.int64)}
+    said = word_counts(texts, learnt, asked.texts)
+    if said is not None:
+        found["word counts (TF-IDF) with logistic regression"] = _numbered(said, numbers)
+    return found
+
+
+def _text(row: Any, columns: Any) -> str:
+    return " ".join(str(row.get(name) or "") for name in (columns.text, columns.pair) if name is not None)

@@ -1,0 +1,217 @@
+"""From the answers of all runs to what may be said: who is best, who ties, what cannot be told, and at what cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from luthier.comparison.scores import score_named
+from luthier.comparison.statistics import (
+    LEAST_SEEDS,
+    Difference,
+    flips,
+    holm,
+    mcnemar,
+    resample,
+    smallest_visible,
+)
+from luthier.core import human_count
+
+__all__ = ["Comparison", "Costs", "Standing", "judge"]
+
+LEAST_MARGIN = 0.01
+Word = Literal["best", "ties", "worse", "not told apart"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What one method costs; means over its seeds, and the highest peak."""
+
+    trained: int
+    seconds: float
+    peak_bytes: int | None
+    stored_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """One method in the found."""
+
+    name: str
+    score: float
+    """mean over seeds"""
+    scores: tuple[float, ...]
+    low: float
+    high: float
+    """95 % interval of the mean"""
+    word: Word
+    """against the best"""
+    difference: Difference | None
+    """from the best; None for the best itself"""
+    p: float = 1.0
+    """of the difference, corrected for the number of comparisons"""
+    flips: tuple[tuple[int, int], ...] = ()
+    """for each seed: rows that only the best answers rightly, rows that only this one does"""
+    mcnemar: tuple[float, ...] = ()
+    """exact p-value of each seed's flips"""
+    calibration_error: float | None = None
+    costs: Costs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A finished found. Plain values only."""
+
+    metric: str
+    rows: int
+    seeds: tuple[int, ...]
+    margin: float
+    standings: tuple[Standing, ...]
+    """best first"""
+    baselines: dict[str, float]
+    """name -> score on the same rows"""
+    failed: dict[str, str]
+    """method -> why it has no result"""
+    visible: float
+    """difference in accuracy that these rows show in 8 of 10 races, where methods differ on a tenth of them"""
+    optimism: float
+    """what the best one's score owes to having been chosen on these rows"""
+    findings: tuple[str, ...] = field(default=())
+
+
+def judge(
+    names: Sequence[str],
+    answered: NDArray[np.int64],
+    wanted: NDArray[np.int64],
+    clusters: NDArray[np.int64],
+    *,
+    seeds: Sequence[int],
+    metric: str,
+    margin: float | None,
+    costs: Sequence[Costs],
+    calibration: Sequence[float | None] | None = None,
+    baselines: dict[str, NDArray[np.int64]],
+    failed: dict[str, str],
+) -> Comparison:
+    """Judge what all methods answered on the same rows.
+
+    Args:
+        answered: (methods, seeds, rows) numbers of classes; wanted: (rows,).
+        clusters: (rows,) rows of one number are near copies of each other.
+        margin: differences below it do not matter; None takes twice the spread over seeds, one hundredth at least.
+        baselines: name -> (rows,) answers.
+    """
+    score = score_named(metric)
+    resampled = resample(score, wanted, answered, clusters)
+    means = resampled.scores.mean(axis=1)
+    best = int(means.argmax())
+    order = [int(i) for i in np.argsort(-means, kind="stable")]
+    given = margin is not None
+    if margin is None:
+        spread = float(resampled.scores[best].std(ddof=1)) if len(seeds) > 1 else 0.0
+        margin = max(2 * spread, LEAST_MARGIN)
+    others = [i for i in order if i != best]
+    differences = {i: resampled.difference(i, best) for i in others}
+    # Over seeds a claim needs both tests; with few seeds it is one about these seeds only.
+    p_values = [max(d.p, d.p_seeds) if resampled.over_seeds else d.p for d in differences.values()]
+    corrected = dict(zip(others, holm(p_values), strict=True))
+    standings = []
+    for i in order:
+        low, high = resampled.interval(i)
+        told = [flips(wanted, answered[best, s], answered[i, s]) for s in range(len(seeds))] if i != best else []
+        standings.append(
+            Standing(
+                name=names[i],
+                score=float(means[i]),
+                scores=tuple(float(v) for v in resampled.scores[i]),
+                low=low,
+                high=high,
+                word=_word(differences[i], corrected[i], margin, given) if i != best else "best",
+                difference=differences.get(i),
+                p=corrected.get(i, 1.0),
+                flips=tuple(told),
+                mcnemar=tuple(mcnemar(*pair) for pair in told),
+                calibration_error=calibration[i] if calibration is not None else None,
+                costs=costs[i],
+            )
+        )
+    every = np.ones(len(wanted))
+    beside = {name: float(score(wanted, said, every)) for name, said in baselines.items()}
+    made = Comparison(
+        metric=metric, rows=len(wanted), seeds=tuple(seeds), margin=margin, standings=tuple(standings),
+        baselines=beside, failed=failed, visible=smallest_visible(int(clusters.max()) + 1),
+        optimism=resampled.optimism() if len(names) > 1 else 0.0,
+    )  # fmt: skip
+    return Comparison(**{**vars(made), "findings": tuple(_findings(made))})
+
+
+def _word(difference: Difference, p: float, margin: float, given: bool) -> Word:
+    # A difference that is seen is called equal only on the user's word that it does not matter.
+    if (given or p >= 0.05) and -margin < difference.low90 and difference.high90 < margin:
+        return "ties"
+    return "worse" if p < 0.05 else "not told apart"
+
+
+def _findings(found: Comparison) -> list[str]:
+    first, rest = found.standings[0], found.standings[1:]
+    metric, several = found.metric.replace("_", " "), len(found.seeds) > 1
+    lines = []
+    above = {name: value for name, value in found.baselines.items() if value >= first.score}
+    if above:
+        name = max(above, key=lambda n: above[n])
+        lines.append(
+            f"No method beats {name}, whose {metric} on these rows is {above[name]:.3f}; the best, {first.name}, has "
+            f"{first.score:.3f}. Train longer, with other rates, or on more rows."
+        )
+    seeds = f"{len(found.seeds)} seeds" if several else "one seed"
+    lines.append(
+        f"{first.name} has the highest {metric}, {first.score:.3f} ({first.low:.3f} to {first.high:.3f}), on "
+        f"{found.rows} rows and {seeds}."
+    )
+    for word, says in (
+        ("ties", f"within {found.margin:.3f} of it, so they tie"),
+        ("not told apart", "not told apart from it by these rows"),
+        ("worse", "worse than it" if len(found.seeds) >= LEAST_SEEDS else "worse than it on these seeds"),
+    ):
+        named = [s.name for s in rest if s.word == word]
+        if named:
+            one = says.replace("so they tie", "so it ties") if len(named) == 1 else says
+            lines.append(f"{_joined(named)} {'is' if len(named) == 1 else 'are'} {one}.")
+    lines += _advice(found)
+    if len(found.seeds) < LEAST_SEEDS:
+        lines.append(
+            f"Whether this order holds over other seeds cannot be told from {seeds}: it takes {LEAST_SEEDS} "
+            f"(--seeds {LEAST_SEEDS})."
+        )
+    if found.optimism > 0.0005:
+        lines.append(
+            f"The best of {len(found.standings)} was chosen on these rows: on others expect about "
+            f"{first.score - found.optimism:.3f}."
+        )
+    for name, why in found.failed.items():
+        lines.append(f"{name} has no result: {why}")
+    return lines
+
+
+def _advice(found: Comparison) -> list[str]:
+    """Among methods that tie, the one that trains least."""
+    first = found.standings[0]
+    equal = [s for s in found.standings if s.word in ("best", "ties")]
+    least = min(equal, key=lambda s: s.costs.trained)
+    if least.name == first.name or least.costs.trained == 0:
+        return []
+    times = first.costs.trained / least.costs.trained
+    if times < 1.1:
+        return []
+    return [
+        f"Of those that tie, {least.name} trains {times:.1f} times fewer numbers than {first.name} "
+        f"({human_count(least.costs.trained)} against {human_count(first.costs.trained)})."
+    ]
+
+
+def _joined(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

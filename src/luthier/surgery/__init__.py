@@ -20,7 +20,7 @@ from luthier.surgery.edits import (
     attach_each,
 )
 from luthier.surgery.loading import load
-from luthier.surgery.look import Look, gradients
+from luthier.surgery.look import Look, OneRow, gradients, rows_of
 from luthier.surgery.method import METHODS, Batches, Group, Method, Objective, PerSite
 from luthier.surgery.peft_files import from_peft, to_peft
 from luthier.surgery.peft_forms import PeftForm
@@ -49,6 +49,7 @@ __all__ = [
     "Look",
     "Method",
     "Objective",
+    "OneRow",
     "PeftForm",
     "PerSite",
     "Phase",
@@ -70,5 +71,6 @@ __all__ = [
     "method",
     "open_source",
     "read_tuning",
+    "rows_of",
     "to_peft",
 ]

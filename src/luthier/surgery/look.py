@@ -3,22 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Look", "gradients"]
+__all__ = ["Look", "OneRow", "gradients", "rows_of"]
+
+
+class OneRow(NamedTuple):
+    """One row of the data, in a pass of its own.
+
+    Attributes:
+        loss: the sum over its targets, -log p(labels | text).
+        logits: (1, classes) or (1, tokens, classes); None where they are never all held.
+    """
+
+    loss: Tensor
+    logits: Tensor | None = None
 
 
 class Look:
-    """The mean loss of one whole step, as a sum of pieces that fit in memory one by one."""
+    """The mean loss of one whole step, as a sum of pieces that fit in memory one by one.
 
-    def __init__(self, pieces: Sequence[Callable[[], Tensor]]) -> None:
-        self.pieces = tuple(pieces)
+    Attributes:
+        rows: the rows of the step one by one, for what is no sum over them.
+    """
+
+    def __init__(self, pieces: Sequence[Callable[[], Tensor]], rows: Sequence[Callable[[], OneRow]] = ()) -> None:
+        self.pieces, self.rows = tuple(pieces), tuple(rows)
 
     def __call__(self) -> Tensor:
         """The loss of the step, with the graph of all its pieces."""
         return torch.stack([piece() for piece in self.pieces]).sum()
+
+
+def rows_of(look: Callable[[], Tensor]) -> Sequence[Callable[[], OneRow]]:
+    """The rows of a step one by one; a plain function that gives a loss counts as one row."""
+    return look.rows if isinstance(look, Look) and look.rows else (lambda: OneRow(look()),)
 
 
 def gradients(look: Callable[[], Tensor], parameters: Sequence[Tensor]) -> list[Tensor | None]:

@@ -27,7 +27,7 @@ from luthier.data.problems import FILE as PROBLEMS
 from luthier.data.problems import problems_csv, problems_said
 from luthier.runs import RunFolder, bytes_of, differences, durable, environment, load_newest, preflight
 from luthier.runs.spec import SAME_BITS, RunSpec, changes
-from luthier.surgery import Look
+from luthier.surgery import Look, OneRow
 from luthier.training.allocator import keeping_freed
 from luthier.training.loop import Listener, Loop
 from luthier.training.stop_signals import StopRequested, StopSignals
@@ -281,14 +281,19 @@ class _Looks(Sequence[Look]):
         loop, step = self._loop, index % len(self)
         n_targets = max(1, loop.feed.batches.n_targets(0, step))
 
-        def look(rows: NDArray[np.int64]) -> Tensor:
+        def seen(rows: NDArray[np.int64]) -> OneRow:
             loop.signals.check()
             batch = loop.feed.batches.collator(loop.feed.batches.examples, rows).to(loop.device)
             with loop.precision.autocast(loop.device):
                 result = loop.objective(batch)
-            return result.loss / n_targets
+            return OneRow(result.loss, result.logits)
 
-        return Look([partial(look, rows) for rows in loop.feed.batches.pieces(0, step, loop.feed.budget)])
+        def look(rows: NDArray[np.int64]) -> Tensor:
+            return seen(rows).loss / n_targets
+
+        rows = np.split(held := loop.feed.batches.order.rows(0, step), len(held))
+        pieces = loop.feed.batches.pieces(0, step, loop.feed.budget)
+        return Look([partial(look, piece) for piece in pieces], [partial(seen, row) for row in rows])
 
 
 def _run(

@@ -41,7 +41,7 @@ class MagnitudeMask(Method):
 
     mergeable: ClassVar[bool] = True
     starts_at_base: ClassVar[bool] = True
-    default_lr: ClassVar[float] = 1e-3
+    default_lr: ClassVar[float] = 1e-2
     trains_base: ClassVar[bool] = True
     tiny: ClassVar[Mapping[str, Any]] = {"share": 0.3}
 

@@ -45,7 +45,7 @@ class SAMSparse(Method):
 
     mergeable: ClassVar[bool] = True
     starts_at_base: ClassVar[bool] = True
-    default_lr: ClassVar[float] = 1e-3
+    default_lr: ClassVar[float] = 5e-3
     looks_at_data: ClassVar[bool] = True
     trains_base: ClassVar[bool] = True
     tiny: ClassVar[Mapping[str, Any]] = {"share": 0.1}

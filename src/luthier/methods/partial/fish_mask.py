@@ -1,0 +1,127 @@
+"""FISH mask: before training, find the entries with the largest Fisher information; only those may move.
+
+    F_i = (1 / N) sum_x (d log p(y_x | x) / d theta_i)^2      one row at a time, the observed labels
+    M: the k entries with the largest F of the whole model, fixed before training
+
+Nothing changes before the first step. The head always trains and counts in the budget.
+
+Sung, Nair, Raffel 2021, "Training Neural Networks with Fixed Sparse Masks", arXiv:2111.09839, section 3. With
+score=expected the square is averaged over the model's own classes, sum_y p(y | x), in place of the observed one. The
+authors' code leaves the model in whatever mode it is in; here rows are scored in evaluation mode, without dropout.
+
+Count: floor(share * numbers below the head) - numbers of the head; with counts_head=false, without what is taken off.
+Claims: near full fine-tuning at half a percent of the numbers, from a few hundred rows.
+Cost: a pass forward and backward for each of `rows` rows before the first step; then a step of full fine-tuning.
+Use it when: a sparse difference is to be stored, and the mask should know the task.
+Not when: memory is short: gradients and moments are those of the whole model.
+Pitfalls: the square of a batch's gradient is not the mean of the rows' squares, and shrinks with the batch; words that
+no row holds have a score of zero and tie; the best of each tensor are another mask.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from luthier import kernels
+from luthier.anatomy import Anatomy
+from luthier.core import ConfigError, at_least, between
+from luthier.methods.parts.masks import no_trace, top_k
+from luthier.methods.parts.own_tensors import own_unfrozen
+from luthier.methods.parts.update_masks import kept, maskable, sizes_of
+from luthier.surgery import METHODS, Batches, Edit, Method, OneRow, TunedView, Unfreeze, rows_of
+
+
+@METHODS.register("fish_mask", family="partial", paper="arXiv:2111.09839")
+@dataclass(frozen=True, kw_only=True)
+class FishMask(Method):
+    """Settings of the FISH mask."""
+
+    share: Annotated[float, "share of the model's numbers that may move, the head's among them", between(0, 1)] = 0.005
+    rows: Annotated[int, "rows of the first epoch that are scored, at most", at_least(1)] = 1024
+    score: Annotated[Literal["observed", "expected"], "whose labels: the rows', or all by the model's own odds"] = (
+        "observed"
+    )
+    counts_head: Annotated[bool, "the head's numbers are taken off the budget"] = True
+
+    mergeable: ClassVar[bool] = True
+    starts_at_base: ClassVar[bool] = True
+    default_lr: ClassVar[float] = 5e-3
+    looks_at_data: ClassVar[bool] = True
+    trains_base: ClassVar[bool] = True
+    tiny: ClassVar[Mapping[str, Any]] = {"share": 0.3}
+
+    def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
+        self.n_params(anatomy)
+        yield from (Unfreeze(name) for name in maskable(anatomy, "all"))
+
+    def n_params(self, anatomy: Anatomy) -> int:
+        sizes = sizes_of(anatomy, maskable(anatomy, "all"))
+        head = sum(sizes_of(anatomy, anatomy.head_tensors)) if self.counts_head else 0
+        left = kept(sizes, self.share, "model", self.name) - head
+        if left <= 0:
+            raise ConfigError(
+                f"fish_mask.share: {self.share:g} of {sum(sizes)} numbers is less than the head's {head}, so nothing "
+                f"else would move. Set it above {head / sum(sizes):.2g}, or counts_head=false."
+            )
+        return left
+
+    def n_stored(self, anatomy: Anatomy) -> int:
+        """New values and their places."""
+        return 2 * self.n_params(anatomy)
+
+    def prepare(self, tuned: TunedView, batches: Batches) -> None:
+        mine = own_unfrozen(self, tuned)
+        rows = islice((row for look in batches for row in rows_of(look)), self.rows)
+        with no_trace(tuned, training=False), kernels.plain():
+            scores = fisher([u.parameter for u in mine], rows, expected=self.score == "expected")
+        for unfrozen, mask in zip(mine, top_k(scores, self.n_params(tuned.anatomy)), strict=True):
+            unfrozen.mask = mask
+
+    def after_backward(self, tuned: TunedView, step: int, total: int) -> None:
+        if any(u.mask is None for u in own_unfrozen(self, tuned)):
+            raise ConfigError("fish_mask: its mask was never chosen. Call prepare(tuned, batches) before training.")
+
+    def conflicts(self, other: Method) -> str | None:
+        if other.is_a("full", "bitfit"):
+            return f"both train tensors of the model in place, {other.name} without a mask. Use one of them."
+        return None
+
+
+def fisher(parameters: list[torch.nn.Parameter], rows: Iterable[Any], *, expected: bool) -> list[Tensor]:
+    """Mean over the rows of each squared gradient of log p.
+
+    Raises:
+        ConfigError: no row, no gradient, one that is not finite, or classes that cannot be told.
+    """
+    scores, seen = [torch.zeros_like(p, dtype=torch.float32) for p in parameters], 0
+    for row in rows:
+        seen += 1
+        for weight, log_p in _chances(row(), expected):
+            grads = torch.autograd.grad(log_p, parameters, allow_unused=True, retain_graph=expected)
+            for score, grad in zip(scores, grads, strict=True):
+                if grad is not None:
+                    score.addcmul_(grad.float(), grad.float(), value=weight)
+    if seen == 0:
+        raise ConfigError("fish_mask: no row to score with. Give prepare() at least one batch.")
+    for score in scores:
+        score.div_(seen)
+        if not torch.isfinite(score).all():
+            raise ConfigError("fish_mask: a gradient is not finite while scoring. Look at the data or the precision.")
+    if not any(bool(s.any()) for s in scores):
+        raise ConfigError("fish_mask: no gradient reached the model, so nothing can be told apart. Check the loss.")
+    return scores
+
+
+def _chances(row: OneRow, expected: bool) -> list[tuple[float, Tensor]]:
+    """Weights and log-chances whose squared gradients make up the row's information."""
+    if not expected:
+        return [(1.0, -row.loss)]
+    if row.logits is None or row.logits.dim() != 2:
+        raise ConfigError("fish_mask.score: expected averages over a row's classes; here a row has none. Use observed.")
+    log_p = torch.log_softmax(row.logits[0].float(), dim=-1)
+    return [(math.exp(float(one.detach())), one) for one in log_p]

@@ -24,6 +24,8 @@ def show_quality(
     said += f"{quality.high:.3f})"
     if quality.baseline is not None:
         said += f"; always answering {quality.baseline_answer!r}: {quality.baseline:.3f}"
+    if quality.by_words is not None:
+        said += f"; counted words (TF-IDF): {quality.by_words:.3f}"
     to.headline("\n" + said)
     if quality.classes:
         to.show()

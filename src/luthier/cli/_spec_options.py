@@ -99,13 +99,15 @@ class Option:
 
 
 def spec_options(spec: type) -> list[Option]:
-    """Every field of the spec but the model, which is an argument, and the settings, which the method has.
+    """Every field of the spec but the model, an argument, the settings, which the method has, and what a run notes.
 
     An option is called by the last part of its field (`optim.lr` is `--lr`) where only one field ends so; a field of
     the run itself keeps its name before others; the field may name another (`Flag`), and else stands with its part
     (`--batch-tokens`).
     """
-    found = [(field, fact, panel) for field, fact, panel in _leaves(spec) if field not in ("model", "settings")]
+    found = [
+        (field, fact, panel) for field, fact, panel in _leaves(spec) if field not in ("model", "settings", "chosen")
+    ]
     names = {field: fact.flag for field, fact, _ in found if fact.flag}
     names |= {field: _dashed(field) for field, fact, _ in found if "." not in field and not fact.flag}
     lasts = [field.rpartition(".")[2] for field, _, _ in found]

@@ -129,6 +129,7 @@ def _train(
     from luthier.cli._progress import Watcher, show_result
     from luthier.core import plain
     from luthier.workflow import train
+    from luthier.workflow.choices import reopened
 
     values = plain(spec_class.from_toml(Path(model))) if from_file else {"model": model, "data": {}}
     if from_file:
@@ -137,6 +138,8 @@ def _train(
         if method is not None and method != values["method"]:
             values["settings"] = {}
     changes = spelt_out(changes, str(values.get("strategy") or ""))
+    if from_file:
+        values = reopened(values, changes)
     try:
         spec = spec_class.from_plain(overlay(values, changes))
     except ConfigError as error:

@@ -110,6 +110,9 @@ class OptimSpec:
         Flag("optimiser"),
     ] = "adamw"
     lr: Annotated[float | None, "peak learning rate; left out, the method's own default", above(0)] = None
+    head_lr: Annotated[
+        float | None, "peak learning rate of a new task head; left out, lr where that is given", above(0)
+    ] = None
     schedule: Annotated[Literal["linear", "cosine", "constant"], "how the rate falls after the warm-up"] = "linear"
     warmup: Annotated[float, "share of the steps spent rising to the peak", between(0, 1)] = 0.06
     betas: Annotated[tuple[float, float], "decay of AdamW's two moments", between(0, 0.999999)] = (0.9, 0.999)
@@ -240,7 +243,9 @@ class RunSpec:
     ] = None
     optim: Annotated[OptimSpec, "optimiser"] = OptimSpec()
     epochs: Annotated[
-        float | None, "passes over the training rows; 3 where neither epochs nor steps is given", above(0)
+        float | None,
+        "passes over the training rows; where neither epochs nor steps is given, 3, and more where rows are few",
+        above(0),
     ] = None
     steps: Annotated[int | None, "optimiser steps, in place of epochs", at_least(1)] = None
     batch: Annotated[BatchSpec, "batches"] = BatchSpec()
@@ -267,6 +272,9 @@ class RunSpec:
         int, "steps from one gradient that is computed twice and compared bit by bit to the next; 0, never", at_least(0)
     ] = 0
     out: Annotated[str | None, "folder of the run; left out, runs/ and a name made of model, data and method"] = None
+    chosen: Annotated[
+        tuple[str, ...], "fields that nobody gave and the run chose from its rows and method; written by the run"
+    ] = ()
 
     def __post_init__(self) -> None:
         if self.epochs is not None and self.steps is not None:
@@ -294,9 +302,10 @@ class RunSpec:
         return max(1, round((self.epochs if self.epochs is not None else DEFAULT_EPOCHS) * steps_per_epoch))
 
     def digest(self) -> str:
-        """SHA-256, in hexadecimal, of every field but `out`: where a run is written does not change what it is."""
+        """SHA-256, in hexadecimal, of every field but `out` and `chosen`: neither changes what is computed."""
         values = _without_nothing(plain(self))
         values.pop("out", None)
+        values.pop("chosen", None)
         text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -401,6 +410,7 @@ RESUME: dict[str, ResumeRule] = {
     "data.accept_refused": "apply",
     "optim.name": "exact",  # its state is another
     "optim.lr": "apply",
+    "optim.head_lr": "apply",
     "optim.schedule": "apply",
     "optim.warmup": "apply",
     "optim.betas": "apply",
@@ -422,12 +432,13 @@ RESUME: dict[str, ResumeRule] = {
     "gradient_checkpointing": "apply",
     "fast": "apply",
     "recheck": "apply",
+    "chosen": "apply",
 }
 
 
 SAME_BITS = frozenset({
-    "batch.workers", "checkpoint.every_seconds", "checkpoint.every_steps", "checkpoint.keep", "data.accept_refused",
-    "data.strict", "recheck",
+    "batch.workers", "checkpoint.every_seconds", "checkpoint.every_steps", "checkpoint.keep", "chosen",
+    "data.accept_refused", "data.strict", "recheck",
 })  # fmt: skip
 """Fields that a resumed run may change without changing one bit of what it computes."""
 

@@ -43,6 +43,11 @@ class Combined(Method):
         return min(m.default_lr for m in self.members)
 
     @property
+    def default_head_lr(self) -> float | None:  # type: ignore[override]
+        """That of the part whose rate is the smallest."""
+        return min(self.members, key=lambda m: m.default_lr).default_head_lr
+
+    @property
     def looks_at_data(self) -> bool:  # type: ignore[override]
         """One of its parts does."""
         return any(m.looks_at_data for m in self.members)

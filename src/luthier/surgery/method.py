@@ -55,6 +55,7 @@ class Method(ABC):
         mergeable: every edit has a closed form in the weights.
         starts_at_base: attached and untrained, the model computes what it computed before (head excluded).
         default_lr: peak learning rate where the user names none.
+        default_head_lr: that of a new task head then; None for the same.
         looks_at_data: `prepare` needs batches before the first step.
         computes_tensors: replaces tensors of the model by computed ones, so what it finds there is not what acts.
         draws: in training it draws which of its numbers take part, so two passes differ even without dropout.
@@ -76,6 +77,7 @@ class Method(ABC):
     mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-3
+    default_head_lr: ClassVar[float | None] = None
     looks_at_data: ClassVar[bool] = False
     computes_tensors: ClassVar[bool] = False
     through_trunk: ClassVar[bool] = True  # the loss has a gradient on the embedded text

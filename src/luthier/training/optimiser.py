@@ -22,6 +22,9 @@ from luthier.training.decay import undecayed
 
 __all__ = ["Descent", "Lomo", "NotFinite", "Optimiser", "optimiser_of"]
 
+HEAD = "head/"
+"""How names of a new task head's trained tensors begin."""
+
 
 class NotFinite(ArithmeticError):
     """A gradient that is not finite, met inside a backward pass that has moved other tensors already."""
@@ -303,7 +306,10 @@ def optimiser_of(
     """
     own = list(groups)
     own += undecayed(named, own)
-    return _KINDS[spec.name](named, [*own, *paces], spec, spec.lr or default_lr)
+    lr = spec.lr or default_lr
+    if spec.head_lr is not None and spec.head_lr != lr:
+        own.append(Group(tuple(n for n in named if n.startswith(HEAD)), lr_factor=spec.head_lr / lr))
+    return _KINDS[spec.name](named, [*own, *paces], spec, lr)
 
 
 def _by_name(groups: Iterable[Group]) -> dict[str, Group]:

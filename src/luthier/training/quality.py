@@ -55,6 +55,8 @@ class Quality:
     baseline: float | None = None
     """the same score of always answering the same"""
     baseline_answer: str = ""
+    by_words: float | None = None
+    """the same score of counted words (TF-IDF) with logistic regression; None where it was not computed"""
     classes: tuple[ClassQuality, ...] = ()
     confusion: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
     """rows of each class (down) by the answer (across), in the order of `classes`"""
@@ -74,7 +76,10 @@ class Quality:
 NO_RESULT = "No result: "
 
 
-def judge(task: Task, logits: NDArray[Any], targets: NDArray[Any], learnt: NDArray[Any], loss: float) -> Quality | None:
+def judge(
+    task: Task, logits: NDArray[Any], targets: NDArray[Any], learnt: NDArray[Any], loss: float,
+    by_words: NDArray[np.int64] | None = None,
+) -> Quality | None:  # fmt: skip
     """Judge the answers on held-out rows.
 
     Args:
@@ -82,6 +87,7 @@ def judge(task: Task, logits: NDArray[Any], targets: NDArray[Any], learnt: NDArr
         targets: of the same rows, as `Task.targets` gives them.
         learnt: targets of the training rows.
         loss: mean loss of the held-out rows.
+        by_words: what counted words answer to the held-out rows.
 
     Returns:
         None for tasks whose rows have no one label or number.
@@ -89,13 +95,14 @@ def judge(task: Task, logits: NDArray[Any], targets: NDArray[Any], learnt: NDArr
     if task.name == "regression":
         return _numbers(task, logits, targets, learnt)
     if task.name == "classification" and not task.multi_label:
-        return _classes(task, logits, targets.astype(np.int64), learnt.astype(np.int64), loss)
+        return _classes(task, logits, targets.astype(np.int64), learnt.astype(np.int64), loss, by_words)
     return None
 
 
 def _classes(
-    task: Task, logits: NDArray[Any], wanted: NDArray[np.int64], learnt: NDArray[np.int64], loss: float
-) -> Quality:
+    task: Task, logits: NDArray[Any], wanted: NDArray[np.int64], learnt: NDArray[np.int64], loss: float,
+    by_words: NDArray[np.int64] | None,
+) -> Quality:  # fmt: skip
     n, n_classes = len(wanted), len(task.labels)
     said = task.chosen(logits)
     sure = task.probabilities(logits)[np.arange(n), said]  # of what is answered; a threshold may take the less likely
@@ -108,6 +115,8 @@ def _classes(
     classes = tuple(_one(task.labels[i], confusion, i, int(seen[i])) for i in range(n_classes))
     accuracy, baseline = float(right.mean()), float((wanted == most).mean())
     wrong = np.flatnonzero(~right & (sure >= SURE))
+    worded = None if by_words is None else float((by_words == wanted).mean())
+    warnings = _class_warnings(classes, said, accuracy, low, baseline, task.labels[most], loss)
     return Quality(
         rows=n,
         metric="accuracy",
@@ -120,7 +129,8 @@ def _classes(
         confusion=tuple(tuple(int(v) for v in row) for row in confusion),
         calibration_error=_calibration_error(sure, right),
         sure_but_wrong=tuple(int(i) for i in wrong[np.argsort(-sure[wrong], kind="stable")][:10]),
-        warnings=_class_warnings(classes, said, accuracy, low, baseline, task.labels[most], loss),
+        by_words=worded,
+        warnings=(*warnings, *_words_win(accuracy, worded, n)),
     )
 
 
@@ -176,6 +186,19 @@ def _class_warnings(
         )
         found.append(f"Learnt badly: {shown}{more}. {advice}")
     return tuple(found)
+
+
+def _words_win(accuracy: float, by_words: float | None, n: int) -> tuple[str, ...]:
+    """What is said where counted words do as well."""
+    if by_words is None or by_words < accuracy:
+        return ()
+    noise = math.sqrt(by_words * (1 - by_words) / n)
+    beyond = "" if by_words - accuracy > noise else ", though the difference is within the noise of so few rows"
+    return (
+        f"Doubtful: counted words (TF-IDF) with logistic regression are right in {by_words:.1%} of these rows, this "
+        f"run in {accuracy:.1%}{beyond}. Either words tell all there is to tell, or too little was learnt: train "
+        "longer (--epochs), with a method that changes more of the model (--method), or take a larger model.",
+    )
 
 
 def _numbers(task: Task, logits: NDArray[Any], targets: NDArray[Any], learnt: NDArray[Any]) -> Quality:

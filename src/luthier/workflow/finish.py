@@ -29,6 +29,7 @@ from luthier.training.loop import Loop
 from luthier.training.memory_parts import whole_memory
 from luthier.training.quality import Quality, judge
 from luthier.training.thresholds import choose_thresholds, thresholds_said
+from luthier.training.word_counts import answers_by_words
 from luthier.workflow.build import evaluator_of
 from luthier.workflow.merged_folder import merge
 from luthier.workflow.prediction import predict
@@ -130,13 +131,27 @@ def _keep_answers(prepared: Prepared, test: Examples, out: dict[str, Any], run: 
     task, learnt = prepared.task, prepared.train.targets
     if test.targets is None or learnt is None or prepared.test_table is None:
         return None
-    quality = judge(task, out["logits"], test.targets, learnt, float(out["loss"]))
+    by_words = _by_words(prepared, test)
+    quality = judge(task, out["logits"], test.targets, learnt, float(out["loss"]), by_words)
     if quality is not None:
         run.write_json("quality.json", plain(quality))
     durable.write_bytes(
         run.path / "predictions.csv", answers_csv(task, prepared.columns, prepared.test_table, test, out["logits"])
     )
     return quality
+
+
+def _by_words(prepared: Prepared, test: Examples) -> NDArray[np.int64] | None:
+    """What counted words answer to the held-out rows, learnt from the rows that the run learnt from."""
+    task, targets, test_table = prepared.task, prepared.train.targets, prepared.test_table
+    if task.name != "classification" or task.multi_label or targets is None or test_table is None:
+        return None
+    roles = [c for c in (prepared.columns.text, prepared.columns.pair) if c is not None]
+
+    def texts(table: Table, examples: Examples) -> list[str]:
+        return [" ".join(str(table.rows[row].get(name) or "") for name in roles) for row in examples.rows.tolist()]
+
+    return answers_by_words(texts(prepared.train_table, prepared.train), targets, texts(test_table, test))
 
 
 def answers_csv(task: Task, columns: Columns, table: Table, test: Examples, logits: NDArray[Any]) -> bytes:

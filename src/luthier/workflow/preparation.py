@@ -32,6 +32,7 @@ from luthier.training import Strategy
 from luthier.training.precision import Precision, choose_device, choose_precision
 from luthier.training.strategy import refuse_task, split_settings, strategies
 from luthier.training.thresholds import check_thresholds
+from luthier.workflow.choices import choose, sentence
 from luthier.workflow.find_others import Other, find_others
 from luthier.workflow.load_model import (
     Source,
@@ -86,8 +87,11 @@ class Prepared:
         return ChatTemplate.of(self.tokenizer) if language else None
 
 
-def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None) -> Prepared:
+def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None, *, begun: bool = False) -> Prepared:
     """Read data and model structure, and refuse what cannot work. Writes nothing.
+
+    Args:
+        begun: the spec is of a run that has begun: what it left open then stays as it was.
 
     Raises:
         Any LuthierError: names value, place and what to do.
@@ -124,6 +128,8 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None) -> Pr
         made = encode(rows, columns, task, tokenizer, **options, **more)
         return with_tasks(made, columns.row_task, row_tasks) if columns.row_task is not None else made
 
+    if not begun:
+        spec = choose(spec, task, method, len(table))
     select = None
     if spec.eval.thresholds:
         check_thresholds(task)
@@ -158,6 +164,8 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None) -> Pr
     note(train_examples.ledger.sentence())
     for remark in train_examples.ledger.notes:
         note(remark)
+    if said := sentence(spec, len(train_examples)):
+        note(said)
     select_examples = None
     if select is not None:
         select_examples = encoded(select, accept_refused=spec.data.accept_refused)

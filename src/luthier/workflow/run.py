@@ -160,7 +160,7 @@ def resume(
             listener.say(f"checkpoint {bad.name} was skipped: {reason}")
         step = checkpoint.step if checkpoint is not None else 0
         epoch_begins = check_changes(run, old, spec, checkpoint)
-        prepared = prepare(spec, listener.say)
+        prepared = prepare(spec, listener.say, begun=True)
         because, prints = compare_fingerprints(run, prepared, accept_drift)
         applied = [c for c in changes(old, spec) if c.field != "out"]
         for change in applied:

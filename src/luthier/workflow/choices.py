@@ -1,0 +1,132 @@
+"""What a run chooses where nobody did: how long to train, when to stop, and how fast.
+
+A set of few rows needs more passes than a large one: what it takes to learn is steps. So a run whose length nobody
+gave makes at least FEWEST_STEPS steps, and where rows suffice to spare some, it stops early by them. Whatever is
+chosen is written into the spec of the run's folder, where it holds for every resumption.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from luthier.core import plain
+from luthier.data.tasks import Task
+from luthier.runs.spec import DEFAULT_EPOCHS, RunSpec
+from luthier.surgery import Method
+
+__all__ = ["Budget", "budget", "choose", "reopened", "sentence"]
+
+FEWEST_STEPS = 400
+MOST_EPOCHS = 40.0
+"""Of ever fewer rows, more passes teach nothing new."""
+ENOUGH_TO_SPARE = 500
+"""Training rows from which on some are held out to stop by: a share of fewer rows tells too little."""
+EVALUATIONS = 10
+PATIENCE = 4
+"""Evaluations of the EVALUATIONS of a whole run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How long to train.
+
+    Attributes:
+        every: steps between evaluations; 0 where the run does not stop early.
+    """
+
+    epochs: float
+    every: int
+
+
+def budget(rows: int, size: int, *, share: float) -> Budget:
+    """The length of a run that learns a new head.
+
+    >>> budget(600, 16, share=0.1)
+    Budget(epochs=12.0, every=41)
+    >>> budget(100, 16, share=0.1), budget(20_000, 16, share=0.1).epochs
+    (Budget(epochs=40.0, every=0), 3.0)
+
+    Args:
+        rows: all rows to learn from.
+        size: rows of a step.
+        share: of the rows that may be held out to stop by; 0 for none.
+    """
+    spares = share > 0 and rows >= ENOUGH_TO_SPARE
+    learnt = rows - round(share * rows) if spares else rows
+    per_epoch = max(1, -(-learnt // size))
+    epochs = min(MOST_EPOCHS, max(DEFAULT_EPOCHS, float(math.ceil(FEWEST_STEPS / per_epoch))))
+    return Budget(epochs=epochs, every=max(per_epoch, math.ceil(epochs * per_epoch / EVALUATIONS)) if spares else 0)
+
+
+def choose(spec: RunSpec, task: Task, method: Method, rows: int) -> RunSpec:
+    """The spec with a value in every field that was left open.
+
+    Args:
+        rows: all rows to learn from, before some are held out to select by.
+    """
+    values = plain(spec)
+    found: dict[str, Any] = {}
+    new_head = task.n_outputs is not None
+    if spec.epochs is None and spec.steps is None:
+        stops = spec.eval.every is None and not spec.eval.holds_out
+        length = budget(rows, spec.batch.size, share=spec.eval.share if stops else 0.0)
+        found["epochs"] = length.epochs if new_head else DEFAULT_EPOCHS
+        if new_head and length.every:
+            found |= {"eval.every": length.every, "eval.best": True, "eval.patience": PATIENCE}
+    if spec.optim.lr is None:
+        found["optim.lr"] = method.default_lr
+        if spec.optim.head_lr is None and new_head:
+            found["optim.head_lr"] = method.default_head_lr or method.default_lr
+    for name, value in found.items():
+        part, _, last = name.rpartition(".")
+        (values[part] if part else values)[last] = value
+    # What an earlier run chose, as the spec of its folder says, and what is chosen now.
+    values["chosen"] = [*dict.fromkeys([*spec.chosen, *found])]
+    return RunSpec.from_plain(values)
+
+
+def sentence(spec: RunSpec, rows: int) -> str:
+    """What was chosen, in one line.
+
+    Args:
+        rows: that are learnt from in each epoch.
+    """
+    per_epoch = -(-rows // spec.batch.size)
+    total = spec.total_steps(per_epoch)
+    said = []
+    if "epochs" in spec.chosen and spec.epochs is not None:
+        said.append(f"about {total} steps: {spec.epochs:g} epochs of {rows} rows")
+        if "eval.patience" in spec.chosen:
+            said.append("stops early")
+    if "optim.lr" in spec.chosen and spec.optim.lr is not None:
+        rates = f"rate {spec.optim.lr:g}"
+        if spec.optim.head_lr not in (None, spec.optim.lr):
+            rates += f", {spec.optim.head_lr:g} for the head"
+        said.append(rates)
+    return ", ".join(said)
+
+
+def reopened(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's spec, for another run with some fields changed: what was chosen and hangs on them is open again.
+
+    Args:
+        values: the plain values of the spec of a run.
+        given: dotted field -> its new value.
+    """
+    found = {name: dict(v) if isinstance(v, Mapping) else v for name, v in values.items()}
+    chosen = set(found.get("chosen", ()))
+    length = {"epochs", "eval.every", "eval.best", "eval.patience"}
+    rates = {"optim.lr", "optim.head_lr"}
+    again: set[str] = set()
+    if {"epochs", "steps", "batch.size"} & set(given) or any(name.startswith("data.") for name in given):
+        again |= length
+    if {"method", "optim.lr"} & set(given):
+        again |= rates
+    for name in sorted(again & chosen):
+        part, _, last = name.rpartition(".")
+        (found[part] if part else found).pop(last, None)
+    found["chosen"] = sorted(chosen - again - set(given))
+    return found

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tiny import inputs, tiny
 
 from luthier.surgery import attach, load, to_peft
+from luthier.workflow.prediction import Predictor
 
 READ = """
 import json, sys, warnings
@@ -145,3 +146,19 @@ def test_a_method_that_peft_does_not_have_is_refused(luthier: Call, finished: Pa
     answer = luthier("export", finished, "adapter")
     assert answer.code == 3 and "lora, dora and ia3" in answer.err
     assert not Path("adapter").exists()
+
+
+def test_a_regression_is_exported_in_the_unit_of_its_rows(luthier: Call, model: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "years.csv"
+    rows.write_text("text,label\n" + "".join(f"{'good ' * (1 + i % 5)}{i},{1900 + i % 5}.5\n" for i in range(40)))
+    _train(luthier, model, rows, "--task", "regression")
+    answer = luthier("export", "run", "out")
+    assert answer.code == 0 and "unit of the rows" not in answer.out + answer.err
+    predictor = Predictor(Path("run"))
+    head = {name: p.detach().float() for name, p in predictor.tuned.model.named_parameters()}
+    task, written = predictor.task, load_file("out/adapter_model.safetensors")
+    assert task.center > 1900 and 1 < task.scale < 2
+    assert torch.allclose(written["base_model.model.classifier.weight"], head["classifier.weight"] * task.scale)
+    assert torch.allclose(
+        written["base_model.model.classifier.bias"], head["classifier.bias"] * task.scale + task.center
+    )

@@ -10,7 +10,7 @@ several layers share has no name in those files, and is refused.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,9 @@ def _names_there() -> str:
 
 
 def to_peft(
-    tuned: Tuned, folder: Path | str, name: str | None = None, *, task_type: str | None = None, base: str | None = None
-) -> Path:
+    tuned: Tuned, folder: Path | str, name: str | None = None, *, task_type: str | None = None, base: str | None = None,
+    own: Callable[[str, Tensor], Tensor] = lambda name, value: value,
+) -> Path:  # fmt: skip
     """Write a tuning as `PeftModel.from_pretrained` reads it; the base is left as it is.
 
     The files are the same whatever acts on the model, speeds it up, serves or is folded into it at the moment.
@@ -76,6 +77,7 @@ def to_peft(
     Args:
         task_type: as peft calls it, such as "SEQ_CLS"; its `AutoPeftModelFor...` classes ask for it.
         base: where the base can be had; without it, what the model says of itself.
+        own: what is written for a tensor of the model itself, such as a head's, given its name and its trained value.
 
     Raises:
         CannotMerge: peft has no such method, or no name for a place of it.
@@ -106,7 +108,7 @@ def to_peft(
     heads = sorted({unfrozen.name.rpartition(".")[0] for unfrozen in tuning.unfrozen.values()})
     for full, value in values.items():
         if any(full.startswith(f"{path}.") for path in heads):
-            tensors[f"{PREFIX}{full}"] = value
+            tensors[f"{PREFIX}{full}"] = own(full, value)
     paths = [site.path for site in sites.values()]
     facts: dict[str, Any] = {
         "peft_type": form.type if form else "IA3" if kind == "ia3" else "LORA",

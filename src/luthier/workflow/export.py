@@ -12,14 +12,18 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from luthier.core import ConfigError, ResourceError
 from luthier.surgery import to_peft
 from luthier.trust import safetensors
 from luthier.workflow.load_model import Source
+from luthier.workflow.merged_folder import last_with_bias
 from luthier.workflow.prediction import Predictor
 
 __all__ = ["Exported", "export_peft"]
@@ -59,9 +63,10 @@ def export_peft(predictor: Predictor, folder: Path | str) -> Exported:
     base = str(target.absolute() / "base") if local else source.name
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".tmp-{target.name}-", dir=target.absolute().parent))
+    in_unit = _into_unit(predictor)
     try:
         whole = draft / target.name
-        to_peft(predictor.tuned, whole, task_type=task_type, base=base)
+        to_peft(predictor.tuned, whole, task_type=task_type, base=base, own=in_unit or (lambda name, value: value))
         _write_tokenizer(predictor, whole)
         if local:
             _write_base(predictor, source, whole / "base")
@@ -80,11 +85,26 @@ def export_peft(predictor: Predictor, folder: Path | str) -> Exported:
         more = f", id2label={dict(enumerate(task.labels))!r}, label2id={ {n: i for i, n in enumerate(task.labels)}!r}"
     elif not local and task.name == "regression":
         more = ", num_labels=1"
-    if (task.scale, task.center) != (1.0, 0.0):
+    if (task.scale, task.center) != (1.0, 0.0) and in_unit is None:
         notes.append(f"its numbers times {task.scale:g} plus {task.center:g} are in the unit of the rows")
     if local:
         notes.append(f"its base is read from {source.path}; keep that folder where it is")
     return Exported(target, f"peft.{reader}.from_pretrained({str(target)!r}{more})", tuple(notes))
+
+
+def _into_unit(predictor: Predictor) -> Callable[[str, Tensor], Tensor] | None:
+    """What the head's last layer is written as, so that a regression answers in the unit of the rows."""
+    task = predictor.task
+    path = last_with_bias(predictor.tuned.model) if task.name == "regression" else None
+    if path is None:
+        return None
+
+    def own(name: str, value: Tensor) -> Tensor:
+        if name == f"{path}.weight":
+            return value.float() * task.scale
+        return value.float() * task.scale + task.center if name == f"{path}.bias" else value
+
+    return own
 
 
 def _write_tokenizer(predictor: Predictor, folder: Path) -> None:

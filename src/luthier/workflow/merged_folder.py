@@ -101,13 +101,20 @@ def _into_unit(model: nn.Module, predictor: Predictor) -> bool:
     task = predictor.task
     if task.name != "regression" or (task.center, task.scale) == (0.0, 1.0):
         return True
-    last = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 1]
-    if not last or last[-1].bias is None:
+    path = last_with_bias(model)
+    if path is None:
         return False
+    last: Any = model.get_submodule(path)
     with torch.no_grad():
-        last[-1].weight.mul_(task.scale)
-        last[-1].bias.mul_(task.scale).add_(task.center)
+        last.weight.mul_(task.scale)
+        last.bias.mul_(task.scale).add_(task.center)
     return True
+
+
+def last_with_bias(model: nn.Module) -> str | None:
+    """The path of the layer that gives a regression's number, where it has a bias that can take over a centre."""
+    last = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == 1]
+    return last[-1] if last and model.get_submodule(last[-1]).bias is not None else None
 
 
 def _describe(model: Any, predictor: Predictor) -> None:

@@ -47,7 +47,7 @@ OTHER: dict[str, Any] = {
     "data.response": "label", "data.messages": "text", "data.tokens": "text", "data.tags": "label",
     "data.row_task": "label", "sources": ["runs/a"],
     "data.loss_on": "all", "data.strict": True, "data.accept_refused": 0.1, "max_length": 12, "seed": 1,
-    "precision": "bf16", "trunk_dropout": "off", "optim.name": "sgd", "optim.lr": 1e-3,
+    "precision": "bf16", "trunk_dropout": "off", "optim.name": "sgd", "optim.lr": 1e-3, "optim.head_lr": 1e-2,
     "optim.schedule": "cosine", "optim.warmup": 0.2, "optim.betas": [0.8, 0.99],
     "optim.eps": 1e-6, "optim.weight_decay": 0.1, "optim.clip": 0.5, "epochs": 2.0,
     "steps": 9, "batch.size": 6, "batch.tokens": 64, "batch.accumulate": 3, "batch.pad_to": 4, "batch.workers": 1,
@@ -55,7 +55,7 @@ OTHER: dict[str, Any] = {
     "eval.share": 0.2, "eval.rows": 3, "eval.thresholds": True,
     "checkpoint.every_steps": 2, "checkpoint.every_seconds": 60.0,
     "checkpoint.keep": 3, "threads": 2, "device": "cpu", "gradient_checkpointing": True, "fast": False, "recheck": 1,
-    "out": "elsewhere",
+    "out": "elsewhere", "chosen": ["epochs"],
 }  # fmt: skip
 
 

@@ -432,12 +432,12 @@ RESUME: dict[str, ResumeRule] = {
     "gradient_checkpointing": "apply",
     "fast": "apply",
     "recheck": "apply",
-    "chosen": "apply",
+    "chosen": "exact",
 }
 
 
 SAME_BITS = frozenset({
-    "batch.workers", "checkpoint.every_seconds", "checkpoint.every_steps", "checkpoint.keep", "chosen",
+    "batch.workers", "checkpoint.every_seconds", "checkpoint.every_steps", "checkpoint.keep",
     "data.accept_refused", "data.strict", "recheck",
 })  # fmt: skip
 """Fields that a resumed run may change without changing one bit of what it computes."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from experiments.defaults.baselines import BASELINES, MODEL, score
+from experiments.defaults.page import write
 from experiments.defaults.panel import PANEL, Member, halves
 
 RESULTS = Path(__file__).parent / "results.jsonl"
@@ -27,7 +28,11 @@ def main() -> None:
     words.add_argument("--state", default="now", help="how this state of the defaults is called in the results")
     words.add_argument("--results", type=Path, default=RESULTS)
     words.add_argument("--no-baselines", action="store_true")
+    words.add_argument("--page", action="store_true", help="only write docs/defaults.md from what is here")
     asked = words.parse_args()
+    if asked.page:
+        write(asked.results)
+        return
     members = [m for m in PANEL if not asked.only or m.name in asked.only]
     for member in members if not asked.no_baselines else ():
         for name in BASELINES:
@@ -37,6 +42,7 @@ def main() -> None:
             for member in members:
                 which = {"set": member.name, "what": method, "state": asked.state, "seed": seed}
                 _once(asked.results, which, member, dict(word.split("=", 1) for word in asked.set))
+    write(asked.results)
 
 
 def _once(results: Path, which: dict[str, Any], member: Member, given: dict[str, str]) -> None:
@@ -78,7 +84,7 @@ def _trained(
         with (result.path / "predictions.csv").open(encoding="utf-8", newline="") as file:
             right = [row["wanted"] == row["answer"] for row in csv.DictReader(file)]
         lines = [json.loads(line) for line in (result.path / "events.jsonl").read_text("utf-8").splitlines()]
-        steps = max((e["step"] for e in lines if e.get("event", e.get("kind")) == "step"), default=0)
+        steps = max((e["step"] for e in lines if e["event"] == "step"), default=0)
     scores = {k: round(v, 4) for k, v in result.scores.items()}
     return right, {"steps": steps, "training_seconds": round(result.seconds, 1), "scores": scores}
 

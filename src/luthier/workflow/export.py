@@ -95,7 +95,8 @@ def export_peft(predictor: Predictor, folder: Path | str) -> Exported:
 def _into_unit(predictor: Predictor) -> Callable[[str, Tensor], Tensor] | None:
     """What the head's last layer is written as, so that a regression answers in the unit of the rows."""
     task = predictor.task
-    path = last_with_bias(predictor.tuned.model) if task.name == "regression" else None
+    model: Any = predictor.tuned.model
+    path = last_with_bias(model) if task.name == "regression" else None
     if path is None:
         return None
 

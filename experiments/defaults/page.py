@@ -16,7 +16,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "defaults.md"
 HEAD = f"""# What the defaults reach
 
 `python -m experiments.defaults` tries the defaults on sets that packages ship (`experiments/defaults/panel.py`: rows
-drawn by a keyed order, texts cut to their first {WORDS} words so that one core does it) and writes this page. All columns answer the same held-out rows.
+drawn by a keyed order, texts cut to their first {WORDS} words so that one core does it) and writes this page.
+All columns answer the same held-out rows.
 
 - **words**: TF-IDF of words and pairs of words, with logistic regression.
 - **probe**: the mean of the frozen model's last states (minilm-l6), with logistic regression.

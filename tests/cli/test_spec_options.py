@@ -69,7 +69,7 @@ def test_every_field_of_the_spec_is_one_option_under_a_name_of_its_own() -> None
     every = options.spec_options(RunSpec)
     assert len({o.name for o in every}) == len(every)
     made = [o for o in every if o.gives is None]
-    assert {o.field for o in made} == set(RESUME) - {"model", "settings"}
+    assert {o.field for o in made} == set(RESUME) - {"model", "settings", "chosen"}
     assert len({o.name for o in made}) == len(made)
     assert {o.field: o.name for o in made if o.field in USED} == USED
     assert {o.name: (o.field, o.gives) for o in every if o not in made} == {"skip-bad": ("data.accept_refused", 1.0)}

@@ -84,7 +84,7 @@ def test_the_line_says_steps_epochs_rows_and_rates(home: Path) -> None:
     prepared = prepare(little_spec(home, steps=None))
     spec = choose(little_spec(home, steps=None, optim=OptimSpec()), prepared.task, prepared.method, 600)
     said = sentence(spec, 540)
-    assert said.startswith("about 408 steps: 6 epochs of 540 rows, stops early, rate 0.002")
+    assert said.startswith("about 408 steps: 6 epochs of 540 rows, stops early, learning rate 0.002")
     assert sentence(little_spec(home), 540) == ""
 
 

@@ -102,7 +102,7 @@ def sentence(spec: RunSpec, rows: int) -> str:
         if "eval.patience" in spec.chosen:
             said.append("stops early")
     if "optim.lr" in spec.chosen and spec.optim.lr is not None:
-        rates = f"rate {spec.optim.lr:g}"
+        rates = f"learning rate {spec.optim.lr:g}"
         if spec.optim.head_lr not in (None, spec.optim.lr):
             rates += f", {spec.optim.head_lr:g} for the head"
         said.append(rates)

@@ -29,6 +29,9 @@ SITES = {"bert": ("attn.q", "ffn.up"), "llama": ("attn.k", "ffn.down")}
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "lokr": [{"rank": 2}, {"rank": 1, "both": True, "factor": 8, "alpha": 3.0}],
     "oft": [{"block": 8}, {"block": 4, "terms": 5}],
+    "miss": [{"rank": 8}, {"rank": 5}],  # 5 divides no width
+    "road": [{"variant": f"road_{n}"} for n in (1, 2, 4)],
+    "waveft": [{}, {"transform": False}],
     "boft": [{"block": 4, "factors": 1}],  # peft without its CUDA code takes one factor
 }
 CELLS = [(name, i, arch) for name in NAMES for i in range(len(SETTINGS.get(name, [{}]))) for arch in SITES]
@@ -70,13 +73,14 @@ def test_peft_computes_from_our_file_what_we_do(name: str, number: int, arch: st
         module = tuned.modules()[site.key]
         for part, short in parts.items():
             mine = getattr(module, short, None)
-            if isinstance(mine, nn.Parameter):
+            # peft's gradient of C3A's input is another function's: test_peft_relatives.
+            if isinstance(mine, nn.Parameter) and name != "c3a":
                 held, _, behind = part.partition(".")
                 other = getattr(layers[site.path], held)["default"]
                 other = getattr(other, behind) if behind else other
                 torch.testing.assert_close(mine.grad, other.grad.view_as(mine), rtol=1e-4, atol=1e-5)
                 compared += 1
-    assert compared == sum(n.count("@") for n in tuned.trained())
+    assert compared == (sum(n.count("@") for n in tuned.trained()) if name != "c3a" else 0)
     tuned.merging.fold()
     weights = dict(theirs.merge_and_unload().named_parameters())
     for site in tuned.anatomy.sites(*SITES[arch]):

@@ -33,8 +33,8 @@ from _touched import Touched, child, gather, pytest_in, warm_up
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "luthier"
-ROOMS = ("data", "training", "surgery", "kernels", "methods")
-TESTS = ("kernels", "training", "data", "surgery", "methods", "contracts", "workflow", "faults")
+ROOMS = ("data", "runs", "training", "surgery", "kernels", "methods")
+TESTS = ("kernels", "runs", "training", "data", "surgery", "methods", "strategies", "contracts", "workflow", "faults")
 KNOWN = ROOT / "scripts" / "mutants_known.toml"
 HOME = ROOT / "build" / "mutants"
 LONGEST = 900.0

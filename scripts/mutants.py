@@ -12,6 +12,7 @@ reason. The exit code is 1 where more than a twentieth of the mutants survived w
 """
 
 import argparse
+import compileall
 import hashlib
 import json
 import os
@@ -144,13 +145,24 @@ def outcome(slot: Slot, status: int) -> tuple[str, str]:
     return ("killed", by or f"pytest ended with code {code}") if code not in (5, 98, 99) else ("broken", f"code {code}")
 
 
-def learn(folders: list[str], fresh: bool, workers: int) -> Touched:
+def files_of(places: list[str]) -> list[Path]:
+    """The test files in these folders of tests, or of these names."""
+    found: list[Path] = []
+    for place in places:
+        path = ROOT / "tests" / place
+        found += sorted(path.glob("test_*.py")) if path.is_dir() else [path]
+    if absent := [str(path) for path in found if not path.is_file()]:
+        raise SystemExit(f"--tests: there is no {', '.join(absent)}. Give a folder or a file below tests.")
+    return list(dict.fromkeys(found))
+
+
+def learn(places: list[str], fresh: bool, workers: int) -> Touched:
     """What each test enters: from build/mutants where it is there and the test's file has not changed."""
     folder = HOME / "touched"
     if fresh:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    files = [path for room in folders for path in sorted((ROOT / "tests" / room).glob("test_*.py"))]
+    files = files_of(places)
     kept = {path: folder / f"{path.parent.name}-{path.stem}-{digest(path)}.json" for path in files}
     waiting = [path for path in files if not kept[path].exists()][::-1]
     running: dict[int, Path] = {}
@@ -223,7 +235,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="which mutants")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=20.0, help="of tests for one mutant, by their measured times")
-    parser.add_argument("--tests", action="append", choices=TESTS, help="only tests of this folder; may be repeated")
+    parser.add_argument(
+        "--tests", action="append", help="only tests of this folder or file below tests; may be repeated"
+    )
     parser.add_argument("--survivors", action="store_true", help="only those that survived before")
     parser.add_argument("--fresh", action="store_true", help="find out anew which tests enter which functions")
     parser.add_argument("--list", action="store_true", help="print the mutants, try none")
@@ -261,6 +275,7 @@ def go(
     slots = [Slot(scratch / str(n)) for n in range(given.workers)]
     for slot in slots:
         shutil.copytree(SOURCE, slot.source / "luthier", ignore=shutil.ignore_patterns("__pycache__"))
+        compileall.compile_dir(slot.source, quiet=1)  # once: no child writes what it has compiled
     waiting, n = due[::-1], 0
 
     def note(mutant: Mutant, became: str, by: str, tests: list[str], seconds: float) -> None:

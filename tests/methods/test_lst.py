@@ -2,19 +2,22 @@
 
 import pytest
 import torch
+import transformers
 from little import little_model, little_spec
 from methods.checks import frozen_copy, logits, same, stir, train
 from methods.generation import check_checkpointing, check_generation, check_low_precision, stirred, uncached
 from safetensors.torch import load_file
-from tiny import inputs, tiny
+from tiny import ALSO, TINY, inputs, tiny
 from transformers import BertConfig, BertModel
+from unusual import COMMON, random_model, word_ids
 
 from luthier import resume
 from luthier import train as train_run
 from luthier.anatomy import Anatomy
 from luthier.core import AnatomyError, CompositionError, ConfigError
 from luthier.methods.additive.lst import Sides
-from luthier.surgery import attach, method
+from luthier.methods.parts.trial_pass import try_pass
+from luthier.surgery import Tuned, attach, method
 
 NAMES = ["bert", "llama", "t5"]
 
@@ -332,3 +335,46 @@ def test_blocks_that_cannot_be_cut_narrower_are_refused_with_the_start_that_need
     assert list(model.state_dict()) == names
     tuned = attach(model, "lst", importance="random")
     assert tuned.trained() and torch.isfinite(model(**inputs(model)).loss)
+
+
+@pytest.mark.parametrize("name", [n for n in (*TINY, *ALSO) if n != "vit"])
+def test_it_goes_through_a_training_pass_wherever_it_could_be_attached(name):
+    model = tiny(name)
+    names = list(model.state_dict())
+    try:
+        tuned = attach(model, "lst", reduction=3)
+    except AnatomyError as error:
+        assert str(error).startswith("lst: ") and "another method" in str(error)
+        assert list(model.state_dict()) == names and Tuned.of(model) is None
+        return
+    model.train()
+    model(**inputs(model)).loss.backward()
+    assert all(p.grad is not None for n, p in tuned.trained().items() if "blocks" not in n)
+
+
+def hybrid(kind):
+    """Decoders whose layers keep more than keys, or whose projections cannot be told apart."""
+    if kind == "falcon_h1":
+        mamba = {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_n_groups": 1}
+        config = transformers.FalconH1Config(**{**COMMON, "num_key_value_heads": 2, **mamba})
+        return random_model(transformers.FalconH1ForCausalLM, config)
+    return random_model(transformers.FalconForCausalLM, transformers.FalconConfig(**COMMON))
+
+
+@pytest.mark.parametrize("kind", ["falcon_h1", "falcon"])
+def test_a_model_that_a_side_network_cannot_stand_beside_is_refused_when_it_is_attached(kind):
+    model = hybrid(kind)
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    before = model(input_ids=word_ids()).logits
+    with pytest.raises(AnatomyError, match=f"^lst: .*this {kind} model"):
+        attach(model, "lst", reduction=2)
+    assert Tuned.of(model) is None
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+    assert torch.equal(model(input_ids=word_ids()).logits, before)
+
+
+def test_a_pass_that_the_base_itself_cannot_do_says_nothing_about_the_side():
+    tuned = attach(tiny("bert"), "lst", reduction=3)
+    tuned.model.forward = lambda **given: 1 / 0
+    try_pass(tuned, "lst")

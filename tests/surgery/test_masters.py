@@ -1,5 +1,6 @@
 """Models that train in place: fp32 masters rounded where the model reads them, and the fast paths that they take."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -89,3 +90,37 @@ def test_dropout_is_left_alone_where_it_is_not_asked_for() -> None:
     tuned = attach(tiny("bert"), "lora")
     tuned.fast.accelerate()
     assert type(tuned.model.bert.embeddings.dropout) is nn.Dropout
+
+
+CAST = ("lora", "bitfit", "full", "head_only", "child_tuning_d")
+
+
+@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CAST)
+def test_a_model_that_is_cast_after_attaching_is_cast_whole_with_what_waits_beside_it(
+    name: str, held: torch.dtype
+) -> None:
+    base = tiny("bert", "classification").to(held)
+    batch = inputs(base)
+    tuned = attach(copy.deepcopy(base), name)
+    with torch.no_grad():
+        for parameter in tuned.trained().values():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    tuned.activate()
+    tuned.add("lora", name="waits", train_head=False)  # the first one's values lie beside the model while it is cast
+    tuned.model.double()
+    tuned.activate("default")
+    with torch.no_grad():
+        found = tuned.model(**batch).logits
+        with tuned.base_only():
+            plain = tuned.model(**batch).logits
+        again = tuned.model(**batch).logits
+    expected = base.double()(**batch).logits
+    assert found.dtype == plain.dtype == torch.float64
+    assert torch.equal(plain, expected), "the base is the one that was loaded, in its new type"
+    assert torch.equal(found, again) and not torch.equal(found, plain)
+    for wanted in (torch.bfloat16, torch.float32):
+        tuned.model.to(wanted)
+        with tuned.base_only():
+            assert tuned.model(**batch).logits.dtype == wanted
+    assert {p.dtype for p in tuned.detach().parameters()} == {torch.float32}

@@ -31,7 +31,8 @@ def tuned_model(method: str, name: str) -> Any:
         pytest.skip("the method does not go there")
     for part in tuned.tuning().method.parts():
         if part.looks_at_data:
-            part.prepare(tuned, [lambda: model(**inputs(model)).loss] * 2)
+            with torch.enable_grad():  # it looks at gradients
+                part.prepare(tuned, [lambda: model(**inputs(model)).loss] * 2)
     shake(tuned)
     return model.eval()
 

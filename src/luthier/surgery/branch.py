@@ -112,9 +112,9 @@ class Branch:
         def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
             if self.enabled:
                 states = args[0] if args else kwargs["hidden_states"]
-                given = out[0] if isinstance(out, tuple) else out
+                given = out[0] if isinstance(out, tuple | list) else out
                 rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
-                more = _still(out[1:]) if isinstance(out, tuple) else ()
+                more = _still(tuple(out[1:])) if isinstance(out, tuple | list) else ()
                 self.calls[stack].append(BlockCall(stack, layer, states.detach(), given.detach(), args[1:], rest, more))
 
         return hook

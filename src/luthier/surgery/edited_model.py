@@ -176,8 +176,10 @@ class _TuningModules(nn.ModuleDict):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for tuning in self.edited.tunings.values():
             for unfrozen in tuning.unfrozen.values():
-                unfrozen.follow_device()
+                unfrozen.follow(fn)
         for socket in self.edited.sockets():
             for plug in socket.plugs:
                 plug.read_dtype()
+            for substitute in socket.substitutes:
+                substitute.follow(fn)
         return self

@@ -98,6 +98,11 @@ class Substitute:
     module: nn.Module
     dtype: torch.dtype | None = None  # of the result; None for the stored type
 
+    def follow(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """The layer has been cast by `fn`."""
+        if self.dtype is not None:
+            self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+
 
 @dataclass(eq=False)
 class Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -103,9 +104,16 @@ class Unfrozen:
         self.inactive_value = None
         _set_version(self.parameter, self._versions["tuned"])
 
-    def follow_device(self) -> None:
-        """Move what lies beside the parameter to where the parameter is by now."""
+    def follow(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Move and cast what lies beside the parameter, after `fn` has done so with the model's own tensors."""
         where = self.parameter.device
+
+        def cast(dtype: torch.dtype) -> torch.dtype:
+            return fn(torch.empty(0, dtype=dtype)).dtype
+
         self.kept = self.kept.to(where)
+        if cast(self._dtype) != self._dtype:  # else `kept` may stay smaller than what it stands for
+            self.original = self.original.to(cast(self._dtype))
         self._mask = None if self._mask is None else self._mask.to(where)
-        self.inactive_value = None if self.inactive_value is None else self.inactive_value.to(where)
+        if self.inactive_value is not None:
+            self.inactive_value = self.inactive_value.to(where, cast(self.inactive_value.dtype))

@@ -39,6 +39,7 @@ from luthier.core import AnatomyError, ConfigError, ModelError, above, at_least,
 from luthier.methods.parts.masks import first_share, no_trace
 from luthier.methods.parts.narrow_copy import Sizes, kept_layers, narrow_model, prune, side_params
 from luthier.methods.parts.own_tensors import own_modules
+from luthier.methods.parts.trial_pass import try_pass
 from luthier.surgery import METHODS, AddBranch, Batches, BlockCall, Context, Edit, Method, Tuned, TunedView, gradients
 from luthier.surgery.prompts import text_stack
 
@@ -83,6 +84,9 @@ class LST(Method):
         if other.is_a("head_only"):
             return None
         return "no gradient enters the frozen model beside a side network, so nothing in it can train."
+
+    def begin(self, tuned: TunedView) -> None:
+        try_pass(tuned, "lst")
 
     def prepare(self, tuned: TunedView, batches: Batches) -> None:
         if self.importance != "fisher":
@@ -166,6 +170,7 @@ class Sides(nn.Module):
         frozen = model if anatomy.is_encoder_decoder else text_stack(dict(model.named_modules()), anatomy)
         narrow = narrow_model(model, frozen, anatomy, self.sizes)
         self._turned = _turned(frozen, narrow, anatomy, self.sizes)
+        self._kinds: list[str] = list(getattr(narrow.config, "layer_types", None) or ())
         side = Anatomy.read(narrow)
         self.ladders = nn.ModuleDict()
         for stack, layers in self.kept.items():
@@ -247,7 +252,7 @@ class Sides(nn.Module):
             state = gates[number] * state + (1 - gates[number]) * step
             block = ladder.blocks[number]
             out = block(state, **self._arguments(ladder, block, calls[0], call, state, context, number))
-            state = out[0] if isinstance(out, tuple) else out
+            state = out[0] if isinstance(out, tuple | list) else out
         state = self.dropout(ladder.norm(state))
         if ladder.up is None:
             return torch.cat([last, state.to(last.dtype)], dim=-1)
@@ -276,13 +281,15 @@ class Sides(nn.Module):
             given["position_bias"] = biases[0]
             given["encoder_decoder_position_bias"] = biases[1] if len(biases) > 1 else None
         if given.get("position_embeddings") is not None:
-            given["position_embeddings"] = self._angles(ladder, block, state, given.get("position_ids"), context)
+            given["position_embeddings"] = self._angles(ladder, block, state, given.get("position_ids"), context, call)
         for name in ("past_key_values", "layer_past"):
             if given.get(name) is not None:
                 _make_room(given[name], call.layer, self.depth[call.stack] + number)
         return given
 
-    def _angles(self, ladder: Ladder, block: nn.Module, state: Tensor, positions: Any, context: Context) -> Any:
+    def _angles(
+        self, ladder: Ladder, block: nn.Module, state: Tensor, positions: Any, context: Context, call: BlockCall
+    ) -> Any:
         assert ladder.rotary is not None
         positions = positions if positions is not None else self._positions
         if positions is None:
@@ -291,7 +298,8 @@ class Sides(nn.Module):
         if "layer_type" in names:
             kinds = [m.attention_type for m in (block, *block.children()) if hasattr(m, "attention_type")]
             kinds += [m.layer_type for m in (block, *block.children()) if hasattr(m, "layer_type")]
-            return ladder.rotary(state, positions, kinds[0])
+            # A layer may not say its own kind (ModernBERT as a decoder): the model's configuration has it then.
+            return ladder.rotary(state, positions, kinds[0] if kinds else self._kinds[call.layer])
         return ladder.rotary(state, positions)
 
 

@@ -270,7 +270,14 @@ class _Picks:
         return (torch.arange(n)[:, None] * width + one[None]).flatten()
 
     def _beside(self, site: Site, kind: str) -> Site:
-        return next(s for s in self.anatomy.all_sites if (s.kind, s.layer, s.stack) == (kind, site.layer, site.stack))
+        for other in self.anatomy.all_sites:
+            if (other.kind, other.layer, other.stack) == (kind, site.layer, site.stack):
+                return other
+        raise AnatomyError(
+            f"lst: {site.key} of this {self.anatomy.model_type} model has no {kind} of its own beside it, so a narrow "
+            "copy does not know which numbers belong together. Start it at random (importance=random), or use another "
+            "method."
+        )
 
     def _coordinates(self, score: Tensor, pair: str) -> Tensor:
         before, after = self.turned if pair == "qk" else (0, 0)

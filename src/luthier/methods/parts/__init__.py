@@ -37,6 +37,7 @@
                       own_tunings, own_unfrozen, group_names
     narrow_copy       narrow_model     some blocks of a model again, at a fraction of its width
                       prune, kept_layers, side_params, Sizes
+    trial_pass        try_pass         two words through the tuned model, when it is attached
 
 A piece that a second method needs moves here. A test holds this list to what the files give.
 """

@@ -1,12 +1,19 @@
-"""The examples, each run as a reader runs it: a process of its own, from another folder, without a network."""
+"""The examples, each run as a reader runs it: a process of its own, from another folder, without a network.
+
+The processes are forks of one that has loaded the libraries, which takes longer than most examples.
+"""
 
 import ast
 import os
-import subprocess
+import runpy
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from luthier.testing import Template
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -36,18 +43,27 @@ def test_every_example_is_listed_here_numbered_and_fits_on_a_screen_or_two() -> 
         assert ast.get_docstring(ast.parse(text)), f"{path.name}: begins with what it shows"
 
 
+@pytest.fixture(scope="module")
+def template() -> Iterator[Template]:
+    with Template(("torch", "transformers", "luthier.workflow", "luthier.methods")) as made:
+        yield made
+
+
+def run_example(path: str, folder: str) -> None:
+    """Runs in a fork."""
+    os.chdir(folder)
+    os.environ |= {"TMPDIR": folder, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")}
+    tempfile.tempdir = None
+    sys.argv = [path]
+    runpy.run_path(path, run_name="__main__")
+
+
 @pytest.mark.samples
 @pytest.mark.parametrize(
     "name", [pytest.param(p.name, marks=pytest.mark.slow) if p.name in SLOW else p.name for p in EXAMPLES]
 )
-def test_the_example_runs_and_shows_what_it_says(name: str, tmp_path: Path) -> None:
-    ran = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / name)],
-        cwd=tmp_path,
-        env={**os.environ, "TMPDIR": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")},
-        capture_output=True,
-        text=True,
-        timeout=540,
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    assert SHOWS[name] in ran.stdout
+def test_the_example_runs_and_shows_what_it_says(name: str, tmp_path: Path, template: Template) -> None:
+    path = str(ROOT / "examples" / name)
+    ran = template.run(__file__, "run_example", {"path": path, "folder": str(tmp_path)}, timeout_s=540)
+    assert ran.status == 0, ran.output[-3000:]
+    assert SHOWS[name] in ran.output

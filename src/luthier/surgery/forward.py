@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
@@ -126,7 +126,8 @@ class Forward:
         sources = [source for tuning in active for source in tuning.prompts()]
         if sources and self.prompts is None:
             stack, embed, decoder = self._text_stack()
-            self.prompts = PromptHooks(self.edited.model, stack, embed, decoder, self.edited.anatomy.max_positions)
+            limit = self.edited.anatomy.max_positions
+            self.prompts = PromptHooks(self.edited.model, stack, embed, decoder, limit)
         if self.prompts is not None:
             self.prompts.sources = sources
 
@@ -142,9 +143,15 @@ class Forward:
         for given in ("generate", "resize_token_embeddings"):
             self.edited.model.__dict__.pop(given, None)
 
-    def _text_stack(self) -> tuple[nn.Module, nn.Module, nn.Module | None]:
+    def _text_stack(self) -> tuple[nn.Module, Callable[[Tensor], Tensor], nn.Module | None]:
         model, anatomy, modules = self.edited.model, self.edited.anatomy, self.edited.modules
-        embed = modules[anatomy.sites("embed", asked_by="prompt vectors")[0].path]
+        path = anatomy.sites("embed", asked_by="prompt vectors")[0].path
+
+        def embed(ids: Tensor) -> Tensor:
+            # Where something sits at the embedding, it acts on the text behind a prompt too.
+            out: Tensor = (self.edited.plugged(path) or modules[path])(ids)
+            return out
+
         if anatomy.is_encoder_decoder:
             return model.get_encoder(), embed, model.get_decoder()
         return text_stack(modules, anatomy), embed, None

@@ -96,11 +96,6 @@ def check(edited: EditedModel, edits: list[tuple[str, Edit]], method: Method) ->
             for block in anatomy.blocks:
                 _refuse_quantised(edited, label, [n for n in anatomy.tensors if n.startswith(f"{block.path}.")])
             claim(BRANCH, prefix, "Use one of them.")
-        elif isinstance(edit, Attach) and edit.site.kind in ("embed", "norm"):
-            raise AnatomyError(
-                f"{label}: attaching at {edit.site.kind!r} is not offered; use a linear or sublayer site of "
-                f"{', '.join(k for k in anatomy.kinds() if k not in ('embed', 'norm'))}."
-            )
         elif isinstance(edit, Unfreeze | Reparametrise):
             if edit.name not in anatomy.tensors and edit.name not in anatomy.tied:
                 raise AnatomyError(

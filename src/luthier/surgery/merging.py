@@ -168,6 +168,10 @@ def check(edited: EditedModel) -> None:
             )
         for plug in live.whole:
             site = plug.site
+            if site.kind in ("embed", "norm"):
+                raise CannotMerge(
+                    f"{site.key}: no product of a weight, so nothing can be merged into it. Serve the tuning attached."
+                )
             name = edited.anatomy.tied.get(f"{site.path}.{site.param}", f"{site.path}.{site.param}")
             if name in edited.parameters and len(edited.owners(name)) > 1:
                 raise CannotMerge(

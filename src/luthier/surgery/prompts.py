@@ -9,6 +9,7 @@ attends to all of the encoder's output, so the cross-attention mask is extended 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -105,7 +106,12 @@ class PromptHooks:
     """Inserts the rows of `sources` (in order) in front of the text of `stack`, while this object is installed."""
 
     def __init__(
-        self, model: Model, stack: nn.Module, embed: nn.Module, decoder: nn.Module | None, limit: int | None
+        self,
+        model: Model,
+        stack: nn.Module,
+        embed: Callable[[Tensor], Tensor],
+        decoder: nn.Module | None,
+        limit: int | None,
     ) -> None:
         self.sources: list[nn.Module] = []
         self.embed, self.stack, self.limit = embed, stack, limit

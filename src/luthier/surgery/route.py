@@ -226,6 +226,8 @@ class Route:
 
     def _in_groups(self, rows: RowNames, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         x: Tensor = args[0]
+        if not x.is_floating_point():
+            return self._words_in_groups(rows, x)
         by_row, flat = self._by_row(rows, x), x.dim() == 2
         out: Tensor | None = None
         for name, picked in rows.groups(x.device):
@@ -240,6 +242,23 @@ class Route:
             out.index_copy_(0, picked, y)
         assert out is not None
         return out.reshape(*x.shape[:-1], out.shape[-1])  # (..., d_out), as x came
+
+    def _words_in_groups(self, rows: RowNames, ids: Tensor) -> Tensor:
+        """An embedding: ids (rows, n) -> (rows, n, d)."""
+        if ids.dim() != 2 or len(ids) != len(rows):
+            places = ", ".join(dict.fromkeys(p.site.key for p in self.socket.plugs))
+            raise CompositionError(
+                f"rows: {places} reads ids of shape {tuple(ids.shape)}, which have no {len(rows)} rows of their own. "
+                "Run each tuning's rows in a batch of their own."
+            )
+        out: Tensor | None = None
+        for name, picked in rows.groups(ids.device):
+            with _only(self.context, picked, len(rows)):
+                y = self.socket.project(self._plan(name), (ids.index_select(0, picked),), {})
+            out = y.new_empty(len(rows), *y.shape[1:]) if out is None else out
+            out.index_copy_(0, picked, y)
+        assert out is not None
+        return out
 
     def _sublayer(self, way: Callable[..., Any], rows: RowNames, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer for the whole batch in its own `way`, then what each tuning adds to its rows at the end."""

@@ -13,11 +13,14 @@ from luthier.__version__ import __version__
 if TYPE_CHECKING:
     from luthier.anatomy import Anatomy
     from luthier.runs.spec import DataSpec, RunSpec
-    from luthier.surgery import Tuned, attach, load
+    from luthier.surgery import METHODS, Tuned, attach, load
+    from luthier.training import STRATEGIES
     from luthier.training.trainer_callback import HooksCallback
     from luthier.workflow import evaluate, merge, predict, resume, train
 
 __all__ = [
+    "METHODS",
+    "STRATEGIES",
     "Anatomy",
     "DataSpec",
     "HooksCallback",
@@ -35,6 +38,8 @@ __all__ = [
 
 # Resolved on first use: torch and transformers take seconds to import, and `luthier methods` needs neither.
 _HOMES = {
+    "METHODS": "luthier.surgery",
+    "STRATEGIES": "luthier.training",
     "Anatomy": "luthier.anatomy",
     "HooksCallback": "luthier.training.trainer_callback",
     "Tuned": "luthier.surgery",

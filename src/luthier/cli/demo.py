@@ -1,4 +1,4 @@
-"""`luthier demo`: five methods on a real model and real questions, one table, and the best one answers."""
+"""`luthier demo`: five methods on a real model and real questions, one table, and the cheapest of the best answers."""
 
 import contextlib
 import json
@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import tomli_w
 import typer
 
+from luthier.cli._compare_runs import compare
 from luthier.cli._output import screen
 from luthier.cli._shared_options import AsJson
 from luthier.cli._spec_options import check_names
@@ -63,9 +64,13 @@ def command(
     runs = [_train(name, home / name, epochs, seed) for name in methods]
     show()
     show_table(runs)
-    best = max(runs, key=lambda run: (run["scores"]["accuracy"], -run["trained"]))
+    compared = compare(runs)
+    show()
+    for sentence in compared.sentences():
+        show(sentence)
+    best = next(run for run in runs if run["method"] == compared.kept)
     questions = _questions()
-    screen().headline(f"\nThe best on held-out questions is {best['method']}. It says:\n")
+    screen().headline(f"\n{best['method']} says:\n")
     with screen().busy("answering"):
         from luthier.workflow import predict
 
@@ -85,6 +90,7 @@ def command(
         {
             "model": MODEL, "data": DATA, "rows": {"train": len(sample.train), "test": len(sample.test)},
             "epochs": epochs, "seed": seed, "folder": str(home), "runs": runs, "best": best["method"],
+            "compared": {"not_told_apart": list(compared.best), "worse": list(compared.worse)},
             "answers": [{"question": q, **a} for q, a in zip(questions, answers, strict=True)],
         }
     )  # fmt: skip

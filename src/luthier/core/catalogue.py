@@ -40,6 +40,10 @@ class Catalogue(Generic[T]):
     Ours lie below `package`. Other packages name theirs in the entry point group of the same name; folders are named
     by the environment variable LUTHIER_SHELF, or handed to `add_shelf`. No file may have the name of another.
 
+    >>> from luthier import METHODS, STRATEGIES
+    >>> METHODS["lora"](rank=4).rank, "ia3" in METHODS, [name for name in STRATEGIES if name == "llrd"]
+    (4, True, ['llrd'])
+
     Args:
         package: dotted name of the folder that holds the shelf, such as `luthier.methods`.
         word: what one entry is called in messages, such as "method".

@@ -118,10 +118,11 @@ class Ledger:
             "targets": int(self._targets.sum()),
         }
 
-    def sentence(self) -> str:
-        """The counts in words, with the reasons, for the log."""
+    def sentence(self, half: str = "") -> str:
+        """The counts in words, with the reasons, for the log; `half` says of which half of the data they are."""
         n = self.counts()
-        text = f"{self._table.source}: {n['rows']} rows: {n[USED]} used, {n[TRUNCATED]} truncated, {n[REFUSED]} refused"
+        of = f"{self._table.source}, {half}" if half else self._table.source
+        text = f"{of}: {n['rows']} rows: {n[USED]} used, {n[TRUNCATED]} truncated, {n[REFUSED]} refused"
         reasons = self._some_refused(3)
         return f"{text} ({reasons})" if reasons else text
 

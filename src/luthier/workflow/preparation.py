@@ -161,7 +161,7 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None, *, be
     others = find_others(strategies, task, tokenizer, n_vocab)
     options: dict[str, Any] = {"n_vocab": n_vocab, "max_length": max_length, "loss_on": spec.data.loss_on}
     train_examples = encoded(table, accept_refused=spec.data.accept_refused)
-    note(train_examples.ledger.sentence())
+    note(train_examples.ledger.sentence("train"))
     for remark in train_examples.ledger.notes:
         note(remark)
     if said := sentence(spec, len(train_examples)):
@@ -172,7 +172,7 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None, *, be
     test_examples = None
     if test is not None:
         test_examples = encoded(test, accept_refused=spec.data.accept_refused)
-        note(test_examples.ledger.sentence())
+        note(test_examples.ledger.sentence("test"))
     note(precision.sentence())
     # Where most of the model trains, its weights are the fp32 masters; elsewhere the frozen base is stored small.
     mostly = n_params > anatomy.n_params // 2

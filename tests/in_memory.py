@@ -72,19 +72,29 @@ class Runs:
         if labels or arch == "t5":  # its answers, or labels in a model that writes: "llama-labels"
             rows = little_data(self.home / f"of-{kind}.csv", kind="labelled" if labels else "turns")
             given = {"data": DataSpec(source=str(rows)), **given}
+        asked = [STRATEGIES.get(name) for name in (names or "").split("+") if name]
+        further = any(cls.sets for cls in asked)
+        if further:
+            what = "labelled" if labels or arch not in ("t5", "llama") else "turns"
+            old = little_data(self.home / f"old-{what}.csv", rows=20, kind=what, seed=7)
+            given = {"also": (f"old={old}",), **given}
         spec = little_spec(self.home, method, arch, strategy=names, **given)
         own = values if values is not None else tiny_settings(names)
         own = self._roles(names, spec, more) | own
         spec = dataclasses.replace(spec, settings=spec.settings | own)
-        if kind not in self._prepared:
-            self._prepared[kind] = prepare(dataclasses.replace(spec, strategy=None, method="lora", settings={}))
+        read_as = f"{kind} {names if further else ''}"
+        if read_as not in self._prepared:
+            alone = dataclasses.replace(spec, strategy=None, method="lora", settings={})
+            self._prepared[read_as] = prepare(
+                dataclasses.replace(alone, strategy=names, settings=own) if further else alone
+            )
         of_strategies, of_method = split_settings(names, spec.settings, compose.setting_names(method))
         made = compose.method(method, of_method)
         found = strategies(names, of_strategies, made)
         for one in found:
             one.check(spec)
-        refuse_task(found, self._prepared[kind].task)
-        prepared = self._prepared[kind]
+        refuse_task(found, self._prepared[read_as].task)
+        prepared = self._prepared[read_as]
         n_vocab = int(empty_model(prepared.source, prepared.task).get_input_embeddings().weight.shape[0])
         others = find_others(found, prepared.task, prepared.tokenizer, n_vocab)
         prepared = dataclasses.replace(prepared, spec=spec, method=made, strategies=found, others=others)

@@ -152,7 +152,7 @@ def _option(field: str, name: str, fact: FieldFacts, panel: str) -> Option:
         shape = _word_for(first)
     if get_origin(kinds[0]) is tuple and get_args(kinds[0]) == (str, ...):  # named once for each: --source a --source b
         return Option(
-            field=field, name=name, panel=panel, kind=list[str], shape="FOLDER",
+            field=field, name=name, panel=panel, kind=list[str], shape="NAME=FILE" if field == "also" else "FOLDER",
             help=f"{fact.meaning}; once for each",
         )  # fmt: skip
     return Option(

@@ -5,6 +5,7 @@ number of workers, and not from how a step is cut into micro-batches. So a resum
 that does not fit in memory can be cut finer without becoming another step.
 """
 
+from collections.abc import Callable
 from threading import Lock
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from luthier.core import DataError, key
 
-__all__ = ["Order", "shuffled"]
+__all__ = ["ChosenOrder", "Order", "shuffled"]
 
 MEGA_STEPS = 50
 """Rows are sorted by length inside groups of this many steps: little padding, and the order stays random enough."""
@@ -41,9 +42,9 @@ class Order:
     def __init__(self, lengths: NDArray[np.int64], size: int, seed: int, group_by_length: bool = True) -> None:
         if len(lengths) == 0:
             raise DataError("there are no rows to train on. Give a source with at least one usable row.")
-        self._lengths = lengths
+        self.lengths = lengths
         self.size = size
-        self._seed = seed
+        self.seed = seed
         self._group = group_by_length
         self._layouts: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
         self._lock = Lock()
@@ -51,7 +52,7 @@ class Order:
     @property
     def steps_per_epoch(self) -> int:
         """Steps of one epoch, the last and smaller one included."""
-        return -(-len(self._lengths) // self.size)
+        return -(-len(self.lengths) // self.size)
 
     def rows(self, epoch: int, step: int) -> NDArray[np.int64]:
         """The examples of one step; each example is in exactly one step of an epoch."""
@@ -71,10 +72,31 @@ class Order:
         return divmod(global_step, self.steps_per_epoch)
 
     def _lay_out(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        order = shuffled(len(self._lengths), self._seed, "order", epoch)
+        order = shuffled(len(self.lengths), self.seed, "order", epoch)
         if self._group:
             mega = MEGA_STEPS * self.size
             group = np.arange(len(order)) // mega
-            order = order[np.lexsort((self._lengths[order], group))]
-            return order, shuffled(self.steps_per_epoch, self._seed, "steps", epoch)
+            order = order[np.lexsort((self.lengths[order], group))]
+            return order, shuffled(self.steps_per_epoch, self.seed, "steps", epoch)
         return order, np.arange(self.steps_per_epoch, dtype=np.int64)
+
+
+class ChosenOrder(Order):
+    """Steps whose examples somebody else chooses, as a pure function of (epoch, step in it).
+
+    Args:
+        usual: the order in whose place it stands.
+        steps: steps of an epoch; left out, the usual ones.
+        choose: the examples of a step; asked by several threads.
+    """
+
+    def __init__(self, usual: Order, choose: Callable[[int, int], NDArray[np.int64]], steps: int | None = None) -> None:
+        super().__init__(usual.lengths, usual.size, usual.seed)
+        self._choose, self._steps = choose, steps or usual.steps_per_epoch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self._steps
+
+    def rows(self, epoch: int, step: int) -> NDArray[np.int64]:
+        return self._choose(epoch, step)

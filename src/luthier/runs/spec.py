@@ -236,6 +236,9 @@ class RunSpec:
         dict[str, Any],
         "settings of the method and of the strategy, such as rank, or lora.rank where methods are composed",
     ] = field(default_factory=dict)
+    also: Annotated[
+        tuple[str, ...] | None, "further rows for a strategy that asks for some, as NAME=FILE, such as old=before.csv"
+    ] = None
     sources: Annotated[
         tuple[str, ...] | None,
         "finished runs, or their tunings, that the method is made of: adapters to fuse, prompts to start from",
@@ -373,6 +376,7 @@ RESUME: dict[str, ResumeRule] = {
     "method": "exact",
     "strategy": "exact",
     "settings": "exact",
+    "also": "exact",
     "sources": "exact",
     "data.source": "exact",
     "data.test": "exact",

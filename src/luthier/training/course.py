@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from luthier.core import key
 from luthier.data.batches import Batch
 from luthier.data.examples import Examples
+from luthier.data.sets import TRAIN, Sets
 from luthier.data.tasks import Task
 from luthier.surgery import Tuned
 from luthier.surgery.embedded import changed_embeddings
 from luthier.training.objective import Objective, Result
 from luthier.training.optimiser import Optimiser
 from luthier.training.other_models import OtherModel
+from luthier.training.precision import Precision
 from luthier.training.states import States, watched_states
 
 __all__ = ["Course", "Memory", "Piece", "Progress"]
@@ -72,6 +76,9 @@ class Course:
     memory: Memory = field(default_factory=Memory)
     objective: Objective | None = None
     sets: Mapping[str, Examples] = field(default_factory=dict)
+    rows: Sets = field(default_factory=lambda: Sets((TRAIN,), (0, 0)))
+    cut_rows: Callable[[NDArray[np.int64]], list[Batch]] | None = None
+    precision: Precision | None = None
     models: Mapping[str, OtherModel] = field(default_factory=dict)
 
     @property
@@ -122,7 +129,13 @@ class Course:
     def forward(self, batch: Batch) -> Result:
         """One plain pass of the task's objective, past whatever other strategies make of it."""
         assert self.objective is not None, "a run has one"
-        return self.objective(batch)
+        with self.precision.autocast(self.device) if self.precision is not None else nullcontext():
+            return self.objective(batch)
+
+    def cut(self, rows: NDArray[np.int64]) -> list[Batch]:
+        """Micro-batches of any examples, on the device, none wider than the run's own may be."""
+        assert self.cut_rows is not None, "a run has a feed"
+        return [batch.to(self.device) for batch in self.cut_rows(rows)]
 
     @contextmanager
     def still(self) -> Iterator[None]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
-from luthier.data.batches import Batch, Batches, ahead
+from luthier.data.batches import Batch, Batches, ahead, cut
 from luthier.runs.spec import RunSpec
 
 __all__ = ["Feed"]
@@ -58,6 +59,12 @@ class Feed:
         if self.left_out:
             pieces = [np.asarray([i for i in p if int(i) not in self.left_out], dtype=np.int64) for p in pieces]
         return [self.batches.collator(self.batches.examples, p) for p in pieces if len(p)]
+
+    def cut_rows(self, rows: NDArray[np.int64]) -> list[Batch]:
+        """Micro-batches of any examples, cut to the budget."""
+        collator, examples = self.batches.collator, self.batches.examples
+        pieces = cut(rows, examples.lengths, self.budget, len(rows), collator.pad_to) if len(rows) else []
+        return [collator(examples, piece) for piece in pieces]
 
     def longest(self) -> Batch:
         """The widest micro-batch of the whole run."""

@@ -42,7 +42,7 @@ from luthier.training.feed import Feed
 from luthier.training.guards import LossScale, NoOpGuard
 from luthier.training.listener import Listener
 from luthier.training.moments import Moments
-from luthier.training.objective import Objective, Result
+from luthier.training.objective import Objective
 from luthier.training.optimiser import Lomo, NotFinite, Optimiser
 from luthier.training.out_of_memory import MemorySaver, is_out_of_memory, make_room
 from luthier.training.precision import Precision
@@ -211,6 +211,7 @@ class Loop:
         """
         while micro_batches:
             try:
+                micro_batches = self.moments.batches(micro_batches)
                 losses = self._first_pass(step, micro_batches)
                 self.trial.count()
                 self._recheck(step, micro_batches, losses)
@@ -281,11 +282,7 @@ class Loop:
         _seed(key(self.spec.seed, "step", step, micro), self.device)
         batch = batch.to(self.device)
         with self.precision.autocast(self.device):
-
-            def forward() -> Result:
-                return self.objective(batch)
-
-            out = self.moments.loss(forward)
+            out = self.moments.loss(partial(self.objective, batch))
         return out if isinstance(out, Tensor) else out.loss
 
     def _gradient_norm(self, step: int) -> float:

@@ -7,12 +7,15 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from luthier.core import ConfigError
 from luthier.data.batches import Batch
 from luthier.data.examples import Examples
+from luthier.data.sets import TRAIN, Sets
 from luthier.data.tasks import Task
 from luthier.runs.spec import RunSpec
 from luthier.surgery import Method, Phases, Tuned, keyed
@@ -20,6 +23,7 @@ from luthier.training.course import Course, Piece, Progress
 from luthier.training.objective import Objective
 from luthier.training.optimiser import Lomo, Optimiser
 from luthier.training.other_models import OtherModel
+from luthier.training.precision import Precision
 from luthier.training.schedule import factor
 from luthier.training.strategy import Strategy, fills
 from luthier.training.told import told_of
@@ -45,6 +49,9 @@ class Moments:
         objective: Objective | None = None,
         sets: Mapping[str, Examples] | None = None,
         models: Mapping[str, Mapping[str, OtherModel]] | None = None,
+        rows: Sets | None = None,
+        cut_rows: Callable[[NDArray[np.int64]], list[Batch]] | None = None,
+        precision: Precision | None = None,
     ) -> None:
         self._spec, self._tuned, self._optimiser, self._device = spec, tuned, optimiser, device
         self._task = task
@@ -57,7 +64,8 @@ class Moments:
                 Course(
                     name=one.name, tuned=tuned, task=task, optimiser=optimiser, device=device, seed=spec.seed,
                     progress=self._progress, objective=objective, sets=sets or {},
-                    models=(models or {}).get(one.name, {}),
+                    models=(models or {}).get(one.name, {}), rows=rows or Sets((TRAIN,), (0, 0)), cut_rows=cut_rows,
+                    precision=precision,
                 ),
             )
             for one in strategies
@@ -138,6 +146,13 @@ class Moments:
     def settled(self, step: int, total: int) -> bool:
         """Whether what there is after `step` steps may be selected: what an early phase gives is not what is stored."""
         return not self._spec.eval.selects or self.phases.settled(step, total)
+
+    def batches(self, batches: list[Batch]) -> list[Batch]:
+        """The micro-batches of the step, as a strategy chooses them."""
+        owner = next(self._filling("batches"), None)
+        if owner is None:
+            return batches
+        return owner[0].batches(owner[1], [batch.to(self._device) for batch in batches])
 
     # ------------------------------------------------------------------ a micro-batch
 

@@ -5,11 +5,13 @@ A strategy is a frozen dataclass of settings that is asked at named moments of a
     conflicts, check      before anything is read
     suits                 when the task is known, before a weight is read
     models                beside the one that trains: found then, loaded before step 1, never trained
+    order                 which rows make which step: a pure function of (seed, epoch, step)   one owner
     groups                rates of some tensors, when the optimiser is made
     start                 once, before step 1, never on resume
     each step
       before_step         what lasts may change
       trains              names that learn in this step
+      batches             other micro-batches, such as chosen rows                             one owner
       each micro-batch
         passes            losses that add up to its own; the loop goes backward after each     one owner
           loss            around the task's loss, or in its place
@@ -36,15 +38,18 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from luthier.core import Card, Catalogue, CompositionError, ConfigError, UnknownName, build, fields_of, near, plain
+from luthier.data.batches import Batch
+from luthier.data.order import Order
+from luthier.data.sets import Sets
 from luthier.data.tasks import Task
 from luthier.runs.spec import RunSpec
 from luthier.surgery import Group, Method, Tuned
 from luthier.training.course import Course, Piece
 from luthier.training.told import Told
 
-__all__ = ["ONE_OWNER", "STRATEGIES", "Strategy", "fills", "refuse_task", "split_settings", "strategies"]
+__all__ = ["ONE_OWNER", "STRATEGIES", "Strategy", "fills", "refuse_sets", "refuse_task", "split_settings", "strategies"]
 
-ONE_OWNER = ("passes", "rate", "kept")
+ONE_OWNER = ("order", "batches", "passes", "rate", "kept")
 """Moments that one strategy of a run may fill."""
 
 
@@ -55,6 +60,7 @@ class Strategy:
         neutral: settings with which the run is the one without the strategy; None where there are none.
         reads: what it must see: "embeddings" or "states" (no frozen features then), "logits" (no chunked loss).
         roles: settings that name models beside the one that trains; `course.models` has them.
+        sets: names of further rows that it needs (`--also NAME=FILE`); "*" stands for any, one at least.
         drops: its passes must differ by dropout, so trunk_dropout = "auto" is on.
         whole_step: rows of a step must see one another, so a step is one micro-batch.
         forgets: the optimiser drops the moments of what it lets rest.
@@ -72,6 +78,7 @@ class Strategy:
     neutral: ClassVar[dict[str, Any] | None] = None
     reads: ClassVar[tuple[str, ...]] = ()
     roles: ClassVar[tuple[str, ...]] = ()
+    sets: ClassVar[tuple[str, ...]] = ()
     drops: ClassVar[bool] = False
     whole_step: ClassVar[bool] = False
     forgets: ClassVar[bool] = False
@@ -95,6 +102,13 @@ class Strategy:
         """Role -> a finished run, a model folder, sample:NAME or a hub name; roles without a name are left out."""
         return {role: name for role in self.roles if (name := getattr(self, role))}
 
+    def order(self, usual: Order, sets: Sets, spec: RunSpec) -> Order:
+        """Which examples make which step, in place of the usual order, which is of the rows of "train" alone.
+
+        A pure function of (seed, epoch, step): it remembers nothing. See `luthier.data.order.ChosenOrder`.
+        """
+        raise AssertionError("asked only where a strategy fills it")
+
     def groups(self, tuned: Tuned) -> list[Group]:
         """Rates of some tensors; factors of a method and of several strategies multiply."""
         return []
@@ -108,6 +122,10 @@ class Strategy:
     def trains(self, course: Course) -> Collection[str] | None:
         """Names that learn in this step, of those in `course.optimiser.named`; None for all."""
         return None
+
+    def batches(self, course: Course, batches: list[Batch]) -> list[Batch]:
+        """The micro-batches of the step, in place of those that the order gave; `course.cut` makes some of any rows."""
+        return batches
 
     def passes(self, course: Course, piece: Piece, loss: Callable[[], Tensor]) -> Iterator[Tensor]:
         """Losses of one micro-batch, which add up to its own. The loop goes backward after each.
@@ -251,3 +269,28 @@ def _named(words: str | None) -> dict[str, _Named]:
         raise CompositionError(f"strategy {words!r}: a strategy stands in it twice. Name each once.")
     classes = {name: STRATEGIES.get(name) for name in names}
     return {name: _Named(cls, tuple(f.name for f in fields_of(cls))) for name, cls in classes.items()}
+
+
+def refuse_sets(strategies: Iterable[Strategy], names: Collection[str]) -> None:
+    """Refuse rows that nobody reads, and strategies whose rows are not there.
+
+    Args:
+        names: of the further sets that the spec names.
+
+    Raises:
+        ConfigError: says what to add or to leave out.
+    """
+    read: set[str] = set()
+    for one in strategies:
+        for wanted in one.sets:
+            found = set(names) if wanted == "*" else set(names) & {wanted}
+            if not found:
+                name = "NAME" if wanted == "*" else wanted
+                raise ConfigError(f"strategy {one.name} needs further rows: --also {name}=FILE.")
+            read |= found
+    unread = [name for name in names if name not in read]
+    if unread:
+        raise ConfigError(
+            f"also {unread[0]}: no strategy of this run reads such rows. Leave them out, or name a strategy that does "
+            "(replay and ewc read rows called old; `luthier strategies NAME` says what one needs)."
+        )

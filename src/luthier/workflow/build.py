@@ -55,7 +55,12 @@ def build(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
     strategies = prepared.strategies
     needs_logits = needs_logits or any("logits" in s.reads or fills(s, "weigh") for s in strategies)
     objective = Objective(tuned, prepared.task, full_logits=needs_logits)
-    order = Order(prepared.train.lengths, spec.batch.size, spec.seed, spec.batch.group_by_length)
+    sets = prepared.sets
+    learnt = prepared.train.lengths[: sets.starts[1]]
+    order = Order(learnt, spec.batch.size, spec.seed, spec.batch.group_by_length)
+    for one in strategies:
+        if fills(one, "order"):
+            order = one.order(order, sets, spec)
     start = getattr(model.config, "decoder_start_token_id", None) if prepared.task.name == "seq2seq" else None
     collator = Collator(pad_id=prepared.pad_id, pad_to=spec.batch.pad_to, decoder_start=start)
     batches = Batches(prepared.train, order, collator, spec.batch.tokens, spec.batch.accumulate, spec.batch.workers)
@@ -90,11 +95,13 @@ def build(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
                 f"weight decay {spec.optim.weight_decay:g}: {decays} numbers decay; {rests} do not (norms, biases, and "
                 "what the method keeps from it)"
             )
+        feed = Feed(spec, batches)
         loop = Loop(
-            spec=spec, tuned=tuned, objective=objective, feed=Feed(spec, batches), optimiser=optimiser,
+            spec=spec, tuned=tuned, objective=objective, feed=feed, optimiser=optimiser,
             moments=Moments(
                 spec, tuned, prepared.task, optimiser, prepared.device, strategies,
                 objective=objective, sets={"train": prepared.train}, models=load_others(prepared, listener.say),
+                rows=sets, cut_rows=feed.cut_rows, precision=prepared.precision,
             ),
             evaluations=Evaluations(None, every, Selection(spec.eval, metric), at_end=spec.eval.selects),
             precision=prepared.precision, device=prepared.device, run=run,

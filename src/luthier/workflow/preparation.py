@@ -22,6 +22,7 @@ from luthier.data.order import shuffled
 from luthier.data.problems import Problem
 from luthier.data.row_tasks import task_names, with_tasks
 from luthier.data.rows import Table, split_rows
+from luthier.data.sets import TRAIN, Sets, join, load_further, named_sources
 from luthier.data.tasks import Task
 from luthier.data.tokenizer import choose_length, choose_pad
 from luthier.runs.spec import RunSpec
@@ -30,7 +31,7 @@ from luthier.surgery import Source as SavedTuning
 from luthier.surgery.sources import check_shapes, opened
 from luthier.training import Strategy
 from luthier.training.precision import Precision, choose_device, choose_precision
-from luthier.training.strategy import refuse_task, split_settings, strategies
+from luthier.training.strategy import refuse_sets, refuse_task, split_settings, strategies
 from luthier.training.thresholds import check_thresholds
 from luthier.workflow.choices import choose, sentence
 from luthier.workflow.find_others import Other, find_others
@@ -79,6 +80,7 @@ class Prepared:
     sources: tuple[SavedTuning, ...] = field(default=(), repr=False)
     others: tuple[Other, ...] = ()
     row_tasks: tuple[str, ...] = ()
+    sets: Sets
 
     @property
     def template(self) -> ChatTemplate | None:
@@ -147,6 +149,13 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None, *, be
     if test is not None and most is not None and len(test) > most:
         note(f"scores are of {most} of the {len(test)} test rows (eval.rows)")
         test = test.take(np.sort(shuffled(len(test), spec.data.split_seed, "scored")[:most]).tolist())
+    learnt = len(table)
+    train_print = table.fingerprint()
+    further = [load_further(n, s, spec.data, columns, task, data.test) for n, s in named_sources(spec.also).items()]
+    for remark in (line for one in further for line in one.notes):
+        note(remark)
+    if further:
+        table, task = join(table, task, columns, further)
     tokenizer = load_tokenizer(source)
     empty = empty_model(source, task)
     anatomy = Anatomy.read(empty)
@@ -190,14 +199,16 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None, *, be
         pad=plain(pad), max_length=max_length, n_params=n_params, n_base=anatomy.n_params, precision=precision,
         device=device, weights=weights, lines=tuple(lines), sources=sources, others=others,
         row_tasks=row_tasks,
+        sets=Sets.of(train_examples, {TRAIN: learnt} | {one.name: len(one.table) for one in further}),
         fingerprints={
             "model": source.digest,
-            "train": table.fingerprint(),
+            "train": train_print,
             "select": select.fingerprint() if select is not None else "",
             "test": test.fingerprint() if test is not None else "",
             "tokenizer": tokenizer_digest(tokenizer),
             "luthier": __version__,
             **({"sources": " ".join(made.digest for made in sources)} if sources else {}),
+            **{f"also {one.name}": one.fingerprint for one in further},
             **{f"model {other.setting}": other.digest for other in others},
         },
     )  # fmt: skip
@@ -221,6 +232,7 @@ def _method_and_strategies(spec: RunSpec) -> tuple[Method, tuple[Strategy, ...]]
         found = strategies(spec.strategy, of_strategies, method)
         for one in found:
             one.check(spec)
+        refuse_sets(found, named_sources(spec.also))
         return method, found
     except UnknownName as error:
         misplaced = [name for name in spec.settings if name in {f.name for f in fields(spec)}]

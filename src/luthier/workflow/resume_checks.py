@@ -51,7 +51,8 @@ def compare_fingerprints(
             "began with. Restore them, or start a new run with `luthier train`."
         )
     words = {"train": "data", "select": "data", "test": "data", "model": "model", "tokenizer": "tokenizer"}
-    words |= {n: "model" for n in prepared.fingerprints if n.startswith("model ")}
+    kinds = {"model": "model", "also": "data"}
+    words |= {n: kinds[kind] for n in prepared.fingerprints if (kind := n.partition(" ")[0]) in kinds}
     differs = [n for n, now in prepared.fingerprints.items() if run.fingerprints.get(n) != now]
     refused = [n for n in differs if n in words and words[n] not in accepted]
     if refused:

@@ -21,10 +21,10 @@ from luthier.cli._spec_options import (
     spec_options,
     values_of,
 )
-from luthier.core import ConfigError, UsageError
+from luthier.core import ConfigError, UsageError, plain
 from luthier.runs.spec import MOST_FOLDS, RunSpec
 
-__all__ = ["NEEDS_WORDS", "command", "command_for"]
+__all__ = ["NEEDS_WORDS", "command", "command_for", "spec_of_words"]
 
 NEEDS_WORDS = True
 
@@ -71,30 +71,42 @@ Folds = Annotated[
 ]
 
 
-def command_for(words: Sequence[str], spec: type[RunSpec] = RunSpec) -> Callable[..., None]:
-    """The verb with the fields of `spec`, and the settings of the method that the words name, as its options."""
+OWN = (inspect.Parameter("cv", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Folds),)
+
+
+def command_for(
+    words: Sequence[str],
+    spec: type[RunSpec] = RunSpec,
+    act: Callable[..., None] | None = None,
+    said: str = HELP,
+    more: Sequence[inspect.Parameter] = OWN,
+) -> Callable[..., None]:
+    """The verb with the fields of `spec`, and the settings of the method that the words name, as its options.
+
+    Args:
+        act, said, more: of another verb with these options: what it does, its help, and options of its own.
+    """
     fields = spec_options(spec)
     data, run, rest = ([o for o in fields if where(o.field)] for where in (_of_data, _of_run, _of_parts))
     short = shortcut_options()
     # As --help shows them.
     options = [*data, *run, *setting_options(chosen_cards(words), [*fields, *short]), *short, *rest]
 
-    def command(
-        model: str, settings: list[str] | None = None, cv: int | None = None, as_json: bool = False, **given: Any
-    ) -> None:
-        _train(spec, model, values_of(options, given), settings_of(settings or []), cv)
+    def command(model: str, settings: list[str] | None = None, as_json: bool = False, **given: Any) -> None:
+        own = {parameter.name: given.pop(parameter.name) for parameter in more}
+        (act or _train)(spec, model, values_of(options, given), settings_of(settings or []), **own)
 
     named = inspect.Parameter.KEYWORD_ONLY
     parameters = [
         inspect.Parameter("model", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Model),
         inspect.Parameter("settings", named, default=None, annotation=Settings),
-        inspect.Parameter("cv", named, default=None, annotation=Folds),
         inspect.Parameter("as_json", named, default=False, annotation=AsJson),
+        *more,
         *(option.parameter for option in options),
     ]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    command.__doc__ = HELP
+    command.__doc__ = said
     return command
 
 
@@ -114,8 +126,27 @@ command = command_for(())
 
 
 def _train(
-    spec_class: type[RunSpec], model: str, given: dict[str, Any], assigned: dict[str, Any], folds: int | None
+    spec_class: type[RunSpec], model: str, given: dict[str, Any], assigned: dict[str, Any], cv: int | None = None
 ) -> None:
+    spec = spec_of_words(spec_class, model, given, assigned)
+
+    from luthier.cli._progress import Watcher, show_result
+    from luthier.workflow import train
+
+    if cv is not None:
+        from luthier.cli._cross_validation import train_folds
+
+        train_folds(spec, cv)
+        return
+    show_result(train(spec, listener=Watcher(title=spec.method)))
+
+
+def spec_of_words(spec_class: type[RunSpec], model: str, given: dict[str, Any], assigned: dict[str, Any]) -> RunSpec:
+    """The run that options and --set ask for, or a spec file with their changes.
+
+    Raises:
+        UsageError, ConfigError, UnknownName: words that make no run.
+    """
     if "epochs" in given and "steps" in given:
         raise UsageError(f"--epochs {given['epochs']:g} and --steps {given['steps']}: give one of the two.")
     refuse_twice(given, assigned)
@@ -126,9 +157,6 @@ def _train(
         raise UsageError("train: no rows to learn from. Name them: --data FILE, or --data sample:trec6 to begin with.")
     check_names(method, None if from_file else model, data, given.get("data.test"), strategy=given.get("strategy"))
 
-    from luthier.cli._progress import Watcher, show_result
-    from luthier.core import plain
-    from luthier.workflow import train
     from luthier.workflow.choices import reopened
 
     values = plain(spec_class.from_toml(Path(model))) if from_file else {"model": model, "data": {}}
@@ -141,15 +169,9 @@ def _train(
     if from_file:
         values = reopened(values, changes)
     try:
-        spec = spec_class.from_plain(overlay(values, changes))
+        return spec_class.from_plain(overlay(values, changes))
     except ConfigError as error:
         raise ConfigError(_with_options(str(error), spec_class, given)) from None
-    if folds is not None:
-        from luthier.cli._cross_validation import train_folds
-
-        train_folds(spec, folds)
-        return
-    show_result(train(spec, listener=Watcher(title=spec.method)))
 
 
 def _with_options(said: str, spec_class: type[RunSpec], given: dict[str, Any]) -> str:

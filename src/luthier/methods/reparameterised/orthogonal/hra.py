@@ -39,7 +39,7 @@ class HRA(PerSite):
     mergeable: ClassVar[bool] = True
     starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 2e-3
-    tiny: ClassVar[dict[str, float]] = {"rank": 2, "lr": 1e-2}
+    tiny: ClassVar[dict[str, float]] = {"rank": 4, "lr": 1e-2}
     peft: ClassVar[PeftForm | None] = PeftForm(
         "HRA", {"hra_u": "u"}, {"r": "rank"}, {"apply_GS": False}, transposed=False
     )
@@ -73,20 +73,24 @@ class Reflections(Attachment):
         self.u = nn.Parameter(half.repeat_interleave(2, 1))
 
     def chain(self) -> tuple[Tensor, Tensor]:
-        """U: (d_in, rank), of length one each, and U T: (d_in, rank), with H_1 ... H_r = I - (U T) U^T.
+        """V and V M, (d_in, rank) each, with H_1 ... H_r = I - V M V^T.
 
-        In float64: at the start the pairs must cancel, and what is left is the rounding of one product.
+        With U of the u_k at length one the chain is I - U T U^T. V holds the first of each pair and how far the second
+        lies from it, U = V C and M = C T C^T: while they are equal all of it is zero, and not two large terms that
+        cancel. Small enough for float64.
         """
         u = self.u.double()
         u = u / torch.linalg.vector_norm(u, dim=0)
         one = torch.eye(u.shape[1], dtype=u.dtype, device=u.device)
         t = torch.linalg.solve_triangular(torch.triu(u.T @ u, 1) + one / 2, one, upper=True)
-        return u, u @ t
+        c = one + torch.diag(one[0].new_tensor([1.0, 0.0] * (len(one) // 2))[:-1], 1)  # second = first + difference
+        v = torch.stack([u[:, ::2], u[:, 1::2] - u[:, ::2]], 2).flatten(1)  # (d_in, pairs, 2), in pairs
+        return v, v @ (c @ t @ c.T)
 
     def before(self, x: Tensor) -> Tensor:
-        u, ut = (m.to(x.dtype) for m in self.chain())
-        return x - (x @ u) @ ut.T
+        v, vm = (m.to(x.dtype) for m in self.chain())
+        return x - (x @ v) @ vm.T
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        u, ut = (m.to(weight.dtype) for m in self.chain())
-        return weight - (weight @ ut) @ u.T, bias
+        v, vm = (m.to(weight.dtype) for m in self.chain())
+        return weight - (weight @ vm) @ v.T, bias

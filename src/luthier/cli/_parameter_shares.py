@@ -10,7 +10,7 @@ import transformers
 import luthier.methods
 from luthier.anatomy import Anatomy
 from luthier.core import LuthierError
-from luthier.surgery import METHODS
+from luthier.surgery import METHODS, method
 
 __all__ = ["MINILM_L6", "count_shares", "path", "write_shares"]
 
@@ -44,7 +44,7 @@ def count_shares() -> dict[str, dict[str, Any]]:
     counted = {}
     for name in METHODS.ours():
         try:
-            trained = METHODS.get(name)().n_params(anatomy) + head
+            trained = method(name).n_params(anatomy) + head
         except LuthierError:
             continue
         counted[name] = {"trained": trained, "share": round(trained / anatomy.n_params, 6)}

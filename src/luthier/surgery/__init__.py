@@ -26,6 +26,7 @@ from luthier.surgery.peft_files import from_peft, to_peft
 from luthier.surgery.peft_forms import PeftForm
 from luthier.surgery.phase import Phase
 from luthier.surgery.phases import Phases
+from luthier.surgery.shapes import matrices
 from luthier.surgery.source import Source
 from luthier.surgery.sources import open_source
 from luthier.surgery.tuned import Tuned, attach
@@ -68,6 +69,7 @@ __all__ = [
     "gradients",
     "keyed",
     "load",
+    "matrices",
     "method",
     "open_source",
     "read_tuning",

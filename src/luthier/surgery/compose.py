@@ -28,19 +28,24 @@ class Combined(Method):
         check(self.members)
 
     @property
+    def _acting(self) -> tuple[Method, ...]:
+        """Those that make edits; modifiers change their numbers."""
+        return tuple(m for m in self.members if not m.modifies)
+
+    @property
     def mergeable(self) -> bool:  # type: ignore[override]
         """All of its parts are."""
-        return all(m.mergeable for m in self.members)
+        return all(m.mergeable for m in self._acting)
 
     @property
     def starts_at_base(self) -> bool:  # type: ignore[override]
         """All of its parts do."""
-        return all(m.starts_at_base for m in self.members)
+        return all(m.starts_at_base for m in self._acting)
 
     @property
     def default_lr(self) -> float:  # type: ignore[override]
         """The smallest of its parts'."""
-        return min(m.default_lr for m in self.members)
+        return min(m.default_lr for m in self._acting)
 
     @property
     def default_head_lr(self) -> float | None:  # type: ignore[override]
@@ -77,10 +82,13 @@ class Combined(Method):
             yield from member.edits(anatomy)
 
     def n_params(self, anatomy: Anatomy) -> int:
-        return sum(m.n_params(anatomy) for m in self.members)
+        return sum(m.n_params(anatomy) for m in self.members) - self._removed(anatomy)
 
     def n_stored(self, anatomy: Anatomy) -> int:
-        return sum(m.n_stored(anatomy) for m in self.members)
+        return sum(m.n_stored(anatomy) for m in self.members) - self._removed(anatomy)
+
+    def _removed(self, anatomy: Anatomy) -> int:
+        return sum(m.n_removed(self._acting, anatomy) for m in self.members if m.modifies)
 
     def settings(self) -> dict[str, Any]:
         return {f"{m.name}.{k}": v for m in self.members for k, v in m.settings().items()}
@@ -105,6 +113,8 @@ def method(words: str, settings: Mapping[str, Any] | None = None) -> Method:
         CompositionError: the parts cannot stand together.
     """
     names, given = _spelt_out([w.strip() for w in words.split("+")])
+    if all(METHODS.get(n).modifies for n in names):  # alone it stands with the method of its own paper
+        names = [*METHODS.get(names[0]).needs, *names]
     classes = [METHODS.get(n) for n in names]
     if len(set(names)) < len(names):
         raise CompositionError(
@@ -132,7 +142,7 @@ def method(words: str, settings: Mapping[str, Any] | None = None) -> Method:
     whole = Combined if "+" in words else METHODS.get(words.strip())
     if issubclass(whole, Combined):
         return whole(members=tuple(members))
-    return members[0]
+    return members[0] if len(members) == 1 else Combined(members=tuple(members))
 
 
 def takes(part: Method, source: Source) -> bool:

@@ -145,7 +145,8 @@ def check(edited: EditedModel) -> None:
     Raises:
         CannotMerge: with the reason.
     """
-    stuck = [part.name for tuning in edited.active() for part in tuning.method.parts() if not part.mergeable]
+    parts = [part for tuning in edited.active() for part in tuning.method.parts()]
+    stuck = [part.name for part in parts if not part.mergeable and not part.modifies]
     if stuck:
         raise CannotMerge(
             f"{', '.join(dict.fromkeys(stuck))} cannot be merged: no weight of the model does the same. "

@@ -60,6 +60,7 @@ class Method(ABC):
         computes_tensors: replaces tensors of the model by computed ones, so what it finds there is not what acts.
         draws: in training it draws which of its numbers take part, so two passes differ even without dropout.
         peft: how a tuning of it stands in the files of the peft library, where both compute the same.
+        modifies: it makes no edit of its own and changes the numbers of the methods beside it.
         looks_ahead: what it adds to a token depends on later tokens too; its page says what that means in generation.
 
         reads_rows: facts of rows that it reads, such as "task": `Context.row`. How many values each has, a setting of
@@ -69,7 +70,7 @@ class Method(ABC):
     Class facts for the contract tests alone, so that a new file joins no list:
         tiny: settings that fit a model of three layers and width 48; `lr` for the rate at which it learns there.
         start_is_drawn: whether another seed is another start, where the start is no constant.
-        needs: methods that must stand beside it, because it changes their numbers and has none of its own.
+        needs: methods that stand beside it where it is named alone, because it changes their numbers.
     """
 
     name: ClassVar[str]
@@ -83,6 +84,7 @@ class Method(ABC):
     through_trunk: ClassVar[bool] = True  # the loss has a gradient on the embedded text
     trains_base: ClassVar[bool] = False  # weights of the blocks themselves move: their dropout stays on
     draws: ClassVar[bool] = False
+    modifies: ClassVar[bool] = False
     looks_ahead: ClassVar[bool] = False
     peft: ClassVar[PeftForm | None] = None
     reads_rows: ClassVar[tuple[str, ...]] = ()
@@ -103,6 +105,10 @@ class Method(ABC):
     def n_stored(self, anatomy: Anatomy) -> int:
         """Numbers that a saved tuning holds, head excluded."""
         return self.n_params(anatomy)
+
+    def n_removed(self, others: Sequence[Method], anatomy: Anatomy) -> int:
+        """Numbers of the methods beside it that a modifier takes out of training."""
+        return 0
 
     # Most methods leave these alone.
     def phases(self, tuned: TunedView) -> Sequence[Phase]:

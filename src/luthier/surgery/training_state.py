@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from luthier.surgery.edited_model import EditedModel
+from luthier.surgery.tuning import Tuning
 
 __all__ = ["TrainingState"]
 
@@ -40,6 +43,7 @@ class TrainingState:
         for tuning in self.edited.active():
             if tuning.trainable:
                 total += sum(p.numel() for m in tuning.parts.values() for p in m.parameters() if p.requires_grad)
+                total -= sum(int((~mask).sum()) for mask in tuning.masks.values())
                 for key_, unfrozen in tuning.unfrozen.items():
                     if head or not key_.startswith("head/"):
                         mask = unfrozen.mask
@@ -75,6 +79,9 @@ class TrainingState:
             for unfrozen in tuning.unfrozen.values():
                 if unfrozen.mask is not None and unfrozen.parameter.grad is not None:
                     unfrozen.parameter.grad.mul_(unfrozen.mask)
+            for parameter, mask in _masked(tuning):
+                if parameter.grad is not None:
+                    parameter.grad.mul_(mask)
 
     @torch.no_grad()
     def constrain(self) -> None:
@@ -84,6 +91,8 @@ class TrainingState:
                 if unfrozen.mask is not None and unfrozen.holds:
                     value = unfrozen.parameter.data
                     torch.where(unfrozen.mask, value, unfrozen.original.to(value.dtype), out=value)
+            for parameter, mask in _masked(tuning):
+                parameter.mul_(mask)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -94,6 +103,8 @@ class TrainingState:
             for key_, module in tuning.modules_by_key().items():
                 for short, tensor in module.state_dict().items():
                     state[f"{tuning.tuning_name}|{key_}|{short}"] = tensor.detach()
+            for full, mask in tuning.masks.items():
+                state[f"{tuning.tuning_name}|masks|{full}"] = mask
             for key_, unfrozen in tuning.unfrozen.items():
                 state[f"{tuning.tuning_name}|{key_}|value"] = unfrozen.value
                 if unfrozen.mask is not None:
@@ -105,13 +116,18 @@ class TrainingState:
     @torch.no_grad()
     def load_tensors(self, state: dict[str, Tensor]) -> None:
         """The inverse of `tensors`, into tunings attached from the same methods."""
+        for tuning in self.edited.tunings.values():
+            tuning.masks = {}
         by_module: dict[tuple[str, str], dict[str, Tensor]] = {}
         for full, tensor in state.items():
             tuning_name, key_, short = full.split("|")
             by_module.setdefault((tuning_name, key_), {})[short] = tensor
         for (tuning_name, key_), tensors in by_module.items():
             tuning = self.edited.tuning(tuning_name)
-            if key_ in tuning.unfrozen:
+            if key_ == "masks":
+                where = next(tuning.parameters()).device
+                tuning.masks = {full: mask.to(where) for full, mask in tensors.items()}
+            elif key_ in tuning.unfrozen:
                 unfrozen = tuning.unfrozen[key_]
                 unfrozen.parameter.data.copy_(tensors["value"])
                 here = {n: t.to(unfrozen.parameter.device) for n, t in tensors.items() if n != "value"}
@@ -119,3 +135,13 @@ class TrainingState:
                 unfrozen.notes = {n.removeprefix("note."): t for n, t in here.items() if n != "mask"}
             else:
                 tuning.modules_by_key()[key_].load_state_dict(tensors, strict=True)
+
+
+def _masked(tuning: Tuning) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """The attached tensors of which a part is held at zero, and where they are not."""
+    if tuning.masks:
+        for key_, module in tuning.modules_by_key().items():
+            for short, parameter in module.named_parameters():
+                mask = tuning.masks.get(f"{key_}.{short}")
+                if mask is not None:
+                    yield parameter, mask.to(parameter.device)

@@ -30,6 +30,7 @@ class Tuning(nn.Module):
         self.keys: dict[str, str] = {}  # canonical key -> name in `parts`, where a dot may not stand
         self.unfrozen: dict[str, Unfrozen] = {}  # canonical key ("model/..." or "head/...") -> tensor
         self.fixed: set[str] = set()  # numbers in `parts` that the method itself holds still: "key.short"
+        self.masks: dict[str, Tensor] = {}  # "key.short" -> True where a number in `parts` is not held at zero
         self.claims: dict[str, str] = {}  # what only one active tuning may hold -> which part of the method holds it
         self.sources: list[dict[str, str]] = []  # the saved tunings that it was made of: name, method, sha256
         self.active = True

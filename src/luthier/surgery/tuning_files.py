@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -78,7 +79,13 @@ def stored_tensors(tuning: Tuning) -> dict[str, Tensor]:
         give = getattr(module, "stored", module.state_dict)
         parts: dict[str, Tensor] = give()
         for short, tensor in parts.items():
-            tensors[f"{key_}.{short}"] = tensor.detach().cpu().contiguous()
+            mask = tuning.masks.get(f"{key_}.{short}")
+            if mask is None or mask.shape != tensor.shape:
+                tensors[f"{key_}.{short}"] = tensor.detach().cpu().contiguous()
+            else:  # what is held at zero takes a bit
+                bits = np.packbits(mask.flatten().cpu().numpy(), bitorder="little")
+                tensors[f"{key_}.{short}|bits"] = torch.from_numpy(bits)
+                tensors[f"{key_}.{short}|values"] = tensor.detach()[mask].cpu().contiguous()
     for key_, unfrozen in tuning.unfrozen.items():
         value = unfrozen.value
         if unfrozen.mask is None or not unfrozen.holds:
@@ -227,6 +234,7 @@ def restore(tuning: Tuning, tensors: dict[str, Tensor], where: str) -> None:
     left = dict(tensors)
     for key_, module in tuning.modules_by_key().items():
         mine = {n.removeprefix(f"{key_}."): left.pop(n) for n in list(left) if n.startswith(f"{key_}.")}
+        mine |= _thickened(tuning, key_, module, mine)
         put = getattr(module, "restore", None)
         try:
             if put is not None:
@@ -261,6 +269,20 @@ def restore(tuning: Tuning, tensors: dict[str, Tensor], where: str) -> None:
     if left:
         raise IntegrityError(f"{where}: tensors that this method does not have: {', '.join(sorted(left)[:5])}.")
     tuning.finished = True
+
+
+def _thickened(tuning: Tuning, key_: str, module: nn.Module, mine: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take tensors with numbers held at zero out of `mine`, and give them whole; their masks hold again."""
+    whole: dict[str, Tensor] = {}
+    for short, parameter in module.named_parameters():
+        if f"{short}|bits" in mine and f"{short}|values" in mine:
+            bits, values = mine.pop(f"{short}|bits"), mine.pop(f"{short}|values")
+            flat = np.unpackbits(bits.numpy(), count=parameter.numel(), bitorder="little").astype(bool)
+            mask = torch.from_numpy(flat).view(parameter.shape)
+            whole[short] = torch.zeros(parameter.shape, dtype=values.dtype)
+            whole[short][mask] = values
+            tuning.masks[f"{key_}.{short}"] = mask.to(parameter.device)
+    return whole
 
 
 def _follow(module: nn.Module, like: Tensor | None) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy
 from luthier.core.protocols import Model
@@ -22,12 +22,14 @@ class TuningView(Protocol):
         tuning_name: what its user calls it.
         active, trainable: whether it acts, and whether it learns.
         unfrozen: the model's own tensors that it trains, by canonical name.
+        masks: "key.short" of an attached tensor -> True where it is not held at zero.
     """
 
     tuning_name: str
     active: bool
     trainable: bool
     unfrozen: dict[str, Unfrozen]
+    masks: dict[str, Tensor]
 
     def made_by(self, method: object) -> bool:
         """Whether `method` is what this tuning carries out, or a part of it."""

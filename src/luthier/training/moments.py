@@ -225,7 +225,8 @@ class Moments:
     def change_gradients(self) -> bool:
         """Whether a gradient may be another since backward: by somebody who was asked, or by an update mask."""
         masks = (u.mask for t in self._tuned.tunings.values() for u in t.unfrozen.values())
-        return self._looks_back or bool(self.resting) or any(m is not None for m in masks)
+        attached = any(t.masks for t in self._tuned.tunings.values())
+        return self._looks_back or bool(self.resting) or attached or any(m is not None for m in masks)
 
     def rate(self, step: int, total: int) -> float:
         """Share of the peak rate at step `step`, from 0: a strategy's, or the schedule of the spec."""

@@ -1,0 +1,59 @@
+"""The matrices that a method attaches, by shape, without a model: built once on the meta device."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from luthier.anatomy import Anatomy, Site
+from luthier.core import CompositionError
+from luthier.surgery.base import Base
+from luthier.surgery.edits import Attach, Edit, PrependKeys, PrependTokens, Reparametrise
+from luthier.surgery.method import Method
+
+__all__ = ["matrices"]
+
+
+def matrices(method: Method, anatomy: Anatomy) -> list[tuple[int, ...]]:
+    """Shapes of all trained tensors of two dimensions or more that `method` puts beside the model; shared ones once.
+
+    Raises:
+        CompositionError: the method attaches something that only a model can tell.
+    """
+    found: list[tuple[int, ...]] = []
+    shared: set[str] = set()
+    with torch.device("meta"):
+        for edit in method.edits(anatomy):
+            for key, module in getattr(edit, "shared", {}).items():
+                if key not in shared:
+                    shared.add(key)
+                    found += _of(module)
+            found += [shape for module in _made(edit, method, anatomy) for shape in _of(module)]
+    return found
+
+
+def _of(module: nn.Module) -> list[tuple[int, ...]]:
+    return [tuple(p.shape) for p in module.parameters() if p.requires_grad and p.dim() > 1]
+
+
+def _made(edit: Edit, method: Method, anatomy: Anatomy) -> list[nn.Module]:
+    if isinstance(edit, Attach):
+        return [edit.build(Base(_layer(edit.site, anatomy), edit.site))]
+    if isinstance(edit, Reparametrise):
+        return [edit.module]
+    if isinstance(edit, PrependKeys | PrependTokens):
+        return [edit.source]
+    if type(edit).__name__ == "AddBranch":
+        raise CompositionError(f"{method.name} puts a network beside the model; its matrices cannot be masked.")
+    return []
+
+
+def _layer(site: Site, anatomy: Anatomy) -> nn.Module:
+    """Something with a weight and a bias of the right shapes."""
+    layer = nn.Module()
+    for short in (site.param, site.bias):
+        name = f"{site.path}.{short}"
+        shape = anatomy.tensors.get(anatomy.tied.get(name, name))
+        if short is not None and shape is not None:
+            layer.register_parameter(short, nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False))
+    return layer

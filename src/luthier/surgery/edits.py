@@ -79,6 +79,9 @@ class Unfreeze:
 class PrependTokens:
     """Vectors before the embedded text: `source()` returns (P, d). Mask, positions and pooling follow.
 
+    A source with a method `rows(context, embeds, mask)` and an attribute `length` gives each row vectors of its own,
+    (rows, P, d): `embeds` (rows, T, d) is the embedded text, `mask` (rows, T) or None says where it is real.
+
     A source with a method `start(embed)` is given the model's word embedding once, under a keyed generator.
     """
 

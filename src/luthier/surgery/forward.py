@@ -127,7 +127,7 @@ class Forward:
         if sources and self.prompts is None:
             stack, embed, decoder = self._text_stack()
             limit = self.edited.anatomy.max_positions
-            self.prompts = PromptHooks(self.edited.model, stack, embed, decoder, limit)
+            self.prompts = PromptHooks(self.edited.model, stack, embed, decoder, limit, self.edited.context)
         if self.prompts is not None:
             self.prompts.sources = sources
 

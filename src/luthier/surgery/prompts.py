@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from luthier.anatomy import Anatomy
 from luthier.core import AnatomyError, ModelError
 from luthier.core.protocols import Model
-from luthier.surgery.context import packed
+from luthier.surgery.context import Context, packed
 
 __all__ = ["PromptHooks", "leading_pads", "refuse_prompts", "text_stack", "with_vectors"]
 
@@ -112,9 +112,10 @@ class PromptHooks:
         embed: Callable[[Tensor], Tensor],
         decoder: nn.Module | None,
         limit: int | None,
+        context: Context,
     ) -> None:
         self.sources: list[nn.Module] = []
-        self.embed, self.stack, self.limit = embed, stack, limit
+        self.embed, self.stack, self.limit, self.context = embed, stack, limit, context
         self.keep = decoder is not None
         self._inserted = 0
         self._pads: Tensor | None = None  # of each row, where they stand before the vectors
@@ -141,7 +142,7 @@ class PromptHooks:
     @property
     def length(self) -> int:
         """Vectors inserted in all."""
-        return sum(source().shape[0] for source in self.sources)
+        return sum(_length(source) for source in self.sources)
 
     def _before(
         self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -157,8 +158,7 @@ class PromptHooks:
         rows, tokens = embeds.shape[:2]
         cache = given.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None and not self.keep else 0
-        prompt = torch.cat([source() for source in self.sources]).to(embeds.dtype)
-        n = prompt.shape[0]
+        n = self.length
         if self.limit is not None and past + tokens + (n if past == 0 else 0) > self.limit:
             raise ModelError(
                 f"{tokens} tokens and {n} prompt vectors are {tokens + n} positions; the model has {self.limit}. "
@@ -204,7 +204,9 @@ class PromptHooks:
                 shifted = arranged(front, shifted.expand(rows, -1), pads)
             given["position_ids"] = shifted
         if past == 0:
-            embeds = arranged(prompt.expand(rows, -1, -1), embeds, pads)  # (rows, n + tokens, d)
+            vectors = [_vectors(source, self.context, embeds, mask) for source in self.sources]
+            prompt = torch.cat(vectors, dim=1).to(embeds.dtype)  # (rows, n, d)
+            embeds = arranged(prompt, embeds, pads)  # (rows, n + tokens, d)
             types = given.get("token_type_ids")
             if types is not None:
                 given["token_type_ids"] = arranged(types.new_zeros(rows, n), types.expand(rows, -1), pads)
@@ -249,6 +251,20 @@ class PromptHooks:
             extra = states.shape[1] - mask.shape[-1]
             kwargs = {**kwargs, "encoder_attention_mask": with_vectors(mask, extra)}
         return args, kwargs
+
+
+def _length(source: Any) -> int:
+    """Vectors of a source."""
+    return int(source.length if hasattr(source, "rows") else source().shape[0])
+
+
+def _vectors(source: Any, context: Context, embeds: Tensor, mask: Tensor | None) -> Tensor:
+    """The vectors of a source before each row. embeds: (rows, T, d) -> (rows, P, d)."""
+    if hasattr(source, "rows"):
+        of_rows: Tensor = source.rows(context, embeds, mask)
+        return of_rows
+    shared: Tensor = source()
+    return shared.expand(len(embeds), -1, -1)
 
 
 def _position_offset(stack: nn.Module, config: Any) -> int | None:

@@ -1,0 +1,79 @@
+"""MPT: the acid tests of its paper, beside those that every method passes."""
+
+import pytest
+import torch
+from methods.checks import counted, logits, stir
+from methods.saved import saved
+from tiny import inputs, tiny
+
+from luthier.core import ModelError
+from luthier.methods.additive.mpt import TaskPrompts
+from luthier.surgery import attach, open_source
+
+
+def prompts(tuned):
+    return tuned.modules(TaskPrompts)["prompt"]
+
+
+@pytest.mark.parametrize(("tasks", "numbers"), [(1, 77_668), (6, 82_008)])
+def test_its_numbers_on_bert_base_are_those_of_the_paper(tasks, numbers):
+    assert counted("mpt", tasks=tasks) == numbers
+
+
+def test_a_tasks_prompt_over_the_shared_one_has_rank_one():  # acid test 1
+    tuned = attach(tiny("bert"), "mpt", tasks=2, length=4)
+    stir(tuned)
+    module = prompts(tuned)
+    shares = (module.of_tasks(torch.tensor([1]))[0] / module.vectors).detach().double()
+    singular = torch.linalg.svdvals(shares)
+    assert singular[1] < 1e-4 * singular[0]
+
+
+def test_a_loss_on_one_task_moves_the_shared_prompt_and_no_other_tasks_factors():  # acid test 2
+    tuned = attach(tiny("bert"), "mpt", tasks=3, length=4)
+    tuned.model(**inputs(tuned.model), row_task=torch.tensor([1, 1, 1])).loss.backward()
+    module = prompts(tuned)
+    assert module.vectors.grad.any()
+    for factor in (module.u.grad, module.v.grad):
+        assert factor[1].any()
+        assert not factor[0].any()
+        assert not factor[2].any()
+
+
+def test_with_factors_of_one_it_is_prompt_tuning(tmp_path):  # acid test 3
+    place = saved(tmp_path, 0, "prompt_tuning")
+    model, other = tiny("gpt2"), tiny("gpt2")
+    place = saved(tmp_path / "gpt2", 0, "prompt_tuning", "gpt2")
+    mine = attach(model, "mpt", sources=[place])
+    plain = attach(other, "prompt_tuning", length=3)
+    held = open_source(place).tensors["prompt.vectors"]
+    assert torch.equal(prompts(mine).vectors.detach(), held)
+    next(iter(plain.trained().values())).data.copy_(held)
+    assert torch.equal(logits(model), logits(other))
+
+
+@pytest.mark.parametrize("arch", ["bert", "gpt2", "t5"])
+def test_in_a_mixed_batch_each_row_has_its_own_tasks_prompt(arch):
+    tuned = attach(tiny(arch), "mpt", tasks=3, length=3)
+    stir(tuned)
+    batch = inputs(tuned.model, padded=False) | {"row_task": torch.tensor([2, 0, 1])}
+    together = logits(tuned.model, batch)
+    for i in range(3):
+        alone = logits(tuned.model, {k: v[i : i + 1] for k, v in batch.items()})
+        torch.testing.assert_close(together[i], alone[0], rtol=1e-4, atol=2e-5)
+    with pytest.raises(ModelError, match="mpt keeps numbers for 3 tasks"):
+        logits(tuned.model)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_beams_have_the_prompt_of_their_row(beams):
+    tuned = attach(tiny("gpt2"), "mpt", tasks=3, length=3)
+    stir(tuned)
+    model = tuned.model.eval()
+    batch = inputs(model, padded=False)
+    given = {k: batch[k] for k in ("input_ids", "attention_mask")} | {"row_task": torch.tensor([2, 0, 1])}
+    asked = {"max_new_tokens": 4, "do_sample": False, "num_beams": beams, "pad_token_id": 0, "eos_token_id": None}
+    together = model.generate(**given, **asked)
+    for i in range(3):
+        assert torch.equal(together[i], model.generate(**{k: v[i : i + 1] for k, v in given.items()}, **asked)[0])
+    assert torch.equal(together, model.generate(**given, **asked, use_cache=False))

@@ -21,7 +21,7 @@ _WANTS = {
     "prepare": "looks at gradients of the data before the first step",
 }
 
-_WHOLE_GRADIENT = ("passes", "penalty", "after_backward", "trains")
+_WHOLE_GRADIENT = ("gradient", "passes", "penalty", "after_backward", "trains")
 """Moments of a strategy that need a gradient which is still there after the backward pass, or several passes."""
 
 

@@ -206,8 +206,7 @@ class Loop:
     def _whole_gradient(self, step: int, micro_batches: list[Batch]) -> tuple[list[float], float, list[Batch]]:
         """The losses of all micro-batches, the norm of the step's gradient, and the micro-batches as they were cut.
 
-        Nothing has moved before this returns, so a step that does not fit is begun again in smaller pieces of the
-        same rows.
+        Nothing has moved before this returns: a step that does not fit is begun again in smaller pieces of its rows.
         """
         while micro_batches:
             try:
@@ -242,16 +241,20 @@ class Loop:
 
     def _gradients(self, step: int, micro_batches: list[Batch]) -> list[float]:
         """Backward through every micro-batch; each loss is its sum over targets by the step's targets."""
+        if (made := self.moments.gradient(micro_batches, partial(self._loss, step))) is not None:
+            return made
         n_targets = max(1, sum(b.n_targets for b in micro_batches))
         losses: list[Tensor] = []
         for micro, batch in enumerate(micro_batches):
             self.signals.check()
             # Closed, also where memory runs out: what a pass has changed for its time is put back.
-            with closing(self.moments.passes(micro, batch, n_targets, partial(self._loss, step, micro, batch))) as made:
+            with closing(
+                self.moments.passes(micro, batch, n_targets, partial(self._loss, step, micro, batch))
+            ) as parts:
                 whole: Tensor | None = None
                 while True:
                     with self.trial.watching():
-                        loss = next(made, None)
+                        loss = next(parts, None)
                     if loss is None:
                         break
                     loss = loss / n_targets

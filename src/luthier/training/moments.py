@@ -154,6 +154,22 @@ class Moments:
             return batches
         return owner[0].batches(owner[1], [batch.to(self._device) for batch in batches])
 
+    def gradient(self, batches: list[Batch], loss: Callable[[int, Batch], Tensor]) -> list[float] | None:
+        """The losses of a gradient that a strategy makes, penalties added to it; None where none does."""
+        owner = next(self._filling("gradient"), None)
+        if owner is None:
+            return None
+        n_targets = max(1, sum(batch.n_targets for batch in batches))
+
+        def one(index: int, batch: Batch) -> Tensor:
+            self._piece = Piece(batch=batch.to(self._device), index=index, n_targets=n_targets)
+            return loss(index, batch)
+
+        losses = owner[0].gradient(owner[1], [batch.to(self._device) for batch in batches], one)
+        for penalty in self.penalties():
+            torch.autograd.backward(penalty)
+        return torch.stack(losses).float().tolist()
+
     # ------------------------------------------------------------------ a micro-batch
 
     def passes(

@@ -12,6 +12,7 @@ A strategy is a frozen dataclass of settings that is asked at named moments of a
       before_step         what lasts may change
       trains              names that learn in this step
       batches             other micro-batches, such as chosen rows                             one owner
+      gradient            made otherwise than by backward passes of the micro-batches          one owner
       each micro-batch
         passes            losses that add up to its own; the loop goes backward after each     one owner
           loss            around the task's loss, or in its place
@@ -49,7 +50,7 @@ from luthier.training.told import Told
 
 __all__ = ["ONE_OWNER", "STRATEGIES", "Strategy", "fills", "refuse_sets", "refuse_task", "split_settings", "strategies"]
 
-ONE_OWNER = ("order", "batches", "passes", "rate", "kept")
+ONE_OWNER = ("order", "batches", "gradient", "passes", "rate", "kept")
 """Moments that one strategy of a run may fill."""
 
 
@@ -126,6 +127,14 @@ class Strategy:
     def batches(self, course: Course, batches: list[Batch]) -> list[Batch]:
         """The micro-batches of the step, in place of those that the order gave; `course.cut` makes some of any rows."""
         return batches
+
+    def gradient(self, course: Course, batches: list[Batch], loss: Callable[[int, Batch], Tensor]) -> list[Tensor]:
+        """Leaves the gradient of the step in the trained tensors, unscaled; gives the loss of each batch, as logged.
+
+        Args:
+            loss: of one batch, named by its place in the step: a sum over targets, with its graph.
+        """
+        raise AssertionError("asked only where a strategy fills it")
 
     def passes(self, course: Course, piece: Piece, loss: Callable[[], Tensor]) -> Iterator[Tensor]:
         """Losses of one micro-batch, which add up to its own. The loop goes backward after each.
@@ -254,6 +263,12 @@ def strategies(words: str | None, settings: Mapping[str, Mapping[str, Any]], met
                 f"{' and '.join(owners)} cannot stand together: each would own the moment {moment!r} of a step. "
                 "Choose one of them."
             )
+    makers, passers = ([s.name for s in made if fills(s, moment)] for moment in ("gradient", "passes"))
+    if makers and passers:
+        raise CompositionError(
+            f"{makers[0]} and {passers[0]} cannot stand together: the first makes the whole gradient, the second the "
+            "passes that it would be made of. Choose one of them."
+        )
     for i, one in enumerate(made):
         others: list[Strategy | Method] = [*made[:i], *made[i + 1 :], *method.parts()]
         for other in others:

@@ -1,0 +1,1 @@
+"""Gradients that are made otherwise than by one backward pass of the whole step."""

@@ -82,3 +82,16 @@ def test_a_column_that_is_missing_or_unclear_is_answered_with_the_columns_and_th
         found(*names, **flags)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "row", "wanted"),
+    [
+        (["text", "label"], {"text": "why", "label": " a "}, "a"),
+        (["tokens", "ner_tags"], {"tokens": ["how", "far"], "ner_tags": ["O", "B"]}, True),
+        (["text"], {"text": "why"}, ""),
+    ],
+)
+def test_what_a_row_answers_is_its_label_or_its_tags_and_nothing_where_the_shape_has_none(names, row, wanted):
+    outcome = found(*names).outcome(row)
+    assert outcome == wanted if isinstance(wanted, str) else bool(outcome)

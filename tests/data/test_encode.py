@@ -54,6 +54,15 @@ def test_pairs_keep_their_token_types():
     assert batch.inputs["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 1]]
 
 
+def test_a_pair_that_is_cut_has_the_token_types_of_what_is_left():
+    tokenizer = word_tokenizer()
+    rows = [{"text": "why", "pair": "it is", "label": "a"}, {"text": "how far is it", "pair": "it is", "label": "a"}]
+    examples = encoded(rows, PAIR, CLASSES, tokenizer, max_length=7)
+    both = tokenizer([r["text"] for r in rows], [r["pair"] for r in rows], truncation=True, max_length=7)
+    assert [len(x) for x in both["input_ids"]] == [6, 7]
+    assert examples.types.tolist() == [t for types in both["token_type_ids"] for t in types]
+
+
 def test_long_texts_are_cut_inside_their_special_tokens_and_counted():
     tokenizer = word_tokenizer()
     rows = [{"text": "how far is it why", "label": "a"}, {"text": "why", "label": "a"}]

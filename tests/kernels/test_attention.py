@@ -388,3 +388,10 @@ def test_inference_mode_leaves_nothing_behind_that_training_trips_over(monkeypat
     loud = attend(q, q, q, mask, scaling=SCALE)
     torch.autograd.grad(loud.sum(), q)
     assert torch.equal(quiet, loud)
+
+
+def test_no_query_is_answered_with_no_row_as_by_the_formula() -> None:
+    q, k, v = _r(B, H, 0, D), _r(B, K, 5, D), _r(B, K, 5, DV)
+    with plain():
+        expected = attend(q, k, v, scaling=SCALE)
+    assert attend(q, k, v, scaling=SCALE).shape == expected.shape == (B, H, 0, DV)

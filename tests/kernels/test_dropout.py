@@ -3,6 +3,7 @@ import torch
 
 from luthier.core import ConfigError
 from luthier.kernels import dropout, keep_mask, plain
+from luthier.kernels.dropout import _LEVELS, _levels
 
 
 def test_the_rate_is_p_within_five_standard_errors():
@@ -104,3 +105,8 @@ def test_a_probability_outside_its_range_is_refused():
     for p in (-0.1, 1.0, float("nan")):
         with pytest.raises(ConfigError, match="dropout: p"):
             dropout(torch.ones(3), p, seed=0)
+
+
+@pytest.mark.parametrize(("p", "level"), [(0.0, 0), (0.5, _LEVELS // 2), (1 - 1e-9, _LEVELS - 1)])
+def test_a_share_becomes_the_nearest_level_and_never_all(p, level):
+    assert _levels(p) == level

@@ -63,3 +63,21 @@ def test_it_is_stale_once_the_weight_is_written_to_or_moved() -> None:
 
 def test_fp32_weights_are_not_packed() -> None:
     assert not can_pack(torch.zeros(4, 4))
+
+
+def test_without_a_gradient_the_rows_go_through_the_packed_product_and_come_back_in_their_shape() -> None:
+    x, weight, bias = torch.randn(2, 3, 5), torch.randn(7, 5), torch.randn(7)
+
+    class Stub:  # stands for `Packed` where the CPU has no product of packed bf16
+        dtype, seen = torch.float32, 0
+
+        def __len__(self) -> int:
+            return len(weight)
+
+        def linear(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            self.seen += len(rows)
+            return torch.nn.functional.linear(rows, weight, bias)
+
+    stub = Stub()
+    assert_close(packed_linear(x, stub, bias), torch.nn.functional.linear(x, weight, bias))  # type: ignore[arg-type]
+    assert stub.seen == 6

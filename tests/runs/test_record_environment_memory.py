@@ -2,21 +2,26 @@
 
 import json
 import mmap
+import os
 import random
 import signal
+import socket
 from pathlib import Path
 
+import psutil
 import pytest
 import safetensors.torch
 import torch
 
 from luthier.core import ConfigError, IntegrityError
 from luthier.runs import (
+    Journal,
     Record,
     RunFolder,
     differences,
     durable,
     environment,
+    lock,
     peak_bytes,
     read_verified,
     reset_peak,
@@ -190,3 +195,67 @@ def test_a_fork_of_the_template_reports_status_and_output() -> None:
         assert "ConfigError: no" in refused.output
         assert template.run(__file__, "nowhere").status == 1
         assert template.run(__file__, "wait_for_ever", timeout_s=0.05).status == -9
+
+
+def test_the_processors_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 3, 5}, raising=False)
+    assert environment()["cpus"] == 3
+    monkeypatch.delattr("os.sched_getaffinity")
+    monkeypatch.setattr("os.cpu_count", lambda: 7)
+    assert environment()["cpus"] == 7
+
+
+def test_where_the_system_keeps_no_status_the_peak_is_read_in_its_own_unit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("luthier.runs.peak_memory._STATUS", tmp_path / "none")
+    used = type("Used", (), {"ru_maxrss": 3000})
+    monkeypatch.setattr("resource.getrusage", lambda who: used)
+    for system, wanted in (("linux", 3000 * 1024), ("darwin", 3000)):
+        monkeypatch.setattr("sys.platform", system)
+        assert peak_bytes() == wanted
+
+
+@pytest.mark.parametrize(("late", "dead"), [(0.0, False), (0.03, False), (0.07, True), (40.0, True)])
+def test_without_ticks_a_holder_is_known_by_when_it_started(
+    late: float, dead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = psutil.Process().create_time()
+    monkeypatch.setattr(lock, "_ticks", lambda pid: None)
+    holder = {**lock.myself(), "ticks": None, "started": started - late}
+    assert lock.holder_is_dead(holder) is dead
+
+
+def test_a_lock_that_a_longer_note_was_left_in_is_read_as_its_new_holder(tmp_path: Path) -> None:
+    path = tmp_path / "run.lock"
+    path.write_text(json.dumps({"boot": "another", "host": socket.gethostname(), "note": "x" * 900}))
+    held = lock.Lock(path)
+    held.acquire()
+    assert json.loads(path.read_text())["pid"] == os.getpid()
+    held.release()
+
+
+def test_a_child_lets_go_of_the_lock_once_and_its_own_child_finds_nothing_to_let_go(tmp_path: Path) -> None:
+    held = lock.Lock(tmp_path / "run.lock")
+    held.acquire()
+    child = os.fork()
+    if not child:
+        os._exit(len(lock._held))
+    assert os.waitpid(child, 0)[1] == 0
+    assert len(lock._held) == 1
+    held.release()
+
+
+def test_rows_are_counted_and_facts_are_not_whichever_way_they_are_written(tmp_path: Path) -> None:
+    log = Journal(tmp_path / "rows.jsonl")
+    log.append_rows([b'{"row": 0}\n', b'{"row": 1}\n'])  # opens it
+    assert log.n_rows() == 2
+    log.append({"row": 2}, fact=False)
+    log.append({"event": "saved"}, fact=True)
+    log.append_rows([b'{"row": 3}\n'])
+    assert log.n_rows() == len(log.rows()) == 4
+    log.close()
+    again = Journal(tmp_path / "rows.jsonl")
+    assert again.keep_rows(3) == (1, 0)
+    assert len(again.rows()) == 3
+    again.close()

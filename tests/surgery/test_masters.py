@@ -8,8 +8,9 @@ import torch
 from tiny import inputs, tiny
 from torch import nn
 
-from luthier.kernels import attention
+from luthier.kernels import attention, can_pack
 from luthier.surgery import attach
+from luthier.surgery.frozen_layers import fast_linear
 
 
 def test_an_embedding_that_trains_is_rounded_row_by_row_to_the_same_numbers() -> None:
@@ -124,3 +125,18 @@ def test_a_model_that_is_cast_after_attaching_is_cast_whole_with_what_waits_besi
         with tuned.base_only():
             assert tuned.model(**batch).logits.dtype == wanted
     assert {p.dtype for p in tuned.detach().parameters()} == {torch.float32}
+
+
+def test_a_frozen_linear_layer_is_packed_and_a_layer_of_another_class_is_left_alone() -> None:
+    class Other(nn.Linear):
+        def forward(self, x: Any) -> Any:
+            return super().forward(x) * 2
+
+    plain, other = (cls(64, 64).to(torch.bfloat16).requires_grad_(False) for cls in (nn.Linear, Other))
+    found = fast_linear(plain, min_width=64)
+    assert (found is not None) == can_pack(plain.weight)
+    assert fast_linear(other, min_width=64) is None
+    assert fast_linear(plain, min_width=65) is None
+    if found is not None:
+        x = torch.randn(3, 64).to(torch.bfloat16)
+        torch.testing.assert_close(found[0](x), plain(x), rtol=2**-6, atol=2**-5)

@@ -287,3 +287,20 @@ def test_what_is_given_back_is_kept_in_half_the_bytes_where_that_loses_nothing(e
     tuned.state.constrain()
     assert torch.equal(word.parameter.detach(), word.original)
     assert all(torch.equal(p, before[n]) for n, p in tuned.detach().named_parameters())
+
+
+def test_what_learns_is_what_acts_and_trains_and_a_head_is_counted_where_it_is_asked_for() -> None:
+    tuned = attach(tiny("bert", "classification"), "lora", name="one", rank=2)
+    one = tuned.n_trained()
+    head = sum(u.parameter.numel() for u in tuned.tuning("one").unfrozen.values())
+    assert head and tuned.n_trained(head=True) == one + head
+    tuned.add("lora", name="two", train_head=False)
+    two = sum(p.numel() for p in tuned.trained("two").values())
+    tuned.activate("one", "two")
+    assert {n.partition(":")[0] for n in tuned.trained()} == {"one", "two"}
+    tuned.train_only("two")  # one acts and does not learn
+    assert {n.partition(":")[0] for n in tuned.trained()} == {"two"}
+    assert tuned.n_trained(head=True) == tuned.n_trained() == two
+    tuned.activate("one")  # two would learn and does not act
+    assert not tuned.trained()
+    assert tuned.n_trained(head=True) == 0

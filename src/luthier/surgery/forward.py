@@ -333,7 +333,8 @@ class Forward:
         settings = kwargs.get("generation_config") or getattr(model, "generation_config", None)
         in_pieces = kwargs.get("prefill_chunk_size") or getattr(settings, "prefill_chunk_size", None)
         plugs = [p for s in self.edited.sockets() for p in (*s.live.whole, *(p for _, ps in s.live.parts for p in ps))]
-        if in_pieces and any(plug.attachment.reads_whole_text for plug in plugs):
+        readers = [plug.attachment for plug in plugs] + (self.prompts.sources if self.prompts is not None else [])
+        if in_pieces and any(getattr(reader, "reads_whole_text", False) for reader in readers):
             warnings.warn(
                 f"prefill_chunk_size={in_pieces} is left out: what acts here is computed from the prompt as a whole.",
                 stacklevel=2,

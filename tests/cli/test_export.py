@@ -1,8 +1,10 @@
 """`luthier export` as a user calls it: what it writes is read by peft in the one line that it prints."""
 
 import json
+import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from cli.conftest import Call
 from little import little_model
 from safetensors.torch import load_file
 from tiny import inputs, tiny
+from transformers import AutoTokenizer
 
 from luthier.surgery import attach, load, to_peft
 from luthier.workflow.prediction import Predictor
@@ -79,6 +82,19 @@ def test_a_classifier_is_read_in_one_line_with_its_labels_and_answers_equally(
     assert Path("adapter").stat().st_mode & 0o055, "made to be given away"
     again = luthier("export", "run", "adapter")
     assert again.code == 2 and "is there already" in again.err
+    # Given away: the folder and its base lie elsewhere, and the folder's own README says how it is read there.
+    shutil.copytree(model, "elsewhere")
+    Path("sent").mkdir()
+    shutil.move("adapter", "sent/adapter")
+    lines = Path("sent/adapter/README.md").read_text().split("```python\n")[2].split("```")[0]
+    found: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's own, about names of transformers
+        exec(lines.replace("BASE", "elsewhere").replace('"adapter"', '"sent/adapter"'), found)
+    given = AutoTokenizer.from_pretrained("sent/adapter")("how good is it", return_tensors="pt")
+    with torch.no_grad():
+        shares = found["model"](**given).logits[0].softmax(-1).tolist()
+    assert shares == pytest.approx(list(ours["probabilities"].values()), abs=1e-5)
 
 
 def test_a_tagger_is_read_in_one_line_and_answers_equally(luthier: Call, model: Path, tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ def export_peft(predictor: Predictor, folder: Path | str) -> Exported:
     local = source.name.startswith("sample:") or Path(source.name).expanduser().is_dir()
     base = str(target.absolute() / "base") if local else source.name
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    line, after_a_move = _lines(predictor, target, reader, local)
     draft = Path(tempfile.mkdtemp(prefix=f".tmp-{target.name}-", dir=target.absolute().parent))
     in_unit = _into_unit(predictor)
     try:
@@ -73,23 +74,67 @@ def export_peft(predictor: Predictor, folder: Path | str) -> Exported:
         settings = getattr(predictor.tuned.model, "generation_config", None)
         if settings is not None:
             settings.save_pretrained(whole)
+        (whole / "README.md").write_text(_card(predictor, target.name, line, after_a_move, local), "utf-8")
         _open_to_all(whole)
         whole.rename(target)
     except OSError as error:
         raise ResourceError(f"{target}: cannot be written ({error.strerror or error}). Name another folder.") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    more, notes = "", []
-    if not local and task.labels:
-        # A name brings the base's own configuration, which knows nothing of these labels.
-        more = f", id2label={dict(enumerate(task.labels))!r}, label2id={ {n: i for i, n in enumerate(task.labels)}!r}"
-    elif not local and task.name == "regression":
-        more = ", num_labels=1"
+    notes = []
     if (task.scale, task.center) != (1.0, 0.0) and in_unit is None:
         notes.append(f"its numbers times {task.scale:g} plus {task.center:g} are in the unit of the rows")
     if local:
-        notes.append(f"its base is read from {source.path}; keep that folder where it is")
-    return Exported(target, f"peft.{reader}.from_pretrained({str(target)!r}{more})", tuple(notes))
+        notes.append(
+            f"its base is read from {source.path}, and it is read where it was written; README.md in it says how to "
+            "read it after a move"
+        )
+    return Exported(target, line, tuple(notes))
+
+
+def _lines(predictor: Predictor, target: Path, reader: str, local: bool) -> tuple[str, str]:
+    """The line that reads the folder where it was written, and those that read it anywhere, beside a base anywhere."""
+    task = predictor.task
+    more = ""
+    if task.labels:
+        # A base of its own knows nothing of these labels.
+        more = f", id2label={dict(enumerate(task.labels))!r}, label2id={ {n: i for i, n in enumerate(task.labels)}!r}"
+    elif task.name == "regression":
+        more = ", num_labels=1"
+    line = f"peft.{reader}.from_pretrained({str(target)!r}{'' if local else more})"
+    anywhere = [
+        "import peft", f"from transformers import {task.auto_class}", "",
+        f'base = {task.auto_class}.from_pretrained("BASE"{more})',
+        *([f"base.config.pad_token_id = {predictor.contract['pad']['id']}"] if task.labels else []),
+        f'model = peft.PeftModel.from_pretrained(base, "{target.name}").eval()',
+    ]  # fmt: skip
+    return line, "\n".join(anywhere)
+
+
+def _card(predictor: Predictor, name: str, line: str, after_a_move: str, local: bool) -> str:
+    """What a reader of the folder needs to know."""
+    task, base = predictor.task, predictor.tuned.model.config._name_or_path
+    said = [
+        "---", "library_name: peft", "---", "", f"# {name}", "",
+        f"A tuning of `{predictor.spec.model}` with {predictor.spec.method}, as peft reads it. The weights of the base "
+        "are not in it.", "",
+    ]  # fmt: skip
+    if local:
+        said += [
+            f"Its base was the folder `{predictor.source.path}`. `base/` points at the files there, and "
+            "`adapter_config.json` at `base/`, both by their whole paths: where nothing has moved, one line reads it.",
+        ]
+    else:
+        said += [f"Its base is `{base or predictor.spec.model}`, which is fetched by this name."]
+    said += [
+        "", "```python", "import peft", "", f"model = {line}", "```", "",
+        "After a move, or on another machine, name the base (`BASE`: its folder or its name on the hub):", "",
+        "```python", after_a_move, "```", "",
+    ]  # fmt: skip
+    if task.labels:
+        said += [f"Labels: {', '.join(task.labels)}."]
+    said += [f"Learnt with at most {predictor.contract['max_length']} tokens a row."]
+    return "\n".join(said) + "\n"
 
 
 def _into_unit(predictor: Predictor) -> Callable[[str, Tensor], Tensor] | None:

@@ -24,7 +24,8 @@ from luthier.training.objective import Result
 from luthier.training.optimiser import Optimiser
 
 __all__ = [
-    "ARCHITECTURES", "CELLS", "GENERATORS", "Refused", "Trainer", "attached", "base_logits", "fresh", "learning_rate",
+    "ARCHITECTURES", "CELLS", "GENERATORS", "Refused", "Trainer", "attached", "base_logits", "few_steps",
+    "fresh", "learning_rate",
     "logits", "model_and_inputs", "objective", "shake", "shaken", "small", "steps_of", "take", "task_of", "trained",
     "untrained",
 ]  # fmt: skip
@@ -185,6 +186,11 @@ def steps_of(tuned: Tuned) -> int:
     has phases so short that all of them come.
     """
     return 8 if _has_phases(tuned) else 200
+
+
+def few_steps(tuned: Tuned) -> int:
+    """The length of the shortest run that leaves traces of all that the method does."""
+    return 8 if _has_phases(tuned) else 2
 
 
 def _has_phases(tuned: Tuned) -> bool:

@@ -66,7 +66,7 @@ def test_it_changes_what_is_learnt(name, runs):
 @pytest.mark.parametrize("name", EVERY)
 def test_a_step_in_pieces_is_the_step_in_one(name, runs):
     # Without dropout: its draws are named by the micro-batch.
-    kind, cuts = f"{runs.own(name)['kind']}-dry", [BatchSpec(size=6, tokens=tokens) for tokens in (4096, 24)]
+    kind, cuts = f"{runs.own(name)['kind']}-dry", [BatchSpec(size=6, tokens=tokens) for tokens in (4096, 20)]
     one = runs.after(name, "ia3", kind, batch=cuts[0])
     assert len(one.feed.cut(0)) == 1
     if STRATEGIES.get(name).whole_step:
@@ -74,7 +74,7 @@ def test_a_step_in_pieces_is_the_step_in_one(name, runs):
             runs.loop(name, "ia3", kind, batch=cuts[1])
         return
     many = runs.after(name, "ia3", kind, batch=cuts[1])
-    assert len(many.feed.cut(0)) > 2
+    assert len(many.feed.cut(0)) > 1
     assert alike(one, many, 2e-5)
 
 
@@ -93,7 +93,7 @@ def test_a_stopped_run_ends_with_the_bits_of_the_whole_one(name, arch, runs):
 @pytest.mark.parametrize("method", ["lora", "prefix_tuning", "bitfit", "full"])
 @pytest.mark.parametrize("name", EVERY)
 def test_frozen_stays_frozen_and_detaching_gives_the_base_back(name, method, runs):
-    if method == "bitfit" and runs.own(name)["kind"] == "llama":
+    if method == "bitfit" and runs.own(name)["kind"] != "bert":
         method = "ia3"  # it has no bias
     loop = runs.after(name, method, steps=2, **runs.own(name))
     loop.moments.finish()

@@ -276,3 +276,54 @@ def test_scl_has_a_gradient_on_the_trunk_by_its_states_alone(kind, runs):
     trained = loop.tuned.trained()
     assert any(p.grad is not None and p.grad.any() for n, p in trained.items() if "head/" not in n)
     assert not any(p.grad is not None and p.grad.any() for n, p in trained.items() if "head/" in n)
+
+
+# --- aux_lm
+
+
+def test_the_loss_of_words_is_that_of_the_language_models_own_head_and_leaves_padding_and_labels_out(runs):
+    from transformers import AutoModelForCausalLM
+
+    from luthier.data.batches import Batch
+
+    settings = {"aux_lm.weight": 0.5}
+    one_piece = BatchSpec(size=6, tokens=4096)
+    loop = runs.loop("aux_lm", "lora", "qwen2-labels-dry", values=settings, batch=one_piece)
+    loop.moments.start()
+    loop.set_mode(training=True)
+    loop.moments.before_step(0, loop.total, 0)
+    batch = loop.feed.cut(0)[0]
+    loop._gradients(0, [batch])
+    noted = loop.moments.numbers()["aux_lm.words"]
+    writer = AutoModelForCausalLM.from_pretrained(loop.spec.model).eval()
+    rows = []
+    for ids, mask in zip(batch.inputs["input_ids"], batch.inputs["attention_mask"], strict=True):
+        text = ids[: int(mask.sum())][None]
+        rows.append(float(writer(input_ids=text, labels=text).loss.detach()))
+    assert batch.inputs["attention_mask"].sum() < batch.inputs["attention_mask"].numel(), "some rows are padded"
+    assert noted == pytest.approx(sum(rows) / len(rows), rel=1e-4)
+    other = Batch(**{**vars(batch), "labels": (batch.labels + 1) % 3})
+    loop._gradients(0, [other])
+    assert loop.moments.numbers()["aux_lm.words"] == noted, "whatever the labels are"
+
+
+def test_the_table_of_words_has_a_gradient_only_by_the_loss_of_words(runs):
+    table = []
+    for weight in (0.0, 0.5):
+        loop = runs.loop("aux_lm", "full", "qwen2-labels-dry", values={"aux_lm.weight": weight})
+        loop.moments.start()
+        loop.set_mode(training=True)
+        loop.moments.before_step(0, loop.total, 0)
+        loop._gradients(0, loop.feed.cut(0))
+        grad = loop.tuned.model.get_input_embeddings().weight.grad
+        seen = torch.cat([b.inputs["input_ids"].flatten() for b in loop.feed.cut(0)]).unique()
+        unseen = [i for i in range(len(grad)) if i not in seen]
+        table.append(bool(grad[unseen].any()))
+    assert table == [False, True], "words that the rows do not hold are pushed down by the loss of words alone"
+
+
+@pytest.mark.parametrize(("kind", "why"), [("bert", "no decoder"), ("llama-labels", "not the table of its words")])
+def test_models_whose_words_cannot_be_scored_are_refused(kind, why, runs):
+    loop = runs.loop("aux_lm", "lora", kind)
+    with pytest.raises(ConfigError, match=why):
+        loop.moments.start()

@@ -71,6 +71,7 @@ class Strategy:
 
     Class facts for the contract tests alone:
         tiny: settings with which it does something within six steps, five of them an epoch.
+        tiny_kind: the model on which it is tried, where labels of an encoder are not what it learns.
     """
 
     name: ClassVar[str]
@@ -87,6 +88,7 @@ class Strategy:
     extra_passes: ClassVar[float] = 0.0
     extra_forwards: ClassVar[float] = 0.0
     tiny: ClassVar[dict[str, Any]] = {}
+    tiny_kind: ClassVar[str] = ""
 
     def conflicts(self, other: Strategy | Method) -> str | None:
         """Why this strategy cannot stand beside another, or with a method, or None."""

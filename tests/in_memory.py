@@ -64,11 +64,13 @@ class Runs:
         given = {"steps": 3, "batch": PIECES, **changes}
         arch, _, more = kind.partition("-")
         labels = "labels" in more
-        if "dry" in more:
-            dry = {"attention_dropout": 0.0}
-            if arch == "bert":
-                dry = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
-            given = {"model": str(little_model(self.home / kind, arch, **dry)), **given}
+        changed: dict[str, Any] = {"tie_word_embeddings": True} if "tied" in more else {}
+        if "dry" in more and arch == "bert":
+            changed |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
+        elif "dry" in more:
+            changed |= {"attention_dropout": 0.0}
+        if changed:
+            given = {"model": str(little_model(self.home / kind, arch, **changed)), **given}
         if labels or arch == "t5":  # its answers, or labels in a model that writes: "llama-labels"
             rows = little_data(self.home / f"of-{kind}.csv", kind="labelled" if labels else "turns")
             given = {"data": DataSpec(source=str(rows)), **given}

@@ -288,7 +288,7 @@ def test_the_loss_of_words_is_that_of_the_language_models_own_head_and_leaves_pa
 
     settings = {"aux_lm.weight": 0.5}
     one_piece = BatchSpec(size=6, tokens=4096)
-    loop = runs.loop("aux_lm", "lora", "qwen2-labels-dry", values=settings, batch=one_piece)
+    loop = runs.loop("aux_lm", "lora", "llama-labels-tied-dry", values=settings, batch=one_piece)
     loop.moments.start()
     loop.set_mode(training=True)
     loop.moments.before_step(0, loop.total, 0)
@@ -310,7 +310,7 @@ def test_the_loss_of_words_is_that_of_the_language_models_own_head_and_leaves_pa
 def test_the_table_of_words_has_a_gradient_only_by_the_loss_of_words(runs):
     table = []
     for weight in (0.0, 0.5):
-        loop = runs.loop("aux_lm", "full", "qwen2-labels-dry", values={"aux_lm.weight": weight})
+        loop = runs.loop("aux_lm", "full", "llama-labels-tied-dry", values={"aux_lm.weight": weight})
         loop.moments.start()
         loop.set_mode(training=True)
         loop.moments.before_step(0, loop.total, 0)

@@ -38,7 +38,7 @@ class AuxLM(Strategy):
 
     neutral: ClassVar[dict[str, Any] | None] = {"weight": 0.0}
     reads: ClassVar[tuple[str, ...]] = ("states",)
-    tiny_kind: ClassVar[str] = "qwen2-labels"
+    tiny_kind: ClassVar[str] = "llama-labels-tied"
 
     weight: Annotated[float, "lambda, what predicting the text counts", at_least(0)] = 0.5
 

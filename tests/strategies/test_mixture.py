@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from in_memory import Runs
-from little import little_data, little_spec
+from little import Heard, little_data, little_spec
 
 from luthier.core import ConfigError, DataError, IntegrityError
 from luthier.data.order import Order
@@ -173,7 +173,8 @@ def test_labels_that_only_a_further_set_has_follow_those_of_the_run(tmp_path):
     spec = little_spec(tmp_path, steps=3, strategy="mtl_sampling")
     other = little_data(tmp_path / "other.csv", rows=12, seed=3)
     other.write_text(other.read_text().replace(",good", ",blue"))
-    result = train(dataclasses.replace(spec, also=(f"other={other}",)))
+    result = train(dataclasses.replace(spec, also=(f"other={other}",)), listener=(heard := Heard()))
+    assert "also.other: labels that the run's own rows lack: 'blue'" in heard.text
     assert result.tuned.model.config.num_labels == 4
     assert result.record.spec["also"] == ["other=" + str(other)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,11 +12,12 @@ from numpy.typing import NDArray
 from luthier.core import ConfigError, DataError
 from luthier.data.columns import Columns, find_columns, is_blank, label_name
 from luthier.data.examples import Examples
+from luthier.data.order import ChosenOrder, Order, shuffled
 from luthier.data.rows import Row, Table, load_rows
 from luthier.data.tasks import Task
 from luthier.runs.spec import DataSpec
 
-__all__ = ["TRAIN", "Further", "Sets", "join", "load_further", "named_sources"]
+__all__ = ["TRAIN", "Further", "Sets", "equal_shares", "join", "load_further", "named_sources"]
 
 TRAIN = "train"
 
@@ -61,6 +63,29 @@ class Further:
     table: Table = field(repr=False)
     fingerprint: str
     notes: tuple[str, ...] = ()
+    new_labels: tuple[str, ...] = ()
+    """labels that the rows of the run do not have"""
+
+
+def equal_shares(usual: Order, sets: Sets, stream: str) -> Order:
+    """Steps that hold the same number of rows of each set; an epoch is one pass over the first set.
+
+    Args:
+        stream: names the draws.
+    """
+    each = max(1, usual.size // len(sets.names))
+    steps = -(-len(sets.rows(sets.names[0])) // each)
+
+    @lru_cache(maxsize=2)
+    def laid_out(epoch: int) -> NDArray[np.int64]:
+        parts = []
+        for number, rows in enumerate(map(sets.rows, sets.names)):
+            rounds = range(-(-steps * each // len(rows)))
+            mixed = [rows[shuffled(len(rows), usual.seed, stream, number, epoch, k)] for k in rounds]
+            parts.append(np.concatenate(mixed)[: steps * each].reshape(steps, each))
+        return np.concatenate(parts, axis=1)  # (steps, sets * each)
+
+    return ChosenOrder(usual, lambda epoch, step: np.unique(laid_out(epoch)[step]), steps)
 
 
 def named_sources(words: Sequence[str] | None) -> dict[str, str]:
@@ -104,17 +129,22 @@ def load_further(name: str, source: str, spec: DataSpec, columns: Columns, task:
         notes.append(f"also.{name}: {len(rows) - len(kept)} rows also stand in the test half; they are set aside")
     if not kept:
         raise DataError(f"also.{name}: every row of {source} also stands in the test half. Name other rows.")
-    return Further(name, whole.take(kept), table.fingerprint(), tuple(notes))
+    new: set[str] = set()
+    if task.name == "classification" and not task.multi_label and columns.label is not None:
+        marks = [rows[i].get(columns.label) for i in kept]
+        new = {label_name(mark) for mark in marks if not is_blank(mark)} - set(task.labels)
+        if new:
+            notes.append(f"also.{name}: labels that the run's own rows lack: {', '.join(map(repr, sorted(new)))}")
+    return Further(name, whole.take(kept), table.fingerprint(), tuple(notes), tuple(sorted(new)))
 
 
-def join(table: Table, task: Task, columns: Columns, further: Sequence[Further]) -> tuple[Table, Task]:
+def join(table: Table, task: Task, further: Sequence[Further]) -> tuple[Table, Task]:
     """All sets in one table, "train" first; labels that only a further set has follow those of the task."""
     rows, places = list(table.rows), list(table.places)
     for one in further:
         rows += one.table.rows
         places += one.table.places
-    if task.name == "classification" and not task.multi_label and columns.label is not None:
-        marks = [row.get(columns.label) for one in further for row in one.table.rows]
-        new = {label_name(mark) for mark in marks if not is_blank(mark)} - set(task.labels)
-        task = replace(task, labels=(*task.labels, *sorted(new)))
+    new = sorted({label for one in further for label in one.new_labels})
+    if new:
+        task = replace(task, labels=(*task.labels, *new))
     return Table(rows, places, table.source, table.notes), task

@@ -155,7 +155,7 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None, *, be
     for remark in (line for one in further for line in one.notes):
         note(remark)
     if further:
-        table, task = join(table, task, columns, further)
+        table, task = join(table, task, further)
     tokenizer = load_tokenizer(source)
     empty = empty_model(source, task)
     anatomy = Anatomy.read(empty)

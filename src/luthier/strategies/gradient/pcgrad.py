@@ -18,18 +18,16 @@ Pitfalls: the gradient is as long as that of all sets together; a rate that was 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from luthier.core import ConfigError
 from luthier.data.batches import Batch
-from luthier.data.order import ChosenOrder, Order, shuffled
-from luthier.data.sets import Sets
+from luthier.data.order import Order
+from luthier.data.sets import Sets, equal_shares
 from luthier.runs.spec import RunSpec
 from luthier.training.course import Course
 from luthier.training.strategy import STRATEGIES, Strategy
@@ -51,19 +49,7 @@ class PCGrad(Strategy):
             raise ConfigError("pcgrad compares gradients, which fp16 scales. Use precision bf16 or fp32.")
 
     def order(self, usual: Order, sets: Sets, spec: RunSpec) -> Order:
-        each = max(1, usual.size // len(sets.names))
-        steps = -(-len(sets.rows(sets.names[0])) // each)
-
-        @lru_cache(maxsize=2)
-        def laid_out(epoch: int) -> NDArray[np.int64]:
-            parts = []
-            for number, rows in enumerate(map(sets.rows, sets.names)):
-                rounds = range(-(-steps * each // len(rows)))
-                mixed = [rows[shuffled(len(rows), spec.seed, "pcgrad", number, epoch, k)] for k in rounds]
-                parts.append(np.concatenate(mixed)[: steps * each].reshape(steps, each))
-            return np.concatenate(parts, axis=1)  # (steps, sets * each)
-
-        return ChosenOrder(usual, lambda epoch, step: np.unique(laid_out(epoch)[step]), steps)
+        return equal_shares(usual, sets, "pcgrad")
 
     def batches(self, course: Course, batches: list[Batch]) -> list[Batch]:
         rows = np.concatenate([batch.rows for batch in batches])

@@ -43,6 +43,16 @@ def test_its_sources_stay_as_they_were_read(tmp_path):  # acid test 3
     assert not torch.equal(mixture(tuned).vectors, own)
 
 
+def test_what_spot_has_made_may_be_mixed_too(tmp_path):
+    prompt = saved(tmp_path, 0, "prompt_tuning")
+    tuned = attach(tiny("bert"), "spot", sources=[prompt])
+    stir(tuned)
+    tuned.save(tmp_path / "spot")
+    mixed = mixture(attach(tiny("bert"), "attempt", sources=[prompt, tmp_path / "spot"])).others
+    assert torch.equal(mixed[1], open_source(tmp_path / "spot").tensors["prompt.vectors"])
+    assert not torch.equal(mixed[0], mixed[1])
+
+
 def test_a_great_temperature_mixes_all_alike():  # acid test 4
     tuned = attach(tiny("bert"), "attempt", **{**SMALL, "temperature": 1e9})
     module = mixture(tuned)

@@ -49,7 +49,7 @@ class Attempt(Method):
     starts_at_base: ClassVar[bool] = False
     looks_ahead: ClassVar[bool] = True
     default_lr: ClassVar[float] = 0.3
-    sources: ClassVar[tuple[str, ...]] = ("prompt_tuning",)
+    sources: ClassVar[tuple[str, ...]] = ("prompt_tuning", "spot")
     tiny: ClassVar[dict[str, int | float]] = {"prompts": 2, "length": 3, "hidden": 5, "temperature": 1.0, "lr": 0.1}
 
     def fitted(self, sources: Sequence[Source]) -> Self:

@@ -44,7 +44,7 @@ class MPT(Method):
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 0.3
     reads_rows: ClassVar[tuple[str, ...]] = ("task",)
-    sources: ClassVar[tuple[str, ...]] = ("prompt_tuning",)
+    sources: ClassVar[tuple[str, ...]] = ("prompt_tuning", "spot")
     least_sources: ClassVar[int] = 0
     tiny: ClassVar[dict[str, int | float]] = {"length": 3, "lr": 0.1}
 

@@ -48,7 +48,7 @@ class SPoT(Method):
     mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 0.3
-    sources: ClassVar[tuple[str, ...]] = ("prompt_tuning",)
+    sources: ClassVar[tuple[str, ...]] = ("prompt_tuning", "spot")
     tiny: ClassVar[dict[str, int]] = {"length": 3}
 
     def __post_init__(self) -> None:

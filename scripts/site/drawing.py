@@ -8,6 +8,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from luthier.anatomy import Anatomy
+from luthier.core import ConfigError
 from luthier.surgery import METHODS, AddBranch, Attach, Method, PrependKeys, PrependTokens, Reparametrise, Unfreeze
 
 __all__ = ["draw", "marks", "tiny_anatomy"]
@@ -93,7 +94,12 @@ def draw(name: str) -> str:
     """The drawing of one method of the shelf at its defaults, as inline SVG; its colours come from the page's style."""
     torch.manual_seed(0)
     _, anatomy = tiny_anatomy()
-    return svg(name, marks(METHODS.get(name)(), anatomy))
+    cls = METHODS.get(name)
+    try:
+        found = marks(cls(), anatomy)
+    except ConfigError:  # a size that fits models of real width only; the places are the same
+        found = marks(cls(**{n: v for n, v in cls.tiny.items() if n != "lr"}), anatomy)
+    return svg(name, found)
 
 
 def svg(name: str, found: dict[str, set[str]]) -> str:

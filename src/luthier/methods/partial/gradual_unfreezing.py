@@ -8,7 +8,8 @@ first step.
 Howard, Ruder 2018, "Universal Language Model Fine-tuning for Text Classification", arXiv:1801.06146, section 3.3. There
 a group joins with each epoch; here groups join at equal distances until `until`, whatever the number of epochs. Two
 companions of the paper stand apart: `ratio` here gives each group a rate that many times smaller than the group above,
-2.6 in the paper, and the strategy stlr is its triangular schedule.
+2.6 in the paper, and the strategy stlr is its triangular schedule. The strategy gradual_unfreeze is the same idea for
+any method: what that attaches rests, and joins group by group.
 
 Count: all parameters of the model, tied ones once, a new task head apart.
 Claims: less is forgotten than when all layers learn at once.

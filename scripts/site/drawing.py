@@ -9,7 +9,17 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from luthier.anatomy import Anatomy
 from luthier.core import ConfigError
-from luthier.surgery import METHODS, AddBranch, Attach, Method, PrependKeys, PrependTokens, Reparametrise, Unfreeze
+from luthier.surgery import (
+    METHODS,
+    AddBranch,
+    Attach,
+    Attend,
+    Method,
+    PrependKeys,
+    PrependTokens,
+    Reparametrise,
+    Unfreeze,
+)
 
 __all__ = ["draw", "marks", "tiny_anatomy"]
 
@@ -34,6 +44,7 @@ STATES = {
     "trained": "these numbers of the model train",
     "bias": "its bias trains",
     "prepended": "learned vectors stand before those of the text",
+    "attended": "attention is computed otherwise, with numbers that train",
     "branch": "a network beside the frozen model",
 }
 
@@ -70,6 +81,8 @@ def _marks_of(edit: Any, anatomy: Anatomy) -> Iterable[tuple[str, str]]:
         yield "tokens", "prepended"
     elif isinstance(edit, PrependKeys):
         yield "keys", "prepended"
+    elif isinstance(edit, Attend):
+        yield "keys", "attended"
     elif isinstance(edit, AddBranch):
         yield "side", "branch"
     else:

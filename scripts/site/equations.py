@@ -78,7 +78,7 @@ def _math(text: str) -> str:
             apart = True
             continue
         atom = _atom(token)
-        if token.startswith("^") and atoms:
+        if len(token) > 1 and token.startswith("^") and atoms:
             atoms[-1] = f"<msup>{atoms[-1]}{_atom(token[1:])}</msup>"
         elif apart and atoms and not atoms[-1].startswith("<mo>") and not atom.startswith("<mo>"):
             # A product is written with a blank, which mathematics would swallow.

@@ -28,8 +28,8 @@ LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)\s#]+)")
 
 # Options of other programs, which these lines are about.
 OTHERS = re.compile(
-    r"\b(pip|pytest|git|mypy|ruff|mkdocs|uv|peft)\b|python -m (benchmarks|pytest)|python (scripts|benchmarks)/"
-    r"|--hash=sha256|sparse member"
+    r"\b(pip|pytest|git|mypy|ruff|mkdocs|uv|peft)\b|python -m (benchmarks|experiments|pytest)"
+    r"|python (scripts|benchmarks)/|--hash=sha256|sparse member|make mutants|--tests faults"
 )
 
 

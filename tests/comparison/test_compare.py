@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from luthier.comparison.cells import Cell, Failure, cells_of, finished
 from luthier.comparison.verdict import Costs, judge
 from luthier.core import ConfigError, LuthierError
 from luthier.core.config import read_word
+from luthier.runs.forkserver import Outcome
 from luthier.runs.spec import BatchSpec, DataSpec, RunSpec
 from luthier.workflow import train
 
@@ -131,33 +133,27 @@ def test_few_rows_cannot_tell_and_a_baseline_that_wins_is_the_headline() -> None
     assert found.findings[0].startswith("No method beats word counts, whose accuracy on these rows is 1.000")
 
 
-def test_a_killed_process_is_tried_again_and_then_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Dead:
-        exitcode = -9
+def test_a_killed_process_is_tried_again_and_a_refusal_is_not() -> None:
+    class Dying:
+        def __init__(self, status: int, output: str) -> None:
+            self.outcome, self.tries = Outcome(status, output), 0
 
-        def start(self) -> None:
-            tries.append(1)
+        def run(self, *args: Any, **given: Any) -> Outcome:
+            self.tries += 1
+            return self.outcome
 
-        def join(self) -> None: ...
+    def failure_of(dying: Dying) -> Failure | None:
+        free: Any = SimpleQueue()
+        free.put(dying)
+        return cells_file._in_process(free, cell, None)
 
-    class End:
-        def recv(self) -> None:
-            raise EOFError
-
-        def close(self) -> None: ...
-
-    class Context:
-        def Pipe(self, duplex: bool) -> tuple[End, End]:
-            return End(), End()
-
-        def Process(self, **given: Any) -> Dead:
-            return Dead()
-
-    tries: list[int] = []
     cell = cells_of(RunSpec(model="m", data=DataSpec(source="d")), [Entrant("lora", "lora", {})], [0], Path("x"))[0]
-    failure = cells_file._in_process(Context(), cell, None)
+    killed, refused, bug = Dying(-9, ""), Dying(3, 'noise\nluthier-error "no such file"\n'), Dying(1, "KeyError: 'x'")
+    failure = failure_of(killed)
     assert failure is not None and "SIGKILL" in failure.message and failure.exit_code == 5
-    assert len(tries) == cells_file.RETRIES + 1
+    assert killed.tries == cells_file.RETRIES + 1
+    assert failure_of(refused) == Failure("no such file", 3) and refused.tries == 1
+    assert failure_of(bug) == Failure("a bug of ours: KeyError: 'x'", 1)
 
 
 @pytest.mark.slow

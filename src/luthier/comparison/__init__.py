@@ -2,6 +2,7 @@
 
 run          `compare`: runs what is missing, reads what all answered, and judges
 cells        one run for each method and seed, in a folder that its spec names
+one_run      what the process of one of them does
 verdict      who is best, who ties, what cannot be told, at what cost
 statistics   intervals, exact tests, corrections
 scores       scores of weighted rows

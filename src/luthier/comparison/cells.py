@@ -6,18 +6,20 @@ stopped, and starts what is missing; nothing that is finished is computed again.
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import re
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
-from luthier.core import ConfigError, LuthierError
-from luthier.runs import durable
+from luthier.comparison import one_run
+from luthier.core import ConfigError
+from luthier.runs.forkserver import Outcome, Template
 from luthier.runs.spec import RunSpec
 
 __all__ = ["Cell", "Entrant", "Failure", "cells_of", "entrant_of", "finished", "run_cells"]
@@ -114,14 +116,16 @@ def run_cells(
     Raises:
         KeyboardInterrupt: after the cells at work have made their last step safe.
     """
-    # Every cell begins as a copy of one process that has loaded the libraries and nothing else: seconds for each cell.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["luthier.workflow", "luthier.comparison.cells"])
     failures: dict[Path, Failure] = {}
     waiting = [cell for cell in cells if not finished(cell)]
-    with ThreadPoolExecutor(workers) as pool:
+    # Every cell begins as a fork of a process that has loaded the libraries and nothing else: seconds for each cell.
+    # They are started here: the kernel ends a process whose parent's thread has ended.
+    free: SimpleQueue[Template] = SimpleQueue()
+    with ExitStack() as templates, ThreadPoolExecutor(workers) as pool:
+        for _ in range(min(workers, len(waiting))):
+            free.put(templates.enter_context(Template(("torch", "luthier.workflow", "luthier.methods"))))
         open_: dict[Future[Failure | None], Cell] = {
-            pool.submit(_in_process, context, cell, threads): cell for cell in waiting
+            pool.submit(_in_process, free, cell, threads): cell for cell in waiting
         }
         try:
             while open_:
@@ -139,50 +143,26 @@ def run_cells(
     return failures
 
 
-def _in_process(context: Any, cell: Cell, threads: int | None) -> Failure | None:
-    for _ in range(RETRIES + 1):
-        mine, its = context.Pipe(duplex=False)
-        process = context.Process(target=work, args=(cell.spec.to_toml(), its, threads), name=cell.path.name)
-        process.start()
-        its.close()
-        try:
-            failure: Failure | None = mine.recv()
-        except EOFError:
-            failure = None
-        process.join()
-        mine.close()
-        if process.exitcode == 0 or failure is not None:
-            return failure
-    code = int(process.exitcode or 1)
-    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return Failure(f"its process ended by {how}, {RETRIES + 1} times. Less memory: a smaller --batch.", 5)
-
-
-def work(spec_toml: str, told: Connection, threads: int | None) -> None:
-    """Train one cell, or go on with it. Runs in a process of its own."""
-    import tomllib
-
-    import torch
-
-    from luthier.runs.parent import end_with_the_parent
-    from luthier.workflow import resume, train
-
-    end_with_the_parent()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    spec = RunSpec.from_plain(tomllib.loads(spec_toml))
-    assert spec.out is not None
-    path = Path(spec.out)
-    failure: Failure | None = None
+def _in_process(free: SimpleQueue[Template], cell: Cell, threads: int | None) -> Failure | None:
+    template = free.get()
     try:
-        durable.sweep(path.parent, of=path.name)
-        if (path / "run.json").is_file():
-            resume(path)
-        else:
-            train(spec, progress=False)
-    except LuthierError as error:
-        failure = Failure(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        failure = Failure("interrupted", 130)
-    told.send(failure)
-    told.close()
+        for _ in range(RETRIES + 1):
+            words = {"spec": cell.spec.to_toml(), "threads": threads}
+            outcome = template.run(one_run.__file__, "work", words, timeout_s=None)
+            if outcome.status == 0:
+                return None
+            if outcome.status > 0:
+                return _failure(outcome)
+    finally:
+        free.put(template)
+    how = signal.Signals(-outcome.status).name
+    return Failure(f"its process was ended by {how}, {RETRIES + 1} times. Less memory: a smaller --batch.", 5)
+
+
+def _failure(outcome: Outcome) -> Failure:
+    """What the process said last: the message of an error of ours, or the last line of a bug's."""
+    lines = outcome.output.strip().splitlines() or ["it said nothing"]
+    marked = [line.removeprefix(one_run.MARK) for line in lines if line.startswith(one_run.MARK)]
+    if marked:
+        return Failure(json.loads(marked[-1]), outcome.status)
+    return Failure(f"a bug of ours: {lines[-1]}", 1)

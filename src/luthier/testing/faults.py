@@ -43,7 +43,7 @@ def every_operation(
 ) -> Iterator[tuple[int, T, LuthierError | None]]:
     """Do `work(prepare())` once for each operation in `scope`, with a fault of `kind` at that one.
 
-    For faults that the process outlives (a full disk, an error); for those that kill it see `forkserver`.
+    For faults that the process outlives (a full disk, an error); for those that kill it see `runs.forkserver`.
 
     Yields:
         the operation's number, what was prepared, and the error of ours that `work` ended with (None: it succeeded).

@@ -165,7 +165,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     """The 95 % interval of the mean of a few values, by Student's t.
 
     >>> [round(v, 3) for v in interval([0.8, 0.82, 0.86, 0.9, 0.82])]
-    [0.791, 0.889]
+    [0.79, 0.89]
     """
     mean, spread = float(np.mean(values)), float(np.std(values, ddof=1))
     half = STUDENT[len(values) - 2] * spread / math.sqrt(len(values))

@@ -1,4 +1,4 @@
-"""A template process with the slow imports done, so that a test can afford to kill a process per crash point.
+"""A template process with the slow imports done: a run of a comparison, or a crash of a test, is a fork of it.
 
     with Template() as template:
         outcome = template.run(__file__, "save_once", {"folder": str(folder)}, fault="save:7:kill")
@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import importlib.util
 import json
+import math
 import os
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from typing import Any
 from luthier.core import LuthierError, ResourceError
 from luthier.runs import durable
 from luthier.runs.fault import parse_fault
+from luthier.runs.parent import end_with_the_parent
 
 __all__ = ["Outcome", "Template", "serve"]
 
@@ -53,7 +55,7 @@ class Template:
 
     def __init__(self, preload: tuple[str, ...] = ("torch", "safetensors.torch", "luthier.runs")) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", "from luthier.testing.forkserver import serve; serve()", *preload],
+            [sys.executable, "-c", "from luthier.runs.forkserver import serve; serve()", *preload],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -66,13 +68,13 @@ class Template:
         arguments: Mapping[str, Any] | None = None,
         *,
         fault: str = "",
-        timeout_s: float = 60,
+        timeout_s: float | None = 60,
     ) -> Outcome:
         """Call `function(**arguments)` of the Python file `file` in a fork, and wait for its end.
 
         Args:
             fault: armed in the fork only, such as "save:7:kill".
-            timeout_s: after so many seconds the fork is killed.
+            timeout_s: after so many seconds the fork is killed; None, never.
 
         Raises:
             ResourceError: the template itself has ended.
@@ -126,6 +128,7 @@ def _child(module: ModuleType, request: dict[str, Any], output: int) -> None:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         if request["fault"]:
             durable.install(parse_fault(request["fault"]))
         getattr(module, request["function"])(**request["arguments"])
@@ -142,6 +145,8 @@ def _child(module: ModuleType, request: dict[str, Any], output: int) -> None:
 
 def serve() -> None:
     """What the template process does: import the modules that its arguments name, then answer until stdin closes."""
+    end_with_the_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the fork too: what it makes of it is the answer
     for name in sys.argv[1:]:
         importlib.import_module(name)
     if "torch" in sys.modules:
@@ -154,17 +159,20 @@ def serve() -> None:
             pid = os.fork()
             if pid == 0:
                 _child(module, request, output.fileno())
-            status = _wait(pid, time.monotonic() + request["timeout_s"])
+            within = request["timeout_s"]
+            status = _wait(pid, time.monotonic() + within if within is not None else math.inf)
             output.seek(0)
             text = output.read().decode(errors="replace")
         print(json.dumps({"status": status, "output": text}), flush=True)
 
 
 def _wait(pid: int, deadline: float) -> int:
+    pause = 0.001
     while True:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
             return os.waitstatus_to_exitcode(status)
         if time.monotonic() > deadline:
             os.kill(pid, signal.SIGKILL)
-        time.sleep(0.001)
+        time.sleep(pause)
+        pause = min(0.05, 1.2 * pause)

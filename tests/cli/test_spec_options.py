@@ -140,7 +140,7 @@ def test_the_settings_of_a_method_are_options_with_default_and_sentence(
     shown = luthier("train", "--method", name, "--help").out
     card = SHELF.card(name)
     for setting in card.settings:
-        assert setting.name.replace("_", "-") in shown
+        assert setting.name.replace("_", "-").replace(".", "-") in shown
         assert " ".join(setting.meaning.split()[:4]) in shown
     assert (f"Settings of {name}" in shown) == bool(card.settings)
 

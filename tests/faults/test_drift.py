@@ -45,7 +45,7 @@ OTHER: dict[str, Any] = {
     "data.delimiter": ";", "data.encoding": "latin-1",
     "data.text": "text", "data.pair": "label", "data.label": "label", "data.prompt": "text", "data.context": "text",
     "data.response": "label", "data.messages": "text", "data.tokens": "text", "data.tags": "label",
-    "data.row_task": "label", "sources": ["runs/a"],
+    "data.row_task": "label", "data.fold": "2/5", "sources": ["runs/a"], "also": ["old=old.csv"],
     "data.loss_on": "all", "data.strict": True, "data.accept_refused": 0.1, "max_length": 12, "seed": 1,
     "precision": "bf16", "trunk_dropout": "off", "optim.name": "sgd", "optim.lr": 1e-3, "optim.head_lr": 1e-2,
     "optim.schedule": "cosine", "optim.warmup": 0.2, "optim.betas": [0.8, 0.99],

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 from little import at_call, little_spec
+from tiny_methods import small
 
 from luthier.core import WrongArithmetic
 from luthier.runs import RunFolder, load_newest
 from luthier.runs.spec import CheckpointSpec, RunSpec
-from luthier.surgery import METHODS
+from luthier.surgery import METHODS, Method
 from luthier.training.loop import Loop
 from luthier.training.objective import Objective
 from luthier.training.recheck import differing
@@ -97,11 +98,30 @@ def test_one_wrong_bit_in_an_activation_ends_the_run_without_an_update(
     assert {k: v for k, v in run_digests(out).items() if k != "log"} == {k: v for k, v in whole.items() if k != "log"}
 
 
+def phased(method: str) -> bool:
+    return any(type(part).phases is not Method.phases for part in small(method).parts())
+
+
+def sources_of(method: str, home: Path) -> tuple[str, ...]:
+    """Saved tunings that a method is made of, as many as it needs."""
+    found = []
+    for part in small(method).parts():
+        for number in range(part.least_sources if part.sources else 0):
+            path = home / f"{part.sources[0]}-{number}"
+            if not path.exists():
+                train(little_spec(home, part.sources[0], steps=2, seed=number, out=str(path)))
+            found.append(str(path))
+    return tuple(found)
+
+
 @pytest.mark.fault("F25", "changes nothing else")
 @pytest.mark.parametrize("method", METHODS.names())
 def test_computing_twice_changes_no_bit_of_any_method(method: str, home: Path, tmp_path: Path) -> None:
-    train(little_spec(home, method, steps=4, out=str(tmp_path / "plain")))
-    train(little_spec(home, method, steps=4, recheck=2, out=str(tmp_path / "twice")))
+    changes: dict[str, Any] = {"steps": 16 if phased(method) else 4}
+    if sources := sources_of(method, home):
+        changes |= {"sources": sources, "settings": {}}  # sizes are those of the sources
+    train(little_spec(home, method, **changes, out=str(tmp_path / "plain")))
+    train(little_spec(home, method, **changes, recheck=2, out=str(tmp_path / "twice")))
     assert run_digests(tmp_path / "plain") == run_digests(tmp_path / "twice")
 
 

@@ -119,10 +119,17 @@ class Screen:
         with self.drawing() as console, console.status(for_terminal(what), spinner="dots") as status:
             yield lambda words: status.update(for_terminal(words))
 
-    def table(self, head: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[str] = ()) -> None:
+    def table(
+        self,
+        head: Sequence[str],
+        rows: Sequence[Sequence[Any]],
+        *,
+        right: Sequence[str] = (),
+        whole: Sequence[str] = (),
+    ) -> None:
         """A table on standard output, as wide as the terminal at most; silent with --json.
 
-        `right` names columns of numbers.
+        `right` names columns of numbers; `whole` those whose cells are never broken, since they will be copied.
         """
         if self.as_json:
             return
@@ -135,7 +142,9 @@ class Screen:
         for column in head:
             # A class of the user's rows may head a column: its name is text, not markup, and drives no terminal.
             name = Text(for_terminal(column, keep_lines=True))
-            drawn.add_column(name, justify="right" if column in right else "left", overflow="fold")
+            drawn.add_column(
+                name, justify="right" if column in right else "left", overflow="fold", no_wrap=column in whole
+            )
         for row in rows:
             drawn.add_row(*(Text(for_terminal(str(cell), keep_lines=True)) for cell in row))
         console = Console(file=self.out, width=_width(self.out), highlight=False, color_system=None)

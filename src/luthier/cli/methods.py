@@ -109,6 +109,6 @@ def _show_page(card: Card) -> None:
     show(f"peak learning rate where none is given: {card.facts.get('default_lr', 1e-3):g}")
     if card.settings:
         show("\nSettings (--set NAME=VALUE, or an option of their own)")
-        screen().table(*settings_table(card))
+        screen().table(*settings_table(card), whole=("name",))
     example = f" --set {word}" if (word := example_of(card)) else ""
     show(f"\nTry: luthier train sample:minilm-l6 --data sample:trec6 --method {card.name}{example}")

@@ -67,6 +67,6 @@ def _show_page(card: Card) -> None:
     screen().page(card.page)
     if card.settings:
         screen().show("\nSettings (--set NAME=VALUE, or an option of their own)")
-        screen().table(*settings_table(card))
+        screen().table(*settings_table(card), whole=("name",))
     example = f" --set {word}" if (word := example_of(card)) else ""
     screen().show(f"\nTry: luthier train sample:minilm-l6 --data sample:trec6 --strategy {card.name}{example}")

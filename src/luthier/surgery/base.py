@@ -159,13 +159,17 @@ class Base:
             )
         return self._neighbours(kind, part)
 
+    def taken(self, x: Tensor) -> Tensor:
+        """x in the type that the layer takes: its own; a quantised layer takes any float, and its numbers are none."""
+        return x.to(self.dtype) if is_plain(self.whole_weight()) else x
+
     def run(self, x: Tensor) -> Tensor:
         """The layer itself, called in its own type; the result is in that of x. x: (..., d_in) -> (..., d_out).
 
         A gradient goes through it to x. Edits that stand there do not act: it is the model's layer, with the values
         that it has at the moment.
         """
-        y: Tensor = self.module(x if x.dtype == self.dtype else x.to(self.dtype))
+        y: Tensor = self.module(self.taken(x))
         return y if y.dtype == x.dtype else y.to(x.dtype)
 
     @torch.no_grad()

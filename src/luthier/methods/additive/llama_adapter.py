@@ -82,5 +82,5 @@ class Tokens(nn.Module):
 
     def _heads(self, layer: Base, rows: int) -> Tensor:
         """(P, d) -> (rows, H_kv, P, D)."""
-        made = layer.linear(self.tokens.to(layer.dtype)).view(-1, self.heads, self.width)  # (P, H_kv, D)
+        made = layer.linear(layer.taken(self.tokens)).view(-1, self.heads, self.width)  # (P, H_kv, D)
         return made.transpose(0, 1).expand(rows, -1, -1, -1)

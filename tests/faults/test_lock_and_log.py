@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from luthier.core import ConfigError, Locked, ResourceError
-from luthier.runs import Journal, RunFolder, durable
+from luthier.runs import Journal, RunFolder, durable, lock, store
 from luthier.runs.lock import _ticks, holder_is_dead, myself
 from luthier.testing import Template, count_ops, installed
 
@@ -302,3 +302,37 @@ def test_a_folder_with_blanks_and_signs_in_its_name_works(tmp_path: Path) -> Non
     with RunFolder.create(path, {"text": "✓"}) as run:
         run.event("said", text="✓")
     assert RunFolder.open(path, write=False).spec == {"text": "✓"}
+
+
+def test_when_another_process_makes_the_run_first_the_refusal_says_how_to_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, environment = tmp_path / "run", store.environment
+
+    def other_is_faster(*args: Any) -> dict[str, Any]:
+        path.mkdir()
+        (path / "run.json").write_text("{}")
+        return environment(*args)
+
+    monkeypatch.setattr(store, "environment", other_is_faster)
+    with pytest.raises(ConfigError, match="holds an unfinished run"):
+        RunFolder.create(path, {"seed": 7})
+    assert (path / "run.json").read_text() == "{}"
+
+
+def test_a_child_of_a_child_does_not_close_a_file_that_got_the_number_of_the_lock(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fd = os.open(os.devnull, os.O_RDONLY)
+    monkeypatch.setattr(lock, "_held", {fd})
+    lock._forget_in_child()
+    again = os.open(os.devnull, os.O_RDONLY)  # the system gives the lowest free number
+    assert again == fd
+    lock._forget_in_child()
+    os.close(again)  # raises if it is closed already
+
+
+def test_rows_of_a_log_that_is_not_there_yet_are_all_missing(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "rows.jsonl")
+    assert journal.keep_rows(2) == (0, 2)
+    journal.close()

@@ -7,7 +7,7 @@ import pytest
 
 from luthier.core import ConfigError, DiskFull
 from luthier.runs import durable
-from luthier.runs.fault import Fault, PowerLoss, SimulatedDeath, parse_fault
+from luthier.runs.fault import Fault, PowerLoss, SimulatedDeath, _Undo, parse_fault
 from luthier.testing import count_ops, installed
 
 
@@ -129,3 +129,11 @@ def test_a_power_loss_spares_what_was_fsynced(tmp_path: Path) -> None:
     power._settle()
     power.strike()
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_a_folder_whose_making_did_not_last_is_gone_with_all_that_is_in_it(tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+    folder.mkdir()
+    (folder / "file").write_text("x")
+    _Undo("mkdir", folder, {tmp_path}).do()
+    assert list(tmp_path.iterdir()) == []

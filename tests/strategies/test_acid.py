@@ -12,9 +12,9 @@ from luthier.data.batches import Batch
 from luthier.data.tasks import Task
 from luthier.runs.spec import OptimSpec
 from luthier.surgery import attach
+from luthier.surgery.layer_groups import layer_groups
 from luthier.training import STRATEGIES
 from luthier.training.course import Course, Piece, Progress
-from luthier.training.layer_groups import layer_groups
 from luthier.training.optimiser import optimiser_of
 from luthier.workflow import train
 

@@ -6,8 +6,8 @@ from in_memory import Runs
 
 from luthier.core import ConfigError
 from luthier.runs.spec import DataSpec, RunSpec
+from luthier.surgery.layer_groups import layer_groups
 from luthier.training import STRATEGIES
-from luthier.training.layer_groups import layer_groups
 
 torch.set_num_threads(1)
 CLR, GradualUnfreeze, LISA, AdaptiveFreeze = (

@@ -9,8 +9,8 @@ from in_memory import Runs
 
 from luthier.core import ConfigError
 from luthier.runs.spec import BatchSpec, DataSpec, OptimSpec, RunSpec
+from luthier.surgery import is_head
 from luthier.training import STRATEGIES
-from luthier.training.layer_groups import is_new
 
 torch.set_num_threads(1)
 L2SP, RecAdam, Mixout = (STRATEGIES.get(n) for n in ("l2_sp", "recadam", "mixout"))
@@ -51,11 +51,11 @@ def test_l2_sp_has_no_pull_at_the_start_and_its_formula_elsewhere(runs):
     start = values(loop)
     at_start = torch.autograd.grad(one.penalty(course), list(loop.tuned.trained().values()))
     for (name, p), slope in zip(start.items(), at_start, strict=True):
-        assert torch.allclose(slope, 0.05 * p if is_new(name) else torch.zeros_like(p)), name
+        assert torch.allclose(slope, 0.05 * p if is_head(name) else torch.zeros_like(p)), name
     moved(loop)
     now = torch.autograd.grad(one.penalty(course), list(loop.tuned.trained().values()))
     for (name, p), slope in zip(values(loop).items(), now, strict=True):
-        assert torch.allclose(slope, 0.05 * p if is_new(name) else 0.3 * (p - start[name]), atol=1e-6), name
+        assert torch.allclose(slope, 0.05 * p if is_head(name) else 0.3 * (p - start[name]), atol=1e-6), name
 
 
 def test_under_a_strong_pull_the_model_stays_and_its_head_still_learns(runs):
@@ -68,7 +68,7 @@ def test_under_a_strong_pull_the_model_stays_and_its_head_still_learns(runs):
     held.run_to()
 
     def far(loop, new):
-        return max(float((p - start[n]).abs().max()) for n, p in values(loop).items() if is_new(n) == new)
+        return max(float((p - start[n]).abs().max()) for n, p in values(loop).items() if is_head(n) == new)
 
     assert far(held, False) < 0.5 * far(free, False) and far(held, True) > 0.8 * far(free, True)
 
@@ -83,7 +83,7 @@ def test_the_decoupled_pull_is_its_formula(runs):
     loop.moments.rate(0, 3)
     one.after_step(course)
     for name, p in values(loop).items():
-        wanted = there[name] * (1 - 0.02) if is_new(name) else there[name] - 0.05 * (there[name] - start[name])
+        wanted = there[name] * (1 - 0.02) if is_head(name) else there[name] - 0.05 * (there[name] - start[name])
         assert torch.allclose(p, wanted, atol=1e-7), name
 
 
@@ -106,7 +106,7 @@ def test_long_before_t0_a_moved_weight_contracts_to_the_start_and_the_head_is_no
     loop.moments.rate(0, 3)
     one.after_step(course)  # Adam has made no step
     for name, p in values(loop).items():
-        wanted = there[name] if is_new(name) else start[name] + (1 - 0.1) * (there[name] - start[name])
+        wanted = there[name] if is_head(name) else start[name] + (1 - 0.1) * (there[name] - start[name])
         assert torch.allclose(p, wanted, atol=1e-6), name
 
 
@@ -123,7 +123,7 @@ def test_recadam_is_its_formula_in_the_middle(runs):
     for name, p in values(loop).items():
         step = values(plain)[name] - start[name]
         near = start[name] + share * step
-        wanted = values(plain)[name] if is_new(name) else near - 1e-2 * (1 - share) * 50 * (near - start[name])
+        wanted = values(plain)[name] if is_head(name) else near - 1e-2 * (1 - share) * 50 * (near - start[name])
         assert torch.allclose(p, wanted, atol=1e-7), name
 
 
@@ -158,7 +158,7 @@ def test_the_gradient_of_mixout_is_that_of_the_mixed_weight_through_the_mask(run
     moved(loop)
     trained, before = loop.tuned.trained(), values(loop)
     mixes = dict(course.memory.tensors)
-    assert mixes and all(trained[n].dim() == 2 and not is_new(n) for n in mixes)
+    assert mixes and all(trained[n].dim() == 2 and not is_head(n) for n in mixes)
     masks = {n: one._mask(course, n) for n in mixes}
     batch = loop.feed.cut(0)[0]
     loop._gradients(0, [batch])

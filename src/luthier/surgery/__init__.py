@@ -29,6 +29,7 @@ from luthier.surgery.phases import Phases
 from luthier.surgery.shapes import matrices
 from luthier.surgery.source import Source
 from luthier.surgery.sources import open_source
+from luthier.surgery.training_state import is_head
 from luthier.surgery.tuned import Tuned, attach
 from luthier.surgery.tuning import keyed
 from luthier.surgery.tuning_files import read_tuning
@@ -67,6 +68,7 @@ __all__ = [
     "attach_each",
     "from_peft",
     "gradients",
+    "is_head",
     "keyed",
     "load",
     "matrices",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from luthier.surgery.training_state import is_head
 from luthier.surgery.view import TunedView
 
 __all__ = ["layer_groups"]
@@ -30,7 +31,7 @@ def layer_groups(tuned: TunedView, names: list[str]) -> list[list[str]]:
         place = _PLACE.search(name)
         if place:
             group = group_of[(place.group(1) or "", int(place.group(2)))]
-        elif "head/" in name:
+        elif is_head(name):
             group = 0
         else:
             below = len(groups) - 1 if "prompt" in name or "embed" in name else 0

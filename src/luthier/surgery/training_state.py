@@ -10,7 +10,12 @@ from torch import Tensor, nn
 from luthier.surgery.edited_model import EditedModel
 from luthier.surgery.tuning import Tuning
 
-__all__ = ["TrainingState"]
+__all__ = ["TrainingState", "is_head"]
+
+
+def is_head(name: str) -> bool:
+    """Whether a trained tensor, as `trained()` names it, is of a new task head; beside others a tuning's name leads."""
+    return name.startswith("head/") or ":head/" in name
 
 
 class TrainingState:

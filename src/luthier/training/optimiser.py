@@ -17,13 +17,10 @@ from torch import Tensor, nn
 from luthier import kernels
 from luthier.core import ConfigError, IntegrityError
 from luthier.runs.spec import OptimSpec
-from luthier.surgery import Group
+from luthier.surgery import Group, is_head
 from luthier.training.decay import undecayed
 
 __all__ = ["Descent", "Lomo", "NotFinite", "Optimiser", "optimiser_of"]
-
-HEAD = "head/"
-"""How names of a new task head's trained tensors begin."""
 
 
 class NotFinite(ArithmeticError):
@@ -308,7 +305,7 @@ def optimiser_of(
     own += undecayed(named, own)
     lr = spec.lr or default_lr
     if spec.head_lr is not None and spec.head_lr != lr:
-        own.append(Group(tuple(n for n in named if n.startswith(HEAD)), lr_factor=spec.head_lr / lr))
+        own.append(Group(tuple(n for n in named if is_head(n)), lr_factor=spec.head_lr / lr))
     return _KINDS[spec.name](named, [*own, *paces], spec, lr)
 
 

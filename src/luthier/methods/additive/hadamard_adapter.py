@@ -29,7 +29,7 @@ from luthier.anatomy import Anatomy, Site
 from luthier.core import AnatomyError, ConfigError, above, between
 from luthier.kernels import scale
 from luthier.methods.parts.own_tensors import group_names, own_modules, own_unfrozen
-from luthier.surgery import METHODS, Attachment, Edit, Group, Method, Phase, TunedView, Unfreeze, attach_each
+from luthier.surgery import METHODS, Attachment, Edit, Group, Method, Phase, TunedView, Unfreeze, attach_each, is_head
 
 
 @METHODS.register("hadamard_adapter", family="additive", paper="arXiv:2407.11033")
@@ -61,10 +61,10 @@ class HadamardAdapter(Method):
         return sum(2 * self._width(s) for s in self._sites(anatomy)) + norms
 
     def phases(self, tuned: TunedView) -> Sequence[Phase]:
-        if self.probe == 0 or not any("head/" in n for n in tuned.trained()):
+        if self.probe == 0 or not any(map(is_head, tuned.trained())):
             return ()
-        probe = Phase(self.probe, trains=lambda name: "head/" in name, rate=self.probe_rate)
-        return probe, Phase(1 - self.probe, trains=lambda name: "head/" not in name)
+        probe = Phase(self.probe, trains=is_head, rate=self.probe_rate)
+        return probe, Phase(1 - self.probe, trains=lambda name: not is_head(name))
 
     def groups(self, tuned: TunedView) -> list[Group]:
         modules = own_modules(self, tuned, Affine)

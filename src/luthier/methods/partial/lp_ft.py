@@ -24,7 +24,7 @@ from typing import Annotated, ClassVar
 from luthier.anatomy import Anatomy
 from luthier.core import AnatomyError, ConfigError, above, between
 from luthier.methods.parts.update_masks import maskable, sizes_of
-from luthier.surgery import METHODS, Edit, Method, Phase, TunedView, Unfreeze
+from luthier.surgery import METHODS, Edit, Method, Phase, TunedView, Unfreeze, is_head
 
 
 @METHODS.register("lp_ft", family="partial", paper="arXiv:2202.10054")
@@ -57,7 +57,7 @@ class LPFT(Method):
         return sum(sizes_of(anatomy, maskable(anatomy, "all")))
 
     def phases(self, tuned: TunedView) -> Sequence[Phase]:
-        probe = Phase(self.probe, trains=lambda name: "head/" in name, rate=self.probe_rate)
+        probe = Phase(self.probe, trains=is_head, rate=self.probe_rate)
         return probe, Phase(1 - self.probe)
 
     def conflicts(self, other: Method) -> str | None:

@@ -29,6 +29,7 @@ from luthier.data.batches import Batch
 from luthier.data.order import Order
 from luthier.data.sets import Sets, equal_shares
 from luthier.runs.spec import RunSpec
+from luthier.surgery import is_head
 from luthier.training.course import Course
 from luthier.training.strategy import STRATEGIES, Strategy
 
@@ -77,7 +78,7 @@ class PCGrad(Strategy):
 
 def projected(slopes: list[Slopes], generator: torch.Generator) -> list[Slopes]:
     """The gradients of the sets without their heads, each freed of what works against another as it was."""
-    shared = [{n: g for n, g in one.items() if not n.startswith("head/")} for one in slopes]
+    shared = [{n: g for n, g in one.items() if not is_head(n)} for one in slopes]
     found = []
     for i, own in enumerate(shared):
         freed = dict(own)
@@ -100,7 +101,7 @@ def added(slopes: list[Slopes]) -> Slopes:
 
 
 def _heads(slopes: Slopes) -> Slopes:
-    return {name: slope for name, slope in slopes.items() if name.startswith("head/")}
+    return {name: slope for name, slope in slopes.items() if is_head(name)}
 
 
 def _product(one: Slopes, other: Slopes) -> float:

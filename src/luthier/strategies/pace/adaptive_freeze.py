@@ -22,8 +22,8 @@ from typing import Annotated, Any, ClassVar
 import torch
 
 from luthier.core import at_least, between
+from luthier.surgery.layer_groups import layer_groups
 from luthier.training.course import Course
-from luthier.training.layer_groups import layer_groups
 from luthier.training.strategy import STRATEGIES, Strategy
 
 

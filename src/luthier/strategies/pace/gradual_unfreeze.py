@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from luthier.core import at_least
+from luthier.surgery.layer_groups import layer_groups
 from luthier.training.course import Course
-from luthier.training.layer_groups import layer_groups
 from luthier.training.strategy import STRATEGIES, Strategy
 
 

@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar
 
 from luthier.core import between
 from luthier.surgery import Group, Tuned
-from luthier.training.layer_groups import layer_groups
+from luthier.surgery.layer_groups import layer_groups
 from luthier.training.strategy import STRATEGIES, Strategy
 
 

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from luthier.core import ConfigError, at_least
 from luthier.runs.spec import RunSpec
+from luthier.surgery import is_head
 from luthier.training.course import Course
-from luthier.training.layer_groups import is_new
 from luthier.training.strategy import STRATEGIES, Strategy
 
 
@@ -47,7 +47,7 @@ class L2SP(Strategy):
             )
 
     def start(self, course: Course) -> None:
-        kept = {n: p.detach().clone() for n, p in course.weights().items() if not is_new(n)}
+        kept = {n: p.detach().clone() for n, p in course.weights().items() if not is_head(n)}
         course.memory.tensors.update(kept)
 
     def penalty(self, course: Course) -> Tensor | None:
@@ -66,7 +66,7 @@ class L2SP(Strategy):
                 parameter.sub_(away, alpha=course.rate_of(name) * self._pull(name))
 
     def _pull(self, name: str) -> float:
-        return self.beta if is_new(name) else self.alpha
+        return self.beta if is_head(name) else self.alpha
 
     def _rest(self, course: Course, name: str) -> Tensor | float:
-        return 0.0 if is_new(name) else course.memory.tensors[name]
+        return 0.0 if is_head(name) else course.memory.tensors[name]

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from luthier.core import between
+from luthier.surgery import is_head
 from luthier.training.course import Course, Piece
-from luthier.training.layer_groups import is_new
 from luthier.training.strategy import STRATEGIES, Strategy
 
 
@@ -74,4 +74,4 @@ class Mixout(Strategy):
 
 
 def _mixes(name: str, weight: Tensor) -> bool:
-    return weight.dim() > 1 and not is_new(name)
+    return weight.dim() > 1 and not is_head(name)

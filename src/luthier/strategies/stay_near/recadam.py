@@ -24,8 +24,8 @@ import torch
 
 from luthier.core import ConfigError, above, at_least
 from luthier.runs.spec import RunSpec
+from luthier.surgery import is_head
 from luthier.training.course import Course
-from luthier.training.layer_groups import is_new
 from luthier.training.strategy import STRATEGIES, Strategy
 
 
@@ -79,4 +79,4 @@ class RecAdam(Strategy):
         return 1 / (1 + math.exp(min(700.0, -self.k * (step - self.t0))))
 
     def _pulled(self, course: Course) -> list[str]:
-        return [name for name in course.weights() if not is_new(name)]
+        return [name for name in course.weights() if not is_head(name)]

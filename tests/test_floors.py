@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "training": {"core", "kernels", "runs", "anatomy", "data", "surgery"},
     "workflow": {"core", "kernels", "runs", "trust", "anatomy", "samples", "data", "surgery", "training"},
     "strategies": {"core", "kernels", "runs", "trust", "anatomy", "data", "surgery", "training", "workflow"},
-    "comparison": {"core", "runs", "data", "workflow"},
+    "comparison": {"core", "runs", "data", "training", "workflow"},
     "cli": {
         *("core", "runs", "trust", "anatomy", "samples", "data", "surgery", "methods", "training", "workflow"),
         *("strategies", "comparison"),

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from luthier.cli import _compare_runs, demo
+from luthier.cli import demo
 from luthier.cli._compare_runs import compare
+from luthier.comparison import mcnemar
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,7 +51,7 @@ def test_a_tie_is_called_one_and_what_is_worse_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("one", "other"), [(0, 0), (5, 5), (12, 2), (30, 11), (1, 0)])
 def test_the_chance_is_that_of_the_binomial_test(one: int, other: int) -> None:
     wanted = stats.binomtest(one, one + other, 0.5).pvalue if one + other else 1.0
-    assert _compare_runs._chance(one, other) == pytest.approx(wanted)
+    assert mcnemar(one, other) == pytest.approx(wanted)
 
 
 def test_the_page_about_choosing_names_the_passes_that_the_demo_makes() -> None:

@@ -63,7 +63,7 @@ def test_mcnemar_counts_coin_tosses() -> None:
 
 def test_flips_are_rows_that_only_one_answers_rightly() -> None:
     wanted, a, b = np.array([0, 1, 2, 2]), np.array([0, 1, 0, 0]), np.array([0, 0, 2, 1])
-    assert flips(wanted, a, b) == (1, 1)
+    assert flips(a == wanted, b == wanted) == (1, 1)
 
 
 def test_five_seeds_never_reach_one_in_twenty_and_six_do() -> None:

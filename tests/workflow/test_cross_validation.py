@@ -13,6 +13,7 @@ from luthier.data.load_data import load_data
 from luthier.data.rows import Table, fold_of
 from luthier.runs.spec import BatchSpec, DataSpec, RunSpec
 from luthier.workflow import Predictor, cross_validate, cross_validation
+from luthier.workflow import run as run_file
 
 
 def _table(rows: list[tuple[str, str]]) -> Table:
@@ -66,7 +67,7 @@ def test_finished_folds_are_not_run_again_and_the_last_run_learns_all_rows(
         batch=BatchSpec(size=4), precision="fp32", threads=1, out=str(tmp_path / "cv"),
     )  # fmt: skip
     ran: list[str] = []
-    real = cross_validation.train
+    real = run_file.train
 
     def once(each: RunSpec, **given: Any) -> Any:
         ran.append(Path(str(each.out)).name)
@@ -74,7 +75,7 @@ def test_finished_folds_are_not_run_again_and_the_last_run_learns_all_rows(
             raise KeyboardInterrupt
         return real(each, **given)
 
-    monkeypatch.setattr(cross_validation, "train", once)
+    monkeypatch.setattr(run_file, "train", once)
     with pytest.raises(KeyboardInterrupt):
         cross_validate(spec, 2)
     found = cross_validate(tmp_path / "cv")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from luthier.core import listed
 
 __all__ = ["Comparison", "compare"]
 
@@ -36,12 +35,12 @@ class Comparison:
         if len(self.best) == 1:
             found = [f"On these {self.rows} held-out rows {self.best[0]} is better than the others."]
         else:
-            found = [f"These {self.rows} held-out rows do not tell {_listed(self.best)} apart."]
+            found = [f"These {self.rows} held-out rows do not tell {listed(self.best)} apart."]
             if self.worse:
-                found[0] += f" {_listed(self.worse)} {'is' if len(self.worse) == 1 else 'are'} worse."
+                found[0] += f" {listed(self.worse)} {'is' if len(self.worse) == 1 else 'are'} worse."
         if self.rare_best:
             found.append(
-                f"On the rarest class, {self.rare_class!r} ({self.rare_rows} rows), best: {_listed(self.rare_best)} "
+                f"On the rarest class, {self.rare_class!r} ({self.rare_rows} rows), best: {listed(self.rare_best)} "
                 f"(F1 {self.rare_f1:.2f})."
             )
         if len(self.best) > 1:
@@ -55,38 +54,20 @@ def compare(runs: Sequence[dict[str, Any]]) -> Comparison:
     Args:
         runs: facts of finished runs with the same held-out rows: method, path, scores, trained, quality.
     """
-    right = {run["method"]: _right(Path(run["path"])) for run in runs}
+    from luthier.comparison import answers_of, flips, holm, mcnemar
+
+    right = {
+        run["method"]: [a == w for a, w in zip(got.said, got.wanted, strict=True)]
+        for run in runs
+        for got in (answers_of(run["path"]),)
+    }
     top = max(runs, key=lambda run: (run["scores"]["accuracy"], -run["trained"]))["method"]
     others = [run["method"] for run in runs if run["method"] != top]
-    worse = tuple(
-        name for name in others if _chance(*_apart(right[top], right[name])) < CHANCE / max(1, len(others))
-    )  # fmt: skip
+    chances = holm([mcnemar(*flips(right[top], right[name])) for name in others])
+    worse = tuple(name for name, chance in zip(others, chances, strict=True) if chance < CHANCE)
     best = tuple(run["method"] for run in runs if run["method"] not in worse)
     kept = min((run for run in runs if run["method"] in best), key=lambda run: run["trained"])["method"]
     return Comparison(rows=len(right[top]), best=best, worse=worse, kept=kept, **_rare(runs))
-
-
-def _right(path: Path) -> list[bool]:
-    """Row by row, whether its answer was right."""
-    with (path / "predictions.csv").open(encoding="utf-8", newline="") as file:
-        return [row["answer"] == row["wanted"] for row in csv.DictReader(file)]
-
-
-def _apart(one: Sequence[bool], other: Sequence[bool]) -> tuple[int, int]:
-    """Rows that the first alone has right, and the second alone."""
-    pairs = list(zip(one, other, strict=True))
-    return sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
-
-
-def _chance(one: int, other: int) -> float:
-    """How likely two equal runs fall apart at least so far: McNemar's exact test, two-sided.
-
-    >>> _chance(5, 5), round(_chance(12, 2), 4)
-    (1.0, 0.0129)
-    """
-    n = one + other
-    tail = sum(math.comb(n, i) for i in range(min(one, other) + 1)) / float(2**n)
-    return min(1.0, 2 * tail)
 
 
 def _rare(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -99,7 +80,3 @@ def _rare(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     most = max(f1.values())
     best = tuple(name for name, value in f1.items() if value == most) if most > 0 else ()
     return {"rare_class": rarest["name"], "rare_rows": rarest["rows"], "rare_best": best, "rare_f1": most}
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -6,11 +6,25 @@ one_run      what the process of one of them does
 verdict      who is best, who ties, what cannot be told, at what cost
 statistics   intervals, exact tests, corrections
 scores       scores of weighted rows
-baselines    what any method has to beat
+answers      what one run answered, row by row
 """
 
+from luthier.comparison.answers import Answers, answers_of
 from luthier.comparison.cells import Entrant, entrant_of
 from luthier.comparison.run import compare
+from luthier.comparison.statistics import flips, holm, mcnemar
 from luthier.comparison.verdict import Comparison, Costs, Standing
 
-__all__ = ["Comparison", "Costs", "Entrant", "Standing", "compare", "entrant_of"]
+__all__ = [
+    "Answers",
+    "Comparison",
+    "Costs",
+    "Entrant",
+    "Standing",
+    "answers_of",
+    "compare",
+    "entrant_of",
+    "flips",
+    "holm",
+    "mcnemar",
+]

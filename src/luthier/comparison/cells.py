@@ -137,9 +137,8 @@ def run_cells(
                     said(cell, failure)
                     if failure is not None and failure.exit_code in (130, 143):
                         raise KeyboardInterrupt
-        except BaseException:
+        finally:  # after Ctrl-C nothing new begins; those at work make their last step safe
             pool.shutdown(wait=False, cancel_futures=True)
-            raise
     return failures
 
 

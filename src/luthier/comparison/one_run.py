@@ -4,10 +4,8 @@ import json
 import os
 import signal
 import tomllib
-from pathlib import Path
 
 from luthier.core import Interrupted, LuthierError
-from luthier.runs import durable
 from luthier.runs.parent import end_with_the_parent
 from luthier.runs.spec import RunSpec
 
@@ -21,18 +19,13 @@ def work(spec: str, threads: int | None) -> None:
     end_with_the_parent()
     import torch
 
-    from luthier.workflow import resume, train
+    from luthier.training.listener import Listener
+    from luthier.workflow.run import run_to_end
 
     torch.set_num_threads(threads or os.cpu_count() or 1)
     read = RunSpec.from_plain(tomllib.loads(spec))
-    assert read.out is not None
-    path = Path(read.out)
     try:
-        durable.sweep(path.parent, of=path.name)
-        if (path / "run.json").is_file():
-            resume(path)
-        else:
-            train(read, progress=False)
+        run_to_end(read, Listener())
     except LuthierError as error:
         print(MARK + json.dumps(str(error)), flush=True)
         raise

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.comparison.baselines import majority, word_counts
+from luthier.comparison.answers import Answers, answers_of
 from luthier.comparison.cells import Cell, Entrant, Failure, cells_of, finished, run_cells
 from luthier.comparison.scores import score_named
 from luthier.comparison.statistics import smallest_visible
 from luthier.comparison.verdict import Comparison, Costs, judge
 from luthier.core import ConfigError, IntegrityError, LuthierError, plain
 from luthier.data.load_data import Data, load_data
+from luthier.data.problems import text_of
 from luthier.runs import Record, durable
 from luthier.runs.lock import Lock
 from luthier.runs.spec import RunSpec
+from luthier.training.word_counts import answers_by_words
 from luthier.workflow.load_model import find_model, load_config
 
 __all__ = ["compare"]
@@ -128,16 +126,6 @@ def _announcing(say: Callable[[str], None], total: int, there: int) -> Callable[
 # --- what came out ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Answers:
-    """What one run answered on the held-out rows."""
-
-    places: list[str]
-    texts: list[str]
-    wanted: list[str]
-    said: list[str]
-
-
 def _judge(
     cells: Sequence[Cell], failures: dict[Path, Failure], data: Data, metric: str, margin: float | None
 ) -> Comparison:
@@ -157,7 +145,7 @@ def _judge(
         error = LuthierError(f"compare: no method has a result. {told}")
         error.exit_code = max(f.exit_code for f in failures.values())  # type: ignore[misc]
         raise error
-    answers = {name: [_answers(cell) for cell in own] for name, own in whole.items()}
+    answers = {name: [answers_of(cell.path) for cell in own] for name, own in whole.items()}
     first = next(iter(answers.values()))[0]
     for name, own_answers in answers.items():
         for cell, one in zip(whole[name], own_answers, strict=True):
@@ -192,21 +180,6 @@ def _skeleton(text: str) -> str:
     return re.sub(r"[\W_]+", " ", re.sub(r"\d+", "0", text.lower())).strip() or text
 
 
-def _answers(cell: Cell) -> _Answers:
-    path = cell.path / "predictions.csv"
-    try:
-        lines = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8"), newline="")))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise IntegrityError(f"{path}: cannot be read ({error}). Remove {cell.path} and compare again.") from error
-    head, body = lines[0], lines[1:]
-    where = {name: head.index(name) for name in ("place", "wanted", "answer")}
-    texts = [" ".join(line[1 : where["wanted"]]) for line in body]
-    return _Answers(
-        [line[where["place"]] for line in body], texts, [line[where["wanted"]] for line in body],
-        [line[where["answer"]] for line in body],
-    )  # fmt: skip
-
-
 def _record(cell: Cell) -> Record:
     return Record.from_json((cell.path / "record.json").read_bytes())
 
@@ -232,18 +205,13 @@ def _calibration(cells: Sequence[Cell]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def _baselines(data: Data, asked: _Answers, numbers: dict[str, int]) -> dict[str, NDArray[np.int64]]:
-    """Answers of what needs no model, for the rows that all methods answered."""
-    columns = data.columns
-    usable = [row for row in data.train.rows if columns.outcome(row) in numbers]
-    texts, learnt = [_text(row, columns) for row in usable], [columns.outcome(row) for row in usable]
-    most = majority(learnt)
-    found = {f"always answering {most!r}": np.full(len(asked.places), numbers[most], dtype=np.int64)}
-    said = word_counts(texts, learnt, asked.texts)
+def _baselines(data: Data, asked: Answers, numbers: dict[str, int]) -> dict[str, NDArray[np.int64]]:
+    """Answers of what needs no model, for the rows that all methods answered; learnt from all rows but these."""
+    usable = [row for row in data.train.rows if data.columns.outcome(row) in numbers]
+    targets = _numbered([data.columns.outcome(row) for row in usable], numbers)
+    most = int(np.bincount(targets, minlength=len(numbers)).argmax())
+    found = {f"always answering {data.task.labels[most]!r}": np.full(len(asked.places), most, dtype=np.int64)}
+    said = answers_by_words([text_of(row, data.columns) for row in usable], targets, asked.texts)
     if said is not None:
-        found["word counts (TF-IDF) with logistic regression"] = _numbered(said, numbers)
+        found["word counts (TF-IDF) with logistic regression"] = said
     return found
-
-
-def _text(row: Any, columns: Any) -> str:
-    return " ".join(str(row.get(name) or "") for name in (columns.text, columns.pair) if name is not None)

@@ -13,7 +13,7 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from luthier.core import key
 
@@ -145,10 +145,14 @@ def _bca(draws: NDArray[np.float64], value: float, left_out: NDArray[np.float64]
     return float(np.quantile(draws, normal.cdf(bias + z / (1 - skew * z))))
 
 
-def flips(wanted: NDArray[np.int64], a: NDArray[np.int64], b: NDArray[np.int64]) -> tuple[int, int]:
-    """Rows that only the first answers rightly, and rows that only the second does."""
-    right_a, right_b = a == wanted, b == wanted
-    return int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
+def flips(a: ArrayLike, b: ArrayLike) -> tuple[int, int]:
+    """Rows that only the first has right, and rows that only the second has.
+
+    Args:
+        a, b: (rows,) whether each row's answer is right.
+    """
+    one, other = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
+    return int((one & ~other).sum()), int((other & ~one).sum())
 
 
 def mcnemar(only_a: int, only_b: int) -> float:

@@ -19,7 +19,7 @@ from luthier.comparison.statistics import (
     resample,
     smallest_visible,
 )
-from luthier.core import human_count
+from luthier.core import human_count, listed
 
 __all__ = ["Comparison", "Costs", "Standing", "judge"]
 
@@ -122,7 +122,8 @@ def judge(
     standings = []
     for i in order:
         low, high = resampled.interval(i)
-        told = [flips(wanted, answered[best, s], answered[i, s]) for s in range(len(seeds))] if i != best else []
+        right = answered == wanted
+        told = [flips(right[best, s], right[i, s]) for s in range(len(seeds))] if i != best else []
         standings.append(
             Standing(
                 name=names[i],
@@ -180,7 +181,7 @@ def _findings(found: Comparison) -> list[str]:
         named = [s.name for s in rest if s.word == word]
         if named:
             one = says.replace("so they tie", "so it ties") if len(named) == 1 else says
-            lines.append(f"{_joined(named)} {'is' if len(named) == 1 else 'are'} {one}.")
+            lines.append(f"{listed(named)} {'is' if len(named) == 1 else 'are'} {one}.")
     lines += _advice(found)
     if len(found.seeds) < LEAST_SEEDS:
         lines.append(
@@ -211,7 +212,3 @@ def _advice(found: Comparison) -> list[str]:
         f"Of those that tie, {least.name} trains {times:.1f} times fewer numbers than {first.name} "
         f"({human_count(least.costs.trained)} against {human_count(first.costs.trained)})."
     ]
-
-
-def _joined(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

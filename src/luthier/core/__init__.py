@@ -5,7 +5,7 @@ from luthier.core.catalogue import Catalogue
 from luthier.core.config import FieldFacts, Flag, Switch, above, at_least, between, build, checked, fields_of, plain
 from luthier.core.errors import *  # noqa: F403  # the whole tree, by its own __all__
 from luthier.core.random import key
-from luthier.core.units import human_bytes, human_count, human_seconds
+from luthier.core.units import human_bytes, human_count, human_seconds, listed
 
 __all__ = [  # noqa: F405
     "AnatomyError",
@@ -44,6 +44,7 @@ __all__ = [  # noqa: F405
     "human_count",
     "human_seconds",
     "key",
+    "listed",
     "near",
     "plain",
 ]

@@ -1,6 +1,8 @@
-"""Numbers as people read them. Bytes in powers of 1000, seconds as m:ss."""
+"""Numbers and names as people read them. Bytes in powers of 1000, seconds as m:ss."""
 
-__all__ = ["human_bytes", "human_count", "human_seconds"]
+from collections.abc import Sequence
+
+__all__ = ["human_bytes", "human_count", "human_seconds", "listed"]
 
 
 def human_bytes(n: float) -> str:
@@ -35,3 +37,11 @@ def human_seconds(s: float) -> str:
     minutes, seconds = divmod(round(s), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """
+    >>> listed(["lora"]), listed(["lora", "ia3", "full"])
+    ('lora', 'lora, ia3 and full')
+    """
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

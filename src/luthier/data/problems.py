@@ -14,7 +14,7 @@ from luthier.data.columns import Columns, reads_like_no_label
 from luthier.data.rows import Row, Table
 from luthier.data.tasks import Task, look_alikes
 
-__all__ = ["FILE", "Problem", "find_problems", "problems_csv", "problems_said"]
+__all__ = ["FILE", "Problem", "find_problems", "problems_csv", "problems_said", "text_of"]
 
 FILE = "problems.csv"
 MOST = 20_000

@@ -19,12 +19,12 @@ import numpy as np
 from luthier.core import ConfigError, Interrupted, build, plain
 from luthier.data.load_data import load_data
 from luthier.data.tasks import Task
-from luthier.runs import RunFolder, durable
+from luthier.runs import durable
 from luthier.runs.spec import MOST_FOLDS, RunSpec
 from luthier.surgery import read_tuning
 from luthier.training.listener import Listener
 from luthier.workflow.load_model import find_model, load_config
-from luthier.workflow.run import default_out, resume, train
+from luthier.workflow.run import default_out, run_to_end
 
 __all__ = ["FILE", "CrossValidation", "cross_validate", "interval", "is_cross_validation"]
 
@@ -133,15 +133,8 @@ def _fold(spec: RunSpec, path: Path, i: int, folds: int) -> RunSpec:
 
 
 def _run(spec: RunSpec, listener: Listener, name: str) -> None:
-    path = Path(str(spec.out))
-    if not path.exists():
-        train(spec, listener=listener)
-        return
-    run = RunFolder.open(path, write=False)
-    if run.finished:
-        listener.say(f"{name}: is finished in {path}, and not run again")
-        return
-    resume(path, listener=listener)
+    if not run_to_end(spec, listener):
+        listener.say(f"{name}: is finished in {spec.out}, and not run again")
 
 
 def _summary(path: Path, folds: int) -> CrossValidation:

@@ -190,6 +190,26 @@ def resume(
             return _run(prepared, loop, run, listener, started, stop_at, because=tuple(because))
 
 
+def run_to_end(spec: RunSpec, listener: Listener) -> bool:
+    """Start the run of a spec with a folder, or go on with it where it was stopped; a finished one is left alone.
+
+    Returns:
+        whether there was anything to do.
+
+    Raises:
+        Any LuthierError: of `train` or `resume`.
+    """
+    path = Path(str(spec.out))
+    durable.sweep(path.parent, of=path.name)
+    if not (path / "run.json").is_file():
+        train(spec, listener=listener)
+    elif not RunFolder.open(path, write=False).finished:
+        resume(path, listener=listener)
+    else:
+        return False
+    return True
+
+
 def _create(path: Path, prepared: Prepared) -> RunFolder:
     """The run's folder. A name of our own choosing that another process was faster to take is followed by the next."""
     spec, prints, device = prepared.spec, prepared.fingerprints, str(prepared.device)

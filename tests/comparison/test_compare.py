@@ -176,6 +176,7 @@ def test_processes_give_what_one_process_gives(tmp_path: Path) -> None:
         ([], "no methods are named"),
         (["--method", "lora,ia3", "--metric", "f1"], "--metric 'f1'"),
         (["--method", "lora,ia3", "--margin", "5"], "--margin 5"),
+        (["--method", "lora", "--strategy", "lldr"], "Did you mean 'llrd'"),
     ],
 )
 def test_wrong_words_are_refused_before_anything_is_read(
@@ -185,6 +186,19 @@ def test_wrong_words_are_refused_before_anything_is_read(
     assert main([*base, *words]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(("made", "said"), [("file", "is a file"), ("run", "is the folder of a run")])
+def test_a_folder_that_is_none_is_refused_before_the_data_are_read(made: str, said: str, tmp_path: Path) -> None:
+    home = tmp_path / "r"
+    if made == "file":
+        home.write_text("mine")
+    else:
+        home.mkdir()
+        (home / "run.json").write_text("{}")
+    base = RunSpec(model="nowhere", data=DataSpec(source="nothing.csv"), steps=1)
+    with pytest.raises(ConfigError, match=said):
+        compare(base, [Entrant("lora", "lora", {})], seeds=1, home=home)
 
 
 def test_a_task_without_one_label_a_row_is_refused(tmp_path: Path) -> None:

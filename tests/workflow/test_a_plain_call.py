@@ -50,6 +50,18 @@ def test_rows_of_memory_are_learnt_and_the_run_can_be_resumed(tmp_path: Path, ki
     assert (result.record.spec["data"]["test"] is not None) == (kind == "halves")
 
 
+def test_a_resumed_run_tells_the_time_of_all_its_attempts(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    model, data = little_model(tmp_path / "model"), little_data(tmp_path / "rows.csv")
+    train(model, data, steps=3, threads=1, precision="fp32", out=str(out), stop_at=1, progress=False)
+    events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    for event in events:
+        if event["event"] == "paused":
+            event["seconds"] = 1000.0
+    (out / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    assert 1000 < resume(out).record.seconds < 2000
+
+
 def test_a_result_is_short_and_answers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model, data = little_model(tmp_path / "model"), little_data(tmp_path / "rows.csv")
     words = {"steps": 2, "threads": 1, "precision": "fp32", "out": str(tmp_path / "run")}

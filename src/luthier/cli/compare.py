@@ -105,7 +105,10 @@ def _compare(
 ) -> None:  # fmt: skip
     names = _names(methods)
     for name in names:
-        check_names(name.partition(":")[0], model, changes["data.source"], changes.get("data.test"))
+        check_names(
+            name.partition(":")[0], model, changes["data.source"], changes.get("data.test"),
+            strategy=changes.get("strategy"),
+        )  # fmt: skip
     if margin is not None and not 0 < margin < 1:
         raise ConfigError(f"--margin {margin:g}: a share between 0 and 1, such as 0.01.")
     from luthier.comparison import compare, entrant_of

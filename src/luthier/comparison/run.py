@@ -55,6 +55,7 @@ def compare(
     """
     score_named(metric)
     _check(entrants, seeds)
+    _check_home(home)
     data = load_data(base.data, base.task, load_config(find_model(base.model)))
     if data.task.name != "classification" or data.task.multi_label:
         raise ConfigError(
@@ -67,9 +68,9 @@ def compare(
         say(note)
     rows = len(data.test)
     say(
-        f"{len(entrants)} methods, {seeds} {'seed' if seeds == 1 else 'seeds'}, {rows} held-out rows: a difference in "
-        f"accuracy under {smallest_visible(rows):.3f} will most likely not be seen (where two methods differ on a "
-        "tenth of the rows)"
+        f"{len(entrants)} {'method' if len(entrants) == 1 else 'methods'}, {seeds} {'seed' if seeds == 1 else 'seeds'}, "
+        f"{rows} held-out rows: a difference in accuracy under {smallest_visible(rows):.3f} will most likely not be seen "
+        "(where two methods differ on a tenth of the rows)"
     )
     _make_home(home)
     lock = Lock(home / "run.lock")
@@ -98,11 +99,14 @@ def _check(entrants: Sequence[Entrant], seeds: int) -> None:
         raise ConfigError(f"--seeds {seeds}: give at least 1; 3 show the spread, 6 allow a claim over seeds.")
 
 
-def _make_home(home: Path) -> None:
+def _check_home(home: Path) -> None:
     if home.exists() and not home.is_dir():
         raise ConfigError(f"--out {home}: is a file. Name a folder for the comparison.")
     if (home / "run.json").exists():
         raise ConfigError(f"--out {home}: is the folder of a run. Name another for the comparison.")
+
+
+def _make_home(home: Path) -> None:
     for folder in reversed([p for p in (home / "cells", *(home / "cells").parents) if not p.exists()]):
         durable.make_folder(folder)
 

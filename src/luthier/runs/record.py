@@ -17,7 +17,7 @@ class Record:
         spec: the resolved specification.
         environment: from `environment()`.
         scores: name -> score; empty where nothing was measured.
-        seconds: time spent training and evaluating, all attempts together.
+        seconds: time spent, all attempts together; of earlier ones their training, and nothing of one that was killed.
         peak_bytes: the largest memory the process (or the device) held; None where it could not be measured.
         memory: bytes by part, each counted at its own highest; "other" is what of the peak they do not explain.
         trained, stored: how many numbers were trained, and how many bytes the result takes on the disk.

@@ -186,8 +186,15 @@ def resume(
             if prints or spec != old:
                 said = [*because, *(f"{c}" for c in applied if c.field in SAME_BITS)]
                 run.accept_drift(said, prints, step, spec=plain(spec) if spec != old else None)
+            earlier = _seconds_before(run)
             run.event("resumed", step=step, bit_exact=not because, because=because)
-            return _run(prepared, loop, run, listener, started, stop_at, because=tuple(because))
+            return _run(prepared, loop, run, listener, started - earlier, stop_at, because=tuple(because))
+
+
+def _seconds_before(run: RunFolder) -> float:
+    """Seconds of training in the attempts before this one; one that was killed has told nobody."""
+    ended = (e for e in run.events() if e.get("event") in ("interrupted", "paused"))
+    return float(sum(e.get("seconds", 0.0) for e in ended))
 
 
 def run_to_end(spec: RunSpec, listener: Listener) -> bool:

@@ -15,7 +15,7 @@ from luthier.comparison.cells import Cell, Entrant, Failure, cells_of, finished,
 from luthier.comparison.scores import score_named
 from luthier.comparison.statistics import smallest_visible
 from luthier.comparison.verdict import Comparison, Costs, judge
-from luthier.core import ConfigError, IntegrityError, LuthierError, plain
+from luthier.core import ConfigError, IntegrityError, LuthierError, plain, several
 from luthier.data.load_data import Data, load_data
 from luthier.data.problems import text_of
 from luthier.runs import Record, durable
@@ -68,9 +68,8 @@ def compare(
         say(note)
     rows = len(data.test)
     say(
-        f"{len(entrants)} {'method' if len(entrants) == 1 else 'methods'}, {seeds} {'seed' if seeds == 1 else 'seeds'}, "
-        f"{rows} held-out rows: a difference in accuracy under {smallest_visible(rows):.3f} will most likely not be seen "
-        "(where two methods differ on a tenth of the rows)"
+        f"{several(len(entrants), 'method')}, {several(seeds, 'seed')}, {rows} held-out rows: a difference in accuracy "
+        f"under {smallest_visible(rows):.3f} will most likely not be seen (where two methods differ on a tenth of them)"
     )
     _make_home(home)
     lock = Lock(home / "run.lock")

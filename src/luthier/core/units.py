@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-__all__ = ["human_bytes", "human_count", "human_seconds", "listed"]
+__all__ = ["human_bytes", "human_count", "human_seconds", "listed", "several"]
 
 
 def human_bytes(n: float) -> str:
@@ -45,3 +45,11 @@ def listed(names: Sequence[str]) -> str:
     ('lora', 'lora, ia3 and full')
     """
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def several(n: int, word: str) -> str:
+    """
+    >>> several(1, "seed"), several(3, "seed")
+    ('1 seed', '3 seeds')
+    """
+    return f"{n} {word}" if n == 1 else f"{n} {word}s"

@@ -32,15 +32,17 @@ from torch import Tensor
 
 from luthier.anatomy import Anatomy
 from luthier.core import ConfigError, above, between
+from luthier.methods.parts.in_place import MovesEntries
 from luthier.methods.parts.masks import first_share, no_trace, top_k
 from luthier.methods.parts.own_tensors import own_unfrozen
-from luthier.surgery import METHODS, Batches, Edit, Method, TunedView, Unfreeze, gradients
+from luthier.methods.parts.update_masks import maskable
+from luthier.surgery import METHODS, Batches, Edit, TunedView, Unfreeze, gradients
 from luthier.surgery.unfrozen import Unfrozen
 
 
 @METHODS.register("child_tuning_d", family="partial", paper="arXiv:2109.05687")
 @dataclass(frozen=True, kw_only=True)
-class ChildTuningD(Method):
+class ChildTuningD(MovesEntries):
     """Settings of task-driven child tuning."""
 
     share: Annotated[float, "share of the blocks' entries that move", between(0, 1)] = 0.3
@@ -54,9 +56,11 @@ class ChildTuningD(Method):
     looks_at_data: ClassVar[bool] = True
     trains_base: ClassVar[bool] = True
 
+    def tensors(self, anatomy: Anatomy) -> tuple[str, ...]:
+        return maskable(anatomy, "all")
+
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
-        heads = set(anatomy.head_tensors)
-        yield from (Unfreeze(n, holds=self.masked_decay) for n in anatomy.tensors if n not in heads)
+        yield from (Unfreeze(n, holds=self.masked_decay) for n in self.tensors(anatomy))
 
     def n_params(self, anatomy: Anatomy) -> int:
         heads = set(anatomy.head_tensors)
@@ -90,11 +94,6 @@ class ChildTuningD(Method):
             raise ConfigError(
                 "child_tuning_d: its mask was never chosen. Call prepare(tuned, batches) before training."
             )
-
-    def conflicts(self, other: Method) -> str | None:
-        if other.is_a("full", "bitfit"):
-            return f"both train tensors of the model in place, {other.name} without a mask. Use one of them."
-        return None
 
     def _child(self, tuned: TunedView) -> list[Unfrozen]:
         """The tensors of the blocks, in the order of the model."""

@@ -17,8 +17,6 @@ Not when: memory is short, or the result must be small.
 Pitfalls: forgetting 1 / p; one mask for a tensor or for an epoch; a mask for each micro-batch where a step has several.
 """
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -26,15 +24,16 @@ import torch
 
 from luthier.anatomy import Anatomy
 from luthier.core import ConfigError, above
+from luthier.methods.parts.in_place import MovesEntries
 from luthier.methods.parts.own_tensors import own_unfrozen
 from luthier.methods.parts.update_masks import maskable
-from luthier.surgery import METHODS, Edit, Method, TunedView, Unfreeze
+from luthier.surgery import METHODS, TunedView
 from luthier.surgery.unfrozen import Unfrozen
 
 
 @METHODS.register("child_tuning_f", family="partial", paper="arXiv:2109.05687")
 @dataclass(frozen=True, kw_only=True)
-class ChildTuningF(Method):
+class ChildTuningF(MovesEntries):
     """Settings of task-free child tuning."""
 
     p: Annotated[float, "share of the entries whose gradient is kept in a step", above(0)] = 0.3
@@ -49,16 +48,8 @@ class ChildTuningF(Method):
         if self.p >= 1:
             raise ConfigError(f"child_tuning_f.p: {self.p:g} keeps the whole gradient, which is full. Set it below 1.")
 
-    def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
-        yield from (Unfreeze(name) for name in maskable(anatomy, "all"))
-
-    def n_params(self, anatomy: Anatomy) -> int:
-        return sum(math.prod(anatomy.tensors[n]) for n in maskable(anatomy, "all"))
-
-    def conflicts(self, other: Method) -> str | None:
-        if other.is_a("full", "bitfit"):
-            return f"both train tensors of the model in place, {other.name} without a mask. Use one of them."
-        return None
+    def tensors(self, anatomy: Anatomy) -> tuple[str, ...]:
+        return maskable(anatomy, "all")
 
     def before_step(self, tuned: TunedView, step: int, total: int) -> None:
         # Drawn here, where draws are keyed by the step: what a step draws is the same after a stop.

@@ -30,15 +30,16 @@ from torch import Tensor
 from luthier import kernels
 from luthier.anatomy import Anatomy
 from luthier.core import ConfigError, at_least, between
+from luthier.methods.parts.in_place import MovesEntries
 from luthier.methods.parts.masks import no_trace, top_k
 from luthier.methods.parts.own_tensors import own_unfrozen
 from luthier.methods.parts.update_masks import kept, maskable, sizes_of
-from luthier.surgery import METHODS, Batches, Edit, Method, OneRow, TunedView, Unfreeze, rows_of
+from luthier.surgery import METHODS, Batches, OneRow, TunedView, rows_of
 
 
 @METHODS.register("fish_mask", family="partial", paper="arXiv:2111.09839")
 @dataclass(frozen=True, kw_only=True)
-class FishMask(Method):
+class FishMask(MovesEntries):
     """Settings of the FISH mask."""
 
     share: Annotated[float, "share of the model's numbers that may move, the head's among them", between(0, 1)] = 0.005
@@ -55,9 +56,9 @@ class FishMask(Method):
     trains_base: ClassVar[bool] = True
     tiny: ClassVar[Mapping[str, Any]] = {"share": 0.3}
 
-    def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
-        self.n_params(anatomy)
-        yield from (Unfreeze(name) for name in maskable(anatomy, "all"))
+    def tensors(self, anatomy: Anatomy) -> tuple[str, ...]:
+        self.n_params(anatomy)  # refuses a share that keeps nothing, or all
+        return maskable(anatomy, "all")
 
     def n_params(self, anatomy: Anatomy) -> int:
         sizes = sizes_of(anatomy, maskable(anatomy, "all"))
@@ -85,11 +86,6 @@ class FishMask(Method):
     def after_backward(self, tuned: TunedView, step: int, total: int) -> None:
         if any(u.mask is None for u in own_unfrozen(self, tuned)):
             raise ConfigError("fish_mask: its mask was never chosen. Call prepare(tuned, batches) before training.")
-
-    def conflicts(self, other: Method) -> str | None:
-        if other.is_a("full", "bitfit"):
-            return f"both train tensors of the model in place, {other.name} without a mask. Use one of them."
-        return None
 
 
 def fisher(parameters: list[torch.nn.Parameter], rows: Iterable[Any], *, expected: bool) -> list[Tensor]:

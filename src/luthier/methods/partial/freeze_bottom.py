@@ -19,18 +19,18 @@ holds for all of them stay with it; in an encoder-decoder the first blocks of bo
 
 import fnmatch
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from luthier.anatomy import Anatomy
 from luthier.core import AnatomyError, ConfigError, at_least, between, near
-from luthier.surgery import METHODS, Edit, Method, Unfreeze
+from luthier.methods.parts.in_place import TrainsInPlace
+from luthier.surgery import METHODS
 
 
 @METHODS.register("freeze_bottom", family="partial", paper="arXiv:1911.03090")
 @dataclass(frozen=True, kw_only=True)
-class FreezeBottom(Method):
+class FreezeBottom(TrainsInPlace):
     """Settings of freezing the bottom."""
 
     share: Annotated[float, "share of the blocks that stay, from the first, rounded down", between(0, 1)] = 0.75
@@ -48,18 +48,7 @@ class FreezeBottom(Method):
         if self.blocks is not None and self.layers:
             raise ConfigError("freeze_bottom: blocks says how many stay and layers which. Give one of them.")
 
-    def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
-        yield from (Unfreeze(name) for name in self._names(anatomy))
-
-    def n_params(self, anatomy: Anatomy) -> int:
-        return sum(math.prod(anatomy.tensors[n]) for n in self._names(anatomy))
-
-    def conflicts(self, other: Method) -> str | None:
-        if other.is_a("full"):
-            return "full already trains every number of the model. Use one of them."
-        return None
-
-    def _names(self, anatomy: Anatomy) -> list[str]:
+    def tensors(self, anatomy: Anatomy) -> list[str]:
         """What trains; every other tensor below the head stays."""
         stay = tuple(f"{b.path}." for b in anatomy.blocks if b.layer in self._frozen(anatomy, b.stack))
         heads = set(anatomy.head_tensors)

@@ -20,20 +20,21 @@ Pitfalls: a group that joins late has a short life, and where the schedule falls
 alone what does not train yet, as it does here.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from luthier.anatomy import Anatomy
 from luthier.core import ConfigError, at_least, between
-from luthier.methods.parts.update_masks import maskable, sizes_of
-from luthier.surgery import METHODS, Edit, Group, Method, Phase, TunedView, Unfreeze
+from luthier.methods.parts.in_place import TrainsInPlace
+from luthier.methods.parts.update_masks import maskable
+from luthier.surgery import METHODS, Group, Phase, TunedView
 from luthier.surgery.layer_groups import layer_groups
 
 
 @METHODS.register("gradual_unfreezing", family="partial", paper="arXiv:1801.06146")
 @dataclass(frozen=True, kw_only=True)
-class GradualUnfreezing(Method):
+class GradualUnfreezing(TrainsInPlace):
     """Settings of gradual unfreezing."""
 
     until: Annotated[float, "share of the run after which everything trains", between(0, 1)] = 0.75
@@ -51,11 +52,8 @@ class GradualUnfreezing(Method):
                 f"{'to unfreeze in: use full' if self.until == 0 else 'for the last group'}. Set it between 0 and 1."
             )
 
-    def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
-        yield from (Unfreeze(name) for name in maskable(anatomy, "all"))
-
-    def n_params(self, anatomy: Anatomy) -> int:
-        return sum(sizes_of(anatomy, maskable(anatomy, "all")))
+    def tensors(self, anatomy: Anatomy) -> tuple[str, ...]:
+        return maskable(anatomy, "all")
 
     def phases(self, tuned: TunedView) -> Sequence[Phase]:
         groups, awake, found = self._groups(tuned), frozenset[str](), []
@@ -69,11 +67,6 @@ class GradualUnfreezing(Method):
         if self.ratio == 1:
             return []
         return [Group(tuple(g), lr_factor=self.ratio**-i) for i, g in enumerate(self._groups(tuned))]
-
-    def conflicts(self, other: Method) -> str | None:
-        if other.is_a("full"):
-            return "gradual_unfreezing already trains every number of the model. Use one of them."
-        return None
 
     def _groups(self, tuned: TunedView) -> list[list[str]]:
         """Names of what trains, from the top down; the top holds a block too where nothing stands above it."""

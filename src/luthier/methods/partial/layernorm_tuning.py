@@ -16,20 +16,19 @@ Pitfalls: norms that are no `nn.LayerNorm`, those of queries and keys in recent 
 block are easily missed; decay pulls a scale towards zero and not towards 1, so there is none here.
 """
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from luthier.anatomy import Anatomy
 from luthier.core import AnatomyError
+from luthier.methods.parts.in_place import TrainsInPlace
 from luthier.methods.parts.own_tensors import group_names, own_unfrozen
-from luthier.surgery import METHODS, Edit, Group, Method, TunedView, Unfreeze
+from luthier.surgery import METHODS, Group, TunedView
 
 
 @METHODS.register("layernorm_tuning", family="partial", paper="arXiv:2211.08682")
 @dataclass(frozen=True, kw_only=True)
-class LayerNormTuning(Method):
+class LayerNormTuning(TrainsInPlace):
     """Settings of LayerNorm tuning."""
 
     outside: Annotated[bool, "also the norms outside the blocks: behind the embedding, behind the last block"] = True
@@ -39,21 +38,15 @@ class LayerNormTuning(Method):
     default_lr: ClassVar[float] = 4e-3
     trains_base: ClassVar[bool] = True
 
-    def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
-        names = self._names(anatomy)
+    def groups(self, tuned: TunedView) -> list[Group]:
+        return [Group(group_names(tuned, [u.parameter for u in own_unfrozen(self, tuned)]), weight_decay=0.0)]
+
+    def tensors(self, anatomy: Anatomy) -> list[str]:
+        heads, blocks = set(anatomy.head_tensors), tuple(f"{b.path}." for b in anatomy.blocks)
+        names = [n for n in anatomy.norm_tensors() if n not in heads and (self.outside or n.startswith(blocks))]
         if not names:
             raise AnatomyError(
                 f"layernorm_tuning: this {anatomy.model_type} model has no norm with numbers of its own. "
                 "Use bitfit, ia3 or lora."
             )
-        yield from (Unfreeze(name) for name in names)
-
-    def n_params(self, anatomy: Anatomy) -> int:
-        return sum(math.prod(anatomy.tensors[n]) for n in self._names(anatomy))
-
-    def groups(self, tuned: TunedView) -> list[Group]:
-        return [Group(group_names(tuned, [u.parameter for u in own_unfrozen(self, tuned)]), weight_decay=0.0)]
-
-    def _names(self, anatomy: Anatomy) -> list[str]:
-        heads, blocks = set(anatomy.head_tensors), tuple(f"{b.path}." for b in anatomy.blocks)
-        return [n for n in anatomy.norm_tensors() if n not in heads and (self.outside or n.startswith(blocks))]
+        return names

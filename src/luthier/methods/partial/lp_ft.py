@@ -17,19 +17,20 @@ Pitfalls: a first phase that stops early leaves a head that distorts features af
 the second; dropout of the trunk stays on in both, while a probe of fixed features would have none.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from luthier.anatomy import Anatomy
 from luthier.core import AnatomyError, ConfigError, above, between
-from luthier.methods.parts.update_masks import maskable, sizes_of
-from luthier.surgery import METHODS, Edit, Method, Phase, TunedView, Unfreeze, is_head
+from luthier.methods.parts.in_place import TrainsInPlace
+from luthier.methods.parts.update_masks import maskable
+from luthier.surgery import METHODS, Phase, TunedView, is_head
 
 
 @METHODS.register("lp_ft", family="partial", paper="arXiv:2202.10054")
 @dataclass(frozen=True, kw_only=True)
-class LPFT(Method):
+class LPFT(TrainsInPlace):
     """Settings of probing first."""
 
     probe: Annotated[float, "share of the run in which the head alone learns", between(0, 1)] = 0.5
@@ -45,22 +46,14 @@ class LPFT(Method):
             what = "full" if self.probe == 0 else "head_only"
             raise ConfigError(f"lp_ft.probe: {self.probe:g} leaves one phase, which is {what}. Set it between 0 and 1.")
 
-    def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
+    def tensors(self, anatomy: Anatomy) -> tuple[str, ...]:
         if not anatomy.head_tensors:
             raise AnatomyError(
                 f"lp_ft: this {anatomy.model_type} model has no new task head to probe with. "
                 "Use it for classification, or use full."
             )
-        yield from (Unfreeze(name) for name in maskable(anatomy, "all"))
-
-    def n_params(self, anatomy: Anatomy) -> int:
-        return sum(sizes_of(anatomy, maskable(anatomy, "all")))
+        return maskable(anatomy, "all")
 
     def phases(self, tuned: TunedView) -> Sequence[Phase]:
         probe = Phase(self.probe, trains=is_head, rate=self.probe_rate)
         return probe, Phase(1 - self.probe)
-
-    def conflicts(self, other: Method) -> str | None:
-        if other.is_a("full"):
-            return "lp_ft already trains every number of the model. Use one of them."
-        return None

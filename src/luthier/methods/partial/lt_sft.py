@@ -29,15 +29,16 @@ from torch import Tensor
 
 from luthier.anatomy import Anatomy
 from luthier.core import at_least, between
+from luthier.methods.parts.in_place import MovesEntries
 from luthier.methods.parts.masks import top_k
 from luthier.methods.parts.own_tensors import own_tunings, own_unfrozen
 from luthier.methods.parts.update_masks import kept, maskable, sizes_of
-from luthier.surgery import METHODS, Edit, Method, Phase, TunedView, Unfreeze
+from luthier.surgery import METHODS, Edit, Phase, TunedView
 
 
 @METHODS.register("lt_sft", family="partial", paper="arXiv:2110.07560")
 @dataclass(frozen=True, kw_only=True)
-class LTSFT(Method):
+class LTSFT(MovesEntries):
     """Settings of lottery-ticket sparse fine-tuning."""
 
     share: Annotated[float, "share of the entries that may move in the end", between(0, 1)] = 0.01
@@ -52,15 +53,12 @@ class LTSFT(Method):
     tiny: ClassVar[Mapping[str, Any]] = {"share": 0.3}
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
-        self.n_stored(anatomy)
-        yield from (Unfreeze(name) for name in self._names(anatomy))
-
-    def n_params(self, anatomy: Anatomy) -> int:
-        return sum(sizes_of(anatomy, self._names(anatomy)))
+        self.n_stored(anatomy)  # refuses a share that keeps nothing, or all
+        yield from super().edits(anatomy)
 
     def n_stored(self, anatomy: Anatomy) -> int:
         """New values and their places."""
-        return 2 * kept(sizes_of(anatomy, self._names(anatomy)), self.share, "model", self.name)
+        return 2 * kept(sizes_of(anatomy, self.tensors(anatomy)), self.share, "model", self.name)
 
     def phases(self, tuned: TunedView) -> Sequence[Phase]:
         return [Phase(1.0)] * 2 * self.rounds
@@ -100,11 +98,6 @@ class LTSFT(Method):
         apart = torch.stack([(u.parameter - u.original).abs().sum() for u in mine]).sum()
         return self.l1 * apart / sum(u.parameter.numel() for u in mine)
 
-    def conflicts(self, other: Method) -> str | None:
-        if other.is_a("full", "bitfit"):
-            return f"both train tensors of the model in place, {other.name} without a mask. Use one of them."
-        return None
-
-    def _names(self, anatomy: Anatomy) -> list[str]:
+    def tensors(self, anatomy: Anatomy) -> list[str]:
         norms = () if self.norms else anatomy.norm_tensors()
         return [n for n in maskable(anatomy, "all") if n not in norms]

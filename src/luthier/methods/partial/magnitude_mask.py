@@ -16,7 +16,7 @@ Pitfalls: over the whole model the scales of norms, all near 1, come first; a ma
 momentum through, and here it holds for the update; with score=random the entries follow from the seed of the run.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -24,14 +24,15 @@ import torch
 
 from luthier.anatomy import Anatomy
 from luthier.core import between
+from luthier.methods.parts.in_place import MovesEntries
 from luthier.methods.parts.own_tensors import own_unfrozen
 from luthier.methods.parts.update_masks import Over, Scope, choose_masks, kept, maskable, sizes_of
-from luthier.surgery import METHODS, Edit, Method, TunedView, Unfreeze
+from luthier.surgery import METHODS, TunedView
 
 
 @METHODS.register("magnitude_mask", family="partial", paper="arXiv:2111.09839")
 @dataclass(frozen=True, kw_only=True)
-class MagnitudeMask(Method):
+class MagnitudeMask(MovesEntries):
     """Settings of masks that look at no data."""
 
     share: Annotated[float, "share of the entries that may move", between(0, 1)] = 0.005
@@ -45,9 +46,9 @@ class MagnitudeMask(Method):
     trains_base: ClassVar[bool] = True
     tiny: ClassVar[Mapping[str, Any]] = {"share": 0.3}
 
-    def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
-        self.n_params(anatomy)
-        yield from (Unfreeze(n) for n in maskable(anatomy, self.over))
+    def tensors(self, anatomy: Anatomy) -> tuple[str, ...]:
+        self.n_params(anatomy)  # refuses a share that keeps nothing, or all
+        return maskable(anatomy, self.over)
 
     def n_params(self, anatomy: Anatomy) -> int:
         return kept(sizes_of(anatomy, maskable(anatomy, self.over)), self.share, self.scope, self.name)
@@ -63,8 +64,3 @@ class MagnitudeMask(Method):
         else:
             scores = [u.original.float().abs() for u in fresh]
         choose_masks(fresh, scores, self.share, self.scope)
-
-    def conflicts(self, other: Method) -> str | None:
-        if other.is_a("full", "bitfit"):
-            return f"both train tensors of the model in place, {other.name} without a mask. Use one of them."
-        return None

@@ -20,7 +20,7 @@ Pitfalls: the largest instead of the smallest; a padding row is exactly zero and
 an embedding that are all zero are ranked last.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -29,14 +29,15 @@ from torch import Tensor
 
 from luthier.anatomy import Anatomy
 from luthier.core import between
+from luthier.methods.parts.in_place import MovesEntries
 from luthier.methods.parts.own_tensors import own_unfrozen
 from luthier.methods.parts.update_masks import Over, Scope, choose_masks, kept, maskable, sizes_of
-from luthier.surgery import METHODS, Edit, Method, TunedView, Unfreeze
+from luthier.surgery import METHODS, TunedView
 
 
 @METHODS.register("pafi", family="partial", paper="arXiv:2305.16742")
 @dataclass(frozen=True, kw_only=True)
-class PaFi(Method):
+class PaFi(MovesEntries):
     """Settings of PaFi."""
 
     share: Annotated[float, "share of the entries that may move", between(0, 1)] = 0.005
@@ -49,9 +50,9 @@ class PaFi(Method):
     trains_base: ClassVar[bool] = True
     tiny: ClassVar[Mapping[str, Any]] = {"share": 0.1}
 
-    def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
-        self.n_params(anatomy)
-        yield from (Unfreeze(n) for n in maskable(anatomy, self.over))
+    def tensors(self, anatomy: Anatomy) -> tuple[str, ...]:
+        self.n_params(anatomy)  # refuses a share that keeps nothing, or all
+        return maskable(anatomy, self.over)
 
     def n_params(self, anatomy: Anatomy) -> int:
         return kept(sizes_of(anatomy, maskable(anatomy, self.over)), self.share, self.scope, self.name)
@@ -66,11 +67,6 @@ class PaFi(Method):
         choose_masks(fresh, [_smallness(u.original, u.name in embeds) for u in fresh], self.share, self.scope)
         for unfrozen in fresh:
             unfrozen.derived = True
-
-    def conflicts(self, other: Method) -> str | None:
-        if other.is_a("full", "bitfit"):
-            return f"both train tensors of the model in place, {other.name} without a mask. Use one of them."
-        return None
 
 
 def _smallness(value: Tensor, embedding: bool) -> Tensor:

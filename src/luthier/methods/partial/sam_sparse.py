@@ -19,7 +19,7 @@ Pitfalls: squaring before summing is another method (fish_mask); a tensor so sma
 many biases are, gets nothing; moments of the search must not enter training.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -28,15 +28,16 @@ from torch import Tensor
 
 from luthier.anatomy import Anatomy
 from luthier.core import ConfigError, at_least, between
+from luthier.methods.parts.in_place import MovesEntries
 from luthier.methods.parts.masks import no_trace
 from luthier.methods.parts.own_tensors import own_unfrozen
 from luthier.methods.parts.update_masks import choose_masks, kept, maskable, sizes_of
-from luthier.surgery import METHODS, Batches, Edit, Method, TunedView, Unfreeze, gradients
+from luthier.surgery import METHODS, Batches, TunedView, gradients
 
 
 @METHODS.register("sam_sparse", family="partial", paper="arXiv:2211.15583")
 @dataclass(frozen=True, kw_only=True)
-class SAMSparse(Method):
+class SAMSparse(MovesEntries):
     """Settings of the second-order approximation."""
 
     share: Annotated[float, "share of each tensor's entries that may move", between(0, 1)] = 0.005
@@ -50,9 +51,9 @@ class SAMSparse(Method):
     trains_base: ClassVar[bool] = True
     tiny: ClassVar[Mapping[str, Any]] = {"share": 0.1}
 
-    def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
-        self.n_params(anatomy)
-        yield from (Unfreeze(n) for n in maskable(anatomy, "blocks"))
+    def tensors(self, anatomy: Anatomy) -> tuple[str, ...]:
+        self.n_params(anatomy)  # refuses a share that keeps nothing, or all
+        return maskable(anatomy, "blocks")
 
     def n_params(self, anatomy: Anatomy) -> int:
         return kept(sizes_of(anatomy, maskable(anatomy, "blocks")), self.share, "tensor", self.name)
@@ -88,11 +89,6 @@ class SAMSparse(Method):
     def after_backward(self, tuned: TunedView, step: int, total: int) -> None:
         if any(u.mask is None for u in own_unfrozen(self, tuned)):
             raise ConfigError("sam_sparse: its mask was never chosen. Call prepare(tuned, batches) before training.")
-
-    def conflicts(self, other: Method) -> str | None:
-        if other.is_a("full", "bitfit"):
-            return f"both train tensors of the model in place, {other.name} without a mask. Use one of them."
-        return None
 
 
 def gain(gradient: Tensor, curvature: Tensor | None) -> Tensor:

@@ -18,19 +18,18 @@ so neither trains without `embeddings`; in an encoder-decoder it is the decoder'
 through an encoder's last blocks would run through every block of the decoder.
 """
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from luthier.anatomy import Anatomy, Block
 from luthier.core import ConfigError, at_least
-from luthier.surgery import METHODS, Edit, Method, Unfreeze
+from luthier.methods.parts.in_place import TrainsInPlace
+from luthier.surgery import METHODS
 
 
 @METHODS.register("top_k_layers", family="partial", paper="arXiv:2101.00190")
 @dataclass(frozen=True, kw_only=True)
-class TopKLayers(Method):
+class TopKLayers(TrainsInPlace):
     """Settings of training the top."""
 
     k: Annotated[int, "how many of the last blocks train", at_least(1)] = 2
@@ -42,18 +41,7 @@ class TopKLayers(Method):
     default_lr: ClassVar[float] = 5e-5
     trains_base: ClassVar[bool] = True
 
-    def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
-        yield from (Unfreeze(name) for name in self._names(anatomy))
-
-    def n_params(self, anatomy: Anatomy) -> int:
-        return sum(math.prod(anatomy.tensors[n]) for n in self._names(anatomy))
-
-    def conflicts(self, other: Method) -> str | None:
-        if other.is_a("full"):
-            return "full already trains every number of the model. Use one of them."
-        return None
-
-    def _names(self, anatomy: Anatomy) -> list[str]:
+    def tensors(self, anatomy: Anatomy) -> list[str]:
         chosen = tuple(f"{b.path}." for b in self._blocks(anatomy))
         inside = tuple(f"{b.path}." for b in anatomy.blocks)
         heads, final = set(anatomy.head_tensors), self._final_norms(anatomy)

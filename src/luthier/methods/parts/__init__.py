@@ -29,6 +29,8 @@
                       pack, unpack     a mask, eight entries to a byte
                       no_trace         look at data and leave everything as it was
                       first_share
+    in_place          TrainsInPlace    a method that trains tensors of the model where they stand
+                      MovesEntries     the same under a mask
     update_masks      choose_masks     a share of the model's own numbers that may move
                       kept, maskable, sizes_of, Over, Scope
     prompt            Prompt           vectors before the text, drawn or copied from word embeddings

@@ -88,14 +88,16 @@ def test_the_line_says_steps_epochs_rows_and_rates(home: Path) -> None:
     assert sentence(little_spec(home), 540) == ""
 
 
-def test_a_head_learns_at_its_own_rate() -> None:
-    named = {"head/w": torch.nn.Parameter(torch.ones(2)), "lora/a": torch.nn.Parameter(torch.ones(2))}
+@pytest.mark.parametrize("beside", ["", "mine:"])
+def test_a_head_learns_at_its_own_rate_beside_a_second_tuning_too(beside: str) -> None:
+    head = f"{beside}head/w"
+    named = {head: torch.nn.Parameter(torch.ones(2)), "lora/a": torch.nn.Parameter(torch.ones(2))}
     for parameter in named.values():
         parameter.grad = torch.ones(2)
     optimiser: Optimiser = optimiser_of(OptimSpec(head_lr=0.25), named, [], 0.125)
     optimiser.step(1.0)
     moved = {name: float(1 - p.detach()[0]) for name, p in named.items()}
-    assert moved["head/w"] == pytest.approx(0.25, rel=1e-4) and moved["lora/a"] == pytest.approx(0.125, rel=1e-4)
+    assert moved[head] == pytest.approx(0.25, rel=1e-4) and moved["lora/a"] == pytest.approx(0.125, rel=1e-4)
 
 
 def test_the_folder_holds_what_was_chosen_and_a_run_that_stops_early_resumes_to_the_bit(

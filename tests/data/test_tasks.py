@@ -6,7 +6,8 @@ from word_tables import table
 
 from luthier.core import ConfigError, DataError, ModelError, UnknownName
 from luthier.data.columns import Columns
-from luthier.data.tasks import Task, infer_task
+from luthier.data.infer_task import infer_task
+from luthier.data.tasks import Task
 
 LABELLED = Columns(shape="labelled", text="text", label="label")
 TAGGED = Columns(shape="tagged", tokens="tokens", tags="tags")

@@ -16,7 +16,8 @@ from luthier.core import DataError, ModelError
 from luthier.data.columns import Columns
 from luthier.data.examples import CHUNK, IGNORED, Examples, Flat, Ledger
 from luthier.data.rows import Table
-from luthier.data.tasks import Task, words_and_tags
+from luthier.data.tag_tasks import words_and_tags
+from luthier.data.tasks import Task
 from luthier.data.tokenizer import check_ids
 
 __all__ = ["encode_tags"]

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from luthier.core import DataError, near, random
-from luthier.data import columns, decision_cache, problems, rows, tasks
+from luthier.data import columns, decision_cache, label_cells, label_tasks, problems, rows, tag_tasks, tasks
+from luthier.data import infer_task as inferring
 from luthier.data.columns import Columns, find_columns, is_blank, label_name, text_complaint
 from luthier.data.decision_cache import Decisions
+from luthier.data.infer_task import infer_task
 from luthier.data.problems import Problem, find_problems, text_of
 from luthier.data.rows import Duplicates, Table, count_duplicates, fold_of, halves, hold_out, load_rows
-from luthier.data.tasks import Task, infer_task
+from luthier.data.tasks import Task
 from luthier.runs.spec import DataSpec
 from luthier.trust import row_files
 
@@ -64,7 +66,9 @@ def load_data(spec: DataSpec, task: str = "auto", model_config: Any = None) -> D
         first, second = load_rows(spec.test, delimiter=spec.delimiter, encoding=spec.encoding)
         given, unused = (second if second is not None else first), own_test
     train, given = _joined_labels(train, spec.label), None if given is None else _joined_labels(given, spec.label)
-    made_by = (sys.modules[__name__], columns, random, rows, tasks, problems, row_files, *row_files.FILES)
+    readers = (columns, rows, row_files, *row_files.FILES)
+    deciders = (tasks, inferring, label_cells, label_tasks, tag_tasks, problems, random)
+    made_by = (sys.modules[__name__], *readers, *deciders)
     entry = decision_cache.entry_of([t for t in (train, given) if t is not None], spec, task, model_config, made_by)
     known, said = decision_cache.read(entry) if entry is not None else (None, "")
     if known is not None:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from luthier.data.columns import Columns, reads_like_no_label
+from luthier.data.label_tasks import look_alikes
 from luthier.data.rows import Row, Table
-from luthier.data.tasks import Task, look_alikes
+from luthier.data.tasks import Task
 
 __all__ = ["FILE", "Problem", "find_problems", "problems_csv", "problems_said", "text_of"]
 

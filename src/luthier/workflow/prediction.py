@@ -19,7 +19,8 @@ from luthier.data.load_data import load_inputs
 from luthier.data.row_tasks import with_tasks
 from luthier.data.rows import Table
 from luthier.data.stop_tokens import stop_ids
-from luthier.data.tasks import Task, words_and_tags
+from luthier.data.tag_tasks import words_and_tags
+from luthier.data.tasks import Task
 from luthier.data.tokenizer import position_limit
 from luthier.runs import RunFolder
 from luthier.runs.spec import RunSpec

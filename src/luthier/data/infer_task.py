@@ -1,0 +1,99 @@
+"""Which task a run learns: asked for, or read from the columns, the labels and the model."""
+
+from collections.abc import Callable
+from typing import Any
+
+from luthier.core import DataError, ModelError, UnknownName, near
+from luthier.data.columns import Columns
+from luthier.data.label_cells import labels_are_measures, refuse_unknown
+from luthier.data.label_tasks import classification, regression
+from luthier.data.rows import Table
+from luthier.data.tag_tasks import token_classification, words_and_tags
+from luthier.data.tasks import Task
+from luthier.runs.spec import TASKS
+
+__all__ = ["infer_task"]
+
+
+def infer_task(
+    train: Table, test: Table | None, columns: Columns, asked: str = "auto", model_config: Any = None
+) -> Task:
+    """Decide the task from the columns, the type of the labels and the model, and check that it can be learnt.
+
+    Args:
+        asked: one of `TASKS`; anything but "auto" is taken, if the data allow it.
+        model_config: of transformers; tells encoders, decoders and encoder-decoders apart. `None` skips that check.
+
+    Raises:
+        UnknownName: no task is called `asked`.
+        DataError: labels that cannot be learnt: one class only, labels in test that train lacks, no numbers where
+            numbers are needed.
+        ModelError: a model that has no head for the task.
+    """
+    if asked not in TASKS:
+        raise UnknownName(f"No task is called {asked!r}.{near(asked, TASKS)} There are {', '.join(TASKS)}.")
+    name = asked
+    both = bool(getattr(model_config, "is_encoder_decoder", False))
+    if asked == "auto":
+        if columns.shape == "labelled":
+            name = "regression" if labels_are_measures(train, columns) else "classification"
+        elif columns.shape == "tagged":
+            name = "token_classification"
+        elif columns.shape == "answered":
+            name = "seq2seq" if both else "causal_lm"
+        else:
+            name = "causal_lm"
+    _refuse_model(name, both, model_config)
+    makers: dict[str, Callable[[Table, Columns], Task]] = {
+        "classification": classification,
+        "regression": regression,
+        "token_classification": token_classification,
+        "causal_lm": lambda table, columns: Task(name="causal_lm"),
+        "seq2seq": lambda table, columns: Task(name="seq2seq"),
+    }
+    task = makers[name](train, columns)
+    if test is not None:
+        _check_test(task, test, columns)
+    return task
+
+
+def _refuse_model(name: str, both: bool, model_config: Any) -> None:
+    if model_config is None:
+        return
+    kind = getattr(model_config, "model_type", type(model_config).__name__)
+    if name == "seq2seq" and not both:
+        raise ModelError(
+            f"task seq2seq needs an encoder-decoder such as T5 or BART; {kind!r} is none."
+            " Use --task causal_lm with a decoder, or another model."
+        )
+    if name == "causal_lm" and both:
+        raise ModelError(
+            f"task causal_lm needs a decoder such as Llama or GPT-2; {kind!r} is an encoder-decoder."
+            " Use --task seq2seq with prompt and response columns, or another model."
+        )
+    if name == "causal_lm" and _reads_both_ways(model_config):
+        raise ModelError(
+            f"task causal_lm needs a decoder such as Llama or GPT-2; {kind!r} is an encoder: it sees the tokens it"
+            " should predict. Give a column of labels (--label), or use a decoder."
+        )
+
+
+def _reads_both_ways(model_config: Any) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    masked = getattr(model_config, "model_type", "") in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return masked and not getattr(model_config, "is_decoder", False)
+
+
+def _check_test(task: Task, test: Table, columns: Columns) -> None:
+    missing = [c for c in columns.used().values() if c not in test.columns]
+    if missing:
+        raise DataError(
+            f"{test.source}: no column {', '.join(map(repr, missing))}, which the training rows have. Its columns are"
+            f" {', '.join(map(repr, test.columns))}. Both halves must name their columns alike."
+        )
+    if task.name == "token_classification":
+        number = {name: i for i, name in enumerate(task.labels)}
+        refuse_unknown(test, [words_and_tags(test, i, columns)[1] or [] for i in range(len(test))], number)
+    else:
+        task.targets(test, columns)

@@ -14,6 +14,7 @@ import numpy as np
 from experiments.defaults.baselines import BASELINES, MODEL, score
 from experiments.defaults.page import write
 from experiments.defaults.panel import PANEL, Member, halves
+from experiments.one_run import one_run
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 METHODS = ("lora",)
@@ -36,16 +37,16 @@ def main() -> None:
     members = [m for m in PANEL if not asked.only or m.name in asked.only]
     for member in members if not asked.no_baselines else ():
         for name in BASELINES:
-            _once(asked.results, {"set": member.name, "what": name, "state": "", "seed": 0}, member, {})
+            _once(asked.results, {"set": member.name, "what": name, "state": "", "seed": 0}, member, [])
     for seed in range(asked.seeds):
         for method in asked.method or METHODS:
             for member in members:
                 which = {"set": member.name, "what": method, "state": asked.state, "seed": seed}
-                _once(asked.results, which, member, dict(word.split("=", 1) for word in asked.set))
+                _once(asked.results, which, member, asked.set)
     write(asked.results)
 
 
-def _once(results: Path, which: dict[str, Any], member: Member, given: dict[str, str]) -> None:
+def _once(results: Path, which: dict[str, Any], member: Member, given: list[str]) -> None:
     """Make one result and append it, unless it is there."""
     known = [json.loads(line) for line in results.read_text("utf-8").splitlines()] if results.exists() else []
     if any(all(row[k] == v for k, v in which.items()) for row in known):
@@ -64,29 +65,9 @@ def _once(results: Path, which: dict[str, Any], member: Member, given: dict[str,
     print(json.dumps(which | facts), flush=True)
 
 
-def _trained(
-    method: str, seed: int, train: Path, test: Path, given: dict[str, str]
-) -> tuple[list[bool], dict[str, Any]]:
-    import csv
-
-    from luthier.cli._spec_options import overlay, settings_of
-    from luthier.runs.spec import RunSpec
-    from luthier.workflow import train as run
-
-    pair = {"pair": "text_pair"} if "text_pair" in train.read_text("utf-8").partition("\n")[0] else {}
+def _trained(method: str, seed: int, train: Path, test: Path, given: list[str]) -> tuple[list[bool], dict[str, Any]]:
     with tempfile.TemporaryDirectory() as home:
-        values: dict[str, Any] = {
-            "model": MODEL, "method": method, "seed": seed, "threads": 1, "out": f"{home}/run",
-            "data": {"source": str(train), "test": str(test), "text": "text", "label": "label", **pair},
-        }  # fmt: skip
-        spec = RunSpec.from_plain(overlay(values, settings_of([f"{k}={v}" for k, v in given.items()])))
-        result = run(spec, progress=False)
-        with (result.path / "predictions.csv").open(encoding="utf-8", newline="") as file:
-            right = [row["wanted"] == row["answer"] for row in csv.DictReader(file)]
-        lines = [json.loads(line) for line in (result.path / "events.jsonl").read_text("utf-8").splitlines()]
-        steps = max((e["step"] for e in lines if e["event"] == "step"), default=0)
-    scores = {k: round(v, 4) for k, v in result.scores.items()}
-    return right, {"steps": steps, "training_seconds": round(result.seconds, 1), "scores": scores}
+        return one_run(MODEL, method, seed, train, test, f"{home}/run", given)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,90 @@
+"""Train what is missing of the table, seed by seed, then write the page. See the package for its options."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from experiments.defaults.baselines import MODEL
+from experiments.defaults.panel import PANEL, Member, halves
+from experiments.methods.page import write
+from experiments.one_run import one_run
+from luthier.core import Interrupted
+from luthier.samples.store import cache_dir
+from luthier.surgery import METHODS
+
+RESULTS = Path(__file__).parent / "results.jsonl"
+SETS = {member.name: member for member in PANEL}
+SET = SETS["trec6"]
+SOURCE_SETS = ("sarcasm", "sms-spam")
+"""What the sources of a method that needs some were trained on."""
+
+
+def main() -> None:
+    words = argparse.ArgumentParser(prog="python -m experiments.methods", description=__doc__)
+    words.add_argument("--only", action="append", help="a method; may be repeated")
+    words.add_argument("--seeds", type=int, default=3, help="seeds of each method")
+    words.add_argument("--results", type=Path, default=RESULTS)
+    words.add_argument("--page", action="store_true", help="only write the page from what is here")
+    asked = words.parse_args()
+    names = sorted(asked.only or METHODS.ours(), key=lambda name: name != "head_only")
+    for seed in range(0 if asked.page else asked.seeds):
+        for name in names:
+            _once(asked.results, name, seed)
+    write(asked.results)
+
+
+def _once(results: Path, name: str, seed: int) -> None:
+    """Make one result and append it, unless it is there. Of one that stops, why."""
+    known = [json.loads(line) for line in results.read_text("utf-8").splitlines()] if results.exists() else []
+    if any((row["method"], row["seed"]) == (name, seed) for row in known):
+        return
+    begun = time.monotonic()
+    row: dict[str, Any] = {"method": name, "seed": seed}
+    try:
+        with tempfile.TemporaryDirectory() as home:
+            train, test = halves(SET)
+            spelt = spelling(name)
+            right, facts = one_run(MODEL, spelt, seed, train, test, f"{home}/run", sources=_sources(name))
+        row |= {"accuracy": round(statistics.fmean(right), 4), "rows": len(right), **facts}
+    except Interrupted:
+        raise
+    except Exception as error:  # one that breaks must not keep the others from their turn; the page shows it
+        row["refused"] = f"{type(error).__name__}: {error}"
+    row["seconds"] = round(time.monotonic() - begun, 1)
+    with results.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row), flush=True)
+
+
+def spelling(name: str) -> str:
+    """How it is asked for: a modifier stands beside the method that it is described with."""
+    return "+".join(dict.fromkeys((*METHODS.get(name).needs, name)))
+
+
+def _sources(name: str) -> list[str]:
+    """Finished runs that a method is made of, where it cannot do without; trained once and kept."""
+    cls = METHODS.get(name)
+    if not cls.sources or not cls.least_sources:
+        return []
+    return [_source(cls.sources[0], SETS[member]) for member in SOURCE_SETS]
+
+
+def _source(method: str, member: Member) -> str:
+    folder = cache_dir() / "panel" / "sources" / f"{method}-{member.name}"
+    if not folder.exists():
+        with tempfile.TemporaryDirectory(dir=halves(member)[0].parent) as home:
+            train, test = halves(member)
+            one_run(MODEL, method, 0, train, test, f"{home}/run", ["run.steps=200"])
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            (Path(home) / "run").rename(folder)
+    return str(folder)
+
+
+if __name__ == "__main__":
+    main()

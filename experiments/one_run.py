@@ -1,0 +1,45 @@
+"""One training run on given rows, and what it answered: shared by the experiments."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from luthier.cli._spec_options import overlay, settings_of
+from luthier.runs.spec import RunSpec
+from luthier.workflow import train
+
+__all__ = ["one_run"]
+
+
+def one_run(
+    model: str,
+    method: str,
+    seed: int,
+    train_rows: Path,
+    test_rows: Path,
+    out: str,
+    given: Sequence[str] = (),
+    sources: Sequence[str] = (),
+) -> tuple[list[bool], dict[str, Any]]:
+    """For each test row whether it was right, and facts of the run. `given`: fields as FIELD=VALUE, defaults else."""
+    pair = {"pair": "text_pair"} if "text_pair" in train_rows.read_text("utf-8").partition("\n")[0] else {}
+    values: dict[str, Any] = {
+        "model": model, "method": method, "seed": seed, "threads": 1, "out": out,
+        "data": {"source": str(train_rows), "test": str(test_rows), "text": "text", "label": "label", **pair},
+        **({"sources": list(sources)} if sources else {}),
+    }  # fmt: skip
+    result = train(RunSpec.from_plain(overlay(values, settings_of(list(given)))), progress=False)
+    with (result.path / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    lines = [json.loads(line) for line in (result.path / "events.jsonl").read_text("utf-8").splitlines()]
+    return [row["wanted"] == row["answer"] for row in rows], {
+        "steps": max((e["step"] for e in lines if e["event"] == "step"), default=0),
+        "training_seconds": round(result.seconds, 1),
+        "scores": {k: round(v, 4) for k, v in result.scores.items()},
+        "trained": result.n_params,
+        "answers": len({row["answer"] for row in rows}),
+    }

@@ -69,13 +69,13 @@ def _tail(found: dict[str, list[dict[str, Any]]], bar: float | None) -> list[str
     return [
         "## What to read from it", "",
         "Always the most frequent class: 0.183. Words counted and logistic regression: 0.723; the same on the mean of",
-        "the frozen model's states: 0.817 ([defaults](defaults.md)). `head_only` reads the frozen model's first token.", "",
+        "the frozen model's states: 0.817 ([defaults](defaults.md)). `head_only` reads the frozen first token.", "",
         f"- Below head_only: {', '.join(below) or 'none'}.",
         f"- One class for every row, with some seed: {', '.join(one) or 'none'}.",
         f"- Not run: {missing} of {len(found)} methods.",
         *refused, "",
         "Accuracy: mean over seeds. 95 %: Student's interval over seeds, a dash for one seed; it says nothing of other",
-        "rows: with 300 of them a score of 0.8 is uncertain by 0.045 from that alone. Trained: numbers without the head.",
+        "rows: with 300 of them a score of 0.8 is uncertain by 0.045 from that alone. Trained: without the head.",
         "Seconds: of training, median; other work ran on the same cores, so they tell an hour from a minute only.", "",
     ]  # fmt: skip
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from cli.conftest import Call
 
+from luthier.cli._main import verbs
 from luthier.cli._output import Screen
+from luthier.cli._shelf import SHELF, STRATEGIES, few_words
 
 LONG = "rows.csv: 12 rows have no label and are left out of training; a file beside the run lists them and their places"
 
@@ -118,6 +120,23 @@ def test_a_default_in_brackets_is_not_taken_for_a_colour(luthier: Call, monkeypa
     assert "[default: runs/demo, or the next free]" in words
 
 
+@pytest.mark.parametrize("verb", verbs())
+def test_at_80_columns_no_name_and_no_word_of_a_help_text_is_cut(
+    luthier: Call, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = luthier(verb, "--help").out
+    assert "Usage: " in shown and "…" not in shown
+    assert verb != "train" or "--gradient-checkpointing " in shown
+
+
+def test_what_each_entry_is_begins_with_a_capital_and_is_a_whole_sentence() -> None:
+    told = {card.name: few_words(card) for shelf in (SHELF, STRATEGIES) for card in shelf.cards()}
+    assert [name for name, words in told.items() if words[0].islower()] == []
+    assert told["label_smoothing"].startswith("The wanted answer is not quite certain: a small share of it")
+    assert told["ia3"].startswith("Three learned vectors") and told["adapter_fusion"].startswith("In each block")
+
+
 def test_answers_in_a_pipe_are_rows_between_tabs(luthier: Call, finished: Path) -> None:
     answer = luthier("predict", finished, "--text", "the cat is good", "--text", "it is red")
     rows = [line.split("\t") for line in answer.out.splitlines()]
@@ -128,7 +147,7 @@ def test_answers_in_a_pipe_are_rows_between_tabs(luthier: Call, finished: Path) 
 def test_methods_say_what_they_are_and_are_filtered(luthier: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     listed = " ".join(luthier("methods").out.split())
-    assert "train the bias vectors and nothing else" in listed
+    assert "Train the bias vectors and nothing else" in listed
     few = luthier("methods", "--family", "additive", "--no-mergeable", "--json").json["methods"]
     assert few and all(m["family"] == "additive" and not m["mergeable"] for m in few)
     merging = luthier("methods", "--mergeable", "--json").json["methods"]

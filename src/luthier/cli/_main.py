@@ -124,6 +124,10 @@ def main(words: Sequence[str] | None = None) -> int:
     # Only the verb asked for is imported; help and misspelt words need all of them.
     wanted = [words[0]] if words and words[0] in known else known
     asking = not words or bool(ASKS & set(words)) or COMPLETING in os.environ
+    if asking:
+        from luthier.cli._help_tables import keep_names_whole
+
+        keep_names_whole()
 
     def run() -> int:
         # Libraries print, and so does typer where words are missing: standard output holds the result, which the

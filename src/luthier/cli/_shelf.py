@@ -4,6 +4,7 @@ Everything is read from the method's own file (docstring, card, fields); no page
 """
 
 import json
+import unicodedata
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -64,8 +65,14 @@ def shares() -> dict[str, dict[str, Any]]:
 
 
 def few_words(card: Card) -> str:
-    """The sentence of a page without the name before it."""
-    return card.title.partition(": ")[2] or card.title
+    """The first sentence of a page, without its name where that is the one in the list."""
+    head, colon, rest = card.title.partition(": ")
+    words = rest if colon and _letters(head) == _letters(card.name) else card.title
+    return words[:1].upper() + words[1:]
+
+
+def _letters(name: str) -> str:
+    return "".join(c for c in unicodedata.normalize("NFKC", name).lower() if c.isalnum())
 
 
 def of_families(shelf: Catalogue[Any], families: list[str]) -> list[Card]:

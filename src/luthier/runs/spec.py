@@ -230,7 +230,7 @@ class RunSpec:
     model: Annotated[str, "model to tune: a folder, sample:NAME, or a hub name"]
     data: Annotated[DataSpec, "rows to learn from"]
     task: Annotated[Task, "what is learnt; auto reads it from the columns"] = "auto"
-    method: Annotated[str, "how the model is tuned, such as lora or lora+prefix_tuning"] = "lora"
+    method: Annotated[str, "how the model is tuned, such as lora or lora+ia3"] = "lora"
     strategy: Annotated[str | None, "how it is learnt, such as llrd or freelb+llrd; left out, plainly"] = None
     settings: Annotated[
         dict[str, Any],

@@ -13,7 +13,7 @@ from torch import nn
 from luthier.runs import RunFolder
 from luthier.runs.spec import BatchSpec, OptimSpec
 from luthier.surgery import METHODS, attach
-from luthier.training import loop as loop_file
+from luthier.training import longest as longest_file
 from luthier.training.loop import Loop
 from luthier.training.memory_parts import Parts, whole_memory
 from luthier.training.optimiser import Optimiser
@@ -135,7 +135,7 @@ def test_a_first_step_as_wide_as_any_is_the_trial_and_counts_the_same(
     monkeypatch.setattr(Loop, "_gradients", gradients)
     for name in ("itself", "apart"):
         if name == "apart":
-            monkeypatch.setattr(loop_file, "as_wide", lambda batch, longest: False)
+            monkeypatch.setattr(longest_file, "as_wide", lambda batch, longest: False)
         passes.clear()
         one = BatchSpec(size=64, tokens=4096)  # all rows in one step, so each is as wide as any
         result = train(little_spec(home, steps=3, batch=one, out=str(tmp_path / name)))

@@ -14,15 +14,16 @@ What is decided beside the step has files of its own:
     evaluations     when held-out rows are scored
     save_times      when a checkpoint is due
     trial           what the widest pass holds, counted before step 1
+    longest         the widest batches, tried before step 1
+    loop_state      what a checkpoint holds besides tensors
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import closing, nullcontext
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,74 +33,23 @@ from torch import Tensor
 
 from luthier.core import Interrupted, WrongArithmetic, key
 from luthier.data.batches import Batch
-from luthier.runs import Checkpoint, RunFolder, load_newest, prune, save_checkpoint
-from luthier.runs.spec import RunSpec
-from luthier.surgery import Tuned
-from luthier.training.bad_steps import BadSteps
 from luthier.training.evaluate import plain_scores
-from luthier.training.evaluations import Evaluations
-from luthier.training.feed import Feed
-from luthier.training.guards import LossScale, NoOpGuard
+from luthier.training.guards import NoOpGuard
 from luthier.training.listener import Listener
-from luthier.training.moments import Moments
-from luthier.training.objective import Objective
-from luthier.training.optimiser import Lomo, NotFinite, Optimiser
-from luthier.training.out_of_memory import MemorySaver, is_out_of_memory, make_room
-from luthier.training.precision import Precision
+from luthier.training.longest import try_longest
+from luthier.training.loop_state import LoopState
+from luthier.training.optimiser import Lomo, NotFinite
+from luthier.training.out_of_memory import is_out_of_memory, make_room
 from luthier.training.recheck import differing, explained
 from luthier.training.save_times import SaveTimes
-from luthier.training.stop_signals import StopRequested, StopSignals
-from luthier.training.trial import Trial, as_wide
+from luthier.training.stop_signals import StopRequested
 
 __all__ = ["Listener", "Loop"]
 
 
 @dataclass
-class Loop:
-    """Trains `tuned` on the rows of `feed`.
-
-    Args:
-        run: where checkpoints and the log go; its lock is held.
-        evaluations: of held-out rows, inside the run.
-        moments: the method's and the strategies' part in a step.
-        place: names a row of the training table, for messages.
-        identity: plain facts stored with each checkpoint.
-        signals: asked at every safe place.
-    """
-
-    spec: RunSpec
-    tuned: Tuned
-    objective: Objective
-    feed: Feed
-    optimiser: Optimiser
-    moments: Moments
-    evaluations: Evaluations
-    precision: Precision
-    device: torch.device
-    run: RunFolder
-    place: Callable[[int], str]
-    identity: dict[str, Any]
-    trunk_dropout: bool
-    signals: StopSignals = field(default_factory=StopSignals)
-    listener: Listener = field(default_factory=Listener)
-    program_bytes: int = 0
-
-    step: int = 0  # optimiser steps done, skipped ones included
-    seconds: float = 0.0
-    rows_seen: int = 0
-    tokens_seen: int = 0
-
-    def __post_init__(self) -> None:
-        self.guard: NoOpGuard | None = None
-        self.scale = LossScale(self.precision.name == "fp16")
-        self.bad_steps = BadSteps(self.feed, self.place, self.run.event, self._say)
-        self.saver = MemorySaver(
-            self.spec, self.tuned, self.feed,
-            in_one_piece=self.moments.whole_step, event=self.run.event, say=self._say,
-        )  # fmt: skip
-        self.trial = Trial(self.tuned, self.optimiser, self.device)
-        self._saved: dict[str, Any] = {}  # the state at the last save
-        self._graph: Tensor | None = None  # a loss whose backward pass will be the update
+class Loop(LoopState):
+    """Trains `tuned` on the rows of `feed`. What it is made of stands in `LoopState`."""
 
     def run_to(self, until: int | None = None) -> None:
         """Train to the last step, or to `until`.
@@ -117,7 +67,7 @@ class Loop:
         try:
             if self.step == 0:
                 self.moments.start()
-                self._try_longest()
+                try_longest(self, self._gradients, self.set_mode)
                 self.guard = NoOpGuard(self.tuned)
                 self.save()
             self.listener.start(self.total, self.step)
@@ -153,14 +103,6 @@ class Loop:
             raise _interrupted(asked.number, self.step, self.total, self.run.path) from asked
         finally:
             self.listener.end()
-
-    @property
-    def total(self) -> int:
-        """Optimiser steps of the whole run."""
-        return self.feed.total
-
-    def _say(self, line: str) -> None:
-        self.listener.say(line)
 
     # ------------------------------------------------------------------ one step
 
@@ -338,41 +280,7 @@ class Loop:
         if training and self.saver.checkpointing:
             self.saver.let_blocks_checkpoint()
 
-    # ------------------------------------------------------------------ before and between steps
-
-    def _try_longest(self) -> None:
-        """The widest batches first, for evaluation and training: memory runs out before step 1 or not at all.
-
-        Where step 1 is as wide itself, as with rows of one length, it is the trial: another would take as long.
-        """
-        if self.evaluations.evaluator is not None:
-            self.set_mode(training=False)
-            self.evaluations.evaluator.try_longest()
-        self.set_mode(training=True)
-        self.moments.before_step(0, self.total, 0)  # what step 1 will remember, the trial needs too
-        longest, first = self.feed.longest(), self.feed.cut(0)
-        alike = not self.moments.wake() and not isinstance(self.optimiser, Lomo)  # a later phase may hold more
-        if alike and len(first) == 1 and as_wide(first[0], longest):
-            self.trial.begin()
-            return
-        while True:
-            self.trial.begin()
-            try:
-                # A pass that moves nothing; what it holds is counted.
-                with self.optimiser.measuring() if isinstance(self.optimiser, Lomo) else nullcontext():
-                    self._gradients(0, [longest])
-                self.trial.count()
-                return
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                self.trial.end()
-                self.saver.shrink(0, [longest], error)
-            finally:
-                self.trial.end()
-                self.optimiser.zero_grad()
-            make_room()
-            longest = self.feed.fitting(longest)
+    # ------------------------------------------------------------------ between steps
 
     def _evaluate_when_due(self) -> None:
         if not self.evaluations.due(self.step, self.total) or not self.moments.settled(self.step, self.total):
@@ -383,78 +291,6 @@ class Loop:
         self.listener.scores(self.step, scores)
         if best and self.spec.eval.best:
             self.save()
-
-    # ------------------------------------------------------------------ state
-
-    def state(self) -> dict[str, Any]:
-        """Everything besides tensors that the next step depends on."""
-        evaluator = self.evaluations.evaluator
-        return {
-            "step": self.step,
-            "origin": list(self.feed.origin),
-            "steps_per_epoch": self.feed.batches.order.steps_per_epoch,
-            "tokens": self.spec.batch.tokens,
-            "budget": self.feed.budget,
-            "checkpointing": self.saver.checkpointing,
-            "memory": self.trial.memory,
-            "eval_budget": evaluator.budget if evaluator is not None else None,
-            "selection": self.evaluations.selection.state(),
-            "left_out": sorted(self.feed.left_out),
-            "numbers": self.bad_steps.guard.state(),
-            "scale": self.scale.state(),
-            "guard": self.guard.state() if self.guard is not None else None,
-            "rows_seen": self.rows_seen,
-            "tokens_seen": self.tokens_seen,
-            "updates": self.optimiser.updates,
-            **self.moments.state(),
-            **self.identity,
-        }
-
-    def save(self) -> None:
-        """Make the state of the last whole step safe, then prune. What is safe already is not written again."""
-        state = self.state()
-        if state == self._saved:
-            return
-        tensors = {"adapter": self.tuned.state.tensors(), "optimizer": self.optimiser.tensors()}
-        tensors |= self.moments.tensors()
-        best = self.evaluations.selection.kept
-        save_checkpoint(self.run, self.step, tensors, state, keep_best=best)
-        self._saved = state
-        prune(self.run, keep_last=self.spec.checkpoint.keep, keep_best=best, powers_of_two=False)
-
-    def load(self, checkpoint: Checkpoint) -> None:
-        """Take up a verified checkpoint's state, and let the log end where it ended then."""
-        self.tuned.state.load_tensors(checkpoint.tensors["adapter"])
-        self.optimiser.load(checkpoint.tensors["optimizer"])
-        state = checkpoint.state
-        self.moments.load(state, checkpoint.tensors)
-        self.step, self.feed.origin = int(state["step"]), (int(state["origin"][0]), int(state["origin"][1]))
-        if state["tokens"] == self.spec.batch.tokens:  # else the user has asked for another budget since
-            self.feed.budget = int(state["budget"])
-            if self.evaluations.evaluator is not None and state["eval_budget"] is not None:
-                self.evaluations.evaluator.budget = int(state["eval_budget"])
-        self.evaluations.selection.load(state["selection"])
-        if state.get("checkpointing") and self.saver.can_checkpoint:
-            self.saver.checkpoint_activations()
-        self.trial.memory = dict(state.get("memory", {}))
-        self.feed.left_out = set(state["left_out"])
-        self.bad_steps.guard.load(state["numbers"])
-        self.scale.load(state["scale"])
-        self.guard = None
-        if state["guard"] is not None:
-            self.guard = NoOpGuard(self.tuned)
-            self.guard.load(state["guard"])
-        self.rows_seen, self.tokens_seen = int(state["rows_seen"]), int(state["tokens_seen"])
-        self.optimiser.updates = int(state["updates"])
-        self.run.truncate_events(checkpoint.event_rows)
-        self._saved = self.state()
-
-    def _go_back(self) -> int:
-        """Take up the last checkpoint; its step."""
-        checkpoint, _ = load_newest(self.run)
-        assert checkpoint is not None, "step 0 is always saved"
-        self.load(checkpoint)
-        return self.step
 
 
 def _interrupted(signum: int, step: int, total: int, path: Path) -> Interrupted:

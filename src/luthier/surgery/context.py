@@ -32,6 +32,7 @@ class Context:
         packed: several texts stand one behind the other in a row.
         generating: a step of `generate`, with or without a cache.
         rows: facts of the rows, whole numbers by name, such as "task": (rows,). See `row`.
+        around: where vectors stand beside the text of this pass; None where none do. See `prompts.Around`.
         memory: results that attachments keep from prefill to later steps of one generation, by any key.
     """
 
@@ -42,6 +43,7 @@ class Context:
     packed: bool = False
     generating: bool = False
     rows: dict[str, Tensor] = field(default_factory=dict)
+    around: Any = None
     memory: dict[Any, Any] = field(default_factory=dict)
 
     def row(self, name: str) -> Tensor:

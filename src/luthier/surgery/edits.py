@@ -82,6 +82,9 @@ class PrependTokens:
     A source with a method `rows(context, embeds, mask)` and an attribute `length` gives each row vectors of its own,
     (rows, P, d): `embeds` (rows, T, d) is the embedded text, `mask` (rows, T) or None says where it is real.
 
+    Where a source has an attribute `behind`, that many of its vectors, the last ones, stand behind each row's text; no
+    decoder reads them there, so a method refuses that.
+
     A source with a method `start(embed)` is given the model's word embedding once, under a keyed generator.
     """
 

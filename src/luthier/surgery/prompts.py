@@ -1,4 +1,4 @@
-"""Vectors before the embedded text, and everything of length T that has to follow.
+"""Vectors before the embedded text, or behind it, and everything of length T that has to follow.
 
 The hooks sit on the stack that reads the text (the backbone, or the encoder of an encoder-decoder), so the caller's
 labels, losses and pooling indices keep their length: the vectors go in before positions are added, and come off the
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from luthier.core import AnatomyError, ModelError
 from luthier.core.protocols import Model
 from luthier.surgery.context import Context, packed
 
-__all__ = ["PromptHooks", "leading_pads", "refuse_prompts", "text_stack", "with_vectors"]
+__all__ = ["Around", "PromptHooks", "leading_pads", "refuse_prompts", "text_stack", "with_vectors"]
 
 
 def text_stack(modules: dict[str, nn.Module], anatomy: Anatomy) -> nn.Module:
@@ -65,29 +66,68 @@ def refuse_prompts(model: Model, anatomy: Anatomy, asked_by: str) -> None:
         )
 
 
-def arranged(front: Tensor, text: Tensor, pads: Tensor | None) -> Tensor:
-    """`front` (rows, n, ...) put before each row's text (rows, T, ...), behind the padding that stands before it.
+@dataclass(frozen=True)
+class Around:
+    """Where vectors stand in a pass: `front` of them before the text of each row, `back` behind it.
 
-    Args:
-        pads: (rows,), how many pads stand first; None where none do.
+    Attributes:
+        pads: (rows,), how many pads each row begins with; None where none does.
+        ends: (rows,), up to which of its tokens a row is text; None where it is to the last one, or nothing follows it.
     """
-    both = torch.cat([front, text], dim=1)
-    if pads is None:
-        return both
-    return _picked(both, _order(front.shape[1], text.shape[1], pads))
 
+    front: int
+    back: int = 0
+    pads: Tensor | None = None
+    ends: Tensor | None = None
 
-def _order(n: int, tokens: int, pads: Tensor) -> Tensor:
-    """Of each row pads, vectors, text: places in (vectors, pads, text). (rows, n + tokens)."""
-    at = torch.arange(n + tokens, device=pads.device)[None]
-    pads = pads[:, None]
-    return torch.where(at < pads, at + n, torch.where(at < pads + n, at - pads, at))
+    @classmethod
+    def of(cls, mask: Tensor | None, front: int, back: int = 0) -> Around:
+        """Around texts with this mask (rows, T)."""
+        return cls(front, back, leading_pads(mask), _text_ends(mask) if back else None)
+
+    def put(self, front: Tensor, text: Tensor, back: Tensor | None = None) -> Tensor:
+        """`front` (rows, front, ...), `text` (rows, T, ...), `back` (rows, back, ...) -> all, each row in its order."""
+        pieces = [front, text] if back is None or not self.back else [front, text, back]
+        both = torch.cat(pieces, dim=1)
+        if self.pads is None and self.ends is None:
+            return both
+        return _picked(both, self._order(text.shape[1], both.device))
+
+    def filled(self, text: Tensor, value: float) -> Tensor:
+        """A fact of each token of the text, (rows, T), with `value` for the vectors. (rows, front + T + back)."""
+        rows = len(text)
+        return self.put(text.new_full((rows, self.front), value), text, text.new_full((rows, self.back), value))
+
+    def text(self, states: Tensor) -> Tensor:
+        """Of states (rows, front + T + back, d) those of the text. (rows, T, d)."""
+        n = states.shape[1] - self.front - self.back
+        if self.pads is None and self.ends is None:
+            return states[:, self.front : self.front + n]
+        at = torch.arange(n, device=states.device)[None]
+        pads, ends = self._bounds(n, states.device)
+        return _picked(states, at + self.front * (at >= pads) + self.back * (at >= ends))
+
+    def _order(self, n: int, device: torch.device) -> Tensor:
+        """Of each row pads, front, text, back, pads: places in (front, all given tokens, back)."""
+        at = torch.arange(self.front + n + self.back, device=device)[None]
+        pads, ends = self._bounds(n, device)
+        rest = torch.where(at < ends + self.front, at, at - self.back)
+        behind = (at >= ends + self.front) & (at < ends + self.front + self.back)
+        rest = torch.where(behind, at + n - ends, rest)
+        return torch.where(at < pads, at + self.front, torch.where(at < pads + self.front, at - pads, rest))
+
+    def _bounds(self, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(rows, 1) each: where the text begins, and where it ends."""
+        nothing = torch.zeros(1, 1, dtype=torch.long, device=device)
+        pads = nothing if self.pads is None else self.pads[:, None]
+        return pads, nothing + n if self.ends is None else self.ends[:, None]
 
 
 def _picked(x: Tensor, index: Tensor) -> Tensor:
-    """x: (rows, any, ...), index: (rows, some) -> (rows, some, ...)."""
-    x = x.expand(len(index), *x.shape[1:])
-    return x[torch.arange(len(index), device=x.device)[:, None], index]
+    """x: (rows, any, ...), index: (rows or 1, some) -> (rows, some, ...)."""
+    rows = max(len(x), len(index))
+    x, index = x.expand(rows, *x.shape[1:]), index.expand(rows, -1)
+    return x[torch.arange(rows, device=x.device)[:, None], index]
 
 
 def leading_pads(mask: Tensor | None) -> Tensor | None:
@@ -97,9 +137,17 @@ def leading_pads(mask: Tensor | None) -> Tensor | None:
     return (mask.long().cumsum(-1) == 0).sum(-1)
 
 
+def _text_ends(mask: Tensor | None) -> Tensor | None:
+    """Up to which token each row of a mask is real; None where every row is to its end."""
+    if mask is None or bool((mask[:, -1] != 0).all()):
+        return None
+    at = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    return (at * (mask != 0)).amax(-1)
+
+
 def with_vectors(mask: Tensor, n: int) -> Tensor:
     """The mask (rows, T) of a text with `n` vectors before it, all real. (rows, n + T)."""
-    return arranged(mask.new_ones(len(mask), n), mask, leading_pads(mask)) if n else mask
+    return Around.of(mask, n).filled(mask, 1) if n else mask
 
 
 class PromptHooks:
@@ -117,8 +165,7 @@ class PromptHooks:
         self.sources: list[nn.Module] = []
         self.embed, self.stack, self.limit, self.context = embed, stack, limit, context
         self.keep = decoder is not None
-        self._inserted = 0
-        self._pads: Tensor | None = None  # of each row, where they stand before the vectors
+        self._around: Around | None = None  # where the vectors of this pass stand; None where it has none
         self._states: Tensor | None = None
         self._names = list(inspect.signature(stack.forward).parameters)
         self._offset = _position_offset(stack, model.config)
@@ -147,7 +194,7 @@ class PromptHooks:
     def _before(
         self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        self._inserted, self._pads = 0, None
+        self._around = self.context.around = None
         if not self.sources:
             return None
         given = dict(zip(self._names, args, strict=False)) | kwargs
@@ -178,11 +225,12 @@ class PromptHooks:
                 "every text a row of its own."
             )
         positions = given.get("position_ids")
-        pads = leading_pads(mask)
+        back = sum(_behind(source) for source in self.sources)
+        around = Around.of(mask if past == 0 else None, n - back, back)
         if mask is not None or past > 0:
             total = tokens if past == 0 else past - n + tokens
             seen = mask if mask is not None else torch.ones(rows, total, dtype=torch.long, device=embeds.device)
-            given["attention_mask"] = with_vectors(seen, n)
+            given["attention_mask"] = Around.of(seen, n - back, back).filled(seen, 1)
         if "position_ids" in self._names:
             if positions is None and mask is not None:
                 positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
@@ -195,44 +243,43 @@ class PromptHooks:
                     rows, tokens
                 )  # (rows, tokens)
                 positions = positions if self._offset is None else positions + self._offset + 1
-            shifted = positions + n
+            shifted = positions + around.front
             if self._offset is not None and mask is not None:
                 shifted = torch.where(mask[:, -tokens:] > 0, shifted, positions)
             if past == 0:
                 start = 0 if self._offset is None else self._offset + 1
-                front = torch.arange(start, start + n, device=embeds.device).expand(rows, n)
-                shifted = arranged(front, shifted.expand(rows, -1), pads)
+                front = torch.arange(start, start + around.front, device=embeds.device).expand(rows, around.front)
+                shifted = shifted.expand(rows, -1)
+                behind = shifted.amax(-1, keepdim=True) + torch.arange(1, back + 1, device=embeds.device)
+                shifted = around.put(front, shifted, behind)
             given["position_ids"] = shifted
         if past == 0:
-            vectors = [_vectors(source, self.context, embeds, mask) for source in self.sources]
-            prompt = torch.cat(vectors, dim=1).to(embeds.dtype)  # (rows, n, d)
-            embeds = arranged(prompt, embeds, pads)  # (rows, n + tokens, d)
+            vectors = [(_vectors(source, self.context, embeds, mask), _behind(source)) for source in self.sources]
+            before = torch.cat([v[:, : v.shape[1] - b] for v, b in vectors], dim=1).to(embeds.dtype)  # (rows, front, d)
+            after = torch.cat([v[:, v.shape[1] - b :] for v, b in vectors], dim=1).to(embeds.dtype)  # (rows, back, d)
+            embeds = around.put(before, embeds, after)  # (rows, n + tokens, d)
             types = given.get("token_type_ids")
             if types is not None:
-                given["token_type_ids"] = arranged(types.new_zeros(rows, n), types.expand(rows, -1), pads)
-            self._inserted, self._pads = n, pads
+                given["token_type_ids"] = around.filled(types.expand(rows, -1), 0)
+            self._around = self.context.around = around
         given["input_ids"], given["inputs_embeds"] = None, embeds
         given.pop("cache_position", None)
         return (), given
 
     def _after(self, stack: nn.Module, args: Any, out: Any) -> Any:
-        n = self._inserted
-        if n == 0 or self.keep:
+        around = self._around
+        if around is None or self.keep:
             return out
         if isinstance(out, tuple):
-            return (self._text(out[0]), *out[1:])
-        out.last_hidden_state = self._text(out.last_hidden_state)
+            return (around.text(out[0]), *out[1:])
+        out.last_hidden_state = around.text(out.last_hidden_state)
         if getattr(out, "hidden_states", None) is not None:
-            out.hidden_states = tuple(self._text(h) for h in out.hidden_states)
+            out.hidden_states = tuple(around.text(h) for h in out.hidden_states)
         return out
 
     def _text(self, states: Tensor) -> Tensor:
         """The states of what the caller gave. (rows, n + tokens, d) -> (rows, tokens, d)."""
-        n, pads = self._inserted, self._pads
-        if pads is None:
-            return states[:, n:]
-        at = torch.arange(states.shape[1] - n, device=states.device)[None].expand(len(pads), -1)
-        return _picked(states, torch.where(at < pads[:, None], at, at + n))
+        return states if self._around is None else self._around.text(states)
 
     def _hold(self, encoder: nn.Module, args: Any, out: Any) -> None:
         self._states = out[0]
@@ -248,14 +295,20 @@ class PromptHooks:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         mask, states = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
         if mask is not None and states is not None and mask.shape[-1] < states.shape[1]:
-            extra = states.shape[1] - mask.shape[-1]
-            kwargs = {**kwargs, "encoder_attention_mask": with_vectors(mask, extra)}
+            extra, back = states.shape[1] - mask.shape[-1], sum(_behind(source) for source in self.sources)
+            longer = Around.of(mask, extra - back, back).filled(mask, 1)
+            kwargs = {**kwargs, "encoder_attention_mask": longer}
         return args, kwargs
 
 
 def _length(source: Any) -> int:
     """Vectors of a source."""
-    return int(source.length if hasattr(source, "rows") else source().shape[0])
+    return int(source.length if hasattr(source, "length") else source().shape[0])
+
+
+def _behind(source: Any) -> int:
+    """How many of them stand behind the text."""
+    return int(getattr(source, "behind", 0))
 
 
 def _vectors(source: Any, context: Context, embeds: Tensor, mask: Tensor | None) -> Tensor:

@@ -28,11 +28,14 @@ class Cells:
     def __init__(self) -> None:
         self.rows: dict[tuple[str, str, str], str] = {}
         self._worst: dict[str, str] = {}
+        self.lines: list[str] = []  # what tests want to be read at the end of the run
 
     def hear(self, report: pytest.TestReport) -> None:
         worst = self._worst.get(report.nodeid, "passed")
         worst = self._worst[report.nodeid] = worst if worst != "passed" else report.outcome
         for name, value in report.user_properties:
+            if name == "line" and report.when == "call":
+                self.lines.append(str(value))
             if name == "cell":
                 method, arch, check, said = (str(part) for part in value)  # type: ignore[attr-defined]
                 self.rows[method, arch, check] = said if worst == "passed" and said else worst
@@ -87,6 +90,8 @@ class _Ear:
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     cells = config.stash[CELLS]
+    for line in cells.lines:
+        terminalreporter.write_line(line)
     if cells.rows:
         terminalreporter.write_line(cells.summary())
         target = config.getoption("--matrix")

@@ -14,6 +14,7 @@ def _alive(tuned):
     return sum(int((m.l != 0).sum()) for m in tuned.modules(Triplets).values())
 
 
+@pytest.mark.acid("adalora", 2)
 def test_the_budget_falls_by_the_cubic():
     method = AdaLoRA(warmup=0.1, settled=0.4)
     found = [method.budget(t, 1000, 120, 80) for t in (50, 100, 225, 350, 475, 600, 900)]
@@ -21,6 +22,7 @@ def test_the_budget_falls_by_the_cubic():
     assert found == [round(b) for b in cubic]
 
 
+@pytest.mark.acid("adalora", 1)
 @pytest.mark.parametrize("every", [1, 3])
 def test_exactly_the_budget_is_alive_after_each_allocation(every):
     method = AdaLoRA(rank=6, target_rank=2, every=every, warmup=0.1, settled=0.3, sites=("attn.q", "ffn.down"))
@@ -40,6 +42,7 @@ def test_exactly_the_budget_is_alive_after_each_allocation(every):
     assert _alive(tuned) == 2 * len(modules)
 
 
+@pytest.mark.acid("adalora", 1)
 def test_tied_scores_keep_exactly_the_budget():
     method = AdaLoRA(rank=6, target_rank=2, warmup=0.0, settled=0.5)
     tuned = attach(tiny("bert"), method)
@@ -49,6 +52,7 @@ def test_tied_scores_keep_exactly_the_budget():
     assert _alive(tuned) == 2 * len(tuned.modules(Triplets))
 
 
+@pytest.mark.acid("adalora", 3)
 def test_importance_is_the_closed_form_of_its_two_averages():
     torch.manual_seed(0)
     module, beta1, beta2 = Triplets(5, 4, 3, 1.0), 0.8, 0.6
@@ -94,6 +98,7 @@ def test_importance_is_not_that_of_clipped_gradients():
     torch.testing.assert_close(shares[1], 1000 * shares[0])
 
 
+@pytest.mark.acid("adalora", 4)
 def test_a_triplet_may_come_back_before_the_end_of_pruning_and_never_after():
     method = AdaLoRA(rank=4, target_rank=1, every=1, warmup=0.0, settled=0.5, sites=("attn.q",))
     tuned = attach(tiny("bert"), method)
@@ -156,6 +161,7 @@ def test_it_stores_the_triplets_inside_the_budget_and_those_that_act():
     assert module.l.numel() == 3 and module.keep.tolist() == [True] * 3
 
 
+@pytest.mark.acid("adalora", 6)
 def test_the_penalty_makes_p_orthogonal():
     def gap(weight):
         tuned = attach(tiny("bert"), AdaLoRA(rank=4, target_rank=2, orthogonality=weight))
@@ -172,6 +178,7 @@ def test_the_penalty_makes_p_orthogonal():
     assert gap(1.0) < gap(0.0)
 
 
+@pytest.mark.acid("adalora", 5)
 def test_a_whole_run_ends_at_the_budget_and_compressing_changes_nothing(tmp_path):
     method = AdaLoRA(rank=6, target_rank=2, every=2)
     model = tiny("bert")

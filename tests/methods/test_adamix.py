@@ -39,6 +39,7 @@ def _step(tuned, how, step_with, seed=0):
     step_with.zero_grad(set_to_none=True)
 
 
+@pytest.mark.acid("adamix", 1)
 @pytest.mark.parametrize("form", ["adapter", "lora"])
 def test_one_step_moves_one_or_two_experts_of_each_site(form):
     how = AdaMix(form=form, up_experts=4, width=6, rank=3)
@@ -61,6 +62,7 @@ def test_one_step_moves_one_or_two_experts_of_each_site(form):
     assert still, "what was not drawn has no moments either"
 
 
+@pytest.mark.acid("adamix", 2)
 def test_draws_are_uniform_and_sites_draw_apart():
     tuned = attach(tiny("bert"), AdaMix(width=4))
     modules = list(tuned.modules(Mixed).values())
@@ -88,6 +90,7 @@ def test_one_draw_serves_the_whole_batch():
     assert len({float(module.after(y, y).detach().sum()) for _ in range(30)}) == 4
 
 
+@pytest.mark.acid("adamix", 3)
 def test_equal_experts_agree_exactly_and_different_ones_do_not():
     model = tiny("bert")
     how = AdaMix(width=4)
@@ -158,6 +161,7 @@ def test_each_side_learns_from_the_other_held_constant():
     torch.testing.assert_close(g2, -g1)
 
 
+@pytest.mark.acid("adamix", 5)
 @pytest.mark.parametrize("form", ["adapter", "lora"])
 def test_one_expert_without_agreement_is_the_plain_method_bit_for_bit(form):
     how = AdaMix(form=form, experts=1, gamma=0.0, width=5, rank=3, alpha=6.0)
@@ -186,6 +190,7 @@ def test_one_expert_without_agreement_is_the_plain_method_bit_for_bit(form):
     assert torch.equal(logits(mixed.model), logits(plain.model))
 
 
+@pytest.mark.acid("adamix", 4, 6)
 @pytest.mark.parametrize("form", ["adapter", "lora"])
 def test_what_is_stored_is_the_mean_and_a_plain_module(form, tmp_path):
     how = AdaMix(form=form, width=5, rank=3, up_experts=2)

@@ -11,12 +11,14 @@ from luthier.methods.additive.adapter_fusion import Fusion
 from luthier.surgery import attach, load
 
 
+@pytest.mark.acid("adapter_fusion", 4)
 def test_its_numbers_on_bert_base_are_those_of_the_paper():
     assert counted("adapter_fusion") == 21_252_096
 
 
+@pytest.mark.acid("adapter_fusion", 1, 2)
 @pytest.mark.parametrize("times", [1, 3])
-def test_one_adapter_or_several_equal_ones_give_what_that_adapter_gives(tmp_path, times, monkeypatch):  # acid 1, 2
+def test_one_adapter_or_several_equal_ones_give_what_that_adapter_gives(tmp_path, times, monkeypatch):
     monkeypatch.setattr("luthier.methods.additive.adapter_fusion.AdapterFusion.least_sources", 1)
     place = saved(tmp_path)
     model, other = tiny("bert"), tiny("bert")
@@ -27,7 +29,8 @@ def test_one_adapter_or_several_equal_ones_give_what_that_adapter_gives(tmp_path
     torch.testing.assert_close(logits(other), logits(model), rtol=0, atol=5e-5)
 
 
-def test_with_keys_of_zero_it_gives_the_mean_of_what_its_adapters_give(tmp_path):  # acid test 3
+@pytest.mark.acid("adapter_fusion", 3)
+def test_with_keys_of_zero_it_gives_the_mean_of_what_its_adapters_give(tmp_path):
     tuned = attach(tiny("bert"), "adapter_fusion", sources=[saved(tmp_path, 0), saved(tmp_path, 1)])
     fusion = tuned.modules(Fusion)["ffn_out@1"]
     torch.nn.init.zeros_(fusion.key.weight)
@@ -51,7 +54,8 @@ def test_a_token_has_shares_of_its_own_that_sum_to_one(tmp_path):
     torch.testing.assert_close(shares, scores.softmax(-1).detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_its_adapters_stay_as_they_were_read(tmp_path):  # acid test 4
+@pytest.mark.acid("adapter_fusion", 4)
+def test_its_adapters_stay_as_they_were_read(tmp_path):
     places = [saved(tmp_path, 0), saved(tmp_path, 1)]
     tuned = attach(tiny("bert"), "adapter_fusion", sources=places)
     assert tuned.n_trained() == 3 * (3 * 48**2 + 2 * 48)
@@ -62,7 +66,8 @@ def test_its_adapters_stay_as_they_were_read(tmp_path):  # acid test 4
     assert all(torch.equal(now[n], t) for n, t in held.items())
 
 
-def test_a_value_off_the_identity_costs_a_hundredth_of_its_square(tmp_path):  # acid test 5
+@pytest.mark.acid("adapter_fusion", 5)
+def test_a_value_off_the_identity_costs_a_hundredth_of_its_square(tmp_path):
     tuned = attach(tiny("bert"), "adapter_fusion", sources=[saved(tmp_path, 0), saved(tmp_path, 1)])
     method = tuned.tuning().method
     for fusion in tuned.modules(Fusion).values():

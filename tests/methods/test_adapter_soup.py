@@ -20,8 +20,9 @@ def test_nothing_of_it_trains_on_bert_base_and_one_adapter_is_stored():
     assert counted("adapter_soup", train=True) == 894_528
 
 
+@pytest.mark.acid("adapter_soup", 1)
 @pytest.mark.parametrize("times", [1, 3])
-def test_the_soup_of_one_or_of_its_copies_is_that_adapter(tmp_path, times):  # acid test 1
+def test_the_soup_of_one_or_of_its_copies_is_that_adapter(tmp_path, times):
     place = saved(tmp_path, 0)
     soup = adapters(attach(tiny("bert"), "adapter_soup", sources=[place] * times))
     held = open_source(place).tensors
@@ -29,7 +30,8 @@ def test_the_soup_of_one_or_of_its_copies_is_that_adapter(tmp_path, times):  # a
     assert all(torch.equal(soup[n], held[n]) for n in held)
 
 
-def test_every_tensor_is_the_mean_in_any_order(tmp_path):  # acid tests 2 and 5
+@pytest.mark.acid("adapter_soup", 2, 5)
+def test_every_tensor_is_the_mean_in_any_order(tmp_path):
     places = [saved(tmp_path, seed) for seed in (0, 1, 2)]
     soup = adapters(attach(tiny("bert"), "adapter_soup", sources=places))
     again = adapters(attach(tiny("bert"), "adapter_soup", sources=places[::-1]))
@@ -40,7 +42,8 @@ def test_every_tensor_is_the_mean_in_any_order(tmp_path):  # acid tests 2 and 5
         assert torch.equal(value, again[name])
 
 
-def test_a_pass_costs_what_one_adapter_costs_and_is_no_mean_of_two_passes(tmp_path):  # acid tests 3 and 4
+@pytest.mark.acid("adapter_soup", 3, 4)
+def test_a_pass_costs_what_one_adapter_costs_and_is_no_mean_of_two_passes(tmp_path):
     places = [saved(tmp_path, seed, arch="gpt2") for seed in (0, 1)]
     model = tiny("gpt2")
     soup = attach(model, "adapter_soup", sources=places)

@@ -21,7 +21,8 @@ def test_its_numbers_on_bert_base_are_those_of_the_paper():
     assert counted("attempt", length=100) == 231_936
 
 
-def test_texts_that_differ_have_shares_that_differ_and_sum_to_one():  # acid tests 1 and 2
+@pytest.mark.acid("attempt", 1, 2)
+def test_texts_that_differ_have_shares_that_differ_and_sum_to_one():
     tuned = attach(tiny("bert"), "attempt", **SMALL)
     stir(tuned)
     module = mixture(tuned)
@@ -33,7 +34,8 @@ def test_texts_that_differ_have_shares_that_differ_and_sum_to_one():  # acid tes
     assert (shares[0] - shares[1]).abs().max() > 1e-4
 
 
-def test_its_sources_stay_as_they_were_read(tmp_path):  # acid test 3
+@pytest.mark.acid("attempt", 3)
+def test_its_sources_stay_as_they_were_read(tmp_path):
     places = [saved(tmp_path, seed, "prompt_tuning") for seed in (0, 1)]
     held = torch.stack([open_source(place).tensors["prompt.vectors"] for place in places])
     tuned = attach(tiny("bert"), "attempt", sources=places)
@@ -53,7 +55,8 @@ def test_what_spot_has_made_may_be_mixed_too(tmp_path):
     assert not torch.equal(mixed[0], mixed[1])
 
 
-def test_a_great_temperature_mixes_all_alike():  # acid test 4
+@pytest.mark.acid("attempt", 4)
+def test_a_great_temperature_mixes_all_alike():
     tuned = attach(tiny("bert"), "attempt", **{**SMALL, "temperature": 1e9})
     module = mixture(tuned)
     found = module.rows(Context(batch=2), torch.randn(2, 4, 48), None)
@@ -61,7 +64,8 @@ def test_a_great_temperature_mixes_all_alike():  # acid test 4
     torch.testing.assert_close(found, wanted.expand(2, -1, -1), rtol=1e-5, atol=1e-5)
 
 
-def test_padding_is_not_pooled():  # acid test 5
+@pytest.mark.acid("attempt", 5)
+def test_padding_is_not_pooled():
     tuned = attach(tiny("bert"), "attempt", **SMALL)
     stir(tuned)
     module, words = mixture(tuned), torch.randn(1, 4, 48)

@@ -33,6 +33,7 @@ def test_the_query_is_all_that_trains_beside_the_head():
     assert {n.partition("/")[0] for n in tuned.trained()} == {"head", "branch.query"}
 
 
+@pytest.mark.acid("attention_fusion", 1)
 @pytest.mark.parametrize("settings", [{}, {"embeddings": True}, {"scaled": True}])
 def test_weights_depend_on_the_token_and_sum_to_one_over_the_layers(settings):
     tuned, fusion = fused(**settings)
@@ -44,6 +45,7 @@ def test_weights_depend_on_the_token_and_sum_to_one_over_the_layers(settings):
     assert (weights[0, 0] - weights[0, 1]).abs().max() > 1e-3
 
 
+@pytest.mark.acid("attention_fusion", 2)
 def test_no_state_of_the_model_has_a_graph():
     tuned, fusion = fused()
     seen = []
@@ -55,6 +57,7 @@ def test_no_state_of_the_model_has_a_graph():
     assert not [n for n, p in named if p.grad is not None and not n.startswith(("luthier", "classifier"))]
 
 
+@pytest.mark.acid("attention_fusion", 2)
 def test_from_kept_features_the_query_gets_the_same_gradient():
     tuned, fusion = fused("bert", "tokens")
     stir(tuned, 0.5)
@@ -68,6 +71,7 @@ def test_from_kept_features_the_query_gets_the_same_gradient():
     torch.testing.assert_close(fusion.query.grad, found, atol=1e-7, rtol=1e-5)
 
 
+@pytest.mark.acid("attention_fusion", 3)
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5"])
 def test_a_query_of_zeros_is_the_mean_of_the_layers_and_one_layer_alone_is_the_base(name):
     tuned, fusion = fused(name)

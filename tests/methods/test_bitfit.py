@@ -10,6 +10,7 @@ from luthier.surgery import attach, load
 from luthier.surgery.tuning_files import stored_tensors
 
 
+@pytest.mark.acid("bitfit", 1)
 def test_counts_of_all_of_the_blocks_and_of_the_subset():
     block = 7 * HIDDEN + INNER
     assert attach(tiny("bert"), "bitfit", embeddings=False).n_trained() == LAYERS * block
@@ -61,6 +62,7 @@ def test_the_subset_moves_the_biases_of_queries_and_of_the_first_projection_and_
     assert stored == tuned.tuning().method.n_stored(tuned.anatomy)
 
 
+@pytest.mark.acid("bitfit", 2)
 @pytest.mark.parametrize("name", ["t5", "mistral"])
 def test_a_model_without_biases_is_refused_or_given_new_ones(name):
     with pytest.raises(AnatomyError, match="add_missing_biases=true"):
@@ -79,6 +81,7 @@ def len_of(tuned):
     return tuned.tuning().method.n_params(tuned.anatomy)
 
 
+@pytest.mark.acid("bitfit", 3)
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_only_biases_move_and_all_but_the_key_s_do(name):
     model = tiny(name)
@@ -93,6 +96,7 @@ def test_only_biases_move_and_all_but_the_key_s_do(name):
         assert unfrozen.name.endswith("bias") or unfrozen.name in tuned.anatomy.head_tensors
 
 
+@pytest.mark.acid("bitfit", 4)
 def test_the_key_s_bias_has_no_gradient_without_rotary():
     tuned = attach(tiny("bert").double(), "bitfit")
     tuned.model(**inputs(tuned.model)).loss.backward()

@@ -51,6 +51,7 @@ def test_the_mask_has_exactly_its_share_of_the_blocks(name):
     assert set(masks) == {k for k in tuned.tuning().unfrozen if k.startswith(inside)}
 
 
+@pytest.mark.acid("child_tuning_d", 2)
 def test_the_mask_is_the_top_share_of_scores_computed_apart():
     reference = tiny("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, classifier_dropout=0.0)
     names = [n for n, _ in reference.named_parameters() if ".layer." in n]
@@ -207,6 +208,7 @@ def test_same_data_same_mask_and_other_data_another():
     assert any(not torch.equal(first[k], other[k]) for k in first)
 
 
+@pytest.mark.acid("child_tuning_d", 1)
 def test_entries_outside_the_mask_stay_bit_for_bit_under_decay_and_momentum():
     tuned, _ = _prepared()
     train(tuned, 6, decay=0.1)
@@ -218,6 +220,7 @@ def test_entries_outside_the_mask_stay_bit_for_bit_under_decay_and_momentum():
     )
 
 
+@pytest.mark.acid("child_tuning_d", 1)
 @pytest.mark.parametrize(("decay", "moves"), [(0.0, False), (0.1, True)])
 def test_without_masked_decay_only_decay_moves_the_rest_as_in_the_authors_code(decay, moves):
     tuned, _ = _prepared(method=ChildTuningD(masked_decay=False))
@@ -225,6 +228,7 @@ def test_without_masked_decay_only_decay_moves_the_rest_as_in_the_authors_code(d
     assert (_outside_moved(tuned) > 0) == moves
 
 
+@pytest.mark.acid("child_tuning_d", 3)
 def test_embeddings_and_head_train_whole():
     tuned, _ = _prepared()
     for key, unfrozen in tuned.tuning().unfrozen.items():

@@ -33,6 +33,7 @@ def test_every_number_trains():
     assert trained("bert", "child_tuning_f") == 109_482_240
 
 
+@pytest.mark.acid("child_tuning_f", 1)
 def test_in_expectation_the_masked_gradient_is_the_gradient():
     made = method("child_tuning_f", {"p": 0.25})
     tuned = attach(tiny("bert", **STILL), made)
@@ -49,6 +50,7 @@ def test_in_expectation_the_masked_gradient_is_the_gradient():
     assert (total / draws - 1).abs().max() < 4.5 * deviation
 
 
+@pytest.mark.acid("child_tuning_f", 2)
 def test_masks_are_of_every_entry_and_anew_at_every_step_at_their_density():
     made = method("child_tuning_f", {"p": 0.3})
     tuned = attach(tiny("bert", **STILL), made)
@@ -65,6 +67,7 @@ def test_masks_are_of_every_entry_and_anew_at_every_step_at_their_density():
     assert not torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+@pytest.mark.acid("child_tuning_f", 3)
 def test_by_plain_descent_what_is_not_drawn_stays_exactly():
     made = method("child_tuning_f", {})
     tuned = attach(tiny("bert", **STILL), made)

@@ -18,6 +18,7 @@ def closed(name="bert", words="compacter", **settings):
     return tuned, list(tuned.modules(Closing).values())
 
 
+@pytest.mark.acid("compacter_pp", 1)
 def test_counts_are_those_of_the_catalogue():
     assert trained("roberta", "compacter", norms=False) == 57_088
     assert trained("roberta", "compacter_pp", norms=False) == 28_576
@@ -25,6 +26,7 @@ def test_counts_are_those_of_the_catalogue():
     assert trained("t5", "compacter") == 161_728
 
 
+@pytest.mark.acid("compacter", 1)
 def test_a_matrix_is_the_sum_of_kronecker_products():
     tuned, modules = closed(rank=2)
     stir(tuned)
@@ -37,6 +39,7 @@ def test_a_matrix_is_the_sum_of_kronecker_products():
             torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.acid("compacter", 2, 3)
 def test_the_shared_matrices_are_one_tensor_in_training_in_the_file_and_after_loading(tmp_path):
     tuned, modules = closed()
     stir(tuned)
@@ -50,6 +53,7 @@ def test_the_shared_matrices_are_one_tensor_in_training_in_the_file_and_after_lo
     assert len({id(m.__dict__["rule"]) for m in again.modules(Closing).values()}) == 1
 
 
+@pytest.mark.acid("compacter", 4)
 def test_with_one_summand_of_one_it_is_a_low_rank_adapter():
     tuned, modules = closed(n=1, rank=2)
     with torch.no_grad():
@@ -61,6 +65,7 @@ def test_with_one_summand_of_one_it_is_a_low_rank_adapter():
     assert torch.linalg.matrix_rank(down) == 2
 
 
+@pytest.mark.acid("compacter", 5)
 def test_twice_the_layers_add_adapters_and_no_shared_matrices():
     counts = [
         attach(tiny("bert", num_hidden_layers=n), "compacter", reduction=4, norms=False).n_trained() for n in (3, 6)
@@ -68,6 +73,7 @@ def test_twice_the_layers_add_adapters_and_no_shared_matrices():
     assert counts[1] - counts[0] == 3 * 2 * 3 * (48 + 12)
 
 
+@pytest.mark.acid("compacter", 6)
 def test_its_rank_is_far_above_that_of_its_factors():
     tuned, modules = closed(n=4, reduction=2)
     stir(tuned)

@@ -15,6 +15,7 @@ def _numbers(tuned):
     return sum(m.shape.numel() for m in tuned.modules(Gated).values())
 
 
+@pytest.mark.acid("diff_pruning", 1)
 @pytest.mark.parametrize("logit", [-2.0, 0.0, 1.0, 5.0])
 def test_gates_close_and_open_as_often_as_the_closed_form_says(logit):
     draw = torch.Generator().manual_seed(0)
@@ -26,6 +27,7 @@ def test_gates_close_and_open_as_often_as_the_closed_form_says(logit):
     assert abs(float((z == 1).float().mean()) - opened) < 0.004
 
 
+@pytest.mark.acid("diff_pruning", 2)
 def test_the_penalty_has_the_gradient_of_the_expected_count():
     method = DiffPruning(l0=0.5)
     tuned = attach(tiny("bert"), method)
@@ -81,6 +83,7 @@ def test_counts(name):
     assert tuned.n_trained() == 2 * n + len(tuned.modules(Gated)) == tuned.tuning().method.n_params(tuned.anatomy)
 
 
+@pytest.mark.acid("diff_pruning", 5)
 def test_closing_a_whole_gate_removes_that_tensor_s_difference():
     tuned = attach(tiny("bert"), "diff_pruning")
     stir(tuned, 0.1)
@@ -92,6 +95,7 @@ def test_closing_a_whole_gate_removes_that_tensor_s_difference():
     assert torch.equal(module(frozen), frozen)
 
 
+@pytest.mark.acid("diff_pruning", 3)
 def test_projection_keeps_exactly_the_largest():
     method = DiffPruning(share=0.01)
     tuned = attach(tiny("bert"), method)
@@ -136,6 +140,7 @@ def test_a_run_moves_only_the_chosen_entries_and_is_stored_sparsely(tmp_path):
     assert torch.equal(logits(plain), before)
 
 
+@pytest.mark.acid("diff_pruning", 4)
 def test_the_second_phase_tunes_the_survivors():
     tuned = attach(tiny("bert"), DiffPruning(share=0.02, gating=0.3))
     train(tuned, 3, total=10, lr=1e-2)

@@ -21,6 +21,7 @@ def _layer(d_in=7, d_out=5, bias=True):
     return layer, base, turn
 
 
+@pytest.mark.acid("dora", 1)
 def test_at_the_start_m_is_the_row_norm_and_the_model_is_the_base():
     layer, _, turn = _layer()
     torch.testing.assert_close(turn.magnitude, layer.weight.norm(dim=1))
@@ -30,6 +31,7 @@ def test_at_the_start_m_is_the_row_norm_and_the_model_is_the_base():
     torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-6)
 
 
+@pytest.mark.acid("dora", 2)
 @pytest.mark.parametrize("fused", [True, False])
 def test_scaling_m_scales_the_output_without_its_bias(fused):
     layer, base, turn = _layer()
@@ -41,6 +43,7 @@ def test_scaling_m_scales_the_output_without_its_bias(fused):
     torch.testing.assert_close(call() - layer.bias, 2.5 * once)
 
 
+@pytest.mark.acid("dora", 3)
 @pytest.mark.parametrize("fused", [True, False])
 def test_gradients_are_those_of_a_norm_held_constant(fused):
     layer, base, turn = _layer()
@@ -66,6 +69,7 @@ def test_gradients_are_those_of_a_norm_held_constant(fused):
     assert torch.allclose(ours[2], moving[2]), "only A and B feel the norm"
 
 
+@pytest.mark.acid("dora", 4)
 def test_rows_of_the_merged_weight_have_exactly_the_lengths_m():
     layer, _, turn = _layer()
     with torch.no_grad():

@@ -35,6 +35,7 @@ def prepared(**settings):
     return tuned, made
 
 
+@pytest.mark.acid("fish_mask", 3)
 def test_the_budget_holds_the_head():
     assert trained("bert", "fish_mask") == 547_411
     assert trained("bert-for-two", "fish_mask") == 547_411 - (2 * 768 + 2)
@@ -44,6 +45,7 @@ def test_the_budget_holds_the_head():
     assert all(u.mask is None for k, u in tuned.tuning().unfrozen.items() if k.startswith("head/"))
 
 
+@pytest.mark.acid("fish_mask", 1)
 def test_scores_of_rows_alone_are_those_of_vmap_and_the_squared_gradient_of_a_batch_is_not():
     model = tiny("bert", **STILL).eval()
     model.config._attn_implementation = "eager"
@@ -68,6 +70,7 @@ def test_scores_of_rows_alone_are_those_of_vmap_and_the_squared_gradient_of_a_ba
     assert (scores - whole.square()).norm() > 0.1 * scores.norm()
 
 
+@pytest.mark.acid("fish_mask", 2)
 def test_opposite_gradients_do_not_cancel():
     model = tiny("bert", **STILL)
     planted = model.bert.pooler.dense.weight
@@ -76,6 +79,7 @@ def test_opposite_gradients_do_not_cancel():
     assert torch.equal(scores[0], torch.ones(48)) and not scores[1:].any()
 
 
+@pytest.mark.acid("fish_mask", 3)
 def test_a_planted_signal_is_found():
     made = method("fish_mask", {"share": 0.01, "counts_head": False})
     tuned = attach(tiny("bert"), made)
@@ -84,6 +88,7 @@ def test_a_planted_signal_is_found():
     assert tuned.tuning().unfrozen["model/bert.encoder.layer.1.output.dense.weight"].mask[:5].all()
 
 
+@pytest.mark.acid("fish_mask", 4)
 def test_expected_information_is_that_of_the_models_own_odds_and_nothing_for_one_class():
     weight = torch.nn.Parameter(torch.tensor([[1.0, -0.5], [0.3, 0.2], [0.0, 0.7]]))
     x = torch.tensor([[0.5, 2.0]])
@@ -97,6 +102,7 @@ def test_expected_information_is_that_of_the_models_own_odds_and_nothing_for_one
         fisher([weight], [lambda: OneRow(weight.sum())], expected=True)
 
 
+@pytest.mark.acid("fish_mask", 3)
 def test_looking_leaves_no_trace_and_nothing_outside_the_mask_moves():
     tuned, made = prepared()
     before = {n: t.clone() for n, t in tuned.model.state_dict().items()}

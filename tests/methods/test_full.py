@@ -27,6 +27,7 @@ def test_full_stands_alone():
         method("full+lora")
 
 
+@pytest.mark.acid("linear_probe", 2)
 def test_the_probe_trains_the_head_on_features_without_a_graph():
     model = tiny("bert")
     tuned = attach(model, "head_only")
@@ -41,6 +42,7 @@ def test_the_probe_trains_the_head_on_features_without_a_graph():
     assert all((out[0] if isinstance(out, tuple) else out).grad_fn is None for out in seen)
 
 
+@pytest.mark.acid("linear_probe", 1)
 def test_the_probe_on_kept_features_is_the_same_probe_bit_for_bit():
     whole, kept = tiny("bert"), tiny("bert")
     for model in (whole, kept):

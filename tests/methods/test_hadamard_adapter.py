@@ -11,12 +11,14 @@ from luthier.core import AnatomyError, ConfigError
 from luthier.surgery import attach
 
 
+@pytest.mark.acid("hadamard_adapter", 4)
 def test_counts_are_those_of_the_catalogue():
     assert trained("bert", "hadamard_adapter", norms=False) == 18_432
     assert trained("bert", "hadamard_adapter") == 36_864
     assert trained("bert", "hadamard_adapter", sites=("attn.o@last8",)) == 24_576
 
 
+@pytest.mark.acid("hadamard_adapter", 1, 2)
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
 @pytest.mark.parametrize("at", ["output", "input"])
 def test_it_starts_as_the_base_and_merges_into_the_projection(name, at):
@@ -29,6 +31,7 @@ def test_it_starts_as_the_base_and_merges_into_the_projection(name, at):
     torch.testing.assert_close(logits(tuned.merge()), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.acid("hadamard_adapter", 3)
 def test_in_the_second_phase_the_head_lies_still_to_the_bit_and_the_rest_learns():
     course = Course("hadamard_adapter", 10, probe=0.4, decay=0.1)
     start = course.values()

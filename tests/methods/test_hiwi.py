@@ -12,6 +12,7 @@ from luthier.surgery import attach
 from luthier.surgery.tuning_files import stored_tensors
 
 
+@pytest.mark.acid("hiwi", 2)
 def test_counts_are_those_of_the_catalogue_and_storage_knows_no_rank():
     assert trained("bert", "hiwi") == 368_640
     assert trained("bert", "hiwi", rank=16) == 1_474_560
@@ -28,6 +29,7 @@ def test_what_is_stored_are_the_new_biases(rank):
     assert {n.rpartition(".")[2] for n in held} == {"value"}
 
 
+@pytest.mark.acid("hiwi", 1)
 def test_merged_the_model_has_the_modules_of_the_base_and_computes_the_same():
     tuned = attach(tiny("bert", "classification"), "hiwi")
     train(tuned, 3)
@@ -38,6 +40,7 @@ def test_merged_the_model_has_the_modules_of_the_base_and_computes_the_same():
     assert [type(m) for m in merged.modules()] == [type(m) for m in tiny("bert", "classification").modules()]
 
 
+@pytest.mark.acid("hiwi", 3)
 def test_a_bias_of_zeros_is_told_of_and_stays():
     model = tiny("bert")
     with torch.no_grad():
@@ -64,6 +67,7 @@ def test_where_all_are_zero_it_is_refused_unless_the_network_has_biases():
     assert all(m.up.bias.grad.any() for m in tuned.modules(Hidden).values())
 
 
+@pytest.mark.acid("hiwi", 4)
 @pytest.mark.parametrize("name", ["bert", "gpt2"])  # a weight as (out, in), and one stored transposed
 def test_of_a_weight_the_change_is_thin_and_a_function_of_each_row(name):
     tuned = attach(tiny(name), "hiwi", of="weight", rank=3, sites=("ffn.up",))

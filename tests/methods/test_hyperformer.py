@@ -22,13 +22,15 @@ def tuned_with(name, arch="bert", task="", **more):
     return tuned
 
 
+@pytest.mark.acid("hyperformer_pp", 2)
 @pytest.mark.parametrize(("name", "numbers"), [("hyperformer", 5_120_624), ("hyperformer_pp", 2_581_464)])
-def test_its_numbers_on_bert_base_are_those_of_the_paper(name, numbers):  # acid tests 2 and 4
+def test_its_numbers_on_bert_base_are_those_of_the_paper(name, numbers):
     assert counted(name, tasks=8, train_norms=False) == numbers + 8 * 64
     assert counted(name, tasks=9, train_norms=False) - counted(name, tasks=8, train_norms=False) == 64
 
 
-def test_a_layer_more_costs_one_vector():  # acid test 4
+@pytest.mark.acid("hyperformer_pp", 4)
+def test_a_layer_more_costs_one_vector():
     counts = []
     for layers in (3, 4):
         model = tiny("bert", num_hidden_layers=layers)
@@ -36,8 +38,10 @@ def test_a_layer_more_costs_one_vector():  # acid test 4
     assert counts[1] - counts[0] == SMALL["embedding"]
 
 
+@pytest.mark.acid("hyperformer", 1)
+@pytest.mark.acid("hyperformer_pp", 1)
 @pytest.mark.parametrize("name", NAMES)
-def test_written_out_as_plain_adapters_it_computes_the_same(name):  # acid test 1
+def test_written_out_as_plain_adapters_it_computes_the_same(name):
     tuned = tuned_with(name)
     model = tuned.model
     batch = inputs(model) | {"row_task": torch.tensor([2, 2, 2])}
@@ -56,8 +60,10 @@ def test_written_out_as_plain_adapters_it_computes_the_same(name):  # acid test 
     torch.testing.assert_close(logits(model, batch), wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.acid("hyperformer", 2)
+@pytest.mark.acid("hyperformer_pp", 3)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_loss_on_one_task_moves_no_other_tasks_vector_and_the_shared_networks(name):  # acid test 3
+def test_a_loss_on_one_task_moves_no_other_tasks_vector_and_the_shared_networks(name):
     tuned = tuned_with(name)
     tuned.model(**inputs(tuned.model), row_task=torch.tensor([1, 1, 1])).loss.backward()
     gradients = {n: p.grad for n, p in tuned.trained().items()}
@@ -68,7 +74,9 @@ def test_a_loss_on_one_task_moves_no_other_tasks_vector_and_the_shared_networks(
     assert gradients["writer.mix.0.weight"].any()
 
 
-def test_swapped_tasks_give_swapped_answers():  # acid test 5
+@pytest.mark.acid("hyperformer", 3)
+@pytest.mark.acid("hyperformer_pp", 5)
+def test_swapped_tasks_give_swapped_answers():
     tuned = tuned_with("hyperformer")
     batch = inputs(tuned.model)
     one = {k: v[:1].repeat(2, *[1] * (v.dim() - 1)) for k, v in batch.items()}

@@ -9,10 +9,12 @@ from luthier import kernels
 from luthier.surgery import attach
 
 
+@pytest.mark.acid("ia3", 2)
 def test_the_count_leaves_the_attention_output_alone():
     assert attach(tiny("bert"), "ia3").n_trained() == LAYERS * (2 * HIDDEN + INNER)
 
 
+@pytest.mark.acid("ia3", 1)
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "bart"])
 def test_fused_plain_and_merged_agree_in_float64(name):
     results = []
@@ -31,6 +33,7 @@ def test_fused_plain_and_merged_agree_in_float64(name):
     torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)  # merging computes in fp32
 
 
+@pytest.mark.acid("ia3", 3)
 def test_a_zero_vector_leaves_the_down_bias_alone():
     model = tiny("bert")
     tuned = attach(model, "ia3")
@@ -43,6 +46,7 @@ def test_a_zero_vector_leaves_the_down_bias_alone():
     assert torch.equal(out, layer.output.dense.bias.expand_as(out))
 
 
+@pytest.mark.acid("ia3", 5)
 def test_what_ffn_down_reads_is_scaled_and_not_what_ffn_up_gives():
     model, reference = tiny("bert"), tiny("bert")
     tuned = attach(model, "ia3", outputs=())
@@ -57,6 +61,7 @@ def test_what_ffn_down_reads_is_scaled_and_not_what_ffn_up_gives():
     torch.testing.assert_close(logits(model), logits(reference))
 
 
+@pytest.mark.acid("ia3", 4)
 def test_decay_pulls_towards_one():
     tuned = attach(tiny("bert"), "ia3")
     (group,) = tuned.groups()

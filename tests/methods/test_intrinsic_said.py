@@ -10,6 +10,7 @@ from luthier.methods.parts.hadamard import Projection, hadamard
 from luthier.surgery import attach, load
 
 
+@pytest.mark.acid("intrinsic_said", 2)
 def test_the_transform_applied_twice_is_n_times_the_identity():
     x = torch.randn(3, 64, dtype=torch.float64)
     torch.testing.assert_close(hadamard(hadamard(x)), 64 * x)
@@ -23,6 +24,7 @@ def test_the_transform_is_the_hadamard_matrix():
     torch.testing.assert_close(hadamard(x), h @ x)
 
 
+@pytest.mark.acid("intrinsic_said", 3)
 def test_gradients_of_transform_and_projection_are_right():
     x = torch.randn(2, 16, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(hadamard, (x,))
@@ -30,6 +32,7 @@ def test_gradients_of_transform_and_projection_are_right():
     assert torch.autograd.gradcheck(Projection(9, 37, 0, "a").double(), (z,))
 
 
+@pytest.mark.acid("intrinsic_said", 4)
 def test_the_projection_and_its_gradient_are_adjoint():
     project = Projection(20, 300, 0, "a").double()
     z = torch.randn(20, dtype=torch.float64, requires_grad=True)
@@ -60,6 +63,7 @@ def test_the_projection_is_the_formula_with_its_signs_permutation_and_normal_num
     torch.testing.assert_close(Projection(inputs_, outputs, 3, "said", "w")(z), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.acid("intrinsic_said", 1)
 @pytest.mark.parametrize("outputs", [3000, 48])
 def test_the_projection_keeps_the_length_on_average(outputs):
     ratios = []
@@ -69,6 +73,7 @@ def test_the_projection_keeps_the_length_on_average(outputs):
     assert abs(sum(ratios) / len(ratios) - 1) < (0.02 if outputs == 3000 else 0.05)
 
 
+@pytest.mark.acid("intrinsic_said", 5)
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "albert"])
 @pytest.mark.parametrize("share", ["layer", "tensor", "none"])
 def test_the_count_is_the_dimension(name, share):
@@ -81,6 +86,7 @@ def test_one_lambda_per_block_and_one_outside():
     assert tuned.modules()["lambda"].values.numel() == LAYERS + 1
 
 
+@pytest.mark.acid("intrinsic_said", 6)
 def test_the_update_has_no_more_dimensions_than_z():
     tuned = attach(tiny("bert"), "intrinsic_said", dimension=12, share="none")
     moved = {k: m for k, m in tuned.modules().items() if k.startswith("tensor/") and "layer.0.attention" in k}

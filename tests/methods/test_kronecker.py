@@ -19,6 +19,9 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 # --- krona
 
 
+@pytest.mark.acid("krona", 1)
+@pytest.mark.acid("krona_b", 1)
+@pytest.mark.acid("lokr", 1)
 @pytest.mark.parametrize("shapes", [((3, 4), (5, 2)), ((2, 7), (3, 3)), ((6, 1), (1, 5)), ((1, 8), (9, 2))])
 def test_two_small_products_equal_the_kronecker_product_written_out(shapes) -> None:
     a, b = drawn(*shapes[0]), drawn(*shapes[1], seed=1)
@@ -32,6 +35,7 @@ def test_factors_are_the_nearest_to_the_root() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.acid("krona", 2)
 def test_the_rank_of_the_update_is_the_product_of_the_ranks() -> None:
     tuned = attach(tiny("llama"), "krona", sites=("ffn.up",), rows=4, columns=3)
     module = next(iter(tuned.modules(KroneckerUpdate).values()))
@@ -42,6 +46,7 @@ def test_the_rank_of_the_update_is_the_product_of_the_ranks() -> None:
     assert torch.linalg.matrix_rank(update) == 12
 
 
+@pytest.mark.acid("krona", 3)
 def test_nothing_as_large_as_the_weight_is_made_in_a_pass_or_its_gradient() -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -63,6 +68,7 @@ def test_nothing_as_large_as_the_weight_is_made_in_a_pass_or_its_gradient() -> N
     assert 0 < largest <= 3 * 32 * 32
 
 
+@pytest.mark.acid("krona_b_res", 1)
 def test_the_residual_branch_without_its_product_is_the_layer_plus_a_share_of_its_input() -> None:
     tuned = attach(tiny("bert"), "krona_b_res")
     layer = tuned.anatomy.sites("ffn_out")[0]
@@ -126,6 +132,7 @@ def test_the_thin_form_is_the_sum_of_kronecker_products(rank_one) -> None:
     torch.testing.assert_close(phm_weight(rule, s, t), wanted)
 
 
+@pytest.mark.acid("kadaptation", 2)
 @pytest.mark.parametrize("name", ["phm_delta", "kadaptation"])
 def test_the_rule_exists_once_and_every_place_sends_it_a_gradient(name) -> None:
     results = []
@@ -143,6 +150,7 @@ def test_the_rule_exists_once_and_every_place_sends_it_a_gradient(name) -> None:
         torch.testing.assert_close(gradient, results[1][full], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.acid("kadaptation", 1)
 def test_both_own_factors_at_zero_never_move_and_ours_do() -> None:
     tuned = attach(tiny("bert"), "kadaptation", n=4)
     modules = list(tuned.modules(Thin).values())

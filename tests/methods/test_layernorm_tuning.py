@@ -9,6 +9,7 @@ from tiny import tiny
 from luthier.surgery import attach
 
 
+@pytest.mark.acid("layernorm_tuning", 1)
 def test_counts_are_those_of_the_catalogue():
     assert trained("bert", "layernorm_tuning", outside=False) == 36_864
     assert trained("bert", "layernorm_tuning") == 38_400
@@ -17,6 +18,7 @@ def test_counts_are_those_of_the_catalogue():
     assert tuned.n_trained() == 2 * 48 * 3 + 48
 
 
+@pytest.mark.acid("layernorm_tuning", 2, 4)
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "qwen3", "modernbert"])
 def test_every_norm_of_every_family_trains_the_last_one_and_those_of_queries_and_keys_among_them(name):
     model = tiny(name)
@@ -27,6 +29,7 @@ def test_every_norm_of_every_family_trains_the_last_one_and_those_of_queries_and
     assert {n.partition("/")[2] for n in tuned.trained()} >= wanted > set()
 
 
+@pytest.mark.acid("layernorm_tuning", 3)
 @pytest.mark.parametrize("name", ["bert", "gpt2"])  # a norm behind the sublayer, a norm before it
 def test_only_norms_change_and_no_decay_pulls_at_them(name):
     tuned = attach(tiny(name, "classification"), "layernorm_tuning")

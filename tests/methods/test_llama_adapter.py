@@ -20,8 +20,9 @@ def test_its_numbers_on_llama_7b_are_those_of_the_paper():
     assert counted("llama_adapter") == 76_920
 
 
+@pytest.mark.acid("llama_adapter", 1)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5", "qwen3"])
-def test_it_starts_at_the_base_with_its_tokens_attended_to(name):  # acid test 1
+def test_it_starts_at_the_base_with_its_tokens_attended_to(name):
     model = tiny(name)
     base = logits(model)
     tuned = attach(model, "llama_adapter", length=3, skip=1)
@@ -29,7 +30,8 @@ def test_it_starts_at_the_base_with_its_tokens_attended_to(name):  # acid test 1
     torch.testing.assert_close(logits(model), base, rtol=0, atol=1e-6)
 
 
-def test_at_first_only_the_gates_have_a_gradient_and_then_the_tokens_too():  # acid test 2
+@pytest.mark.acid("llama_adapter", 2)
+def test_at_first_only_the_gates_have_a_gradient_and_then_the_tokens_too():
     tuned = attach(tiny("llama"), "llama_adapter", length=3, skip=1)
     trained = tuned.trained()
     tuned.model(**inputs(tuned.model)).loss.backward()
@@ -43,8 +45,9 @@ def test_at_first_only_the_gates_have_a_gradient_and_then_the_tokens_too():  # a
     assert all(p.grad.any() for p in trained.values())
 
 
+@pytest.mark.acid("llama_adapter", 3)
 @pytest.mark.parametrize("prefix", [False, True])
-def test_what_it_adds_is_its_own_softmax_and_the_texts_still_sums_to_one(prefix):  # acid test 3
+def test_what_it_adds_is_its_own_softmax_and_the_texts_still_sums_to_one(prefix):
     words = "llama_adapter+prefix_tuning" if prefix else "llama_adapter"
     more = {"prefix_tuning.length": 2, "prefix_tuning.mlp_width": 0} if prefix else {}
     of = "llama_adapter." if prefix else ""
@@ -78,14 +81,16 @@ def test_what_it_adds_is_its_own_softmax_and_the_texts_still_sums_to_one(prefix)
             torch.testing.assert_close(of_text[0], wanted[0].transpose(0, 1), rtol=1e-9, atol=1e-9)  # row 0: no pads
 
 
-def test_the_bottom_layers_have_nothing():  # acid test 4
+@pytest.mark.acid("llama_adapter", 4)
+def test_the_bottom_layers_have_nothing():
     tuned = attach(tiny("llama"), "llama_adapter", length=3, skip=2)
     assert list(tuned.modules(Tokens)) == ["attn.attend@2"]
     with pytest.raises(ConfigError, match=r"llama_adapter\.skip: 3 layers are left out, and this llama model has 3"):
         attach(tiny("llama"), "llama_adapter", skip=3)
 
 
-def test_generation_is_the_same_with_and_without_a_cache():  # acid test 5
+@pytest.mark.acid("llama_adapter", 5)
+def test_generation_is_the_same_with_and_without_a_cache():
     tuned = attach(tiny("llama"), "llama_adapter", length=3, skip=1)
     stir(tuned)
     tuned.model.eval()

@@ -12,6 +12,7 @@ from luthier.surgery import attach
 ALL = "attn,ffn"
 
 
+@pytest.mark.acid("lora", 1)
 def test_at_the_first_step_a_has_no_gradient_and_b_has_one():
     tuned = attach(tiny("bert"), "lora")
     tuned.model(**inputs(tuned.model)).loss.backward()
@@ -22,6 +23,7 @@ def test_at_the_first_step_a_has_no_gradient_and_b_has_one():
             assert torch.count_nonzero(parameter.grad) > 0
 
 
+@pytest.mark.acid("lora", 2, 3)
 def test_the_update_has_the_rank_and_doubles_with_alpha():
     one, two = (attach(tiny("llama"), "lora", rank=3, alpha=a, sites=("ffn.up",)) for a in (6.0, 12.0))
     train(one, 4)
@@ -80,6 +82,7 @@ def test_a_bias_that_another_method_trains_keeps_its_gradient():
         torch.testing.assert_close(grad, grads[1][name], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.acid("lora", 4)
 def test_folding_a_hundred_times_leaves_the_weights_bit_for_bit():
     model = tiny("gpt2")
     tuned = attach(model, "lora", sites=ALL.split(","))

@@ -30,12 +30,15 @@ def kept(d_in: int, train_a: bool, p: float = 0.0) -> int:
     return sum(t.numel() for t in held if t is not a and t is not b)
 
 
+@pytest.mark.acid("lora_fa", 1)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_with_a_frozen_what_is_kept_does_not_grow_with_the_input(p: float) -> None:
     assert kept(48, False, p) == kept(96, False, p) == 10 * 4
     assert kept(96, True, p) == kept(48, True, p) + 10 * 48
 
 
+@pytest.mark.acid("lora_fa", 2, 3)
+@pytest.mark.acid("l_lora", 2)
 @pytest.mark.parametrize("name", ["lora_fa", "l_lora"])
 def test_a_stays_as_drawn_has_no_gradient_and_the_update_lies_in_its_rows(name: str) -> None:
     tuned = attach(tiny("llama"), name, rank=3)
@@ -74,6 +77,7 @@ def test_fused_plain_and_merged_agree_in_float64(settings: dict[str, object]) ->
 # --- starts
 
 
+@pytest.mark.acid("pissa", 1)
 @pytest.mark.parametrize("start", ["svd", "minor"])
 def test_what_is_taken_and_what_is_left_make_up_the_weight(start: str) -> None:
     weight = torch.randn(20, 12, generator=torch.Generator().manual_seed(0))
@@ -118,6 +122,7 @@ def test_it_starts_where_peft_starts_and_takes_the_same_first_step(name: str, th
         torch.testing.assert_close(mine.b.grad, theirs_b.grad * sign, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.acid("pissa", 3)
 @pytest.mark.parametrize("settings", [{}, {"scaling": "root"}, {"rank": "4, attn.q@0: 5", "train_a": False}])
 def test_it_is_a_lora_of_twice_the_rank_for_peft(settings: dict[str, object], tmp_path: Path) -> None:
     tuned = attach(tiny("llama"), method("pissa", {"rank": 3, **settings}))

@@ -20,6 +20,7 @@ def update(module: Thin, d_out: int, d_in: int) -> torch.Tensor:
 # --- sora
 
 
+@pytest.mark.acid("sora", 2)
 def test_the_proximal_step_has_its_closed_form_and_a_gate_at_the_threshold_closes() -> None:
     module = next(iter(attach(tiny("bert"), "sora", rank=5).modules(ThinUpdate).values()))
     with torch.no_grad():
@@ -45,11 +46,13 @@ def closed(threshold: float, folder: Path | None = None) -> int:
     return found
 
 
+@pytest.mark.acid("sora", 1, 3, 4)
 def test_gates_close_exactly_more_of_them_at_a_larger_threshold_and_leave_with_their_parts(tmp_path: Path) -> None:
     found = [closed(0.0), closed(0.05), closed(0.1, tmp_path / "tuning")]
     assert 0 == found[0] < found[1] < found[2] < 36
 
 
+@pytest.mark.acid("sora", 1)
 def test_without_the_step_a_penalty_closes_no_gate() -> None:
     tuned = attach(tiny("bert"), "sora", rank=6, threshold=0.0, train_head=False)
     tuned.calls_hooks = True
@@ -65,6 +68,7 @@ def test_without_the_step_a_penalty_closes_no_gate() -> None:
 # --- dylora
 
 
+@pytest.mark.acid("dylora", 1)
 @pytest.mark.parametrize("r", [1, 2, 4])
 def test_cut_to_a_width_it_is_the_lora_of_the_stored_prefix_to_the_bit(r: int) -> None:
     tuned = attach(tiny("bert"), "dylora", rank=4, alpha=8.0, use=r, train_head=False)
@@ -80,6 +84,7 @@ def test_cut_to_a_width_it_is_the_lora_of_the_stored_prefix_to_the_bit(r: int) -
     assert torch.equal(update(module, 48, 48), (module.b[:, :r] * (8.0 / r) @ module.a[:r]).detach())
 
 
+@pytest.mark.acid("dylora", 2)
 def test_with_only_the_last_a_step_moves_one_row_and_one_column() -> None:
     tuned = attach(tiny("bert"), "dylora", rank=4, only_last=True)
     method, tuned.calls_hooks = tuned.tuning().method, True
@@ -101,6 +106,7 @@ def test_with_only_the_last_a_step_moves_one_row_and_one_column() -> None:
             assert rows == columns == [module.drawn - 1]
 
 
+@pytest.mark.acid("dylora", 4)
 def test_every_width_is_drawn_about_equally_often_and_all_sites_have_the_same() -> None:
     tuned = attach(tiny("bert"), "dylora", rank=5, smallest=2)
     modules = list(tuned.modules(ThinUpdate).values())
@@ -151,6 +157,7 @@ def weights_by_the_paper(steps: int, wait: int, share: float) -> tuple[list[torc
     return results[0], results[1]
 
 
+@pytest.mark.acid("delta_lora", 1)
 @pytest.mark.parametrize("wait", [1, 3])
 def test_the_telescoped_pair_is_the_weight_moved_step_by_step(wait: int) -> None:
     paper, ours = weights_by_the_paper(6, wait, 2.0)
@@ -158,6 +165,7 @@ def test_the_telescoped_pair_is_the_weight_moved_step_by_step(wait: int) -> None
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.acid("delta_lora", 2, 3, 4, 5)
 def test_the_weight_stays_the_change_has_twice_the_rank_and_with_no_share_it_is_lora() -> None:
     tuned = attach(tiny("bert"), "delta_lora", rank=3, wait=2)
     base = {n: p.detach().clone() for n, p in tuned.model.named_parameters() if not p.requires_grad}
@@ -178,6 +186,7 @@ def test_the_weight_stays_the_change_has_twice_the_rank_and_with_no_share_it_is_
 # --- kernel_mix
 
 
+@pytest.mark.acid("kernel_mix", 1)
 def test_a_head_s_own_factors_change_its_own_outputs_and_of_o_its_own_inputs() -> None:
     tuned = attach_double("llama", "kernel_mix", sites=("attn.q", "attn.v", "attn.o"), shared=0, own=2)
     stir(tuned, 0.3)
@@ -192,6 +201,7 @@ def test_a_head_s_own_factors_change_its_own_outputs_and_of_o_its_own_inputs() -
         assert changed.tolist() == list(range(12, 24)), key
 
 
+@pytest.mark.acid("kernel_mix", 2, 3)
 def test_without_own_parts_it_is_lora_and_with_them_its_rank_is_above_what_lora_reaches() -> None:
     alone = attach(tiny("bert"), "kernel_mix", shared=3, own=0).modules()["attn.q@0"]
     lora = attach(tiny("bert"), "lora", rank=3, alpha=3.0).modules()["attn.q@0"]

@@ -57,6 +57,7 @@ def kept_bytes(model):
     return sum(kept.values())
 
 
+@pytest.mark.acid("lst", 1)
 @pytest.mark.parametrize("name", [*NAMES, "gpt2", "bart", "modernbert"])
 def test_no_gradient_enters_the_frozen_model(name):
     tuned = attach(tiny(name), "lst", reduction=3)
@@ -84,6 +85,7 @@ def per_layer(chosen, **settings):
     return six - three
 
 
+@pytest.mark.acid("lst", 1)
 def test_kept_activations_shrink_with_the_side_and_stay_far_below_full_tuning():
     small, large = (per_layer("lst", reduction=r, importance="random") for r in (6, 2))
     full = per_layer("full")
@@ -91,6 +93,7 @@ def test_kept_activations_shrink_with_the_side_and_stay_far_below_full_tuning():
     assert small < full / 3
 
 
+@pytest.mark.acid("lst", 2)
 @pytest.mark.parametrize("name", NAMES)
 def test_gates_at_their_ends_read_only_the_ladder_or_only_the_side(name):
     tuned = stirred(name, "lst", reduction=3)
@@ -121,6 +124,7 @@ def where(rows, table):
     return equal.float().argmax(1)
 
 
+@pytest.mark.acid("lst", 3)
 def test_side_blocks_start_as_rows_and_columns_of_the_frozen_ones_the_same_in_every_layer():
     tuned = attach(tiny("bert"), "lst", reduction=3)
     base = tuned.model.bert.encoder.layer
@@ -155,6 +159,7 @@ def test_what_one_angle_turns_is_kept_together_and_fused_layers_are_cut_part_by_
     assert all(torch.isfinite(p).all() for p in parameters.values())
 
 
+@pytest.mark.acid("lst", 4)
 @pytest.mark.parametrize("reduction", [2, 3, 8])
 @pytest.mark.parametrize("name", ["bert", "gpt2", "mistral", "t5", "bart", "mixtral", "vit"])
 def test_the_count_is_that_of_the_network_that_is_built(name, reduction):
@@ -163,6 +168,7 @@ def test_the_count_is_that_of_the_network_that_is_built(name, reduction):
     assert all(len(ladder.alpha) == len(ladder.blocks) == 2 for ladder in sides_of(tuned).ladders.values())
 
 
+@pytest.mark.acid("lst", 4)
 def test_the_counts_are_those_of_the_catalogue():
     with torch.device("meta"):
         anatomy = Anatomy.read(BertModel(BertConfig()))

@@ -25,8 +25,9 @@ def test_its_numbers_on_bert_base_are_those_of_the_paper():
     assert counted("madx", part="task", language_reduction=2) == 894_528
 
 
+@pytest.mark.acid("madx", 1, 4)
 @pytest.mark.parametrize("d", [8, 9])
-def test_the_map_is_undone_exactly_in_the_right_order(d):  # acid tests 1 and 4
+def test_the_map_is_undone_exactly_in_the_right_order(d):
     coupling = Coupling(d)
     with torch.no_grad():
         for parameter in coupling.parameters():
@@ -40,7 +41,8 @@ def test_the_map_is_undone_exactly_in_the_right_order(d):  # acid tests 1 and 4
     torch.testing.assert_close(y, torch.cat([first, two + coupling.g(first)], -1))
 
 
-def test_another_language_gives_other_answers_and_leaves_the_task_as_it_was(tmp_path):  # acid test 2
+@pytest.mark.acid("madx", 2)
+def test_another_language_gives_other_answers_and_leaves_the_task_as_it_was(tmp_path):
     first, second = language(tmp_path, 0), language(tmp_path, 1)
     model = tiny("bert")
     tuned = attach(model, "madx", part="task", sources=[first])
@@ -58,7 +60,8 @@ def test_another_language_gives_other_answers_and_leaves_the_task_as_it_was(tmp_
     assert torch.equal(logits(again.model), logits(model))
 
 
-def test_each_part_trains_its_own_numbers_alone(tmp_path):  # acid test 3
+@pytest.mark.acid("madx", 3)
+def test_each_part_trains_its_own_numbers_alone(tmp_path):
     alone = attach(tiny("bert"), "madx", train_head=False, **SMALL).trained()
     assert all(".language." in n or n.startswith("invertible.") for n in alone)
     assert any(n.startswith("invertible.") for n in alone)

@@ -21,6 +21,8 @@ def flat(found):
     return torch.cat([m.flatten() for m in found.values()])
 
 
+@pytest.mark.acid("random_mask", 2)
+@pytest.mark.acid("magnitude_mask", 2)
 @pytest.mark.parametrize("words", ["magnitude_mask", "random_mask"])
 def test_the_budget_is_exact(words):
     assert trained("bert", words) == 547_411
@@ -32,6 +34,7 @@ def test_the_budget_is_exact(words):
         assert int(flat(found).sum()) == wanted == tuned.tuning().method.n_params(tuned.anatomy)
 
 
+@pytest.mark.acid("magnitude_mask", 3)
 def test_the_largest_values_are_chosen_whatever_the_seed():
     tuned, found = masks(share=0.02)
     values = torch.cat([u.original.abs().flatten() for k, u in tuned.tuning().unfrozen.items() if k in found])
@@ -40,6 +43,7 @@ def test_the_largest_values_are_chosen_whatever_the_seed():
     assert torch.equal(chosen, flat(masks(share=0.02, seed=4)[1]))
 
 
+@pytest.mark.acid("random_mask", 3)
 def test_random_entries_follow_from_the_seed_and_are_spread_evenly():
     one, again, other = (flat(masks(words="random_mask", share=0.2, seed=s)[1]) for s in (0, 0, 1))
     assert torch.equal(one, again) and not torch.equal(one, other)
@@ -48,6 +52,8 @@ def test_random_entries_follow_from_the_seed_and_are_spread_evenly():
     assert (one != flat(masks(share=0.2)[1])).float().mean() > 0.2
 
 
+@pytest.mark.acid("random_mask", 1)
+@pytest.mark.acid("magnitude_mask", 1)
 @pytest.mark.parametrize("words", ["magnitude_mask", "random_mask"])
 def test_nothing_outside_the_mask_moves_under_decay_momentum_and_clipping(words, tmp_path):
     tuned, _ = masks(words=words, share=0.01)

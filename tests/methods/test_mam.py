@@ -23,6 +23,7 @@ def prefixes_of(tuned):
     return prefixes
 
 
+@pytest.mark.acid("mam", 1)
 @pytest.mark.parametrize("name", NAMES)
 def test_without_its_prefix_it_starts_at_the_base(name):
     model = tiny(name)
@@ -33,6 +34,7 @@ def test_without_its_prefix_it_starts_at_the_base(name):
     assert torch.equal(logits(model), base)
 
 
+@pytest.mark.acid("mam", 2, 5)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_network_can_be_dropped_and_only_the_formula_is_stored(name):
     tuned = stirred(name, "mam", **SMALL)
@@ -49,6 +51,7 @@ def test_the_network_can_be_dropped_and_only_the_formula_is_stored(name):
     assert chosen.n_params(tuned.anatomy) - kept == network - rows
 
 
+@pytest.mark.acid("mam", 3)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_order_inside_the_prefix_does_not_matter(name):
     tuned = stirred(name, "mam", **{**SMALL, "mlp_width": 0})
@@ -92,6 +95,7 @@ def test_it_cannot_be_merged():
     assert torch.equal(logits(tuned.model), before)
 
 
+@pytest.mark.acid("mam", 4)
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
 def test_generation_does_not_depend_on_cache_or_padding(name, beams):

@@ -36,11 +36,13 @@ def of(one, x):
     return torch.relu(x @ one["down.weight"].T + one["down.bias"]) @ one["up.weight"].T + one["up.bias"]
 
 
-def test_its_numbers_on_bert_base_are_those_of_one_adapter():  # acid test 4
+@pytest.mark.acid("mera", 4)
+def test_its_numbers_on_bert_base_are_those_of_one_adapter():
     assert counted("mera") == 894_528
 
 
-def test_an_adapter_with_shuffled_neurons_is_matched_to_itself_and_a_plain_mean_is_not_it():  # acid test 1
+@pytest.mark.acid("mera", 1)
+def test_an_adapter_with_shuffled_neurons_is_matched_to_itself_and_a_plain_mean_is_not_it():
     one = adapter(0)
     other = shuffled(one)
     merged = {n: (one[n] + t) / 2 for n, t in aligned(other, one).items()}
@@ -50,14 +52,16 @@ def test_an_adapter_with_shuffled_neurons_is_matched_to_itself_and_a_plain_mean_
     assert (of(plain, x) - of(one, x)).abs().max() > 0.1
 
 
-def test_the_matching_is_a_permutation():  # acid test 2
+@pytest.mark.acid("mera", 2)
+def test_the_matching_is_a_permutation():
     plan = matching(adapter(1), adapter(2))
     assert torch.equal(plan.sum(0), torch.ones(6))
     assert torch.equal(plan.sum(1), torch.ones(6))
     assert set(plan.flatten().tolist()) == {0.0, 1.0}
 
 
-def test_a_matched_adapter_computes_what_it_did():  # acid test 3
+@pytest.mark.acid("mera", 3)
+def test_a_matched_adapter_computes_what_it_did():
     one, x = adapter(1), torch.randn(5, 10)
     torch.testing.assert_close(of(aligned(one, adapter(2)), x), of(one, x), rtol=1e-5, atol=1e-5)
 

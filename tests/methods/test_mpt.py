@@ -20,7 +20,8 @@ def test_its_numbers_on_bert_base_are_those_of_the_paper(tasks, numbers):
     assert counted("mpt", tasks=tasks) == numbers
 
 
-def test_a_tasks_prompt_over_the_shared_one_has_rank_one():  # acid test 1
+@pytest.mark.acid("mpt", 1)
+def test_a_tasks_prompt_over_the_shared_one_has_rank_one():
     tuned = attach(tiny("bert"), "mpt", tasks=2, length=4)
     stir(tuned)
     module = prompts(tuned)
@@ -29,7 +30,8 @@ def test_a_tasks_prompt_over_the_shared_one_has_rank_one():  # acid test 1
     assert singular[1] < 1e-4 * singular[0]
 
 
-def test_a_loss_on_one_task_moves_the_shared_prompt_and_no_other_tasks_factors():  # acid test 2
+@pytest.mark.acid("mpt", 2)
+def test_a_loss_on_one_task_moves_the_shared_prompt_and_no_other_tasks_factors():
     tuned = attach(tiny("bert"), "mpt", tasks=3, length=4)
     tuned.model(**inputs(tuned.model), row_task=torch.tensor([1, 1, 1])).loss.backward()
     module = prompts(tuned)
@@ -40,7 +42,8 @@ def test_a_loss_on_one_task_moves_the_shared_prompt_and_no_other_tasks_factors()
         assert not factor[2].any()
 
 
-def test_with_factors_of_one_it_is_prompt_tuning(tmp_path):  # acid test 3
+@pytest.mark.acid("mpt", 3)
+def test_with_factors_of_one_it_is_prompt_tuning(tmp_path):
     place = saved(tmp_path, 0, "prompt_tuning")
     model, other = tiny("gpt2"), tiny("gpt2")
     place = saved(tmp_path / "gpt2", 0, "prompt_tuning", "gpt2")

@@ -22,6 +22,7 @@ def test_blocks_turn_as_their_block_diagonal_matrix_does() -> None:
     assert torch.equal(upper(skew(numbers, 4)), numbers)
 
 
+@pytest.mark.acid("oft", 1, 2, 3)
 @pytest.mark.parametrize(("method", "settings"), [("oft", {"block": 8}), ("boft", {"block": 4, "factors": 3})])
 def test_after_training_the_input_is_turned_and_the_weight_keeps_its_lengths_and_angles(method, settings) -> None:
     tuned = attach_double("llama", method, sites=("attn.q", "ffn.up"), **settings)
@@ -56,6 +57,7 @@ def test_a_cut_series_is_no_rotation_and_the_solved_one_is() -> None:
     assert not torch.allclose(cayley_series(q, 5), cayley(q), rtol=0, atol=1e-4)
 
 
+@pytest.mark.acid("boft", 1)
 def test_boft_with_one_factor_is_oft() -> None:
     found = []
     for method, settings in (("oft", {"block": 8}), ("boft", {"block": 8, "factors": 1})):

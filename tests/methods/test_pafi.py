@@ -29,12 +29,14 @@ def test_counts_are_those_of_the_catalogue():
     assert trained("bert", "pafi") == sum(math.floor(0.005 * math.prod(anatomy.tensors[n])) for n in names)
 
 
+@pytest.mark.acid("pafi", 1)
 def test_no_seed_and_no_data_change_the_mask():
     one, other = masks(seed=0)[1], masks(seed=5)[1]
     assert all(torch.equal(one[k].mask, other[k].mask) for k in one)
     assert not masks()[0].tuning().method.looks_at_data
 
 
+@pytest.mark.acid("pafi", 2)
 @pytest.mark.parametrize("scope", ["tensor", "model"])
 def test_the_smallest_values_are_chosen(scope):
     _, found = masks(share=0.05, scope=scope)
@@ -46,6 +48,7 @@ def test_the_smallest_values_are_chosen(scope):
         assert torch.cat(inside).max() <= torch.cat(outside).min()
 
 
+@pytest.mark.acid("pafi", 4)
 def test_a_padding_row_is_not_chosen():
     model = tiny("bert")
     with torch.no_grad():
@@ -55,6 +58,7 @@ def test_a_padding_row_is_not_chosen():
     assert mask.any() and not mask[0].any()
 
 
+@pytest.mark.acid("pafi", 3)
 def test_a_file_holds_values_without_places(tmp_path):
     tuned, found = masks(share=0.05)
     stir(tuned, 0.1)

@@ -14,6 +14,7 @@ from luthier.surgery import attach, method
 NAMES = ["bert", "llama", "t5"]
 
 
+@pytest.mark.acid("parallel_adapter", 1)
 @pytest.mark.parametrize("placement", ["ffn", "attn", "both"])
 @pytest.mark.parametrize("name", [*NAMES, "opt", "bloom"])
 def test_it_starts_at_the_base_with_its_branch_running(name, placement):
@@ -24,6 +25,7 @@ def test_it_starts_at_the_base_with_its_branch_running(name, placement):
     assert torch.equal(logits(model), base)
 
 
+@pytest.mark.acid("parallel_adapter", 2)
 def test_twice_the_scale_adds_twice_as_much_before_the_norm():
     added = []
     for scale in (2.0, 4.0):
@@ -35,6 +37,7 @@ def test_twice_the_scale_adds_twice_as_much_before_the_norm():
     torch.testing.assert_close(added[1], 2 * added[0], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.acid("parallel_adapter", 3)
 def test_it_reads_the_input_of_the_feed_forward_layer_not_its_output():
     tuned = attach_double("bert", "parallel_adapter", width=7)
     stir(tuned)

@@ -13,7 +13,8 @@ def test_its_numbers_on_bert_base_are_those_of_the_paper():
     assert counted("pfeiffer_adapter") == 894_528
 
 
-def test_the_closing_norm_acts_twice_a_block_and_once_asleep():  # acid test 1
+@pytest.mark.acid("pfeiffer_adapter", 1)
+def test_the_closing_norm_acts_twice_a_block_and_once_asleep():
     tuned = attach(tiny("bert"), "pfeiffer_adapter", reduction=8)
     calls = []
     for layer in tuned.model.bert.encoder.layer:
@@ -26,7 +27,8 @@ def test_the_closing_norm_acts_twice_a_block_and_once_asleep():  # acid test 1
     assert [calls.count(number) for number in dict.fromkeys(calls)] == [1, 1, 1]
 
 
-def test_a_block_is_what_the_equation_says_and_not_what_reading_the_sublayer_alone_gives():  # acid test 2
+@pytest.mark.acid("pfeiffer_adapter", 2)
+def test_a_block_is_what_the_equation_says_and_not_what_reading_the_sublayer_alone_gives():
     tuned = attach_double("bert", "pfeiffer_adapter", reduction=8)
     stir(tuned)
     layer = tuned.model.bert.encoder.layer[1]
@@ -55,7 +57,8 @@ def test_in_a_model_that_norms_first_it_reads_the_stream_itself():
     torch.testing.assert_close(found, (v + hidden @ module.up.weight.T + module.up.bias).detach(), rtol=1e-9, atol=1e-9)
 
 
-def test_its_norms_stay_frozen_under_decay():  # acid test 3
+@pytest.mark.acid("pfeiffer_adapter", 3)
+def test_its_norms_stay_frozen_under_decay():
     tuned = attach(tiny("bert"), "pfeiffer_adapter", reduction=8)
     before = frozen_copy(tuned)
     assert any("LayerNorm" in name for name in before)

@@ -86,6 +86,7 @@ def test_what_is_scored_to_select_by_is_of_the_last_fresh_phase():
 WORDS = ["lp_ft", "lt_sft", "gradual_unfreezing"]
 
 
+@pytest.mark.acid("gradual_unfreezing", 4)
 @pytest.mark.parametrize("words", WORDS)
 @pytest.mark.parametrize("stop", [3, 6, 7, 10])
 def test_a_run_stopped_anywhere_goes_on_to_the_bit(words, stop, runs, tmp_path):
@@ -159,6 +160,7 @@ def test_lp_ft_counts_everything():
     assert trained("bert-for-two", "lp_ft") == 109_482_240
 
 
+@pytest.mark.acid("lp_ft", 1, 2)
 def test_the_head_goes_on_from_the_probe_and_nothing_else_has_moved_then():
     course = Course("lp_ft", 8)
     start = course.values()
@@ -173,6 +175,7 @@ def test_the_head_goes_on_from_the_probe_and_nothing_else_has_moved_then():
     assert set(course.optimiser.counts.values()) == {0}
 
 
+@pytest.mark.acid("lp_ft", 3)
 def test_the_second_phase_trains_every_tensor():
     course = Course("lp_ft", 8)
     start = course.values()
@@ -199,6 +202,7 @@ def test_lt_sft_stores_its_share_of_what_is_no_norm():
     assert stored("bert", "lt_sft") == 2 * math.floor(0.01 * below)
 
 
+@pytest.mark.acid("lt_sft", 1, 2)
 def test_the_second_phase_begins_at_the_base_bit_for_bit_with_the_entries_that_moved_most():
     course = Course("lt_sft", 8, share=0.05)
     start = course.values()
@@ -216,6 +220,7 @@ def test_the_second_phase_begins_at_the_base_bit_for_bit_with_the_entries_that_m
     assert bool(size[mask].min() < size[~mask].max())  # not by magnitude
 
 
+@pytest.mark.acid("lt_sft", 3)
 def test_what_it_gives_is_sparse_and_saved_so(tmp_path):
     course = Course("lt_sft", 8, share=0.05, decay=0.1)
     start = course.values()
@@ -229,6 +234,7 @@ def test_what_it_gives_is_sparse_and_saved_so(tmp_path):
     assert torch.equal(logits(again), logits(course.tuned.model))
 
 
+@pytest.mark.acid("lt_sft", 5)
 def test_with_rounds_entries_are_added_and_those_of_before_keep_their_values():
     course = Course("lt_sft", 12, share=0.06, rounds=3)
     unfrozen = {k: u for k, u in course.tuned.tuning().unfrozen.items() if k.startswith("model/")}
@@ -261,6 +267,7 @@ def test_the_penalty_is_the_mean_distance_from_the_base():
 # --- gradual_unfreezing
 
 
+@pytest.mark.acid("gradual_unfreezing", 1, 2)
 def test_each_group_joins_at_its_step_and_lies_bit_for_bit_still_until_then_under_decay():
     course = Course("gradual_unfreezing", 20, until=0.8, decay=0.1)  # five groups: one more every four steps
     groups = course.tuned.tuning().method._groups(course.tuned)
@@ -283,6 +290,7 @@ def test_each_group_joins_at_its_step_and_lies_bit_for_bit_still_until_then_unde
     ]  # Adam counts from a group's own first step
 
 
+@pytest.mark.acid("gradual_unfreezing", 3)
 def test_rates_of_neighbours_are_apart_by_exactly_the_ratio():
     tuned = attach(tiny("bert"), "gradual_unfreezing", ratio=2.6)
     factors = [g.lr_factor for g in tuned.groups()]

@@ -22,6 +22,7 @@ def prefixes_of(tuned):
     return prefixes
 
 
+@pytest.mark.acid("prefix_tuning", 1)
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_attention_is_a_mixture_of_text_and_prefix_per_head(kv_heads):
     draw = torch.Generator().manual_seed(1)
@@ -43,6 +44,7 @@ def test_attention_is_a_mixture_of_text_and_prefix_per_head(kv_heads):
     torch.testing.assert_close(found, expected.transpose(1, 2), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.acid("prefix_tuning", 2)
 @pytest.mark.parametrize("name", [*NAMES, "gpt2", "gemma2"])
 def test_the_network_can_be_dropped(name):
     tuned = stirred(name, "prefix_tuning", length=5, mlp_width=11, dropout=0.1)
@@ -60,6 +62,7 @@ def test_the_network_can_be_dropped(name):
     assert count == sum(2 * 5 * a.n_kv_heads * a.d_head for a in attentions)
 
 
+@pytest.mark.acid("prefix_tuning", 3)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_prefix_of_length_zero_is_the_base_and_zeros_are_not(name):
     model = tiny(name)
@@ -112,6 +115,7 @@ def test_rows_start_small_and_the_networks_input_does_not():
     assert all(len(set(row.tolist())) > 40 for row in group.embedding.detach())
 
 
+@pytest.mark.acid("prefix_tuning", 4)
 @pytest.mark.parametrize("name", ["bert", "roberta", "gpt2"])
 def test_no_word_moves(name):
     model = tiny(name)
@@ -162,6 +166,7 @@ def test_an_attention_that_no_key_can_be_put_into_is_refused_before_anything_is_
     assert [n for n, _ in model.named_modules()] == names
 
 
+@pytest.mark.acid("p_tuning_v2", 4)
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
 @pytest.mark.parametrize("mlp", [False, True])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -192,6 +197,7 @@ def test_it_computes_what_peft_computes_where_positions_are_shifted_as_peft_shif
     assert (logits(tuned.model, batch) - found).abs().max() > 1e-3
 
 
+@pytest.mark.acid("prefix_tuning", 5)
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bart", "mistral"])
 def test_generation_does_not_depend_on_cache_or_padding(name, beams):

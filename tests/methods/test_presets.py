@@ -34,6 +34,7 @@ def branch(name: str, rank: int) -> tuple[float, float]:
     return float(out.detach().norm()), float(module.b.grad.norm())
 
 
+@pytest.mark.acid("rslora", 1)
 @pytest.mark.parametrize("rank", [16, 64, 256, 512])
 def test_the_branch_is_as_large_at_every_rank_and_loras_falls_with_its_root(rank: int) -> None:
     small, large = branch("rslora", 4), branch("rslora", rank)
@@ -52,6 +53,7 @@ def test_its_scale_is_alpha_over_the_root_of_each_places_rank() -> None:
     assert attach(tiny("bert"), method("rslora", {})).tuning().method.settings()["rank"] == 64
 
 
+@pytest.mark.acid("rslora", 2)
 def test_a_saved_tuning_carries_the_kind_of_scaling(tmp_path: Path) -> None:
     tuned = attach(tiny("bert"), "rslora", rank=9)
     stir(tuned, 0.1)
@@ -100,6 +102,7 @@ def one_step(name: str, **settings: object) -> dict[str, tuple[float, float]]:
     return moved
 
 
+@pytest.mark.acid("lora_plus", 1)
 def test_in_one_step_b_moves_sixteen_times_as_far_by_its_gradient_as_a() -> None:
     moved = one_step("lora_plus")
     of_a, of_b = (moved[end][0] / moved[end][1] for end in (".a", ".b"))
@@ -109,6 +112,7 @@ def test_in_one_step_b_moves_sixteen_times_as_far_by_its_gradient_as_a() -> None
     assert moved[".b"][0] / moved[".b"][1] == pytest.approx(0.4, rel=1e-4)
 
 
+@pytest.mark.acid("lora_plus", 2)
 def test_at_a_ratio_of_one_it_is_lora_to_the_bit() -> None:
     assert one_step("lora_plus", b_rate=1.0) == one_step("lora")
     assert attach(tiny("bert"), "lora").groups() == []
@@ -125,6 +129,7 @@ def test_beside_another_lora_each_keeps_its_own_ratio() -> None:
 # --- linear_probe
 
 
+@pytest.mark.acid("linear_probe", 2)
 def test_the_probe_is_head_only_to_the_bit_and_no_state_of_the_trunk_has_a_graph() -> None:
     found = []
     for name in ("head_only", "linear_probe"):
@@ -149,6 +154,7 @@ def test_prefixes_are_trained_as_they_are_and_stored_as_they_are_trained() -> No
     assert all(p.grad is not None and bool(p.grad.any()) for p in tuned.trained().values())
 
 
+@pytest.mark.acid("p_tuning_v2", 5)
 def test_a_head_for_every_token_sees_the_tokens_of_the_text_alone() -> None:
     tuned = attach(tiny("bert", "tokens"), "p_tuning_v2", length=4)
     batch = inputs(tuned.model)

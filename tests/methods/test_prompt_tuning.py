@@ -24,6 +24,7 @@ def longer(batch, front):
     return {k: torch.cat([more[k], v], 1) if k in more else v for k, v in batch.items() if k != "labels"}
 
 
+@pytest.mark.acid("prompt_tuning", 1)
 @pytest.mark.parametrize(
     ("name", "task"),
     [("bert", "tokens"), ("roberta", "tokens"), ("electra", "tokens"), ("modernbert", "tokens"),
@@ -69,6 +70,7 @@ def test_a_bert_classifier_pools_the_first_word_not_the_first_vector():
     torch.testing.assert_close(logits(model, batch), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.acid("prompt_tuning", 2)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_order_of_the_vectors_matters(name):
     tuned = stirred(name, "prompt_tuning", length=5)
@@ -78,6 +80,7 @@ def test_the_order_of_the_vectors_matters(name):
     assert (logits(tuned.model) - before).abs().max() > 1e-3
 
 
+@pytest.mark.acid("prompt_tuning", 3)
 def test_the_loss_is_that_of_the_text_alone():
     tuned = stirred("llama", "prompt_tuning", length=5)
     batch = inputs(tuned.model)

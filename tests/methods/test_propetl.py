@@ -37,6 +37,7 @@ def test_top_k_is_exact_under_ties_and_takes_the_first():
     assert second.tolist() == [False, True]
 
 
+@pytest.mark.acid("propetl", 3)
 @pytest.mark.parametrize("density", [0.1, 0.3, 0.5, 1.0])
 def test_each_mask_has_exactly_its_density(density):
     tuned, _ = _tuned(density=density)
@@ -48,6 +49,7 @@ def test_each_mask_has_exactly_its_density(density):
                 assert int(module.mask(name).sum()) == n - math.floor(round((1 - density) * n, 6))
 
 
+@pytest.mark.acid("propetl", 5)
 def test_the_choice_passes_gradients_to_dropped_entries_with_the_sign_of_their_scores():
     scores = torch.tensor([-0.9, -0.2, 0.5, 0.1], requires_grad=True)
     weight = torch.tensor([2.0, 3.0, 5.0, 7.0], requires_grad=True)
@@ -59,6 +61,7 @@ def test_the_choice_passes_gradients_to_dropped_entries_with_the_sign_of_their_s
     assert (scores - 0.01 * scores.grad).abs()[1] > scores.abs()[1]
 
 
+@pytest.mark.acid("propetl", 4)
 def test_masks_of_two_layers_differ_as_independent_ones_do():
     tuned, _ = _tuned(width=40, density=0.3)
     modules = list(tuned.modules(Masked).values())
@@ -67,6 +70,7 @@ def test_masks_of_two_layers_differ_as_independent_ones_do():
     assert abs(share - 2 * 0.3 * 0.7) < 0.05
 
 
+@pytest.mark.acid("propetl", 7)
 @pytest.mark.parametrize("form", ["adapter", "lora"])
 def test_one_prototype_serves_all_layers_before_and_after_loading(form, tmp_path):
     tuned, _ = _tuned(form=form)
@@ -86,6 +90,7 @@ def test_one_prototype_serves_all_layers_before_and_after_loading(form, tmp_path
     assert not any("scores" in n for n in again.state_dict())
 
 
+@pytest.mark.acid("propetl", 1)
 @pytest.mark.parametrize("form", ["adapter", "lora"])
 def test_the_file_holds_the_prototype_and_one_bit_per_entry(form, tmp_path):
     tuned, how = _tuned(form=form)
@@ -101,6 +106,7 @@ def test_the_file_holds_the_prototype_and_one_bit_per_entry(form, tmp_path):
         assert {str(file.get_tensor(n).dtype) for n in file.keys() if "@" in n} == {"torch.uint8"}  # noqa: SIM118
 
 
+@pytest.mark.acid("propetl", 8)
 def test_with_density_one_it_is_one_adapter_shared_by_the_layers():
     tuned, _ = _tuned(density=1.0)
     stir(tuned, 0.1)
@@ -120,6 +126,7 @@ def test_with_density_one_it_is_one_adapter_shared_by_the_layers():
     torch.testing.assert_close(logits(tuned.model), logits(reference))
 
 
+@pytest.mark.acid("propetl", 6)
 def test_entries_leave_and_come_back_in_a_run():
     tuned, _ = _tuned(density=0.5)
     scores = [p for m in tuned.modules(Masked).values() for p in m.scores.values()]

@@ -22,6 +22,8 @@ def masks(course):
     return {k: u.mask for k, u in course.tuned.tuning().unfrozen.items() if not k.startswith("head/")}
 
 
+@pytest.mark.acid("u_bitfit", 2)
+@pytest.mark.acid("s_bitfit", 3)
 def test_as_many_are_kept_as_the_share_says():
     counted = method("u_bitfit", {"embeddings": False}).n_params(anatomy_of("bert"))
     assert counted == 101_376 and math.floor(0.1 * counted) == 10_137
@@ -38,11 +40,15 @@ def test_as_many_are_kept_as_the_share_says():
         assert all(whole) == (words == "s_bitfit")
 
 
+@pytest.mark.acid("u_bitfit", 1)
+@pytest.mark.acid("s_bitfit", 1)
 def test_at_the_start_nothing_can_be_ranked():
     with pytest.raises(ConfigError, match="every score is zero"):
         Pruned()._masks([torch.zeros(3), torch.zeros(2)], [None, None])
 
 
+@pytest.mark.acid("u_bitfit", 3)
+@pytest.mark.acid("s_bitfit", 2, 4)
 def test_a_vector_that_alone_lowers_the_loss_is_kept_and_opposite_worths_cancel_in_it_alone():
     useful, mixed, idle = torch.tensor([3.0, 2.0, 1.0]), torch.tensor([9.0, -9.0, 0.1]), torch.zeros(3)
     vectors = Pruned(unit="vector", share=0.34)._masks([idle, mixed, useful], [None] * 3)
@@ -73,6 +79,8 @@ def test_worth_is_minus_change_times_gradient_summed_with_its_sign():
         wanted = unfrozen.notes["worth"].clone()
 
 
+@pytest.mark.acid("u_bitfit", 4)
+@pytest.mark.acid("s_bitfit", 5)
 def test_the_second_phase_begins_at_the_base_and_pruned_biases_stay_there_under_decay():
     course = Course("u_bitfit", 10, search=0.4, decay=0.1)
     start = course.values()

@@ -9,12 +9,14 @@ from luthier.core import AnatomyError
 from luthier.surgery import attach
 
 
+@pytest.mark.acid("residual_adapter", 3)
 @pytest.mark.parametrize(("width", "numbers"), [(100, 1_872_048), (300, 5_560_848)])
-def test_its_numbers_on_bert_base_are_those_of_the_paper(width, numbers):  # acid test 3
+def test_its_numbers_on_bert_base_are_those_of_the_paper(width, numbers):
     assert counted("residual_adapter", width=width) == numbers
 
 
-def test_a_larger_and_shifted_stream_gives_the_same_branch():  # acid test 1
+@pytest.mark.acid("residual_adapter", 1)
+def test_a_larger_and_shifted_stream_gives_the_same_branch():
     tuned = attach_double("gpt2", "residual_adapter", width=7)
     stir(tuned)
     module = tuned.modules()["block_out@1"]
@@ -48,7 +50,8 @@ def test_a_place_inside_a_block_is_refused():
         attach(tiny("bert"), "residual_adapter", sites=["attn_out"])
 
 
-def test_beside_a_prompt_of_one_vector_no_old_row_of_the_embedding_moves_under_decay():  # acid test 2
+@pytest.mark.acid("residual_adapter", 2)
+def test_beside_a_prompt_of_one_vector_no_old_row_of_the_embedding_moves_under_decay():
     tuned = attach(tiny("gpt2"), "residual_adapter+prompt_tuning", width=7, length=1)
     table = tuned.model.transformer.wte.weight.detach().clone()
     prompt = next(p for n, p in tuned.trained().items() if n.startswith("prompt_tuning:prompt"))

@@ -32,6 +32,7 @@ def masks(tuned):
     return {k: u.mask for k, u in tuned.tuning().unfrozen.items() if k.startswith("model/")}
 
 
+@pytest.mark.acid("sam_sparse", 3)
 def test_each_tensor_of_the_blocks_gets_its_own_share():
     tuned, made = prepared(share=0.01)
     for key, mask in masks(tuned).items():
@@ -44,6 +45,7 @@ def test_each_tensor_of_the_blocks_gets_its_own_share():
     assert 425_272 - trained("bert", "sam_sparse") < len(sizes)  # what rounding in each tensor takes
 
 
+@pytest.mark.acid("sam_sparse", 1)
 def test_gradients_that_cancel_have_no_score_here_and_a_large_one_by_fisher():
     made = method("sam_sparse", {"share": 0.01})
     tuned = attach(tiny("bert", **STILL), made)
@@ -69,6 +71,7 @@ def test_the_mask_is_the_top_of_signed_sums_computed_apart():
             assert score[mask].min() >= 0.999 * score[~mask].max()
 
 
+@pytest.mark.acid("sam_sparse", 2)
 def test_looking_leaves_no_trace():
     tuned, made = prepared()
     before = {n: t.clone() for n, t in tuned.model.state_dict().items()}
@@ -79,6 +82,7 @@ def test_looking_leaves_no_trace():
     assert all(p.grad is None for p in tuned.trained().values())
 
 
+@pytest.mark.acid("sam_sparse", 4)
 def test_a_curvature_reorders_the_scores_as_the_quotient_says():
     gradient, curvature = torch.tensor([3.0, -2.0, 1.0, 0.0]), torch.tensor([9.0, 1.0, 0.1, 0.0])
     assert gain(gradient, None).argsort(descending=True).tolist() == [0, 1, 2, 3]

@@ -16,6 +16,7 @@ from luthier.surgery import attach, method
 NAMES = ["bert", "llama", "t5"]
 
 
+@pytest.mark.acid("sequential_adapter", 1)
 @pytest.mark.parametrize("name", NAMES)
 def test_with_a_second_layer_of_zeros_it_starts_at_the_base(name):
     model = tiny(name)
@@ -44,6 +45,7 @@ def _scaled(model, factor):
     return other
 
 
+@pytest.mark.acid("sequential_adapter", 2)
 def test_a_known_map_acts_before_the_residual_sum_and_the_norm():
     plain = tiny("bert")
     expected = logits(_scaled(plain, 1.25))
@@ -61,6 +63,7 @@ def test_a_known_map_acts_before_the_residual_sum_and_the_norm():
     assert (logits(after_the_norm) - expected).abs().max() > 1e-3
 
 
+@pytest.mark.acid("sequential_adapter", 3)
 def test_two_adapters_and_four_norm_vectors_per_block_train_and_nothing_else():
     tuned = attach(tiny("bert"), "sequential_adapter", width=7, train_norms=True)
     assert len(tuned.modules()) == 2 * 3
@@ -72,6 +75,7 @@ def test_two_adapters_and_four_norm_vectors_per_block_train_and_nothing_else():
     assert same(dict(tuned.model.named_parameters()), before)
 
 
+@pytest.mark.acid("sequential_adapter", 4)
 def test_the_adapter_behind_attention_matters():
     tuned = stirred("bert", "sequential_adapter", width=7)
     whole = logits(tuned.model)

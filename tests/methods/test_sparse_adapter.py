@@ -39,6 +39,7 @@ def held(tuned):
     return [(named[n], mask) for n, mask in tuning.masks.items()]
 
 
+@pytest.mark.acid("large_sparse", 1)
 def test_counts_are_those_of_the_catalogue():
     dense = method("sequential_adapter+sparse_adapter", {"train_norms": False})
     assert dense.n_params(anatomy_of("roberta")) == 471_859 + 19_968
@@ -59,6 +60,7 @@ def test_matrices_of_other_methods_are_counted_without_a_model(words, name):
     assert sorted(matrices(tuned.tuning().method, tuned.anatomy)) == wanted
 
 
+@pytest.mark.acid("sparse_adapter", 1)
 @pytest.mark.parametrize("score", ["snip", "magnitude", "random", "er"])
 @pytest.mark.parametrize("scope", ["model", "tensor"])
 def test_exactly_as_many_are_kept_as_the_formula_says(score, scope):
@@ -71,6 +73,7 @@ def test_exactly_as_many_are_kept_as_the_formula_says(score, scope):
     assert all(not p[~mask].any() for p, mask in pairs)
 
 
+@pytest.mark.acid("sparse_adapter", 1)
 def test_equal_scores_keep_no_more():
     tuned = attach(tiny("bert"), method("sparse_adapter", {"score": "magnitude", "sparsity": 0.7}))
     with torch.no_grad():
@@ -80,6 +83,7 @@ def test_equal_scores_keep_no_more():
     assert tuned.n_trained() == tuned.tuning().method.n_params(tuned.anatomy)
 
 
+@pytest.mark.acid("sparse_adapter", 2)
 def test_what_is_masked_stays_zero_under_momentum_and_decay():
     tuned = prepared(sparsity=0.8)
     before = [p.detach().clone() for p, _ in held(tuned)]
@@ -89,6 +93,7 @@ def test_what_is_masked_stays_zero_under_momentum_and_decay():
         assert not mask.any() or not torch.equal(parameter, start)
 
 
+@pytest.mark.acid("sparse_adapter", 3, 4)
 def test_scores_are_gradient_times_weight_computed_apart_and_know_no_order_of_the_data():
     tuned = attach(tiny("bert", **STILL), method("sparse_adapter", {"width": 12, "sparsity": 0.6}))
     named = {n: p for n, p in tuned.trained().items() if p.dim() > 1 and not n.startswith("head/")}
@@ -102,6 +107,7 @@ def test_scores_are_gradient_times_weight_computed_apart_and_know_no_order_of_th
         assert scores[masks].min() >= 0.999 * scores[~masks].max()
 
 
+@pytest.mark.acid("sparse_adapter", 9)
 def test_a_file_holds_a_bit_for_what_is_masked_and_loads_to_the_same_bits(tmp_path):
     tuned = prepared(sparsity=0.8)
     train(tuned, 2)
@@ -147,6 +153,7 @@ def test_a_stopped_run_goes_on_to_the_bit(words, tmp_path):
         assert run_digests(tmp_path / f"at-{stop}") == run_digests(tmp_path / "whole")
 
 
+@pytest.mark.acid("sparse_adapter", 7)
 def test_a_matrix_of_zeros_cannot_be_scored():
     for words, settings in (("lora+sparse_adapter", {}), ("sparse_adapter", {"init": "zero_up"})):
         tuned = attach(tiny("bert"), method(words, settings))

@@ -25,14 +25,16 @@ def test_its_numbers_on_bert_base_are_those_of_the_paper():
     assert counted("spot", length=100) == 76_800
 
 
-def test_it_starts_as_its_source_or_as_their_mean(tmp_path):  # acid test 1
+@pytest.mark.acid("spot", 1)
+def test_it_starts_as_its_source_or_as_their_mean(tmp_path):
     places = [saved(tmp_path, seed, "prompt_tuning") for seed in (0, 1)]
     held = [open_source(place).tensors["prompt.vectors"] for place in places]
     assert torch.equal(prompt_of(attach(tiny("bert"), "spot", sources=places[:1])), held[0])
     assert torch.equal(prompt_of(attach(tiny("bert"), "spot", sources=places)), torch.stack(held).mean(0))
 
 
-def test_its_source_does_not_change_while_it_trains(tmp_path):  # acid test 2
+@pytest.mark.acid("spot", 2)
+def test_its_source_does_not_change_while_it_trains(tmp_path):
     place = saved(tmp_path, 0, "prompt_tuning")
     read = open_source(place)
     before = read.tensors["prompt.vectors"].clone()
@@ -42,14 +44,16 @@ def test_its_source_does_not_change_while_it_trains(tmp_path):  # acid test 2
     assert not torch.equal(prompt_of(tuned), before)
 
 
-def test_likeness_is_symmetric_and_does_not_see_the_order_of_the_vectors():  # acid test 3
+@pytest.mark.acid("spot", 3)
+def test_likeness_is_symmetric_and_does_not_see_the_order_of_the_vectors():
     one, other = torch.randn(5, 8), torch.randn(7, 8)
     torch.testing.assert_close(similarity(one, other), similarity(other, one))
     torch.testing.assert_close(similarity(one, one), torch.tensor(1.0))
     torch.testing.assert_close(similarity(one, other), similarity(one[[3, 0, 4, 1, 2]], other))
 
 
-def test_of_several_the_most_alike_is_found():  # acid test 4
+@pytest.mark.acid("spot", 4)
+def test_of_several_the_most_alike_is_found():
     aim, *others = torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(0))
     twin = aim + 1e-3
     sources = [source("mine", aim), *(source(f"other-{i}", t) for i, t in enumerate(others)), source("twin", twin)]

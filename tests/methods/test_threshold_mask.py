@@ -25,6 +25,7 @@ def test_counts_are_those_of_the_catalogue():
     assert stored("bert", "threshold_mask", pooler=False) == 84_934_656 // 8
 
 
+@pytest.mark.acid("threshold_mask", 1)
 @pytest.mark.parametrize("finished", [False, True])
 def test_every_weight_is_itself_or_exactly_zero(finished):
     tuned, found = masked()
@@ -38,6 +39,7 @@ def test_every_weight_is_itself_or_exactly_zero(finished):
         assert 0 < int((weight == 0).sum()) < weight.numel()
 
 
+@pytest.mark.acid("threshold_mask", 2)
 def test_the_weights_themselves_are_bit_for_bit_what_they_were():
     tuned, _ = masked()
     train(tuned, 3, decay=0.1)
@@ -45,6 +47,7 @@ def test_the_weights_themselves_are_bit_for_bit_what_they_were():
         assert name.startswith("classifier.") or torch.equal(tuned.tensor(name), before)
 
 
+@pytest.mark.acid("threshold_mask", 3)
 def test_the_gradient_of_a_score_is_the_weights_gradient_times_the_weight():
     tuned, found = masked()
     batch = inputs(tuned.model)
@@ -63,6 +66,7 @@ def test_the_gradient_of_a_score_is_the_weights_gradient_times_the_weight():
         assert tuned.tensor(name).grad is None
 
 
+@pytest.mark.acid("threshold_mask", 4)
 def test_a_file_holds_a_bit_for_each_weight(tmp_path):
     tuned, found = masked()
     train(tuned, 2)
@@ -77,6 +81,7 @@ def test_a_file_holds_a_bit_for_each_weight(tmp_path):
     assert torch.equal(logits(again), logits(tuned.model))
 
 
+@pytest.mark.acid("threshold_mask", 5)
 @pytest.mark.parametrize("share", [0.03, 0.1, 0.5])
 def test_the_share_that_is_left_out_at_the_start_is_what_was_asked_for(share):
     _, found = masked(sparsity=share)

@@ -21,6 +21,7 @@ def test_counts_are_those_of_the_catalogue():
     assert trained("bert", "freeze_bottom", blocks=9) == 21_263_616 + pooler == trained("bert", "freeze_bottom")
 
 
+@pytest.mark.acid("top_k_layers", 1)
 @pytest.mark.parametrize(
     ("words", "settings"), [("top_k_layers", {"k": 1}), ("freeze_bottom", {"blocks": 2}), ("top_k_layers", {"k": 2})]
 )
@@ -42,6 +43,7 @@ def test_the_encoder_and_the_lower_decoder_of_t5_have_no_graph():
     assert {n.partition(".")[0] for n in named(both)} == {"encoder", "decoder"}
 
 
+@pytest.mark.acid("top_k_layers", 2)
 def test_the_tensors_of_the_top_are_these():
     last = "bert.encoder.layer.2."
     model = tiny("bert", "classification")
@@ -54,6 +56,8 @@ def test_the_tensors_of_the_top_are_these():
     assert not any("wte" in n or "wpe" in n or "lm_head" in n for n in tied)
 
 
+@pytest.mark.acid("top_k_layers", 3)
+@pytest.mark.acid("freeze_bottom", 2)
 @pytest.mark.parametrize("name", ["bert", "llama", "t5"])
 @pytest.mark.parametrize(
     ("words", "settings"),
@@ -74,6 +78,7 @@ def test_all_blocks_and_the_embeddings_are_full_fine_tuning_step_for_step(name, 
     assert torch.equal(logits(one.model), logits(other.model))
 
 
+@pytest.mark.acid("freeze_bottom", 1)
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "roberta", "modernbert"])
 def test_what_stays_and_what_trains_are_disjoint_and_cover_the_model(name):
     model = tiny(name)

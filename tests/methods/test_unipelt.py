@@ -28,6 +28,7 @@ def shut(tuned):
         gate.linear.bias.fill_(-1e4)
 
 
+@pytest.mark.acid("unipelt", 1)
 @pytest.mark.parametrize("name", NAMES)
 def test_behind_shut_gates_updates_and_adapters_vanish(name):
     model = tiny(name)
@@ -42,6 +43,7 @@ def test_behind_shut_gates_updates_and_adapters_vanish(name):
     assert torch.equal(logits(model), base)
 
 
+@pytest.mark.acid("unipelt", 1)
 @pytest.mark.parametrize("name", NAMES)
 def test_behind_shut_gates_a_prefix_is_zeros_and_not_absent(name):
     model = tiny(name)
@@ -57,6 +59,7 @@ def test_behind_shut_gates_a_prefix_is_zeros_and_not_absent(name):
     torch.testing.assert_close(found, logits(model), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.acid("unipelt", 2)
 @pytest.mark.parametrize(("name", "task"), [("bert", ""), ("roberta", ""), ("llama", "lm"), ("opt", "lm"), ("t5", "")])
 def test_padding_and_neighbours_change_nothing(name, task):
     model = tiny(name, task)
@@ -70,6 +73,7 @@ def test_padding_and_neighbours_change_nothing(name, task):
         torch.testing.assert_close(together[row : row + 1, : alone.shape[1]], alone, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.acid("unipelt", 3)
 def test_each_example_has_gates_of_its_own():
     tuned = stirred("bert", "unipelt", **SMALL)
     logits(tuned.model)
@@ -89,6 +93,7 @@ def test_the_gate_takes_the_place_of_alpha_over_rank():
     torch.testing.assert_close(found, gate * (x @ update.a.T @ update.b.T))
 
 
+@pytest.mark.acid("unipelt", 5)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_gate_learns_by_the_second_step(name):
     tuned = attach(tiny(name), "unipelt", **SMALL)
@@ -99,6 +104,7 @@ def test_every_gate_learns_by_the_second_step(name):
     assert all(float(p.grad.abs().max()) > 0 for gate in gates_of(tuned) for p in gate.parameters())
 
 
+@pytest.mark.acid("unipelt", 4)
 def test_it_cannot_be_merged():
     with pytest.raises(CannotMerge, match="unipelt"):
         stirred("bert", "unipelt", **SMALL).merge()

@@ -15,6 +15,7 @@ from luthier.surgery import attach, from_peft, load, to_peft
 # --- vera
 
 
+@pytest.mark.acid("vera", 1, 3)
 def test_one_pair_of_matrices_serves_all_places_and_is_in_no_file(tmp_path: Path) -> None:
     tuned = attach(tiny("llama"), "vera", rank=7, sites=("attn.k", "ffn.up", "ffn.down"))
     pairs = {id(m.__dict__["pair"]) for m in tuned.modules().values() if "pair" in m.__dict__}
@@ -59,6 +60,7 @@ def test_a_file_of_peft_with_another_pair_is_refused(tmp_path: Path) -> None:
 # --- loha
 
 
+@pytest.mark.acid("loha", 1, 2)
 def test_the_rank_of_the_hadamard_product_is_above_twice_the_rank_and_all_factors_learn() -> None:
     tuned = attach(tiny("llama"), "loha", rank=3, sites=("ffn.up",))
     for _ in range(3):
@@ -90,6 +92,7 @@ def test_what_starts_at_zero_decides_which_factors_learn(zeroed) -> None:
 # --- fourierft
 
 
+@pytest.mark.acid("fourierft", 1)
 def test_the_update_is_the_sum_of_cosines_written_out() -> None:
     tuned = attach(tiny("bert"), "fourierft", n=3, sites=("ffn.up",), alpha=20.0)
     module = next(iter(tuned.modules().values()))
@@ -103,6 +106,7 @@ def test_the_update_is_the_sum_of_cosines_written_out() -> None:
     torch.testing.assert_close(module.update().double(), 20 * wanted / (80 * 48), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.acid("fourierft", 2)
 def test_layers_of_one_shape_share_their_places_and_another_seed_has_others() -> None:
     first, other = (attach(tiny("bert"), "fourierft", n=9, draw=s) for s in (777, 778))
     places = [m.index for m in first.modules().values()]

@@ -25,6 +25,7 @@ LLRD, STLR, FreeLB = (STRATEGIES.get(name) for name in ("llrd", "stlr", "freelb"
 # --- llrd
 
 
+@pytest.mark.acid("llrd", 2)
 @pytest.mark.parametrize(
     ("kind", "method", "blocks"),
     [("bert", "full", 3), ("gpt2", "full", 3), ("t5", "full", 5), ("albert", "full", 1), ("llama", "lora", 3)],
@@ -40,12 +41,14 @@ def test_layer_groups_are_found_in_every_kind_of_model(kind, method, blocks):
         assert any("embed" in n or "shared" in n or "wte" in n for n in groups[-1])
 
 
+@pytest.mark.acid("llrd", 2)
 def test_the_decoder_stands_above_the_encoder():
     tuned = attach(tiny("t5"), "lora")
     groups = layer_groups(tuned, list(tuned.trained()))
     assert all("decoder" in n for n in groups[1]) and all("encoder" in n for n in groups[-2])
 
 
+@pytest.mark.acid("llrd", 1)
 def test_adjacent_groups_differ_by_the_decay_and_factors_of_a_method_multiply():
     tuned = attach(tiny("bert", "classification"), "full")
     own = LLRD(decay=1 / 2.6).groups(tuned)
@@ -71,6 +74,7 @@ def test_lower_layers_move_less(tmp_path):
 # --- stlr
 
 
+@pytest.mark.acid("stlr", 1)
 def test_the_triangle_has_the_values_of_its_formula():
     one = STLR(cut_frac=0.1, ratio=32)
     total, cut = 100, 10
@@ -138,6 +142,7 @@ def gradients(tuned):
     return found
 
 
+@pytest.mark.acid("freelb", 2)
 def test_the_change_is_zero_on_padding_and_inside_its_ball():
     _, course, piece, _, _ = climbing()
     one = FreeLB(init_mag=50.0, epsilon=0.3)
@@ -161,6 +166,7 @@ def test_the_first_change_has_the_size_of_the_formula():
     assert (largest <= bound).all() and (largest > 0.95 * bound).all()
 
 
+@pytest.mark.acid("freelb", 3, 4)
 def test_the_gradient_is_the_mean_of_k_single_passes_with_one_dropout():
     tuned, course, piece, loss, seen = climbing()
     one = FreeLB(k=3, alpha=0.5, init_mag=0.4, epsilon=0.0)

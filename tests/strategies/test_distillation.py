@@ -32,6 +32,7 @@ def result(logits, labels=(0, 1, 2, 0)):
 # --- kd_logits
 
 
+@pytest.mark.acid("kd_logits", 1)
 def test_kd_logits_a_student_that_equals_its_teacher_has_no_soft_loss_and_no_gradient():
     logits = torch.randn(4, 3, requires_grad=True)
     loss = soft_loss(TASK, logits.detach(), result(logits), 3.0)
@@ -46,6 +47,7 @@ def test_kd_logits_is_the_divergence_of_the_formula():
     assert torch.allclose(soft_loss(TASK, teacher, result(student), 2.5), wanted, rtol=1e-5)
 
 
+@pytest.mark.acid("kd_logits", 2)
 def test_kd_logits_the_square_keeps_the_gradient_where_the_temperature_changes():
     teacher, student = 0.1 * torch.randn(4, 3), (0.1 * torch.randn(4, 3)).requires_grad_()
     sizes = [
@@ -66,6 +68,7 @@ def test_kd_logits_words_without_loss_are_left_out():
     assert soft_loss(Task(name="causal_lm"), other, seen, 1.0) > 0.001
 
 
+@pytest.mark.acid("kd_logits", 6)
 def test_kd_logits_kept_answers_are_those_of_the_live_teacher(runs):
     loop = runs.loop("kd_logits")
     (_, course), *_ = loop.moments._asked
@@ -80,6 +83,7 @@ def test_kd_logits_kept_answers_are_those_of_the_live_teacher(runs):
             assert torch.allclose(live(**batch.inputs).logits, kept[torch.from_numpy(batch.rows)], atol=1e-5)
 
 
+@pytest.mark.acid("kd_logits", 5)
 def test_kd_logits_no_gradient_reaches_a_live_teacher(runs):
     loop = runs.after("kd_logits", kind="llama", steps=1)
     (_, course), *_ = loop.moments._asked
@@ -98,6 +102,7 @@ def test_kd_logits_draws_the_student_to_its_teacher(runs):
     assert distances[1] < 0.7 * distances[0], distances
 
 
+@pytest.mark.acid("kd_logits", 4)
 def test_a_teacher_that_does_not_fit_is_refused(runs, tmp_path):
     def refused(error, words, kind="bert", **settings):
         spec = little_spec(runs.home, kind=kind, strategy="kd_logits", out=str(tmp_path / "run"))
@@ -122,6 +127,7 @@ def test_a_teacher_that_does_not_fit_is_refused(runs, tmp_path):
 # --- lwf
 
 
+@pytest.mark.acid("lwf", 2)
 def test_lwf_a_heavy_weight_freezes_what_the_model_says(runs):
     moved = []
     for weight in (0.0, 100.0):
@@ -136,11 +142,13 @@ def test_lwf_a_heavy_weight_freezes_what_the_model_says(runs):
     assert moved[1] < 0.2 * moved[0], moved
 
 
+@pytest.mark.acid("lwf", 1)
 def test_lwf_the_sleeping_base_answers_as_the_folder_does(runs):
     asleep = runs.after("lwf", kind="llama", values={"lwf.old": ""})
     assert alike(asleep, runs.after("lwf", kind="llama"), 1e-5)
 
 
+@pytest.mark.acid("lwf", 3)
 def test_lwf_needs_old_answers(runs):
     with pytest.raises(ConfigError, match="the base has no head for its labels"):
         runs.loop("lwf", values={"lwf.old": ""})

@@ -26,6 +26,7 @@ def begun(runs, **settings):
     return loop, one, course
 
 
+@pytest.mark.acid("ewc", 1)
 def test_ewc_with_one_row_the_information_is_the_squared_gradient(runs):
     _, _, course = begun(runs)
     old = course.rows.rows("old")
@@ -54,6 +55,7 @@ def test_ewc_several_rows_are_asked_one_at_a_time(runs):
     assert all(torch.allclose(course.memory.tensors[f"fisher {n}"], m, atol=1e-7) for n, m in mean.items())
 
 
+@pytest.mark.acid("ewc", 2, 3)
 def test_ewc_pulls_nothing_at_the_start_and_numbers_without_information_are_free(runs):
     _, one, course = begun(runs)
     penalty = one.penalty(course)
@@ -67,6 +69,7 @@ def test_ewc_pulls_nothing_at_the_start_and_numbers_without_information_are_free
     assert one.penalty(course).item() == 0
 
 
+@pytest.mark.acid("ewc", 4)
 def test_ewc_at_the_same_new_loss_the_old_loss_is_lower():
     # Old: curvature a around 0. New: curvature b around 1. What mattered to the old task is left to the others.
     a, b = torch.tensor([10.0, 0.1]), torch.tensor([1.0, 1.0])

@@ -225,6 +225,7 @@ def test_told_is_flat():
 # --- dft
 
 
+@pytest.mark.acid("dft", 1)
 def test_the_gradient_of_dft_is_the_chance_times_that_of_the_loss():
     logits = LOGITS.clone().requires_grad_()
     told = told_of(THREE, passed(logits))
@@ -234,6 +235,7 @@ def test_the_gradient_of_dft_is_the_chance_times_that_of_the_loss():
     assert torch.allclose(logits.grad, chance * (p - F.one_hot(LABELS, 3)), atol=1e-6)
 
 
+@pytest.mark.acid("dft", 2, 3)
 def test_what_is_absurd_teaches_dft_nothing_and_masked_words_have_no_part():
     task = Task(name="seq2seq")
     logits = torch.tensor([[[20.0, 0.0, 0.0], [0.1, 0.2, 0.3], [0.5, 0.0, 0.0]]], requires_grad=True)
@@ -245,6 +247,7 @@ def test_what_is_absurd_teaches_dft_nothing_and_masked_words_have_no_part():
 # --- scl
 
 
+@pytest.mark.acid("scl", 1)
 def test_contrast_of_four_states_is_that_computed_by_hand():
     one = STRATEGIES.get("scl")(tau=0.5)
     states, labels = torch.tensor([[1.0, 0.2], [0.9, -0.1], [-1.0, 0.3], [0.1, 1.0]]), torch.tensor([0, 0, 1, 0])
@@ -259,6 +262,7 @@ def test_contrast_of_four_states_is_that_computed_by_hand():
     assert torch.allclose(one.contrast(states * torch.tensor([[3.0]]), labels), torch.stack(wanted).mean(), atol=1e-6)
 
 
+@pytest.mark.acid("scl", 3)
 def test_without_two_rows_of_a_label_the_rest_of_the_cross_entropy_is_left():
     states = torch.randn(3, 4, requires_grad=True)
     apart = STRATEGIES.get("scl")().contrast(states, torch.tensor([0, 1, 2]))
@@ -281,6 +285,7 @@ def test_scl_has_a_gradient_on_the_trunk_by_its_states_alone(kind, runs):
 # --- aux_lm
 
 
+@pytest.mark.acid("aux_lm", 3, 4)
 def test_the_loss_of_words_is_that_of_the_language_models_own_head_and_leaves_padding_and_labels_out(runs):
     from transformers import AutoModelForCausalLM
 
@@ -307,6 +312,7 @@ def test_the_loss_of_words_is_that_of_the_language_models_own_head_and_leaves_pa
     assert loop.moments.numbers()["aux_lm.words"] == noted, "whatever the labels are"
 
 
+@pytest.mark.acid("aux_lm", 2)
 def test_the_table_of_words_has_a_gradient_only_by_the_loss_of_words(runs):
     table = []
     for weight in (0.0, 0.5):

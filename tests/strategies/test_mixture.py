@@ -40,6 +40,7 @@ def usual(n=80, size=8):
 # --- replay
 
 
+@pytest.mark.acid("replay", 2)
 def test_replay_the_share_of_old_rows_is_the_one_asked_for(spec):
     order = Replay(share=0.1).order(usual(), Sets(("train", "old"), (0, 80, 130)), spec)
     steps = [order.rows(e, s) for e in range(40) for s in range(10)]
@@ -50,6 +51,7 @@ def test_replay_the_share_of_old_rows_is_the_one_asked_for(spec):
     assert np.bincount(old - 80, minlength=50).min() > 0
 
 
+@pytest.mark.acid("replay", 1)
 def test_replay_the_memory_takes_each_old_row_with_the_same_chance(spec):
     counts = np.zeros(50)
     for seed in range(200):
@@ -64,6 +66,7 @@ def spec_of(spec, seed):
     return dataclasses.replace(spec, seed=seed)
 
 
+@pytest.mark.acid("replay", 4)
 def test_replay_never_learns_a_row_of_the_test_half(tmp_path):
     spec = little_spec(tmp_path, steps=1)
     from luthier.workflow.preparation import prepare
@@ -91,6 +94,7 @@ def shares_of(order, sets, epochs=1):
 SETS = Sets(("train", "a", "b"), (0, 80, 120, 130))
 
 
+@pytest.mark.acid("mtl_sampling", 1, 2)
 @pytest.mark.parametrize("single", [False, True])
 @pytest.mark.parametrize(
     ("settings", "wanted"),
@@ -109,6 +113,7 @@ def test_mtl_sampling_each_set_is_seen_as_its_formula_says(settings, wanted, sin
         assert all(len(set(SETS.numbers(order.rows(0, s)))) == 1 for s in range(order.steps_per_epoch))
 
 
+@pytest.mark.acid("mtl_sampling", 3)
 def test_mtl_sampling_annealing_goes_from_proportional_to_nearly_equal(spec):
     order = MTL(by="annealed").order(usual(), SETS, dataclasses.replace(spec, steps=None, epochs=3.0))
     for epoch, power in ((0, 1.0), (1, 0.6), (2, 0.2)):
@@ -117,6 +122,7 @@ def test_mtl_sampling_annealing_goes_from_proportional_to_nearly_equal(spec):
         assert np.abs(np.bincount(SETS.numbers(rows)) / len(rows) - wanted / wanted.sum()).max() < 0.01, power
 
 
+@pytest.mark.acid("mtl_sampling", 5)
 def test_mtl_sampling_no_set_starves_and_all_rows_of_one_come_as_often(spec):
     sets = Sets(("train", "tiny"), (0, 80, 81))
     order = MTL().order(usual(), sets, spec)
@@ -130,6 +136,7 @@ def test_mtl_sampling_no_set_starves_and_all_rows_of_one_come_as_often(spec):
 # --- curriculum
 
 
+@pytest.mark.acid("curriculum", 1, 2)
 def test_curriculum_nothing_above_the_competence_is_served_and_all_rows_come_later(spec):
     one, base, spec = Curriculum(c0=0.1, until=0.5), usual(), dataclasses.replace(spec, steps=40)
     order = one.order(base, Sets(("train",), (0, 80)), spec)
@@ -142,6 +149,7 @@ def test_curriculum_nothing_above_the_competence_is_served_and_all_rows_come_lat
     assert one.competence(0, 40) == pytest.approx(0.1) and one.competence(20, 40) == 1
 
 
+@pytest.mark.acid("curriculum", 4)
 def test_curriculum_rows_of_one_difficulty_are_the_usual_run(spec):
     base = Order(np.full(80, 5), 8, 0)
     order = Curriculum().order(base, Sets(("train",), (0, 80)), spec)
@@ -151,6 +159,7 @@ def test_curriculum_rows_of_one_difficulty_are_the_usual_run(spec):
 # --- data_select
 
 
+@pytest.mark.acid("data_select", 2)
 def test_data_select_the_rows_are_those_of_a_sort_by_loss(runs):
     loop = runs.loop("data_select", kind="bert-dry", batch=BatchSpec(size=8, tokens=40))
     loop.set_mode(training=True)

@@ -23,6 +23,7 @@ def runs(tmp_path_factory):
 # --- clr
 
 
+@pytest.mark.acid("clr", 1)
 def test_the_triangles_have_the_values_of_the_formula_and_of_torchs_schedule():
     total, half = 40, 10
     one = CLR(cycles=2, low=0.25)
@@ -42,11 +43,13 @@ def test_the_triangles_have_the_values_of_the_formula_and_of_torchs_schedule():
             theirs.step()
 
 
+@pytest.mark.acid("clr", 2)
 def test_the_second_peak_of_triangular2_has_half_the_range():
     one = CLR(cycles=2, low=0.25, form="triangular2")
     assert one.rate(31, 40) == pytest.approx(0.25 + 0.75 / 2)
 
 
+@pytest.mark.acid("clr", 3)
 def test_rates_are_of_steps_and_not_of_micro_batches(runs):
     loop = runs.after("clr", steps=4, values={"clr.cycles": 1})
     assert len(loop.feed.cut(0)) > 1
@@ -66,6 +69,7 @@ def changed(loop, start):
     return {n for n, p in loop.tuned.trained().items() if not torch.equal(p.detach(), start[n])}
 
 
+@pytest.mark.acid("gradual_unfreeze", 1)
 def test_groups_join_from_the_top_down_until_all_have(runs):
     loop = runs.loop("gradual_unfreeze", "full", values={"gradual_unfreeze.every": 1}, steps=4)
     start = {n: p.detach().clone() for n, p in loop.tuned.trained().items()}
@@ -92,6 +96,7 @@ def test_the_head_may_learn_alone_at_first_and_an_epoch_is_the_usual_pace(runs):
 # --- lisa
 
 
+@pytest.mark.acid("lisa", 1, 3)
 def test_in_each_interval_exactly_so_many_blocks_change_and_moments_are_bounded(runs):
     loop = runs.loop("lisa", "full", values={"lisa.blocks": 1, "lisa.every": 2}, steps=8)
     names = list(loop.tuned.trained())
@@ -110,6 +115,7 @@ def test_in_each_interval_exactly_so_many_blocks_change_and_moments_are_bounded(
     assert len(set(drawn)) > 1, "others are drawn"
 
 
+@pytest.mark.acid("lisa", 2)
 def test_blocks_are_drawn_alike_often():
     from types import SimpleNamespace
 
@@ -126,6 +132,7 @@ def test_blocks_are_drawn_alike_often():
 # --- adaptive_freeze
 
 
+@pytest.mark.acid("adaptive_freeze", 1)
 def test_what_rests_is_a_prefix_that_grows_and_never_wakes(runs):
     values = {"adaptive_freeze.every": 1, "adaptive_freeze.percent": 90.0}
     loop = runs.loop("adaptive_freeze", "full", values=values, steps=8)

@@ -17,12 +17,14 @@ def freed(*gradients, seed=0):
     return [torch.cat([one["a"], one["b"]]) for one in found]
 
 
+@pytest.mark.acid("pcgrad", 1)
 @pytest.mark.parametrize("other", [(0.0, 2.0, 0.0), (3.0, 1.0, 0.0)])
 def test_pcgrad_orthogonal_and_aligned_gradients_stay(other):
     one = (1.0, 0.0, 0.0)
     assert all(torch.equal(v, torch.tensor(g)) for v, g in zip(freed(one, other), (one, other), strict=True))
 
 
+@pytest.mark.acid("pcgrad", 2)
 def test_pcgrad_conflicting_gradients_end_without_a_part_along_the_other_as_it_was():
     one, other = (1.0, 0.5, 0.0), (-2.0, 0.1, 1.0)
     first, second = freed(one, other)
@@ -30,6 +32,7 @@ def test_pcgrad_conflicting_gradients_end_without_a_part_along_the_other_as_it_w
     assert first.norm() > 0 and not torch.equal(first, torch.tensor(one))
 
 
+@pytest.mark.acid("pcgrad", 3, 4)
 def test_pcgrad_one_set_alone_is_the_plain_gradient_and_the_draw_is_fixed_by_its_seed():
     assert torch.equal(freed((1.0, -2.0, 3.0))[0], torch.tensor([1.0, -2.0, 3.0]))
     three = [(1.0, 0.0, 0.2), (-1.0, 0.4, 0.0), (-0.5, -1.0, 0.1)]

@@ -31,6 +31,7 @@ def slopes_of(course, batches, number):
     return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), found, strict=True)}
 
 
+@pytest.mark.acid("reptile", 1)
 def test_reptile_with_one_inner_step_is_the_mean_of_the_tasks_gradients_and_nothing_has_moved(runs):
     loop, course, batches = begun(runs, inner=1)
     before = {n: p.detach().clone() for n, p in course.weights().items()}

@@ -26,6 +26,7 @@ def begun(runs, **settings):
     return loop, *loop.moments._asked[0]
 
 
+@pytest.mark.acid("smart", 1)
 def test_without_a_change_the_answer_does_not_change_and_with_one_it_does(runs):
     for step, sigma in ((0.0, 0.0), (1e-2, 1e-3)):
         loop, _, course = begun(runs, step=step, sigma=sigma, near=0.0)
@@ -34,6 +35,7 @@ def test_without_a_change_the_answer_does_not_change_and_with_one_it_does(runs):
         assert rough > 1e-9 if step else abs(rough) < 1e-12
 
 
+@pytest.mark.acid("smart", 2)
 def test_the_change_stays_in_its_bound_and_off_the_padding(runs):
     loop, one, course = begun(runs, step=1e-2, sigma=1e-5)
     loop._gradients(0, loop.feed.cut(0))
@@ -47,6 +49,7 @@ def test_the_change_stays_in_its_bound_and_off_the_padding(runs):
     assert far[0] > far[1], "it climbs"
 
 
+@pytest.mark.acid("smart", 3)
 def test_smoothness_has_a_gradient_on_the_weights_and_none_is_kept_of_the_climb(runs):
     loop, one, course = begun(runs, step=1e-2, near=0.0, smooth=1000.0)
     plain, _, _ = begun(runs, smooth=0.0, near=0.0)
@@ -58,6 +61,7 @@ def test_smoothness_has_a_gradient_on_the_weights_and_none_is_kept_of_the_climb(
     assert one.smooth == 1000.0
 
 
+@pytest.mark.acid("smart", 5)
 def test_the_average_of_weights_is_its_formula_and_gets_no_gradient(runs):
     loop, one, course = begun(runs, beta=0.9)
     before = {n: t.clone() for n, t in course.memory.tensors.items()}

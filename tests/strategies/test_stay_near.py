@@ -46,6 +46,7 @@ def moved(loop, by=0.1):
 # --- l2_sp
 
 
+@pytest.mark.acid("l2_sp", 1)
 def test_l2_sp_has_no_pull_at_the_start_and_its_formula_elsewhere(runs):
     loop, course, one = begun(runs, "l2_sp", values={"l2_sp.alpha": 0.3, "l2_sp.beta": 0.05})
     start = values(loop)
@@ -58,6 +59,7 @@ def test_l2_sp_has_no_pull_at_the_start_and_its_formula_elsewhere(runs):
         assert torch.allclose(slope, 0.05 * p if is_head(name) else 0.3 * (p - start[name]), atol=1e-6), name
 
 
+@pytest.mark.acid("l2_sp", 2)
 def test_under_a_strong_pull_the_model_stays_and_its_head_still_learns(runs):
     given = {"steps": 6, "optim": OptimSpec(name="sgd", lr=1e-3, clip=0.0)}
     free, held = (
@@ -95,6 +97,7 @@ def test_l2_sp_and_weight_decay_are_not_combined_silently():
 # --- recadam
 
 
+@pytest.mark.acid("recadam", 1, 4)
 def test_long_before_t0_a_moved_weight_contracts_to_the_start_and_the_head_is_not_pulled(runs):
     settings = {"recadam.gamma": 100.0, "recadam.k": 1.0, "recadam.t0": 1000}
     optim = OptimSpec(lr=1e-3, schedule="constant", warmup=0)
@@ -127,6 +130,7 @@ def test_recadam_is_its_formula_in_the_middle(runs):
         assert torch.allclose(p, wanted, atol=1e-7), name
 
 
+@pytest.mark.acid("recadam", 2, 3)
 def test_recadam_is_adamw_long_after_t0_and_refuses_to_leap():
     assert RecAdam(t0=10, k=1.0).share(1000) == 1.0
     for lr in (2e-4, 1e-3):
@@ -140,6 +144,7 @@ def test_recadam_is_adamw_long_after_t0_and_refuses_to_leap():
 # --- mixout
 
 
+@pytest.mark.acid("mixout", 1, 2)
 def test_what_has_not_moved_is_the_same_under_every_mask_and_the_mean_is_the_weight():
     one = Mixout(p=0.7)
     start, weight = torch.randn(4, 5), torch.randn(4, 5)
@@ -153,6 +158,7 @@ def test_what_has_not_moved_is_the_same_under_every_mask_and_the_mean_is_the_wei
     assert torch.allclose(one.mixed(weight, start, mask), wanted, atol=1e-6), "the formula of the paper"
 
 
+@pytest.mark.acid("mixout", 4)
 def test_the_gradient_of_mixout_is_that_of_the_mixed_weight_through_the_mask(runs):
     loop, course, one = begun(runs, "mixout", "lora", values={"mixout.p": 0.6})
     moved(loop)
@@ -177,6 +183,7 @@ def test_the_gradient_of_mixout_is_that_of_the_mixed_weight_through_the_mask(run
 # --- self_ensemble
 
 
+@pytest.mark.acid("self_ensemble", 1, 2)
 @pytest.mark.parametrize("form", ["mean", "vote", "ema"])
 def test_the_first_distance_to_the_past_is_nothing_and_teaches_nobody(form, runs):
     loop, course, one = begun(runs, "self_ensemble", values={"self_ensemble.form": form})
@@ -186,6 +193,7 @@ def test_the_first_distance_to_the_past_is_nothing_and_teaches_nobody(form, runs
     assert not one.teacher(course, loop.moments._piece).requires_grad
 
 
+@pytest.mark.acid("self_ensemble", 3)
 def test_the_teacher_is_the_mean_of_the_last_k_weights_and_older_ones_are_forgotten(runs):
     loop = runs.loop("self_ensemble", "bitfit", values={"self_ensemble.k": 2}, steps=5)
     past, inner = [values(loop)], loop.moments.after_step

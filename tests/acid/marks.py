@@ -1,0 +1,102 @@
+"""The acid tests that each method and strategy owes, and the tests that are marked with them, read from their source.
+
+The files beside this one list what is owed, in order, by the names of the catalogue: what a test of it has to show.
+`everywhere` names a test that runs for every method; `missing` says why a test is not there. Strategies that are not
+built are not listed. A test says what it shows: @pytest.mark.acid("compacter", 1, 2).
+
+`PYTHONPATH=src:tests python tests/acid/marks.py` prints the count and what is missing; `make test` prints the count.
+"""
+
+import ast
+import tomllib
+from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from luthier.surgery import METHODS
+from luthier.training import STRATEGIES
+
+__all__ = ["TESTS", "Owed", "all_marked", "counted", "listed", "marked", "registered", "tests_in"]
+
+TESTS = Path(__file__).resolve().parents[1]
+
+Marks = dict[tuple[str, int], list[str]]
+
+
+@dataclass(frozen=True)
+class Owed:
+    """What one method or strategy owes. Numbers count from 1."""
+
+    what: tuple[str, ...]
+    everywhere: dict[int, str] = field(default_factory=dict)
+    missing: dict[int, str] = field(default_factory=dict)
+
+    def numbers(self) -> range:
+        return range(1, len(self.what) + 1)
+
+
+@cache
+def listed() -> dict[str, Owed]:
+    """Name -> what it owes."""
+    found: dict[str, Owed] = {}
+    for path in sorted(Path(__file__).parent.glob("*.toml")):
+        for name, entry in tomllib.loads(path.read_text(encoding="utf-8")).items():
+            assert name not in found, f"{path.name}: {name} is listed twice"
+            numbered = ({int(k): v for k, v in entry.get(kind, {}).items()} for kind in ("everywhere", "missing"))
+            found[name] = Owed(tuple(entry["owed"]), *numbered)
+    return found
+
+
+def marked(source: str, name: str) -> Marks:
+    """(method, number) -> the tests of one file that carry it."""
+    found: Marks = defaultdict(list)
+    for node in ast.parse(source).body:
+        for decorator in getattr(node, "decorator_list", ()):
+            if not isinstance(decorator, ast.Call) or ast.unparse(decorator.func) != "pytest.mark.acid":
+                continue
+            method, *numbers = (ast.literal_eval(given) for given in decorator.args)
+            assert isinstance(node, ast.FunctionDef) and node.name.startswith("test_"), f"{name}: {node} is no test"
+            assert numbers, f"{name}::{node.name}: say which acid tests of {method} it shows, by number"
+            for number in numbers:
+                found[method, number].append(f"{name}::{node.name}")
+    return dict(found)
+
+
+@cache
+def all_marked() -> Marks:
+    """The marks of every test file."""
+    found: Marks = defaultdict(list)
+    for path in sorted(TESTS.rglob("test_*.py")):
+        for mark, tests in marked(path.read_text(encoding="utf-8"), path.relative_to(TESTS).as_posix()).items():
+            found[mark] += tests
+    return dict(found)
+
+
+def tests_in(name: str) -> set[str]:
+    """The tests of one file, as file::test."""
+    body = ast.parse((TESTS / name).read_text(encoding="utf-8")).body
+    return {f"{name}::{node.name}" for node in body if isinstance(node, ast.FunctionDef)}
+
+
+def registered() -> set[str]:
+    return {*METHODS.ours(), *STRATEGIES.ours()}
+
+
+def counted() -> str:
+    """How many are owed by what is built, how many are there, and how many wait for what is not built."""
+    built, there = registered(), all_marked()
+    owed = [(name, n) for name, entry in listed().items() if name in built for n in entry.numbers()]
+    present = sum((name, n) in there or n in listed()[name].everywhere for name, n in owed)
+    waiting = {name: len(entry.what) for name, entry in listed().items() if name not in built}
+    return (
+        f"acid tests: owed {len(owed)}, present {present}, missing {len(owed) - present}; "
+        f"{sum(waiting.values())} more are owed by {len(waiting)} methods that are not built"
+    )
+
+
+if __name__ == "__main__":
+    for method, entry in listed().items():
+        for n, why in entry.missing.items():
+            print(f"{method} {n}: {entry.what[n - 1]}: {why}")
+    print(counted())

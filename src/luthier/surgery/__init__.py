@@ -26,7 +26,7 @@ from luthier.surgery.peft_files import from_peft, to_peft
 from luthier.surgery.peft_forms import PeftForm
 from luthier.surgery.phase import Phase
 from luthier.surgery.phases import Phases
-from luthier.surgery.shapes import matrices
+from luthier.surgery.shapes import matrices, numbers
 from luthier.surgery.source import Source
 from luthier.surgery.sources import open_source
 from luthier.surgery.training_state import is_head
@@ -73,6 +73,7 @@ __all__ = [
     "load",
     "matrices",
     "method",
+    "numbers",
     "open_source",
     "read_tuning",
     "rows_of",

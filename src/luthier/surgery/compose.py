@@ -12,7 +12,18 @@ from luthier.surgery.edits import Edit
 from luthier.surgery.method import METHODS, Method
 from luthier.surgery.source import Source
 
-__all__ = ["Combined", "check", "check_beside", "fitted", "for_rows", "method", "setting_names", "spell", "takes"]
+__all__ = [
+    "Combined",
+    "check",
+    "check_beside",
+    "fitted",
+    "for_rows",
+    "left_out",
+    "method",
+    "setting_names",
+    "spell",
+    "takes",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +90,7 @@ class Combined(Method):
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         for member in self.members:
-            yield from member.edits(anatomy)
+            yield from (edit for edit in member.edits(anatomy) if not left_out(edit, self.members, anatomy))
 
     def n_params(self, anatomy: Anatomy) -> int:
         return sum(m.n_params(anatomy) for m in self.members) - self._removed(anatomy)
@@ -95,6 +106,11 @@ class Combined(Method):
 
     def parts(self) -> tuple[Method, ...]:
         return self.members
+
+
+def left_out(edit: Edit, parts: Iterable[Method], anatomy: Anatomy) -> bool:
+    """Whether a modifier among `parts` takes an edit of the others away."""
+    return any(part.modifies and part.leaves_out(edit, anatomy) for part in parts)
 
 
 def spell(method: Method) -> str:

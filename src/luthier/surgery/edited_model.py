@@ -98,6 +98,19 @@ class EditedModel:
             self.tunings[name].activate()
         self.refresh()
 
+    def let_rest(self, tuning: str, modules: Collection[Any]) -> None:
+        """Let exactly these attachments of a tuning sit out from now on."""
+        resting = {id(module) for module in modules}
+        for socket in self.sockets():
+            for plug in socket.plugs:
+                if plug.tuning == tuning:
+                    plug.rests = id(plug.attachment) in resting
+        self.refresh()
+
+    def resting(self) -> list[Any]:
+        """The attachments that sit out."""
+        return [plug.attachment for socket in self.sockets() for plug in socket.plugs if plug.rests]
+
     def refresh(self) -> None:
         """Other tunings act by now, or others stand on the model: let everybody know."""
         active = {t.tuning_name for t in self.active()}

@@ -39,7 +39,7 @@ def edits_of(method: Method, edited: EditedModel, seed: int, *, train_head: bool
     for part in parts:
         prefix = f"{part.name}:" if len(parts) > 1 else ""
         with keyed(seed, "edits", part.name):
-            edits += [(prefix, edit) for edit in part.edits(anatomy)]
+            edits += [(prefix, e) for e in part.edits(anatomy) if not compose.left_out(e, parts, anatomy)]
     if train_head:
         _require_known_head(edited.model, anatomy)
         owned = {e.name for _, e in edits if isinstance(e, Unfreeze | Reparametrise)}

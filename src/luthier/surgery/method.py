@@ -110,6 +110,10 @@ class Method(ABC):
         """Numbers of the methods beside it that a modifier takes out of training."""
         return 0
 
+    def leaves_out(self, edit: Edit, anatomy: Anatomy) -> bool:
+        """Whether a modifier takes this edit of a method beside it away, so that nothing is made there."""
+        return False
+
     # Most methods leave these alone.
     def phases(self, tuned: TunedView) -> Sequence[Phase]:
         """Parts of the run in which only some tensors learn, in order; none for a run in one piece."""

@@ -98,7 +98,7 @@ class Route:
         """The way to go for these rows."""
         if rows.alike:
             return self._alone
-        used = [p for p in self.socket.plugs if p.tuning in rows.names]
+        used = [p for p in self.socket.awake if p.tuning in rows.names]
         inner = [p for p in used if not p.at_end]
         way: Callable[..., Any] = self._frozen
         if inner or self.values:
@@ -175,7 +175,7 @@ class Route:
     def _stack_of(self, cls: Any, dtype: torch.dtype) -> Stack | None:
         """All free tunings that hold only attachments of `cls` here, one for each part of the layer."""
         by_tuning: dict[str, list[Plug]] = {}
-        for plug in self.socket.plugs:
+        for plug in self.socket.awake:
             if plug.tuning in self.state.free and not plug.at_end:
                 by_tuning.setdefault(plug.tuning, []).append(plug)
         by_part: dict[SiteRows | None, list[Plug]] = {}

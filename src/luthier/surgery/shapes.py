@@ -1,6 +1,9 @@
-"""The matrices that a method attaches, by shape, without a model: built once on the meta device."""
+"""What a method attaches, by shape, without a model: built once on the meta device."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -11,7 +14,7 @@ from luthier.surgery.base import Base
 from luthier.surgery.edits import Attach, Edit, PrependKeys, PrependTokens, Reparametrise
 from luthier.surgery.method import Method
 
-__all__ = ["matrices"]
+__all__ = ["matrices", "numbers"]
 
 
 def matrices(method: Method, anatomy: Anatomy) -> list[tuple[int, ...]]:
@@ -29,16 +32,23 @@ def matrices(method: Method, anatomy: Anatomy) -> list[tuple[int, ...]]:
                     shared.add(key)
                     found += _of(module)
             found += [shape for module in _made(edit, method, anatomy) for shape in _of(module)]
-    return found
+    return [shape for shape in found if len(shape) > 1]
+
+
+def numbers(method: Method, anatomy: Anatomy, which: Callable[[Edit], bool]) -> int:
+    """Trained numbers of what `method` attaches by the edits that `which` is true of, shared ones left out."""
+    with torch.device("meta"):
+        made = [m for edit in method.edits(anatomy) if which(edit) for m in _made(edit, method, anatomy)]
+    return sum(math.prod(shape) for module in made for shape in _of(module))
 
 
 def _of(module: nn.Module) -> list[tuple[int, ...]]:
-    return [tuple(p.shape) for p in module.parameters() if p.requires_grad and p.dim() > 1]
+    return [tuple(p.shape) for p in module.parameters() if p.requires_grad]
 
 
 def _made(edit: Edit, method: Method, anatomy: Anatomy) -> list[nn.Module]:
     if isinstance(edit, Attach):
-        return [edit.build(Base(_layer(edit.site, anatomy), edit.site))]
+        return [edit.build(_base(edit.site, anatomy))]
     if isinstance(edit, Reparametrise):
         return [edit.module]
     if isinstance(edit, PrependKeys | PrependTokens):
@@ -46,6 +56,14 @@ def _made(edit: Edit, method: Method, anatomy: Anatomy) -> list[nn.Module]:
     if type(edit).__name__ == "AddBranch":
         raise CompositionError(f"{method.name} puts a network beside the model; its matrices cannot be masked.")
     return []
+
+
+def _base(site: Site, anatomy: Anatomy) -> Base:
+    def beside(kind: str, part: str) -> Base:
+        block = (s for s in anatomy.all_sites if (s.stack, s.layer) == (site.stack, site.layer))
+        return _base(next(s for s in block if s.kind == kind and part in ("", s.part)), anatomy)
+
+    return Base(_layer(site, anatomy), site, beside)
 
 
 def _layer(site: Site, anatomy: Anatomy) -> nn.Module:

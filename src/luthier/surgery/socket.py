@@ -48,6 +48,7 @@ class Plug:
     base: Base
     tap: Tap | None = None
     part: str = ""  # of a method of several, which one put it here
+    rests: bool = False  # a modifier lets it sit out
 
     def __post_init__(self) -> None:
         cls = type(self.attachment)
@@ -163,6 +164,11 @@ class Socket(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("base"), name)
 
+    @property
+    def awake(self) -> list[Plug]:
+        """The plugs that do not rest."""
+        return [plug for plug in self.plugs if not plug.rests]
+
     def unplug(self, tuning: str) -> None:
         """Take off what the tuning has here."""
         self.plugs = [p for p in self.plugs if p.tuning != tuning]
@@ -185,7 +191,7 @@ class Socket(nn.Module):
         """
         live = Plan()
         by_site: dict[str, tuple[Site, list[Plug]]] = {}
-        for plug in sorted((p for p in self.plugs if p.tuning in active and not folded), key=lambda p: p.rank):
+        for plug in sorted((p for p in self.awake if p.tuning in active and not folded), key=lambda p: p.rank):
             if plug.site.expert is not None:
                 live.experts.append(plug)
             elif plug.site.rows is not None:

@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,10 @@ class Tuned:
             for k, m in t.modules_by_key().items()
             if isinstance(m, kind)
         }
+
+    def let_rest(self, name: str, modules: Collection[nn.Module]) -> None:
+        """Let exactly these attachments of the tuning called `name` sit out from now on; none of them: all act."""
+        self.edited.let_rest(name, modules)
 
     def tensor(self, name: str) -> nn.Parameter:
         """The model's own tensor of a canonical name, whatever stands around its layer by now."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -61,6 +61,9 @@ class TunedView(Protocol):
 
     def modules(self, kind: type[nn.Module] = nn.Module, *, name: str | None = None) -> dict[str, Any]:
         """Canonical key -> module of the given class, of one tuning or all."""
+
+    def let_rest(self, name: str, modules: Collection[nn.Module]) -> None:
+        """Let exactly these attachments of the tuning called `name` sit out from now on; none of them: all act."""
 
     def tensor(self, name: str) -> nn.Parameter:
         """The model's own tensor of a canonical name, whatever stands around its layer by now."""

@@ -43,6 +43,7 @@ class NoOpGuard:
             resting: names of trained tensors that were not asked to learn in this step.
         """
         asleep = {id(self._named[name]) for name in resting}
+        asleep |= {id(p) for module in self._tuned.edited.resting() for p in module.parameters()}
         for target, parameters in self._targets.items():
             if any(id(p) not in asleep for p in parameters):
                 self._asked.add(target)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from luthier.core import DataError
+from luthier.data.corrupted import Corruption
 from luthier.data.examples import IGNORED, Examples
 from luthier.data.order import Order
 
@@ -44,12 +45,13 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Collator:
-    """Makes batches of examples. A pure function of the examples' indices.
+    """Makes batches of examples. A pure function of the examples' indices, and of the step where something is drawn.
 
     Args:
         pad_id: fills ids up; masked in attention and loss.
         pad_to: lengths are rounded up to a multiple of this.
         left: pad on the left, for generation.
+        corruption: takes something out of the examples, for the model to fill in.
         decoder_start: first id of the decoder's input (seq2seq), which is the labels moved one to the right.
     """
 
@@ -57,8 +59,21 @@ class Collator:
     pad_to: int = 1
     left: bool = False
     decoder_start: int | None = None
+    corruption: Corruption | None = None
 
-    def __call__(self, examples: Examples, indices: NDArray[np.int64]) -> Batch:
+    def __call__(self, examples: Examples, indices: NDArray[np.int64], when: tuple[int, ...] = ()) -> Batch:
+        """The batch of some examples.
+
+        Args:
+            when: epoch and step, which name what is drawn; nothing, and draws are those of rows that are scored.
+        """
+        if self.corruption is not None:
+            batch = self._batch(self.corruption(examples, indices, when), np.arange(len(indices), dtype=np.int64))
+            facts = {f"row_{name}": torch.from_numpy(numbers[indices]) for name, numbers in examples.facts.items()}
+            return replace(batch, rows=indices, inputs=batch.inputs | facts)
+        return self._batch(examples, indices)
+
+    def _batch(self, examples: Examples, indices: NDArray[np.int64]) -> Batch:
         ids, mask = self._lay(examples.ids, examples.offsets, indices, self.pad_id)
         inputs = {"input_ids": ids, "attention_mask": mask}
         if examples.types is not None:
@@ -154,7 +169,7 @@ class Batches:
 
     def step(self, epoch: int, step: int, tokens: int | None = None) -> list[Batch]:
         """The micro-batches of one optimiser step."""
-        return [self.collator(self.examples, piece) for piece in self.pieces(epoch, step, tokens)]
+        return [self.collator(self.examples, piece, (epoch, step)) for piece in self.pieces(epoch, step, tokens)]
 
     def from_step(self, start: int, stop: int) -> Iterator[tuple[int, list[Batch]]]:
         """(global step, its micro-batches) for every step from `start` up to `stop`, prepared ahead by the workers."""

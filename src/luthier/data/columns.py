@@ -52,6 +52,8 @@ SHAPES_OF = {
     "token_classification": ("tagged",),
     "causal_lm": ("dialogue", "answered", "plain"),
     "seq2seq": ("answered",),
+    "masked_lm": ("plain",),
+    "span_corruption": ("plain",),
 }
 
 

@@ -5,7 +5,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from luthier.data import chat, encode_language, encode_tags, encode_text, tasks, token_cache
+from luthier.data import (
+    chat,
+    corrupted,
+    encode_corrupted,
+    encode_language,
+    encode_tags,
+    encode_text,
+    label_cells,
+    tag_tasks,
+    tasks,
+    token_cache,
+)  # fmt: skip
 from luthier.data import columns as columns_file
 from luthier.data import examples as examples_file
 from luthier.data import tokenizer as tokenizer_file
@@ -22,10 +33,14 @@ __all__ = ["encode"]
 ENCODERS = (
     chat,
     columns_file,
+    corrupted,
+    encode_corrupted,
     encode_language,
     encode_tags,
     encode_text,
     examples_file,
+    label_cells,
+    tag_tasks,
     tasks,
     tokenizer_file,
     rendering,
@@ -127,6 +142,8 @@ def _encode_anew(
             loss_on=loss_on,
             template=template,
         )
+    if task.filled_in:
+        return encode_corrupted.encode_corrupted(table, columns, task, tokenizer, n_vocab, max_length, ledger)
     if task.name == "token_classification":
         return encode_tags.encode_tags(table, columns, task, tokenizer, n_vocab, max_length, ledger, with_targets)
     return encode_text.encode_texts(table, columns, task, tokenizer, n_vocab, max_length, ledger, with_targets)

@@ -50,6 +50,8 @@ def infer_task(
         "token_classification": token_classification,
         "causal_lm": lambda table, columns: Task(name="causal_lm"),
         "seq2seq": lambda table, columns: Task(name="seq2seq"),
+        "masked_lm": lambda table, columns: Task(name="masked_lm"),
+        "span_corruption": lambda table, columns: Task(name="span_corruption"),
     }
     task = makers[name](train, columns)
     if test is not None:
@@ -65,6 +67,16 @@ def _refuse_model(name: str, both: bool, model_config: Any) -> None:
         raise ModelError(
             f"task seq2seq needs an encoder-decoder such as T5 or BART; {kind!r} is none."
             " Use --task causal_lm with a decoder, or another model."
+        )
+    if name == "span_corruption" and not both:
+        raise ModelError(
+            f"task span_corruption needs an encoder-decoder such as T5; {kind!r} is none. Use --task masked_lm with an "
+            "encoder, or --task causal_lm with a decoder."
+        )
+    if name == "masked_lm" and not _reads_both_ways(model_config):
+        other = "span_corruption, as T5 learnt it," if both else "causal_lm"
+        raise ModelError(
+            f"task masked_lm needs an encoder such as BERT; {kind!r} is none. Use --task {other} or another model."
         )
     if name == "causal_lm" and both:
         raise ModelError(

@@ -19,6 +19,8 @@ AUTO_CLASSES = {
     "token_classification": "AutoModelForTokenClassification",
     "causal_lm": "AutoModelForCausalLM",
     "seq2seq": "AutoModelForSeq2SeqLM",
+    "masked_lm": "AutoModelForMaskedLM",
+    "span_corruption": "AutoModelForSeq2SeqLM",
 }
 METRICS = {
     "classification": ("accuracy", "macro_f1", "mcc", "loss"),
@@ -28,6 +30,8 @@ METRICS = {
     "spans": ("span_f1", "token_accuracy", "loss"),
     "causal_lm": ("loss", "perplexity", "token_accuracy"),
     "seq2seq": ("loss", "perplexity", "token_accuracy"),
+    "masked_lm": ("loss", "perplexity", "token_accuracy"),
+    "span_corruption": ("loss", "perplexity", "token_accuracy"),
 }
 GENERATED = ("rouge_l", "bleu", "exact_match")
 """Scores of generated text against the response: a run writes no text while it trains."""
@@ -57,6 +61,21 @@ class Task:
     def auto_class(self) -> str:
         """The transformers class that loads a model with the right head."""
         return AUTO_CLASSES[self.name]
+
+    @property
+    def of_words(self) -> bool:
+        """Whether what is predicted are tokens of the model's vocabulary."""
+        return self.name in ("causal_lm", "seq2seq", "masked_lm", "span_corruption")
+
+    @property
+    def filled_in(self) -> bool:
+        """Whether it predicts what was taken out of a text, so that it has no answer to a row."""
+        return self.name in ("masked_lm", "span_corruption")
+
+    @property
+    def decodes(self) -> bool:
+        """Whether an encoder-decoder writes the targets."""
+        return self.name in ("seq2seq", "span_corruption")
 
     @property
     def n_outputs(self) -> int | None:

@@ -33,7 +33,10 @@ DEFAULT_EPOCHS = 3.0
 MAX_SPEC_BYTES = 1_000_000
 MOST_FOLDS = 20
 
-Task = Literal["auto", "classification", "regression", "token_classification", "causal_lm", "seq2seq"]
+Task = Literal[
+    "auto", "classification", "regression", "token_classification", "causal_lm", "seq2seq", "masked_lm",
+    "span_corruption",
+]  # fmt: skip
 TASKS: tuple[str, ...] = get_args(Task)
 
 

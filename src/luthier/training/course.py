@@ -77,7 +77,7 @@ class Course:
     objective: Objective | None = None
     sets: Mapping[str, Examples] = field(default_factory=dict)
     rows: Sets = field(default_factory=lambda: Sets((TRAIN,), (0, 0)))
-    cut_rows: Callable[[NDArray[np.int64]], list[Batch]] | None = None
+    cut_rows: Callable[[NDArray[np.int64], tuple[int, ...]], list[Batch]] | None = None
     precision: Precision | None = None
     models: Mapping[str, OtherModel] = field(default_factory=dict)
 
@@ -135,7 +135,7 @@ class Course:
     def cut(self, rows: NDArray[np.int64]) -> list[Batch]:
         """Micro-batches of any examples, on the device, none wider than the run's own may be."""
         assert self.cut_rows is not None, "a run has a feed"
-        return [batch.to(self.device) for batch in self.cut_rows(rows)]
+        return [batch.to(self.device) for batch in self.cut_rows(rows, (self.epoch, self.step))]
 
     @contextmanager
     def still(self) -> Iterator[None]:

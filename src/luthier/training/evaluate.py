@@ -128,7 +128,7 @@ class Evaluator:
         """The task's scores of what `outputs` gave."""
         task, examples = self.objective.task, self.batches.examples
         found = {"loss": float(out["loss"]), "perplexity": metrics.perplexity(out["loss"])}
-        if task.name in ("causal_lm", "seq2seq"):
+        if task.of_words:
             found["token_accuracy"] = out["correct"] / max(1, out["n_targets"])
         else:
             names = [n for n in task.metrics if metrics.METRICS[n].function is not None]
@@ -149,7 +149,7 @@ class Evaluator:
         if result.logits is None:
             return loss, n, result.correct or 0, None
         logits = result.logits.float()
-        if task.name in ("causal_lm", "seq2seq"):
+        if task.of_words:
             labels = result.labels
             if labels is None:
                 return loss, n, 0, None

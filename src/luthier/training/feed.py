@@ -55,16 +55,17 @@ class Feed:
 
     def cut(self, step: int) -> list[Batch]:
         """The micro-batches of a step: its rows, less those left out, cut to the budget. May be empty."""
-        pieces = self.batches.pieces(*self.at(step), self.budget)
+        when = self.at(step)
+        pieces = self.batches.pieces(*when, self.budget)
         if self.left_out:
             pieces = [np.asarray([i for i in p if int(i) not in self.left_out], dtype=np.int64) for p in pieces]
-        return [self.batches.collator(self.batches.examples, p) for p in pieces if len(p)]
+        return [self.batches.collator(self.batches.examples, p, when) for p in pieces if len(p)]
 
-    def cut_rows(self, rows: NDArray[np.int64]) -> list[Batch]:
-        """Micro-batches of any examples, cut to the budget."""
+    def cut_rows(self, rows: NDArray[np.int64], when: tuple[int, ...] = ()) -> list[Batch]:
+        """Micro-batches of any examples, cut to the budget; `when` names what is drawn of them."""
         collator, examples = self.batches.collator, self.batches.examples
         pieces = cut(rows, examples.lengths, self.budget, len(rows), collator.pad_to) if len(rows) else []
-        return [collator(examples, piece) for piece in pieces]
+        return [collator(examples, piece, when) for piece in pieces]
 
     def longest(self) -> Batch:
         """The widest micro-batch of the whole run."""

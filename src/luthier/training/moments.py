@@ -50,7 +50,7 @@ class Moments:
         sets: Mapping[str, Examples] | None = None,
         models: Mapping[str, Mapping[str, OtherModel]] | None = None,
         rows: Sets | None = None,
-        cut_rows: Callable[[NDArray[np.int64]], list[Batch]] | None = None,
+        cut_rows: Callable[[NDArray[np.int64], tuple[int, ...]], list[Batch]] | None = None,
         precision: Precision | None = None,
     ) -> None:
         self._spec, self._tuned, self._optimiser, self._device = spec, tuned, optimiser, device

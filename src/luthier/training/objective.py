@@ -20,7 +20,7 @@ from luthier.data.examples import IGNORED
 from luthier.data.tasks import Task
 from luthier.surgery import Tuned
 from luthier.training.frozen_features import Features, features_of
-from luthier.training.output_matrix import soft_capped, softcap_of, trunk_states, why_all_logits
+from luthier.training.output_matrix import soft_capped, softcap_of, trunk_states, why_all_logits, word_head_of
 
 __all__ = ["Objective", "Result"]
 
@@ -54,7 +54,10 @@ class Objective:
         self.why_all_logits = "something looks at them" if full_logits else ""
         if task.name == "causal_lm" and not full_logits:
             self.why_all_logits = why_all_logits(tuned)
-        self.chunked = task.name == "causal_lm" and not self.why_all_logits
+        self.word_head: nn.Module | None = None
+        if task.name == "masked_lm" and not full_logits:
+            self.word_head, self.why_all_logits = word_head_of(tuned)
+        self.chunked = task.name in ("causal_lm", "masked_lm") and not self.why_all_logits
         self.labelled = task.name in ("classification", "regression")
         self.first_token = tuned.fast.first_token() if self.labelled else None
         self.features: Features | None = None
@@ -105,6 +108,8 @@ class Objective:
     def _chunked(self, batch: Batch) -> Result:
         """Hidden states to loss in chunks: only supervised tokens, never all logits."""
         model = self.tuned.model
+        if self.word_head is not None:
+            return self._masked(batch, self.word_head)
         hidden = trunk_states(self.tuned, batch.inputs)[:, :-1]
         assert batch.labels is not None
         labels = batch.labels[:, 1:]
@@ -122,6 +127,13 @@ class Objective:
                 dtype=dtype,
             )  # fmt: skip
         return Result(loss, batch.n_targets, None, batch.labels)
+
+    def _masked(self, batch: Batch, word_head: nn.Module) -> Result:
+        """The words that were taken out, one in seven, and no other: `logits` is (targets, words)."""
+        assert batch.labels is not None
+        told = batch.labels != IGNORED  # (rows, tokens)
+        logits = word_head(trunk_states(self.tuned, batch.inputs)[told][None])[0]  # (1, targets, d) before the head
+        return Result(self.loss(logits, batch.labels[told]), batch.n_targets, logits, batch.labels[told])
 
     def _scored(self, hidden: Tensor, labels: Tensor, head: nn.Linear, softcap: float | None, batch: Batch) -> Result:
         """Loss and right guesses of the supervised tokens, some rows of logits at a time."""

@@ -9,7 +9,7 @@ import torch
 
 from luthier import kernels
 from luthier.core import ModelError, human_count
-from luthier.data.batches import Batches, Collator, EvalBatches
+from luthier.data.batches import Batches, EvalBatches
 from luthier.data.examples import Examples
 from luthier.data.order import Order
 from luthier.runs import RunFolder, reset_peak, resident_bytes
@@ -25,7 +25,7 @@ from luthier.training.objective import Objective
 from luthier.training.optimiser import optimiser_of
 from luthier.training.strategy import fills
 from luthier.training.whole_steps import refuse_cut_steps
-from luthier.workflow.load_model import load_model
+from luthier.workflow.load_model import collator_of, load_model
 from luthier.workflow.load_others import load_others
 from luthier.workflow.preparation import Prepared
 
@@ -61,8 +61,9 @@ def build(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
     for one in strategies:
         if fills(one, "order"):
             order = one.order(order, sets, spec)
-    start = getattr(model.config, "decoder_start_token_id", None) if prepared.task.name == "seq2seq" else None
-    collator = Collator(pad_id=prepared.pad_id, pad_to=spec.batch.pad_to, decoder_start=start)
+    collator = collator_of(
+        prepared.task, model, prepared.tokenizer, pad_id=prepared.pad_id, pad_to=spec.batch.pad_to, seed=spec.seed
+    )
     batches = Batches(prepared.train, order, collator, spec.batch.tokens, spec.batch.accumulate, spec.batch.workers)
     later = spec.total_steps(order.steps_per_epoch) > order.steps_per_epoch  # in one epoch no row comes twice
     sees_text = any({"embeddings", "states"} & set(s.reads) for s in strategies)
@@ -80,9 +81,9 @@ def build(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
         every = order.steps_per_epoch if spec.eval.selects else 0
 
     def make(run: RunFolder, listener: Listener) -> Loop:
-        if prepared.task.name == "causal_lm" and not needs_logits and objective.why_all_logits:
+        if prepared.task.name in ("causal_lm", "masked_lm") and not needs_logits and objective.why_all_logits:
             listener.say(
-                f"the loss is computed from all logits of a batch, not in chunks: {type(model).__name__}: "
+                f"the loss is computed from all logits of a batch, not of its targets alone: {type(model).__name__}: "
                 f"{objective.why_all_logits}"
             )
         if features is not None and spec.fast and kernels.fast():
@@ -123,7 +124,7 @@ def build(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
 def evaluator_of(prepared: Prepared, loop: Loop, examples: Examples) -> Evaluator:
     tokens = 2 * prepared.spec.batch.tokens
     objective = Objective(loop.tuned, prepared.task, scoring=True)
-    if prepared.task.name in ("causal_lm", "seq2seq") and not objective.chunked:
+    if prepared.task.of_words and not objective.chunked:
         # Where all logits of a batch are held at once: 2^26 of them are 256 MiB in fp32.
         tokens = max(1, min(tokens, 2**26 // int(loop.tuned.model.get_input_embeddings().weight.shape[0])))
     return Evaluator(

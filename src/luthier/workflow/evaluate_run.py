@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.core import ConfigError, DataError, build
-from luthier.data.batches import Collator, EvalBatches
+from luthier.data.batches import EvalBatches
 from luthier.data.chat import ChatTemplate
 from luthier.data.columns import is_blank
 from luthier.data.encode import encode
@@ -25,6 +25,7 @@ from luthier.training.evaluate import Evaluator
 from luthier.training.objective import Objective
 from luthier.training.quality import Quality, judge
 from luthier.workflow.finish import answers_csv
+from luthier.workflow.load_model import collator_of
 from luthier.workflow.prediction import Predictor
 
 __all__ = ["Evaluation", "evaluate"]
@@ -131,10 +132,12 @@ def _evaluator(predictor: Predictor, examples: Examples) -> Evaluator:
     spec, task, model = predictor.spec, predictor.task, predictor.tuned.model
     objective = Objective(predictor.tuned, task, scoring=True)
     tokens = 2 * spec.batch.tokens
-    if task.name in ("causal_lm", "seq2seq") and not objective.chunked:
+    if task.of_words and not objective.chunked:
         tokens = max(1, min(tokens, 2**26 // int(model.get_input_embeddings().weight.shape[0])))  # as in training
-    start = getattr(model.config, "decoder_start_token_id", None) if task.name == "seq2seq" else None
-    collator = Collator(pad_id=int(predictor.contract["pad"]["id"]), pad_to=spec.batch.pad_to, decoder_start=start)
+    collator = collator_of(
+        task, model, predictor.tokenizer, pad_id=int(predictor.contract["pad"]["id"]), pad_to=spec.batch.pad_to,
+        seed=spec.seed,
+    )  # fmt: skip
     batches = EvalBatches(examples, collator, tokens)
     return Evaluator(predictor.tuned, objective, batches, predictor.precision, predictor.device)
 

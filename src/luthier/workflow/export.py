@@ -34,6 +34,8 @@ TASK_TYPES = {
     "token_classification": ("TOKEN_CLS", "AutoPeftModelForTokenClassification"),
     "causal_lm": ("CAUSAL_LM", "AutoPeftModelForCausalLM"),
     "seq2seq": ("SEQ_2_SEQ_LM", "AutoPeftModelForSeq2SeqLM"),
+    "span_corruption": ("SEQ_2_SEQ_LM", "AutoPeftModelForSeq2SeqLM"),
+    "masked_lm": ("FEATURE_EXTRACTION", "AutoPeftModelForFeatureExtraction"),
 }
 
 

@@ -14,11 +14,23 @@ from typing import Any
 import torch
 
 from luthier.core import ModelError, near
+from luthier.data.batches import Collator
+from luthier.data.corrupted import corruption_of
 from luthier.data.tasks import Task
 from luthier.surgery import keyed
 from luthier.trust.model import ModelFolder, check_folder
 
-__all__ = ["Loaded", "Source", "find_model", "load_config", "load_model", "load_tokenizer", "quiet", "tokenizer_digest"]
+__all__ = [
+    "Loaded",
+    "Source",
+    "collator_of",
+    "find_model",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "quiet",
+    "tokenizer_digest",
+]
 
 
 @dataclass(frozen=True)
@@ -181,12 +193,31 @@ def load_model(
     heads = set(Anatomy.read(model).head_tensors)
     # A new head has no weights yet, and a pooler may be absent from a checkpoint of a bare encoder.
     missing = [n for n in report["missing_keys"] if n not in heads and "pooler" not in n]
+    if task.name == "masked_lm":  # an encoder that was kept without its head of words, such as one for sentences
+        missing = [n for n in missing if n.startswith(f"{model.base_model_prefix}.")]
     if missing:
         raise ModelError(
             f"{source.name}: {len(missing)} tensors of {type(model).__name__} are not in its weights, such as "
             f"{', '.join(sorted(missing)[:3])}. It would start from random numbers there; use the right model folder."
         )
-    return model.to(device).eval(), tuple(sorted(report["missing_keys"]))
+    # A tensor that several places share is new once, under its first name.
+    again = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
+    return model.to(device).eval(), tuple(sorted(set(report["missing_keys"]) - again))
+
+
+def collator_of(task: Task, model: Any, tokenizer: Any, *, pad_id: int, pad_to: int, seed: int) -> Collator:
+    """What lays rows of a task side by side for a model.
+
+    Raises:
+        ModelError: the tokenizer has nothing to put in the place of what the task takes out.
+    """
+    n_vocab = int(model.get_input_embeddings().weight.shape[0])
+    return Collator(
+        pad_id=pad_id,
+        pad_to=pad_to,
+        decoder_start=getattr(model.config, "decoder_start_token_id", None) if task.decodes else None,
+        corruption=corruption_of(task, tokenizer, n_vocab, seed),
+    )
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

@@ -23,6 +23,7 @@ PIPELINES = {
     "regression": "text-classification",
     "token_classification": "token-classification",
     "causal_lm": "text-generation",
+    "masked_lm": "fill-mask",
 }
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -91,7 +92,7 @@ def _a_batch(predictor: Predictor) -> dict[str, Any]:
     n_vocab = int(predictor.tuned.model.get_input_embeddings().weight.shape[0])
     ids = torch.arange(24, device=predictor.device).reshape(2, 12) * max(1, n_vocab // 24) % n_vocab
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if predictor.task.name == "seq2seq":
+    if predictor.task.decodes:
         batch["decoder_input_ids"] = ids[:, :6]
     return batch
 

@@ -160,6 +160,12 @@ class Predictor:
         unsure: float | None = None,
     ) -> Iterator[dict[str, Any]]:
         """The answers of `rows`, as they come: some rows are answered at a time."""
+        if self.task.filled_in:
+            raise ConfigError(
+                f"this run learnt {self.task.name}: it fills in words that were taken out of texts, and has no answer "
+                "to a row. Score it (luthier evaluate), or go on from it: luthier merge RUN --out FOLDER, and luthier "
+                "train FOLDER with rows that have labels."
+            )
         if unsure is not None:
             check_unsure(unsure, self.task)
         if tunings is not None and len(tunings) != len(table.rows):

@@ -145,7 +145,7 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None, *, be
         note(f"{len(select)} training rows are held out to select by; the test half is scored once, at the end")
     if spec.eval.metric is not None:
         task.check_metric(spec.eval.metric)
-    most = spec.eval.rows or (_LANGUAGE_ROWS if task.name in ("causal_lm", "seq2seq") else None)
+    most = spec.eval.rows or (_LANGUAGE_ROWS if task.of_words else None)
     if test is not None and most is not None and len(test) > most:
         note(f"scores are of {most} of the {len(test)} test rows (eval.rows)")
         test = test.take(np.sort(shuffled(len(test), spec.data.split_seed, "scored")[:most]).tolist())

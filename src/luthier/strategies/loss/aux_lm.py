@@ -43,7 +43,7 @@ class AuxLM(Strategy):
     weight: Annotated[float, "lambda, what predicting the text counts", at_least(0)] = 0.5
 
     def suits(self, task: Task) -> str | None:
-        if task.name in ("causal_lm", "seq2seq"):
+        if task.of_words:
             return "its loss is of words already. Use --loss-on all to learn prompts too."
         return None
 

@@ -45,7 +45,7 @@ class LwF(Strategy):
     def suits(self, task: Task) -> str | None:
         if task.name == "regression":
             return "a number has no distribution. Use l2_sp or ewc, which hold weights."
-        if not self.old and task.name not in ("causal_lm", "seq2seq"):
+        if not self.old and not task.of_words:
             return "the base has no head for its labels, so no old answers. Name a finished run: --set old=runs/before."
         return None
 

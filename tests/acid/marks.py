@@ -17,7 +17,7 @@ from pathlib import Path
 from luthier.surgery import METHODS
 from luthier.training import STRATEGIES
 
-__all__ = ["TESTS", "Owed", "all_marked", "counted", "listed", "marked", "registered", "tests_in"]
+__all__ = ["TESTS", "Owed", "all_marked", "counted", "functions_of", "listed", "marked", "registered"]
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -73,7 +73,7 @@ def all_marked() -> Marks:
     return dict(found)
 
 
-def tests_in(name: str) -> set[str]:
+def functions_of(name: str) -> set[str]:
     """The tests of one file, as file::test."""
     body = ast.parse((TESTS / name).read_text(encoding="utf-8")).body
     return {f"{name}::{node.name}" for node in body if isinstance(node, ast.FunctionDef)}

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from acid.marks import TESTS, all_marked, counted, listed, marked, registered, tests_in
+from acid.marks import TESTS, all_marked, counted, functions_of, listed, marked, registered
 
 
 @pytest.mark.parametrize("name", sorted(registered() & listed().keys()))
@@ -30,7 +30,7 @@ def test_no_mark_is_of_what_nobody_owes() -> None:
 def test_tests_that_run_for_every_method_are_there() -> None:
     for name, entry in listed().items():
         for test in entry.everywhere.values():
-            assert test in tests_in(test.split("::")[0]), f"{name}: {test}"
+            assert test in functions_of(test.split("::")[0]), f"{name}: {test}"
 
 
 def test_a_mark_counts_only_on_a_test_and_with_its_number() -> None:

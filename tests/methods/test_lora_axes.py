@@ -55,6 +55,29 @@ def test_a_stays_as_drawn_has_no_gradient_and_the_update_lies_in_its_rows(name: 
     assert tuned.n_trained() == sum(m.b.numel() for m in tuned.modules(ThinUpdate).values())
 
 
+@pytest.mark.acid("lora_fa", 4)
+def test_with_a_frozen_the_moments_are_those_of_b() -> None:
+    tuned = attach(tiny("llama"), "lora_fa", rank=3)
+    moments = torch.optim.AdamW(tuned.trained().values())
+    tuned.model(**inputs(tuned.model)).loss.backward()
+    moments.step()
+    held = sum(t.numel() for state in moments.state.values() for n, t in state.items() if n != "step")
+    assert held == 2 * sum(m.b.numel() for m in tuned.modules(ThinUpdate).values())
+
+
+@pytest.mark.acid("l_lora", 3)
+def test_by_layer_l_lora_is_lora_fa_with_the_same_a() -> None:
+    found = []
+    for name in ("lora_fa", "l_lora"):
+        tuned = attach(tiny("llama"), name, rank=3, alpha=8.0, sites=("attn.q", "attn.v"))
+        draw = torch.Generator().manual_seed(4)
+        with torch.no_grad():
+            for module in tuned.modules(ThinUpdate).values():
+                module.a.copy_(torch.randn(module.a.shape, generator=draw))
+        found.append((train(tuned, 4), logits(tuned.model)))
+    assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
+
+
 @pytest.mark.parametrize("settings", [{"train_a": False, "dropout": 0.25}, {"start": "svd", "dropout": 0.25}])
 def test_fused_plain_and_merged_agree_in_float64(settings: dict[str, object]) -> None:
     results = []

@@ -106,6 +106,27 @@ def test_with_only_the_last_a_step_moves_one_row_and_one_column() -> None:
             assert rows == columns == [module.drawn - 1]
 
 
+def losses_when_cut(name: str, rank: int = 4) -> list[float]:
+    """After some training on two batches, the loss with each prefix of the update's parts alone."""
+    tuned = attach(tiny("bert", "classification"), name, rank=rank, alpha=4.0)
+    train(tuned, 40, lr=2e-2, decay=0.0)
+    found = []
+    whole = {k: m.b.detach().clone() for k, m in tuned.modules(ThinUpdate).items()}
+    for r in range(1, rank + 1):
+        for key, module in tuned.modules(ThinUpdate).items():
+            with torch.no_grad():
+                module.b.copy_(whole[key] * (rank / r))  # the scale is alpha / the width
+                module.b[:, r:] = 0
+        with torch.no_grad():
+            found.append(sum(float(tuned.model(**inputs(tuned.model, seed=seed)).loss) for seed in (0, 1)))
+    return found
+
+
+def test_trained_for_every_width_it_is_better_cut_than_lora_is() -> None:
+    ours, plain = losses_when_cut("dylora"), losses_when_cut("lora")
+    assert ours[0] < 0.5 * plain[0] and sum(ours) < sum(plain)
+
+
 @pytest.mark.acid("dylora", 4)
 def test_every_width_is_drawn_about_equally_often_and_all_sites_have_the_same() -> None:
     tuned = attach(tiny("bert"), "dylora", rank=5, smallest=2)

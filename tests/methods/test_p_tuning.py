@@ -29,7 +29,8 @@ def test_its_numbers_on_bert_base_are_those_of_the_catalogue():
     assert counted("p_tuning", encoder="mlp") == 1_188_096
 
 
-def test_the_vectors_alone_are_stored_and_give_the_same(tmp_path):  # acid test 1
+@pytest.mark.acid("p_tuning", 1)
+def test_the_vectors_alone_are_stored_and_give_the_same(tmp_path):
     tuned = attach(tiny("bert"), "p_tuning", length=4)
     train(tuned, 3)
     before = logits(tuned.model)
@@ -49,8 +50,9 @@ def test_the_vectors_alone_are_stored_and_give_the_same(tmp_path):  # acid test 
     assert torch.equal(logits(again), finished)
 
 
+@pytest.mark.acid("p_tuning", 2)
 @pytest.mark.parametrize("encoder", ["lstm", "mlp"])
-def test_one_embedding_moves_every_vector_through_the_lstm_and_one_without_it(encoder):  # acid test 2
+def test_one_embedding_moves_every_vector_through_the_lstm_and_one_without_it(encoder):
     tuned = attach(tiny("bert"), "p_tuning", length=5, encoder=encoder)
     module = prompt(tuned)
     before = module().detach()
@@ -65,8 +67,9 @@ def test_one_embedding_moves_every_vector_through_the_lstm_and_one_without_it(en
     [("bert", "tokens"), ("roberta", "tokens"), ("electra", "tokens"), ("modernbert", "tokens"),
      ("deberta-v2", "tokens"), ("t5", "seq2seq"), ("bart", "seq2seq")],
 )  # fmt: skip
+@pytest.mark.acid("p_tuning", 3)
 @pytest.mark.parametrize("padded", [True, False])
-def test_vectors_that_are_words_on_both_sides_act_as_those_words(name, task, padded):  # acid test 3
+def test_vectors_that_are_words_on_both_sides_act_as_those_words(name, task, padded):
     front, back = [17, 90, 5], [44, 23]
     model = tiny(name, task)
     batch = inputs(model, padded=padded)
@@ -90,7 +93,8 @@ def test_vectors_that_are_words_on_both_sides_act_as_those_words(name, task, pad
     assert (elsewhere - found).abs().max() > 1e-3, "where they stand says nothing"
 
 
-def test_the_model_is_frozen_unless_it_is_asked_to_train():  # acid test 4
+@pytest.mark.acid("p_tuning", 4)
+def test_the_model_is_frozen_unless_it_is_asked_to_train():
     tuned = attach(tiny("bert"), "p_tuning", length=4)
     held = frozen_copy(tuned)
     train(tuned, 5, decay=0.1)

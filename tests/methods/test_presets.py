@@ -142,6 +142,25 @@ def test_the_probe_is_head_only_to_the_bit_and_no_state_of_the_trunk_has_a_graph
     assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
 
 
+@pytest.mark.acid("linear_probe", 3)
+def test_of_the_probe_nothing_is_drawn_but_its_head() -> None:
+    found = []
+    for seed, start in ((0, 1), (5, 1), (0, 2)):
+        tuned = attach(tiny("bert", "classification"), "linear_probe", seed=seed)
+        draw = torch.Generator().manual_seed(start)
+        with torch.no_grad():
+            for p in tuned.trained().values():
+                p.copy_(0.1 * torch.randn(p.shape, generator=draw))
+        tuned.model.luthier.train()
+        for _ in range(2):
+            tuned.model(**inputs(tuned.model)).loss.backward()
+            for p in tuned.trained().values():
+                p.data -= 0.1 * p.grad
+        found.append({n: p.detach().clone() for n, p in tuned.trained().items()})
+    assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
+    assert not any(torch.equal(found[0][n], found[2][n]) for n in found[0])
+
+
 # --- p_tuning_v2
 
 

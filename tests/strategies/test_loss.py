@@ -247,7 +247,7 @@ def test_what_is_absurd_teaches_dft_nothing_and_masked_words_have_no_part():
 # --- scl
 
 
-@pytest.mark.acid("scl", 1)
+@pytest.mark.acid("scl", 1, 2)
 def test_contrast_of_four_states_is_that_computed_by_hand():
     one = STRATEGIES.get("scl")(tau=0.5)
     states, labels = torch.tensor([[1.0, 0.2], [0.9, -0.1], [-1.0, 0.3], [0.1, 1.0]]), torch.tensor([0, 0, 1, 0])

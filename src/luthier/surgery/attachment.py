@@ -38,13 +38,15 @@ class Attachment(nn.Module):
         f0(x) = W x + b        f1(x) = a1.after(x, f0(a1.before(x)))        f2(x) = a2.after(x, f1(a2.before(x)))
 
     At a sublayer site (`attn_out`, `ffn_out`) x is the sublayer's input: what the sublayer itself reads, or the
-    residual stream, as `reads` says; None where the attachment declares `needs_input = False`.
+    residual stream, as `reads` says; None where the attachment declares `needs_input = False`. At `block_out` it is
+    what the block reads, which `before` may change; `around` may take the block's call over, for one attachment.
 
     Class facts:
         kind: at most one attachment of a kind may sit at a site.
         reads_base_weight: uses the frozen weight in the forward pass; goes innermost.
         needs_input: at sublayer sites, wants x. An attachment that only changes y says False and costs no tap.
         per_token: each token's result depends on that token alone, and not on the others of its row.
+        keeps_keys: keeps something of each token in the key/value cache: see `Context.cache`.
         reads_whole_text: computes something from a text as a whole, and keeps it for later steps of a generation.
     """
 
@@ -53,6 +55,7 @@ class Attachment(nn.Module):
     needs_input: ClassVar[bool] = True
     per_token: ClassVar[bool] = True
     reads_whole_text: ClassVar[bool] = False
+    keeps_keys: ClassVar[bool] = False
 
     reads: Literal["input", "residual"] = "input"
     context: Context  # set by surgery: the facts of the current batch
@@ -64,6 +67,14 @@ class Attachment(nn.Module):
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """Change what the layer gives. `x` is what `before` received, `y` what the layer made of its result."""
         return y
+
+    def around(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        """Take over the call of the block that ends at this site (`block_out`). x: (rows, tokens, d), as the result.
+
+        `call(x)` runs the block; `call(x, pick=..., kept=...)` runs it for some tokens of each row, with masks and
+        positions following: see `block_run.BlockCall`.
+        """
+        return call(x)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The weight (d_out, d_in) and bias that do the same without this attachment.

@@ -16,6 +16,7 @@ __all__ = [
     "Combined",
     "check",
     "check_beside",
+    "completed",
     "fitted",
     "for_rows",
     "left_out",
@@ -190,6 +191,12 @@ def fitted(method: Method, sources: Sequence[Source]) -> Method:
                 f"Name the folders of finished runs: {words}, or attach(..., sources=[...])."
             )
     members = tuple(part.fitted([s for s in sources if takes(part, s)]) for part in method.parts())
+    return replace(method, members=members) if isinstance(method, Combined) else members[0]
+
+
+def completed(method: Method, tokenizer: Any, *, pair: bool) -> Method:
+    """`method` with the settings that the tokenizer of a run decides."""
+    members = tuple(part.completed(tokenizer, pair=pair) for part in method.parts())
     return replace(method, members=members) if isinstance(method, Combined) else members[0]
 
 

@@ -32,7 +32,9 @@ class Context:
         packed: several texts stand one behind the other in a row.
         generating: a step of `generate`, with or without a cache.
         rows: facts of the rows, whole numbers by name, such as "task": (rows,). See `row`.
+        ids: (batch, tokens) of the text, the encoder's where there are two stacks; None where it came embedded.
         around: where vectors stand beside the text of this pass; None where none do. See `prompts.Around`.
+        cache: the key/value cache of the block that runs, where an attachment `keeps_keys`; None without one.
         memory: results that attachments keep from prefill to later steps of one generation, by any key.
     """
 
@@ -43,7 +45,9 @@ class Context:
     packed: bool = False
     generating: bool = False
     rows: dict[str, Tensor] = field(default_factory=dict)
+    ids: Tensor | None = None
     around: Any = None
+    cache: Any = None
     memory: dict[Any, Any] = field(default_factory=dict)
 
     def row(self, name: str) -> Tensor:

@@ -49,6 +49,7 @@ class Forward:
         self._prefixes: list[Prefixes] = []
         self._route: prefix_attention.Route | None = None
         self._twice = False  # activations are computed twice
+        self._watched = False  # blocks note their cache
         self._open: list[nn.Module] = []  # hooked modules whose `forward` is running, outermost first
         # What attachments kept for the texts of a cache; a conversation may be taken up again after another.
         self._memories: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
@@ -103,6 +104,23 @@ class Forward:
         acts = self.edited.tunings[tuning]
         prefix_attention.add_own(self.edited.modules[path], Own(tuning, attending, lambda: acts.active))
         self.route_attention()
+
+    def watch_cache(self) -> None:
+        """Let `context.cache` be the key/value cache that the running block is given. Idempotent."""
+        if self._watched:
+            return
+        self._watched = True
+        for block in self.edited.anatomy.blocks:
+            module = self.edited.modules[block.path]
+            names = list(inspect.signature(module.forward).parameters)
+
+            def note(
+                module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str] = names
+            ) -> None:
+                given = dict(zip(names, args, strict=False)) | kwargs
+                self.edited.context.cache = next((given[n] for n in _CACHES if given.get(n) is not None), None)
+
+            self._hooks.append(module.register_forward_pre_hook(note, with_kwargs=True))
 
     def add_branch(self, tuning: str, module: nn.Module) -> None:
         """Let `module` read the hidden states and give the last one."""
@@ -218,6 +236,8 @@ class Forward:
         context.n_tokens = int(text.shape[1]) if text is not None else 0
         context.batch = len(text) if text is not None else 0 if first is None else len(first)
         context.packed = packed(inputs)
+        ids = inputs.get("input_ids") if stack != "decoder" else None
+        context.ids = ids if isinstance(ids, Tensor) else None
         mask = read_mask(inputs.get("attention_mask"), context.past, context.n_tokens)
         if self.edited.anatomy.is_encoder_decoder and stack == "decoder":
             context.masks = {"encoder": read_mask(inputs.get("encoder_attention_mask"), 0, 0), "decoder": mask}
@@ -361,6 +381,7 @@ def _numbers(facts: dict[str, Any]) -> dict[str, Tensor]:
     return found
 
 
+_CACHES = ("past_key_values", "past_key_value", "layer_past")
 _TEXTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "hidden_states")
 _LATER_TEXTS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds", "hidden_states")
 

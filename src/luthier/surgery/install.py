@@ -206,6 +206,8 @@ class Installer:
         with keyed(seed, "init", prefix, site.key):
             attachment = self._at_home(edit.build(base))
         attachment.context = self.edited.context
+        if attachment.keeps_keys:
+            self.forward.watch_cache()
         attachment.train(self.edited.model.training)
         standing = self.edited.plugged(site.path)
         for plug in standing.plugs if standing is not None else []:

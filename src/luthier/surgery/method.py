@@ -135,6 +135,14 @@ class Method(ABC):
         """
         return self
 
+    def completed(self, tokenizer: Any, *, pair: bool) -> Self:
+        """This method with the settings that a run's tokenizer decides, such as ids of special tokens.
+
+        Args:
+            pair: rows are two texts.
+        """
+        return self
+
     def adopt(self, tuned: TunedView, sources: Sequence[Source]) -> None:
         """Take over what the sources hold: once, in a new tuning. What is taken is saved with it."""
 

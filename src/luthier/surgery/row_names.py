@@ -33,6 +33,8 @@ def row_problem(edited: EditedModel, tuning: Tuning) -> str | None:
             return "computes tensors of the model anew, which all rows share"
         if any(p.tuning == name and (p.site.expert is not None or ".experts." in p.site.path) for p in socket.plugs):
             return "sits in experts, which see tokens without their rows"
+        if any(p.tuning == name and p.at_end and (p.changes_input or p.has_around) for p in socket.plugs):
+            return "takes part in how blocks are called, which is done once for all rows"
     return None
 
 

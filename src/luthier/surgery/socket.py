@@ -14,6 +14,7 @@ from luthier import kernels
 from luthier.anatomy import Site
 from luthier.surgery.attachment import Attachment
 from luthier.surgery.base import Base, join_rows, take_rows
+from luthier.surgery.block_run import BlockRun
 from luthier.surgery.frozen_layers import FastLayer
 
 __all__ = ["ORDER", "Plan", "Plug", "Socket", "Substitute", "Tap"]
@@ -54,6 +55,7 @@ class Plug:
         cls = type(self.attachment)
         self.changes_input = cls.before is not Attachment.before
         self.has_fused = cls.fused is not Attachment.fused
+        self.has_around = cls.around is not Attachment.around
         self.at_end = self.site.kind in _SUBLAYERS  # of a sublayer, which may be the very module of a projection
         self.read_dtype()
 
@@ -72,6 +74,11 @@ class Plug:
             out = self.attachment.before(x)
         else:
             out = self.attachment.before(_cast(x, self.dtype))
+        return out if out.dtype == x.dtype else out.to(x.dtype)
+
+    def around(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        """Run the attachment's `around`, which computes in the stream's precision; a block is no layer of ours."""
+        out = self.attachment.around(call, x)
         return out if out.dtype == x.dtype else out.to(x.dtype)
 
     def after(self, x: Any, y: Tensor) -> Tensor:
@@ -118,6 +125,7 @@ class Plan:
     parts: list[tuple[Site, list[Plug]]] = field(default_factory=list)
     experts: list[Plug] = field(default_factory=list)
     substitutes: list[Substitute] = field(default_factory=list)
+    entering: bool = False  # one of the ends stands at a block and changes what it reads, or takes its call over
     fused: Plug | None = None
     single: Plug | None = None  # the only thing here, and it reads what the layer reads
     empty: bool = True
@@ -201,6 +209,7 @@ class Socket(nn.Module):
             else:
                 live.whole.append(plug)
         live.parts = list(by_site.values())
+        live.entering = any(p.changes_input or p.has_around for p in live.ends)
         live.substitutes = [s for s in self.substitutes if s.tuning in active and (s.dtype is not None or not folded)]
         live.substitutes = live.substitutes if instead is None else instead
         live.empty = not (live.whole or live.ends or live.parts or live.experts or live.substitutes)
@@ -221,6 +230,8 @@ class Socket(nn.Module):
 
     def run(self, live: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Carry out `live`: the layer, and what sits there."""
+        if live.entering:
+            return self._block(live, args, kwargs)
         out = self.project(live, args, kwargs)  # first: the start of the sublayer may lie inside this module
         return self._end(live.ends, out, args, kwargs) if live.ends else out
 
@@ -322,6 +333,23 @@ class Socket(nn.Module):
                 part = plug.after(seen, part)
             changed.append((site.rows, part))
         return join_rows(y, changed)
+
+    def _block(self, live: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A block as a layer among others: what it reads is changed, its call taken over, what it gives changed."""
+        inputs = [args[0] if args else kwargs["hidden_states"]]
+        for plug in reversed(live.ends):
+            inputs.append(plug.before(inputs[-1]) if plug.changes_input else inputs[-1])
+        x, owner = inputs[-1], next((p for p in live.ends if p.has_around), None)
+        if owner is not None:
+            out: Any = owner.around(BlockRun(lambda a, k: self.project(live, a, k), self.base, args, kwargs), x)
+        elif args:
+            out = self.project(live, (x, *args[1:]), kwargs)
+        else:
+            out = self.project(live, (), {**kwargs, "hidden_states": x})
+        y = out[0] if isinstance(out, tuple) else out
+        for plug, seen in zip(live.ends, reversed(inputs[:-1]), strict=True):
+            y = plug.after(seen, y)
+        return (y, *out[1:]) if isinstance(out, tuple) else y
 
     def _end(self, ends: list[Plug], out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The end of a sublayer: x comes from its start."""

@@ -157,6 +157,7 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None, *, be
     if further:
         table, task = join(table, task, further)
     tokenizer = load_tokenizer(source)
+    method = compose.completed(method, tokenizer, pair=columns.pair is not None)
     empty = empty_model(source, task)
     anatomy = Anatomy.read(empty)
     check_shapes(anatomy, sources)

@@ -52,7 +52,7 @@ class PTuning(Method):
 
     mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
-    default_lr: ClassVar[float] = 1e-3
+    default_lr: ClassVar[float] = 3e-3
     tiny: ClassVar[dict[str, int]] = {"length": 4}
 
     def __post_init__(self) -> None:

@@ -34,7 +34,8 @@ def test_counts_are_those_of_the_catalogue():
     assert wide * 12 == counted("sequential_adapter", train_norms=False)
 
 
-def test_how_many_layers_do_without_is_uniform_over_the_steps():  # acid test 1
+@pytest.mark.acid("adapterdrop", 1)
+def test_how_many_layers_do_without_is_uniform_over_the_steps():
     tuned = attach(tiny("bert"), "adapterdrop")
     torch.manual_seed(0)
     seen = Counter()
@@ -50,8 +51,9 @@ def test_how_many_layers_do_without_is_uniform_over_the_steps():  # acid test 1
     assert chi < 13.8, "one in a thousand with two degrees of freedom"
 
 
+@pytest.mark.acid("adapterdrop", 2)
 @pytest.mark.parametrize("n", [0, 1, 2])
-def test_below_the_lowest_that_acts_nothing_wants_a_gradient(n):  # acid test 2
+def test_below_the_lowest_that_acts_nothing_wants_a_gradient(n):
     tuned = attach(tiny("bert"), "adapterdrop")
     stir(tuned)
     part(tuned).leave_out(tuned, n)
@@ -71,7 +73,8 @@ def test_below_the_lowest_that_acts_nothing_wants_a_gradient(n):  # acid test 2
     assert moved == wanted
 
 
-def test_specialised_it_makes_adapters_in_the_upper_layers_alone(tmp_path):  # acid test 3
+@pytest.mark.acid("adapterdrop", 3)
+def test_specialised_it_makes_adapters_in_the_upper_layers_alone(tmp_path):
     tuned = attach(tiny("bert"), "adapterdrop", training="specialised", without=2)
     assert list(tuned.modules(Behind)) == ["pfeiffer_adapter:ffn_out@2"]
     assert tuned.n_trained() == tuned.tuning().method.n_params(tuned.anatomy)
@@ -86,7 +89,8 @@ def test_specialised_it_makes_adapters_in_the_upper_layers_alone(tmp_path):  # a
     ]
 
 
-def test_where_no_layer_does_without_it_is_the_plain_adapter():  # acid test 4
+@pytest.mark.acid("adapterdrop", 4)
+def test_where_no_layer_does_without_it_is_the_plain_adapter():
     plain, robust = attach(tiny("bert"), "pfeiffer_adapter"), attach(tiny("bert"), "adapterdrop")
     for one, other in zip(plain.modules(Behind).values(), robust.modules(Behind).values(), strict=True):
         one.load_state_dict(other.state_dict())

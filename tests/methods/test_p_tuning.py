@@ -62,6 +62,7 @@ def test_one_embedding_moves_every_vector_through_the_lstm_and_one_without_it(en
     assert moved.tolist() == [encoder == "lstm" or i == 2 for i in range(5)]
 
 
+@pytest.mark.acid("p_tuning", 3)
 @pytest.mark.parametrize(
     ("name", "task"),
     [("bert", "tokens"), ("roberta", "tokens"), ("electra", "tokens"), ("modernbert", "tokens"),

@@ -45,14 +45,16 @@ def first_reads(model, batch, layer):
     return seen[0]
 
 
-def test_the_text_stays_as_long_as_it_is():  # acid test 1
+@pytest.mark.acid("pasta", 1)
+def test_the_text_stays_as_long_as_it_is():
     tuned = tuned_on(task="tokens")
     batch = batch_of([ONE, PAIR])
     assert logits(tuned.model, batch).shape[1] == 7
     assert first_reads(tuned.model, batch, 1).shape[1] == 7
 
 
-def test_all_other_tokens_of_the_first_layers_input_are_the_bases_bits():  # acid test 2
+@pytest.mark.acid("pasta", 2)
+def test_all_other_tokens_of_the_first_layers_input_are_the_bases_bits():
     base, tuned = tiny("bert"), tuned_on()
     batch = batch_of([ONE, PAIR])
     held, found = first_reads(base, batch, 0), first_reads(tuned.model, batch, 0)
@@ -63,8 +65,9 @@ def test_all_other_tokens_of_the_first_layers_input_are_the_bases_bits():  # aci
     torch.testing.assert_close(found[0][special[0]] - held[0][special[0]], vectors[:2])
 
 
+@pytest.mark.acid("pasta", 3)
 @pytest.mark.parametrize("beside", ["", "+prompt_tuning", "+p_tuning"])
-def test_rows_with_two_and_with_three_in_one_batch_are_as_alone(beside):  # acid test 3
+def test_rows_with_two_and_with_three_in_one_batch_are_as_alone(beside):
     length = {"": {}, "+prompt_tuning": {"prompt_tuning.length": 2}, "+p_tuning": {"p_tuning.length": 4}}[beside]
     of = "pasta." if beside else ""
     tuned = attach(tiny("bert"), f"pasta{beside}", **{f"{of}special": (CLS, SEP), f"{of}vectors": 3, **length})
@@ -74,7 +77,8 @@ def test_rows_with_two_and_with_three_in_one_batch_are_as_alone(beside):  # acid
         torch.testing.assert_close(logits(tuned.model, batch_of([row]))[0], found, rtol=1e-4, atol=1e-5)
 
 
-def test_counts_are_those_of_the_paper():  # acid test 4
+@pytest.mark.acid("pasta", 4)
+def test_counts_are_those_of_the_paper():
     for n, wanted in ((2, 18_432), (3, 27_648), (4, 36_864)):
         assert counted("pasta", special=(CLS,), vectors=n) == wanted
 

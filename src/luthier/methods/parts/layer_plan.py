@@ -1,0 +1,153 @@
+"""A plan that says for each layer what stands in it: shared by the methods that choose places and sizes.
+
+adapter   ffn_out <- y + f(y W_d + b_d) W_u + b_u          LoRA   B A x at queries and values
+prefix    keys and values before those of the text         biases of the block train
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from luthier.anatomy import Anatomy, Attention, Site
+from luthier.core import AnatomyError
+from luthier.methods.parts.bottleneck import Bottleneck, bottleneck_params, width_of
+from luthier.methods.parts.low_rank import ThinUpdate
+from luthier.methods.parts.parallel_branch import Beside
+from luthier.surgery import Attachment, Base, Edit, PrependKeys, Unfreeze, attach_each
+
+__all__ = ["Behind", "InLayer", "Layer", "LayerPrefixes", "Plan", "cost_of", "layers_of", "plan_edits", "plan_params"]
+
+Layer = tuple[str, int]
+"""Its stack, "" for the only one, and its number there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InLayer:
+    """What stands in one layer. A size of 0 is nothing, not something of no width."""
+
+    adapter: int = 0
+    """width of the adapter behind the feed-forward layer"""
+    parallel: int = 0
+    """width of the one beside it"""
+    lora: int = 0
+    """rank at queries and values"""
+    prefix: int = 0
+    """keys and values before the text's"""
+    biases: int = 0
+    """1: all biases of the block train"""
+
+
+Plan = Mapping[Layer, InLayer]
+
+
+def layers_of(anatomy: Anatomy) -> list[Layer]:
+    """The layers of the stack that reads and writes words, or of all of them, in order."""
+    return [(b.stack, b.layer) for b in anatomy.blocks if not anatomy.text_stack or b.stack == anatomy.text_stack]
+
+
+def plan_edits(anatomy: Anatomy, plan: Plan, asked_by: str) -> Iterator[Edit]:
+    """The edits of a plan.
+
+    Raises:
+        AnatomyError: the model has no place for a part of it.
+    """
+    for layer, here in plan.items():
+        ends = _sites(anatomy, layer, "ffn_out", asked_by) if here.adapter or here.parallel else ()
+        if here.adapter:
+            yield from attach_each(ends, partial(_behind, here.adapter))
+        if here.parallel:
+            yield from attach_each(ends, partial(_beside, here.parallel))
+        if here.lora:
+            made = _sites(anatomy, layer, ("attn.q", "attn.v"), asked_by)
+            yield from attach_each(made, partial(_thin, here.lora))
+        if here.biases:
+            yield from (Unfreeze(name) for name in _biases(anatomy, layer))
+    lengths = {a: plan[layer].prefix for layer in plan for a in _attentions(anatomy, layer) if plan[layer].prefix}
+    if lengths:
+        if not all(a.interface for a in anatomy.attentions):
+            raise AnatomyError(
+                f"{asked_by}: the attention of this {anatomy.model_type} model does not go through transformers' "
+                "attention interface, so keys cannot be put before those of the text. Use lora, or another method."
+            )
+        yield PrependKeys(LayerPrefixes(lengths), tuple(lengths), max(lengths.values()))
+
+
+def plan_params(anatomy: Anatomy, plan: Plan) -> int:
+    """Numbers that a plan trains."""
+    kinds = [f.name for f in fields(InLayer)]
+    return sum(cost_of(anatomy, layer, kind, getattr(here, kind)) for layer, here in plan.items() for kind in kinds)
+
+
+def cost_of(anatomy: Anatomy, layer: Layer, kind: str, size: int) -> int:
+    """Numbers of one part of one layer; what is absent costs nothing."""
+    if size == 0:
+        return 0
+    if kind in ("adapter", "parallel"):
+        return bottleneck_params(_sites(anatomy, layer, "ffn_out", ""), size)
+    if kind == "lora":
+        return size * sum(s.d_in + s.d_out for s in _sites(anatomy, layer, ("attn.q", "attn.v"), ""))
+    if kind == "prefix":
+        return size * sum(2 * a.n_kv_heads * a.d_head for a in _attentions(anatomy, layer))
+    return sum(math.prod(anatomy.tensors[name]) for name in _biases(anatomy, layer))
+
+
+def _behind(width: int, site: Site, base: Base) -> Attachment:
+    return Behind(width_of(site), width)
+
+
+def _beside(width: int, site: Site, base: Base) -> Attachment:
+    return Beside(site.d_out, width, "relu", scale=1.0)
+
+
+def _thin(rank: int, site: Site, base: Base) -> Attachment:
+    return ThinUpdate(site.d_in, site.d_out, rank, 16.0 / rank)
+
+
+def _sites(anatomy: Anatomy, layer: Layer, kinds: str | tuple[str, ...], asked_by: str) -> tuple[Site, ...]:
+    wanted = (kinds,) if isinstance(kinds, str) else kinds
+    return anatomy.sites(*wanted, layers=[layer[1]], stack=layer[0] or None, asked_by=asked_by)
+
+
+def _attentions(anatomy: Anatomy, layer: Layer) -> list[Attention]:
+    return [a for a in anatomy.attentions if (a.stack, a.layer) == layer and not a.cross]
+
+
+def _biases(anatomy: Anatomy, layer: Layer) -> list[str]:
+    path = next(b.path for b in anatomy.blocks if (b.stack, b.layer) == layer)
+    return [n for n in anatomy.bias_tensors() if n.startswith(f"{path}.")]
+
+
+class Behind(Bottleneck):
+    """Adds a bottleneck of the sublayer's output to that output; a second matrix of zeros starts it at nothing."""
+
+    kind = "sequential"
+    needs_input = False
+
+    def __init__(self, d: int, width: int) -> None:
+        super().__init__(d, width, "gelu")
+        nn.init.zeros_(self.up.weight)
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.add(y, y)
+
+
+class LayerPrefixes(nn.Module):
+    """Keys and values of some attentions, each with a length of its own."""
+
+    def __init__(self, lengths: Mapping[Attention, int]) -> None:
+        super().__init__()
+        self.shapes = [(a.n_kv_heads, a.d_head) for a in lengths]
+        drawn = [0.02 * torch.randn(n, 2 * a.n_kv_heads * a.d_head) for a, n in lengths.items()]
+        self.rows = nn.ParameterList([nn.Parameter(rows) for rows in drawn])
+
+    def keys_values(self, context: object) -> list[tuple[Tensor, Tensor]]:
+        """One pair (n_kv_heads, P, d_head) per attention."""
+        pairs = []
+        for (heads, width), rows in zip(self.shapes, self.rows, strict=True):
+            keys, values = (t.unflatten(-1, (heads, width)).transpose(0, 1) for t in rows.split(heads * width, 1))
+            pairs.append((keys, values))
+        return pairs

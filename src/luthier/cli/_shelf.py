@@ -21,6 +21,7 @@ __all__ = [
     "facts",
     "few_words",
     "index",
+    "is_of_recipe",
     "of_families",
     "settings_table",
     "shares",
@@ -54,6 +55,12 @@ def facts(card: Card) -> dict[str, Any]:
         "settings": [plain(setting) for setting in card.settings],
         "page": card.page,
     }
+
+
+def is_of_recipe(strategy: str | None) -> bool:
+    """Whether a recipe stands among the names of a strategy."""
+    words = [word.strip() for word in (strategy or "").split("+")]
+    return any(word in STRATEGIES and STRATEGIES.card(word).family == "recipes" for word in words)
 
 
 @lru_cache(maxsize=1)

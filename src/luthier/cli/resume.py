@@ -40,6 +40,7 @@ def command(
     from luthier.cli._progress import Watcher, show_result
     from luthier.workflow import resume
     from luthier.workflow.cross_validation import is_cross_validation
+    from luthier.workflow.recipes import is_recipe
 
     if is_cross_validation(run):
         if changed or accept_drift:
@@ -50,6 +51,17 @@ def command(
         from luthier.cli._cross_validation import train_folds
 
         train_folds(run, None)
+        return
+
+    if is_recipe(run):
+        if changed or accept_drift:
+            raise UsageError(
+                f"resume: {run} is a recipe, whose runs are gone on with as they were. Leave --set and --accept-drift "
+                "out."
+            )
+        from luthier.cli._recipe import follow_recipe
+
+        follow_recipe(run)
         return
 
     show_result(resume(run, changed=changed, accept_drift=accept_drift or [], listener=Watcher()))

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from luthier.cli._shared_options import AsJson
+from luthier.cli._shelf import is_of_recipe
 from luthier.cli._shortcuts import shortcut_options, spelt_out
 from luthier.cli._spec_options import (
     check_names,
@@ -137,6 +138,11 @@ def _train(
         from luthier.cli._cross_validation import train_folds
 
         train_folds(spec, cv)
+        return
+    if is_of_recipe(spec.strategy):
+        from luthier.cli._recipe import follow_recipe
+
+        follow_recipe(spec)
         return
     show_result(train(spec, listener=Watcher(title=spec.method)))
 

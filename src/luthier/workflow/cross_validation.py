@@ -23,6 +23,7 @@ from luthier.runs import durable
 from luthier.runs.spec import MOST_FOLDS, RunSpec
 from luthier.surgery import read_tuning
 from luthier.training.listener import Listener
+from luthier.training.recipe import refuse_recipe
 from luthier.workflow.load_model import find_model, load_config
 from luthier.workflow.run import default_out, run_to_end
 
@@ -102,6 +103,7 @@ def cross_validate(
 
 
 def _begin(spec: RunSpec, folds: int) -> tuple[Path, int]:
+    refuse_recipe(spec, "each fold")
     if not 2 <= folds <= MOST_FOLDS:
         raise ConfigError(f"cv: {folds} folds; there can be 2 to {MOST_FOLDS}.")
     if spec.data.test is not None or spec.data.fold is not None:
@@ -133,7 +135,7 @@ def _fold(spec: RunSpec, path: Path, i: int, folds: int) -> RunSpec:
 
 
 def _run(spec: RunSpec, listener: Listener, name: str) -> None:
-    if not run_to_end(spec, listener):
+    if run_to_end(spec, listener) is None:
         listener.say(f"{name}: is finished in {spec.out}, and not run again")
 
 

@@ -31,6 +31,7 @@ from luthier.surgery import Source as SavedTuning
 from luthier.surgery.sources import check_shapes, opened
 from luthier.training import Strategy
 from luthier.training.precision import Precision, choose_device, choose_precision
+from luthier.training.recipe import refuse_recipe
 from luthier.training.strategy import refuse_sets, refuse_task, split_settings, strategies
 from luthier.training.thresholds import check_thresholds
 from luthier.workflow.choices import choose, sentence
@@ -227,6 +228,7 @@ def _refuse_ranks() -> None:
 
 def _method_and_strategies(spec: RunSpec) -> tuple[Method, tuple[Strategy, ...]]:
     """Both with their settings; a field of the run among them is told from a slip."""
+    refuse_recipe(spec, "what is asked for here")
     try:
         of_strategies, of_method = split_settings(spec.strategy, spec.settings, compose.setting_names(spec.method))
         method = compose.method(spec.method, of_method)

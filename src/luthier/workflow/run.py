@@ -30,6 +30,7 @@ from luthier.runs.spec import SAME_BITS, RunSpec, changes
 from luthier.surgery import Look, OneRow
 from luthier.training.allocator import keeping_freed
 from luthier.training.loop import Listener, Loop
+from luthier.training.recipe import RECIPE, recipe_names, refuse_recipe
 from luthier.training.stop_signals import StopRequested, StopSignals
 from luthier.workflow.build import build
 from luthier.workflow.call import spec_of
@@ -103,6 +104,10 @@ def train(
     else:
         spec = spec_of(model, data, given)
     listener = listener or listener_of(progress)
+    if recipe_names(spec.strategy):
+        from luthier.workflow.recipes import last_of
+
+        return last_of(spec, stop_at=stop_at, listener=listener)
     path = Path(spec.out) if spec.out is not None else default_out(spec)
     if prepared is None:
         # Seen before the data are read: an occupied folder would be refused anyway, minutes later.
@@ -148,6 +153,10 @@ def resume(
     """
     listener = listener or Listener()
     path = Path(path)
+    if (path / RECIPE).is_file():
+        from luthier.workflow.recipes import last_of
+
+        return last_of(path, stop_at=stop_at, listener=listener, changed=bool(changed or accept_drift))
     with RunFolder.open(path) as run:
         if run.finished:
             raise ConfigError(
@@ -197,11 +206,11 @@ def _seconds_before(run: RunFolder) -> float:
     return float(sum(e.get("seconds", 0.0) for e in ended))
 
 
-def run_to_end(spec: RunSpec, listener: Listener) -> bool:
+def run_to_end(spec: RunSpec, listener: Listener) -> Result | None:
     """Start the run of a spec with a folder, or go on with it where it was stopped; a finished one is left alone.
 
     Returns:
-        whether there was anything to do.
+        what came out; None where there was nothing to do.
 
     Raises:
         Any LuthierError: of `train` or `resume`.
@@ -209,12 +218,11 @@ def run_to_end(spec: RunSpec, listener: Listener) -> bool:
     path = Path(str(spec.out))
     durable.sweep(path.parent, of=path.name)
     if not (path / "run.json").is_file():
-        train(spec, listener=listener)
-    elif not RunFolder.open(path, write=False).finished:
-        resume(path, listener=listener)
-    else:
-        return False
-    return True
+        refuse_recipe(spec, "a part of something larger")
+        return train(spec, listener=listener)
+    if not RunFolder.open(path, write=False).finished:
+        return resume(path, listener=listener)
+    return None
 
 
 def _create(path: Path, prepared: Prepared) -> RunFolder:

@@ -1,0 +1,202 @@
+"""What a recipe is: runs one after another, each made from what came out of those before.
+
+A recipe stands on the shelf of strategies and is named as one, `strategy = "ulmfit"`. It is a frozen dataclass of
+settings with one moment: `phases` is a generator that yields a phase, which is a whole run in a folder of its own, and
+is sent what came out of it. It must be a pure function of the spec, the rows and those replies: asked again after a
+stop it yields the same phases, so what is finished is found by its name and not run again.
+
+What one phase hands to the next goes through files that stand beside the phases: a merged model, written rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+from luthier.core import Card, CompositionError, ConfigError, build, plain
+from luthier.data.columns import Columns
+from luthier.data.rows import Table
+from luthier.data.sets import named_sources
+from luthier.runs.spec import RunSpec
+from luthier.training.strategy import STRATEGIES, split_settings
+
+__all__ = ["RECIPE", "Desk", "Done", "Phase", "Plan", "Recipe", "plan_of", "recipe_names", "refuse_recipe"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One run of a recipe.
+
+    Attributes:
+        name: of its folder, a word such as "texts"; each phase of a recipe has one of its own.
+        spec: what it runs; `out` is the driver's.
+        made_of: names of earlier phases whose results it starts from, for the record.
+    """
+
+    name: str
+    spec: RunSpec
+    made_of: tuple[str, ...] = ()
+
+
+class Done(Protocol):
+    """What came out of a phase."""
+
+    @property
+    def path(self) -> Path:
+        """The folder of the finished run."""
+        ...
+
+    @property
+    def scores(self) -> Mapping[str, float]:
+        """Its scores on its own held-out rows; empty where it held none out."""
+        ...
+
+    def merged(self) -> str:
+        """The folder of its model with the tuning in the weights; written once."""
+        ...
+
+    def answers(self, table: Table) -> list[dict[str, Any]]:
+        """Its answers to rows, as `Predictor.rows` gives them."""
+        ...
+
+
+class Desk(Protocol):
+    """What a recipe may ask before a phase and between two."""
+
+    @property
+    def kind(self) -> Literal["encoder", "decoder", "both"]:
+        """What the model of the spec is: it reads both ways, writes, or has a part for each."""
+        ...
+
+    def check(self, spec: RunSpec) -> None:
+        """Refuse a phase that cannot work, before the first one begins. Raises: any LuthierError."""
+        ...
+
+    def rows(self) -> tuple[Table, Table | None, Columns]:
+        """The rows of the whole recipe as its last phase reads them: to learn from, held out, and their columns."""
+        ...
+
+    def write(self, name: str, rows: Iterable[Mapping[str, Any]]) -> str:
+        """Write rows to a file beside the phases, once, and give its path."""
+        ...
+
+
+RECIPE = "recipe.json"
+"""The file that makes a folder that of a recipe."""
+
+Phases = Generator[Phase, Done, None]
+
+
+class Recipe:
+    """A chain of runs. The file holds the paper and the phases, and nothing else.
+
+    Class facts, read from the syntax tree for the listing:
+        uses: strategies that it names itself; settings may be given for them too, as `llrd.decay`.
+        sets: names of further rows that it needs (`--also NAME=FILE`).
+
+    Class facts for the contract tests alone:
+        tiny: settings with which it runs in seconds.
+    """
+
+    name: ClassVar[str]
+    facts: ClassVar[dict[str, Any]]
+    card: ClassVar[Card]
+    uses: ClassVar[tuple[str, ...]] = ()
+    sets: ClassVar[tuple[str, ...]] = ()
+    tiny: ClassVar[dict[str, Any]] = {}
+
+    def phases(self, plan: Plan, desk: Desk) -> Phases:
+        """Yields each phase, and is sent what came out of it."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """The settings as plain values."""
+        return dict(plain(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A spec without the recipe's name and settings, from which phases are made.
+
+    Attributes:
+        spec: what the last phase would be without the recipe: its strategy holds the others that were named.
+        of_strategies, of_method: settings by owner.
+    """
+
+    recipe: Recipe
+    spec: RunSpec
+    of_strategies: Mapping[str, Mapping[str, Any]]
+    of_method: Mapping[str, Any]
+
+    def phase(self, words: Sequence[str], **changes: Any) -> RunSpec:
+        """The spec of a phase with these strategies, each with the settings that were given for it.
+
+        Args:
+            changes: fields of the spec; another `method` gets none of the settings of the one that was named.
+        """
+        names = list(dict.fromkeys(words))
+        own = {f"{name}.{k}": v for name in names for k, v in self.of_strategies.get(name, {}).items()}
+        settings = {} if changes.get("method", self.spec.method) != self.spec.method else dict(self.of_method)
+        return replace(self.spec, **{"strategy": "+".join(names) or None, "settings": settings | own, **changes})
+
+    def task(self, words: Sequence[str] = (), **changes: Any) -> RunSpec:
+        """The last phase: the task itself, with these strategies and those that were named beside the recipe."""
+        return self.phase([*words, *_words(self.spec.strategy)], **changes)
+
+
+def _words(strategy: str | None) -> list[str]:
+    return [word.strip() for word in (strategy or "").split("+") if word.strip()]
+
+
+def recipe_names(strategy: str | None) -> list[str]:
+    """The recipes among the names of a strategy; nothing is imported to know."""
+    shelf = STRATEGIES.places()
+    return [word for word in _words(strategy) if word in shelf and STRATEGIES.card(word).family == "recipes"]
+
+
+def refuse_recipe(spec: RunSpec, what: str) -> None:
+    """Refuse a recipe where one run is needed.
+
+    Raises:
+        CompositionError: names it.
+    """
+    for name in recipe_names(spec.strategy):
+        raise CompositionError(
+            f"{name} is a recipe, a chain of runs, and {what} is one run. Run it with luthier train, or name the "
+            "strategies of its last phase."
+        )
+
+
+def plan_of(spec: RunSpec, method_fields: Sequence[str]) -> Plan:
+    """Tell the recipe of a spec from what it is made for.
+
+    Args:
+        method_fields: names of the method's own settings.
+
+    Raises:
+        CompositionError: two recipes.
+        ConfigError, UnknownName: settings that nothing has, or values that cannot work.
+    """
+    names = recipe_names(spec.strategy)
+    if len(names) != 1:
+        raise CompositionError(f"{' and '.join(names)} cannot stand together: each is a chain of runs. Choose one.")
+    others = [word for word in _words(spec.strategy) if word != names[0]]
+    if len({*others, names[0]}) < len(_words(spec.strategy)):
+        raise CompositionError(f"strategy {spec.strategy!r}: a strategy stands in it twice. Name each once.")
+    cls: Any = STRATEGIES.get(names[0])
+    if not issubclass(cls, Recipe):
+        raise ConfigError(f"{names[0]} stands in a folder of recipes and is none. Let it derive from Recipe.")
+    words = dict.fromkeys([names[0], *others, *cls.uses])
+    own, of_method = split_settings("+".join(words), spec.settings, method_fields)
+    recipe = build(cls, own.pop(names[0]), names[0])
+    for name in cls.sets:
+        if name not in named_sources(spec.also):
+            raise ConfigError(f"{recipe.name} needs further rows: --also {name}=FILE.")
+    return Plan(
+        recipe=recipe,
+        spec=replace(spec, strategy="+".join(others) or None, settings={}, out=None),
+        of_strategies=own,
+        of_method=of_method,
+    )

@@ -1,0 +1,226 @@
+"""Recipes: the contract runs on each file of the shelf because it is there; then their own acid tests."""
+
+import ast
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from fillers import encoder
+from little import Heard, at_call, little_data, little_model, little_spec
+
+from luthier.core import CompositionError, ConfigError, IntegrityError, UnknownName
+from luthier.data.rows import load_rows
+from luthier.runs import RunFolder
+from luthier.runs.spec import CheckpointSpec, DataSpec, RunSpec
+from luthier.surgery import tuning_files
+from luthier.training import STRATEGIES
+from luthier.training.loop import Loop
+from luthier.training.recipe import Recipe
+from luthier.trust import safetensors
+from luthier.workflow import resume, train
+from luthier.workflow.cross_validation import cross_validate
+from luthier.workflow.recipes import follow
+from luthier.workflow.resume_proof import run_digests
+
+torch.set_num_threads(1)
+EVERY = [card.name for card in STRATEGIES.cards() if card.family == "recipes"]
+
+
+class Killed(Exception):
+    """In place of the process's end: nothing of ours catches it."""
+
+
+def kill() -> None:
+    raise Killed
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("recipes")
+
+
+def recipe_spec(home: Path, words: str, out: Path, kind: str = "bert", **changes) -> RunSpec:
+    model = encoder(home / "encoder") if kind == "bert" else little_model(home / kind, kind)
+    tiny = {f"{w}.{k}": v for w in words.split("+") for k, v in STRATEGIES.get(w).tiny.items() if w in EVERY}
+    tiny |= {"dapt.corpus": str(corpus(home))} if "dapt" in words else {}
+    given = {"model": str(model), "method": "full", "steps": 4, "settings": tiny | changes.pop("settings", {})}
+    rows = little_data(home / "rows.csv")
+    also = {}
+    if any("unlabelled" in getattr(STRATEGIES.get(w), "sets", ()) for w in words.split("+")):
+        also = {"also": (f"unlabelled={little_data(home / 'more.csv', rows=20, seed=5)}",)}
+    return little_spec(
+        home, strategy=words, out=str(out), **{"data": DataSpec(source=str(rows)), **given, **also, **changes}
+    )
+
+
+def corpus(home: Path) -> Path:
+    path = home / "corpus.jsonl"
+    rows, _ = load_rows(str(little_data(home / "domain.csv", rows=30, seed=9)))
+    path.write_text("".join(json.dumps({"text": row["text"]}) + "\n" for row in rows.rows))
+    return path
+
+
+def phases_of(path: Path) -> list[Path]:
+    return sorted(p.parent for p in path.glob("*/run.json"))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_file_registers_its_own_name_and_its_page_has_its_parts(name):
+    card, cls = STRATEGIES.card(name), STRATEGIES.get(name)
+    path = Path(card.path)
+    assert issubclass(cls, Recipe) and card.name == cls.name == path.stem and path.parent.name == card.family
+    page = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    assert page.splitlines()[0].endswith(".") and any(line.startswith("    ") for line in page.splitlines())
+    for part in ("Paper:", "Cost:", "Claims:", "Pitfalls:"):
+        assert any(line.startswith(part) for line in page.splitlines()), part
+    assert card.paper in page
+    own = {f.name for f in dataclasses.fields(cls)}
+    assert not own & {n for n in dir(Recipe) if not n.startswith("_")}, "hides a moment"
+    assert own == {s.name for s in card.settings} and set(cls.tiny) <= own
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_killed_in_its_second_phase_and_resumed_it_is_the_undisturbed_one(name, home, tmp_path, monkeypatch):
+    whole = follow(recipe_spec(home, name, tmp_path / "whole"))
+    assert len(whole.phases) > 1 and whole.last is not None
+    spec = recipe_spec(home, name, tmp_path / "stopped", checkpoint=CheckpointSpec(every_steps=1))
+    first = json.loads((whole.path / "recipe.json").read_text())["asked"]
+    steps = [e for e in RunFolder.open(phases_of(whole.path)[0], write=False).events() if "step" in e and "at" not in e]
+    with monkeypatch.context() as patch:
+        at_call(patch, Loop, "_train_step", len(steps) + 3, kill)
+        with pytest.raises(Killed):
+            follow(spec)
+    done, begun = phases_of(tmp_path / "stopped")[:2]
+    assert RunFolder.open(done, write=False).finished and not RunFolder.open(begun, write=False).finished
+    before = {p: p.stat().st_mtime_ns for p in done.rglob("*") if p.is_file()}
+    heard = Heard()
+    resume(tmp_path / "stopped", listener=heard)
+    assert f"is finished in {done}, and not run again" in heard.text
+    assert before == {p: p.stat().st_mtime_ns for p in done.rglob("*") if p.is_file()}
+    for one, other in zip(phases_of(whole.path), phases_of(tmp_path / "stopped"), strict=True):
+        assert one.name == other.name
+        assert tuning_files.weights_digest(one / "tuning") == tuning_files.weights_digest(other / "tuning")
+        assert (one / "scores.json").read_text() == (other / "scores.json").read_text()
+    told = [json.loads((p / "lineage.json").read_text()) for p in phases_of(tmp_path / "stopped")]
+    assert [t["phase"] for t in told] == list(range(1, len(first) + 1)) and told[-1]["made_of"]
+    with pytest.raises(ConfigError, match="this recipe is finished"):
+        resume(tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("name", ["ulmfit"])
+def test_a_file_of_the_recipe_and_the_strategy_are_the_same(name, home, tmp_path):
+    spec = recipe_spec(home, name, tmp_path / "one")
+    one = follow(spec)
+    file = RunSpec.from_toml(one.path / "spec.toml")
+    two = train(dataclasses.replace(file, out=str(tmp_path / "two")))
+    assert run_digests(two.path)["tuning"] == run_digests(one.result)["tuning"]
+    assert two.path == tmp_path / "two" / one.result.name
+
+
+def test_what_cannot_work_is_refused_before_anything_is_written(home, tmp_path):
+    def refused(error, words, strategy, **changes):
+        spec = recipe_spec(home, strategy, tmp_path / "out", **changes)
+        with pytest.raises(error, match=words):
+            train(spec)
+        assert not (tmp_path / "out").exists()
+
+    refused(CompositionError, "each is a chain of runs", "ulmfit+tapt")
+    refused(CompositionError, "would own the moment 'rate'", "ulmfit+clr")
+    refused(UnknownName, "ulmfit has no setting 'epochs_of_texts'", "ulmfit", settings={"ulmfit.epochs_of_texts": 1})
+    refused(ConfigError, "texts_method=full", "tapt", method="prefix_tuning")
+    refused(ConfigError, "a text and a label", "tapt", kind="llama", data=turns(home))
+    refused(ConfigError, "needs texts of the domain", "dapt", settings={"dapt.corpus": None})
+    with pytest.raises(CompositionError, match=r"tapt is a recipe.*each fold"):
+        cross_validate(recipe_spec(home, "tapt", tmp_path / "cv"), 2)
+    with pytest.raises(ConfigError, match="leave stop_at and changes out"):
+        train(recipe_spec(home, "tapt", tmp_path / "out"), stop_at=2)
+
+
+def turns(home: Path) -> DataSpec:
+    return DataSpec(source=str(little_data(home / "turns.csv", kind="turns")))
+
+
+def test_another_recipe_in_the_folder_and_changed_rows_are_refused(home, tmp_path, monkeypatch):
+    rows = little_data(tmp_path / "rows.csv")
+    spec = recipe_spec(home, "tapt", tmp_path / "out", data=DataSpec(source=str(rows)))
+    with monkeypatch.context() as patch:
+        at_call(patch, Loop, "_train_step", 2, kill)
+        with pytest.raises(Killed):
+            follow(spec)
+    with pytest.raises(ConfigError, match="holds another recipe"):
+        follow(dataclasses.replace(spec, seed=5))
+    rows.write_text(rows.read_text() + "the moon is red red red,red\n")
+    with pytest.raises(IntegrityError, match="other rows were written there"):
+        resume(tmp_path / "out")
+
+
+# --- tapt
+
+
+def test_tapt_reads_inputs_only_and_no_held_out_ones_unless_transductive(home, tmp_path):
+    found = {}
+    for transductive in (False, True):
+        out = tmp_path / f"{transductive}"
+        follow(recipe_spec(home, "tapt", out, settings={"tapt.transductive": transductive}))
+        texts, _ = load_rows(str(out / "rows-texts.jsonl"))
+        assert list(texts.columns) == ["text"], "labels are never read"
+        ledger = [json.loads(line) for line in (phases_of(out)[-1] / "rows.jsonl").read_text().splitlines()]
+        rows, _ = load_rows(str(home / "rows.csv"))
+        text_at = dict(zip(rows.places, (row["text"] for row in rows.rows), strict=True))
+        held = {text_at[line["place"]] for line in ledger if line["half"] == "test"}
+        found[transductive] = held & {row["text"] for row in texts.rows}
+        assert held
+    assert not found[False] and found[True]
+
+
+def test_tapt_the_classifier_starts_from_what_the_texts_made(home, tmp_path):
+    done = follow(recipe_spec(home, "tapt", tmp_path / "out", method="lora", settings={"tapt.texts_epochs": 2.0}))
+    texts, task = phases_of(done.path)
+    merged = safetensors.read(tmp_path / "out" / f"{texts.name}-merged" / "model.safetensors")
+    assert RunFolder.open(task, write=False).spec["model"].endswith("1-texts-merged")
+    held = dict(done.last.tuned.detach().named_parameters())
+    same = [n for n in merged if n in held and torch.equal(held[n].detach(), torch.as_tensor(merged[n]))]
+    assert sum("encoder.layer" in n for n in same) > 30 and not any(n.startswith("cls.") for n in held)
+    base = safetensors.read(home / "encoder" / "model.safetensors")
+    moved = [n for n in merged if "query.weight" in n and not torch.equal(
+        torch.as_tensor(merged[n]), torch.as_tensor(base[n.removeprefix("bert.")])
+    )]  # fmt: skip
+    assert moved, "phase 1 has moved the weights"
+
+
+def test_tapt_perplexity_on_the_tasks_texts_falls(home, tmp_path):
+    spec = recipe_spec(home, "tapt", tmp_path / "few", settings={"tapt.texts_epochs": 0.2, "tapt.texts_lr": 1e-9})
+    few = follow(spec)
+    many = follow(recipe_spec(home, "tapt", tmp_path / "many", settings={"tapt.texts_epochs": 12.0}))
+    assert many.phases["texts"]["perplexity"] < 0.9 * few.phases["texts"]["perplexity"]
+
+
+# --- dapt
+
+
+def test_dapt_reads_the_corpus_and_nothing_of_the_task(home, tmp_path):
+    done = follow(recipe_spec(home, "dapt", tmp_path / "out"))
+    first = RunFolder.open(phases_of(done.path)[0], write=False).spec
+    assert first["data"]["source"] == str(corpus(home)) and first["task"] == "masked_lm"
+
+
+# --- ulmfit
+
+
+def test_ulmfit_is_its_three_strategies_on_what_the_texts_made(home, tmp_path):
+    done = follow(recipe_spec(home, "ulmfit+focal", tmp_path / "out", settings={"llrd.decay": 0.385, "gamma": 1.0}))
+    first, last = (RunFolder.open(p, write=False).spec for p in phases_of(done.path))
+    assert first["strategy"] == "llrd+stlr" and last["strategy"] == "llrd+stlr+gradual_unfreeze+focal"
+    assert first["settings"]["llrd.decay"] == last["settings"]["llrd.decay"] == 0.385
+    assert last["settings"]["focal.gamma"] == 1.0 and "focal.gamma" not in first["settings"]
+    lines = [e for e in RunFolder.open(done.result, write=False).events() if "gradual_unfreeze.groups" in e]
+    assert lines and lines[0]["gradual_unfreeze.groups"] == 2, "the head and the last block first"
+
+
+def test_ulmfit_with_a_decoder_learns_the_next_words_first(home, tmp_path):
+    spec = recipe_spec(home, "ulmfit", tmp_path / "out", kind="llama", method="lora")
+    done = follow(spec)
+    first = RunFolder.open(phases_of(done.path)[0], write=False).spec
+    assert first["task"] == "causal_lm" and "accuracy" in done.phases["task"]

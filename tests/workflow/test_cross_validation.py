@@ -67,15 +67,15 @@ def test_finished_folds_are_not_run_again_and_the_last_run_learns_all_rows(
         batch=BatchSpec(size=4), precision="fp32", threads=1, out=str(tmp_path / "cv"),
     )  # fmt: skip
     ran: list[str] = []
-    real = run_file.train
+    real = run_file.train_run
 
-    def once(each: RunSpec, **given: Any) -> Any:
+    def once(each: RunSpec, listener: Any, **given: Any) -> Any:
         ran.append(Path(str(each.out)).name)
         if each.out == str(tmp_path / "cv" / "fold-2") and ran.count("fold-2") == 1:
             raise KeyboardInterrupt
-        return real(each, **given)
+        return real(each, listener, **given)
 
-    monkeypatch.setattr(run_file, "train", once)
+    monkeypatch.setattr(run_file, "train_run", once)
     with pytest.raises(KeyboardInterrupt):
         cross_validate(spec, 2)
     found = cross_validate(tmp_path / "cv")

@@ -2,7 +2,9 @@
 
 preparation      everything that can be refused is refused there: nothing has been written yet
 build            the method's edits on the model, and the loop around it
-run              `train` and `resume`
+start            `train` and `resume`: a run, or a recipe of several
+run              one run, from its beginning or on from where it stopped
+recipes          runs one after another, each made from what came out of those before
 cross_validation k runs on folds, and one on all rows
 resume_checks    what may differ between a run and its resumption
 resume_proof     a run that is stopped and resumed, against one that was not
@@ -22,7 +24,7 @@ from luthier.workflow.merged_folder import merge
 from luthier.workflow.prediction import Predictor, predict
 from luthier.workflow.preparation import Prepared, prepare
 from luthier.workflow.resume_proof import verify_resume
-from luthier.workflow.run import resume, train
+from luthier.workflow.start import resume, train
 
 __all__ = [
     "Evaluation",

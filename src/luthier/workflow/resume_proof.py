@@ -13,7 +13,7 @@ from luthier.core import ConfigError
 from luthier.runs import RunFolder, load_newest
 from luthier.runs.spec import RunSpec
 from luthier.training.loop import Listener
-from luthier.workflow.run import resume, train
+from luthier.workflow.start import resume, train
 
 __all__ = ["run_digests", "verify_resume"]
 

@@ -30,16 +30,14 @@ from luthier.runs.spec import SAME_BITS, RunSpec, changes
 from luthier.surgery import Look, OneRow
 from luthier.training.allocator import keeping_freed
 from luthier.training.loop import Listener, Loop
-from luthier.training.recipe import RECIPE, recipe_names, refuse_recipe
+from luthier.training.recipe import refuse_recipe
 from luthier.training.stop_signals import StopRequested, StopSignals
 from luthier.workflow.build import build
-from luthier.workflow.call import spec_of
 from luthier.workflow.finish import Result, finish, record_of, result_of
 from luthier.workflow.preparation import Prepared, prepare
-from luthier.workflow.progress import listener_of
 from luthier.workflow.resume_checks import apply, check_changes, compare_fingerprints
 
-__all__ = ["default_out", "resume", "train"]
+__all__ = ["default_out", "resume_run", "run_to_end", "train_run"]
 
 
 def default_out(spec: RunSpec) -> Path:
@@ -57,57 +55,17 @@ def default_out(spec: RunSpec) -> Path:
     return path
 
 
-def train(
-    model: RunSpec | str | Path,
-    data: Any = None,
-    *,
-    progress: bool | None = None,
-    listener: Listener | None = None,
-    stop_at: int | None = None,
-    prepared: Prepared | None = None,
-    **given: Any,
+def train_run(
+    spec: RunSpec, listener: Listener, *, stop_at: int | None = None, prepared: Prepared | None = None
 ) -> Result:
-    """Fine-tune a model on rows, or as a spec says, into a new folder.
-
-    >>> result = train("sample:minilm-l6", "reviews.csv", text="review", label="stars", steps=2, rank=4, out="runs/4")
-    >>> result.record.spec["settings"]
-    {'rank': 4}
-
-    The same with every field in its place:
-
-    >>> from luthier import DataSpec, RunSpec
-    >>> rows = DataSpec(source="reviews.csv", text="review", label="stars")
-    >>> spec = RunSpec(model="sample:minilm-l6", data=rows, steps=2, out="runs/one")
-    >>> result = train(spec)
-    >>> result.record.status, sorted(result.scores)
-    ('finished', ['accuracy', 'loss', 'macro_f1', 'mcc'])
+    """One run, from its beginning. See `train`.
 
     Args:
-        model: a folder, sample:NAME or a hub name; or a whole RunSpec, and no rows then.
-        data: a file, sample:NAME or a hub name; or rows: a DataFrame, a data set of `datasets`, a list of dictionaries.
-            Rows of memory are written to a file beside the run's folder, so that it can be resumed.
-        progress: show what the run says, and a bar; left out, in a terminal and in a notebook.
-        listener: is told what happens, in place of what is shown.
-        given: fields of the run as the command line calls them, with `_` for `-`, and settings of the method.
-        stop_at: make only so many optimiser steps, and leave the run unfinished; `resume` goes on.
+        stop_at: make only so many optimiser steps, and leave the run unfinished.
 
     Raises:
-        Any LuthierError: before work starts where it can be known; the folder keeps the last good checkpoint.
+        Any LuthierError: before work starts where it can be known.
     """
-    if isinstance(model, RunSpec):
-        if data is not None or given:
-            more = ", ".join(["data"] * (data is not None) + list(given))
-            raise ConfigError(
-                f"train: {more} beside a RunSpec. Set it in the spec, or give the model's name in its place."
-            )
-        spec = model
-    else:
-        spec = spec_of(model, data, given)
-    listener = listener or listener_of(progress)
-    if recipe_names(spec.strategy):
-        from luthier.workflow.recipes import last_of
-
-        return last_of(spec, stop_at=stop_at, listener=listener)
     path = Path(spec.out) if spec.out is not None else default_out(spec)
     if prepared is None:
         # Seen before the data are read: an occupied folder would be refused anyway, minutes later.
@@ -124,39 +82,19 @@ def train(
             return _run(prepared, loop, run, listener, started, stop_at, because=())
 
 
-def resume(
-    path: Path | str,
+def resume_run(
+    path: Path,
+    listener: Listener,
     *,
     changed: dict[str, Any] | None = None,
     accept_drift: Sequence[str] = (),
-    listener: Listener | None = None,
     stop_at: int | None = None,
 ) -> Result:
-    """Go on with an unfinished run, to the bit where nothing has changed.
-
-    >>> from luthier import DataSpec, RunSpec
-    >>> rows = DataSpec(source="reviews.csv", text="review", label="stars")
-    >>> spec = RunSpec(model="sample:minilm-l6", data=rows, steps=2, out="runs/stopped")
-    >>> train(spec, stop_at=1).record.status
-    'paused'
-    >>> resume("runs/stopped").record.status
-    'finished'
-
-    Args:
-        changed: dotted spec fields to change, such as {"optim.lr": 1e-4}; each is applied or refused, none ignored.
-        accept_drift: of "data", "model", "tokenizer": go on although it has changed since; recorded in the folder.
+    """Go on with one unfinished run. See `resume`.
 
     Raises:
-        ConfigError: the run is finished, or a field may not change.
-        IntegrityError: data, model or tokenizer have changed, or no checkpoint verifies.
-        Locked: another process is at it.
+        Any LuthierError: it is finished, a field may not change, or something else has changed.
     """
-    listener = listener or Listener()
-    path = Path(path)
-    if (path / RECIPE).is_file():
-        from luthier.workflow.recipes import last_of
-
-        return last_of(path, stop_at=stop_at, listener=listener, changed=bool(changed or accept_drift))
     with RunFolder.open(path) as run:
         if run.finished:
             raise ConfigError(
@@ -219,9 +157,9 @@ def run_to_end(spec: RunSpec, listener: Listener) -> Result | None:
     durable.sweep(path.parent, of=path.name)
     if not (path / "run.json").is_file():
         refuse_recipe(spec, "a part of something larger")
-        return train(spec, listener=listener)
+        return train_run(spec, listener)
     if not RunFolder.open(path, write=False).finished:
-        return resume(path, listener=listener)
+        return resume_run(path, listener)
     return None
 
 

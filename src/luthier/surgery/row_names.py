@@ -17,7 +17,7 @@ __all__ = ["RowNames", "row_problem"]
 
 def row_problem(edited: EditedModel, tuning: Tuning) -> str | None:
     """Why this tuning cannot act in some rows of a batch only, or None."""
-    name = tuning.tuning_name
+    name, decodes = tuning.tuning_name, edited.anatomy.is_decoder or edited.anatomy.is_encoder_decoder
     if tuning.prompts():
         return "puts vectors before the text, so its rows are longer than the others"
     if PREFIX in tuning.claims:
@@ -33,6 +33,8 @@ def row_problem(edited: EditedModel, tuning: Tuning) -> str | None:
             return "computes tensors of the model anew, which all rows share"
         if any(p.tuning == name and (p.site.expert is not None or ".experts." in p.site.path) for p in socket.plugs):
             return "sits in experts, which see tokens without their rows"
+        if decodes and any(p.tuning == name and p.attachment.keeps_keys for p in socket.plugs):
+            return "keeps something of each token in the cache of all rows"
         if any(p.tuning == name and p.at_end and (p.changes_input or p.has_around) for p in socket.plugs):
             return "takes part in how blocks are called, which is done once for all rows"
     return None

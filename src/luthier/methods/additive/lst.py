@@ -31,11 +31,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from luthier import kernels
 from luthier.anatomy import Anatomy
 from luthier.core import AnatomyError, ConfigError, ModelError, above, at_least, between
+from luthier.methods.parts.cache_room import make_room
 from luthier.methods.parts.masks import first_share, no_trace
 from luthier.methods.parts.narrow_copy import Sizes, kept_layers, narrow_model, prune, side_params
 from luthier.methods.parts.own_tensors import own_modules
@@ -284,7 +284,7 @@ class Sides(nn.Module):
             given["position_embeddings"] = self._angles(ladder, block, state, given.get("position_ids"), context, call)
         for name in ("past_key_values", "layer_past"):
             if given.get(name) is not None:
-                _make_room(given[name], call.layer, self.depth[call.stack] + number)
+                make_room(given[name], call.layer, self.depth[call.stack] + number, "lst")
         return given
 
     def _angles(
@@ -326,20 +326,3 @@ def _turned(frozen: Any, narrow: Any, anatomy: Anatomy, sizes: Sizes) -> tuple[i
             "Set another reduction."
         )
     return counts[0], counts[1]
-
-
-def _make_room(cache: Any, layer: int, place: int) -> None:
-    """A layer of the side network in the model's own cache, of the same kind as the layer it stands beside."""
-    halves = [cache.self_attention_cache, cache.cross_attention_cache] if hasattr(cache, "is_updated") else [cache]
-    for half in halves:
-        while len(half.layers) <= place:
-            beside = half.layers[layer]
-            if isinstance(beside, DynamicSlidingWindowLayer):
-                half.layers.append(DynamicSlidingWindowLayer(beside.sliding_window))
-            elif isinstance(beside, DynamicLayer):
-                half.layers.append(DynamicLayer())
-            else:
-                raise ModelError(
-                    f"lst: a cache of {type(beside).__name__} layers has a fixed size and no room for the side. "
-                    "Generate with the default cache, or with use_cache=False."
-                )

@@ -44,7 +44,7 @@ class PASTA(Method):
     mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 3e-3
-    tiny: ClassVar[dict[str, Any]] = {"special": tuple(range(2, 60)), "vectors": 9, "lr": 0.05}
+    tiny: ClassVar[dict[str, Any]] = {"special": tuple(range(2, 60)), "vectors": 24, "lr": 0.05}
 
     def completed(self, tokenizer: Any, *, pair: bool) -> Self:
         known = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)

@@ -35,6 +35,8 @@
                       MovesEntries     the same under a mask
     update_masks      choose_masks     a share of the model's own numbers that may move
                       kept, maskable, sizes_of, Over, Scope
+    cache_room        kept_keys        what an attachment keeps of each token in the model's own cache
+                      make_room
     prompt            Prompt           vectors before the text, drawn or copied from word embeddings
                       prompt_width
     own_tensors       own_modules      what a method finds of itself on a model that may hold other tunings

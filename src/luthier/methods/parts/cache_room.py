@@ -53,7 +53,7 @@ def kept_keys(cache: Any, layer: int, depth: int, name: Any, x: Tensor) -> Tenso
     kept: Tensor = half.layers[place].update(x[:, None], x[:, None, :, :0])[0][:, 0]  # keys (rows, 1, tokens, a)
     if kept.shape[1] != beside.keys.shape[2]:
         raise ModelError(
-            f"tiny_attention: the cache holds {beside.keys.shape[2]} tokens and what acts here knows {kept.shape[1]} of "
-            "them: it was filled without this tuning. Give the prompt through this model with this tuning."
+            f"tiny_attention: the cache holds {beside.keys.shape[2]} tokens and what acts here knows {kept.shape[1]} "
+            "of them: it was filled without this tuning. Give the prompt through this model with this tuning."
         )
     return torch.as_tensor(kept)

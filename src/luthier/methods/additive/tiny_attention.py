@@ -135,8 +135,10 @@ class Experts(Attachment):
     def open(self, experts: int) -> None:
         """Let so many act; those that have not trained begin as copies of the first."""
         for other in self.experts[1:experts]:
+            assert isinstance(other, Tiny)
             other.load_state_dict(self.experts[0].state_dict())
-            other.entry.weight.add_(1e-6 * torch.randn(other.entry.weight.shape).to(other.entry.weight.device))
+            weight = other.entry.weight
+            weight.add_(1e-6 * torch.randn(weight.shape).to(weight.device))  # drawn on the CPU: alike on any device
         self.acting.fill_(experts)
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from luthier.core import key
 from luthier.data.batches import Batch
@@ -36,6 +36,7 @@ class Progress:
     total: int = 0
     epoch: int = 0
     share: float = 0.0  # of the peak rate, in this step's update
+    trying: bool = False  # whether this pass is the trial before step 1, which may move nothing, not by rounding
     numbers: dict[str, float] = field(default_factory=dict)  # noted for the log, by "strategy.name"
 
 
@@ -80,11 +81,17 @@ class Course:
     cut_rows: Callable[[NDArray[np.int64], tuple[int, ...]], list[Batch]] | None = None
     precision: Precision | None = None
     models: Mapping[str, OtherModel] = field(default_factory=dict)
+    numbers: Mapping[str, nn.Parameter] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
         """The step being made, from 1."""
         return self.progress.step
+
+    @property
+    def trying(self) -> bool:
+        """Whether this is the trial before step 1, which may move nothing, not even by rounding."""
+        return self.progress.trying
 
     @property
     def total(self) -> int:
@@ -157,8 +164,8 @@ class Course:
         return self.optimiser.rate_of(name, self.progress.share)
 
     def weights(self) -> Mapping[str, Tensor]:
-        """Trained tensors by name, those that are frozen for this step included."""
-        return self.optimiser.named
+        """Trained tensors by name, those that are frozen for this step included; no strategy's own numbers."""
+        return {n: p for n, p in self.optimiser.named.items() if n not in self.optimiser.joined}
 
     @contextmanager
     def holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:

@@ -41,7 +41,8 @@ def try_longest(
     while True:
         loop.trial.begin()
         try:
-            with loop.optimiser.measuring() if isinstance(loop.optimiser, Lomo) else nullcontext():
+            measuring = loop.optimiser.measuring() if isinstance(loop.optimiser, Lomo) else nullcontext()
+            with loop.moments.trying(), measuring:  # a pass that moves nothing
                 gradients(0, [longest])
             loop.trial.count()
             return

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from luthier.core import ConfigError
 from luthier.data.batches import Batch
@@ -70,6 +70,8 @@ class Moments:
             )
             for one in strategies
         ]  # fmt: skip
+        for one, course in self._filling("numbers"):
+            _join(one, course)
         self._piece: Piece | None = None
         self.resting: frozenset[str] = frozenset()  # trained tensors that lie still in this step
         self._looks_back = any(type(p).after_backward is not Method.after_backward for p in self._parts) or any(
@@ -124,12 +126,21 @@ class Moments:
             who = [p.name for p in (self.phases.part,) if p is not None]
             names = " and ".join([*who, *(one.name for one, _ in self._filling("trains"))])
             raise ConfigError(f"step {self._progress.step}: {names} leave nothing to train. Choose other settings.")
-        resting = frozenset(self._optimiser.named) - learning
+        resting = frozenset(self._optimiser.named) - learning - self._optimiser.joined
         for name in self.resting ^ resting:
             self._optimiser.named[name].requires_grad_(name not in resting)
         if any(one.forgets for one, _ in self._asked):
             self._optimiser.forget(resting - self.resting)
         self.resting = resting
+
+    @contextmanager
+    def trying(self) -> Iterator[None]:
+        """Within, what is made is the trial before step 1."""
+        self._progress.trying = True
+        try:
+            yield
+        finally:
+            self._progress.trying = False
 
     def wake(self) -> bool:
         """Let all that any phase trains learn until the next step, to find out what memory holds.
@@ -299,19 +310,35 @@ class Moments:
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Tensors that last, for a checkpoint; nothing without strategies that remember some."""
         held = {f"{one.name}|{n}": t for one, course in self._asked for n, t in course.memory.tensors.items()}
+        held |= {
+            f"{one.name}|numbers|{n}": p.detach() for one, course in self._asked for n, p in course.numbers.items()
+        }
         return {"strategies": held} if held else {}
 
     def load(self, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
         """The inverse of `state` and `tensors`."""
         self.phases.entered = int(state.get("phase", -1))
-        held = tensors.get("strategies", {})
+        held = dict(tensors.get("strategies", {}))
         for one, course in self._asked:
             course.memory.facts.clear()
             course.memory.facts.update(state.get("strategies", {}).get(one.name, {}))
+            for n, number in course.numbers.items():
+                with torch.no_grad():
+                    number.copy_(held.pop(f"{one.name}|numbers|{n}"))
             course.memory.tensors.clear()
             course.memory.tensors.update(
                 {n.removeprefix(f"{one.name}|"): t for n, t in held.items() if n.startswith(f"{one.name}|")}
             )
+
+
+def _join(one: Strategy, course: Course) -> None:
+    """Let a strategy's own numbers train."""
+    with keyed(course.seed, "numbers", one.name):
+        found = one.numbers(course)
+    own = {n: nn.Parameter(value.detach().clone().to(course.device)) for n, value in found.items()}
+    for n, parameter in own.items():
+        course.optimiser.join(f"{one.name}/{n}", parameter)
+    object.__setattr__(course, "numbers", own)
 
 
 def _around_method(part: Method, tuned: Tuned, inner: Callable[[], Any]) -> Callable[[], Any]:

@@ -34,10 +34,12 @@ class Optimiser:
     """
 
     keeps_moments: ClassVar[bool] = True
+    whole_gradient: ClassVar[bool] = True  # after the passes of a step all tensors hold theirs
 
     def __init__(self, named: dict[str, nn.Parameter], groups: Iterable[Group], spec: OptimSpec, lr: float) -> None:
         self.named, self.spec, self.lr = named, spec, lr
         self.updates = 0
+        self.joined: set[str] = set()
         self._groups = _by_name(groups)
         unknown = [name for name in self._groups if name not in named]
         if unknown:  # else the group would be without effect, and nobody told
@@ -50,6 +52,16 @@ class Optimiser:
         self.first = {n: torch.zeros_like(p, dtype=_wide(p)) for n, p in kept.items()}
         self.second = {n: torch.zeros_like(p, dtype=_wide(p)) for n, p in kept.items()}
         self.counts = dict.fromkeys(named, 0)
+
+    def join(self, name: str, parameter: nn.Parameter) -> None:
+        """Move one number more, which is no part of the tuning: a strategy's own. It does not decay."""
+        self.named[name] = parameter
+        self.joined.add(name)
+        self._groups[name] = Group((name,), weight_decay=0.0)
+        if self.keeps_moments:
+            self.first[name] = torch.zeros_like(parameter, dtype=_wide(parameter))
+            self.second[name] = torch.zeros_like(parameter, dtype=_wide(parameter))
+        self.counts[name] = 0
 
     def norm(self) -> float:
         """The norm of the whole gradient; NaN or infinity where it holds one."""
@@ -206,6 +218,8 @@ class Lomo(Descent):
     section 3.
     """
 
+    whole_gradient = False
+
     def __init__(self, named: dict[str, nn.Parameter], groups: Iterable[Group], spec: OptimSpec, lr: float) -> None:
         super().__init__(named, groups, spec, lr)
         self._norms: dict[str, Tensor] = {}
@@ -285,7 +299,9 @@ class Lomo(Descent):
             parameter.grad = None
 
 
-_KINDS: dict[str, type[Optimiser]] = {"adamw": Optimiser, "sgd": Descent, "lomo": Lomo}
+Make = Callable[[dict[str, nn.Parameter], list[Group], OptimSpec, float], Optimiser]
+
+_KINDS: dict[str, Make] = {"adamw": Optimiser, "sgd": Descent, "lomo": Lomo}
 
 
 def optimiser_of(
@@ -294,19 +310,21 @@ def optimiser_of(
     groups: Iterable[Group],
     default_lr: float,
     paces: Iterable[Group] = (),
+    make: Make | None = None,
 ) -> Optimiser:
     """The optimiser that the spec names. Norms and biases do not decay.
 
     Args:
         groups: the method's own.
         paces: the strategies'; their factors multiply with the method's.
+        make: a strategy's own, in place of the spec's.
     """
     own = list(groups)
     own += undecayed(named, own)
     lr = spec.lr or default_lr
     if spec.head_lr is not None and spec.head_lr != lr:
         own.append(Group(tuple(n for n in named if is_head(n)), lr_factor=spec.head_lr / lr))
-    return _KINDS[spec.name](named, [*own, *paces], spec, lr)
+    return (make or _KINDS[spec.name])(dict(named), [*own, *paces], spec, lr)
 
 
 def _by_name(groups: Iterable[Group]) -> dict[str, Group]:

@@ -6,7 +6,9 @@ A strategy is a frozen dataclass of settings that is asked at named moments of a
     suits                 when the task is known, before a weight is read
     models                beside the one that trains: found then, loaded before step 1, never trained
     order                 which rows make which step: a pure function of (seed, epoch, step)   one owner
+    optimiser             what moves the numbers, in place of the spec's                        one owner
     groups                rates of some tensors, when the optimiser is made
+    numbers               trained numbers of its own, when the models beside are there
     start                 once, before step 1, never on resume
     each step
       before_step         what lasts may change
@@ -36,21 +38,22 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from luthier.core import Card, Catalogue, CompositionError, ConfigError, UnknownName, build, fields_of, near, plain
 from luthier.data.batches import Batch
 from luthier.data.order import Order
 from luthier.data.sets import Sets
 from luthier.data.tasks import Task
-from luthier.runs.spec import RunSpec
+from luthier.runs.spec import OptimSpec, RunSpec
 from luthier.surgery import Group, Method, Tuned
 from luthier.training.course import Course, Piece
+from luthier.training.optimiser import Optimiser
 from luthier.training.told import Told
 
 __all__ = ["ONE_OWNER", "STRATEGIES", "Strategy", "fills", "refuse_sets", "refuse_task", "split_settings", "strategies"]
 
-ONE_OWNER = ("order", "batches", "gradient", "passes", "rate", "kept")
+ONE_OWNER = ("order", "optimiser", "batches", "gradient", "passes", "rate", "kept")
 """Moments that one strategy of a run may fill."""
 
 
@@ -111,6 +114,18 @@ class Strategy:
         A pure function of (seed, epoch, step): it remembers nothing. See `luthier.data.order.ChosenOrder`.
         """
         raise AssertionError("asked only where a strategy fills it")
+
+    def optimiser(self, named: dict[str, nn.Parameter], groups: list[Group], spec: OptimSpec, lr: float) -> Optimiser:
+        """What moves the trained numbers, in place of AdamW. Its state is by name, in every checkpoint."""
+        raise AssertionError("asked only where a strategy fills it")
+
+    def numbers(self, course: Course) -> Mapping[str, Tensor]:
+        """Trained numbers of its own, such as a projection, at their start.
+
+        They join the optimiser without decay, stand in `course.numbers` and in checkpoints, and never in the tuning.
+        Asked once a process, under a generator named by the seed.
+        """
+        return {}
 
     def groups(self, tuned: Tuned) -> list[Group]:
         """Rates of some tensors; factors of a method and of several strategies multiply."""

@@ -29,4 +29,4 @@ def refuse_cut_steps(names: list[str], spec: RunSpec, batches: Batches) -> None:
     """Raises: ConfigError: strategies whose rows must see one another, and a step that is cut."""
     reason = why_cut(spec, batches) if names else ""
     if reason:
-        raise ConfigError(f"strategy {' and '.join(names)} compares the rows of a step with one another: {reason}")
+        raise ConfigError(f"strategy {' and '.join(names)} needs the rows of a step together: {reason}")

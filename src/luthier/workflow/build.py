@@ -18,12 +18,12 @@ from luthier.training.early_stopping import Selection
 from luthier.training.evaluate import Evaluator
 from luthier.training.evaluations import Evaluations
 from luthier.training.feed import Feed
-from luthier.training.lomo_checks import refuse_inexact
 from luthier.training.loop import Listener, Loop
 from luthier.training.moments import Moments
 from luthier.training.objective import Objective
 from luthier.training.optimiser import optimiser_of
 from luthier.training.strategy import fills
+from luthier.training.update_checks import refuse_inexact
 from luthier.training.whole_steps import refuse_cut_steps
 from luthier.workflow.load_model import collator_of, load_model
 from luthier.workflow.load_others import load_others
@@ -70,11 +70,16 @@ def build(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
     features = objective.keep_features(batches) if later and not sees_text else None
     Phases(tuned, method.parts()).check(Feed(spec, batches).total)
     refuse_cut_steps([s.name for s in prepared.strategies if s.whole_step], spec, batches)
-    if spec.optim.name == "lomo":
-        refuse_inexact(spec, tuned, batches, strategies)
     optimiser = optimiser_of(
-        spec.optim, tuned.trained(), tuned.groups(), method.default_lr, [g for s in strategies for g in s.groups(tuned)]
+        spec.optim,
+        tuned.trained(),
+        tuned.groups(),
+        method.default_lr,
+        [g for s in strategies for g in s.groups(tuned)],
+        next((s.optimiser for s in strategies if fills(s, "optimiser")), None),
     )
+    if not optimiser.whole_gradient:
+        refuse_inexact(spec, tuned, batches, strategies, optimiser)
     metric = spec.eval.metric or prepared.task.headline
     every = spec.eval.every
     if every is None:

@@ -14,6 +14,7 @@ from luthier.runs import RunFolder
 from luthier.runs.spec import RunSpec
 from luthier.training.listener import Listener
 from luthier.training.loop import Loop
+from luthier.training.strategy import fills
 from luthier.workflow.build import build
 from luthier.workflow.preparation import prepare
 
@@ -67,6 +68,8 @@ def find_lr(
         raise ConfigError("find-lr: optim.name = lomo updates inside the backward pass. Test with sgd, its plain form.")
     listener = listener or Listener()
     prepared = prepare(spec, listener.say)
+    if any(fills(one, "optimiser") for one in prepared.strategies):
+        raise ConfigError("find-lr: a strategy of this run moves the numbers itself. Test without it.")
     return range_test(build(prepared)(cast(RunFolder, _Nowhere()), listener), low, high, steps)
 
 

@@ -34,6 +34,7 @@ from luthier.training.precision import Precision, choose_device, choose_precisio
 from luthier.training.recipe import refuse_recipe
 from luthier.training.strategy import refuse_sets, refuse_task, split_settings, strategies
 from luthier.training.thresholds import check_thresholds
+from luthier.training.update_checks import refuse_optimisers
 from luthier.workflow.choices import choose, sentence
 from luthier.workflow.find_others import Other, find_others
 from luthier.workflow.load_model import (
@@ -235,6 +236,7 @@ def _method_and_strategies(spec: RunSpec) -> tuple[Method, tuple[Strategy, ...]]
         found = strategies(spec.strategy, of_strategies, method)
         for one in found:
             one.check(spec)
+        refuse_optimisers(found, spec)
         refuse_sets(found, named_sources(spec.also))
         return method, found
     except UnknownName as error:

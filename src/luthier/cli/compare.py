@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from luthier.cli._method_names import method_names
 from luthier.cli._output import screen
 from luthier.cli._shared_options import AsJson
-from luthier.cli._shelf import SHELF, of_families
 from luthier.cli._spec_options import check_names, complete_model, overlay, settings_of, spec_options, values_of
 from luthier.core import ConfigError, UsageError, human_bytes, human_count, human_seconds
 from luthier.core.config import read_word
@@ -103,7 +103,7 @@ def _compare(
     model: str, methods: list[str], changes: dict[str, Any], seeds: int, metric: str, margin: float | None,
     workers: int, out: str | None,
 ) -> None:  # fmt: skip
-    names = _names(methods)
+    names = method_names(methods)
     for name in names:
         check_names(
             name.partition(":")[0], model, changes["data.source"], changes.get("data.test"),
@@ -127,19 +127,6 @@ def _compare(
     from luthier.core import plain
 
     screen().result({**plain(found), "folder": str(home)})
-
-
-def _names(methods: Sequence[str]) -> list[str]:
-    """Every method that the words name: families and `all` are spelt out."""
-    names: list[str] = []
-    for word in (part.strip() for words in methods for part in words.split(",")):
-        if word == "all":
-            names += [name for name in sorted(SHELF.names()) if name not in names]
-        elif word.startswith("family:"):
-            names += [c.name for c in of_families(SHELF, [word.partition(":")[2]]) if c.name not in names]
-        elif word:
-            names.append(word)
-    return names
 
 
 def _home(model: str, data: str) -> Path:

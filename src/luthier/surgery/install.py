@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from luthier.anatomy import Anatomy, Site
+from luthier.anatomy import Anatomy, Attention, Site
 from luthier.core import AnatomyError, CompositionError, ConfigError, near
 from luthier.core.protocols import Model
 from luthier.surgery import compose
@@ -200,7 +200,7 @@ class Installer:
     def _attach(self, tuning: Tuning, prefix: str, edit: Attach, seed: int) -> None:
         site = edit.site
         module = self.edited.modules[site.path]
-        base = Base(module, site, partial(self._beside, site))
+        base = Base(module, site, partial(self.beside, site))
         weight = getattr(module, site.param, None)
         base.moves = any(u.parameter is weight for t in self.edited.tunings.values() for u in t.unfrozen.values())
         with keyed(seed, "init", prefix, site.key):
@@ -233,23 +233,33 @@ class Installer:
         socket.plugs.append(Plug(tuning.tuning_name, site, attachment, base, tap, prefix.removesuffix(":")))
 
     def _attend(self, tuning: Tuning, prefix: str, edit: Attend, seed: int) -> None:
-        fact, sites = edit.attention, self.edited.anatomy.all_sites
+        fact = edit.attention
+        site = self.query_of(fact, compose.spell(tuning.method))
         kind = "cross.q" if fact.cross else "attn.q"
-        site = next((s for s in sites if (s.kind, s.stack, s.layer) == (kind, fact.stack, fact.layer)), None)
-        if site is None:
-            raise AnatomyError(
-                f"{compose.spell(tuning.method)}: the projections of the attention {fact.path} are not told apart, so "
-                "nothing can attend beside it. Use prefix_tuning, or another method."
-            )
         place = site.key.removeprefix(kind)
         with keyed(seed, "init", prefix, "attend", site.key):
             module: Any = self._at_home(
-                edit.build(Base(self.edited.modules[site.path], site, partial(self._beside, site)))
+                edit.build(Base(self.edited.modules[site.path], site, partial(self.beside, site)))
             )
         tuning.add(f"{prefix}{'cross' if fact.cross else 'attn'}.attend{place}", module)
         self.forward.add_own_attention(tuning.tuning_name, module, fact.path)
 
-    def _beside(self, site: Site, kind: str, part: str) -> Base:
+    def query_of(self, fact: Attention, label: str) -> Site:
+        """The query projection of an attention; `label` begins the message.
+
+        Raises:
+            AnatomyError: its projections are not told apart.
+        """
+        kind = "cross.q" if fact.cross else "attn.q"
+        for site in self.edited.anatomy.all_sites:
+            if (site.kind, site.stack, site.layer) == (kind, fact.stack, fact.layer):
+                return site
+        raise AnatomyError(
+            f"{label}: the projections of the attention {fact.path} are not told apart, so nothing can attend beside "
+            "it. Use prefix_tuning, or another method."
+        )
+
+    def beside(self, site: Site, kind: str, part: str) -> Base:
         """The layer of `kind` in the block of `site`."""
         block = [s for s in self.edited.anatomy.all_sites if (s.stack, s.layer) == (site.stack, site.layer)]
         found = [s for s in block if s.kind == kind and part in ("", s.part)]
@@ -257,7 +267,7 @@ class Installer:
             wanted = f"{kind!r} with the part {part!r}" if part else repr(kind)
             there = ", ".join(dict.fromkeys(s.key for s in block))
             raise AnatomyError(f"{site.key}: its block has no {wanted}. It has {there}.")
-        return Base(self.edited.modules[found[0].path], found[0], partial(self._beside, found[0]))
+        return Base(self.edited.modules[found[0].path], found[0], partial(self.beside, found[0]))
 
     def _unfreeze(self, tuning: Tuning, prefix: str, edit: Unfreeze) -> None:
         name = self.edited.anatomy.tied.get(edit.name, edit.name)
@@ -290,7 +300,8 @@ class Installer:
         for parameter in module.parameters():
             if parameter.is_floating_point() and parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.float()
-        return module.to(device)
+        here = all(t.device == device for t in (*module.parameters(), *module.buffers()))
+        return module if here else module.to(device)
 
     def _prepend_tokens(self, tuning: Tuning, prefix: str, edit: PrependTokens, seed: int) -> None:
         source: Any = self._at_home(edit.source)

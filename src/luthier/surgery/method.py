@@ -59,6 +59,7 @@ class Method(ABC):
         looks_at_data: `prepare` needs batches before the first step.
         computes_tensors: replaces tensors of the model by computed ones, so what it finds there is not what acts.
         draws: in training it draws which of its numbers take part, so two passes differ even without dropout.
+        stored_width: bytes of a number that a saved tuning holds; 1 where they are bits, packed.
         peft: how a tuning of it stands in the files of the peft library, where both compute the same.
         modifies: it makes no edit of its own and changes the numbers of the methods beside it.
         looks_ahead: what it adds to a token depends on later tokens too; its page says what that means in generation.
@@ -86,6 +87,7 @@ class Method(ABC):
     draws: ClassVar[bool] = False
     modifies: ClassVar[bool] = False
     looks_ahead: ClassVar[bool] = False
+    stored_width: ClassVar[int] = 4
     peft: ClassVar[PeftForm | None] = None
     reads_rows: ClassVar[tuple[str, ...]] = ()
     sources: ClassVar[tuple[str, ...]] = ()

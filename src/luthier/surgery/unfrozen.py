@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Unfrozen"]
+__all__ = ["WORTH_HALVING", "Unfrozen"]
 
-_WORTH_HALVING = 4096
+WORTH_HALVING = 4096  # numbers; of less, the type that a value is kept in is all the same
 
 # Versions of a parameter are counted from here for each value that is put into it, so that no two of them meet by steps
 # in place.
@@ -64,7 +64,7 @@ class Unfrozen:
         self._dtype = value.dtype
         self.kept = value
         # Under a mask it is read in every step.
-        large = value.numel() >= _WORTH_HALVING and not value.is_meta
+        large = value.numel() >= WORTH_HALVING and not value.is_meta
         if large and value.dtype == torch.float32 and self._mask is None:
             small = value.to(torch.bfloat16)
             if torch.equal(small.to(torch.float32), value):

@@ -20,7 +20,7 @@ from luthier.trust._bytes import identity, open_regular, read_capped, show
 from luthier.trust._limits import Limits
 from luthier.trust.config import NAMES_CODE, read_json
 
-__all__ = ["PICKLES", "ModelFolder", "cache_folder", "check_folder"]
+__all__ = ["PICKLES", "ModelFolder", "cache_folder", "check_config", "check_folder"]
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".msgpack", ".h5")
 
@@ -101,7 +101,7 @@ def check_folder(path: str | os.PathLike[str], *, limits: Limits = Limits()) -> 
         )
     if not (folder / "config.json").exists():
         raise ModelError(f"{where}: holds no config.json, so it is no model folder. Give the folder that holds one.")
-    config = _config(folder / "config.json", limits)
+    config = check_config(folder / "config.json", limits)
     weights = _weights(folder, limits)
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, str] = {}
@@ -114,7 +114,7 @@ def check_folder(path: str | os.PathLike[str], *, limits: Limits = Limits()) -> 
             shapes[name], dtypes[name] = entry.shape, entry.dtype
     for other in ("generation_config.json", "preprocessor_config.json", "processor_config.json", "adapter_config.json"):
         if (folder / other).exists():
-            _config(folder / other, limits)
+            check_config(folder / other, limits)
     files = tuple(folder / name for name in _TOKENIZER_FILES if (folder / name).exists())
     tokenizer = _tokenizer(folder, files, limits)
     return ModelFolder(
@@ -175,7 +175,12 @@ def _items(value: Any) -> Iterator[tuple[str, Any]]:
             waiting.extend(item)
 
 
-def _config(path: Path, limits: Limits) -> dict[str, Any]:
+def check_config(path: Path, limits: Limits = Limits()) -> dict[str, Any]:  # noqa: B008  # frozen
+    """Read a configuration as data.
+
+    Raises:
+        Refused, ConfigError: no object of JSON, or one that names code.
+    """
     where = show(str(path), 200)
     # Mamba's configuration holds Infinity, so non-finite numbers stand.
     value = read_json(path, allow_nonfinite=True, limits=limits)

@@ -30,6 +30,7 @@ __all__ = [
     "load_tokenizer",
     "quiet",
     "tokenizer_digest",
+    "with_head",
 ]
 
 
@@ -143,7 +144,8 @@ def load_tokenizer(source: Source) -> Any:
         ) from error
 
 
-def _with_head(config: Any, task: Task) -> Any:
+def with_head(config: Any, task: Task) -> Any:
+    """The configuration with as many outputs as the task has; changed in place."""
     if task.n_outputs is not None:
         config.num_labels = task.n_outputs
         if task.labels:
@@ -159,7 +161,7 @@ def empty_model(source: Source, task: Task) -> Any:
     import transformers
 
     with quiet(), torch.device("meta"):
-        return getattr(transformers, task.auto_class).from_config(_with_head(load_config(source), task))
+        return getattr(transformers, task.auto_class).from_config(with_head(load_config(source), task))
 
 
 def load_model(
@@ -180,7 +182,7 @@ def load_model(
         with quiet(), keyed(seed, "head"):
             model, report = auto.from_pretrained(
                 source.path,
-                config=_with_head(load_config(source), task),
+                config=with_head(load_config(source), task),
                 dtype=dtype,
                 use_safetensors=True,
                 local_files_only=True,

@@ -49,6 +49,7 @@ class ThresholdMask(Method):
     computes_tensors: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-3
     trains_base: ClassVar[bool] = True
+    stored_width: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         if self.sparsity >= 1:

@@ -1,0 +1,97 @@
+"""How much memory there is to fit into: this machine's, or that of a device by name or size."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from luthier.core import UnknownName, human_bytes, near
+
+__all__ = ["NAMED", "Device", "device_of"]
+
+# Bytes as their makers name them. A driver keeps some of it: what fits narrowly may not fit.
+NAMED = {
+    "a100-40gb": 40e9, "a100-80gb": 80e9, "h100-80gb": 80e9, "h200-141gb": 141e9, "l4-24gb": 24e9, "l40s-48gb": 48e9,
+    "rtx3090-24gb": 24e9, "rtx4090-24gb": 24e9, "t4-16gb": 16e9, "v100-32gb": 32e9,
+}  # fmt: skip
+_WITHOUT_BF16 = ("t4", "v100")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(gb|gib|mb|mib)", re.IGNORECASE)
+_UNITS = {"gb": 1e9, "gib": 2**30, "mb": 1e6, "mib": 2**20}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """What a run has to fit into.
+
+    Attributes:
+        kind: cpu or cuda.
+        memory: bytes that a run may take.
+        here: it is this machine, so its speed can be measured.
+        bf16: it multiplies bf16 fast.
+        said: in words.
+    """
+
+    name: str
+    kind: str
+    memory: int
+    here: bool
+    bf16: bool
+    said: str
+
+
+def device_of(asked: str) -> Device:
+    """The device called `asked`: this, a size such as 24GB (of a GPU with bf16), or a name such as h100-80gb.
+
+    >>> device_of("24GB").memory
+    24000000000
+
+    Raises:
+        UnknownName: none is called so.
+    """
+    word = asked.strip().lower()
+    if word == "this":
+        return _this()
+    size = _SIZE.fullmatch(word)
+    if size is not None and float(size[1]) > 0:
+        memory = int(float(size[1]) * _UNITS[size[2].lower()])
+        return Device(
+            name=asked, kind="cuda", memory=memory, here=False, bf16=True, said=f"a GPU with {human_bytes(memory)}"
+        )
+    if word in NAMED:
+        memory, bf16 = int(NAMED[word]), not word.startswith(_WITHOUT_BF16)
+        return Device(
+            name=word, kind="cuda", memory=memory, here=False, bf16=bf16, said=f"{word}, {human_bytes(memory)}"
+        )
+    raise UnknownName(
+        f"--device {asked!r}: no device is called so.{near(word, list(NAMED))} Write this, a size such as 24GB, or one "
+        f"of {', '.join(NAMED)}."
+    )
+
+
+def _this() -> Device:
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        name = torch.cuda.get_device_name()
+        return Device(
+            name="this", kind="cuda", memory=int(free), here=True, bf16=torch.cuda.is_bf16_supported(),
+            said=f"this machine's {name}, {human_bytes(free)} free now",
+        )  # fmt: skip
+    free = min(int(psutil.virtual_memory().available), _left_of_group())
+    return Device(
+        name="this", kind="cpu", memory=free, here=True, bf16=False,
+        said=f"this machine's processor, {human_bytes(free)} free now",
+    )  # fmt: skip
+
+
+def _left_of_group() -> int:
+    """What the control group of this process leaves it, where it has a limit."""
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):
+        limit = int((group / "memory.max").read_text())  # "max" where there is none
+        return limit - int((group / "memory.current").read_text())
+    return 2**62

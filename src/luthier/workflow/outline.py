@@ -1,0 +1,142 @@
+"""A model's structure without its weights: from a folder, or from a bare config.json."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from luthier.core import AnatomyError, ConfigError, ModelError, near
+from luthier.data.tasks import AUTO_CLASSES, Task
+from luthier.forecast import Skeleton
+from luthier.trust.model import check_config
+from luthier.workflow.load_model import find_model, load_config, quiet, with_head
+
+__all__ = ["Outline", "outline_of"]
+
+_CAUSAL, _SEQ2SEQ = "causal_lm", "seq2seq"
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a configuration tells of a model.
+
+    Attributes:
+        stored: names of the tensors in its weight files; empty where there are none.
+        halves: its numbers were stored in bf16.
+        weights: whether there are weight files.
+    """
+
+    name: str
+    config: Any
+    halves: bool
+    weights: bool = False
+    stored: frozenset[str] = frozenset()
+    _made: dict[Any, Skeleton] = field(default_factory=dict, repr=False)
+
+    def task(self, asked: str = "auto", labels: int | None = None) -> Task:
+        """The task that the model is made for, where no rows say it.
+
+        Raises:
+            ConfigError: `labels` of a task that has none.
+        """
+        name = _task_of(self.config) if asked == "auto" else asked
+        if name in (_CAUSAL, _SEQ2SEQ, "regression"):
+            if labels is not None:
+                raise ConfigError(f"--labels {labels}: the task {name} has no labels. Leave it out.")
+            return Task(name=name)
+        n = labels if labels is not None else max(2, int(getattr(self.config, "num_labels", 2) or 2))
+        return Task(name=name, labels=tuple(str(i) for i in range(n)))
+
+    def skeleton(self, task: Task, dtype: torch.dtype) -> Skeleton:
+        """The model with the task's head, on the meta device; made once for each type of its numbers.
+
+        Raises:
+            ModelError: the configuration makes no model.
+            AnatomyError: it is no transformer that can be read.
+        """
+        made = self._made.get((task, dtype))
+        if made is None:
+            model = self._empty(task, dtype)
+            fresh = tuple(n for n, _ in model.named_parameters() if "pooler" in n and not self._has(n))
+            try:
+                made = Skeleton(model, halves=self.halves, fresh=fresh)
+            except AnatomyError as error:
+                raise AnatomyError(f"{self.name}: {error}") from error
+            self._made[task, dtype] = made
+        return made
+
+    def _has(self, name: str) -> bool:
+        """Whether the weight files hold a tensor; without such files they are taken to be whole."""
+        return not self.stored or any(name == one or name.endswith(f".{one}") for one in self.stored)
+
+    def _empty(self, task: Task, dtype: torch.dtype) -> Any:
+        import transformers
+        from transformers.initialization import no_init_weights
+
+        try:
+            with quiet(), torch.device("meta"), no_init_weights():
+                config = with_head(self.config, task)
+                return getattr(transformers, AUTO_CLASSES[task.name]).from_config(config, dtype=dtype)
+        except (ValueError, RuntimeError, TypeError, AttributeError, ZeroDivisionError, AssertionError) as error:
+            raise ModelError(
+                f"{self.name}: no model for {task.name} can be made of its configuration "
+                f"({str(error).splitlines()[0] if str(error) else type(error).__name__}). Correct config.json, or name "
+                "another task: --task causal_lm."
+            ) from error
+
+
+def outline_of(name: str) -> Outline:
+    """Read what a model's configuration says; weights are not needed.
+
+    Args:
+        name: a folder, sample:NAME, a hub name, or a config.json.
+
+    Raises:
+        ModelError, Refused: no such model, or one that cannot or must not be used.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return _bare(name, path)
+    if path.is_dir() and (path / "config.json").is_file() and not any(path.glob("*.safetensors")):
+        return _bare(name, path / "config.json")
+    source = find_model(name)
+    kinds = set(source.folder.dtypes.values())
+    return Outline(name, load_config(source), kinds == {"BF16"}, True, frozenset(source.folder.shapes))
+
+
+def _bare(name: str, path: Path) -> Outline:
+    from transformers import CONFIG_MAPPING
+
+    values = check_config(path)
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        hint = near(kind, list(CONFIG_MAPPING)) if isinstance(kind, str) else ""
+        raise ModelError(
+            f"{path}: model_type is {kind!r}, which this transformers does not know.{hint} Give the config.json of a "
+            "model of transformers."
+        )
+    try:
+        with quiet():
+            config = CONFIG_MAPPING[kind].from_dict(dict(values))
+    except Exception as error:  # whatever a configuration's own checks raise: they are many libraries' classes
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(f"{path}: transformers refuses it ({said[0]}). Correct the file.") from error
+    stored = str(values.get("dtype") or values.get("torch_dtype") or "")
+    return Outline(name, config, stored.endswith("bfloat16"))
+
+
+def _task_of(config: Any) -> str:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    if getattr(config, "is_encoder_decoder", False):
+        return _SEQ2SEQ
+    named = str(next(iter(getattr(config, "architectures", None) or []), ""))
+    if "TokenClassification" in named:
+        return "token_classification"
+    if "SequenceClassification" in named:
+        return "classification"
+    return _CAUSAL if config.model_type in CAUSAL and config.model_type not in MASKED else "classification"

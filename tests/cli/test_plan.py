@@ -1,0 +1,95 @@
+"""`luthier plan`: forecasts from a configuration alone, and what it refuses."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from cli.conftest import Call
+
+from luthier.surgery import METHODS
+
+LLAMA_7B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000, "torch_dtype": "float16",
+}  # fmt: skip
+EVERY_MAP = "lora:rank=64:sites=*"
+
+
+@pytest.fixture
+def llama_7b(tmp_path: Path) -> Path:
+    path = tmp_path / "llama-7b" / "config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(LLAMA_7B))
+    return path
+
+
+def test_a_bare_configuration_is_enough_and_its_counts_are_those_of_the_papers(luthier: Call, llama_7b: Path) -> None:
+    row = luthier("plan", llama_7b, "--method", EVERY_MAP, "--json").json["rows"][0]
+    assert row["held"]["trained"] == 159_907_840
+    assert row["held"]["moments"] == 2 * row["held"]["numbers"] == 2 * 4 * 159_907_840
+    assert luthier("plan", llama_7b.parent, "--method", EVERY_MAP, "--json").json["rows"][0] == row
+
+
+def test_all_methods_on_7b_in_three_seconds_of_work(luthier: Call, llama_7b: Path) -> None:
+    luthier("plan", llama_7b, "--method", "lora")  # libraries are loaded once
+    begun = time.process_time()
+    rows = luthier("plan", llama_7b, "--json").json["rows"]
+    assert time.process_time() - begun < 3
+    assert {row["method"] for row in rows} == set(METHODS.names())
+    by_name = {row["name"]: row for row in rows}
+    assert by_name["full"]["held"]["trained"] == 6_738_415_616
+    assert by_name["bitfit"]["held"] is None and "no bias" in by_name["bitfit"]["refused"]
+
+
+def test_a_budget_that_fits_nothing_says_so(luthier: Call, llama_7b: Path) -> None:
+    said = luthier("plan", llama_7b, "--method", "lora,full", "--device", "8GB")
+    assert said.code == 0
+    rows = luthier("plan", llama_7b, "--method", "lora,full", "--device", "8GB", "--json").json["rows"]
+    assert [row["fits"] for row in rows] == ["no", "no"]
+    assert "Nothing fits" in said.out
+
+
+@pytest.mark.parametrize("device", ["9000", "gpu", "-3GB", "0GB", ""])
+def test_an_unknown_device_is_refused(luthier: Call, llama_7b: Path, device: str) -> None:
+    answer = luthier("plan", llama_7b, "--method", "lora", "--device", device)
+    assert answer.code == 2 and "h100-80gb" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "JSON"),
+        ("[1]", "must be an object"),
+        ("{}", "model_type"),
+        ('{"model_type": "llamma"}', "llama"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', ""),
+        ('{"model_type": "llama", "auto_map": {"AutoModel": "x.Y"}}', "remote code"),
+        ('{"model_type": "llama", "num_attention_heads": 0}', ""),
+        ('{"model_type": "llama", "num_hidden_layers": 0}', ""),
+    ],
+)
+def test_a_configuration_that_makes_no_model_is_refused(luthier: Call, tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    answer = luthier("plan", path, "--method", "lora")
+    assert answer.code in (2, 3, 4) and said in answer.err, answer.err
+    assert "Traceback" not in answer.err and str(path) in answer.err
+
+
+def test_settings_are_for_every_method_that_has_them_and_else_refused(luthier: Call, model: Path) -> None:
+    rows = luthier("plan", model, "--method", "lora,ia3", "--set", "rank=3", "--json").json["rows"]
+    assert rows[0]["held"]["trained"] == 3 * rows[0]["held"]["trained"] // 3 > 0 and rows[1]["held"] is not None
+    one = luthier("plan", model, "--method", "lora:rank=3", "--json").json["rows"][0]["held"]
+    assert one == rows[0]["held"]
+    answer = luthier("plan", model, "--method", "lora,ia3", "--set", "rnak=3")
+    assert answer.code == 2 and "rank" in answer.err
+
+
+def test_rows_say_the_head_and_a_screen_is_80_columns_wide(luthier: Call, model: Path, rows: Path) -> None:
+    answer = luthier("plan", model, "--data", rows)
+    assert answer.code == 0, answer.err
+    table = answer.out.split("\n\n")[1]
+    assert all(len(line) <= 80 for line in table.splitlines())
+    assert all(name in answer.out for name in METHODS.names())
+    assert luthier("plan", model, "--data", rows, "--labels", 3).code == 2

@@ -1,0 +1,72 @@
+"""What a method holds, counted on the meta device, is what is held when it is attached: byte for byte."""
+
+from typing import Any
+
+import pytest
+import torch
+from cells import ARCHITECTURES, fresh, task_of
+from tiny_methods import small
+
+from luthier.core import LuthierError
+from luthier.forecast import Skeleton, held
+from luthier.runs.spec import OptimSpec
+from luthier.surgery import METHODS, attach
+from luthier.surgery.tuning_files import stored_tensors
+from luthier.training.memory_parts import Parts
+from luthier.training.optimiser import Optimiser
+
+torch.set_num_threads(1)
+
+# What these store follows from training, or from the places they choose: their own counts are of the paper's numbers.
+STORED_OTHERWISE = {"adalora", "delta_lora", "lt_sft", "pafi", "propetl"}
+
+
+def bare(model: Any) -> Any:
+    with torch.device("meta"):
+        return type(model)(model.config)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", METHODS.ours())
+def test_every_part_is_what_the_attached_method_holds(name: str, arch: str) -> None:
+    model, method = fresh(arch, task_of(name, arch)), small(name)
+    skeleton = Skeleton(bare(model))
+    try:
+        tuned = attach(model, method, seed=0)
+    except LuthierError as error:
+        with pytest.raises(type(error)) as refused:
+            held(method, skeleton)
+        assert str(refused.value) == str(error)
+        return
+    found = held(method, skeleton)
+    counted = Parts(tuned, Optimiser(tuned.trained(), [], OptimSpec(), 1e-3), torch.device("cpu")).counted()
+    assert found.weights == counted["weights"]
+    assert found.numbers == found.gradients == counted["trained"]
+    assert found.moments == counted["optimiser"]
+    assert found.trained == method.n_params(skeleton.anatomy)
+    if name not in STORED_OTHERWISE and not any(part.looks_at_data for part in method.parts()):
+        tuned.finish()
+        assert found.stored == sum(t.nbytes for t in stored_tensors(tuned.tuning()).values())
+
+
+def test_the_counting_leaves_the_model_as_it_was() -> None:
+    skeleton = Skeleton(bare(fresh("bert", "classification")))
+    before = [(n, p.requires_grad, p.shape) for n, p in skeleton.edited.model.named_parameters()]
+    first = held(small("full"), skeleton)
+    held(small("lora"), skeleton)
+    assert held(small("full"), skeleton) == first
+    assert [(n, p.requires_grad, p.shape) for n, p in skeleton.edited.model.named_parameters()] == before
+
+
+def test_optimisers_and_a_base_stored_in_bf16() -> None:
+    model = fresh("llama", "lm")
+    whole, halves = (Skeleton(bare(model), halves=h) for h in (False, True))
+    full = held(small("full"), whole)
+    assert held(small("full"), whole, "sgd").moments == 0
+    lomo = held(small("full"), whole, "lomo")
+    assert lomo.gradients == max(p.nbytes for p in model.parameters()) and lomo.moments == 0
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    tuned = attach(model, small("full"), seed=0)
+    counted = Parts(tuned, Optimiser(tuned.trained(), [], OptimSpec(), 1e-3), torch.device("cpu")).counted()
+    assert held(small("full"), halves).weights == counted["weights"] < full.weights

@@ -33,7 +33,19 @@ APART = {
     "SHIRA": ("random_mask", "a mask over the weight itself; another file form"),
     "BEFT": ("bitfit", "a choice of biases; another file form"),
     "GLORA": ("glora", "file form not built"),
+    "TINYLORA": ("tinylora", "same numbers (tests/methods/test_fixed_directions.py); file form not built"),
+    "VBLORA": ("vblora", "same numbers (tests/methods/test_fixed_directions.py); file form not built"),
+    "UNILORA": ("unilora", "same numbers (tests/methods/test_fixed_directions.py); file form not built"),
+    "PEANUT": ("peanut", "same numbers (tests/methods/test_fixed_directions.py); file form not built"),
+    "TRAINABLE_TOKENS": (
+        "trainable_tokens",
+        "same numbers (tests/methods/test_trainable_tokens.py); file form not built",
+    ),
     "XLORA": ("xlora", ""),
+}
+# peft's types that are not built here, and the reason where it is one.
+WHY_NOT = {
+    "LILY": "peft mixes by the average over the batch: a row's answer would depend on its neighbours",
 }
 HEAD = """# What peft has and we have
 
@@ -88,7 +100,7 @@ def main() -> None:
             name, why = APART.get(kind, ("", ""))
             known = name in METHODS
             ours = f"`{name}`" if known else "-"
-            rows.append(f"| {kind} | {ours} | - | no | no | {why if known else 'not built'} |")
+            rows.append(f"| {kind} | {ours} | - | no | no | {why if known else WHY_NOT.get(kind, 'not built')} |")
     text = HEAD.format(version=re.sub(r"[^0-9.].*", "", peft.__version__)) + "\n".join(rows) + "\n"
     PAGE.write_text(text, encoding="utf-8")
     print(f"{PAGE}: {len(rows)} rows")

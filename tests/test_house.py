@@ -93,7 +93,7 @@ def test_the_page_of_a_method_has_its_parts(name: str) -> None:
     assert any(line.startswith("    ") for line in lines), "an equation, indented"
     for part in ("Count:", "Claims:", "Pitfalls:"):
         assert any(line.startswith(part) for line in lines), f"no {part}"
-    assert re.fullmatch(r"arXiv:\d{4}\.\d{4,5}|doi:\S+|openreview:\w+", SHELF.card(name).paper), (
+    assert re.fullmatch(r"arXiv:\d{4}\.\d{4,5}|doi:\S+|openreview:\w+|github:\S+", SHELF.card(name).paper), (
         "a paper that can be found"
     )
     assert SHELF.card(name).paper in page

@@ -9,7 +9,7 @@ from methods.checks import attach_double, logits, stir
 from tiny import inputs, tiny
 
 from luthier.core import ConfigError
-from luthier.methods.reparameterised.subspace.lora_xs import FrozenFrame
+from luthier.methods.parts.principal import FrozenFrame
 from luthier.methods.reparameterised.subspace.unilora import places_of
 from luthier.surgery import attach
 

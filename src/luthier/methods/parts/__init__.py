@@ -15,6 +15,8 @@
                       check_projections, fusable, live_bias
     starts            thin_start       A and B as a part of the frozen weight
                       check_start, Start
+    principal         FrozenFrame      x -> B R A x between the leading directions of the weight
+                      principal, check_principal
     dense             DenseUpdate      an update as large as the weight, made of few numbers at every pass
     orthogonal        cayley           a rotation from a skew matrix, exactly
                       cayley_series, skew, upper, turn_blocks

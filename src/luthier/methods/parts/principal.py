@@ -1,13 +1,14 @@
-"""The leading singular directions of a frozen weight, exactly, as peft finds them."""
+"""The leading singular directions of a frozen weight, exactly, and updates between them."""
 
 import torch
 from torch import Tensor
 
 from luthier.anatomy import Site
 from luthier.core import ConfigError
+from luthier.methods.parts.low_rank import Thin
 from luthier.surgery import Base
 
-__all__ = ["check_principal", "principal"]
+__all__ = ["FrozenFrame", "check_principal", "principal"]
 
 
 def check_principal(rank: int, site: Site, setting: str) -> None:
@@ -32,3 +33,25 @@ def principal(base: Base, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         return wide.new_empty(len(wide), rank), wide.new_empty(rank), wide.new_empty(rank, wide.shape[1])
     u, s, vt = torch.linalg.svd(wide, full_matrices=False)
     return u[:, :rank].contiguous(), s[:rank].clone(), vt[:rank].contiguous()
+
+
+class FrozenFrame(Thin):
+    """Adds `B R A x`; A and B are the weight's own, and `middle` says what R is."""
+
+    a: Tensor
+    b: Tensor
+    reads_base_weight = True
+
+    def __init__(self, base: Base, rank: int, dropout: float) -> None:
+        super().__init__(1.0, dropout)
+        u, s, vt = principal(base, rank)
+        self.register_buffer("a", s.sqrt()[:, None] * vt)
+        self.register_buffer("b", u * s.sqrt())
+
+    def middle(self) -> Tensor:
+        """R: (rank, rank)."""
+        raise NotImplementedError
+
+    def thin(self) -> tuple[Tensor, Tensor]:
+        middle = self.middle()
+        return self.a.to(middle.dtype), self.b.to(middle.dtype) @ middle

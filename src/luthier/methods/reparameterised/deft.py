@@ -4,8 +4,8 @@
 
 R: (rank, d_in) starts at p^T W, so that what is put in is what was taken out: the tuned model starts as the base model.
 
-"DEFT: Decompositional Efficient Fine-Tuning for Text-to-Image Models" 2025 (NeurIPS 2025). The form is that of peft
-0.21 with its start at the base; the paper's own random start, and PaRa, which only takes out, are not built.
+Kumar et al. 2025, "DEFT: Decompositional Efficient Fine-Tuning for Text-to-Image Models", arXiv:2509.22793. The form is
+that of peft 0.21 with its start at the base; its random start, and PaRa, which only takes out, are not built.
 
 Count: sum over sites of rank (d_in + d_out).
 Claims: learns a new thing with less loss of the old ones than LoRA, in image models.
@@ -27,7 +27,7 @@ from luthier.methods.parts.low_rank import Thin, check_projections
 from luthier.surgery import METHODS, Attachment, Base, PeftForm, PerSite
 
 
-@METHODS.register("deft", family="reparameterised", paper="NeurIPS 2025")
+@METHODS.register("deft", family="reparameterised", paper="arXiv:2509.22793")
 @dataclass(frozen=True, kw_only=True)
 class DEFT(PerSite):
     """Settings of DEFT."""

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy, Site
 from luthier.core import at_least, between
-from luthier.methods.parts.low_rank import Thin, check_projections
-from luthier.methods.parts.principal import check_principal, principal
+from luthier.methods.parts.low_rank import check_projections
+from luthier.methods.parts.principal import FrozenFrame, check_principal
 from luthier.surgery import METHODS, Attachment, Base, PerSite
 
 
@@ -57,28 +57,6 @@ class LoRAXS(PerSite):
 
     def build(self, site: Site, base: Base) -> Attachment:
         return SquareBetween(base, self.rank, self.dropout)
-
-
-class FrozenFrame(Thin):
-    """Adds `B R A x`; A and B are the weight's own, and `middle` says what R is."""
-
-    a: Tensor
-    b: Tensor
-    reads_base_weight = True
-
-    def __init__(self, base: Base, rank: int, dropout: float) -> None:
-        super().__init__(1.0, dropout)
-        u, s, vt = principal(base, rank)
-        self.register_buffer("a", s.sqrt()[:, None] * vt)
-        self.register_buffer("b", u * s.sqrt())
-
-    def middle(self) -> Tensor:
-        """R: (rank, rank)."""
-        raise NotImplementedError
-
-    def thin(self) -> tuple[Tensor, Tensor]:
-        middle = self.middle()
-        return self.a.to(middle.dtype), self.b.to(middle.dtype) @ middle
 
 
 class SquareBetween(FrozenFrame):

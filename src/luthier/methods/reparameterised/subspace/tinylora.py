@@ -27,8 +27,7 @@ from luthier.anatomy import Anatomy, Site
 from luthier.anatomy.selection import is_projection
 from luthier.core import at_least, between
 from luthier.methods.parts.low_rank import check_projections
-from luthier.methods.parts.principal import check_principal
-from luthier.methods.reparameterised.subspace.lora_xs import FrozenFrame
+from luthier.methods.parts.principal import FrozenFrame, check_principal
 from luthier.surgery import METHODS, Attach, Base, Edit, Method
 
 

@@ -5,8 +5,8 @@
 m starts at zero, so the tuned model starts as the base model. Where a model that writes words reads and writes with one
 matrix, both move; where it has two, `outputs` says whether the rows of the second train too, by numbers of their own.
 
-TrainableTokens of the peft library, github:huggingface/peft/pull/1541; there is no paper. peft stores the new vectors, this
-file what was added to them: a tuning is read on the very base that it was made on.
+TrainableTokens of the peft library, github:huggingface/peft/pull/1541; there is no paper. peft stores the new vectors,
+this file what was added to them: a tuning is read on the very base that it was made on.
 
 Count: tokens times d; twice that for two matrices.
 Claims: new tokens can be taught without the megabytes of the whole table.

@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import torch
 from little import little_model
+from tiny import config_of
 from tokenizers import processors
+from transformers import AutoModelForMaskedLM
 from word_tables import word_tokenizer
 
-__all__ = ["encoder", "speller", "t5"]
+__all__ = ["encoder", "filler", "speller", "t5", "writer"]
 
 
 def speller():
@@ -24,6 +27,22 @@ def encoder(folder: Path, kind: str = "bert", **changes) -> Path:
     found = little_model(folder, kind, **changes)
     word_tokenizer("bert", mask_token="[MASK]").save_pretrained(found)
     return found
+
+
+def filler(folder: Path, kind: str = "bert") -> Path:
+    """A tiny encoder with its head of words."""
+    if not folder.exists():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = AutoModelForMaskedLM.from_config(config_of(kind))
+        model.save_pretrained(folder)
+        word_tokenizer("bert", mask_token="[MASK]").save_pretrained(folder)
+    return folder
+
+
+def writer(folder: Path) -> Path:
+    """A tiny decoder whose tokenizer puts nothing around a text."""
+    return little_model(folder, "llama")
 
 
 def t5(folder: Path, **changes) -> Path:

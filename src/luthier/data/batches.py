@@ -52,6 +52,7 @@ class Collator:
         pad_to: lengths are rounded up to a multiple of this.
         left: pad on the left, for generation.
         corruption: takes something out of the examples, for the model to fill in.
+        decoder_ids: what the decoder reads in every row, where it answers with one word.
         decoder_start: first id of the decoder's input (seq2seq), which is the labels moved one to the right.
     """
 
@@ -60,6 +61,7 @@ class Collator:
     left: bool = False
     decoder_start: int | None = None
     corruption: Corruption | None = None
+    decoder_ids: tuple[int, ...] = ()
 
     def __call__(self, examples: Examples, indices: NDArray[np.int64], when: tuple[int, ...] = ()) -> Batch:
         """The batch of some examples.
@@ -91,6 +93,8 @@ class Collator:
             labels = self._lay(examples.labels, examples.offsets, indices, IGNORED)[0]
         elif examples.targets is not None:
             labels = torch.from_numpy(examples.targets[indices])
+        if self.decoder_ids:
+            inputs["decoder_input_ids"] = torch.tensor(self.decoder_ids).repeat(len(indices), 1)  # (b, 2)
         return Batch(
             inputs=inputs,
             labels=labels,

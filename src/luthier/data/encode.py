@@ -7,7 +7,9 @@ from typing import Any
 
 from luthier.data import (
     chat,
+    cloze,
     corrupted,
+    encode_cloze,
     encode_corrupted,
     encode_language,
     encode_tags,
@@ -33,7 +35,9 @@ __all__ = ["encode"]
 ENCODERS = (
     chat,
     columns_file,
+    cloze,
     corrupted,
+    encode_cloze,
     encode_corrupted,
     encode_language,
     encode_tags,
@@ -142,6 +146,8 @@ def _encode_anew(
             loss_on=loss_on,
             template=template,
         )
+    if task.template:
+        return encode_cloze.encode_cloze(table, columns, task, tokenizer, n_vocab, max_length, ledger, with_targets)
     if task.filled_in:
         return encode_corrupted.encode_corrupted(table, columns, task, tokenizer, n_vocab, max_length, ledger)
     if task.name == "token_classification":

@@ -54,12 +54,23 @@ class Task:
     """of a regression: the model learns (number - center) / scale; answers are in the unit of the rows"""
     thresholds: tuple[float, ...] = ()
     """of several labels, the probability from which each is answered; of two classes, that of the second; none: 0.5"""
+    template: str = ""
+    """of labels that are asked for by a gap in a text: the text around it; see `luthier.data.cloze`"""
+    words: tuple[str, ...] = ()
+    """the word of each label that fills the gap"""
+    word_ids: tuple[int, ...] = ()
+    gap: int = -1
+    """the token that stands for the gap; -1 where it is the end of the text"""
+    asks: Literal["", "encoder", "decoder", "both"] = ""
+    """what the model is that is asked so"""
     notes: tuple[str, ...] = ()
     """what was decided from the data, in sentences"""
 
     @property
     def auto_class(self) -> str:
         """The transformers class that loads a model with the right head."""
+        if self.template:
+            return AUTO_CLASSES[{"encoder": "masked_lm", "decoder": "causal_lm"}.get(self.asks, "seq2seq")]
         return AUTO_CLASSES[self.name]
 
     @property
@@ -80,11 +91,15 @@ class Task:
     @property
     def n_outputs(self) -> int | None:
         """Numbers that the head puts out, for a row or a token; `None` where it is the vocabulary."""
+        if self.template:
+            return None
         return 1 if self.name == "regression" else len(self.labels) or None
 
     @property
     def problem_type(self) -> str | None:
         """What transformers calls the kind of loss of a sequence classification head."""
+        if self.template:
+            return None
         if self.name == "classification":
             return "multi_label_classification" if self.multi_label else "single_label_classification"
         return "regression" if self.name == "regression" else None

@@ -75,6 +75,13 @@ class DataSpec:
     messages: Annotated[str | None, "column with a list of chat messages"] = None
     tokens: Annotated[str | None, "column with a list of words, for token classification", Flag("tokens")] = None
     tags: Annotated[str | None, "column with one tag for each word"] = None
+    template: Annotated[
+        str | None,
+        "ask for the label by a gap in a text, such as '{text} It was {mask}.'; no new head then",
+    ] = None
+    words: Annotated[
+        str | None, "the word of each label that fills the gap, as LABEL=WORD,...; left out, the labels themselves"
+    ] = None
     row_task: Annotated[
         str | None, "column that says which task a row is of, for methods that keep numbers for each task"
     ] = None
@@ -397,6 +404,8 @@ RESUME: dict[str, ResumeRule] = {
     "data.messages": "exact",
     "data.tokens": "exact",
     "data.tags": "exact",
+    "data.template": "exact",
+    "data.words": "exact",
     "data.row_task": "exact",
     "data.loss_on": "exact",
     "max_length": "exact",

@@ -20,6 +20,7 @@ from luthier.data.examples import IGNORED
 from luthier.data.tasks import Task
 from luthier.surgery import Tuned
 from luthier.training.frozen_features import Features, features_of
+from luthier.training.gap_words import GapWords
 from luthier.training.output_matrix import soft_capped, softcap_of, trunk_states, why_all_logits, word_head_of
 
 __all__ = ["Objective", "Result"]
@@ -58,7 +59,8 @@ class Objective:
         if task.name == "masked_lm" and not full_logits:
             self.word_head, self.why_all_logits = word_head_of(tuned)
         self.chunked = task.name in ("causal_lm", "masked_lm") and not self.why_all_logits
-        self.labelled = task.name in ("classification", "regression")
+        self.labelled = task.name in ("classification", "regression") and not task.template
+        self.gap = GapWords(tuned, task) if task.template else None
         self.first_token = tuned.fast.first_token() if self.labelled else None
         self.features: Features | None = None
 
@@ -76,6 +78,9 @@ class Objective:
             return self._chunked(batch)
         if self.features is not None and self.features.usable():
             logits = self.features.logits(batch)
+            return Result(self.loss(logits, batch.labels), batch.n_targets, logits, batch.labels)
+        if self.gap is not None:
+            logits = self.gap.logits(batch)
             return Result(self.loss(logits, batch.labels), batch.n_targets, logits, batch.labels)
         with self.cut():
             out = self.tuned.model(**batch.inputs)

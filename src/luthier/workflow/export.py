@@ -60,6 +60,10 @@ def export_peft(predictor: Predictor, folder: Path | str) -> Exported:
     if target.exists():
         raise ConfigError(f"{target}: is there already. Name a folder that does not exist.")
     task, source = predictor.task, predictor.source
+    if task.template:
+        raise ConfigError(
+            "this run asks for labels by a template, which a folder of peft cannot hold. Use luthier merge instead."
+        )
     task_type, reader = TASK_TYPES[task.name]
     local = source.name.startswith("sample:") or Path(source.name).expanduser().is_dir()
     base = str(target.absolute() / "base") if local else source.name

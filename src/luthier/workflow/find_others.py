@@ -52,6 +52,11 @@ def find_others(strategies: Iterable[Strategy], task: Task, tokenizer: Any, n_vo
         Any LuthierError: no such model.
     """
     found = []
+    if task.template and any(one.models() for one in strategies):
+        raise ConfigError(
+            "a model beside the one that trains is asked for labels, and this run for words (data.template). Leave the "
+            "template or the other model out."
+        )
     for one in strategies:
         for role, name in one.models().items():
             found.append(_found(one.name, role, name, task, tokenizer, n_vocab))

@@ -214,10 +214,12 @@ def collator_of(task: Task, model: Any, tokenizer: Any, *, pad_id: int, pad_to: 
         ModelError: the tokenizer has nothing to put in the place of what the task takes out.
     """
     n_vocab = int(model.get_input_embeddings().weight.shape[0])
+    start = getattr(model.config, "decoder_start_token_id", None)
     return Collator(
         pad_id=pad_id,
         pad_to=pad_to,
-        decoder_start=getattr(model.config, "decoder_start_token_id", None) if task.decodes else None,
+        decoder_ids=(int(start), task.gap) if task.asks == "both" and start is not None else (),
+        decoder_start=start if task.decodes else None,
         corruption=corruption_of(task, tokenizer, n_vocab, seed),
     )
 

@@ -92,7 +92,7 @@ def _a_batch(predictor: Predictor) -> dict[str, Any]:
     n_vocab = int(predictor.tuned.model.get_input_embeddings().weight.shape[0])
     ids = torch.arange(24, device=predictor.device).reshape(2, 12) * max(1, n_vocab // 24) % n_vocab
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if predictor.task.decodes:
+    if predictor.task.decodes or predictor.task.asks == "both":
         batch["decoder_input_ids"] = ids[:, :6]
     return batch
 
@@ -137,6 +137,8 @@ def _describe(model: Any, predictor: Predictor) -> None:
 def _card(path: Path, out: Path, model: Any, predictor: Predictor, in_unit: bool) -> str:
     spec, task = predictor.spec, predictor.task
     pipeline = PIPELINES.get(task.name)
+    if task.template:
+        pipeline = {"encoder": "fill-mask", "decoder": "text-generation"}.get(task.asks)
     scores = path / "scores.json"
     found = json.loads(scores.read_text(encoding="utf-8")) if scores.exists() else {}
     lines = ["---", "library_name: transformers", *([f"pipeline_tag: {pipeline}"] if pipeline else []), "---", ""]
@@ -161,6 +163,8 @@ def _card(path: Path, out: Path, model: Any, predictor: Predictor, in_unit: bool
             f"print(answer({asked}))", "```", "",
         ]  # fmt: skip
     lines += [f"Task: {task.name.replace('_', ' ')}."]
+    if task.template:
+        lines += [f"Labels are asked for by the words {', '.join(task.words)} in {task.template!r}."]
     if task.labels:
         lines += [f"Labels: {', '.join(task.labels)}."]
     if task.thresholds:

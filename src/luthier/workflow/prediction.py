@@ -30,7 +30,7 @@ from luthier.training.evaluate import Evaluator
 from luthier.training.objective import Objective, Result
 from luthier.training.precision import choose_device, choose_precision
 from luthier.workflow.generation import Generator
-from luthier.workflow.load_model import find_model, load_model, load_tokenizer, tokenizer_digest
+from luthier.workflow.load_model import collator_of, find_model, load_model, load_tokenizer, tokenizer_digest
 from luthier.workflow.preparation import reserved_positions
 from luthier.workflow.unsure import check_unsure, unsure_of
 
@@ -215,7 +215,7 @@ class Predictor:
         """Row -> its answer, of those that could be encoded."""
         if len(examples) == 0:
             return {}
-        batches = EvalBatches(examples, Collator(pad_id=int(self.contract["pad"]["id"])), 4 * self.spec.batch.tokens)
+        batches = EvalBatches(examples, self._collator(), 4 * self.spec.batch.tokens)
         objective = self.objective
         if tunings is not None:
             objective = _ByRow(self.tuned, self.task, [tunings[i] for i in examples.rows])
@@ -231,6 +231,10 @@ class Predictor:
             row: {"label": label, "probabilities": {n: float(p) for n, p in zip(self.task.labels, each, strict=True)}}
             for row, label, each in zip(rows, decoded, shares, strict=True)
         }
+
+    def _collator(self) -> Collator:
+        pad_id = int(self.contract["pad"]["id"])
+        return collator_of(self.task, self.tuned.model, self.tokenizer, pad_id=pad_id, pad_to=1, seed=0)
 
     def _tags(self, examples: Examples, logits: Sequence[Any]) -> dict[int, dict[str, Any]]:
         """One tag for each word of each row, in order; None for a word of which no token remains."""

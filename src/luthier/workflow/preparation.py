@@ -14,6 +14,7 @@ from luthier.__version__ import __version__
 from luthier.anatomy import Anatomy
 from luthier.core import ConfigError, NothingTrains, UnknownName, human_count, key, plain
 from luthier.data.chat import ChatTemplate
+from luthier.data.cloze import as_cloze
 from luthier.data.columns import Columns
 from luthier.data.encode import encode
 from luthier.data.examples import Examples
@@ -128,6 +129,13 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None, *, be
         method = compose.for_rows(method, {"task": len(row_tasks)})
         note(f"rows are of {len(row_tasks)} tasks: {', '.join(row_tasks)}")
 
+    tokenizer = load_tokenizer(source)
+    if spec.data.template is not None:
+        task = as_cloze(task, spec.data.template, spec.data.words, columns, tokenizer, config)
+        note(f"labels are asked for by {task.template!r}: {', '.join(task.words)}; no new head")
+    elif spec.data.words is not None:
+        raise ConfigError("data.words are for the gap of a template, and data.template is left out. Give one.")
+
     def encoded(rows: Table, **more: Any) -> Examples:
         made = encode(rows, columns, task, tokenizer, **options, **more)
         return with_tasks(made, columns.row_task, row_tasks) if columns.row_task is not None else made
@@ -158,7 +166,8 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None, *, be
         note(remark)
     if further:
         table, task = join(table, task, further)
-    tokenizer = load_tokenizer(source)
+        if task.template and len(task.labels) > len(task.words):
+            raise ConfigError(f"also: labels without a word: {', '.join(task.labels[len(task.words) :])}. Give words.")
     method = compose.completed(method, tokenizer, pair=columns.pair is not None)
     empty = empty_model(source, task)
     anatomy = Anatomy.read(empty)

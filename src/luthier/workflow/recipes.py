@@ -14,9 +14,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from luthier.core import ConfigError, IntegrityError, Interrupted, Locked, plain
+from luthier.data.cloze import Kind, kind_of_model
 from luthier.data.columns import Columns
 from luthier.data.load_data import load_data
 from luthier.data.rows import Table
@@ -247,14 +248,8 @@ class _Desk:
     writes: bool = True
 
     @property
-    def kind(self) -> Literal["encoder", "decoder", "both"]:
-        from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-        config = load_config(find_model(self.plan.spec.model))
-        if getattr(config, "is_encoder_decoder", False):
-            return "both"
-        masked = getattr(config, "model_type", "") in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-        return "encoder" if masked and not getattr(config, "is_decoder", False) else "decoder"
+    def kind(self) -> Kind:
+        return kind_of_model(load_config(find_model(self.plan.spec.model)))
 
     def check(self, spec: RunSpec) -> None:
         if not self.writes:  # on every later call the phases themselves are checked

@@ -1,0 +1,135 @@
+"""Questions of a label as a gap in a text: a template, and for each label the word that would fill the gap.
+
+    template   {text} It was {mask}.          words   bad=terrible, good=great
+
+The score of a label is the logit of its word where the gap is: at the mask of an encoder, at the last token of a
+decoder (the gap ends the template), at the first sentinel of a T5. No new head is needed, and none trains.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from luthier.core import ConfigError, ModelError
+from luthier.data.columns import Columns
+from luthier.data.tasks import Task
+
+__all__ = ["Kind", "as_cloze", "kind_of_model", "rendered", "words_of"]
+
+Kind = Literal["encoder", "decoder", "both"]
+FIELDS = ("text", "pair", "mask")
+
+
+def kind_of_model(config: Any) -> Kind:
+    """What a model is: an encoder reads both ways, a decoder writes, and some have a part for each."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    if getattr(config, "is_encoder_decoder", False):
+        return "both"
+    masked = getattr(config, "model_type", "") in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return "encoder" if masked and not getattr(config, "is_decoder", False) else "decoder"
+
+
+def as_cloze(task: Task, template: str, words: str | None, columns: Columns, tokenizer: Any, config: Any) -> Task:
+    """The task with its labels asked for by a template.
+
+    Args:
+        words: "label=word, label=word"; None, the labels themselves.
+
+    Raises:
+        ConfigError: a template without a gap, words that do not fit the labels, or that are several tokens.
+        ModelError: the tokenizer has nothing that stands for a gap.
+    """
+    if task.name != "classification" or task.multi_label:
+        raise ConfigError(f"a template asks for one of several labels, and the task is {task.name}. Leave it out.")
+    kind = kind_of_model(config)
+    _check_template(template, kind, columns)
+    spelt = words_of(words, task.labels)
+    ids = tuple(_word_id(tokenizer, label, word, template) for label, word in spelt.items())
+    if len(set(ids)) < len(ids):
+        raise ConfigError(f"words: two labels have the same word in {', '.join(spelt.values())}. Choose another.")
+    return replace(
+        task, template=template, words=tuple(spelt.values()), word_ids=ids, gap=_gap(tokenizer, kind), asks=kind
+    )
+
+
+def _check_template(template: str, kind: Kind, columns: Columns) -> None:
+    found = re.findall(r"\{(\w*)\}", template)
+    unknown = [name for name in found if name not in FIELDS]
+    if unknown:
+        raise ConfigError(f"template: {{{unknown[0]}}} is none of {', '.join(f'{{{n}}}' for n in FIELDS)}.")
+    if found.count("mask") != 1:
+        raise ConfigError(
+            f"template {template!r} has {found.count('mask')} gaps; it needs one {{mask}}, such as "
+            "'{text} It was {mask}.'"
+        )
+    if "text" not in found:
+        raise ConfigError(f"template {template!r} does not hold the row's text: put {{text}} into it.")
+    if ("pair" in found) != (columns.pair is not None):
+        lacks = "holds {pair}, and the rows have one text" if "pair" in found else "leaves out the second text"
+        raise ConfigError(f"template {template!r} {lacks}. Use {{pair}} where rows are pairs, and only there.")
+    if kind == "decoder" and not template.rstrip().endswith("{mask}"):
+        raise ConfigError(
+            f"template {template!r}: a decoder reads what stands before the gap alone, so the template must end with "
+            "{mask}. Put the rest before it."
+        )
+
+
+def words_of(words: str | None, labels: Sequence[str]) -> dict[str, str]:
+    """Label -> its word, in the order of the labels.
+
+    >>> words_of("1=great, 0=bad", ("0", "1"))
+    {'0': 'bad', '1': 'great'}
+
+    Raises:
+        ConfigError: a label without a word, or a word for none.
+    """
+    if words is None:
+        return {label: label for label in labels}
+    pairs = [part.partition("=") for part in words.split(",") if part.strip()]
+    found: Mapping[str, str] = {label.strip(): word.strip() for label, _, word in pairs}
+    lacks = [label for label in labels if not found.get(label)]
+    extra = [label for label in found if label not in labels]
+    if lacks or extra:
+        about = f"no word for {', '.join(lacks)}" if lacks else f"{', '.join(extra)} is no label"
+        raise ConfigError(
+            f"words {words!r}: {about}. Write one word for each label of {', '.join(labels)}, as in {labels[0]}=great."
+        )
+    return {label: found[label] for label in labels}
+
+
+def _word_id(tokenizer: Any, label: str, word: str, template: str) -> int:
+    blank = " " if " {mask}" in template else ""
+    ids: list[int] = []
+    for written in (f"{blank}{word}", word):
+        ids = list(tokenizer(written, add_special_tokens=False)["input_ids"])
+        if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
+            return int(ids[0])
+    parts = tokenizer.convert_ids_to_tokens(ids)
+    what = "is unknown to the tokenizer" if tokenizer.unk_token_id in ids else f"is {len(ids)} tokens ({parts})"
+    raise ConfigError(
+        f"words: the word {word!r} of label {label!r} {what}, and a gap holds one. Choose another: --words "
+        f"'{label}=WORD, ...'."
+    )
+
+
+def _gap(tokenizer: Any, kind: Kind) -> int:
+    """The id that stands where the gap is; -1 in a decoder, whose gap is the end."""
+    if kind == "decoder":
+        return -1
+    if kind == "encoder":
+        found = tokenizer.mask_token_id
+    else:
+        found = tokenizer.get_vocab().get("<extra_id_0>")
+    if found is None:
+        raise ModelError("a template needs a tokenizer with a mask token, or with sentinels as T5 has; this has none.")
+    return int(found)
+
+
+def rendered(task: Task, text: str, pair: str | None, tokenizer: Any) -> str:
+    """The template filled with a row, with the token that stands for the gap."""
+    gap = "" if task.asks == "decoder" else str(tokenizer.convert_ids_to_tokens(task.gap))
+    fields = {"text": text, "pair": pair or "", "mask": gap}
+    said = re.sub(r"\{(\w+)\}", lambda m: fields[m.group(1)], task.template)
+    return said.rstrip() if task.asks == "decoder" else said

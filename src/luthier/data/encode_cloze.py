@@ -1,0 +1,80 @@
+"""Rows with a label as texts with a gap: the template is kept whole, and where a row is too long its text is cut."""
+
+from typing import Any
+
+import numpy as np
+
+from luthier.data.cloze import rendered
+from luthier.data.columns import Columns, text_complaint
+from luthier.data.examples import Examples, Flat, Ledger
+from luthier.data.rows import Table
+from luthier.data.tasks import Task
+from luthier.data.tokenizer import check_ids, tokenize
+
+__all__ = ["encode_cloze"]
+
+
+def encode_cloze(
+    table: Table,
+    columns: Columns,
+    task: Task,
+    tokenizer: Any,
+    n_vocab: int,
+    max_length: int,
+    ledger: Ledger,
+    with_targets: bool,
+) -> Examples:
+    assert columns.text is not None
+    names = [name for name in (columns.text, columns.pair) if name is not None]
+    ids, kept = Flat(np.int32), []
+    for row in range(len(table)):
+        values = [table.rows[row].get(name) for name in names]
+        found = (text_complaint(v, f"field {n!r}") for v, n in zip(values, names, strict=True))
+        complaint = next((c for c in found if c), None)
+        if complaint:
+            ledger.refuse(row, complaint)
+            continue
+        tokens, cut = _fitting(task, [str(v) for v in values], tokenizer, max_length)
+        check_ids([tokens], [row], table, tokenizer, n_vocab)
+        gaps = tokens.count(task.gap) if task.asks != "decoder" else 1
+        if not tokens or gaps != 1:
+            reason = f"{gaps} gaps: the text holds the token that stands for one" if tokens and gaps else "no room"
+            ledger.refuse(row, reason)
+            continue
+        if cut:
+            ledger.truncate(row, len(tokens), int(with_targets), f"its text was cut by {cut} words, to {len(tokens)}")
+        else:
+            ledger.use(row, len(tokens), int(with_targets))
+        ids.add(tokens)
+        kept.append(row)
+    chosen = np.asarray(kept, dtype=np.int64)
+    targets = task.targets(table, columns) if with_targets else None
+    typed = "token_type_ids" in tokenizer.model_input_names
+    flat = ids.array()
+    return Examples(
+        ids=flat,
+        offsets=ids.offsets(),
+        rows=chosen,
+        n_targets=np.full(len(chosen), int(with_targets), dtype=np.int64),
+        types=np.zeros(len(flat), dtype=np.int8) if typed else None,
+        targets=None if targets is None else targets[chosen],
+        ledger=ledger,
+    )
+
+
+def _fitting(task: Task, texts: list[str], tokenizer: Any, size: int) -> tuple[list[int], int]:
+    """The ids of a row, and how many words were cut off its longest text for it to fit; no ids where none is left."""
+    cut = 0
+    while True:
+        said = rendered(task, texts[0], texts[1] if len(texts) > 1 else None, tokenizer)
+        tokens = list(tokenize(tokenizer, [said])["input_ids"][0])
+        if task.asks == "decoder" and len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id:
+            tokens.pop()  # the gap is the end
+        if len(tokens) <= size:
+            return tokens, cut
+        longest = max(range(len(texts)), key=lambda i: len(texts[i].split()))
+        words = texts[longest].split()
+        drop = max(1, (len(tokens) - size) // 2)
+        if len(words) <= drop:
+            return [], cut
+        texts[longest], cut = " ".join(words[:-drop]), cut + drop

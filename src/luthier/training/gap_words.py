@@ -1,0 +1,53 @@
+"""Scores of labels from the words that would fill the gap of a template: computed there, and for those words alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from luthier.data.batches import Batch
+from luthier.data.tasks import Task
+from luthier.surgery import Tuned
+from luthier.training.output_matrix import soft_capped, softcap_of, trunk_states, why_all_logits, word_head_of
+
+__all__ = ["GapWords"]
+
+
+class GapWords:
+    """Finds the gap of each row and gives the logits of the labels' words."""
+
+    def __init__(self, tuned: Tuned, task: Task) -> None:
+        self._tuned, self._task = tuned, task
+        self._word_head: nn.Module | None = word_head_of(tuned)[0] if task.asks == "encoder" else None
+        self._direct = task.asks == "decoder" and not why_all_logits(tuned)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(rows, labels), in the order of the task's labels."""
+        words = torch.tensor(self._task.word_ids, device=batch.inputs["input_ids"].device)
+        rows, places = self._gaps(batch.inputs)
+        if self._word_head is not None:
+            states = trunk_states(self._tuned, batch.inputs)[rows, places]  # (rows, d)
+            found: Tensor = self._word_head(states[None])[0]  # (rows, vocabulary)
+            return found[:, words]
+        if self._direct:
+            model: Any = self._tuned.model
+            head = model.get_output_embeddings()
+            states = trunk_states(self._tuned, batch.inputs)[rows, places]
+            bias = None if head.bias is None else head.bias[words]
+            return soft_capped(F.linear(states.to(head.weight.dtype), head.weight[words], bias), softcap_of(model))
+        whole: Tensor = self._tuned.model(**batch.inputs).logits  # (rows, tokens, vocabulary)
+        return whole[rows, places][:, words]
+
+    def _gaps(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The row and the place of each gap, both (rows,)."""
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        rows = torch.arange(len(ids), device=ids.device)
+        if self._task.asks == "both":
+            return rows, torch.full_like(rows, inputs["decoder_input_ids"].shape[1] - 1)
+        if self._task.asks == "decoder":
+            places = torch.arange(ids.shape[1], device=ids.device)
+            return rows, (mask * (places + 1)).argmax(-1)  # the last token that is no padding
+        return rows, (ids == self._task.gap).int().argmax(-1)

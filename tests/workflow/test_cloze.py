@@ -1,0 +1,123 @@
+"""Labels that are asked for by a gap in a text, of masked, causal and T5 models."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from fillers import encoder, filler, t5, writer
+from little import Heard, little_data, little_spec
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from luthier.core import ConfigError, ModelError
+from luthier.runs.spec import DataSpec, OptimSpec
+from luthier.workflow import evaluate, merge, resume, train
+from luthier.workflow.load_model import find_model
+from luthier.workflow.prediction import Predictor
+from luthier.workflow.preparation import prepare
+from luthier.workflow.resume_proof import run_digests
+
+torch.set_num_threads(1)
+KINDS = ("encoder", "decoder", "both")
+WORDS = "good=good, bad=bad, red=red"
+
+
+def asking(home, kind, **changes):
+    made = {"encoder": filler, "decoder": writer, "both": t5}[kind](home / kind)
+    template = "{text} ! it is {mask}" + ("" if kind == "decoder" else " .")
+    fields = {"source": str(little_data(home / "rows.csv")), "template": template, "words": WORDS}
+    data = DataSpec(**{**fields, **changes.pop("data", {})})
+    given = {"model": str(made), "method": "lora", "steps": 6, "data": data, "settings": {}}
+    return little_spec(home, **{**given, **changes})
+
+
+def by_hand(kind, folder, text):
+    """Log-odds of the three words, from transformers alone."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    words = [tokenizer(w, add_special_tokens=False)["input_ids"][0] for w in ("bad", "good", "red")]
+    said = f"{text} ! it is"
+    if kind == "encoder":
+        ids = torch.tensor([tokenizer(f"{said} [MASK] .")["input_ids"]])
+        at = int((ids[0] == tokenizer.mask_token_id).nonzero())
+        return AutoModelForMaskedLM.from_pretrained(folder)(input_ids=ids).logits[0, at, words]
+    if kind == "decoder":
+        ids = torch.tensor([tokenizer(said)["input_ids"]])
+        return AutoModelForCausalLM.from_pretrained(folder)(input_ids=ids).logits[0, -1, words]
+    ids = torch.tensor([tokenizer(f"{said} <extra_id_0> .")["input_ids"]])
+    read = torch.tensor([[0, tokenizer.convert_tokens_to_ids("<extra_id_0>")]])
+    return AutoModelForSeq2SeqLM.from_pretrained(folder)(input_ids=ids, decoder_input_ids=read).logits[0, 1, words]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pet_zero_shot_equals_the_raw_scores_of_the_model(kind, tmp_path):
+    spec = asking(tmp_path, kind, steps=1, optim=OptimSpec(lr=1e-6))
+    done = train(spec)
+    text = "how far is the moon"
+    answer = Predictor(done.path).texts([text])[0]
+    with torch.no_grad():
+        wanted = torch.softmax(by_hand(kind, spec.model, text).double(), -1)
+    found = [answer["probabilities"][label] for label in ("bad", "good", "red")]
+    np.testing.assert_allclose(found, wanted.numpy(), atol=2e-4)
+    assert sorted(done.scores) == ["accuracy", "loss", "macro_f1", "mcc"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_learns_no_new_head_and_resumes_to_the_bit(kind, tmp_path):
+    heard = Heard()
+    spec = asking(tmp_path, kind, steps=40, optim=OptimSpec(lr=1e-2))
+    whole = train(spec, listener=heard)
+    assert whole.scores["accuracy"] > 0.6 and "no new head" in heard.text
+    assert not [n for n in whole.tuned.trained() if "cls" in n or "lm_head" in n]
+    train(dataclasses.replace(spec, out=str(tmp_path / "stopped")), stop_at=17)
+    resume(tmp_path / "stopped")
+    assert run_digests(tmp_path / "stopped") == run_digests(whole.path)
+    again = evaluate(whole.path, str(tmp_path / "rows.csv"))
+    assert again.scores["accuracy"] > 0.6
+
+
+def test_merged_it_is_a_model_of_words(tmp_path):
+    done = train(asking(tmp_path, "encoder", steps=2))
+    merge(done.path, tmp_path / "merged")
+    assert "fill-mask" in (tmp_path / "merged" / "README.md").read_text()
+    AutoModelForMaskedLM.from_pretrained(tmp_path / "merged")
+
+
+def test_a_long_text_is_cut_and_its_template_is_not(tmp_path):
+    rows = tmp_path / "long.csv"
+    rows.write_text("text,label\n" + "".join(f"{'moon sun ' * 30}{x},{x}\n" for x in ("good", "bad", "red") * 8))
+    prepared = prepare(asking(tmp_path, "encoder", data={"source": str(rows), "test_share": 0.0}, max_length=24))
+    gap = prepared.task.gap
+    ids = np.split(prepared.train.ids, prepared.train.offsets[1:-1])
+    assert all((row == gap).sum() == 1 and len(row) <= 24 for row in ids)
+    assert prepared.train.ledger.counts()["truncated"] == len(ids)
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "words"),
+    [
+        ("encoder", {"template": "{text} it is good"}, "0 gaps"),
+        ("encoder", {"template": "{mask} {text} {mask}"}, "2 gaps"),
+        ("encoder", {"template": "it is {mask}"}, "does not hold the row's text"),
+        ("encoder", {"template": "{text} {what} {mask}"}, "what"),
+        ("encoder", {"template": "{text} {pair} {mask}"}, "rows have one text"),
+        ("decoder", {"template": "{text} it is {mask} ."}, "must end with"),
+        ("encoder", {"words": "good=good, bad=bad"}, "no word for red"),
+        ("encoder", {"words": f"{WORDS}, blue=blue"}, "blue is no label"),
+        ("encoder", {"words": "good=good, bad=very bad, red=red"}, "is 2 tokens|unknown"),
+        ("encoder", {"words": "good=moon sun, bad=bad, red=red"}, "'moon sun' of label 'good' is 2 tokens"),
+        ("encoder", {"words": "good=xyz, bad=bad, red=red"}, "unknown to the tokenizer"),
+        ("encoder", {"words": "good=bad, bad=bad, red=red"}, "the same word"),
+        ("encoder", {"template": None}, "words are for the gap"),
+    ],
+)
+def test_templates_and_words_that_cannot_work_are_refused(kind, data, words, tmp_path):
+    with pytest.raises(ConfigError, match=words):
+        train(asking(tmp_path, kind, data=data))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_without_a_head_of_words_is_refused(tmp_path):
+    model = str(encoder(tmp_path / "bare"))
+    assert find_model(model)
+    with pytest.raises(ModelError, match="are not in its weights"):
+        train(asking(tmp_path, "encoder", model=model))

@@ -71,9 +71,9 @@ def test_changes_names_each_field_that_differs_with_its_rule():
 
 def changed(value, hint):
     """Another value of the same type."""
-    literals = [a for a in get_args(hint) if isinstance(a, str)]
-    if literals:
-        return next(a for a in literals if a != value)
+    literals = [a for part in get_args(hint) for a in (part, *get_args(part)) if isinstance(a, str)]
+    if others := [a for a in literals if a != value]:
+        return others[0]
     if bool in get_args(hint) and isinstance(value, str):
         return True
     numbers = [a for a in get_args(hint) if a in (int, float)]

@@ -1,6 +1,7 @@
 """All sites of one model, read from its structure alone: no weight is looked at, so the meta device will do."""
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -325,7 +326,7 @@ def _read(model: nn.Module) -> Anatomy:
         n_kv_heads=first.n_kv_heads,
         vocab_size=next((s.d_in for s in sites if s.kind == "embed"), None),
         max_positions=_max_positions(model, config, text_stack, body.blocks),
-        n_params=sum(p.numel() for p in model.parameters()),
+        n_params=sum(math.prod(shape) for shape in tensors.values()),
         is_decoder=not encoder_decoder and any(a.causal for a in body.attentions),
         is_encoder_decoder=encoder_decoder,
         pre_norm=all(body.pre_norm),
@@ -535,12 +536,18 @@ def _tensors(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, st
     tensors: dict[str, tuple[int, ...]] = {}
     tied: dict[str, str] = {}
     first: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) in first:
-            tied[name] = first[id(parameter)]
-        else:
-            first[id(parameter)] = name
-            tensors[name] = tuple(parameter.shape)
+    for path, module in model.named_modules(remove_duplicate=False):
+        inside = f"{path}." if path else ""
+        # A weight in codes is no parameter, and counts as what it stands for.
+        shape = getattr(module, "stored_shape", None)
+        held = [("weight", id(module), shape)] if shape is not None else []
+        held += [(n, id(p), tuple(p.shape)) for n, p in module._parameters.items() if p is not None]
+        for short, mark, size in held:
+            if mark in first:
+                tied[inside + short] = first[mark]
+            else:
+                first[mark] = inside + short
+                tensors[inside + short] = size
     return tensors, tied
 
 

@@ -71,7 +71,7 @@ class BlockFacts:
 def layer_shape(module: nn.Module) -> tuple[int, int, bool] | None:
     """(d_in, d_out, transposed) of a linear layer however it stores its weight; None for anything else."""
     if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features, False
+        return module.in_features, module.out_features, bool(getattr(module, "transposed", False))
     weight = getattr(module, "weight", None)
     if type(module).__name__ == "Conv1D" and getattr(weight, "ndim", 0) == 2:
         return int(module.nx), int(module.nf), True  # type: ignore[arg-type]

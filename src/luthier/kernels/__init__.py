@@ -6,6 +6,7 @@ Nothing here knows a model, a method or a run. `plain()` (or LUTHIER_PLAIN=1) tu
 from luthier.kernels._switch import fast, plain
 from luthier.kernels.attachments import bottleneck, scale
 from luthier.kernels.attention import attend, attention_interface
+from luthier.kernels.codes import FORMATS, GROUP, Format, Grouped
 from luthier.kernels.dropout import dropout, keep_mask
 from luthier.kernels.frozen import rms_norm
 from luthier.kernels.grouped import GroupedScales, GroupedUpdates, StillSiblings, StillUpdate
@@ -13,13 +14,20 @@ from luthier.kernels.loss import linear_cross_entropy
 from luthier.kernels.low_rank import Update, dora_linear, dora_norm, low_rank_linear, row_squares
 from luthier.kernels.optimizer import adamw
 from luthier.kernels.packed import Packed, can_pack, packed_linear
+from luthier.kernels.stored import Held, StoredLinear
 
 __all__ = [
+    "FORMATS",
+    "GROUP",
+    "Format",
+    "Grouped",
     "GroupedScales",
     "GroupedUpdates",
+    "Held",
     "Packed",
     "StillSiblings",
     "StillUpdate",
+    "StoredLinear",
     "Update",
     "adamw",
     "attend",

@@ -20,6 +20,7 @@ from torch import Tensor
 from luthier.core import ConfigError
 from luthier.kernels.low_rank import Update, _linear
 from luthier.kernels.packed import Packed, can_pack
+from luthier.kernels.stored import Held
 
 __all__ = ["GroupedScales", "GroupedUpdates", "StillSiblings", "StillUpdate"]
 
@@ -28,13 +29,13 @@ class StillUpdate:
     """A frozen linear layer and one low-rank update, for as long as neither changes.
 
     Args:
-        weight: (d_out, d_in), or packed. bias: (d_out,) or None, of the type of the weight.
+        weight: (d_out, d_in), packed, or held in codes. bias: (d_out,) or None, of the type of the weight.
         update: copied into the weight's type here; what is written to it later is not seen.
     """
 
     @torch.inference_mode(False)  # what is packed has to have a version
     @torch.no_grad()
-    def __init__(self, weight: Tensor | Packed, bias: Tensor | None, update: Update) -> None:
+    def __init__(self, weight: Tensor | Packed | Held, bias: Tensor | None, update: Update) -> None:
         self.update, self.scale, self.d_out = update, update.scale, len(weight)
         a = update.a.detach().to(weight.dtype)
         # B as (rank, d_out) rows: a thin product reads it twice as fast so.

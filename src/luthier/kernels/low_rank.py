@@ -22,6 +22,7 @@ from luthier.core import ConfigError
 from luthier.kernels._switch import fast
 from luthier.kernels.dropout import dropout
 from luthier.kernels.packed import Packed
+from luthier.kernels.stored import Held
 
 __all__ = ["Update", "dora_linear", "dora_norm", "low_rank_linear", "row_squares"]
 
@@ -36,7 +37,7 @@ class Update(NamedTuple):
 
 def low_rank_linear(
     x: Tensor,
-    weight: Tensor | Packed,
+    weight: Tensor | Packed | Held,
     bias: Tensor | None,
     a: Tensor,
     b: Tensor,
@@ -48,7 +49,7 @@ def low_rank_linear(
 
     Args:
         x: (..., d_in).
-        weight: (d_out, d_in), or packed. If it wants a gradient itself, the plain formula is used and gives one.
+        weight: (d_out, d_in), packed, or held in codes. If it wants a gradient itself, the plain formula gives it one.
         a: (rank, d_in). b: (d_out, rank).
         p: dropout on the input of the update only; needs `seed`.
 
@@ -57,10 +58,10 @@ def low_rank_linear(
     """
     if p > 0.0 and seed is None:
         raise ConfigError(f"low_rank_linear: p={p} needs a seed; take one from luthier.core.key(...).")
-    held = _tensor(weight)
-    frozen = not (held.requires_grad or (bias is not None and bias.requires_grad))
+    trains = isinstance(weight, Tensor) and weight.requires_grad
+    frozen = not (trains or (bias is not None and bias.requires_grad))
     if not fast() or not frozen or torch.is_autocast_enabled(x.device.type):
-        return _plain(x, held, bias, a, b, scale, p, seed)
+        return _plain(x, _tensor(weight), bias, a, b, scale, p, seed)
     rows: Tensor = _LowRank.apply(x, weight, bias, a, b, float(scale), p, seed)  # type: ignore[no-untyped-call]
     # Viewed out here: models write into what a projection gives, and torch refuses that for a view made in a function.
     return rows.view(*x.shape[:-1], len(b))
@@ -80,7 +81,7 @@ class _LowRank(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor | Packed,
+        weight: Tensor | Packed | Held,
         bias: Tensor | None,
         a: Tensor,
         b: Tensor,
@@ -126,12 +127,12 @@ class _LowRank(torch.autograd.Function):
         return gx, None, None, ga, gb, None, None, None
 
 
-def _tensor(weight: Tensor | Packed) -> Tensor:
-    return weight.weight if isinstance(weight, Packed) else weight
+def _tensor(weight: Tensor | Packed | Held) -> Tensor:
+    return weight if isinstance(weight, Tensor) else weight.weight
 
 
-def _linear(rows: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tensor:
-    return weight.linear(rows, bias) if isinstance(weight, Packed) else F.linear(rows, weight, bias)
+def _linear(rows: Tensor, weight: Tensor | Packed | Held, bias: Tensor | None) -> Tensor:
+    return F.linear(rows, weight, bias) if isinstance(weight, Tensor) else weight.linear(rows, bias)
 
 
 def row_squares(weight: Tensor) -> Tensor:
@@ -162,7 +163,7 @@ def dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float, squares: Tenso
 
 def dora_linear(
     x: Tensor,
-    weight: Tensor | Packed,
+    weight: Tensor | Packed | Held,
     bias: Tensor | None,
     a: Tensor,
     b: Tensor,
@@ -200,7 +201,7 @@ class _Dora(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor | Packed,
+        weight: Tensor | Packed | Held,
         bias: Tensor | None,
         a: Tensor,
         b: Tensor,

@@ -267,6 +267,11 @@ class RunSpec:
         Literal["auto", "bf16", "fp32", "fp16"],
         "arithmetic of the forward pass; auto takes what the hardware does fast",
     ] = "auto"
+    store: Annotated[
+        Literal["nf4", "int8", "int4", "int2", "bf16", "fp32"] | None,
+        "how the frozen base is held: in codes of 4, 8 or 2 bits, or in floats; left out, as precision and method take "
+        "it",
+    ] = None
     trunk_dropout: Annotated[
         Literal["auto", "on", "off"], "dropout inside the model; auto is off where its weights are frozen"
     ] = "auto"
@@ -307,6 +312,11 @@ class RunSpec:
                 f"data.test: {self.data.test!r} is also data.source, so the score would be of rows that were learnt."
                 " Name another file, or leave test out to hold out a share of the rows (test_share)."
             )
+
+    @property
+    def codes(self) -> str | None:
+        """The format in which the base's linear layers are held, such as nf4; None where they are floats."""
+        return None if self.store in ("bf16", "fp32") else self.store
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Optimiser steps of the whole run, at least one."""
@@ -411,6 +421,7 @@ RESUME: dict[str, ResumeRule] = {
     "max_length": "exact",
     "seed": "exact",
     "precision": "exact",
+    "store": "exact",  # another base
     "trunk_dropout": "exact",
     "eval.metric": "exact",  # the best score so far was of this metric
     "eval.best": "exact",  # these three decide which rows are learnt from, rows which are scored

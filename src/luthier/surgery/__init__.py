@@ -29,6 +29,7 @@ from luthier.surgery.phases import Phases
 from luthier.surgery.shapes import matrices, numbers
 from luthier.surgery.source import Source
 from luthier.surgery.sources import open_source
+from luthier.surgery.storage import decode_layers, encode_layers
 from luthier.surgery.training_state import is_head
 from luthier.surgery.tuned import Tuned, attach
 from luthier.surgery.tuning import keyed
@@ -66,6 +67,8 @@ __all__ = [
     "Unfreeze",
     "attach",
     "attach_each",
+    "decode_layers",
+    "encode_layers",
     "from_peft",
     "gradients",
     "is_head",

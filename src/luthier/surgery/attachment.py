@@ -84,6 +84,13 @@ class Attachment(nn.Module):
         """
         raise CannotMerge(f"{type(self).__name__} has no closed form in the weights. Serve it attached.")
 
+    def by_groups(self) -> Tensor | None:
+        """(d_out, groups): what the update adds to all weights of a group of 32 inputs alike; None where it does not.
+
+        A base that is held in integers of groups takes such an update into its offsets, and no code of it moves.
+        """
+        return None
+
     def fused(self, base: Base, x: Tensor) -> Tensor | None:
         """Layer and attachment in one computation, equal to `after(x, base(before(x)))`; None where it does not pay.
 

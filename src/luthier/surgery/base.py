@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from luthier.anatomy.site import Rows, Site
 from luthier.core import AnatomyError
-from luthier.kernels import Packed
+from luthier.kernels import Held, Packed, StoredLinear
 
 __all__ = ["Base", "is_plain", "join_rows", "take_rows"]
 
@@ -67,8 +67,18 @@ class Base:
         self.packed: Packed | None = None
         self.moves = False  # a tuning trains the weight itself: nothing computed from it may be kept
 
+    @property
+    def stored(self) -> StoredLinear | None:
+        """The layer, where its weight is held in codes."""
+        return self.module if isinstance(self.module, StoredLinear) and self.site.param == "weight" else None
+
+    @property
+    def readable(self) -> bool:
+        """Whether `weight()` can be had: all but layers whose scale only they know."""
+        return self.stored is not None or is_plain(self.whole_weight())
+
     def whole_weight(self) -> Tensor:
-        """The stored tensor itself, whole: all rows, all experts. For surgery only."""
+        """The stored tensor, whole: all rows, all experts; decoded where it is held in codes. For surgery only."""
         weight = getattr(self.module, self.site.param)
         assert isinstance(weight, Tensor)
         return weight
@@ -81,6 +91,8 @@ class Base:
     @property
     def plain(self) -> bool:
         """Whether the stored weight is what the layer multiplies by, in its own shape; a quantised one is not."""
+        if self.stored is not None:
+            return False
         stored = getattr(self.module, self.site.param, None)
         if not isinstance(stored, Tensor) or self.site.kind.endswith("_out"):
             return True  # a place, with no weight to read
@@ -110,12 +122,12 @@ class Base:
     @property
     def device(self) -> torch.device:
         """Where the layer lives."""
-        return self.whole_weight().device
+        return next(self.stored.buffers()).device if self.stored is not None else self.whole_weight().device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type the layer is stored in."""
-        return self.whole_weight().dtype
+        """The type the layer is stored in; that in which it is decoded, where it is held in codes."""
+        return self.stored.dtype if self.stored is not None else self.whole_weight().dtype
 
     def weight(self) -> Tensor:
         """(d_out, d_in), in the stored float type.
@@ -123,7 +135,7 @@ class Base:
         Raises:
             AnatomyError: the layer holds integers or float8, whose scale only it knows.
         """
-        if not is_plain(self.whole_weight()):
+        if not self.readable:
             raise AnatomyError(
                 f"{self.site.key}: its weight is quantised ({type(self.module).__name__} holds {self.dtype}), and this "
                 "method computes with the weight itself. Use a method that only adds to what a layer gives, such as "
@@ -131,18 +143,45 @@ class Base:
             )
         return self.part(self.whole_weight().detach())
 
+    def lost(self) -> Tensor | None:
+        """What the float weight had and the codes lack: (d_out, d_in) in fp32; None where the weight is a float one.
+
+        Raises:
+            AnatomyError: the float weight cannot be had again.
+        """
+        if self.stored is None:
+            return None
+        whole = self.original()
+        return self.part(whole.T if self.site.transposed else whole) - self.weight().float()  # stored: (d_in, d_out)
+
+    def original(self) -> Tensor:
+        """The float weight of a layer that is held in codes, whole: (all d_out, d_in) in fp32.
+
+        Raises:
+            AnatomyError: nobody knows where it came from, as for a model that was made small in memory.
+        """
+        stored = self.stored
+        if stored is None or stored.original is None:
+            raise AnatomyError(
+                f"{self.site.key}: its float weight is needed and not at hand. Load the model with luthier "
+                "(--store nf4), which can read the weight again, or start without it (start=zero)."
+            )
+        return stored.original().float()
+
     def bias(self) -> Tensor | None:
         """(d_out,), or None where the layer has none."""
         bias = self.whole_bias()
         return None if bias is None else self.part(bias.detach(), bias=True)
 
-    def frozen(self) -> Tensor | Packed:
-        """`weight()` for a fused function: packed for fast products, where there is a packed copy."""
+    def frozen(self) -> Tensor | Packed | Held:
+        """`weight()` for a fused function: packed for fast products, or held in codes. Of whole layers alone."""
+        if self.stored is not None:
+            return self.stored.held
         return self.packed if self.packed is not None and self.packed.fresh else self.weight()
 
     def linear(self, x: Tensor) -> Tensor:
         """The frozen map of this site alone. x: (..., d_in) -> (..., d_out)."""
-        if not is_plain(self.whole_weight()):
+        if self.stored is not None or not self.readable:
             y: Tensor = self.module(x)
             return y if self.site.rows is None else take_rows(y, self.site.rows)
         return torch.nn.functional.linear(x, self.weight(), self.bias())
@@ -161,7 +200,7 @@ class Base:
 
     def taken(self, x: Tensor) -> Tensor:
         """x in the type that the layer takes: its own; a quantised layer takes any float, and its numbers are none."""
-        return x.to(self.dtype) if is_plain(self.whole_weight()) else x
+        return x.to(self.dtype) if self.readable else x
 
     def run(self, x: Tensor) -> Tensor:
         """The layer itself, called in its own type; the result is in that of x. x: (..., d_in) -> (..., d_out).

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from luthier.anatomy import Anatomy
 from luthier.core import ConfigError, UnknownName, near
 from luthier.core.protocols import Model
+from luthier.kernels import StoredLinear
 from luthier.surgery.context import Context
 from luthier.surgery.socket import Socket
 from luthier.surgery.tuning import Tuning
@@ -24,6 +25,7 @@ class EditedModel:
 
     Attributes:
         modules, parameters: the model's own, by every name they have, as they were before the first edit.
+        stored: layers whose weight is held in codes, by the name of the weight.
         context: facts of the current forward pass.
         base_copies: while folded, tensors of the base and their values before.
         digests: of the base, rounded to each type that somebody asked for; see tuning_files.py.
@@ -40,6 +42,9 @@ class EditedModel:
         self.tunings: dict[str, Tuning] = {}
         self.modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters(remove_duplicate=False))
+        self.stored: dict[str, StoredLinear] = {
+            f"{path}.weight": module for path, module in self.modules.items() if isinstance(module, StoredLinear)
+        }
         self.base_copies: list[tuple[Tensor, Tensor]] | None = None
         self.digests: dict[torch.dtype, str] = {}
         self.followers: list[Callable[[], None]] = []

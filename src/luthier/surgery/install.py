@@ -137,10 +137,11 @@ def _refuse_offloaded(model: Model) -> None:
 
 def _refuse_quantised(edited: EditedModel, label: str, names: list[str]) -> None:
     for name in names:
-        tensor = edited.parameters[name]
-        if not is_plain(tensor):
+        codes = edited.stored.get(name)
+        if codes is not None or not is_plain(edited.parameters[name]):
+            holds = f"{codes.form.name} codes" if codes is not None else str(edited.parameters[name].dtype)
             raise AnatomyError(
-                f"{label}: the tensor {name!r} is quantised (it holds {tensor.dtype}), and this method computes with "
+                f"{label}: the tensor {name!r} is quantised (it holds {holds}), and this method trains or replaces "
                 "its numbers. Use a method that only adds to what a layer gives, such as lora or parallel_adapter, or "
                 "load the base in bfloat16."
             )

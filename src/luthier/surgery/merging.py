@@ -10,8 +10,11 @@ from torch import Tensor
 
 from luthier.core import CannotMerge
 from luthier.core.protocols import Model
+from luthier.kernels import Grouped
+from luthier.surgery.base import Base
 from luthier.surgery.edited_model import EditedModel
 from luthier.surgery.serving import Serving
+from luthier.surgery.socket import Plug
 from luthier.surgery.tuning import Master
 
 __all__ = ["Merging", "check", "merged_tensors", "probe"]
@@ -108,6 +111,9 @@ def merged_tensors(edited: EditedModel) -> list[tuple[Tensor, Tensor]]:
         onions = [live.whole, *(plugs for _, plugs in live.parts), *([p] for p in live.experts)]
         for plugs in filter(None, onions):
             base, key_ = plugs[0].base, plugs[0].site.key
+            if base.stored is not None:
+                _shift(base, plugs, working_copy(base.stored.get_buffer("beta")))
+                continue
             whole = working_copy(base.whole_weight())
             held_bias = base.whole_bias()
             bias = None if held_bias is None else base.part(working_copy(held_bias), bias=True).clone()
@@ -123,6 +129,28 @@ def merged_tensors(edited: EditedModel) -> list[tuple[Tensor, Tensor]]:
             if bias is not None and held_bias is not None:
                 base.put(working_copy(held_bias), bias, bias=True)
     return list(new.values())
+
+
+def _shift(base: Base, plugs: list[Plug], beta: Tensor) -> None:
+    """Move the offsets of a layer held in integers of groups, beta (all d_out, groups); no code of it changes."""
+    rows = slice(None) if base.site.rows is None else torch.tensor(base.site.rows.indices(), device=beta.device)
+    for plug in plugs:
+        moved = plug.attachment.by_groups()
+        assert moved is not None, "check() has asked"
+        if not torch.isfinite(moved).all():
+            raise CannotMerge(f"{plug.site.key}: the merged offsets are not finite: broken tuning. Nothing changed.")
+        beta[rows] += moved.to(beta.dtype)
+
+
+def _refuse_codes(plug: Plug) -> None:
+    codes = plug.base.stored
+    assert codes is not None
+    if isinstance(codes.form, Grouped) and plug.attachment.by_groups() is not None:
+        return
+    raise CannotMerge(
+        f"{plug.site.key}: its weight is quantised ({codes.form.name} codes), and an update would be lost among them. "
+        "`luthier merge RUN` merges into the decoded weights; or serve it attached. qa_lora merges into int4 exactly."
+    )
 
 
 @torch.no_grad()
@@ -155,7 +183,9 @@ def check(edited: EditedModel) -> None:
     for socket in edited.sockets():
         live = socket.live
         for plug in (*live.whole, *(p for _, plugs in live.parts for p in plugs), *live.experts):
-            if not plug.base.plain:
+            if plug.base.stored is not None:
+                _refuse_codes(plug)
+            elif not plug.base.plain:
                 raise CannotMerge(
                     f"{plug.site.key}: its weight is quantised ({type(plug.base.module).__name__} holds "
                     f"{plug.base.dtype}), and an update cannot be added to it without its scale. Serve the tuning "

@@ -64,6 +64,8 @@ class Method(ABC):
         modifies: it makes no edit of its own and changes the numbers of the methods beside it.
         looks_ahead: what it adds to a token depends on later tokens too; its page says what that means in generation.
 
+        store: how the base is held where a run of it names nothing else, such as nf4: it is made for a base in codes.
+
         reads_rows: facts of rows that it reads, such as "task": `Context.row`. How many values each has, a setting of
             its plural says (`tasks`); left out, the data do, and 1 where they say nothing.
         sources: the methods whose saved tunings it is made of; `least_sources`, how many at least.
@@ -89,6 +91,7 @@ class Method(ABC):
     looks_ahead: ClassVar[bool] = False
     stored_width: ClassVar[int] = 4
     peft: ClassVar[PeftForm | None] = None
+    store: ClassVar[str | None] = None
     reads_rows: ClassVar[tuple[str, ...]] = ()
     sources: ClassVar[tuple[str, ...]] = ()
     least_sources: ClassVar[int] = 1

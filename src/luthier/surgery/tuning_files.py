@@ -58,15 +58,24 @@ def base_digest(edited: EditedModel, dtype: torch.dtype = torch.bfloat16) -> str
         for name in sorted(edited.anatomy.tensors):
             if name in heads:
                 continue
-            parameter = edited.parameters[name]
-            value: Tensor = originals[id(parameter)] if id(parameter) in originals else parameter  # noqa: SIM401
-            value = value.detach()
+            value = _base_value(edited, name, originals)
             # The path inside the backbone: the same encoder may stand in a classifier or alone.
             short = name.removeprefix(f"{edited.anatomy.backbone}.") if edited.anatomy.backbone else name
             summed.update(f"{short}{tuple(value.shape)}".encode())
             summed.update(value.to("cpu", dtype).contiguous().view(torch.uint8).numpy().data)
         edited.digests[dtype] = summed.hexdigest()
     return edited.digests[dtype]
+
+
+def _base_value(edited: EditedModel, name: str, originals: dict[int, Tensor]) -> Tensor:
+    """A tensor of the base as it was, decoded where it is held in codes."""
+    codes = edited.stored.get(name)
+    if codes is not None:
+        moved = {n: originals[id(b)] for n, b in codes.named_buffers() if id(b) in originals}
+        weight = codes.decoded(moved)
+        return weight.T if codes.transposed else weight  # (d_in, d_out)
+    parameter = edited.parameters[name]
+    return originals.get(id(parameter), parameter).detach()
 
 
 def stored_tensors(tuning: Tuning) -> dict[str, Tensor]:
@@ -217,6 +226,10 @@ def precision_of(edited: EditedModel) -> str:
     sizes: dict[torch.dtype, int] = {}
     trained = {id(u.parameter): u for t in edited.tunings.values() for u in t.unfrozen.values()}
     for name in edited.anatomy.tensors:
+        if name in edited.stored:
+            codes = edited.stored[name]
+            sizes[codes.dtype] = sizes.get(codes.dtype, 0) + codes.in_features * codes.out_features
+            continue
         parameter = edited.parameters[name]
         unfrozen = trained.get(id(parameter))
         dtype = parameter.dtype if unfrozen is None else unfrozen.dtype

@@ -38,8 +38,9 @@ def build(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
     reset_peak()
     program = resident_bytes()  # Python, its libraries and the encoded rows, before any weight is there
     model, fresh = load_model(
-        prepared.source, prepared.task, dtype=prepared.weights, device=prepared.device, seed=spec.seed
-    )
+        prepared.source, prepared.task, dtype=prepared.weights, device=prepared.device, seed=spec.seed,
+        store=spec.codes,
+    )  # fmt: skip
     model.config.pad_token_id = prepared.pad_id
     _check_finite(model, prepared.source.name)
     method = prepared.method

@@ -80,6 +80,9 @@ def choose(spec: RunSpec, task: Task, method: Method, rows: int) -> RunSpec:
         found["optim.lr"] = method.default_lr
         if spec.optim.head_lr is None and new_head:
             found["optim.head_lr"] = method.default_head_lr or method.default_lr
+    wanted = next((part.store for part in method.parts() if part.store is not None), None)
+    if spec.store is None and wanted is not None:
+        found["store"] = wanted
     for name, value in found.items():
         part, _, last = name.rpartition(".")
         (values[part] if part else values)[last] = value
@@ -125,6 +128,8 @@ def reopened(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
         again |= length
     if {"method", "optim.lr"} & set(given):
         again |= rates
+    if "method" in given:
+        again.add("store")
     for name in sorted(again & chosen):
         part, _, last = name.rpartition(".")
         (found[part] if part else found).pop(last, None)

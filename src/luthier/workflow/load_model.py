@@ -165,9 +165,12 @@ def empty_model(source: Source, task: Task) -> Any:
 
 
 def load_model(
-    source: Source, task: Task, *, dtype: torch.dtype, device: torch.device, seed: int
+    source: Source, task: Task, *, dtype: torch.dtype, device: torch.device, seed: int, store: str | None = None
 ) -> tuple[Any, tuple[str, ...]]:
     """Load the weights, memory-mapped, with a new head for the task where one is needed.
+
+    Args:
+        store: a format in which the linear layers are held, such as nf4; None for floats of `dtype`.
 
     Returns:
         the model, and the names of the tensors that no weight file filled: they have to learn.
@@ -177,19 +180,29 @@ def load_model(
     """
     import transformers
 
+    config, more = with_head(load_config(source), task), {}
+    if store is not None:
+        refuse_quantised_twice(source, config, store)
+        from luthier.workflow.load_stored import StoreConfig, clean, keep_originals
+
+        more = {"quantization_config": StoreConfig(store, dtype)}
     auto = getattr(transformers, task.auto_class)
     try:
         with quiet(), keyed(seed, "head"):
             model, report = auto.from_pretrained(
                 source.path,
-                config=with_head(load_config(source), task),
+                config=config,
                 dtype=dtype,
+                **more,
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{source.name}: cannot be loaded for {task.name}: {str(error).splitlines()[0]}") from error
+    if store is not None:
+        clean(model)
+        keep_originals(model, source.folder.weights, dict(source.folder.shapes))
     from luthier.anatomy import Anatomy
 
     heads = set(Anatomy.read(model).head_tensors)
@@ -222,6 +235,16 @@ def collator_of(task: Task, model: Any, tokenizer: Any, *, pad_id: int, pad_to: 
         decoder_start=start if task.decodes else None,
         corruption=corruption_of(task, tokenizer, n_vocab, seed),
     )
+
+
+def refuse_quantised_twice(source: Source, config: Any, store: str) -> None:
+    """Raises: ModelError, where the files hold codes of another kind already."""
+    text = config.get_text_config()
+    if getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None):
+        raise ModelError(
+            f"{source.name}: is quantised already, and cannot be held in {store} on top. Leave --store out, or load "
+            "the model that it was made of."
+        )
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

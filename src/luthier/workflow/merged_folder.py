@@ -56,11 +56,11 @@ def merge(path: Path | str, out: Path | str, *, dtype: Literal["auto", "fp32", "
     if dtype != "auto" and dtype not in TYPES:
         raise ConfigError(f"dtype: got {dtype!r}; it must be auto, fp32, bf16 or fp16.")
     path = Path(path)
-    predictor = Predictor(path, dtype=torch.float32 if dtype == "auto" else TYPES[dtype])
+    predictor = Predictor(path, dtype=torch.float32 if dtype == "auto" else TYPES[dtype], decode=True)
     if dtype == "auto":
         stored = getattr(load_config(find_model(predictor.spec.model)), "dtype", None)
         if stored in (torch.bfloat16, torch.float16):
-            predictor = Predictor(path, dtype=stored)
+            predictor = Predictor(path, dtype=stored, decode=True)
     method = predictor.spec.method
     try:
         merging.check(predictor.tuned.edited)
@@ -161,6 +161,11 @@ def _card(path: Path, out: Path, model: Any, predictor: Predictor, in_unit: bool
         lines += [
             "from transformers import pipeline", "", f"answer = pipeline({pipeline!r}, model={out.name!r}{more})",
             f"print(answer({asked}))", "```", "",
+        ]  # fmt: skip
+    if spec.codes is not None:
+        lines += [
+            f"It was trained on a base whose linear layers are held as {spec.codes}. These weights are what the codes "
+            "stand for, with the tuning added: not the weights that the codes were made of.",
         ]  # fmt: skip
     lines += [f"Task: {task.name.replace('_', ' ')}."]
     if task.template:

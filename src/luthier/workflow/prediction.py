@@ -24,7 +24,7 @@ from luthier.data.tasks import Task
 from luthier.data.tokenizer import position_limit
 from luthier.runs import RunFolder
 from luthier.runs.spec import RunSpec
-from luthier.surgery import Tuned, read_tuning
+from luthier.surgery import Tuned, decode_layers, read_tuning
 from luthier.surgery import load as load_tuning
 from luthier.training.evaluate import Evaluator
 from luthier.training.objective import Objective, Result
@@ -44,13 +44,14 @@ class Predictor:
 
     Args:
         dtype: type of the base's weights; left out, the one it was trained in, whose answers are those of the run.
+        decode: have a base that is held in codes as the plain layers that these stand for, into which can be merged.
 
     Raises:
         ConfigError: no such run, or one that is not finished.
         WrongBase, IntegrityError: model, tokenizer or tuning are not those of the run.
     """
 
-    def __init__(self, path: Path | str, *, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, path: Path | str, *, dtype: torch.dtype | None = None, decode: bool = False) -> None:
         path = Path(path)
         run = RunFolder.open(path, write=False)
         if not run.tuning.exists():
@@ -79,7 +80,10 @@ class Predictor:
         # The base in the type it was trained in: another would answer a little differently.
         if dtype is None:
             dtype = torch.float32 if self.contract["weights"] == "fp32" else self.precision.dtype
-        model, _ = load_model(source, self.task, dtype=dtype, device=self.device, seed=self.spec.seed)
+        store = self.spec.codes
+        model, _ = load_model(source, self.task, dtype=dtype, device=self.device, seed=self.spec.seed, store=store)
+        if store is not None and decode:
+            decode_layers(model)
         model.config.pad_token_id = pad["id"]
         self.tuned = load_tuning(model, run.tuning)
         if self.spec.fast:

@@ -38,6 +38,7 @@ from luthier.training.thresholds import check_thresholds
 from luthier.training.update_checks import refuse_optimisers
 from luthier.workflow.choices import choose, sentence
 from luthier.workflow.find_others import Other, find_others
+from luthier.workflow.held import check_store, held_in
 from luthier.workflow.load_model import (
     Source,
     empty_model,
@@ -197,7 +198,9 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None, *, be
     note(precision.sentence())
     # Where most of the model trains, its weights are the fp32 masters; elsewhere the frozen base is stored small.
     mostly = n_params > anatomy.n_params // 2
-    weights = torch.float32 if mostly else precision.dtype
+    weights = held_in(spec.store, torch.float32 if mostly else precision.dtype, precision)
+    if of_base := check_store(spec, method, empty):
+        note(of_base)
     note(
         f"method {spec.method}: trains {human_count(n_params)} of {human_count(anatomy.n_params)} numbers "
         f"({n_params / anatomy.n_params:.3%}), and a new head of "

@@ -11,7 +11,6 @@ from luthier.anatomy import Anatomy, Site
 from luthier.core import AnatomyError, ConfigError
 from luthier.kernels import GroupedUpdates, StillUpdate, Update, low_rank_linear
 from luthier.surgery import Attachment, Base
-from luthier.surgery.base import is_plain
 
 __all__ = ["MovedUpdate", "SmallDropout", "Thin", "ThinUpdate", "check_projections", "fusable", "live_bias"]
 
@@ -39,7 +38,7 @@ def fusable(base: Base) -> bool:
     if base.site.rows is not None or base.site.expert is not None or base.site.kind.endswith("_out"):
         return False
     # A bias that another method trains would lose its gradient: the fused functions hold the layer constant.
-    if not is_plain(base.whole_weight()):
+    if not base.readable:
         return False
     # Without a graph there is none to lose: a loaded tuning computes the very bits that the trained one did.
     return not (torch.is_grad_enabled() and any(p.requires_grad for p in base.module.parameters()))

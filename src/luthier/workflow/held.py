@@ -1,0 +1,60 @@
+"""How a run holds its base: checked against method and precision before a weight is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from luthier.core import AnatomyError, ConfigError, human_count
+from luthier.runs.spec import RunSpec
+from luthier.surgery import Method
+from luthier.surgery.storage import encode_layers, refuse_method, storable
+from luthier.training.precision import Precision
+
+__all__ = ["check_store", "held_in"]
+
+
+def held_in(store: str | None, otherwise: torch.dtype, precision: Precision) -> torch.dtype:
+    """The float type of the base: of all of it, or of what is not in codes.
+
+    Raises:
+        ConfigError: bf16 weights under another arithmetic.
+    """
+    if store == "bf16" and precision.name != "bf16":
+        raise ConfigError(
+            f"store = bf16 under precision = {precision.name}: rows and weights would be of two types. Use "
+            f"store = fp32, or precision = bf16."
+        )
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}.get(store or "", otherwise)
+
+
+def check_store(spec: RunSpec, method: Method, empty: Any) -> str | None:
+    """Refuse what cannot train over a base held so; what there is to say of it.
+
+    Args:
+        empty: the model on the meta device; its layers are of codes afterwards, where the run wants them.
+
+    Raises:
+        ConfigError: the method is made for codes, and the run wants floats.
+        AnatomyError: the method trains or replaces what is in codes, or the model has nothing that can be.
+    """
+    wanting = [part.name for part in method.parts() if part.store is not None]
+    if spec.codes is None:
+        if wanting and spec.store is not None:
+            raise ConfigError(
+                f"store = {spec.store}: {wanting[0]} is made for a base in codes, and in floats there is nothing that "
+                "it would make up for. Use --store nf4, int8, int4 or int2, or the method lora."
+            )
+        return None
+    paths = storable(empty)
+    numbers = sum(empty.get_submodule(path).weight.numel() for path in paths)
+    encode_layers(empty, spec.codes)
+    try:
+        refuse_method(empty, method)
+    except AnatomyError as error:
+        raise AnatomyError(f"store = {spec.codes}: {error}") from None
+    return (
+        f"base: {len(paths)} linear layers ({human_count(numbers)} numbers) are held as {spec.codes}; embeddings, "
+        "norms and heads stay"
+    )

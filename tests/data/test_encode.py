@@ -1,3 +1,5 @@
+import gc
+
 import numpy as np
 import pytest
 from transformers import BertConfig, GPT2Config, MPNetConfig, RobertaConfig, T5Config
@@ -6,7 +8,7 @@ from word_tables import WORDS, table, word_tokenizer
 from luthier.core import ConfigError, DataError, ModelError
 from luthier.data.batches import Collator
 from luthier.data.columns import Columns
-from luthier.data.encode import encode
+from luthier.data.encode import _without_collection, encode
 from luthier.data.examples import IGNORED
 from luthier.data.tasks import Task
 from luthier.data.tokenizer import check_tokenizer, choose_length, choose_pad, position_limit
@@ -326,3 +328,16 @@ def test_encoding_many_rows_in_chunks_gives_what_one_by_one_gives(monkeypatch):
     assert np.array_equal(whole.ids, parts.ids)
     assert np.array_equal(whole.offsets, parts.offsets)
     assert list(whole.ledger) == list(parts.ledger)
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_the_collector_of_cycles_rests_while_rows_are_encoded_and_is_as_before_afterwards(on):
+    was = gc.isenabled()
+    (gc.enable if on else gc.disable)()
+    try:
+        with pytest.raises(ZeroDivisionError), _without_collection():
+            assert not gc.isenabled()
+            raise ZeroDivisionError
+        assert gc.isenabled() == on
+    finally:
+        (gc.enable if was else gc.disable)()

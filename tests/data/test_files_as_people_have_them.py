@@ -230,6 +230,10 @@ def test_columns_of_marks_are_offered_and_taken_together(tmp_path):
         loaded(path)
     data = loaded(path, text="comment_text", label="toxic,threat,insult", test_share=0)
     assert data.task.multi_label and data.task.labels == ("insult", "threat", "toxic")
+    rows[3] = (rows[3][0], "1", "perhaps", "0")
+    path = written(tmp_path, "b.csv", quoted(",", rows, ("comment_text", "toxic", "threat", "insult")))
+    with pytest.raises(DataError, match=r"b\.csv:5: field 'threat' is 'perhaps'; .* must hold 0 or 1"):
+        loaded(path, text="comment_text", label="toxic,threat,insult", test_share=0)
 
 
 def test_labels_with_commas_are_asked_about(tmp_path):

@@ -7,7 +7,8 @@ from word_tables import table
 
 from luthier.core import BadInput, DataError, UnknownName
 from luthier.data.columns import Columns, find_columns
-from luthier.data.rows import count_duplicates, load_rows, normalised, split_rows
+from luthier.data.rows import count_duplicates, fold_of, load_rows, normalised, split_rows
+from luthier.data.rows import rows_of as rows_of_data
 from luthier.runs.spec import DataSpec
 
 LABELLED = Columns(shape="labelled", text="text", label="label")
@@ -178,3 +179,27 @@ def test_reading_rows_imports_no_data_set_library():
     code = "import sys, luthier.data.rows; print('datasets' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (3, "data: int is no table"),
+        ("a,b", "data: str is no table"),
+        ([], "data: holds no rows"),
+        ([{"text": "a"}, ["b"]], r"data\[1\]: list is no row"),
+    ],
+)
+def test_rows_in_memory_are_a_list_of_dictionaries_or_refused(given, said):
+    with pytest.raises(DataError, match=said):
+        rows_of_data(given)
+    held = [{"text": "a"}, {"text": "b"}]
+    rows = rows_of_data(held)
+    assert rows == held and all(new is not old for new, old in zip(rows, held, strict=True))
+
+
+def test_folds_need_as_many_contents_as_there_are_folds():
+    some = rows_of(4)
+    assert sorted(i for n in (1, 2, 3, 4) for i in fold_of(some, n, 4, 0, LABELLED.content)) == [0, 1, 2, 3]
+    with pytest.raises(DataError, match=r"rows\.csv: 4 different rows .* too few for 5 folds"):
+        fold_of(some, 1, 5, 0, LABELLED.content)

@@ -172,3 +172,11 @@ def test_a_score_of_generated_text_is_refused_with_what_a_run_can_select_by(task
     assert Task(name=task).check_metric("perplexity") == "perplexity"
     several = Task(name="classification", labels=("a", "b"), multi_label=True)
     assert several.check_metric("exact_match") == "exact_match", "of labels it is computed"
+
+
+@pytest.mark.parametrize(("classes", "more"), [(12, ""), (13, ", and 1 more classes"), (15, ", and 3 more classes")])
+def test_the_rows_of_each_class_are_counted_the_largest_first_and_those_not_shown_named_as_more(classes, more):
+    names = [f"c{i:02}" for i in range(classes) for _ in range(classes + 1 - i)]
+    said = next(note for note in infer_task(labelled(*names), None, LABELLED).notes if "rows of each class" in note)
+    shown = ", ".join(f"c{i:02} {classes + 1 - i}" for i in range(12))
+    assert said == f"rows of each class: {shown}{more}"

@@ -149,3 +149,11 @@ def test_a_batch_that_does_not_say_its_tasks_is_refused_and_one_that_says_wrong_
 def test_one_task_needs_no_ids():
     assert method("hyperformer").values_of("task") == 1
     assert torch.isfinite(logits(tuned_with("hyperformer", tasks=1).model)).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_norms_that_train_are_counted(name):
+    bare = attach(tiny("bert"), name, **SMALL, train_norms=False).n_trained()
+    found = attach(tiny("bert"), name, **SMALL)
+    norms = sum(u.parameter.numel() for key, u in found.tuning().unfrozen.items() if not key.startswith("head/"))
+    assert norms > 0 and found.n_trained() == bare + norms == method(name, SMALL).n_params(found.anatomy)

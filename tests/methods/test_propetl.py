@@ -206,3 +206,11 @@ def test_masks_are_kept_in_evaluation_and_follow_a_change():
 def test_settings_go_through_json():
     how = ProPETL(form="lora", density=0.25)
     assert json.loads(json.dumps(how.settings()))["density"] == 0.25
+
+
+@pytest.mark.parametrize("form", ["adapter", "lora"])
+def test_a_place_alone_has_a_prototype_of_its_own(form):
+    place = "ffn_out@1" if form == "adapter" else "attn.q@1"
+    tuned, how = _tuned(form=form, sites=(place,))
+    assert len(tuned.modules(Masked)) == len(tuned.modules(Prototype)) == 1
+    assert tuned.n_trained() == how.n_params(tuned.anatomy) > how.n_stored(tuned.anatomy) > 0

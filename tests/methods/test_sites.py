@@ -12,7 +12,7 @@ from tiny import inputs, tiny
 from luthier.anatomy import Anatomy
 from luthier.core import AnatomyError, ConfigError
 from luthier.runs.spec import RunSpec
-from luthier.surgery import attach, compose, from_peft, load, to_peft
+from luthier.surgery import METHODS, attach, compose, from_peft, load, to_peft
 
 D, M, LAYERS = 48, 80, 3
 
@@ -122,3 +122,36 @@ def test_keys_of_cross_attention_follow_the_decoders_layers_alone() -> None:
     both = compose.method("ia3", {"outputs": "attn.k@0", "inputs": "ffn.down@encoder.0"}).n_params(anatomy)
     width = anatomy.sites("attn.k@decoder.0")[0].d_out
     assert both - one == 2 * width, "its own keys and those of cross-attention"
+
+
+SITED = [
+    (name, setting.name)
+    for name in METHODS.names()
+    for setting in METHODS.card(name).settings
+    if setting.name in ("sites", "inputs", "outputs") and name != "adapter_soup"  # its places are those of its sources
+]
+
+
+@pytest.mark.parametrize(("name", "field"), SITED)
+def test_a_place_that_the_model_lacks_is_refused_by_the_setting_that_named_it(name: str, field: str) -> None:
+    with pytest.raises(AnatomyError) as refused:
+        compose.method(name, {field: "cross.q"}).n_params(Anatomy.read(tiny("bert")))
+    who, _, said = str(refused.value).partition(": ")
+    assert said.startswith("this bert model has no site 'cross.q'.")
+    named, _, setting = who.partition(".")
+    assert setting == field and name.startswith(named)  # krona_b_res has its places from krona_b
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "kinds"),
+    [
+        ("adamix", {"form": "adapter"}, {"attn_out", "ffn_out"}),
+        ("adamix", {"form": "lora"}, {"attn.q", "attn.k", "attn.v", "attn.o", "ffn.up", "ffn.down"}),
+        ("threshold_mask", {}, {"attn.q", "attn.k", "attn.v", "attn.o", "ffn.up", "ffn.down"}),
+        ("parallel_adapter", {}, {"attn_out", "ffn_out"}),
+    ],
+)
+def test_a_star_means_the_places_of_the_methods_own_kind(name: str, settings: dict[str, Any], kinds: set[str]) -> None:
+    anatomy = Anatomy.read(tiny("bert"))
+    every = compose.method(name, {**settings, "sites": "*"}).n_params(anatomy)
+    assert every == compose.method(name, {**settings, "sites": ", ".join(sorted(kinds))}).n_params(anatomy) > 0

@@ -20,6 +20,10 @@ _CARRIED = ("past_key_values", "cache_position", "encoder_hidden_states", "encod
 class BlockRun:
     """One call of one block.
 
+    Attributes:
+        given: what it was called with, by name.
+        rest: what the block gave besides its states, for whoever called it.
+
     Args:
         run: the block with whatever else stands at it: (args, kwargs) -> what it gives.
         block: its own module, for the names of its arguments.
@@ -30,7 +34,8 @@ class BlockRun:
     ) -> None:
         names = list(inspect.signature(block.forward).parameters)
         self.given = dict(zip(names, args, strict=False)) | kwargs
-        self._run, self._first, self._block = run, names[0], type(block).__name__
+        self.rest: tuple[Any, ...] = ()
+        self._run, self._first, self._block = run, names[0], block
 
     def __call__(self, x: Tensor, pick: Tensor | None = None, kept: Tensor | None = None) -> Tensor:
         """The block's result for the states `x`, (rows, tokens, d), or for some of them: (rows, k, d).
@@ -43,30 +48,48 @@ class BlockRun:
             AnatomyError: the block is given something whose tokens cannot be told, or gives more than states.
         """
         given = dict(self.given)
+        biases = self._biases(x) if pick is not None else None
         if pick is not None:
             x = _gathered(x, pick)
+            given["position_bias"] = biases
             given = {name: self._picked(name, value, pick) for name, value in given.items()}
             given["attention_mask"] = _mask(given.get("attention_mask"), kept, x, given)
         given.pop(self._first, None)
+        if biases is None and "position_bias" not in self.given:
+            given.pop("position_bias", None)
         out = self._run((x,), given)
         if isinstance(out, tuple):
-            if any(isinstance(more, Tensor) for more in out[1:]):
-                raise AnatomyError(f"{self._block} gives more than states, so its call cannot be taken over.")
+            self.rest = out[1:] if biases is None else (biases, *out[2:])
+            if pick is not None and any(isinstance(t, Tensor) and t is not biases for t in self.rest):
+                raise AnatomyError(f"{self._name} gives more than states, so it cannot be run for some tokens only.")
             out = out[0]
         assert isinstance(out, Tensor)
         return out
 
+    @property
+    def _name(self) -> str:
+        return type(self._block).__name__
+
+    def _biases(self, x: Tensor) -> Tensor | None:
+        """Position biases of all tokens, (1, heads, T, T), where a block has them: handed on, or made by the first."""
+        given: Tensor | None = self.given.get("position_bias")
+        if given is None and "position_bias" in self.given:
+            makers = (m for m in self._block.modules() if getattr(m, "has_relative_attention_bias", False))
+            made: Tensor | None = next((m.compute_bias(x.shape[1], x.shape[1], device=x.device) for m in makers), None)  # type: ignore[operator]
+            return made
+        return given
+
     def _picked(self, name: str, value: Any, pick: Tensor) -> Any:
         if name == self._first or not isinstance(value, Tensor | tuple | list) or name in _CARRIED:
             return value
-        if name == "attention_mask" and isinstance(value, Tensor):
+        if name in ("attention_mask", "position_bias") and isinstance(value, Tensor):
             return _picked_mask(value, pick)
         if name in _BY_TOKEN:
             whole = (value,) if isinstance(value, Tensor) else tuple(value)
             found = tuple(_gathered(part.expand(len(pick), *part.shape[1:]), pick) for part in whole)
             return found[0] if isinstance(value, Tensor) else found
         raise AnatomyError(
-            f"{self._block}: it is given {name}, and which part of that belongs to which token is not known, so the "
+            f"{self._name}: it is given {name}, and which part of that belongs to which token is not known, so the "
             "block cannot be run for some tokens only. Use another method."
         )
 

@@ -28,7 +28,7 @@ class EditedModel:
         stored: layers whose weight is held in codes, by the name of the weight.
         context: facts of the current forward pass.
         base_copies: while folded, tensors of the base and their values before.
-        digests: of the base, rounded to each type that somebody asked for; see tuning_files.py.
+        digests: of the base or its trunk, rounded to each type that somebody asked for; see tuning_files.py.
         followers: called after each change of what acts, when the sockets know of it.
     """
 
@@ -46,7 +46,7 @@ class EditedModel:
             f"{path}.weight": module for path, module in self.modules.items() if isinstance(module, StoredLinear)
         }
         self.base_copies: list[tuple[Tensor, Tensor]] | None = None
-        self.digests: dict[torch.dtype, str] = {}
+        self.digests: dict[tuple[torch.dtype, bool], str] = {}
         self.followers: list[Callable[[], None]] = []
         self._required = {name: p.requires_grad for name, p in self.parameters.items()}
         self._sockets: dict[str, Socket] = {}

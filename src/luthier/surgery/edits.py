@@ -45,12 +45,14 @@ class Attach:
     """Put an attachment at a site.
 
     `build` is called once with the frozen layer, in fp32 and under a generator keyed by the site. What several sites
-    share is listed in `shared`, by key; it is registered, trained and saved once.
+    share is listed in `shared`, by key; it is registered, trained and saved once. An attachment that has `around` says
+    so by `takes_over`: one block's call has one owner at a time.
     """
 
     site: Site
     build: Callable[[Base], Attachment]
     shared: Mapping[str, nn.Module] = field(default_factory=dict)
+    takes_over: bool = False
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from luthier.surgery.forward import Forward
 from luthier.surgery.method import Method
 from luthier.surgery.prompts import refuse_prompts
 from luthier.surgery.socket import Plug, Substitute, Tap
-from luthier.surgery.tuning import ATTENTION, BRANCH, PREFIX, Master, Tuning, keyed
+from luthier.surgery.tuning import ATTENTION, BRANCH, CALL, PREFIX, Master, Tuning, keyed
 from luthier.surgery.unfrozen import Unfrozen
 from luthier.surgery.view import TunedView
 
@@ -90,6 +90,8 @@ def check(edited: EditedModel, edits: list[tuple[str, Edit]], method: Method) ->
                     "interface, so it cannot be changed from outside. Use prompt_tuning, or another method."
                 )
             claim(f"{ATTENTION}{edit.attention.path}", prefix, "Give them different layers, or use one of them.")
+        elif isinstance(edit, Attach) and edit.takes_over:
+            claim(f"{CALL}{edit.site.path}", prefix, "Use one of them.")
         elif isinstance(edit, PrependTokens):
             refuse_prompts(edited.model, anatomy, label)
         elif isinstance(edit, AddBranch):

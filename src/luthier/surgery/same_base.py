@@ -32,8 +32,12 @@ def refuse_other_shape(
         raise WrongBase(f"{folder}: made for another model: {'; '.join(differs)}. Load the base it was trained on.")
 
 
-def refuse_other_weights(edited: EditedModel, base: Mapping[str, Any], folder: Path | str) -> None:
-    """Raises: WrongBase, where the tuning in `folder` is of other weights."""
+def refuse_other_weights(
+    edited: EditedModel, base: Mapping[str, Any], folder: Path | str, *, trunk: bool = False
+) -> None:
+    """Raises: WrongBase, where the tuning in `folder` is of other weights; with `trunk`, of another trunk."""
+    if trunk and "trunk_bf16" in base and base_digest(edited, trunk=True) == base["trunk_bf16"]:
+        return
     found = base_digest(edited)
     if found == base.get("sha256_bf16"):
         return

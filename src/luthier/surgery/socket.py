@@ -341,7 +341,9 @@ class Socket(nn.Module):
             inputs.append(plug.before(inputs[-1]) if plug.changes_input else inputs[-1])
         x, owner = inputs[-1], next((p for p in live.ends if p.has_around), None)
         if owner is not None:
-            out: Any = owner.around(BlockRun(lambda a, k: self.project(live, a, k), self.base, args, kwargs), x)
+            call = BlockRun(lambda a, k: self.project(live, a, k), self.base, args, kwargs)
+            states = owner.around(call, x)
+            out: Any = (states, *call.rest) if call.rest else states
         elif args:
             out = self.project(live, (x, *args[1:]), kwargs)
         else:

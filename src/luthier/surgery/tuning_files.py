@@ -40,14 +40,19 @@ _KEYS = {
 
 
 @torch.no_grad()
-def base_digest(edited: EditedModel, dtype: torch.dtype = torch.bfloat16) -> str:
+def base_digest(edited: EditedModel, dtype: torch.dtype = torch.bfloat16, *, trunk: bool = False) -> str:
     """sha256 over the base's tensors: names, shapes and values rounded to `dtype`. New task heads are left out;
     tensors that a tuning trains count with their original value.
 
     As bf16 it is the same for a base loaded in fp32 or bf16, as fp16 for one loaded in fp32 or fp16. A checkpoint that
     holds bf16 is the same by either, whatever it is loaded in.
+
+    Args:
+        trunk: of embeddings and blocks alone. A model with its pretrained head of words and one with a new classifier
+            have the same: a pooler and a head are not of it.
     """
-    if dtype not in edited.digests:
+    known = (dtype, trunk)
+    if known not in edited.digests:
         originals: dict[int, Tensor] = {
             id(u.parameter): u.kept for t in edited.tunings.values() for u in t.unfrozen.values()
         }
@@ -56,15 +61,20 @@ def base_digest(edited: EditedModel, dtype: torch.dtype = torch.bfloat16) -> str
         summed = hashlib.sha256()
         heads = set(edited.anatomy.head_tensors)
         for name in sorted(edited.anatomy.tensors):
-            if name in heads:
+            if name in heads or (trunk and not _of_trunk(name, edited.anatomy)):
                 continue
             value = _base_value(edited, name, originals)
             # The path inside the backbone: the same encoder may stand in a classifier or alone.
             short = name.removeprefix(f"{edited.anatomy.backbone}.") if edited.anatomy.backbone else name
             summed.update(f"{short}{tuple(value.shape)}".encode())
             summed.update(value.to("cpu", dtype).contiguous().view(torch.uint8).numpy().data)
-        edited.digests[dtype] = summed.hexdigest()
-    return edited.digests[dtype]
+        edited.digests[known] = summed.hexdigest()
+    return edited.digests[known]
+
+
+def _of_trunk(name: str, anatomy: Any) -> bool:
+    inside = f"{anatomy.backbone}." if anatomy.backbone else ""
+    return name.startswith(inside) and not name.removeprefix(inside).startswith("pooler.")
 
 
 def _base_value(edited: EditedModel, name: str, originals: dict[int, Tensor]) -> Tensor:
@@ -144,6 +154,7 @@ def save(
             "model_type": anatomy.model_type,
             "sha256_bf16": base_digest(edited),
             "sha256_fp16": base_digest(edited, torch.float16),
+            "trunk_bf16": base_digest(edited, trunk=True),
             "loaded_in": precision_of(edited),
             "d": anatomy.d,
             "layers": anatomy.n_layers,

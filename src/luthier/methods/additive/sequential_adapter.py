@@ -21,11 +21,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from torch import Tensor, nn
-
 from luthier.anatomy import Anatomy, Site, is_sublayer
 from luthier.core import AnatomyError, at_least
-from luthier.methods.parts.bottleneck import Activation, Bottleneck, bottleneck_params, check_sublayers, width_of
+from luthier.methods.parts.bottleneck import Activation, bottleneck_params, check_sublayers, width_of
+from luthier.methods.parts.closing import Closing
 from luthier.methods.parts.own_tensors import group_names, own_modules, own_unfrozen
 from luthier.surgery import METHODS, Edit, Group, Method, TunedView, Unfreeze, attach_each
 
@@ -85,20 +84,3 @@ class SequentialAdapter(Method):
         wanted += outside if self.embedding_norm else []
         paths = {s.path for s in wanted}
         return [n for n in anatomy.norm_tensors() if n.rpartition(".")[0] in paths]
-
-
-class Closing(Bottleneck):
-    """Adds a bottleneck of the sublayer's output to that output."""
-
-    kind = "sequential"
-    needs_input = False
-
-    def __init__(self, d: int, width: int, activation: Activation, init: Literal["paper", "zero_up"]) -> None:
-        super().__init__(d, width, activation)
-        for layer in (self.down, self.up):
-            nn.init.trunc_normal_(layer.weight, std=1e-3, a=-2e-3, b=2e-3)
-        if init == "zero_up":
-            nn.init.zeros_(self.up.weight)
-
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.add(y, y)

@@ -1,0 +1,26 @@
+"""The bottleneck that closes a sublayer: it reads what the sublayer gives, and adds to it."""
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from luthier.methods.parts.bottleneck import Activation, Bottleneck
+
+__all__ = ["Closing"]
+
+
+class Closing(Bottleneck):
+    """Adds a bottleneck of the sublayer's output to that output."""
+
+    kind = "sequential"
+    needs_input = False
+
+    def __init__(self, d: int, width: int, activation: Activation, init: Literal["paper", "zero_up"]) -> None:
+        super().__init__(d, width, activation)
+        for layer in (self.down, self.up):
+            nn.init.trunc_normal_(layer.weight, std=1e-3, a=-2e-3, b=2e-3)
+        if init == "zero_up":
+            nn.init.zeros_(self.up.weight)
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.add(y, y)

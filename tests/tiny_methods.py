@@ -8,8 +8,11 @@ __all__ = ["learning_rate", "settings", "small", "spelling"]
 
 
 def spelling(words: str) -> str:
-    """What stands on the model: a method that changes the numbers of another brings that one along."""
-    return "+".join(dict.fromkeys(n for word in words.split("+") for n in (*METHODS.get(word).needs, word)))
+    """What stands on the model: methods that change the numbers of others bring those along, where they come alone."""
+    names = words.split("+")
+    if all(METHODS.get(name).modifies for name in names):
+        names = [n for name in names for n in (*METHODS.get(name).needs, name)]
+    return "+".join(dict.fromkeys(names))
 
 
 def settings(words: str) -> dict[str, Any]:
@@ -19,7 +22,8 @@ def settings(words: str) -> dict[str, Any]:
     for part in parts:
         cls = METHODS.get(part)
         if issubclass(cls, Combined):
-            found |= settings(cls.spelt[0])
+            words_of, given = cls.spelt  # what a preset switches off stays off
+            found |= {n: v for n, v in settings(words_of).items() if given.get(n, True)}
         else:
             alone = len(parts) == 1
             found |= {n if alone else f"{part}.{n}": v for n, v in cls.tiny.items() if n != "lr"}

@@ -118,6 +118,7 @@ def test_what_is_frozen_stays_and_what_trains_moves(name: str, arch: str) -> Non
     for n, value in frozen.items():
         assert torch.equal(dict(model.named_parameters())[n], value), f"{n} is frozen and moved"
     masked_out = {k for k, u in tuned.tuning().unfrozen.items() if u.mask is not None and not bool(u.mask.any())}
+    masked_out |= {n for n, mask in tuned.tuning().masks.items() if not bool(mask.any())}
     start = {n: t for n, t in start.items() if n not in masked_out}
     dead = [n for n in start if n not in seen and not _may_rest(n)]
     assert not dead, f"no gradient in {len(trainer.losses)} steps: {dead[:5]}"

@@ -108,8 +108,8 @@ class TrainingState:
             for key_, module in tuning.modules_by_key().items():
                 for short, tensor in module.state_dict().items():
                     state[f"{tuning.tuning_name}|{key_}|{short}"] = tensor.detach()
-            for full, mask in tuning.masks.items():
-                state[f"{tuning.tuning_name}|masks|{full}"] = mask
+            for kind, named in (("masks", tuning.masks), ("notes", tuning.notes)):
+                state |= {f"{tuning.tuning_name}|{kind}|{full}": tensor for full, tensor in named.items()}
             for key_, unfrozen in tuning.unfrozen.items():
                 state[f"{tuning.tuning_name}|{key_}|value"] = unfrozen.value
                 if unfrozen.mask is not None:
@@ -122,16 +122,16 @@ class TrainingState:
     def load_tensors(self, state: dict[str, Tensor]) -> None:
         """The inverse of `tensors`, into tunings attached from the same methods."""
         for tuning in self.edited.tunings.values():
-            tuning.masks = {}
+            tuning.masks, tuning.notes = {}, {}
         by_module: dict[tuple[str, str], dict[str, Tensor]] = {}
         for full, tensor in state.items():
             tuning_name, key_, short = full.split("|")
             by_module.setdefault((tuning_name, key_), {})[short] = tensor
         for (tuning_name, key_), tensors in by_module.items():
             tuning = self.edited.tuning(tuning_name)
-            if key_ == "masks":
+            if key_ in ("masks", "notes"):
                 where = next(tuning.parameters()).device
-                tuning.masks = {full: mask.to(where) for full, mask in tensors.items()}
+                setattr(tuning, key_, {full: tensor.to(where) for full, tensor in tensors.items()})
             elif key_ in tuning.unfrozen:
                 unfrozen = tuning.unfrozen[key_]
                 unfrozen.parameter.data.copy_(tensors["value"])

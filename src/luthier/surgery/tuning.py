@@ -31,6 +31,9 @@ class Tuning(nn.Module):
         self.unfrozen: dict[str, Unfrozen] = {}  # canonical key ("model/..." or "head/...") -> tensor
         self.fixed: set[str] = set()  # numbers in `parts` that the method itself holds still: "key.short"
         self.masks: dict[str, Tensor] = {}  # "key.short" -> True where a number in `parts` is not held at zero
+        self.notes: dict[
+            str, Tensor
+        ] = {}  # what its method remembers while it trains: saved with the run, not the tuning
         self.claims: dict[str, str] = {}  # what only one active tuning may hold -> which part of the method holds it
         self.sources: list[dict[str, str]] = []  # the saved tunings that it was made of: name, method, sha256
         self.active = True

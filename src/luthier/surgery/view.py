@@ -23,6 +23,7 @@ class TuningView(Protocol):
         active, trainable: whether it acts, and whether it learns.
         unfrozen: the model's own tensors that it trains, by canonical name.
         masks: "key.short" of an attached tensor -> True where it is not held at zero.
+        notes: what the method remembers while it trains, by a name of its own; a stopped run finds it again.
     """
 
     tuning_name: str
@@ -30,6 +31,7 @@ class TuningView(Protocol):
     trainable: bool
     unfrozen: dict[str, Unfrozen]
     masks: dict[str, Tensor]
+    notes: dict[str, Tensor]
 
     def made_by(self, method: object) -> bool:
         """Whether `method` is what this tuning carries out, or a part of it."""

@@ -18,6 +18,7 @@ from luthier.data import (
     tag_tasks,
     tasks,
     token_cache,
+    windows,
 )  # fmt: skip
 from luthier.data import columns as columns_file
 from luthier.data import examples as examples_file
@@ -47,6 +48,7 @@ ENCODERS = (
     tag_tasks,
     tasks,
     tokenizer_file,
+    windows,
     rendering,
 )
 """The files whose source decides what a row's ids are: with another text of theirs, the cache holds nothing."""
@@ -63,6 +65,7 @@ def encode(
     accept_refused: float = 0.05,
     with_targets: bool = True,
     loss_on: str = "response",
+    long: str = "cut",
     template: ChatTemplate | None = None,
     check: bool = True,
 ) -> Examples:
@@ -75,6 +78,7 @@ def encode(
         accept_refused: share of rows that may be unusable.
         with_targets: off for prediction, where rows have no labels, and none are read.
         loss_on: `DataSpec.loss_on`.
+        long: "windows", to read rows with one target in windows where they are too long (`luthier.data.windows`).
         template: of chat and prompt-response rows, in place of the tokenizer's own.
         check: refuse a table with too many unusable rows; in prediction, with any. Off, the ledger says which they are.
 
@@ -89,12 +93,13 @@ def encode(
     if not with_targets:
         columns = columns.inputs()
     options = {"n_vocab": n_vocab, "max_length": max_length, "with_targets": with_targets, "loss_on": loss_on}
+    options |= {"long": long}
     entry = token_cache.entry_of(table, columns, task, tokenizer, template, ENCODERS, **options)
     examples, said = token_cache.read(entry, table) if entry is not None else (None, "")
     if examples is None:
         with _without_collection():
             examples = _encode_anew(
-                table, columns, task, tokenizer, n_vocab, max_length, with_targets, loss_on, template
+                table, columns, task, tokenizer, n_vocab, max_length, with_targets, loss_on, long, template
             )
         if entry is not None and len(examples):
             said = "; ".join(filter(None, [said, token_cache.write(entry, examples)]))
@@ -130,6 +135,7 @@ def _encode_anew(
     max_length: int,
     with_targets: bool,
     loss_on: str,
+    long: str,
     template: ChatTemplate | None,
 ) -> Examples:
     ledger = Ledger(table)
@@ -152,4 +158,6 @@ def _encode_anew(
         return encode_corrupted.encode_corrupted(table, columns, task, tokenizer, n_vocab, max_length, ledger)
     if task.name == "token_classification":
         return encode_tags.encode_tags(table, columns, task, tokenizer, n_vocab, max_length, ledger, with_targets)
-    return encode_text.encode_texts(table, columns, task, tokenizer, n_vocab, max_length, ledger, with_targets)
+    return encode_text.encode_texts(
+        table, columns, task, tokenizer, n_vocab, max_length, ledger, with_targets, long == "windows"
+    )

@@ -194,6 +194,22 @@ class Examples:
         return len(self.offsets) - 1
 
     @property
+    def firsts(self) -> NDArray[np.int64]:
+        """The first example of each row that could be read: most rows have one, a long one may have several."""
+        return np.flatnonzero(np.diff(self.rows, prepend=-1))
+
+    @property
+    def read_rows(self) -> NDArray[np.int64]:
+        """The rows that could be read; ascending, each once."""
+        return self.rows[self.firsts]
+
+    @property
+    def row_targets(self) -> NDArray[Any]:
+        """The target of each of `read_rows`; of rows that have one."""
+        assert self.targets is not None
+        return self.targets[self.firsts]
+
+    @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each example, those of a seq2seq response included: what a batch is measured by."""
         n = np.diff(self.offsets)

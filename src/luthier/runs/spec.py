@@ -263,6 +263,10 @@ class RunSpec:
     steps: Annotated[int | None, "optimiser steps, in place of epochs", at_least(1)] = None
     batch: Annotated[BatchSpec, "batches"] = BatchSpec()
     max_length: Annotated[int | None, "longest row in tokens; left out, what model and task allow", at_least(1)] = None
+    long: Annotated[
+        Literal["cut", "windows"] | None,
+        "longer rows: cut, or read in windows whose answers are averaged; left out, cut",
+    ] = None
     precision: Annotated[
         Literal["auto", "bf16", "fp32", "fp16"],
         "arithmetic of the forward pass; auto takes what the hardware does fast",
@@ -419,6 +423,7 @@ RESUME: dict[str, ResumeRule] = {
     "data.row_task": "exact",
     "data.loss_on": "exact",
     "max_length": "exact",
+    "long": "exact",
     "seed": "exact",
     "precision": "exact",
     "store": "exact",  # another base

@@ -14,6 +14,7 @@ from luthier.core import ResourceError
 from luthier.data.batches import Batch, EvalBatches, cut
 from luthier.data.examples import IGNORED, Examples
 from luthier.data.tasks import Task
+from luthier.data.windows import mean_by_row
 from luthier.surgery import Tuned
 from luthier.training import metrics
 from luthier.training.objective import Objective
@@ -61,7 +62,7 @@ class Evaluator:
                 pieces = self._finer(pieces[:1])[:1] if self._try(pieces[0]) is None else []
 
     def outputs(self) -> dict[str, Any]:
-        """Everything the scores need, in the order of the examples.
+        """Everything the scores need, in the order of the rows.
 
         Returns:
             loss: mean over targets; n_targets; and by task
@@ -94,8 +95,19 @@ class Evaluator:
             order = np.argsort(np.concatenate([p for p, _ in parts]), kind="stable")
             values = [value for _, part in parts for value in part]
             ordered = [values[i] for i in order]
-            result["logits"] = np.stack(ordered) if self.objective.task.name != "token_classification" else ordered
+            result["logits"] = ordered
+            if self.objective.task.name != "token_classification":
+                result |= self._by_row(np.stack(ordered), result["loss"])
         return result
+
+    def _by_row(self, logits: NDArray[Any], loss: float) -> dict[str, Any]:
+        """Logits of rows, (rows, outputs), and the loss of these: of a row that was read in windows, their mean."""
+        examples = self.batches.examples
+        logits, n_examples = mean_by_row(logits, examples), len(logits)
+        if len(logits) < n_examples and examples.targets is not None:
+            targets = torch.from_numpy(examples.row_targets)
+            loss = float(self.objective.loss(torch.from_numpy(logits), targets)) / len(logits)
+        return {"logits": logits, "loss": loss}
 
     def _try(self, piece: NDArray[np.int64]) -> tuple[float, int, int, list[Any] | None] | None:
         """One batch's (loss, targets, right tokens, rows); None where memory ran out."""
@@ -174,8 +186,7 @@ def plain_scores(scores: dict[str, float], digits: int | None = None) -> dict[st
 
 def references(task: Task, examples: Examples) -> list[Any]:
     """What was wanted, in the words that `Task.decode` uses."""
-    targets = examples.targets
-    assert targets is not None
+    targets = examples.row_targets
     if task.name == "regression":
         return [float(v) for v in task.in_unit(targets)]
     if task.multi_label:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from luthier import kernels
@@ -12,6 +14,7 @@ from luthier.core import ModelError, human_count
 from luthier.data.batches import Batches, EvalBatches
 from luthier.data.examples import Examples
 from luthier.data.order import Order
+from luthier.data.windows import OneWindowOfEach
 from luthier.runs import RunFolder, reset_peak, resident_bytes
 from luthier.surgery import Phases, Tuned, attach, compose
 from luthier.training.early_stopping import Selection
@@ -53,15 +56,10 @@ def build(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
     if spec.gradient_checkpointing is True:
         tuned.forward.checkpoint_activations()
     needs_logits = any(getattr(m, "needs_logits", False) for m in method.parts())
-    strategies = prepared.strategies
+    strategies, sets = prepared.strategies, prepared.sets
     needs_logits = needs_logits or any("logits" in s.reads or fills(s, "weigh") for s in strategies)
     objective = Objective(tuned, prepared.task, full_logits=needs_logits)
-    sets = prepared.sets
-    learnt = prepared.train.lengths[: sets.starts[1]]
-    order = Order(learnt, spec.batch.size, spec.seed, spec.batch.group_by_length)
-    for one in strategies:
-        if fills(one, "order"):
-            order = one.order(order, sets, spec)
+    order = _order(prepared)
     collator = collator_of(
         prepared.task, model, prepared.tokenizer, pad_id=prepared.pad_id, pad_to=spec.batch.pad_to, seed=spec.seed
     )
@@ -125,6 +123,20 @@ def build(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
         return loop
 
     return make
+
+
+def _order(prepared: Prepared) -> Order:
+    """Which examples make which step. Where rows are read in windows the steps are of rows, each with one window."""
+    spec, train, sets = prepared.spec, prepared.train, prepared.sets
+    windowed = spec.long == "windows"
+    if windowed:
+        sets = replace(sets, starts=tuple(np.searchsorted(train.firsts, sets.starts).tolist()))
+    lengths = train.lengths[train.firsts] if windowed else train.lengths
+    order = Order(lengths[: sets.starts[1]], spec.batch.size, spec.seed, spec.batch.group_by_length)
+    for one in prepared.strategies:
+        if fills(one, "order"):
+            order = one.order(order, sets, spec)
+    return OneWindowOfEach(order, train) if windowed else order
 
 
 def evaluator_of(prepared: Prepared, loop: Loop, examples: Examples) -> Evaluator:

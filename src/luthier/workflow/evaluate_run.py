@@ -84,7 +84,7 @@ def evaluate(path: Path | str, data: str, *, skip_bad: bool = False, out: Path |
         table, columns, task, predictor.tokenizer,
         n_vocab=int(predictor.tuned.model.get_input_embeddings().weight.shape[0]),
         max_length=int(predictor.contract["max_length"]), accept_refused=most,
-        loss_on=predictor.contract["loss_on"],
+        loss_on=predictor.contract["loss_on"], long=predictor.contract["long"],
         template=None if template is None else build(ChatTemplate, template, "template"),
     )  # fmt: skip
     examples = predictor.of_tasks(examples)
@@ -94,12 +94,12 @@ def evaluate(path: Path | str, data: str, *, skip_bad: bool = False, out: Path |
         found = evaluator.outputs()
     quality = None
     if examples.targets is not None:
-        learnt = _learnt(Path(path), task, examples.targets)
-        quality = judge(task, found["logits"], examples.targets, learnt, float(found["loss"]))
+        learnt = _learnt(Path(path), task, examples.row_targets)
+        quality = judge(task, found["logits"], examples.row_targets, learnt, float(found["loss"]))
     if target is not None:
         durable.write_bytes(target, answers_csv(task, columns, table, examples, found["logits"]))
     return Evaluation(
-        rows=len(examples), scores=evaluator.scores_of(found), quality=quality, left_out=(*left_out, *refused)
+        rows=len(examples.read_rows), scores=evaluator.scores_of(found), quality=quality, left_out=(*left_out, *refused)
     )
 
 

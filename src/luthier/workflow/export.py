@@ -139,7 +139,7 @@ def _card(predictor: Predictor, name: str, line: str, after_a_move: str, local: 
     ]  # fmt: skip
     if task.labels:
         said += [f"Labels: {', '.join(task.labels)}."]
-    said += [f"Learnt with at most {predictor.contract['max_length']} tokens a row."]
+    said += [predictor.length_said]
     return "\n".join(said) + "\n"
 
 

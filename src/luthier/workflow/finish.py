@@ -119,20 +119,20 @@ def _with_thresholds(prepared: Prepared, loop: Loop, run: RunFolder) -> Prepared
     held = prepared.selection
     if not prepared.spec.eval.thresholds or held is None or held.targets is None:
         return prepared
-    found = choose_thresholds(prepared.task, evaluator_of(prepared, loop, held).outputs()["logits"], held.targets)
+    found = choose_thresholds(prepared.task, evaluator_of(prepared, loop, held).outputs()["logits"], held.row_targets)
     task = replace(prepared.task, thresholds=found)
     run.event("thresholds", lasting=False, values=list(found))
-    loop.listener.say(thresholds_said(task, len(held)))
+    loop.listener.say(thresholds_said(task, len(held.read_rows)))
     return replace(prepared, task=task)
 
 
 def _keep_answers(prepared: Prepared, test: Examples, out: dict[str, Any], run: RunFolder) -> Quality | None:
     """Beside the scores: what they are worth (`quality.json`) and each held-out row's answer (`predictions.csv`)."""
-    task, learnt = prepared.task, prepared.train.targets
-    if test.targets is None or learnt is None or prepared.test_table is None:
+    task, train = prepared.task, prepared.train
+    if test.targets is None or train.targets is None or prepared.test_table is None:
         return None
     by_words = _by_words(prepared, test)
-    quality = judge(task, out["logits"], test.targets, learnt, float(out["loss"]), by_words)
+    quality = judge(task, out["logits"], test.row_targets, train.row_targets, float(out["loss"]), by_words)
     if quality is not None:
         run.write_json("quality.json", plain(quality))
     durable.write_bytes(
@@ -143,15 +143,15 @@ def _keep_answers(prepared: Prepared, test: Examples, out: dict[str, Any], run: 
 
 def _by_words(prepared: Prepared, test: Examples) -> NDArray[np.int64] | None:
     """What counted words answer to the held-out rows, learnt from the rows that the run learnt from."""
-    task, targets, test_table = prepared.task, prepared.train.targets, prepared.test_table
-    if task.name != "classification" or task.multi_label or targets is None or test_table is None:
+    task, train, test_table = prepared.task, prepared.train, prepared.test_table
+    if task.name != "classification" or task.multi_label or train.targets is None or test_table is None:
         return None
     roles = [c for c in (prepared.columns.text, prepared.columns.pair) if c is not None]
 
     def texts(table: Table, examples: Examples) -> list[str]:
-        return [" ".join(str(table.rows[row].get(name) or "") for name in roles) for row in examples.rows.tolist()]
+        return [" ".join(str(table.rows[row].get(name) or "") for name in roles) for row in examples.read_rows.tolist()]
 
-    return answers_by_words(texts(prepared.train_table, prepared.train), targets, texts(test_table, test))
+    return answers_by_words(texts(prepared.train_table, train), train.row_targets, texts(test_table, test))
 
 
 def answers_csv(task: Task, columns: Columns, table: Table, test: Examples, logits: NDArray[Any]) -> bytes:
@@ -163,7 +163,7 @@ def answers_csv(task: Task, columns: Columns, table: Table, test: Examples, logi
     sheet = io.StringIO(newline="")
     writer = csv.writer(sheet)
     writer.writerow(["place", *roles, "wanted", "answer", *(["sure"] if chances is not None else [])])
-    for line, row in enumerate(test.rows.tolist()):
+    for line, row in enumerate(test.read_rows.tolist()):
         sure = []
         if chances is not None and chosen is not None:
             sure = [f"{(chances[line].max() if task.multi_label else chances[line, chosen[line]]):.4f}"]
@@ -226,6 +226,7 @@ def _save(prepared: Prepared, tuned: Tuned, run: RunFolder) -> int:
         "precision": prepared.precision.name,
         "contract": {
             "max_length": prepared.max_length,
+            "long": prepared.spec.long or "cut",
             "pad": prepared.pad,
             "tokenizer": prepared.fingerprints["tokenizer"],
             "template": plain(prepared.template) if prepared.template is not None else None,

@@ -13,6 +13,7 @@ from luthier.core import DataError, ModelError
 from luthier.data.batches import Collator, EvalBatches
 from luthier.data.encode import encode
 from luthier.data.tokenizer import choose_length, choose_pad
+from luthier.data.windows import mean_by_row
 from luthier.training.other_models import OtherModel
 from luthier.workflow.find_others import LABELLED, Other
 from luthier.workflow.load_model import load_config, load_model, load_tokenizer
@@ -38,7 +39,7 @@ def load_others(prepared: Prepared, say: Callable[[str], None]) -> dict[str, dic
 def _loaded(prepared: Prepared, other: Other, say: Callable[[str], None]) -> OtherModel:
     if other.run is not None:
         predictor = Predictor(other.run)
-        model, tokenizer = predictor.tuned.model, predictor.tokenizer
+        model, tokenizer, long = predictor.tuned.model, predictor.tokenizer, str(predictor.contract["long"])
         length, pad = int(predictor.contract["max_length"]), int(predictor.contract["pad"]["id"])
     else:
         model, fresh = load_model(
@@ -49,25 +50,27 @@ def _loaded(prepared: Prepared, other: Other, say: Callable[[str], None]) -> Oth
                 f"{other.setting}: {other.name} has no trained {fresh[0]}: it would answer at random. Name a finished "
                 "run, or a model folder with its head."
             )
-        tokenizer = load_tokenizer(other.source)
+        tokenizer, long = load_tokenizer(other.source), prepared.spec.long or "cut"
         length = choose_length(prepared.spec.max_length, tokenizer, load_config(other.source), prepared.task, 0)
         pad = choose_pad(tokenizer, int(model.get_input_embeddings().weight.shape[0])).id
         model.config.pad_token_id = pad
     model.requires_grad_(False).eval()
     if prepared.task.name not in LABELLED:
         return OtherModel(name=other.name, model=model)
-    answers = _answers(prepared, other, model, tokenizer, length, pad)
+    answers = _answers(prepared, other, model, tokenizer, length, pad, long)
     say(f"{other.setting}: {other.name} has answered {len(answers)} rows; its weights are let go")
     return OtherModel(name=other.name, answers=answers)
 
 
 @torch.inference_mode()
-def _answers(prepared: Prepared, other: Other, model: Any, tokenizer: Any, length: int, pad: int) -> Tensor:
+def _answers(
+    prepared: Prepared, other: Other, model: Any, tokenizer: Any, length: int, pad: int, long: str
+) -> Tensor:  # fmt: skip
     """The logits of every training example, in groups that do not depend on the steps: (examples, classes)."""
     rows = prepared.train.rows
     examples = encode(
         prepared.train_table, prepared.columns, prepared.task, tokenizer, with_targets=False, check=False,
-        n_vocab=int(model.get_input_embeddings().weight.shape[0]), max_length=length,
+        n_vocab=int(model.get_input_embeddings().weight.shape[0]), max_length=length, long=long,
     )  # fmt: skip
     unread = np.setdiff1d(rows, examples.rows)
     if len(unread):
@@ -81,6 +84,6 @@ def _answers(prepared: Prepared, other: Other, model: Any, tokenizer: Any, lengt
         with prepared.precision.autocast(prepared.device):
             parts.append(model(**batch.inputs).logits.float().cpu())
         seen.append(batch.rows)
-    of_row = {int(examples.rows[k]): at for at, k in enumerate(np.concatenate(seen).tolist())}
-    order = torch.tensor([of_row[int(row)] for row in rows])
-    return torch.cat(parts)[order].clone()  # of inference mode no more: autograd may save it
+    logits = mean_by_row(torch.cat(parts).numpy()[np.argsort(np.concatenate(seen), kind="stable")], examples)
+    place = np.searchsorted(examples.read_rows, rows)
+    return torch.from_numpy(logits[place])

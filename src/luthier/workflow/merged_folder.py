@@ -176,7 +176,7 @@ def _card(path: Path, out: Path, model: Any, predictor: Predictor, in_unit: bool
         labels = task.labels if task.multi_label else task.labels[1:]
         each = ", ".join(f"{name} from {at:.4g}" for name, at in zip(labels, task.thresholds, strict=True))
         lines += [f"Probability from which a label is answered, which a pipeline does not know: {each}."]
-    lines += [f"Learnt with at most {predictor.contract['max_length']} tokens a row."]
+    lines += [predictor.length_said]
     if not in_unit:
         lines += [f"The last layer has no bias: multiply an answer by {task.scale!r} and add {task.center!r}."]
     if found:

@@ -62,7 +62,7 @@ class Predictor:
         task = dict(facts["task"])
         self.columns = build(Columns, task.pop("columns"), f"{run.tuning}/tuning.json columns")
         self.task = build(Task, task, f"{run.tuning}/tuning.json task")
-        self.contract = facts["contract"]
+        self.contract = {"long": "cut", **facts["contract"]}  # older runs say nothing of long rows
         source = self.source = find_model(self.spec.model)
         if source.digest != run.fingerprints.get("model"):
             raise WrongBase(
@@ -117,7 +117,8 @@ class Predictor:
         task = {k: v for k, v in facts["task"].items() if k != "columns"}
         differs = [f"task {k}" for k, v in task.items() if v != self._facts["task"].get(k)]
         # Older runs have no "stop"; a run whose rows end otherwise differs in its template too.
-        differs += [k for k, v in facts["contract"].items() if k in self.contract and v != self.contract[k]]
+        theirs = {"long": "cut", **facts["contract"]}
+        differs += [k for k, v in theirs.items() if k in self.contract and v != self.contract[k]]
         if differs:
             raise ConfigError(
                 f"{path}: differs from this run in {', '.join(differs)}, so its rows cannot be encoded and answered "
@@ -125,6 +126,17 @@ class Predictor:
             )
         load_tuning(self.tuned.model, run.tuning, name=name)
         self.tuned.activate("default")
+
+    @property
+    def length_said(self) -> str:
+        """How long rows were in training, and what was done with longer ones, for whoever reads them elsewhere."""
+        said = f"Learnt with at most {self.contract['max_length']} tokens a row."
+        if self.contract["long"] == "windows":
+            said += (
+                " Longer rows were read in windows of so many tokens that overlap by a quarter, and the logits of a"
+                " row's windows averaged; other libraries cut such rows, so windows have to be made before."
+            )
+        return said
 
     def rows(
         self,
@@ -205,7 +217,7 @@ class Predictor:
         stored = self.contract["template"]
         examples = encode(
             table, self.columns, self.task, self.tokenizer, n_vocab=self._vocabulary(),
-            max_length=int(self.contract["max_length"]), with_targets=False, check=False,
+            max_length=int(self.contract["max_length"]), long=self.contract["long"], with_targets=False, check=False,
             template=None if stored is None else build(ChatTemplate, stored, "template"),
         )  # fmt: skip
         return self.of_tasks(examples)
@@ -224,9 +236,9 @@ class Predictor:
         if tunings is not None:
             objective = _ByRow(self.tuned, self.task, [tunings[i] for i in examples.rows])
         out = Evaluator(self.tuned, objective, batches, self.precision, self.device).outputs()
-        rows = examples.rows.tolist()
         if self.task.name == "token_classification":
             return self._tags(examples, out["logits"])
+        rows = examples.read_rows.tolist()
         decoded = self.task.decode(out["logits"])
         if self.task.name == "regression":
             return {row: {"value": value} for row, value in zip(rows, decoded, strict=True)}

@@ -26,6 +26,7 @@ from luthier.data.rows import Table, split_rows
 from luthier.data.sets import TRAIN, Sets, join, load_further, named_sources
 from luthier.data.tasks import Task
 from luthier.data.tokenizer import choose_length, choose_pad
+from luthier.data.windows import refuse_windows
 from luthier.runs.spec import RunSpec
 from luthier.surgery import Method, compose
 from luthier.surgery import Source as SavedTuning
@@ -182,11 +183,14 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None, *, be
     pad = choose_pad(tokenizer, n_vocab)
     others = find_others(strategies, task, tokenizer, n_vocab)
     options: dict[str, Any] = {"n_vocab": n_vocab, "max_length": max_length, "loss_on": spec.data.loss_on}
+    if spec.long == "windows":
+        refuse_windows(task, tokenizer)
+        options["long"] = spec.long
     train_examples = encoded(table, accept_refused=spec.data.accept_refused)
     note(train_examples.ledger.sentence("train"))
     for remark in train_examples.ledger.notes:
         note(remark)
-    if said := sentence(spec, len(train_examples)):
+    if said := sentence(spec, len(train_examples.read_rows) if task.n_outputs is not None else len(train_examples)):
         note(said)
     select_examples = None
     if select is not None:

@@ -59,7 +59,7 @@ class ClassWeights(Strategy):
         weights = torch.ones(len(labels), dtype=torch.float64)
         if self.weights == "balanced":
             examples = course.examples()
-            found = examples.targets if examples.targets is not None else examples.labels
+            found = examples.row_targets if examples.targets is not None else examples.labels
             classes = torch.as_tensor(found).long()
             counts = torch.bincount(classes[classes != IGNORED], minlength=len(labels))  # (C,)
             weights = counts.sum() / (len(labels) * counts.clamp(min=1))

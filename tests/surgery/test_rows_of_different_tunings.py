@@ -91,7 +91,15 @@ def test_other_attachments_and_mixtures_of_them_too(methods: list[tuple[str, dic
     assert off(tuned, ["a", "b", None, "b"]) < 1e-10
 
 
-@pytest.mark.parametrize(("arch", "dtype"), [("bert", "float64"), ("roberta", "float64"), ("bert", "bfloat16")])
+@pytest.mark.parametrize(
+    ("arch", "dtype"),
+    [
+        ("bert", "float64"),
+        ("roberta", "float64"),
+        ("modernbert", "float64"),  # a norm is part of its head
+        ("bert", "bfloat16"),
+    ],
+)
 def test_each_row_gets_the_head_that_its_tuning_trained(arch: str, dtype: str) -> None:
     model = tiny(arch, "classification").to(getattr(torch, dtype))
     tuned = attach(model, method("lora", {"rank": 3}), name="a")

@@ -173,6 +173,22 @@ def test_prefixes_are_trained_as_they_are_and_stored_as_they_are_trained() -> No
     assert all(p.grad is not None and bool(p.grad.any()) for p in tuned.trained().values())
 
 
+@pytest.mark.acid("p_tuning_v2", 1, 2)
+def test_with_the_same_rows_it_is_prefix_tuning_without_a_network() -> None:
+    found = []
+    for words, settings in (("prefix_tuning", {"mlp_width": 0}), ("p_tuning_v2", {})):
+        tuned = attach(tiny("llama"), words, length=4, **settings)
+        draw = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for rows in tuned.trained().values():
+                rows.copy_(torch.randn(rows.shape, generator=draw))
+        found.append(logits(tuned.model))
+    assert torch.equal(*found)
+    base = logits(tiny("llama"))
+    assert (found[0] - base).abs().max() > 1e-3
+    torch.testing.assert_close(logits(attach(tiny("llama"), "p_tuning_v2", length=0).model), base, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.acid("p_tuning_v2", 5)
 def test_a_head_for_every_token_sees_the_tokens_of_the_text_alone() -> None:
     tuned = attach(tiny("bert", "tokens"), "p_tuning_v2", length=4)

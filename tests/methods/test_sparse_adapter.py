@@ -12,11 +12,14 @@ from tiny import inputs, tiny
 
 from luthier import train as run
 from luthier.core import CompositionError, ConfigError
+from luthier.methods.parts.masks import top_k
+from luthier.methods.unified.sparse_adapter import _matrices_of, flow
 from luthier.surgery import attach, gradients, load, matrices, method
 from luthier.surgery.tuning_files import stored_tensors
 from luthier.workflow import resume
 from luthier.workflow.resume_proof import run_digests
 
+FLOW = {"sequential_adapter.width": 12, "sequential_adapter.activation": "relu", "sparse_adapter.score": "synflow"}
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
 
 
@@ -208,3 +211,27 @@ def learnt(score, seed):
 def test_where_few_inputs_matter_snip_keeps_better_entries_than_chance():
     snip, chance = ([learnt(score, seed) for seed in range(5)] for score in ("snip", "random"))
     assert sum(snip) / 5 < sum(chance) / 5 - 0.01
+
+
+@pytest.mark.acid("sparse_adapter", 6)
+def test_what_flows_into_a_bottleneck_flows_out_of_it_in_every_round():
+    tuned = attach(tiny("bert"), method("sequential_adapter+sparse_adapter", FLOW))
+    tuning = tuned.tuning()
+    named = _matrices_of(tuning)
+    before = [p.detach().clone() for p in named.values()]
+    masks = [torch.ones_like(p, dtype=torch.bool) for p in named.values()]
+    for share in (0.8, 0.5, 0.2):
+        scores = dict(zip(named, flow(tuned, tuning, list(named.values()), masks), strict=True))
+        for down in (n for n in named if n.endswith("down.weight")):
+            up = down.replace("down", "up")
+            torch.testing.assert_close(scores[down].sum(), scores[up].sum(), rtol=1e-5, atol=0)
+        masks = top_k(list(scores.values()), int(share * sum(s.numel() for s in scores.values())))
+    assert all(torch.equal(p, b) for p, b in zip(named.values(), before, strict=True)), "it leaves no trace"
+
+
+def test_synflow_needs_no_data_and_keeps_its_share():
+    tuned = attach(tiny("bert"), method("sequential_adapter+sparse_adapter", FLOW))
+    tuned.tuning().method.parts()[-1].prepare(tuned, [])
+    pairs = held(tuned)
+    assert sum(int(m.sum()) for _, m in pairs) == math.floor(0.2 * sum(m.numel() for _, m in pairs) + 1e-6)
+    assert all(m.any() for _, m in pairs), "no matrix is emptied"

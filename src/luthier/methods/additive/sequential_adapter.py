@@ -44,7 +44,7 @@ class SequentialAdapter(Method):
 
     mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
-    default_lr: ClassVar[float] = 3e-4
+    default_lr: ClassVar[float] = 1e-3
     tiny: ClassVar[dict[str, int]] = {"width": 6}
     trains_base: ClassVar[bool] = True
 

@@ -2,13 +2,15 @@
 
     W * M      M: over all matrices of the methods beside it, the 1 - sparsity of the entries with the largest score
     snip: |g * W|    magnitude: |W|    random, er: by lot      g: the gradient of the mean loss, summed over the data
+    synflow: |dR/dW * W|, R the sum of what each attachment gives of ones with |W| for W; in a hundred rounds
 
 It stands beside another method, `lora+sparse_adapter`; alone it stands beside the sequential adapter. It starts as that
 method does, with most entries gone.
 
 He, Ding, Dong, Zhang, Tao 2022, "SparseAdapter: An Easy Approach for Improving the Parameter-Efficiency of Adapters",
 arXiv:2210.04284, section 3. What their code calls sparsity is the share that is kept; here it is the share that goes.
-Scores are taken in evaluation mode. GraSP and SynFlow, which they compare too, are not offered.
+Scores are taken in evaluation mode. GraSP, which they compare too, is not offered; SynFlow runs each attachment alone,
+as their code does, but in rounds, as its own paper does.
 
 Count: that of the methods beside it, less what is taken from their matrices: n - floor((1 - sparsity) n) of n. Biases
 and norms stay whole.
@@ -34,7 +36,10 @@ from luthier.anatomy import Anatomy
 from luthier.core import CompositionError, ConfigError, at_least, between
 from luthier.methods.parts.masks import no_trace, top_k
 from luthier.methods.parts.own_tensors import own_tunings
-from luthier.surgery import METHODS, Batches, Edit, Method, TunedView, TuningView, gradients, matrices
+from luthier.surgery import METHODS, Attachment, Batches, Edit, Method, TunedView, TuningView, gradients, matrices
+
+ROUNDS = 100
+"""Of SynFlow: the share that is kept falls by the same factor in each."""
 
 
 @METHODS.register("sparse_adapter", family="unified", paper="arXiv:2210.04284")
@@ -43,7 +48,7 @@ class SparseAdapter(Method):
     """Settings of SparseAdapter."""
 
     sparsity: Annotated[float, "share of the matrices' entries that is held at zero", between(0, 1)] = 0.8
-    score: Annotated[Literal["snip", "magnitude", "random", "er"], "what entries are kept by"] = "snip"
+    score: Annotated[Literal["snip", "magnitude", "random", "er", "synflow"], "what entries are kept by"] = "snip"
     scope: Annotated[Literal["model", "tensor"], "best of all matrices, or of each"] = "model"
     steps: Annotated[int, "steps of the first epoch that are looked at, at most", at_least(1)] = 100
 
@@ -77,7 +82,10 @@ class SparseAdapter(Method):
     def prepare(self, tuned: TunedView, batches: Batches) -> None:
         for tuning in own_tunings(self, tuned):
             named = _matrices_of(tuning)
-            scores = self._scores(tuned, list(named.values()), batches)
+            if self.score == "synflow":
+                scores = self._flow(tuned, tuning, list(named.values()))
+            else:
+                scores = self._scores(tuned, list(named.values()), batches)
             if not all(bool(torch.isfinite(s).all()) for s in scores):
                 raise ConfigError("sparse_adapter: a score is not finite. Look at the data or the precision.")
             masks = self._masks(scores)
@@ -102,16 +110,24 @@ class SparseAdapter(Method):
             return f"{other.name} averages or masks its matrices itself, which breaks the density. Use one of them."
         return None
 
-    def _kept(self, sizes: Sequence[int]) -> int:
-        density = 1 - self.sparsity
+    def _flow(self, tuned: TunedView, tuning: TuningView, parameters: list[nn.Parameter]) -> list[Tensor]:
+        """The scores of the last round: zero for what an earlier one has cut."""
+        masks = [torch.ones_like(p, dtype=torch.bool) for p in parameters]
+        for turn in range(1, ROUNDS + 1):
+            scores = flow(tuned, tuning, parameters, masks)
+            masks = self._masks(scores, 1 - (1 - self.sparsity) ** (turn / ROUNDS))
+        return scores
+
+    def _kept(self, sizes: Sequence[int], sparsity: float | None = None) -> int:
+        density = 1 - (self.sparsity if sparsity is None else sparsity)
         if self.scope == "model":
             return math.floor(density * sum(sizes) + 1e-6)
         return sum(math.floor(density * n + 1e-6) for n in sizes)
 
-    def _masks(self, scores: list[Tensor]) -> list[Tensor]:
+    def _masks(self, scores: list[Tensor], sparsity: float | None = None) -> list[Tensor]:
         if self.scope == "model":
-            return top_k(scores, self._kept([s.numel() for s in scores]))
-        return [top_k([s], self._kept([s.numel()]))[0] for s in scores]
+            return top_k(scores, self._kept([s.numel() for s in scores], sparsity))
+        return [top_k([s], self._kept([s.numel()], sparsity))[0] for s in scores]
 
     def _scores(self, tuned: TunedView, parameters: list[nn.Parameter], batches: Batches) -> list[Tensor]:
         if self.score == "magnitude":
@@ -132,6 +148,33 @@ class SparseAdapter(Method):
                     if grad is not None:
                         total += grad / len(looked)
         return [(g * p.detach()).abs() for g, p in zip(summed, parameters, strict=True)]
+
+
+def flow(tuned: TunedView, tuning: TuningView, parameters: list[nn.Parameter], masks: Sequence[Tensor]) -> list[Tensor]:
+    """SynFlow's scores of one round: every attachment reads ones, with |W| * M for W and biases of zero."""
+    sites = {site.key: site for site in tuned.anatomy.all_sites}
+    everything = [p for m in tuning.modules_by_key().values() for p in m.parameters()]
+    before = [(p, p.detach().clone()) for p in everything]
+    held = {id(p): mask for p, mask in zip(parameters, masks, strict=True)}
+    try:
+        with no_trace(tuned, training=False), kernels.plain():
+            for p, value in before:
+                p.data.copy_(value.abs() * held.get(id(p), p.dim() > 1))
+            given = torch.zeros((), device=parameters[0].device)
+            for key, module in tuning.modules_by_key().items():
+                site = sites.get(key.rpartition(":")[2].partition("~")[0])
+                if site is not None and isinstance(module, Attachment):
+                    wide = site.d_out if site.kind.endswith("_out") else site.d_in
+                    x, y = (torch.ones(1, n, device=given.device) for n in (wide, site.d_out))
+                    given = given + module.after(x, y).sum()
+            grads = torch.autograd.grad(given, parameters, allow_unused=True)
+            return [
+                torch.zeros_like(p) if g is None else (g * p.detach()).abs()
+                for p, g in zip(parameters, grads, strict=True)
+            ]
+    finally:
+        for p, value in before:
+            p.data.copy_(value)
 
 
 def _matrices_of(tuning: TuningView) -> dict[str, nn.Parameter]:

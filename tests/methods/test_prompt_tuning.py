@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from methods.checks import frozen_copy, logits, same, train
+from methods.checks import frozen_copy, logits, same, stir, train
 from methods.generation import check_checkpointing, check_generation, check_low_precision, stirred
 from tiny import inputs, tiny
 from torch.nn import functional as F
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from luthier.anatomy import Anatomy
-from luthier.core import AnatomyError, ConfigError, ModelError
-from luthier.surgery import attach, method
+from luthier.core import ConfigError, ModelError
+from luthier.surgery import attach, load, method
 
 WORDS = ((17,), (90,), (5,), (44,))
 NAMES = ["bert", "llama", "t5"]
@@ -141,9 +141,57 @@ def test_a_text_without_room_for_the_vectors_is_refused_with_the_numbers():
         tuned.model(**inputs(tuned.model))
 
 
-def test_an_image_model_has_no_words():
-    with pytest.raises(AnatomyError, match="embed"):
-        attach(tiny("vit"), "prompt_tuning")
+def of_pictures(words="prompt_tuning", task="", **settings):
+    tuned = attach(tiny("vit", task), words, **{"length": 4, **settings})
+    stir(tuned)
+    return tuned
+
+
+def test_beside_patches_vectors_are_what_more_states_at_the_first_block_are():
+    tuned = of_pictures()
+    model, vit = tiny("vit"), tiny("vit").vit
+    batch = inputs(model)
+    with torch.no_grad():
+        states = vit.embeddings(batch["pixel_values"])
+        vectors = tuned.modules()["prompt"].vectors
+        states = torch.cat(
+            [states[:, :1], vectors.expand(3, -1, -1), states[:, 1:]], 1
+        )  # behind [CLS], as the paper has it
+        for layer in vit.layers:
+            states = layer(states, None)
+        head = {
+            n.split("/")[1].removeprefix("classifier."): p for n, p in tuned.trained().items() if n.startswith("head/")
+        }
+        wanted = F.linear(vit.layernorm(states)[:, 0], head["weight"], head["bias"])
+    torch.testing.assert_close(logits(tuned.model, batch), wanted, rtol=1e-5, atol=1e-5)
+    assert tuned.n_trained() == tuned.tuning().method.n_params(tuned.anatomy) == 4 * 48
+    assert 0 < attach(tiny("vit"), "prompt_tuning").modules()["prompt"].vectors.abs().max() <= (3 / 48) ** 0.5
+
+
+@pytest.mark.parametrize("words", ["prompt_tuning", "p_tuning", "mpt", "attempt"])
+def test_beside_patches_a_picture_gives_as_many_states_as_before(words, tmp_path):
+    more = {"attempt": {"prompts": 2, "hidden": 5}}.get(words, {})
+    tuned = of_pictures(words, "base", **more)
+    batch = inputs(tuned.model)
+    out = tuned.model.eval()(**batch, output_hidden_states=True)
+    assert {h.shape for h in out.hidden_states} == {(3, 10, 48)} == {out.last_hidden_state.shape}
+    assert torch.equal(out.hidden_states[0], tiny("vit", "base").embeddings(batch["pixel_values"]))
+    tuned.finish()
+    held = tuned.model(**batch).last_hidden_state
+    tuned.save(tmp_path / "t")
+    again = tiny("vit", "base")
+    load(again, tmp_path / "t")
+    assert torch.equal(again(**batch).last_hidden_state, held)
+    assert torch.equal(tuned.detach()(**batch).last_hidden_state, tiny("vit", "base")(**batch).last_hidden_state)
+
+
+def test_beside_patches_what_cannot_be_is_refused():
+    with pytest.raises(ConfigError, match="this vit model has none"):
+        attach(tiny("vit"), "prompt_tuning", length=4, init="words", words=WORDS)
+    tuned = of_pictures()
+    batch = inputs(tuned.model)
+    with pytest.raises(ModelError, match="such as a mask"):
+        tuned.model.vit(pixel_values=batch["pixel_values"], attention_mask=torch.tensor([[1] * 9 + [0]]).expand(3, -1))
 
 
 def test_roberta_base_with_a_head_of_two_trains_607_490_numbers():

@@ -20,6 +20,7 @@ from luthier.surgery.branch import Branch
 from luthier.surgery.checkpointing import Checkpointing, Restore
 from luthier.surgery.context import ROW, may_leave_out, packed, read_mask
 from luthier.surgery.edited_model import EditedModel
+from luthier.surgery.picture_prompts import PicturePrompts, reads_pictures
 from luthier.surgery.prefix_attention import Attending, KeysValues, Own, Pairs, Prefix, Prefixes
 from luthier.surgery.prompts import PromptHooks, leading_pads, text_stack
 from luthier.surgery.serving import Serving
@@ -44,7 +45,7 @@ class Forward:
 
     def __init__(self, edited: EditedModel, serving: Serving) -> None:
         self.edited, self.serving = edited, serving
-        self.prompts: PromptHooks | None = None
+        self.prompts: PromptHooks | PicturePrompts | None = None
         self.branches: dict[str, Branch] = {}
         self._prefixes: list[Prefixes] = []
         self._route: prefix_attention.Route | None = None
@@ -142,7 +143,9 @@ class Forward:
         for name, branch in self.branches.items():
             branch.enabled = name in names
         sources = [source for tuning in active for source in tuning.prompts()]
-        if sources and self.prompts is None:
+        if sources and self.prompts is None and reads_pictures(self.edited.modules, self.edited.anatomy):
+            self.prompts = PicturePrompts(self.edited.modules, self.edited.anatomy, self.edited.context)
+        elif sources and self.prompts is None:
             stack, embed, decoder = self._text_stack()
             limit = self.edited.anatomy.max_positions
             self.prompts = PromptHooks(self.edited.model, stack, embed, decoder, limit, self.edited.context)

@@ -16,6 +16,7 @@ from luthier.surgery.edited_model import EditedModel
 from luthier.surgery.edits import AddBranch, Attach, Attend, Edit, PrependKeys, PrependTokens, Reparametrise, Unfreeze
 from luthier.surgery.forward import Forward
 from luthier.surgery.method import Method
+from luthier.surgery.picture_prompts import reads_pictures
 from luthier.surgery.prompts import refuse_prompts
 from luthier.surgery.socket import Plug, Substitute, Tap
 from luthier.surgery.tuning import ATTENTION, BRANCH, CALL, PREFIX, Master, Tuning, keyed
@@ -93,7 +94,8 @@ def check(edited: EditedModel, edits: list[tuple[str, Edit]], method: Method) ->
         elif isinstance(edit, Attach) and edit.takes_over:
             claim(f"{CALL}{edit.site.path}", prefix, "Use one of them.")
         elif isinstance(edit, PrependTokens):
-            refuse_prompts(edited.model, anatomy, label)
+            if not reads_pictures(edited.modules, anatomy):
+                refuse_prompts(edited.model, anatomy, label)
         elif isinstance(edit, AddBranch):
             for block in anatomy.blocks:
                 _refuse_quantised(edited, label, [n for n in anatomy.tensors if n.startswith(f"{block.path}.")])
@@ -308,7 +310,8 @@ class Installer:
 
     def _prepend_tokens(self, tuning: Tuning, prefix: str, edit: PrependTokens, seed: int) -> None:
         source: Any = self._at_home(edit.source)
-        if hasattr(source, "start") and next(source.parameters()).device.type != "meta":
+        pictures = reads_pictures(self.edited.modules, self.edited.anatomy)
+        if hasattr(source, "start") and not pictures and next(source.parameters()).device.type != "meta":
             embed = self.edited.anatomy.sites("embed", asked_by="prompt vectors")[0]
             with keyed(seed, "init", prefix, "prompt"):
                 source.start(self.edited.modules[embed.path])

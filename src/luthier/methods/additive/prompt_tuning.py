@@ -2,7 +2,9 @@
 
     H_0 = [E_p ; E(x)]          E_p: (P, d)
 
-In an encoder-decoder the encoder alone gets them. The model reads other text than before from the first step on.
+In an encoder-decoder the encoder alone gets them. The model reads other text than before from the first step on. In a
+model of pictures (ViT) they stand beside the patches, behind the positions, drawn from [-sqrt(3 / d), sqrt(3 / d)]: Jia
+et al. 2022, "Visual Prompt Tuning", arXiv:2203.12119, its shallow form.
 
 Lester, Al-Rfou, Constant 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning", arXiv:2104.08691, section 2.
 
@@ -17,6 +19,7 @@ first. The paper samples from the 5,000 most frequent words: we take the first 5
 vocabulary sorted by frequency (SentencePiece), and merely ids in any other.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -57,8 +60,14 @@ class PromptTuning(Method):
             )
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
-        width = prompt_width(anatomy, "prompt_tuning")
-        yield PrependTokens(Prompt(self.length, width, init=self.init, span=self.span, words=self.words), self.length)
+        width, span = prompt_width(anatomy, "prompt_tuning"), self.span
+        if anatomy.vocab_size is None:  # patches are narrow beside words, and there is no table to copy from
+            if self.init == "words":
+                raise ConfigError(
+                    f"prompt_tuning.init: words, and this {anatomy.model_type} model has none. Leave it out."
+                )
+            span = math.sqrt(3 / width)
+        yield PrependTokens(Prompt(self.length, width, init=self.init, span=span, words=self.words), self.length)
 
     def n_params(self, anatomy: Anatomy) -> int:
         return self.length * prompt_width(anatomy, "prompt_tuning")

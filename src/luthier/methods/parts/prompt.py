@@ -15,7 +15,9 @@ _FREQUENT = 5_000
 
 
 def prompt_width(anatomy: Anatomy, asked_by: str) -> int:
-    """Width of the word embedding."""
+    """Width of the word embedding; of the stream, where a model reads no words."""
+    if anatomy.vocab_size is None and not any(s.kind == "embed" for s in anatomy.all_sites):
+        return anatomy.d
     return anatomy.sites("embed", asked_by=asked_by)[0].d_out
 
 

@@ -45,6 +45,7 @@ def meta(settings, loss_of, start, tasks=1):
     return x.grad, halves
 
 
+@pytest.mark.acid("maml", 1, 4)
 def test_mamls_gradient_carries_the_factor_and_the_first_order_one_does_not():
     # L = (x - c)^2 / 2 for support and query alike: phi = x - a (x - c), dL(phi)/dx = (1 - a) (phi - c)
     def quadratic(row, x):
@@ -97,6 +98,7 @@ def test_the_second_derivative_of_a_model_agrees_with_a_difference(runs):
     assert second == pytest.approx(wanted, rel=0.03) and abs(first - wanted) > 3 * abs(second - wanted)
 
 
+@pytest.mark.acid("maml", 2, 3)
 def test_support_and_query_are_disjoint_and_no_inner_step_is_training_on_the_query(runs):
     loop = runs.loop("maml", "lora", "bert-dry", values={"maml.inner": 0}, batch=WHOLE)
     loop.moments.start()
@@ -129,6 +131,7 @@ def test_mamls_head_alone_moves_inside_and_too_few_rows_are_refused(runs, tmp_pa
 # --- loss_weighting
 
 
+@pytest.mark.acid("loss_weighting", 1, 2)
 @pytest.mark.parametrize("size", [0.3, 3.0])
 def test_at_the_optimum_a_weighted_loss_is_a_half_however_large_the_loss(size, runs):
     loop = runs.loop("loss_weighting", batch=WHOLE, optim=OptimSpec(lr=1e-8))
@@ -145,6 +148,7 @@ def test_at_the_optimum_a_weighted_loss_is_a_half_however_large_the_loss(size, r
     assert s.grad[1].item() == pytest.approx(0.5 - size, abs=1e-6)
 
 
+@pytest.mark.acid("loss_weighting", 3)
 def test_weights_of_dwa_add_up_and_follow_what_falls_slowly():
     weights = averaged([0.9, 0.5, 0.7], [1.0, 1.0, 1.0], 2.0)
     assert sum(weights) == pytest.approx(3.0) and weights[0] > weights[2] > weights[1]
@@ -161,6 +165,7 @@ def test_gradnorm_evens_out_norms_and_keeps_the_sum():
     assert slow[0] > 1 > slow[1], "a set that falls slowly is pulled harder"
 
 
+@pytest.mark.acid("loss_weighting", 4)
 @pytest.mark.parametrize("form", ["dwa", "gradnorm"])
 def test_weights_move_are_logged_and_last(form, runs):
     given = {"values": {"loss_weighting.form": form}, "batch": WHOLE, "steps": 40}

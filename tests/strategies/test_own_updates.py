@@ -32,6 +32,7 @@ def values(loop):
 # --- mezo
 
 
+@pytest.mark.acid("mezo", 1)
 def test_mezo_without_a_rate_leaves_the_weights_within_rounding(runs):
     loop = runs.loop("mezo", "full", optim=OptimSpec(lr=1e-30))
     before = values(loop)
@@ -42,6 +43,7 @@ def test_mezo_without_a_rate_leaves_the_weights_within_rounding(runs):
     assert 0 <= drift < 1e-6, "three moves of 1e-3 there and back, in fp32"
 
 
+@pytest.mark.acid("mezo", 2)
 def test_mezo_is_replayed_from_its_log_alone(runs):
     loop = runs.loop("mezo", "lora", optim=OptimSpec(lr=1e-2, clip=0.0), steps=5)
     again = runs.loop("mezo", "lora", optim=OptimSpec(lr=1e-2, clip=0.0), steps=5)
@@ -57,6 +59,7 @@ def test_mezo_is_replayed_from_its_log_alone(runs):
     assert all(torch.equal(p, values(again)[n]) for n, p in values(loop).items())
 
 
+@pytest.mark.acid("mezo", 3)
 def test_mezos_mean_over_many_directions_points_along_the_gradient(runs):
     def cosine(seeds):
         loop = runs.loop("mezo", "lora", "bert-dry", values={"mezo.seeds": seeds}, batch=WHOLE)
@@ -77,6 +80,7 @@ def test_mezos_mean_over_many_directions_points_along_the_gradient(runs):
     assert 0 < few < many and many > 0.3
 
 
+@pytest.mark.acid("mezo", 4)
 def test_mezo_builds_no_graph_and_holds_one_draw_at_a_time(runs, monkeypatch):
     loop = runs.loop("mezo", "full")
     graphs, inner = [], type(loop)._loss
@@ -93,6 +97,7 @@ def test_mezo_builds_no_graph_and_holds_one_draw_at_a_time(runs, monkeypatch):
     assert loop.optimiser.state_bytes() == loop.optimiser.gradient_bytes() == 0
 
 
+@pytest.mark.acid("mezo", 5)
 def test_mezo_learns_from_a_count_of_errors(runs):
     given = {"values": {"mezo.aim": "errors", "mezo.eps": 0.1, "mezo.seeds": 4}, "optim": OptimSpec(lr=0.05)}
     loop = runs.loop("mezo", "lora", steps=6, batch=WHOLE, **given)
@@ -117,6 +122,7 @@ def test_mezo_on_disk_resumes_and_the_trial_moves_nothing(runs, tmp_path):
 # --- lomo
 
 
+@pytest.mark.acid("lomo", 1, 5)
 @pytest.mark.parametrize("clip", [0.0, 0.05])
 def test_lomo_is_descent_to_the_bit_clipped_or_not(clip, runs):
     optim = OptimSpec(lr=0.1, clip=clip)
@@ -156,6 +162,7 @@ def test_adalomo_steps_as_its_equations_say_and_resumes(runs):
 # --- both
 
 
+@pytest.mark.acid("lomo", 4)
 def test_who_moves_the_numbers_is_said_once_and_needs_a_rate(runs, tmp_path):
     def refused(words, strategy="mezo", **changes):
         spec = little_spec(runs.home, changes.pop("method", "lora"), strategy=strategy, out=str(tmp_path / "run"))

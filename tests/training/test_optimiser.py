@@ -85,6 +85,7 @@ def test_plain_descent_equals_the_frameworks(clip: float) -> None:
         torch.testing.assert_close(dict(ours.named_parameters())[name], parameter, rtol=1e-5 if clip else 1e-12, atol=0)
 
 
+@pytest.mark.acid("lomo", 3)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("clip", [0.0, 0.5])
 def test_inside_the_backward_pass_it_is_the_same_to_the_bit(clip: float, dtype: torch.dtype) -> None:
@@ -96,6 +97,7 @@ def test_inside_the_backward_pass_it_is_the_same_to_the_bit(clip: float, dtype: 
     assert torch.equal(after.unused, Net(dtype).unused)  # no gradient: no decay
 
 
+@pytest.mark.acid("lomo", 2)
 def test_two_tensors_never_hold_a_gradient_together() -> None:
     net = Net()
     optimiser = Lomo(dict(net.named_parameters()), [], spec("lomo"), 0.1)

@@ -62,8 +62,10 @@ class Strategy:
 
     Class facts, read from the syntax tree for the listing:
         neutral: settings with which the run is the one without the strategy; None where there are none.
-        reads: what it must see: "embeddings" or "states" (no frozen features then), "logits" (no chunked loss).
+        reads: what it must see: "embeddings" or "states" (no frozen features then), "logits" (no chunked loss),
+            "attention" (no frozen features, and the last block is computed for all tokens).
         roles: settings that name models beside the one that trains; `course.models` has them.
+        live: those models are asked in every step, in the run's own tokens, whatever the task.
         sets: names of further rows that it needs (`--also NAME=FILE`); "*" stands for any, one at least.
         drops: its passes must differ by dropout, so trunk_dropout = "auto" is on.
         whole_step: rows of a step must see one another, so a step is one micro-batch.
@@ -83,6 +85,7 @@ class Strategy:
     neutral: ClassVar[dict[str, Any] | None] = None
     reads: ClassVar[tuple[str, ...]] = ()
     roles: ClassVar[tuple[str, ...]] = ()
+    live: ClassVar[bool] = False
     sets: ClassVar[tuple[str, ...]] = ()
     drops: ClassVar[bool] = False
     whole_step: ClassVar[bool] = False

@@ -65,7 +65,9 @@ def build(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
     )
     batches = Batches(prepared.train, order, collator, spec.batch.tokens, spec.batch.accumulate, spec.batch.workers)
     later = spec.total_steps(order.steps_per_epoch) > order.steps_per_epoch  # in one epoch no row comes twice
-    sees_text = any({"embeddings", "states"} & set(s.reads) for s in strategies)
+    sees_text = any({"embeddings", "states", "attention"} & set(s.reads) for s in strategies)
+    if any("attention" in s.reads for s in strategies):
+        objective.first_token = None
     features = objective.keep_features(batches) if later and not sees_text else None
     Phases(tuned, method.parts()).check(Feed(spec, batches).total)
     refuse_cut_steps([s.name for s in prepared.strategies if s.whole_step], spec, batches)

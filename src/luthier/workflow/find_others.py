@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Other:
     Attributes:
         owner, role: the strategy, and the setting that names the model.
         run: the finished run that it is, where it is one.
+        live: whether it is asked in every step, in the run's own tokens.
     """
 
     owner: str
@@ -37,6 +38,7 @@ class Other:
     digest: str
     source: Source
     run: Path | None = None
+    live: bool = False
 
     @property
     def setting(self) -> str:
@@ -59,11 +61,15 @@ def find_others(strategies: Iterable[Strategy], task: Task, tokenizer: Any, n_vo
         )
     for one in strategies:
         for role, name in one.models().items():
-            found.append(_found(one.name, role, name, task, tokenizer, n_vocab))
+            other = _found(one.name, role, name, task)
+            other = replace(other, live=one.live or task.name not in LABELLED)
+            if other.live:
+                _refuse_vocabulary(other, tokenizer, n_vocab)
+            found.append(other)
     return tuple(found)
 
 
-def _found(owner: str, role: str, name: str, task: Task, tokenizer: Any, n_vocab: int) -> Other:
+def _found(owner: str, role: str, name: str, task: Task) -> Other:
     setting, path = f"{owner}.{role}", Path(name).expanduser()
     if not (path / "run.json").is_file():
         source = find_model(name)
@@ -85,8 +91,6 @@ def _found(owner: str, role: str, name: str, task: Task, tokenizer: Any, n_vocab
         source = find_model(RunSpec.from_plain(run.spec, where=f"{name}/run.json").model)
         digest = hashlib.sha256(f"{source.digest} {tuning_files.weights_digest(run.tuning)}".encode()).hexdigest()
         other = Other(owner=owner, role=role, name=name, digest=digest, source=source, run=path)
-    if task.name not in LABELLED:
-        _refuse_vocabulary(other, tokenizer, n_vocab)
     return other
 
 

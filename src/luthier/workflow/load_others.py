@@ -15,7 +15,7 @@ from luthier.data.encode import encode
 from luthier.data.tokenizer import choose_length, choose_pad
 from luthier.data.windows import mean_by_row
 from luthier.training.other_models import OtherModel
-from luthier.workflow.find_others import LABELLED, Other
+from luthier.workflow.find_others import Other
 from luthier.workflow.load_model import load_config, load_model, load_tokenizer
 from luthier.workflow.prediction import Predictor
 from luthier.workflow.preparation import Prepared
@@ -55,7 +55,7 @@ def _loaded(prepared: Prepared, other: Other, say: Callable[[str], None]) -> Oth
         pad = choose_pad(tokenizer, int(model.get_input_embeddings().weight.shape[0])).id
         model.config.pad_token_id = pad
     model.requires_grad_(False).eval()
-    if prepared.task.name not in LABELLED:
+    if other.live:
         return OtherModel(name=other.name, model=model)
     answers = _answers(prepared, other, model, tokenizer, length, pad, long)
     say(f"{other.setting}: {other.name} has answered {len(answers)} rows; its weights are let go")

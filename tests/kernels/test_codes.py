@@ -79,26 +79,30 @@ def test_a_format_is_what_a_plain_loop_makes(name: str, shape: tuple[int, int]) 
 BITS = {"nf4": 4 + 8 / 64 + 32 / (64 * 256), "int8": 8 + 32 / 512, "int4": 4 + 48 / 32, "int2": 2 + 48 / 32}
 
 
+@pytest.mark.acid("qlora", 3)
 @pytest.mark.parametrize("name", list(FORMATS))
-def test_acid_qlora_bits_a_weight(name: str) -> None:
+def test_qlora_bits_a_weight(name: str) -> None:
     parts = FORMATS[name].encode(drawn((512, 512)))
     bits = 8 * sum(p.nbytes for p in parts.values()) / 512**2
     assert bits == pytest.approx(BITS[name], abs=1e-3)
     assert name != "nf4" or bits <= 4.13
 
 
-def test_acid_qlora_the_sixteen_levels_are_read_as_they_were_written() -> None:
+@pytest.mark.acid("qlora", 1)
+def test_qlora_the_sixteen_levels_are_read_as_they_were_written() -> None:
     weight = torch.tensor(LEVELS).repeat(4, 4)  # each block holds all levels, so all constants are one
     assert torch.equal(round_trip("nf4", 3 * weight), 3 * weight)
 
 
-def test_acid_qlora_a_block_with_one_number_reproduces_it() -> None:
+@pytest.mark.acid("qlora", 2)
+def test_qlora_a_block_with_one_number_reproduces_it() -> None:
     weight = torch.zeros(1, 64)
     weight[0, 17] = -0.0123
     assert torch.equal(round_trip("nf4", weight), weight)
 
 
-def test_acid_qlora_nf4_is_closer_to_normal_numbers_than_even_steps_and_than_fp4() -> None:
+@pytest.mark.acid("qlora", 5)
+def test_qlora_nf4_is_closer_to_normal_numbers_than_even_steps_and_than_fp4() -> None:
     weight = drawn((1024, 512))
     blocks = weight.view(-1, 64)
     unit = blocks / blocks.abs().amax(1, keepdim=True)

@@ -304,3 +304,17 @@ def test_what_learns_is_what_acts_and_trains_and_a_head_is_counted_where_it_is_a
     tuned.activate("one")  # two would learn and does not act
     assert not tuned.trained()
     assert tuned.n_trained(head=True) == 0
+
+
+def test_the_seed_of_what_is_drawn_is_the_one_that_was_given() -> None:
+    def start(seed: int) -> dict[str, Tensor]:
+        tuned = attach(tiny("bert"), "lora", seed=seed, train_head=False)
+        return {n: p.detach() for n, p in tuned.trained().items() if p.any()}
+
+    first, other, again = start(0), start(5), start(5)
+    assert first.keys() == other.keys() and len(first) > 1
+    assert all(torch.equal(other[n], again[n]) and not torch.equal(other[n], first[n]) for n in first)
+    added = attach(tiny("bert"), "lora", name="before", train_head=False)
+    added.add("lora", name="after", seed=5, train_head=False)
+    drawn = added.trained("after")
+    assert all(torch.equal(drawn[n], other[n]) for n in other)

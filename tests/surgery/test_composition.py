@@ -236,3 +236,12 @@ def test_a_site_that_the_model_lacks_is_refused_before_anything_is_touched() -> 
     with pytest.raises(AnatomyError, match=r"attn\.qq"):
         attach(model, "lora", sites=("attn.q", "attn.qq"))
     assert list(model.state_dict()) == before and Tuned.of(model) is None
+
+
+def test_the_edits_of_a_combination_are_those_of_its_parts_but_for_what_one_of_them_leaves_out() -> None:
+    anatomy = attach(tiny("bert"), "lora").anatomy
+    parts = [len(list(method(words).edits(anatomy))) for words in ("lora", "ia3")]
+    assert min(parts) > 0 and len(list(method("lora+ia3").edits(anatomy))) == sum(parts)
+    fewer = method("pfeiffer_adapter+adapterdrop", {"training": "specialised", "without": 1})
+    whole = len(list(method("pfeiffer_adapter").edits(anatomy)))
+    assert len(list(fewer.edits(anatomy))) * 3 == whole * 2  # two of three blocks

@@ -182,3 +182,15 @@ def test_nothing_is_kept_when_all_have_taken_theirs_in_any_order() -> None:
 def test_layers_of_different_types_are_not_joined() -> None:
     layers = [nn.Linear(6, 4), nn.Linear(6, 4).double(), nn.Linear(6, 4)]
     assert FusedQKV([Socket(layer) for layer in layers]).give(0, torch.randn(2, 6)) is None
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 2, 3])
+def test_copies_of_projections_end_where_their_budget_ends(blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned, _ = ready("bert")
+    with tuned.serving():
+        assert tuned._serving._routes is not None
+        sizes = [group.n_bytes for group in tuned._serving._routes.qkv]
+    assert len(sizes) == 3
+    monkeypatch.setattr("luthier.surgery.serving.BUDGET_BYTES", sum(sizes[:blocks]))
+    with tuned.serving():
+        assert tuned._serving._routes is not None and len(tuned._serving._routes.qkv) == blocks

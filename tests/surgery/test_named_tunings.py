@@ -318,3 +318,30 @@ def test_the_seed_of_what_is_drawn_is_the_one_that_was_given() -> None:
     added.add("lora", name="after", seed=5, train_head=False)
     drawn = added.trained("after")
     assert all(torch.equal(drawn[n], other[n]) for n in other)
+
+
+def test_the_status_counts_places_and_numbers_of_what_is_attached_and_what_is_unfrozen() -> None:
+    tuned = attach(tiny("bert", "classification"), "lora", name="one", rank=2)
+    tuned.add("bitfit", name="two", train_head=False)
+    for row, name in zip(tuned.status(), ("one", "two"), strict=True):
+        held = tuned.trained(name)
+        assert row["tuning"] == name and row["numbers"] == sum(p.numel() for p in held.values())
+    places = [row["places"] for row in tuned.status()]
+    head = sum(n.startswith("head/") for n in tuned.trained("one"))
+    assert places == [6 + head, len(tuned.trained("two"))] and head == 2  # queries and values of three blocks
+
+
+def test_a_place_knows_from_then_on_that_another_tuning_trains_its_weight() -> None:
+    tuned = attach(tiny("bert"), "dora", name="a", train_head=False)
+    moving = [p.base.moves for s in tuned.edited.sockets() for p in s.plugs]
+    assert moving and not any(moving)
+    tuned.add("bitfit", name="b", train_head=False)
+    assert not any(p.base.moves for s in tuned.edited.sockets() for p in s.plugs if p.tuning == "a")
+    tuned.activate()
+    tuned.add("full", name="c", train_head=False)
+    assert all(p.base.moves for s in tuned.edited.sockets() for p in s.plugs if p.tuning == "a")
+
+
+def test_what_holds_the_tunings_is_a_module_that_casts_and_moves_as_any_other() -> None:
+    holder = attach(tiny("bert"), "lora").model.luthier
+    assert holder.double() is holder and all(p.dtype == torch.float64 for p in holder.parameters())

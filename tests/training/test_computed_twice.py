@@ -1,5 +1,6 @@
 """Activations computed twice change no number, on any architecture, with dropout configured."""
 
+import functools
 import inspect
 from typing import Any
 
@@ -7,11 +8,11 @@ import pytest
 import torch
 from cells import small
 from tiny import ALSO, TINY, inputs, tiny
-from torch import Tensor
+from torch import Tensor, nn
 
 from luthier.core import AnatomyError
 from luthier.surgery import attach
-from luthier.surgery.checkpointing import checkpoints_itself
+from luthier.surgery.checkpointing import _as_trained, checkpoints_itself
 
 QUICK = ("bert", "gpt2", "llama", "bart", "opt", "t5")
 
@@ -64,3 +65,15 @@ def test_loss_and_gradients_are_the_same_to_the_bit(name: str, method: str, trun
         torch.testing.assert_close(grads_again, grads, atol=1e-5, rtol=1e-4)
         return
     assert not [k for k, g in grads.items() if g is not None and not torch.equal(g, grads_again[k])]
+
+
+def test_a_block_is_run_in_the_models_mode_however_it_is_handed_over() -> None:
+    model, layer, x = nn.Identity().eval(), nn.Dropout(0.5).train(), torch.ones(64)
+    for block in (layer.forward, layer.__call__, functools.partial(nn.Dropout.__call__, layer)):
+        assert torch.equal(_as_trained(block, model)(x), x)
+        assert layer.training
+        assert _as_trained(block, model.train()) is block
+        assert not torch.equal(block(x), x)
+        model.eval()
+    for block in (torch.relu, functools.partial(torch.relu)):  # no module's: nothing that draws
+        assert _as_trained(block, model) is block

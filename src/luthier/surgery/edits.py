@@ -118,7 +118,8 @@ class Attend:
     `attend(inner, query, key, value) -> Tensor` of shape (B, T, H, D), the queries (B, H, T, D) and the keys and values
     (B, H_kv, S, D) of the text as the model made them, rotated and from the cache. `inner(query, key, value)` attends
     as the model does: with its mask, its bias, its dropout, and the prefix, if there is one. With `of_text=False` it
-    attends to keys that are no text: every query sees every key, nothing is dropped, and a prefix is not among them.
+    attends to keys that are no text: every query sees every key, nothing is dropped, and a prefix is not among them;
+    or to those that `seen`, (B, 1, T, S) boolean, says. The module finds the facts of the pass in `self.context`.
     """
 
     attention: Attention

@@ -246,6 +246,7 @@ class Installer:
             module: Any = self._at_home(
                 edit.build(Base(self.edited.modules[site.path], site, partial(self.beside, site)))
             )
+        module.context = self.edited.context
         tuning.add(f"{prefix}{'cross' if fact.cross else 'attn'}.attend{place}", module)
         self.forward.add_own_attention(tuning.tuning_name, module, fact.path)
 

@@ -58,7 +58,8 @@ class Method(ABC):
         default_head_lr: that of a new task head then; None for the same.
         looks_at_data: `prepare` needs batches before the first step.
         computes_tensors: replaces tensors of the model by computed ones, so what it finds there is not what acts.
-        draws: in training it draws which of its numbers take part, so two passes differ even without dropout.
+        draws: in training it computes otherwise than in answers, even without dropout: it draws which of its numbers
+            take part, or sees less of the text.
         stored_width: bytes of a number that a saved tuning holds; 1 where they are bits, packed.
         peft: how a tuning of it stands in the files of the peft library, where both compute the same.
         modifies: it makes no edit of its own and changes the numbers of the methods beside it.

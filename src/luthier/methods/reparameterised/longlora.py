@@ -1,0 +1,145 @@
+"""LongLoRA: train on long texts with attention in groups that half of the heads shift, answer with all of it.
+
+    in training: heads of the first half attend inside groups of G tokens, those of the second half inside groups that
+    begin G / 2 later; causally in both.      in evaluation: the model's own attention
+
+    y = x W^T + b + (alpha / rank) x A^T B^T at the attention's projections; the word embedding and the norms train
+
+G is a share of the batch's length, or fixed by `group`, and the work of attention then grows linearly with the length.
+In evaluation the model starts as the base model.
+
+Chen et al. 2023, "LongLoRA: Efficient Fine-tuning of Long-Context Large Language Models", arXiv:2309.12307. The paper
+rolls the shifted heads around, and its last group then holds the end and the beginning of the text, so that early
+tokens see late ones; here that group is cut in two, as in the authors' code for supervised training, and nothing leaks.
+Positions beyond those of the base need a model whose rotary scaling says so: that is the model's setting, not this one.
+
+Count: sum over sites of rank (d_in + d_out), the embedding and the norms.
+Claims: contexts many times as long at a fraction of the cost, with full attention afterwards.
+Use it when: a decoder is to read longer texts than it was trained on.
+Not when: the texts fit anyway.
+Pitfalls: memory is saved only in training; the attention's own dropout is not drawn in groups; models with sliding
+windows see less afterwards than a group that is wider than the window; several texts in one row are refused.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from luthier.anatomy import Anatomy, Site
+from luthier.core import AnatomyError, ConfigError, ModelError, above, at_least
+from luthier.methods.parts.low_rank import ThinUpdate, check_projections
+from luthier.methods.parts.update_masks import sizes_of
+from luthier.surgery import METHODS, Attachment, Attend, Base, Context, Edit, PerSite, Unfreeze
+from luthier.surgery.prompts import with_vectors
+
+
+@METHODS.register("longlora", family="reparameterised", paper="arXiv:2309.12307")
+@dataclass(frozen=True, kw_only=True)
+class LongLoRA(PerSite):
+    """Settings of LongLoRA."""
+
+    sites: Annotated[tuple[str, ...], "where LoRA stands"] = ("attn.q", "attn.k", "attn.v", "attn.o")
+    rank: Annotated[int, "width of the two thin matrices", at_least(1)] = 8
+    alpha: Annotated[float, "the update is scaled by alpha / rank", above(0)] = 16.0
+    pieces: Annotated[int, "groups that a batch's length is cut into", at_least(1)] = 4
+    group: Annotated[int, "tokens of a group, even, in place of `pieces`; 0 for none", at_least(0)] = 0
+    embedding: Annotated[bool, "the word embedding trains too"] = True
+    norms: Annotated[bool, "the norms train too"] = True
+
+    mergeable: ClassVar[bool] = True
+    starts_at_base: ClassVar[bool] = True
+    trains_base: ClassVar[bool] = True
+    draws: ClassVar[bool] = True
+    default_lr: ClassVar[float] = 5e-4
+    tiny: ClassVar[dict[str, float]] = {"rank": 3, "pieces": 2, "lr": 1e-2}
+
+    def __post_init__(self) -> None:
+        if self.group % 2:
+            raise ConfigError(f"longlora.group: {self.group} is odd, and half of it is shifted. Use {self.group + 1}.")
+
+    def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
+        if not anatomy.is_decoder or anatomy.is_encoder_decoder:
+            raise AnatomyError(
+                f"longlora: groups are cut for a decoder, which sees what came before; {anatomy.model_type} also reads "
+                "what comes after. Use lora, and a model made for long texts."
+            )
+        return check_projections(anatomy, super().places(anatomy), "longlora", 0.0)
+
+    def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
+        yield from super().edits(anatomy)
+        for attention in anatomy.acting_attentions:
+            yield Attend(attention, lambda base: Grouped(self.pieces, self.group))
+        yield from (Unfreeze(name) for name in self._whole(anatomy))
+
+    def n_params(self, anatomy: Anatomy) -> int:
+        return super().n_params(anatomy) + sum(sizes_of(anatomy, self._whole(anatomy)))
+
+    def params_at(self, site: Site) -> int:
+        return self.rank * (site.d_in + site.d_out)
+
+    def build(self, site: Site, base: Base) -> Attachment:
+        return ThinUpdate(site.d_in, site.d_out, self.rank, self.alpha / self.rank)
+
+    def _whole(self, anatomy: Anatomy) -> list[str]:
+        """Names of the tensors that train whole."""
+        tables = [f"{s.path}.{s.param}" for s in anatomy.sites("embed", asked_by="longlora")] if self.embedding else []
+        names = [*tables, *(anatomy.norm_tensors() if self.norms else ())]
+        return [n for n in dict.fromkeys(anatomy.tied.get(n, n) for n in names) if n not in anatomy.head_tensors]
+
+
+class Grouped(nn.Module):
+    """Attention of one layer, in groups while it trains."""
+
+    context: Context
+
+    def __init__(self, groups: int, group: int) -> None:
+        super().__init__()
+        self.groups, self.group = groups, group
+
+    def attend(self, inner: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query (B,H,T,D), key and value (B,H_kv,T,D) -> (B,T,H,D)."""
+        tokens = query.shape[2]
+        whole = not self.training or self.context.generating or key.shape[2] != tokens
+        width = self.group or 2 * math.ceil(tokens / (2 * self.groups))
+        if whole or width >= tokens:
+            of_text: Tensor = inner(query, key, value)
+            return of_text
+        if self.context.packed:
+            raise ModelError("longlora: texts stand one behind the other in a row. Give each a row of its own.")
+        if key.shape[1] == 1:  # one head of keys for all: each half of the queries needs it
+            key, value = (n.expand(-1, 2, -1, -1) for n in (key, value))
+        cut = (key.shape[1] + 1) // 2
+        heads = cut * query.shape[1] // key.shape[1]
+        mask = self.context.mask_for("")
+        real = query.new_ones(len(query), tokens, dtype=torch.bool) if mask is None else mask.bool()
+        if real.shape[1] < tokens:  # vectors before the text
+            real = with_vectors(real, tokens - real.shape[1])
+        first = self._in_groups(inner, query[:, :heads], key[:, :cut], value[:, :cut], real, width, 0)
+        second = self._in_groups(inner, query[:, heads:], key[:, cut:], value[:, cut:], real, width, width // 2)
+        return torch.cat([first, second], dim=2)
+
+    def _in_groups(
+        self, inner: Any, query: Tensor, key: Tensor, value: Tensor, real: Tensor, width: int, shift: int
+    ) -> Tensor:
+        """Attention inside groups, the first of which lacks its first `shift` tokens. (B,T,h,D)."""
+        rows, tokens = real.shape
+        before = width - shift if shift else 0
+        behind = -(before + tokens) % width
+
+        def cut(heads: Tensor) -> Tensor:
+            """(B,h,T,D) -> (B n,h,G,D)."""
+            filled = F.pad(heads, (0, 0, before, behind)).unflatten(2, (-1, width))  # type: ignore[no-untyped-call]
+            return filled.transpose(1, 2).flatten(0, 1)
+
+        there = F.pad(real, (before, behind)).view(-1, 1, 1, width)  # (B n,1,1,G)
+        one = torch.eye(width, dtype=torch.bool, device=real.device)
+        seen = (one.new_ones(width, width).tril() & there) | one  # a filled place sees itself, and is thrown away
+        found: Tensor = inner(cut(query), cut(key), cut(value), of_text=False, seen=seen)  # (B n,G,h,D)
+        whole = found.reshape(rows, -1, *found.shape[2:])
+        text: Tensor = whole[:, before : before + tokens]
+        return text

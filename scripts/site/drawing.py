@@ -5,10 +5,10 @@ from html import escape
 from typing import Any
 
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from luthier.anatomy import Anatomy
-from luthier.core import ConfigError
+from luthier.core import AnatomyError, ConfigError
 from luthier.surgery import (
     METHODS,
     AddBranch,
@@ -58,6 +58,16 @@ def tiny_anatomy() -> tuple[Any, Anatomy]:
     )  # fmt: skip
     model = BertForSequenceClassification(config)
     return model, Anatomy.read(model)
+
+
+def tiny_decoder() -> Anatomy:
+    """Of a model that sees only what came before, for methods that need one."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=80,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    return Anatomy.read(LlamaForCausalLM(config))
 
 
 def marks(method: Method, anatomy: Anatomy) -> dict[str, set[str]]:
@@ -112,6 +122,8 @@ def draw(name: str) -> str:
         found = marks(cls(), anatomy)
     except ConfigError:  # a size that fits models of real width only; the places are the same
         found = marks(cls(**{n: v for n, v in cls.tiny.items() if n != "lr"}), anatomy)
+    except AnatomyError:
+        found = marks(cls(), tiny_decoder())
     return svg(name, found)
 
 

@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 from little import at_call, little_spec
+from tiny import tiny
 from tiny_methods import small
 
-from luthier.core import WrongArithmetic
+from luthier.anatomy import Anatomy
+from luthier.core import AnatomyError, WrongArithmetic
 from luthier.runs import RunFolder, load_newest
 from luthier.runs.spec import CheckpointSpec, RunSpec
 from luthier.surgery import METHODS, Method
@@ -114,10 +116,19 @@ def sources_of(method: str, home: Path) -> tuple[str, ...]:
     return tuple(found)
 
 
+def kind_of(method: str) -> str:
+    """An encoder, or a decoder where the method refuses that."""
+    try:
+        list(small(method).edits(Anatomy.read(tiny("bert"))))
+    except AnatomyError:
+        return "llama"
+    return "bert"
+
+
 @pytest.mark.fault("F25", "changes nothing else")
 @pytest.mark.parametrize("method", METHODS.names())
 def test_computing_twice_changes_no_bit_of_any_method(method: str, home: Path, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"steps": 16 if phased(method) else 4}
+    changes: dict[str, Any] = {"steps": 16 if phased(method) else 4, "kind": kind_of(method)}
     if sources := sources_of(method, home):
         changes |= {"sources": sources, "settings": {}}  # sizes are those of the sources
     train(little_spec(home, method, **changes, out=str(tmp_path / "plain")))

@@ -134,12 +134,11 @@ class Grouped(nn.Module):
         def cut(heads: Tensor) -> Tensor:
             """(B,h,T,D) -> (B n,h,G,D)."""
             filled = F.pad(heads, (0, 0, before, behind)).unflatten(2, (-1, width))  # type: ignore[no-untyped-call]
-            return filled.transpose(1, 2).flatten(0, 1)
+            folded: Tensor = filled.transpose(1, 2).flatten(0, 1)
+            return folded
 
         there = F.pad(real, (before, behind)).view(-1, 1, 1, width)  # (B n,1,1,G)
         one = torch.eye(width, dtype=torch.bool, device=real.device)
         seen = (one.new_ones(width, width).tril() & there) | one  # a filled place sees itself, and is thrown away
         found: Tensor = inner(cut(query), cut(key), cut(value), of_text=False, seen=seen)  # (B n,G,h,D)
-        whole = found.reshape(rows, -1, *found.shape[2:])
-        text: Tensor = whole[:, before : before + tokens]
-        return text
+        return found.reshape(rows, -1, *found.shape[2:])[:, before : before + tokens]

@@ -5,15 +5,17 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from fillers import encoder
+from fillers import encoder, filler
 from little import Heard, at_call, little_data, little_model, little_spec
 
 from luthier.core import CompositionError, ConfigError, IntegrityError, UnknownName
 from luthier.data.rows import load_rows
 from luthier.runs import RunFolder
 from luthier.runs.spec import CheckpointSpec, DataSpec, RunSpec
+from luthier.strategies.recipes._soft import most_sure, soft_labels
 from luthier.surgery import tuning_files
 from luthier.training import STRATEGIES
 from luthier.training.loop import Loop
@@ -21,7 +23,7 @@ from luthier.training.recipe import Recipe
 from luthier.trust import safetensors
 from luthier.workflow import resume, train
 from luthier.workflow.cross_validation import cross_validate
-from luthier.workflow.recipes import follow
+from luthier.workflow.recipes import _Run, follow
 from luthier.workflow.resume_proof import run_digests
 
 torch.set_num_threads(1)
@@ -47,6 +49,9 @@ def recipe_spec(home: Path, words: str, out: Path, kind: str = "bert", **changes
     tiny |= {"dapt.corpus": str(corpus(home))} if "dapt" in words else {}
     given = {"model": str(model), "method": "full", "steps": 4, "settings": tiny | changes.pop("settings", {})}
     rows = little_data(home / "rows.csv")
+    if {"pet", "ipet"} & set(words.split("+")):
+        data = DataSpec(source=str(rows), words="good=good, bad=bad, red=red")
+        given |= {"model": str(filler(home / "filler")), "data": data}
     also = {}
     if any("unlabelled" in getattr(STRATEGIES.get(w), "sets", ()) for w in words.split("+")):
         also = {"also": (f"unlabelled={little_data(home / 'more.csv', rows=20, seed=5)}",)}
@@ -224,3 +229,65 @@ def test_ulmfit_with_a_decoder_learns_the_next_words_first(home, tmp_path):
     done = follow(spec)
     first = RunFolder.open(phases_of(done.path)[0], write=False).spec
     assert first["task"] == "causal_lm" and "accuracy" in done.phases["task"]
+
+
+# --- pet, ipet
+
+
+def pet_spec(home, out, **changes):
+    words = "good=good, bad=bad, red=red"
+    data = DataSpec(source=str(little_data(home / "few.csv", rows=24)), words=words)
+    return recipe_spec(home, "pet", out, model=str(filler(home / "filler")), data=data, method="lora", **changes)
+
+
+def test_pet_soft_labels_are_distributions_and_the_classifier_learns_them(home, tmp_path):
+    done = follow(pet_spec(home, tmp_path / "out", steps=30))
+    assert list(done.phases) == ["pattern-1", "pattern-2", "classifier"]
+    last = RunFolder.open(done.result, write=False).spec
+    assert last["strategy"] == "kd_ensemble" and last["data"]["template"] is None
+    assert len(last["settings"]["kd_ensemble.teachers"].split(",")) == 2
+    runs = [_Run(p) for p in phases_of(done.path)[:2]]
+    table, _ = load_rows(str(home / "more.csv"))
+    shares = soft_labels(runs, table, ["bad", "good", "red"], temperature=2.0)
+    np.testing.assert_allclose(shares.sum(-1), 1.0)
+    alone = [soft_labels([run], table, ["bad", "good", "red"]) for run in runs]
+    mean = np.exp(sum(np.log(a) for a in alone) / 2 / 2.0)
+    np.testing.assert_allclose(shares, mean / mean.sum(-1, keepdims=True), atol=1e-6)
+    kept = [json.loads((p / "scores.json").read_text())["accuracy"] for p in phases_of(done.path)]
+    assert len(kept) == 3, "all are scored on the same held-out rows"
+    texts = {line["text"] for line in load_rows(str(tmp_path / "out" / "rows-held.jsonl"))[0].rows}
+    learnt = {line["text"] for line in load_rows(str(tmp_path / "out" / "rows-soft.jsonl"))[0].rows}
+    assert texts and not texts & learnt
+
+
+def test_ipet_no_model_labels_its_own_next_rows(home, tmp_path):
+    settings = {"pet.generations": 2, "pet.growth": 1.5, "pet.share": 0.6, "pet.repetitions": 2}
+    done = follow(pet_spec(home, tmp_path / "out", settings=settings, steps=2))
+    told = [json.loads(p.read_text()) for p in done.path.glob("*/lineage.json")]
+    second = [t for t in told if t["name"].startswith("generation-2-")]
+    assert len(second) == 4
+    for one in second:
+        itself = one["name"].replace("generation-2-", "pattern-")
+        assert itself not in one["made_of"] and len(one["made_of"]) == 2
+    last = next(t for t in told if t["name"] == "classifier")
+    assert sorted(last["made_of"]) == sorted(t["name"] for t in second)
+    first, _ = load_rows(str(tmp_path / "out" / "rows-generation-2-1.jsonl"))
+    assert len(first) > len(load_rows(str(home / "few.csv"))[0]) * 0.8, "the labelled rows, and more"
+
+
+def test_pet_is_refused_without_patterns_rows_or_words(home, tmp_path):
+    for words, changes in (
+        ("needs patterns", {"settings": {"pet.patterns": ""}}),
+        ("needs further rows: --also unlabelled", {"also": None}),
+        ("0 gaps", {"settings": {"pet.patterns": "{text} it is"}}),
+        ("two runs at least", {"settings": {"pet.generations": 2, "pet.patterns": "{text} {mask}"}}),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            follow(pet_spec(home, tmp_path / "out", **changes))
+        assert not (tmp_path / "out").exists()
+
+
+def test_most_sure_takes_the_surest_of_each_label():
+    shares = np.asarray([[0.9, 0.1], [0.6, 0.4], [0.7, 0.3], [0.2, 0.8], [0.45, 0.55]])
+    assert most_sure(shares, [2, 1]) == [(0, 0), (2, 0), (3, 1)]
+    assert most_sure(shares, [9, 9]) == [(0, 0), (1, 0), (2, 0), (3, 1), (4, 1)]

@@ -78,6 +78,10 @@ class Desk(Protocol):
         """The rows of the whole recipe as its last phase reads them: to learn from, held out, and their columns."""
         ...
 
+    def further(self, name: str) -> Table:
+        """The rows of a further set (`--also NAME=FILE`); labels need not be there, and are not read."""
+        ...
+
     def write(self, name: str, rows: Iterable[Mapping[str, Any]]) -> str:
         """Write rows to a file beside the phases, once, and give its path."""
         ...

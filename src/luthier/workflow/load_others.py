@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from luthier.core import DataError, ModelError
-from luthier.data.batches import Collator, EvalBatches
+from luthier.data.batches import Batch, Collator, EvalBatches
 from luthier.data.encode import encode
+from luthier.data.tasks import Task
 from luthier.data.tokenizer import choose_length, choose_pad
 from luthier.data.windows import mean_by_row
 from luthier.training.other_models import OtherModel
@@ -37,8 +38,8 @@ def load_others(prepared: Prepared, say: Callable[[str], None]) -> dict[str, dic
 
 
 def _loaded(prepared: Prepared, other: Other, say: Callable[[str], None]) -> OtherModel:
-    if other.run is not None:
-        predictor = Predictor(other.run)
+    predictor = Predictor(other.run) if other.run is not None else None
+    if predictor is not None:
         model, tokenizer, long = predictor.tuned.model, predictor.tokenizer, str(predictor.contract["long"])
         length, pad = int(predictor.contract["max_length"]), int(predictor.contract["pad"]["id"])
     else:
@@ -57,19 +58,24 @@ def _loaded(prepared: Prepared, other: Other, say: Callable[[str], None]) -> Oth
     model.requires_grad_(False).eval()
     if other.live:
         return OtherModel(name=other.name, model=model)
-    answers = _answers(prepared, other, model, tokenizer, length, pad, long)
+    task, collator, ask = prepared.task, Collator(pad_id=pad), lambda batch: model(**batch.inputs).logits
+    if predictor is not None and predictor.task.template:  # it answers by words of its own template
+        task, collator, objective = predictor.task, predictor.collator(), predictor.objective
+        ask = lambda batch: objective(batch).logits  # noqa: E731
+    answers = _answers(prepared, other, task, model, tokenizer, length, collator, long, ask)
     say(f"{other.setting}: {other.name} has answered {len(answers)} rows; its weights are let go")
     return OtherModel(name=other.name, answers=answers)
 
 
 @torch.inference_mode()
 def _answers(
-    prepared: Prepared, other: Other, model: Any, tokenizer: Any, length: int, pad: int, long: str
+    prepared: Prepared, other: Other, task: Task, model: Any, tokenizer: Any, length: int, collator: Collator,
+    long: str, ask: Callable[[Batch], Tensor],
 ) -> Tensor:  # fmt: skip
     """The logits of every training example, in groups that do not depend on the steps: (examples, classes)."""
     rows = prepared.train.rows
     examples = encode(
-        prepared.train_table, prepared.columns, prepared.task, tokenizer, with_targets=False, check=False,
+        prepared.train_table, prepared.columns, task, tokenizer, with_targets=False, check=False,
         n_vocab=int(model.get_input_embeddings().weight.shape[0]), max_length=length, long=long,
     )  # fmt: skip
     unread = np.setdiff1d(rows, examples.rows)
@@ -79,10 +85,10 @@ def _answers(
             f"({len(unread)} such rows). Take them out, or name another model."
         )
     parts, seen = [], []
-    for batch in EvalBatches(examples, Collator(pad_id=pad), 2 * prepared.spec.batch.tokens):
+    for batch in EvalBatches(examples, collator, 2 * prepared.spec.batch.tokens):
         batch = batch.to(prepared.device)
         with prepared.precision.autocast(prepared.device):
-            parts.append(model(**batch.inputs).logits.float().cpu())
+            parts.append(ask(batch).float().cpu())
         seen.append(batch.rows)
     logits = mean_by_row(torch.cat(parts).numpy()[np.argsort(np.concatenate(seen), kind="stable")], examples)
     place = np.searchsorted(examples.read_rows, rows)

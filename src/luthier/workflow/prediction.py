@@ -231,7 +231,7 @@ class Predictor:
         """Row -> its answer, of those that could be encoded."""
         if len(examples) == 0:
             return {}
-        batches = EvalBatches(examples, self._collator(), 4 * self.spec.batch.tokens)
+        batches = EvalBatches(examples, self.collator(), 4 * self.spec.batch.tokens)
         objective = self.objective
         if tunings is not None:
             objective = _ByRow(self.tuned, self.task, [tunings[i] for i in examples.rows])
@@ -248,7 +248,8 @@ class Predictor:
             for row, label, each in zip(rows, decoded, shares, strict=True)
         }
 
-    def _collator(self) -> Collator:
+    def collator(self) -> Collator:
+        """What lays rows side by side for this run's model."""
         pad_id = int(self.contract["pad"]["id"])
         return collator_of(self.task, self.tuned.model, self.tokenizer, pad_id=pad_id, pad_to=1, seed=0)
 

@@ -19,8 +19,9 @@ from typing import Any
 from luthier.core import ConfigError, IntegrityError, Interrupted, Locked, plain
 from luthier.data.cloze import Kind, kind_of_model
 from luthier.data.columns import Columns
-from luthier.data.load_data import load_data
+from luthier.data.load_data import load_data, load_inputs
 from luthier.data.rows import Table
+from luthier.data.sets import named_sources
 from luthier.runs import RunFolder, durable
 from luthier.runs.lock import Lock
 from luthier.runs.spec import RunSpec
@@ -258,6 +259,11 @@ class _Desk:
     def rows(self) -> tuple[Table, Table | None, Columns]:
         data = load_data(self.plan.spec.data, self.plan.spec.task, load_config(find_model(self.plan.spec.model)))
         return data.train, data.test, data.columns
+
+    def further(self, name: str) -> Table:
+        source = named_sources(self.plan.spec.also)[name]
+        table, _ = load_inputs(source, self.rows()[2])
+        return table
 
     def write(self, name: str, rows: Iterable[Mapping[str, Any]]) -> str:
         path = self.path / f"rows-{name}.jsonl"

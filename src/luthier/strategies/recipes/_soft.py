@@ -1,0 +1,36 @@
+"""Answers of several models to the same rows, as one distribution for each row."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from luthier.data.rows import Table
+from luthier.training.recipe import Done
+
+__all__ = ["most_sure", "soft_labels"]
+
+
+def soft_labels(
+    models: Sequence[Done], table: Table, labels: Sequence[str], temperature: float = 1.0
+) -> NDArray[np.float64]:
+    """softmax of the models' mean logits over a temperature: (rows, labels)."""
+    logits = np.zeros((len(table), len(labels)))
+    for model in models:
+        answers: list[dict[str, Any]] = model.answers(table)
+        # Log-probabilities are logits but for a number that a softmax does not see.
+        logits += np.log([[max(a["probabilities"][name], 1e-30) for name in labels] for a in answers])
+    shares = np.exp((logits - logits.max(-1, keepdims=True)) / len(models) / temperature)
+    return np.asarray(shares / shares.sum(-1, keepdims=True))
+
+
+def most_sure(shares: NDArray[np.float64], wanted: Sequence[int]) -> list[tuple[int, int]]:
+    """(row, label) of the surest rows of each label, at most `wanted` of it; no row twice."""
+    chosen = shares.argmax(-1)
+    found = []
+    for label, count in enumerate(wanted):
+        rows = np.flatnonzero(chosen == label)
+        best = rows[np.argsort(-shares[rows, label], kind="stable")][:count]
+        found += [(int(row), label) for row in best]
+    return sorted(found)

@@ -51,7 +51,17 @@ from luthier.training.course import Course, Piece
 from luthier.training.optimiser import Optimiser
 from luthier.training.told import Told
 
-__all__ = ["ONE_OWNER", "STRATEGIES", "Strategy", "fills", "refuse_sets", "refuse_task", "split_settings", "strategies"]
+__all__ = [
+    "ONE_OWNER",
+    "STRATEGIES",
+    "Strategy",
+    "fills",
+    "neutral",
+    "refuse_sets",
+    "refuse_task",
+    "split_settings",
+    "strategies",
+]
 
 ONE_OWNER = ("order", "optimiser", "batches", "gradient", "passes", "rate", "kept")
 """Moments that one strategy of a run may fill."""
@@ -211,6 +221,12 @@ def refuse_task(strategies: Iterable[Strategy], task: Task) -> None:
         reason = one.suits(task)
         if reason:
             raise ConfigError(f"strategy {one.name} cannot learn the task {task.name}: {reason}")
+
+
+def neutral(strategy: Strategy) -> bool:
+    """Whether its settings are those with which the run is the one without it: then it needs to see nothing."""
+    off = strategy.neutral
+    return off is not None and all(getattr(strategy, name) == value for name, value in off.items())
 
 
 def fills(strategy: Strategy, moment: str) -> bool:

@@ -25,7 +25,7 @@ from luthier.training.loop import Listener, Loop
 from luthier.training.moments import Moments
 from luthier.training.objective import Objective
 from luthier.training.optimiser import optimiser_of
-from luthier.training.strategy import fills
+from luthier.training.strategy import fills, neutral
 from luthier.training.update_checks import refuse_inexact
 from luthier.training.whole_steps import refuse_cut_steps
 from luthier.workflow.load_model import collator_of, load_model
@@ -65,8 +65,9 @@ def build(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
     )
     batches = Batches(prepared.train, order, collator, spec.batch.tokens, spec.batch.accumulate, spec.batch.workers)
     later = spec.total_steps(order.steps_per_epoch) > order.steps_per_epoch  # in one epoch no row comes twice
-    sees_text = any({"embeddings", "states", "attention"} & set(s.reads) for s in strategies)
-    if any("attention" in s.reads for s in strategies):
+    sees_attention = any("attention" in s.reads and not neutral(s) for s in strategies)
+    sees_text = sees_attention or any({"embeddings", "states"} & set(s.reads) for s in strategies)
+    if sees_attention:
         objective.first_token = None
     features = objective.keep_features(batches) if later and not sees_text else None
     Phases(tuned, method.parts()).check(Feed(spec, batches).total)

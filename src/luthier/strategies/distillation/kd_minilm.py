@@ -13,7 +13,7 @@ positions are rotated into them. Queries and keys of the first paper, whose atte
 Paper: arXiv:2012.15828; the first form is arXiv:2002.10957. There alpha is 1, on unlabelled text: a task of words on
 plain text is that.
 
-Neutral: alpha = 0, up to the draws of dropout: the last block is computed for all tokens, not for the first alone.
+Neutral: alpha = 0, where the teacher is not asked.
 Cost: one forward pass of the teacher in every step, and tokens x tokens numbers for each relation head. Frozen features
 and the first-token block are switched off: all tokens of the last layer are needed.
 Claims: a student of any shape that comes near a larger teacher.
@@ -48,7 +48,6 @@ class KDMiniLM(Strategy):
     reads: ClassVar[tuple[str, ...]] = ("attention",)
     roles: ClassVar[tuple[str, ...]] = ("teacher",)
     live: ClassVar[bool] = True
-    tiny_kind: ClassVar[str] = "bert-dry"
     tiny: ClassVar[dict[str, Any]] = {"heads": 4}
 
     teacher: Annotated[str, "the model to learn from: a finished run, or a model folder with its head"] = ""
@@ -71,6 +70,8 @@ class KDMiniLM(Strategy):
                     )
 
     def loss(self, course: Course, piece: Piece, forward: Callable[[], Any]) -> Any:
+        if not self.alpha:
+            return forward()
         student: Any = course.tuned.model
         teacher, anatomy = course.models["teacher"], course.tuned.anatomy
         mine = self._sites("the student", anatomy, 0)

@@ -13,7 +13,7 @@ prediction layer, is `kd_logits`, beside this (`--strategy kd_tinybert+kd_logits
 
 Paper: arXiv:1909.10351. Its stages on general text and twentyfold augmented rows are runs of their own.
 
-Neutral: alpha = 0, up to the draws of dropout: the last block is computed for all tokens, not for the first alone.
+Neutral: alpha = 0, where the teacher is not asked.
 Cost: one forward pass of the teacher in every step; states and scores of all layers of both are held. Frozen features
 and the first-token block are switched off.
 Claims: a small student learns more of a large teacher than from its answers alone.
@@ -48,7 +48,6 @@ class KDTinyBERT(Strategy):
     reads: ClassVar[tuple[str, ...]] = ("attention",)
     roles: ClassVar[tuple[str, ...]] = ("teacher",)
     live: ClassVar[bool] = True
-    tiny_kind: ClassVar[str] = "bert-dry"
 
     teacher: Annotated[str, "the model to learn from: a finished run, or a model folder with its head"] = ""
     alpha: Annotated[float, "share of the layers in the loss; the rest is the task's", between(0, 1)] = 0.5
@@ -74,6 +73,8 @@ class KDTinyBERT(Strategy):
         return {name: torch.randn(ours.d, theirs.d) / ours.d**0.5 for name in ("embedded", "states")}
 
     def loss(self, course: Course, piece: Piece, forward: Callable[[], Any]) -> Any:
+        if not self.alpha:
+            return forward()
         student: Any = course.tuned.model
         teacher, anatomy = course.models["teacher"], course.tuned.anatomy
         other = anatomy_of(teacher.model)

@@ -93,3 +93,45 @@ def test_rows_say_the_head_and_a_screen_is_80_columns_wide(luthier: Call, model:
     assert all(len(line) <= 80 for line in table.splitlines())
     assert all(name in answer.out for name in METHODS.names())
     assert luthier("plan", model, "--data", rows, "--labels", 3).code == 2
+
+
+def test_a_run_holds_what_was_forecast_and_check_compares_the_whole(
+    luthier: Call, model: Path, rows: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "runs" / "one"
+    words = ("--data", rows, "--method", "lora", "--set", "rank=3", "--steps", 2, "--threads", 1, "--out", out)
+    assert luthier("train", model, *words).code == 0
+    record = json.loads((out / "record.json").read_text())
+    for part in ("weights", "trained", "gradients", "optimiser"):
+        assert record["forecast"][part] == record["memory"][part], part
+    found = luthier("plan", out.parent, "--check", "--json").json
+    assert found["residuals"] is None and found["silent"] == []
+    only = found["pairs"][0]
+    program = record["memory"]["program"] + sum(record["memory"][p] for p in ("weights", "trained", "gradients"))
+    activations = only["forecast"] - program - record["memory"]["optimiser"]
+    assert activations == pytest.approx(record["memory"]["activations"], rel=0.1)
+    assert "off" in luthier("plan", out.parent, "--check").out
+    assert luthier("plan", tmp_path / "nowhere", "--check").code == 2
+
+
+def test_what_cannot_fit_is_refused_before_it_starts_and_force_starts_it(
+    luthier: Call, model: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from luthier.workflow import forecasts
+
+    monkeypatch.setattr(forecasts.psutil, "virtual_memory", lambda: type("Memory", (), {"total": 1000})())
+    words = ("train", model, "--data", rows, "--steps", 2, "--threads", 1, "--out", "run")
+    refused = luthier(*words)
+    assert refused.code == 5 and "1.0 kB" in refused.err and "--force" in refused.err
+    assert not Path("run").exists()
+    assert luthier(*words, "--force").code == 0
+
+
+def test_a_forecast_of_activations_says_what_fits_and_what_would(luthier: Call, llama_7b: Path) -> None:
+    row = luthier("plan", llama_7b, "--method", "lora", "--device", "24GB", "--json").json["rows"][0]
+    assert row["fits"] == "maybe" and row["would"].startswith("batch.tokens=")
+    assert row["peak"]["low"] <= row["peak"]["likely"] <= row["peak"]["high"]
+    words = ("--method", "lora", "--device", "24GB", "--set", row["would"])
+    assert luthier("plan", llama_7b, *words, "--json").json["rows"][0]["fits"] == "yes"
+    leaner = luthier("plan", llama_7b, "--method", "lora", "--gradient-checkpointing", "true", "--json").json["rows"][0]
+    assert leaner["activations"] < row["activations"] / 3

@@ -56,7 +56,7 @@ OTHER: dict[str, Any] = {
     "eval.share": 0.2, "eval.rows": 3, "eval.thresholds": True,
     "checkpoint.every_steps": 2, "checkpoint.every_seconds": 60.0,
     "checkpoint.keep": 3, "threads": 2, "device": "cpu", "gradient_checkpointing": True, "fast": False, "recheck": 1,
-    "out": "elsewhere", "chosen": ["epochs"],
+    "out": "elsewhere", "force": True, "chosen": ["epochs"],
 }  # fmt: skip
 
 

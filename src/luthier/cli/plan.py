@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,9 +21,17 @@ NEEDS_WORDS = True
 OWN = ("method", "seed", "out", "device", "sources", "also", "strategy", "epochs", "steps")
 NO_ROWS = "-"
 
+COLUMNS = ("trained", "stored", "weights", "grads", "moments", "together")
+COLUMNS_PEAK = ("trained", "weights", "learning", "activ.", "peak")
 NOTE = """trained: numbers beside a new head. weights: the base and what trains.
 Activations and the program come on top, so yes is not said here.
 no: what stands in every step, gradients apart, is more than there is."""
+
+NOTE_PEAK = """trained: numbers beside a new head. weights: the base and what trains. learning: gradients and moments.
+peak: highest memory of the run. yes: its upper end fits. no: its lower end does not."""
+
+MEASURED = "The ends of peak are those of nine in ten of {n} finished runs on such a device."
+ASSUMED = "No finished runs on such a device stand behind the ends of peak: they are assumed, and wide."
 
 HELP = """Say what each method would train, store and hold on a model, before a weight is read.
 
@@ -36,6 +45,8 @@ Examples:
   luthier plan ./llama-7b/config.json --method lora,ia3,full --device 24GB
 
   luthier plan ./model --method lora:rank=64:sites=*
+
+  luthier plan runs --check
 """
 
 Model = Annotated[
@@ -53,6 +64,9 @@ Methods = Annotated[
 ]
 Where = Annotated[str, typer.Option("--device", help="this, a size such as 24GB, or a name such as h100-80gb.")]
 Labels = Annotated[int | None, typer.Option("--labels", help="Classes, where no rows say how many.", min=2)]
+Check = Annotated[
+    bool, typer.Option("--check", help="Compare forecast and measurement of the finished runs below the folder named.")
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="A setting, of every method that has it, or a field of the run."),
@@ -65,13 +79,17 @@ def command_for(words: Sequence[str] = ()) -> Callable[..., None]:
 
     def command(
         model: str, method: list[str] | None = None, device: str = "this", labels: int | None = None,
-        settings: list[str] | None = None, as_json: bool = False, **given: Any,
+        settings: list[str] | None = None, check: bool = False, as_json: bool = False, **given: Any,
     ) -> None:  # fmt: skip
+        if check:
+            _check(model)
+            return
         _plan(model, method or ["all"], values_of(options, given) | settings_of(settings or []), device, labels)
 
     named = inspect.Parameter.KEYWORD_ONLY
     own: list[tuple[str, Any, Any]] = [
         ("method", Methods, None), ("device", Where, "this"), ("labels", Labels, None), ("settings", Settings, None),
+        ("check", Check, False),
         ("as_json", AsJson, False),
     ]  # fmt: skip
     parameters = [
@@ -96,7 +114,7 @@ def _plan(model: str, methods: list[str], changes: dict[str, Any], device: str, 
     from luthier.core import ConfigError
     from luthier.forecast import device_of
     from luthier.workflow.outline import outline_of
-    from luthier.workflow.plan import Asked, plan
+    from luthier.workflow.plan import USUAL, Asked, plan
 
     where = device_of(device)
     outline = outline_of(model)
@@ -110,9 +128,50 @@ def _plan(model: str, methods: list[str], changes: dict[str, Any], device: str, 
     else:
         task = outline.task(spec.task, labels)
     entrants = [entrant_of(name, read_word) for name in names]
-    found = plan(outline, spec, [Asked(e.name, e.method, e.settings) for e in entrants], where, task)
+    asked = [Asked(e.name, e.method, e.settings) for e in entrants]
+    tokens = spec.max_length or USUAL
+    longest = getattr(outline.config, "max_position_embeddings", None)
+    tokens = min(tokens, int(longest)) if isinstance(longest, int) and longest > 0 else tokens
+    with screen().busy("forecasting"):
+        found = plan(outline, spec, asked, where, task, tokens=tokens)
     _show(found)
     screen().result(plain(found))
+
+
+def _check(folder: str) -> None:
+    """What forecasts of finished runs were worth."""
+    from luthier.core import ConfigError
+    from luthier.forecast import residuals
+    from luthier.workflow.forecasts import pairs_of
+
+    home = Path(folder)
+    if not home.is_dir():
+        raise ConfigError(f"{folder}: there is no such folder. Name one with finished runs: luthier plan runs --check.")
+    with screen().busy("forecasting again"):
+        pairs, silent = pairs_of([home])
+    if not pairs and not silent:
+        raise ConfigError(f"{folder}: no finished runs lie in it or below it. Name a folder that holds some.")
+    found = residuals(pairs)
+    screen().result({
+        "pairs": [plain(pair) for pair in pairs], "silent": [str(path) for path in silent],
+        "residuals": plain(found) if found is not None else None,
+    })  # fmt: skip
+    rows = [
+        (Path(p.model).name, p.method, f"{p.rows} x {p.tokens}", human_bytes(p.forecast), human_bytes(p.measured),
+         f"{p.measured / p.forecast - 1:+.0%}")
+        for p in pairs
+    ]  # fmt: skip
+    head = ("model", "method", "batch", "forecast", "measured", "off")
+    screen().table(head, rows, right=head[2:], whole=head)
+    if silent:
+        screen().show(f"\n{several(len(silent), 'run')} say too little, such as {silent[0]}.")
+    if found is None:
+        screen().show(f"\n{several(len(pairs), 'run')}: too few for an interval of their own (20 are enough).")
+        return
+    screen().show(
+        f"\nMedian error {found.median_error:.1%}; {found.covered:.0%} of {found.n} runs inside their interval, "
+        f"{found.above:.0%} above it.\nEach interval is made from the other runs."
+    )
 
 
 def _show(found: Any) -> None:
@@ -121,16 +180,29 @@ def _show(found: Any) -> None:
     refused = [row for row in found.rows if row.held is None]
     head = f" with {several(found.task.n_outputs, 'output')}" if found.task.n_outputs else ""
     to.headline(f"{found.model}: {found.kind}, {human_count(found.numbers)} numbers, for {found.task.name}{head}")
-    to.show(f"{found.precision} passes, {found.optimiser}; to fit into {found.device.said}\n")
+    to.show(f"{found.precision} passes, {found.optimiser}; to fit into {found.device.said}")
+    to.show(f"activations of {several(found.rows_at_once, 'row')} of {found.tokens} tokens\n")
+    grown = any(row.peak is not None for row in stands)
     rows = []
     for row in sorted(stands, key=lambda row: row.held.trained):
         h = row.held
-        parts = (h.stored, h.weights + h.numbers, h.gradients, h.moments, h.bytes)
-        rows.append((row.name, human_count(h.trained), *(human_bytes(n) for n in parts), row.fits))
+        base = h.weights + h.numbers
+        if grown:
+            cells = [*(_bytes(n) for n in (base, h.gradients + h.moments, row.activations)), _spread(row.peak)]
+        else:
+            cells = [_bytes(n) for n in (h.stored, base, h.gradients, h.moments, h.bytes)]
+        rows.append((row.name, human_count(h.trained), *cells, row.fits))
     if rows:
-        names = ("trained", "stored", "weights", "grads", "moments", "together")
+        names = COLUMNS_PEAK if grown else COLUMNS
         to.table(("method", *names, "fits"), rows, right=names, whole=("method", *names, "fits"))
-    to.page(f"\n{NOTE}")
+    behind = {row.peak.n for row in stands if row.peak is not None}
+    if behind:
+        n = min(behind)
+        to.page(f"\n{MEASURED.format(n=n) if n else ASSUMED}")
+    for row in stands:
+        if row.would:
+            to.show(f"{row.name} would fit with --set {row.would}")
+    to.page(f"\n{NOTE_PEAK if grown else NOTE}")
     if stands and all(row.fits == "no" for row in stands):
         to.page(f"\nNothing fits into {human_bytes(found.device.memory)}. Take a smaller model or a larger device.")
     if refused:
@@ -139,3 +211,16 @@ def _show(found: Any) -> None:
     if stands:
         first = next((row for row in stands if row.method == "lora"), stands[0])
         to.show(f"\nNext: luthier train {found.model} --data FILE --method {first.method}")
+
+
+def _bytes(n: int | None) -> str:
+    return "?" if n is None else human_bytes(n)
+
+
+def _spread(peak: Any) -> str:
+    """Both ends in one unit: 1.2-1.9 GB."""
+    if peak is None:
+        return "?"
+    size, unit = (1e9, "GB") if peak.high >= 1e9 else (1e6, "MB")
+    digits = 1 if unit == "GB" else 0
+    return f"{peak.low / size:.{digits}f}-{peak.high / size:.{digits}f} {unit}"

@@ -69,6 +69,11 @@ class Held:
         """All of it together, as if it were held at one time."""
         return self.weights + self.numbers + self.gradients + self.moments
 
+    @property
+    def standing(self) -> int:
+        """What is held at every moment of a step: gradients come and go."""
+        return self.weights + self.numbers + self.moments
+
 
 class Skeleton:
     """A model on the meta device that many methods are counted on.

@@ -293,6 +293,7 @@ class RunSpec:
     recheck: Annotated[
         int, "steps from one gradient that is computed twice and compared bit by bit to the next; 0, never", at_least(0)
     ] = 0
+    force: Annotated[bool, "start although weights, trained numbers and moments are more than the device has"] = False
     out: Annotated[str | None, "folder of the run; left out, runs/ and a name made of model, data and method"] = None
     chosen: Annotated[
         tuple[str, ...], "fields that nobody gave and the run chose from its rows and method; written by the run"
@@ -329,10 +330,11 @@ class RunSpec:
         return max(1, round((self.epochs if self.epochs is not None else DEFAULT_EPOCHS) * steps_per_epoch))
 
     def digest(self) -> str:
-        """SHA-256, in hexadecimal, of every field but `out` and `chosen`: neither changes what is computed."""
+        """SHA-256, in hexadecimal, of every field but `out`, `chosen` and `force`: none changes what is computed."""
         values = _without_nothing(plain(self))
         values.pop("out", None)
         values.pop("chosen", None)
+        values.pop("force", None)
         text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -464,6 +466,7 @@ RESUME: dict[str, ResumeRule] = {
     "gradient_checkpointing": "apply",
     "fast": "apply",
     "recheck": "apply",
+    "force": "exact",  # asked before the first step alone
     "chosen": "exact",
 }
 

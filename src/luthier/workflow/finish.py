@@ -31,6 +31,7 @@ from luthier.training.quality import Quality, judge
 from luthier.training.thresholds import choose_thresholds, thresholds_said
 from luthier.training.word_counts import answers_by_words
 from luthier.workflow.build import evaluator_of
+from luthier.workflow.forecasts import forecast_of, widest
 from luthier.workflow.merged_folder import merge
 from luthier.workflow.prediction import predict
 from luthier.workflow.preparation import Prepared
@@ -271,12 +272,19 @@ def record_of(
         seconds=seconds,
         peak_bytes=peak,
         memory=whole_memory(loop.trial.memory, program, peak),
+        forecast=_forecast(prepared, loop) if status == "finished" else {},
         trained=prepared.n_params,
         stored=stored,
         status=status,
         bit_exact=not because,
         because=because,
     )
+
+
+def _forecast(prepared: Prepared, loop: Loop) -> dict[str, int]:
+    """What could be said before the first step: made again, since it follows from the spec alone."""
+    said = forecast_of(prepared)
+    return {**said, **widest(loop)} if said else {}
 
 
 def _peak(device: torch.device) -> int | None:

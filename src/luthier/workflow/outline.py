@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from luthier.core import AnatomyError, ConfigError, ModelError, near
 from luthier.data.tasks import AUTO_CLASSES, Task
 from luthier.forecast import Skeleton
+from luthier.surgery import keyed
 from luthier.trust.model import check_config
 from luthier.workflow.load_model import find_model, load_config, quiet, with_head
 
@@ -67,6 +69,17 @@ class Outline:
                 raise AnatomyError(f"{self.name}: {error}") from error
             self._made[task, dtype] = made
         return made
+
+    def small(self, task: Task) -> Callable[[Any, torch.dtype], Any]:
+        """What makes a model with the task's head from a smaller configuration, with random numbers."""
+        import transformers
+
+        def make(config: Any, dtype: torch.dtype) -> Any:
+            with quiet(), keyed(0, "small"):
+                auto = getattr(transformers, AUTO_CLASSES[task.name])
+                return auto.from_config(with_head(config, task), dtype=dtype)
+
+        return make
 
     def _has(self, name: str) -> bool:
         """Whether the weight files hold a tensor; without such files they are taken to be whole."""

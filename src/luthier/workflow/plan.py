@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
 from luthier.core import ConfigError, LuthierError, UnknownName, near
+from luthier.data.load_data import load_data
 from luthier.data.tasks import Task
-from luthier.forecast import Device, Held, held
+from luthier.forecast import Device, Growth, Held, Interval, Pair, committed, growth, held, interval
+from luthier.runs import resident_bytes
 from luthier.runs.spec import RunSpec
 from luthier.surgery import METHODS, Method, compose
 from luthier.training.precision import Precision, choose_device, choose_precision
 from luthier.workflow.outline import Outline
 
-__all__ = ["Asked", "Plan", "PlanRow", "plan"]
+USUAL = 128  # tokens of a row, where nothing says how long rows are
+MOST = 12  # methods whose activations are forecast unasked: each takes a second
+
+__all__ = ["USUAL", "Asked", "Plan", "PlanRow", "activations_of", "plan", "task_of_rows", "weights_in"]
 
 
 @dataclass(frozen=True)
@@ -30,13 +35,24 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRow:
-    """One method's forecast, or why it cannot be put on this model."""
+    """One method's forecast, or why it cannot be put on this model.
+
+    Attributes:
+        weights_in: the type that the base is held in.
+        activations: of the widest micro-batch; None where they were not forecast.
+        peak: the highest memory, the program's own included on a processor.
+        fits: "?" where activations were not forecast and the rest fits.
+        would: what would fit where this does not, or may not.
+    """
 
     name: str
     method: str
     held: Held | None = None
     weights_in: str = ""
-    fits: Literal["yes", "no", "?"] = "?"
+    activations: int | None = None
+    peak: Interval | None = None
+    fits: Literal["yes", "maybe", "no", "?"] = "?"
+    would: str = ""
     refused: str = ""
 
 
@@ -47,6 +63,7 @@ class Plan:
     Attributes:
         numbers: of the model, its head included.
         task: that the counts are for.
+        rows_at_once, tokens: of the widest micro-batch.
     """
 
     model: str
@@ -56,14 +73,22 @@ class Plan:
     precision: str
     optimiser: str
     device: Device
+    rows_at_once: int
+    tokens: int
     rows: tuple[PlanRow, ...]
 
 
-def plan(outline: Outline, spec: RunSpec, asked: Iterable[Asked], device: Device, task: Task) -> Plan:
-    """Count what each method holds on the model that `outline` tells of.
+def plan(
+    outline: Outline, spec: RunSpec, asked: Iterable[Asked], device: Device, task: Task, *, tokens: int = USUAL,
+    pairs: Sequence[Pair] | None = None, grow: bool | None = None,
+) -> Plan:  # fmt: skip
+    """Count what each method holds on the model that `outline` tells of, and forecast its highest memory.
 
     Args:
-        spec: of the runs: precision and optimiser; its settings hold for every method that has them.
+        spec: of the runs: precision, optimiser, batch; its settings hold for every method that has them.
+        tokens: of the longest row.
+        pairs: finished runs behind the intervals; those of our own grid where left out.
+        grow: forecast activations; left out, for as many methods as takes seconds.
 
     Raises:
         ModelError, AnatomyError: the configuration makes no model that can be read.
@@ -73,10 +98,14 @@ def plan(outline: Outline, spec: RunSpec, asked: Iterable[Asked], device: Device
     _refuse_unknown(spec, wanted)
     precision = _precision(spec, device)
     whole = outline.skeleton(task, torch.float32).anatomy
-    rows = tuple(_row(one, outline, spec, device, task, precision) for one in wanted)
+    known = tuple(pairs) if pairs is not None else committed()
+    rows_at_once = max(1, min(spec.batch.size, spec.batch.tokens // tokens))
+    grows = len(wanted) <= MOST if grow is None else grow
+    one = _Row(outline, spec, device, task, precision, rows_at_once, tokens, known, grows)
     return Plan(
         model=outline.name, kind=whole.model_type, numbers=whole.n_params, task=task, precision=precision.name,
-        optimiser=spec.optim.name, device=device, rows=rows,
+        optimiser=spec.optim.name, device=device, rows_at_once=rows_at_once, tokens=tokens,
+        rows=tuple(one.of(word) for word in wanted),
     )  # fmt: skip
 
 
@@ -88,19 +117,87 @@ def _precision(spec: RunSpec, device: Device) -> Precision:
     return Precision("bf16" if device.bf16 else "fp32", "as such a device multiplies fast")
 
 
-def _row(
-    one: Asked, outline: Outline, spec: RunSpec, device: Device, task: Task, precision: Precision
-) -> PlanRow:  # fmt: skip
+@dataclass(frozen=True)
+class _Row:
+    """Makes the rows of a plan."""
+
+    outline: Outline
+    spec: RunSpec
+    device: Device
+    task: Task
+    precision: Precision
+    rows: int
+    tokens: int
+    pairs: tuple[Pair, ...]
+    grows: bool
+
+    def of(self, one: Asked) -> PlanRow:
+        """One method's."""
+        try:
+            method = compose.method(one.method, {**_own(one, self.spec.settings), **one.settings})
+            dtype = weights_in(method, self.outline, self.task, self.precision)
+            found = held(method, self.outline.skeleton(self.task, dtype), self.spec.optim.name)
+        except LuthierError as error:
+            return PlanRow(name=one.name, method=one.method, refused=str(error))
+        row = PlanRow(
+            name=one.name, method=one.method, held=found, weights_in=str(dtype).removeprefix("torch."),
+            fits="no" if found.standing > self.device.memory else "?",
+        )  # fmt: skip
+        grown = self._grown(method, dtype) if self.grows else None
+        if grown is None:
+            return row
+        family = str(METHODS.card(one.method.partition("+")[0]).family)
+        peak = self._peak(found, grown.at(self.rows), family)
+        return replace(
+            row,
+            activations=grown.at(self.rows),
+            peak=peak,
+            fits=self._fits(peak),
+            would=self._would(found, grown, family),
+        )
+
+    def _grown(self, method: Method, dtype: torch.dtype) -> Growth | None:
+        return activations_of(method, self.outline, self.spec, self.task, self.precision, dtype, self.tokens)
+
+    def _peak(self, found: Held, activations: int, family: str) -> Interval:
+        program = resident_bytes() if self.device.kind == "cpu" else 0
+        total = program + found.bytes + activations
+        return interval(total, self.device.kind, family, self.pairs, program + found.standing, activations)
+
+    def _fits(self, peak: Interval) -> Literal["yes", "maybe", "no"]:
+        room = self.device.memory + (resident_bytes() if self.device.here and self.device.kind == "cpu" else 0)
+        return "yes" if peak.high <= room else "maybe" if peak.low <= room else "no"
+
+    def _would(self, found: Held, grown: Growth, family: str) -> str:
+        """Of smaller micro-batches, the largest that fits; empty where this one does, or none would."""
+        if self._fits(self._peak(found, grown.at(self.rows), family)) == "yes":
+            return ""
+        rows = self.rows
+        while rows > 1:
+            rows //= 2
+            if self._fits(self._peak(found, grown.at(rows), family)) == "yes":
+                return f"batch.tokens={rows * self.tokens}"
+        return ""
+
+
+def task_of_rows(spec: RunSpec, outline: Outline) -> Task:
+    """The task that a run's rows say."""
+    return load_data(spec.data, spec.task, outline.config).task
+
+
+def activations_of(
+    method: Method, outline: Outline, spec: RunSpec, task: Task, precision: Precision, dtype: torch.dtype, tokens: int
+) -> Growth | None:  # fmt: skip
+    """How the activations of rows of `tokens` tokens grow; None where a smaller copy cannot tell."""
+    drops = any(part.trains_base for part in method.parts())
     try:
-        method = compose.method(one.method, {**_own(one, spec.settings), **one.settings})
-        dtype = weights_in(method, outline, task, precision)
-        found = held(method, outline.skeleton(task, dtype), spec.optim.name)
-    except LuthierError as error:
-        return PlanRow(name=one.name, method=one.method, refused=str(error))
-    # What is held whatever the batch: weights, trained numbers and moments stand together; gradients come and go.
-    fits: Literal["no", "?"] = "no" if found.bytes - found.gradients > device.memory else "?"
-    name = str(dtype).removeprefix("torch.")
-    return PlanRow(name=one.name, method=one.method, held=found, weights_in=name, fits=fits)
+        return growth(
+            method, outline.config, task, outline.small(task), tokens, dtype=dtype, precision=precision,
+            fast=spec.fast, checkpointing=spec.gradient_checkpointing is True,
+            dropout=spec.trunk_dropout == "on" or (spec.trunk_dropout == "auto" and drops),
+        )  # fmt: skip
+    except Exception:  # a smaller copy is another model: whatever a method says of it does not hold for this one
+        return None
 
 
 def weights_in(method: Method, outline: Outline, task: Task, precision: Precision) -> torch.dtype:

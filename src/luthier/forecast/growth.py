@@ -1,0 +1,170 @@
+"""How activations grow with rows and tokens: real steps of luthier on cut copies of the model, counted as a run counts.
+
+A copy has two or three of the layers, few words, and where the model is wide a share of its heads. What a forward pass
+keeps grows with each of these along a line, and with the rows, so passes of two and four rows say what the whole model
+keeps of many. Rows have the length that is asked about: attention is computed otherwise for short ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from luthier import kernels
+from luthier.data.batches import Batch
+from luthier.data.tasks import Task
+from luthier.runs.spec import OptimSpec
+from luthier.surgery import Method, attach
+from luthier.surgery.checkpointing import checkpoints_itself
+from luthier.training.memory_parts import Parts
+from luthier.training.objective import Objective
+from luthier.training.optimiser import Descent
+from luthier.training.precision import Precision
+
+__all__ = ["Growth", "growth", "worth_it"]
+
+WORDS = 96
+MOST_NUMBERS = 12_000_000  # of one layer; a wider one is cut to a share of its heads
+ROWS = (2, 4)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Bytes that a forward pass keeps of rows of `tokens` tokens: fixed + rows (row + logits).
+
+    Attributes:
+        logits: of a row, what is as wide as the vocabulary.
+    """
+
+    tokens: int
+    fixed: float
+    row: float
+    logits: float
+
+    def at(self, rows: int) -> int:
+        """Bytes for so many rows."""
+        return max(0, round(self.fixed + rows * (self.row + self.logits)))
+
+    def part(self, other: Growth, share: float) -> Growth:
+        """The line through this and `other`, `share` of the way on: 0 is this, 1 the other, 2 as far beyond."""
+        mine, its = (self.fixed, self.row, self.logits), (other.fixed, other.row, other.logits)
+        return Growth(self.tokens, *(a + share * (b - a) for a, b in zip(mine, its, strict=True)))
+
+
+def growth(
+    method: Method, config: Any, task: Task, make: Callable[[Any, torch.dtype], Any], tokens: int, *,
+    dtype: torch.dtype, precision: Precision, fast: bool = True, checkpointing: bool = False, dropout: bool = False,
+) -> Growth:  # fmt: skip
+    """Measure how the activations of a method's step grow.
+
+    Args:
+        make: a model with the task's head from a configuration, its numbers of the given type.
+        tokens: of each row.
+        dtype: that the base is held in.
+        dropout: the trunk's dropout is on.
+
+    Raises:
+        Any error of a method that cannot be put on the smaller model.
+    """
+    layers, how = int(config.num_hidden_layers), (fast, checkpointing, dropout)
+
+    def deep(share: float | None) -> Growth:
+        low, high = min(layers, 2), min(layers, 3)
+        first = _passes(method, cut(config, low, share), task, make, dtype, precision, tokens, *how)
+        if low == high:
+            return first
+        second = _passes(method, cut(config, high, share), task, make, dtype, precision, tokens, *how)
+        return first.part(second, layers - low)
+
+    step = _step(config)
+    if step is None:
+        found = deep(None)
+    else:
+        found = deep(step).part(deep(2 * step), (1 - step) / step)
+    return replace(found, logits=found.logits * int(config.vocab_size))
+
+
+def worth_it(config: Any) -> bool:
+    """Whether it takes so little that a run may do it beside its own work."""
+    return _step(config) is None and not getattr(config, "is_encoder_decoder", False)
+
+
+def _step(config: Any) -> float | None:
+    """The smallest share of the heads that leaves whole ones; None where the model is narrow enough as it is."""
+    width = int(config.hidden_size)
+    inner = int(getattr(config, "intermediate_size", None) or 4 * width)
+    heads = int(config.num_attention_heads)
+    least = heads // math.gcd(heads, int(getattr(config, "num_key_value_heads", None) or heads))
+    if 4 * width**2 + 3 * width * inner <= MOST_NUMBERS or 2 * least >= heads:
+        return None
+    return least / heads
+
+
+def cut(config: Any, layers: int, share: float | None) -> Any:
+    """The configuration of a copy with so many layers, few words and a share of the heads."""
+    made = copy.deepcopy(config)
+    made.num_hidden_layers = layers
+    if getattr(made, "num_decoder_layers", None):
+        made.num_decoder_layers = layers
+    if getattr(made, "layer_types", None):
+        made.layer_types = list(made.layer_types)[:layers]
+    made.vocab_size = WORDS
+    made.pad_token_id, made.bos_token_id, made.eos_token_id = 0, 1, 2
+    if share is not None:
+        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
+            value = getattr(made, name, None)
+            if value:
+                setattr(made, name, max(1, round(value * share)))
+    return made
+
+
+def _passes(
+    method: Method, config: Any, task: Task, make: Callable[[Any, torch.dtype], Any], dtype: torch.dtype,
+    precision: Precision, tokens: int, fast: bool, checkpointing: bool, dropout: bool,
+) -> Growth:  # fmt: skip
+    model = make(config, dtype).eval()
+    tuned = attach(model, method, seed=0)
+    with kernels.plain(not fast):
+        if fast:
+            tuned.forward.route_attention()
+            tuned.fast.accelerate(dropout=dropout)
+        if checkpointing:
+            tuned.forward.checkpoint_activations()
+        model.train(dropout)
+        model.luthier.train(True)
+        for module in model.modules() if checkpointing else ():
+            module.training = module.training or checkpoints_itself(module)
+        objective = Objective(tuned, task)
+        optimiser = Descent(tuned.trained(), [], OptimSpec(name="sgd", lr=1.0), 1.0)
+        found = []
+        for rows in ROWS:
+            parts = Parts(tuned, optimiser, torch.device("cpu"))
+            with parts.watching(), precision.autocast(torch.device("cpu")):
+                objective(_batch(rows, tokens, task, config))
+            found.append(parts.counted())
+    (few, many), words = found, int(config.vocab_size)
+    row = (many["activations"] - few["activations"]) / (ROWS[1] - ROWS[0])
+    return Growth(tokens, few["activations"] - ROWS[0] * row, row, many.get("logits", 0) / ROWS[1] / words)
+
+
+def _batch(rows: int, tokens: int, task: Task, config: Any) -> Batch:
+    ids = torch.randint(3, WORDS, (rows, tokens), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    labels = ids.clone()
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids.clone()
+    if task.name == "classification":
+        labels = torch.zeros(rows, dtype=torch.int64)
+        if task.multi_label:
+            labels = torch.zeros(rows, len(task.labels))
+    elif task.name == "regression":
+        labels = torch.zeros(rows)
+    elif task.name == "token_classification":
+        labels = torch.zeros_like(ids)
+    return Batch(inputs=inputs, labels=labels, rows=np.arange(rows), n_targets=labels.numel(), n_tokens=ids.numel())

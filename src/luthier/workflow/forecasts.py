@@ -1,0 +1,111 @@
+"""What a run says of itself before its first step, and what cannot fit; and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from luthier.core import IntegrityError, LuthierError, ResourceError, human_bytes
+from luthier.forecast import Pair, held
+from luthier.runs import Record
+from luthier.runs.spec import RunSpec
+from luthier.surgery import METHODS, compose
+from luthier.training.precision import choose_precision
+from luthier.workflow.load_model import load_config
+from luthier.workflow.outline import Outline, outline_of
+from luthier.workflow.plan import activations_of, task_of_rows, weights_in
+from luthier.workflow.preparation import Prepared
+
+__all__ = ["forecast_of", "pair_of", "pairs_of", "refuse_what_cannot_fit", "widest"]
+
+
+def forecast_of(prepared: Prepared) -> dict[str, int]:
+    """Bytes by part, counted from the model's structure; empty where a method cannot be counted so."""
+    source = prepared.source
+    if prepared.sources or prepared.others:
+        return {}  # what a saved tuning or another model adds is no part of the structure
+    halves = set(source.folder.dtypes.values()) == {"BF16"}
+    outline = Outline(source.name, load_config(source), halves, True, frozenset(source.folder.shapes))
+    found = held(prepared.method, outline.skeleton(prepared.task, prepared.weights), prepared.spec.optim.name)
+    return {
+        "weights": found.weights, "trained": found.numbers, "gradients": found.gradients, "optimiser": found.moments,
+    }  # fmt: skip
+
+
+def refuse_what_cannot_fit(forecast: dict[str, int], device: torch.device, force: bool) -> None:
+    """Refuse a run whose weights, trained numbers and moments alone are more than the device has.
+
+    Raises:
+        ResourceError: with the numbers.
+    """
+    standing = sum(forecast.get(part, 0) for part in ("weights", "trained", "optimiser"))
+    if device.type == "cuda":
+        there = int(torch.cuda.get_device_properties(device).total_memory)
+    elif device.type == "cpu":
+        there = int(psutil.virtual_memory().total)
+    else:
+        return
+    if standing <= there or force:
+        return
+    raise ResourceError(
+        f"this run cannot fit: weights, trained numbers and the optimiser's moments are {human_bytes(standing)} "
+        f"together, and the device has {human_bytes(there)}. `luthier plan` says which methods fit; --force starts it "
+        "all the same."
+    )
+
+
+def pair_of(folder: Path) -> Pair | None:
+    """What was forecast for a finished run, activations included, and what it took; None where it says too little.
+
+    Raises:
+        IntegrityError: the folder holds no record that can be read.
+    """
+    path = folder / "record.json"
+    try:
+        record = Record.from_json(path.read_bytes())
+    except OSError as error:
+        raise IntegrityError(f"{folder}: holds no record.json ({error.strerror}). Name finished runs.") from error
+    told, device = record.forecast, str(record.environment.get("device", "cpu")).partition(":")[0]
+    if not {"weights", "trained", "gradients", "optimiser", "rows", "tokens"} <= set(told) or not record.peak_bytes:
+        return None
+    spec = RunSpec.from_plain(record.spec)
+    try:
+        outline = outline_of(spec.model)
+        method = compose.method(spec.method, spec.settings)
+        task = task_of_rows(spec, outline)
+        precision = choose_precision(spec.precision, torch.device("cpu"))
+        dtype = weights_in(method, outline, task, precision)
+        kept = activations_of(method, outline, spec, task, precision, dtype, told["tokens"])
+    except LuthierError:
+        return None
+    if kept is None:
+        return None
+    parts = sum(told[part] for part in ("weights", "trained", "gradients", "optimiser"))
+    return Pair(
+        model=spec.model, method=spec.method, family=str(METHODS.card(spec.method.partition("+")[0]).family),
+        device=device, rows=told["rows"], tokens=told["tokens"],
+        forecast=record.memory.get("program", 0) + parts + kept.at(told["rows"]), measured=record.peak_bytes,
+    )  # fmt: skip
+
+
+def pairs_of(folders: Iterable[Path]) -> tuple[list[Pair], list[Path]]:
+    """The pairs of all finished runs in or below the folders; and those runs that say too little."""
+    pairs, silent = [], []
+    for top in folders:
+        for record in sorted(top.rglob("record.json")):
+            pair = pair_of(record.parent)
+            if pair is None:
+                silent.append(record.parent)
+            else:
+                pairs.append(pair)
+    return pairs, silent
+
+
+def widest(loop: Any) -> dict[str, int]:
+    """Rows and tokens of the widest micro-batch of a run."""
+    rows, tokens = loop.feed.longest().inputs["input_ids"].shape
+    return {"rows": int(rows), "tokens": int(tokens)}

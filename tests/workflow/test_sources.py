@@ -16,7 +16,7 @@ torch.set_num_threads(1)
 
 
 def spec(home: Path, name: str, method: str = "pfeiffer_adapter", **more) -> RunSpec:
-    settings = {"reduction": 8} if method == "pfeiffer_adapter" else {}
+    settings = {"pfeiffer_adapter": {"reduction": 8}, "prompt_tuning": {"length": 3}}.get(method, {})
     return little_spec(home, out=str(home / name), method=method, steps=3, settings=settings, **more)
 
 
@@ -40,6 +40,26 @@ def test_adapters_then_their_fusion_resumed_to_the_bits_of_an_unbroken_run(home)
     facts = read_tuning(home / "whole" / "tuning")
     assert [s["name"] for s in facts["sources"]] == ["a", "b"]
     assert facts["settings"]["adapters"] == 2
+
+
+def test_three_adapters_then_their_fusion_and_prompts_then_spot_then_attempt_go_on_to_the_bit(home):
+    train(spec(home, "c", seed=3))
+    for number in (1, 2, 3):
+        train(spec(home, f"prompt-{number}", "prompt_tuning", seed=number))
+    made = [str(home / f"prompt-{number}") for number in (1, 2)]
+    chain = [
+        ("fusion", "adapter_fusion", tuple(str(home / name) for name in "abc")),
+        ("spot", "spot", tuple(made)),
+        ("attempt", "attempt", (str(home / "spot-whole"), str(home / "prompt-3"))),
+    ]
+    for name, method, sources in chain:
+        train(spec(home, f"{name}-whole", method, sources=sources))
+        for stop in (1, 2):
+            train(spec(home, f"{name}-{stop}", method, sources=sources), stop_at=stop)
+            resume(home / f"{name}-{stop}")
+            assert run_digests(home / f"{name}-{stop}") == run_digests(home / f"{name}-whole"), (name, stop)
+    assert read_tuning(home / "fusion-whole" / "tuning")["settings"]["adapters"] == 3
+    assert [s["method"] for s in read_tuning(home / "attempt-whole" / "tuning")["sources"]] == ["spot", "prompt_tuning"]
 
 
 def test_a_source_that_changed_meanwhile_is_refused(home):

@@ -12,6 +12,8 @@ Its pruning of fused adapters and its sharing across layers are not offered here
 
 Count: robust, that of the method beside it; specialised, that of what is left.
 Claims: 39 % faster answers in eight tasks at once with n = 5, at little loss.
+Measured: `luthier train sample:minilm-l6 --data sample:trec6 --method adapterdrop`: accuracy 0.931 on 1,076 held-out
+rows, one seed, where head_only reaches 0.572 and pfeiffer_adapter alone 0.941.
 Cost: less than the method beside it: no gradient enters the layers below the lowest one that acts.
 Use it when: answers must be fast, or are wanted at several speeds from one tuning.
 Not when: the model has few layers: each that does without is missed.

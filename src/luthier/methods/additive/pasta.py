@@ -9,6 +9,8 @@ Yang et al. 2023, "Parameter-Efficient Tuning with Special Token Adaptation", ar
 
 Count: n d for each layer; BERT has n = 2 special tokens around one text, 3 around a pair.
 Claims: near full fine-tuning on GLUE with up to 0.029 % of the model's numbers, since heads attend to special tokens.
+Measured: `luthier train sample:minilm-l6 --data sample:trec6 --method pasta`: accuracy 0.893 on 1,076 held-out rows,
+one seed, where head_only reaches 0.572.
 Cost: next to nothing: one sum a layer.
 Use it when: an encoder classifies or tags, and a tuning must be a few vectors.
 Not when: the model is a decoder: what order a special token has is not known there once a text comes in pieces.

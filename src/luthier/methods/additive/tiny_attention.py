@@ -13,6 +13,8 @@ arXiv:2211.01979, section 3; in the form of the authors' code, option m0.
 
 Count: per layer and expert 2 d + (3 a d + 3 a) + (4 a^2 + 4 a) + (a d + d); stored, that of one expert.
 Claims: as good as adapters on GLUE with 0.05 % of RoBERTa-large's numbers.
+Measured: `luthier train sample:minilm-l6 --data sample:trec6 --method tiny_attention`: accuracy 0.917 on 1,076 held-
+out rows, one seed, where head_only reaches 0.572.
 Cost: a norm and an attention of width one in each layer, for each expert while they train.
 Use it when: a tuning must be tiny and should still let tokens tell each other something new.
 Not when: several texts stand in one row, packed: they would see each other, so that is refused.

@@ -14,7 +14,7 @@ from little import Heard, at_call, little_data, little_model, little_spec
 from luthier.core import CompositionError, ConfigError, IntegrityError, UnknownName
 from luthier.data.rows import load_rows
 from luthier.runs import RunFolder
-from luthier.runs.spec import CheckpointSpec, DataSpec, RunSpec
+from luthier.runs.spec import BatchSpec, CheckpointSpec, DataSpec, RunSpec
 from luthier.strategies.recipes._soft import most_sure, soft_labels
 from luthier.surgery import tuning_files
 from luthier.training import STRATEGIES
@@ -52,6 +52,8 @@ def recipe_spec(home: Path, words: str, out: Path, kind: str = "bert", **changes
     if {"pet", "ipet"} & set(words.split("+")):
         data = DataSpec(source=str(rows), words="good=good, bad=bad, red=red")
         given |= {"model": str(filler(home / "filler")), "data": data}
+    if words == "setfit":
+        given |= {"batch": BatchSpec(size=8, tokens=4096)}  # pairs are those of a whole step
     also = {}
     if any("unlabelled" in getattr(STRATEGIES.get(w), "sets", ()) for w in words.split("+")):
         also = {"also": (f"unlabelled={little_data(home / 'more.csv', rows=20, seed=5)}",)}

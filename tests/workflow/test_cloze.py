@@ -116,6 +116,11 @@ def test_templates_and_words_that_cannot_work_are_refused(kind, data, words, tmp
     assert not (tmp_path / "run").exists()
 
 
+def test_windows_of_a_text_with_one_gap_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="one gap in one text"):
+        train(asking(tmp_path, "encoder", long="windows"))
+
+
 def test_a_model_without_a_head_of_words_is_refused(tmp_path):
     model = str(encoder(tmp_path / "bare"))
     assert find_model(model)

@@ -43,6 +43,10 @@ def refuse_windows(task: Task, tokenizer: Any) -> None:
             f"long: windows need rows with one answer each, whose parts can be averaged; this is {task.name}. {why}. "
             "Leave --long out, or split long rows before."
         )
+    if task.template:
+        raise ConfigError(
+            "long: a template has one gap in one text, so a row that is too long for it is cut. Leave --long out."
+        )
     if not tokenizer.is_fast:
         raise ConfigError(
             f"long: {type(tokenizer).__name__} does not say where a text's tokens begin and end, which windows need. "

@@ -142,6 +142,9 @@ def test_only_the_steps_that_were_asked_for_are_computed_twice(home: Path, tmp_p
     plain = calls[0]
     train(spec_of(home, tmp_path / "again", recheck=3))
     assert calls[0] - 2 * plain == 2  # of steps 3 and 6
+    before = calls[0]
+    train(spec_of(home, tmp_path / "once", recheck=4))
+    assert calls[0] - before - plain == 1  # of step 4
 
 
 def test_differences_are_named_and_a_number_that_is_none_is_none_twice() -> None:

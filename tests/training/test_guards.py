@@ -62,3 +62,14 @@ def test_what_rests_is_not_asked_and_one_moved_number_is_enough() -> None:
     again = NoOpGuard(tuned)
     again.load(state)
     assert again.state() == state
+
+
+def test_one_number_that_moves_a_little_among_many_is_seen() -> None:
+    tuned = attach(tiny("bert"), "full", train_head=False)
+    widest = max(tuned.trained().values(), key=lambda p: p.numel())
+    with torch.no_grad():
+        widest.view(-1)[:] = 1.0
+    guard = NoOpGuard(tuned)
+    with torch.no_grad():
+        widest.view(-1)[0] += 1e-6  # less than a float's last place in the sum of all of them
+    assert asked(guard, set())["moved"]

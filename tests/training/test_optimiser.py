@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from luthier.core import ConfigError, IntegrityError
 from luthier.runs.spec import OptimSpec
 from luthier.surgery import Group
-from luthier.training.optimiser import Descent, Lomo, NotFinite, Optimiser, optimiser_of
+from luthier.training.optimiser import Descent, Lomo, NotFinite, Optimiser, _by_name, optimiser_of
 
 torch.set_num_threads(1)
 
@@ -157,3 +157,24 @@ def test_a_state_without_moments_goes_out_and_in_and_fits_nothing_else() -> None
 def test_descent_asks_for_its_rate() -> None:
     with pytest.raises(ConfigError, match=r"optim.lr: lomo is plain gradient descent.*--lr"):
         OptimSpec(name="lomo")
+
+
+def test_an_optimiser_that_is_let_go_holds_neither_moments_nor_gradients() -> None:
+    net = Net()
+    named = dict(net.named_parameters())
+    optimiser = optimiser_of(spec("adamw"), named, [], 0.1)
+    x, y = next(batches())
+    (net(x) - y).square().sum().backward()
+    assert optimiser.first and optimiser.second and any(p.grad is not None for p in named.values())
+    optimiser.let_go()
+    assert not optimiser.first and not optimiser.second
+    assert all(p.grad is None for p in named.values())
+
+
+def test_where_several_groups_name_one_tensor_factors_multiply_and_what_is_stated_stays() -> None:
+    first = Group(("x", "y"), lr_factor=2.0, weight_decay=0.1, decay_to=1.0)
+    one = _by_name([first, Group(("x",), lr_factor=3.0)])
+    assert one["y"] is first
+    assert (one["x"].lr_factor, one["x"].weight_decay, one["x"].decay_to) == (6.0, 0.1, 1.0)
+    last = _by_name([first, Group(("x",), weight_decay=0.0, decay_to=0.5)])["x"]
+    assert (last.lr_factor, last.weight_decay, last.decay_to) == (2.0, 0.0, 0.5)

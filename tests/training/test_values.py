@@ -14,7 +14,7 @@ from luthier.data.batches import Batch
 from luthier.data.examples import IGNORED
 from luthier.data.tasks import Task
 from luthier.surgery import attach
-from luthier.training.evaluate import Evaluator
+from luthier.training.evaluate import Evaluator, _tags
 from luthier.training.guards import NumberGuard
 from luthier.training.objective import Objective
 from luthier.training.precision import Precision
@@ -188,3 +188,8 @@ def test_the_start_that_a_spike_is_measured_by_is_the_highest_of_the_first_eight
     for loss in (*[1.0] * 7, 3.0, 5.0, *[1.0] * 60):
         assert guard.judge(loss, 1.0) is None
     assert guard.first == [*[1.0] * 7, 3.0]
+
+
+def test_the_tags_of_a_row_are_those_of_its_words_alone() -> None:
+    held: Any = SimpleNamespace(labels=np.asarray([IGNORED, 2, IGNORED, 1, 0]), offsets=np.asarray([0, 3, 5]))
+    assert _tags(held) == [[2], [1, 0]]

@@ -31,6 +31,17 @@ def test_a_bare_configuration_is_enough_and_its_counts_are_those_of_the_papers(l
     assert luthier("plan", llama_7b.parent, "--method", EVERY_MAP, "--json").json["rows"][0] == row
 
 
+def test_tied_embeddings_count_once(luthier: Call, tmp_path: Path) -> None:
+    small = {**LLAMA_7B, "hidden_size": 64, "num_hidden_layers": 1, "tie_word_embeddings": True}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(small))
+    tied = luthier("plan", path, "--method", "full", "--json").json
+    path.write_text(json.dumps({**small, "tie_word_embeddings": False}))
+    apart = luthier("plan", path, "--method", "full", "--json").json
+    assert apart["numbers"] - tied["numbers"] == 64 * 32_000
+    assert apart["rows"][0]["held"]["numbers"] - tied["rows"][0]["held"]["numbers"] == 4 * 64 * 32_000
+
+
 def test_all_methods_on_7b_in_three_seconds_of_work(luthier: Call, llama_7b: Path) -> None:
     luthier("plan", llama_7b, "--method", "lora")  # libraries are loaded once
     begun = time.process_time()

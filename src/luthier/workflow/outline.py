@@ -92,7 +92,9 @@ class Outline:
         try:
             with quiet(), torch.device("meta"), no_init_weights():
                 config = with_head(self.config, task)
-                return getattr(transformers, AUTO_CLASSES[task.name]).from_config(config, dtype=dtype)
+                model = getattr(transformers, AUTO_CLASSES[task.name]).from_config(config, dtype=dtype)
+                model.tie_weights()  # left out with the drawing of numbers
+                return model
         except (ValueError, RuntimeError, TypeError, AttributeError, ZeroDivisionError, AssertionError) as error:
             raise ModelError(
                 f"{self.name}: no model for {task.name} can be made of its configuration "

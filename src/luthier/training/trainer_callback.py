@@ -10,6 +10,10 @@ be asked: for their loss (adamix), for a penalty (adalora, diff_pruning), before
     end of training        finish
 
 What differs from luthier's own loop: gradients have been clipped when `after_backward` sees them.
+
+TRL's SFTTrainer reads no loss from the model: it has log-probabilities computed in one piece with the head, without
+logits, and makes the loss of them. There a method's loss is given back as log-probabilities of the same sum, and a
+penalty goes into the gradients at once.
 """
 
 from __future__ import annotations
@@ -56,6 +60,8 @@ class HooksCallback(TrainerCallback):  # type: ignore[misc]  # transformers tell
         self.tuned = tuned
         self._handle: Any = None
         self._penalty_due = False
+        self._plain_sum = True  # the trainer adds log-probabilities up as they are, where it makes the loss of them
+        self._scales = False  # fp16: gradients are of a loss times a number that only the trainer knows
         self._whole = 1  # passes by which the trainer will divide a loss that it did not scale itself
 
     @property
@@ -88,6 +94,7 @@ class HooksCallback(TrainerCallback):  # type: ignore[misc]  # transformers tell
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.tuned.calls_hooks = True
         self._whole = int(args.gradient_accumulation_steps)
+        self._plain_sum, self._scales = getattr(args, "loss_type", "nll") == "nll", bool(args.fp16)
         self._handle = self.tuned.model.register_forward_hook(self._after_forward, with_kwargs=True)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -132,7 +139,11 @@ class HooksCallback(TrainerCallback):  # type: ignore[misc]  # transformers tell
         scaled = kwargs.get("num_items_in_batch")  # the trainer's: targets of the whole step
         n = _n_targets(labels, shifted=_predicts_next(self.tuned)) if scaled is None else scaled
 
-        made = [output]  # the pass that has just been made is the first one that a method asks for
+        fused = getattr(output, "log_probs", None) is not None
+        if fused:
+            self._refuse_weighted(asked)
+            kwargs = {name: value for name, value in kwargs.items() if name != "fused_lm_head"}
+        made = [] if fused else [output]  # the pass that has just been made is the first one that a method asks for
 
         def forward() -> Any:
             out = made.pop() if made else model.forward(*args, **kwargs)
@@ -147,11 +158,30 @@ class HooksCallback(TrainerCallback):  # type: ignore[misc]  # transformers tell
             self._penalty_due = False
             for part in self._parts:
                 extra = part.extra_loss(self.tuned)
-                if extra is not None:
+                if extra is not None and fused:
+                    self._refuse_scaled(part)
+                    extra.backward()
+                elif extra is not None:
                     loss = loss + extra * (1 if scaled is not None else self._whole)
         changed = copy.copy(output)
         changed["loss"] = loss
+        if fused and asked:
+            told = output.label_mask
+            changed["log_probs"] = -(loss * n / told.sum().clamp(min=1)) * told  # as a sum, the method's loss
         return changed
+
+    def _refuse_scaled(self, part: Method) -> None:
+        if self._scales:
+            raise ConfigError(
+                f"{part.name} adds a penalty to the gradients here, and fp16 = True scales them. Use bf16 = True."
+            )
+
+    def _refuse_weighted(self, asked: list[Method]) -> None:
+        if asked and not self._plain_sum:
+            raise ConfigError(
+                f"{asked[0].name} has a loss of its own, and loss_type = 'dft' weighs that of each token. Use "
+                "loss_type = 'nll', or luthier's own loop with --strategy dft."
+            )
 
 
 def _around(part: Method, tuned: Tuned, inner: Any) -> Any:

@@ -22,6 +22,7 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.trainer_callback import TrainerCallback
 
@@ -160,7 +161,7 @@ class HooksCallback(TrainerCallback):  # type: ignore[misc]  # transformers tell
                 extra = part.extra_loss(self.tuned)
                 if extra is not None and fused:
                     self._refuse_scaled(part)
-                    extra.backward()
+                    torch.autograd.backward(extra)
                 elif extra is not None:
                     loss = loss + extra * (1 if scaled is not None else self._whole)
         changed = copy.copy(output)

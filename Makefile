@@ -31,6 +31,7 @@ types: .venv/.dev
 
 matrix: .venv/.dev
 	$(PYTEST) tests/contracts -m "not gpu" --matrix docs/support-matrix.md
+	LUTHIER_WRITE_PAGES=1 $(PYTEST) tests/surgery/test_stored_bases.py -k support_matrix
 
 docs: .venv/.dev shares
 	$(BIN)/luthier methods --pages docs/methods

@@ -23,8 +23,8 @@ PAGE = Path(__file__).parent.parent / "docs" / "stored-bases.md"
 RUNS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("lora", "bf16", {"sites": ["*"], "rank": 64}),
     ("qlora", "nf4", {}),
-    ("loftq", "nf4", {"rank": 64}),
     ("qa_lora", "int4", {}),
+    ("loftq", "nf4", {"rank": 64}),
 )
 TEXT = "The first bridge over the river was built of oak, and the second one, three centuries later, of stone and iron."
 
@@ -86,12 +86,13 @@ def runs(name: str, data: str, steps: int) -> list[str]:
             start = time.perf_counter()
             done = train(
                 name, data, method=method, store=store, steps=steps, batch=4, threads=1, lr=2e-4, eval_rows=24,
-                out=f"{folder}/{method}", progress=False, **settings,
+                max_length=192, out=f"{folder}/{method}", progress=False, **settings,
             )  # fmt: skip
             took, loss = time.perf_counter() - start, float(done.record.scores["loss"])
             first = loss if first is None else first
             lines += [f"| {method} | {store} | {loss:.4f} | {loss - first:+.4f} | {took:.0f} |"]
             print(lines[-1], flush=True)
+            write("runs", lines)  # a later one may be stopped
     return lines
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +148,58 @@ def test_what_cannot_be_held_in_codes_is_refused() -> None:
     attach(model, "lora")
     with pytest.raises(AnatomyError, match=r"'default' stands on the model"):
         encode_layers(model, "nf4")
+
+
+def verdict(name: str, store: str) -> str:
+    """What a method can do over a base in codes: "refused", "trains", or "trains and merges"."""
+    for make in (llama, lambda: tiny("bert", "classification")):
+        model = encode_layers(make(), store, remember=True)
+        try:
+            tuned = attach(model, small(name))
+        except AnatomyError as error:
+            if "quantised" in str(error):
+                return "refused"
+            continue
+        break
+    else:
+        return "refused"
+    part = tuned.tuning().method
+    if not part.mergeable or part.looks_at_data:
+        return "trains"
+    try:
+        learnt(tuned).merge()
+    except CannotMerge:
+        return "trains"
+    return "trains and merges"
+
+
+def matrix() -> str:
+    """The table of docs/stored-bases.md: methods by what they can do."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name in METHODS.names():
+        found.setdefault((verdict(name, "nf4"), verdict(name, "int4")), []).append(name)
+    lines = ["| nf4, int8 | int4, int2 | methods |", "| --- | --- | --- |"]
+    for (one, two), names in sorted(found.items(), key=lambda item: -len(item[1])):
+        lines.append(f"| {one} | {two} | {', '.join(f'`{n}`' for n in names)} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_support_matrix_on_the_page_is_what_methods_do() -> None:
+    # LUTHIER_WRITE_PAGES=1 writes it anew.
+    page = Path(__file__).parents[2] / "docs" / "stored-bases.md"
+    text = page.read_text(encoding="utf-8")
+    head, _, rest = text.partition("<!-- matrix -->\n")
+    written, _, tail = rest.partition("<!-- end -->")
+    made = matrix()
+    if os.environ.get("LUTHIER_WRITE_PAGES") == "1":
+        page.write_text(f"{head}<!-- matrix -->\n{made}<!-- end -->{tail}", encoding="utf-8")
+        return
+    # A method that is newer than the page is on it after `make matrix`; one that is on it stands where it belongs.
+    new = {n for row in made.splitlines() for n in re.findall(r"`(\w+)`", row)}
+    old = set(re.findall(r"`(\w+)`", written))
+    assert old <= new
+    for row in made.splitlines():
+        wanted = [n for n in re.findall(r"`(\w+)`", row) if n in old]
+        if wanted:
+            here = next(r for r in written.splitlines() if r.startswith(row.split("`")[0]))
+            assert re.findall(r"`(\w+)`", here) == wanted, "run `make matrix`"

@@ -19,6 +19,7 @@ from luthier.training.precision import Precision, choose_device, choose_precisio
 from luthier.workflow.outline import Outline
 
 USUAL = 128  # tokens of a row, where nothing says how long rows are
+LATER = 150_000_000  # bytes of a process after its first step: scores, late libraries (docs/howto/plan.md)
 MOST = 12  # methods whose activations are forecast unasked: each takes a second
 
 __all__ = ["USUAL", "Asked", "Plan", "PlanRow", "activations_of", "plan", "task_of_rows", "weights_in"]
@@ -161,8 +162,9 @@ class _Row:
 
     def _peak(self, found: Held, activations: int, family: str) -> Interval:
         program = resident_bytes() if self.device.kind == "cpu" else 0
+        later = LATER if self.device.kind == "cpu" else 0
         total = program + found.bytes + activations
-        return interval(total, self.device.kind, family, self.pairs, program + found.standing, activations)
+        return interval(total, self.device.kind, family, self.pairs, program + found.standing, activations + later)
 
     def _fits(self, peak: Interval) -> Literal["yes", "maybe", "no"]:
         room = self.device.memory + (resident_bytes() if self.device.here and self.device.kind == "cpu" else 0)

@@ -47,6 +47,7 @@ OTHER: dict[str, Any] = {
     "data.response": "label", "data.messages": "text", "data.tokens": "text", "data.tags": "label",
     "data.row_task": "label", "data.fold": "2/5", "sources": ["runs/a"], "also": ["old=old.csv"],
     "data.loss_on": "all", "data.strict": True, "data.accept_refused": 0.1, "max_length": 12, "long": "windows",
+    "data.template": "{text} It was {mask}.", "data.words": "good=great,bad=poor,red=red",
     "seed": 1, "precision": "bf16", "store": "fp32",
     "trunk_dropout": "off", "optim.name": "sgd", "optim.lr": 1e-3, "optim.head_lr": 1e-2,
     "optim.schedule": "cosine", "optim.warmup": 0.2, "optim.betas": [0.8, 0.99],

@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
 from tiny import config_of, tiny
-from tiny_methods import settings
+from tiny_methods import settings, small
 from word_tables import WORDS, word_tokenizer
 
 from luthier.runs.spec import BatchSpec, DataSpec, OptimSpec, RunSpec
 from luthier.training import Listener
+from luthier.workflow import train
 
 if TYPE_CHECKING:
     import pytest  # `make gpu` uses these runs where there may be none
 
-__all__ = ["Heard", "at_call", "little_data", "little_model", "little_spec", "settings"]
+__all__ = ["Heard", "at_call", "little_data", "little_model", "little_spec", "made_of", "settings"]
 
 
 class Heard(Listener):
@@ -89,6 +90,18 @@ def little_spec(home: Path, method: str = "lora", kind: str = "bert", **changes:
         "out": str(home / "run"),
     }
     return RunSpec(**{**fields, **changes})
+
+
+def made_of(method: str, home: Path) -> dict[str, Any]:
+    """What a run of `method` needs where that is made of saved tunings: as many as it needs, trained once."""
+    found = []
+    for part in small(method).parts():
+        for number in range(part.least_sources if part.sources else 0):
+            path = home / f"{part.sources[0]}-{number}"
+            if not path.exists():
+                train(little_spec(home, part.sources[0], steps=2, seed=number, out=str(path)))
+            found.append(str(path))
+    return {"sources": tuple(found), "settings": {}} if found else {}  # sizes are those of the sources
 
 
 def at_call(patch: pytest.MonkeyPatch, owner: Any, name: str, k: int, act: Callable[[], Any]) -> list[int]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from little import at_call, little_spec
+from little import at_call, little_spec, made_of
 from tiny import tiny
 from tiny_methods import small
 
@@ -104,18 +104,6 @@ def phased(method: str) -> bool:
     return any(type(part).phases is not Method.phases for part in small(method).parts())
 
 
-def sources_of(method: str, home: Path) -> tuple[str, ...]:
-    """Saved tunings that a method is made of, as many as it needs."""
-    found = []
-    for part in small(method).parts():
-        for number in range(part.least_sources if part.sources else 0):
-            path = home / f"{part.sources[0]}-{number}"
-            if not path.exists():
-                train(little_spec(home, part.sources[0], steps=2, seed=number, out=str(path)))
-            found.append(str(path))
-    return tuple(found)
-
-
 def kind_of(method: str) -> str:
     """An encoder, or a decoder where the method refuses that."""
     try:
@@ -129,8 +117,7 @@ def kind_of(method: str) -> str:
 @pytest.mark.parametrize("method", METHODS.names())
 def test_computing_twice_changes_no_bit_of_any_method(method: str, home: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"steps": 16 if phased(method) else 4, "kind": kind_of(method)}
-    if sources := sources_of(method, home):
-        changes |= {"sources": sources, "settings": {}}  # sizes are those of the sources
+    changes |= made_of(method, home)
     train(little_spec(home, method, **changes, out=str(tmp_path / "plain")))
     train(little_spec(home, method, **changes, recheck=2, out=str(tmp_path / "twice")))
     assert run_digests(tmp_path / "plain") == run_digests(tmp_path / "twice")

@@ -58,8 +58,8 @@ class BlockRun:
         if biases is None and "position_bias" not in self.given:
             given.pop("position_bias", None)
         out = self._run((x,), given)
-        if isinstance(out, tuple):
-            self.rest = out[1:] if biases is None else (biases, *out[2:])
+        if isinstance(out, tuple | list):
+            self.rest = tuple(out[1:]) if biases is None else (biases, *out[2:])
             if pick is not None and any(isinstance(t, Tensor) and t is not biases for t in self.rest):
                 raise AnatomyError(f"{self._name} gives more than states, so it cannot be run for some tokens only.")
             out = out[0]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from luthier.anatomy import Anatomy
 from luthier.core.protocols import Model
 from luthier.surgery.context import facts_left_out
+from luthier.surgery.stream import stream_of, with_stream
 
 __all__ = ["FirstTokenCut", "first_token_place", "head_reads_first_token"]
 
@@ -82,9 +83,9 @@ def head_reads_first_token(model: Model, block: nn.Module, n_vocab: int) -> bool
     seen: list[Tensor] = []
 
     def cut(module: nn.Module, args: Any, out: Any) -> Any:
-        states = out[0] if isinstance(out, tuple) else out
+        states = stream_of(out)
         seen.append(states.detach().requires_grad_())
-        return (seen[0], *out[1:]) if isinstance(out, tuple) else seen[0]
+        return with_stream(out, seen[0])
 
     generator = torch.Generator().manual_seed(0)
     device = next(model.parameters()).device

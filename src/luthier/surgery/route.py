@@ -26,6 +26,7 @@ from luthier.surgery.fused_qkv import FEW, FusedQKV
 from luthier.surgery.row_names import RowNames
 from luthier.surgery.socket import Plan, Plug, Socket, Substitute
 from luthier.surgery.stacked_heads import StackedHeads, Value, stack_heads
+from luthier.surgery.stream import stream_of, with_stream
 
 if TYPE_CHECKING:
     from luthier.anatomy.site import Rows as SiteRows
@@ -265,7 +266,7 @@ class Route:
         out = way(rows, args, kwargs)  # first: the start of the sublayer may lie inside
         taps = {id(p.tap): p.tap for p in self.socket.plugs if p.tap is not None}
         seen = {number: tap.take() for number, tap in taps.items()}
-        y = out[0] if isinstance(out, tuple) else out
+        y = stream_of(out)
         own = args[0] if args else kwargs.get("hidden_states")
         by_row = self._by_row(rows, y)
         result = torch.empty_like(by_row)
@@ -283,7 +284,7 @@ class Route:
                     part = plug.after(x, part)
             result.index_copy_(0, picked, part.reshape(len(picked), -1, y.shape[-1]))
         y = result.view(y.shape)  # (rows, n, d), or flat
-        return (y, *out[1:]) if isinstance(out, tuple) else y
+        return with_stream(out, y)
 
 
 def _still(plan: Plan) -> Callable[[Tensor], Tensor] | None:

@@ -16,6 +16,7 @@ from luthier.surgery.attachment import Attachment
 from luthier.surgery.base import Base, join_rows, take_rows
 from luthier.surgery.block_run import BlockRun
 from luthier.surgery.frozen_layers import FastLayer
+from luthier.surgery.stream import stream_of, with_stream
 
 __all__ = ["ORDER", "Plan", "Plug", "Socket", "Substitute", "Tap"]
 
@@ -264,10 +265,10 @@ class Socket(nn.Module):
             out = self._run(live, (inputs[-1], *args[1:]), kwargs)
         else:
             out = self._run(live, (), {**kwargs, "hidden_states": inputs[-1]})
-        y = out[0] if isinstance(out, tuple) else out
+        y = stream_of(out)
         for plug, seen in zip(live.whole, reversed(inputs[:-1]), strict=True):
             y = plug.after(seen, y)
-        return (y, *out[1:]) if isinstance(out, tuple) else y
+        return with_stream(out, y)
 
     def _base(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         fast = self.fast
@@ -348,21 +349,21 @@ class Socket(nn.Module):
             out = self.project(live, (x, *args[1:]), kwargs)
         else:
             out = self.project(live, (), {**kwargs, "hidden_states": x})
-        y = out[0] if isinstance(out, tuple) else out
+        y = stream_of(out)
         for plug, seen in zip(live.ends, reversed(inputs[:-1]), strict=True):
             y = plug.after(seen, y)
-        return (y, *out[1:]) if isinstance(out, tuple) else y
+        return with_stream(out, y)
 
     def _end(self, ends: list[Plug], out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The end of a sublayer: x comes from its start."""
         taps = {id(p.tap): p.tap for p in ends if p.tap is not None}
         seen = {number: tap.take() for number, tap in taps.items()}
-        y = out[0] if isinstance(out, tuple) else out
+        y = stream_of(out)
         own = args[0] if args else kwargs.get("hidden_states")
         for plug in ends:
             x = seen[id(plug.tap)] if plug.tap is not None else own
             y = plug.after(x, y)
-        return (y, *out[1:]) if isinstance(out, tuple) else y
+        return with_stream(out, y)
 
 
 def _fused(plug: Plug, x: Tensor) -> Tensor | None:

@@ -92,14 +92,14 @@ def little_spec(home: Path, method: str = "lora", kind: str = "bert", **changes:
     return RunSpec(**{**fields, **changes})
 
 
-def made_of(method: str, home: Path) -> dict[str, Any]:
+def made_of(method: str, home: Path, kind: str = "bert") -> dict[str, Any]:
     """What a run of `method` needs where that is made of saved tunings: as many as it needs, trained once."""
     found = []
     for part in small(method).parts():
         for number in range(part.least_sources if part.sources else 0):
-            path = home / f"{part.sources[0]}-{number}"
+            path = home / f"{part.sources[0]}-{kind}-{number}"
             if not path.exists():
-                train(little_spec(home, part.sources[0], steps=2, seed=number, out=str(path)))
+                train(little_spec(home, part.sources[0], kind, steps=2, seed=number, out=str(path)))
             found.append(str(path))
     return {"sources": tuple(found), "settings": {}} if found else {}  # sizes are those of the sources
 

@@ -41,7 +41,7 @@ def whole(home: Path) -> Callable[[str, str], dict[str, str]]:
     @cache
     def digests(method: str, kind: str) -> dict[str, str]:
         out = home / f"whole-{method}-{kind}"
-        train(little_spec(home, method, kind, eval=EVAL, out=str(out), **made_of(method, home)))
+        train(little_spec(home, method, kind, eval=EVAL, out=str(out), **made_of(method, home, kind)))
         return run_digests(out)
 
     return digests
@@ -108,7 +108,7 @@ def check(
         eval=EVAL,
         out=str(tmp_path / "run"),
         batch=BatchSpec(size=8, tokens=48, accumulate=2, workers=workers),
-        **made_of(method, home),
+        **made_of(method, home, kind),
     )
     stood = disturbed(spec, patch)
     assert stood == [0, 1, 3, 4, 5, 8, 12]

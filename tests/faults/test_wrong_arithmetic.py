@@ -117,7 +117,7 @@ def kind_of(method: str) -> str:
 @pytest.mark.parametrize("method", METHODS.names())
 def test_computing_twice_changes_no_bit_of_any_method(method: str, home: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"steps": 16 if phased(method) else 4, "kind": kind_of(method)}
-    changes |= made_of(method, home)
+    changes |= made_of(method, home, kind_of(method))
     train(little_spec(home, method, **changes, out=str(tmp_path / "plain")))
     train(little_spec(home, method, **changes, recheck=2, out=str(tmp_path / "twice")))
     assert run_digests(tmp_path / "plain") == run_digests(tmp_path / "twice")

@@ -83,6 +83,7 @@ class AtSpecialTokens(Attachment):
     """Adds a vector to each special token of what a block reads."""
 
     kind = "sequential"
+    needs_input = False
 
     def __init__(self, settings: PASTA, d: int) -> None:
         super().__init__()

@@ -1,19 +1,21 @@
-"""What was forecast and what was measured: short runs of many methods, two models, two lengths.
+"""What was forecast and what was measured: short runs of many methods, two models, two lengths, two batch sizes.
 
     python benchmarks/plan_grid.py --out /tmp/grid     trains what is not there yet
     python benchmarks/plan_grid.py --out /tmp/grid --write     also writes src/luthier/forecast/pairs.json
 
-Each run is a process of its own. Intervals of `luthier plan` come from these pairs; docs/howto/plan.md says what they
-are worth.
+Each run is `luthier train` in a process of its own, one after another. A method runs in as many of the four shapes
+(length x rows at once) of its model as `--shapes` says, beginning with another one than the method before it.
+Intervals of `luthier plan` come from these pairs; docs/howto/plan.md says what they are worth.
 """
 
 import argparse
 import json
-import multiprocessing
+import subprocess
+import sys
 from pathlib import Path
 
-from luthier.core import LuthierError
-from luthier.runs.spec import BatchSpec, DataSpec, EvalSpec, OptimSpec, RunSpec
+from luthier.runs import Record
+from luthier.runs.spec import BatchSpec, DataSpec, EvalSpec, RunSpec
 
 ENCODER = (
     "lora", "dora", "adalora", "vera", "ia3", "bitfit", "head_only", "layernorm_tuning", "sequential_adapter",
@@ -22,58 +24,78 @@ ENCODER = (
 )  # fmt: skip
 DECODER = ("lora", "ia3", "sequential_adapter", "prefix_tuning", "layernorm_tuning", "top_k_layers", "full")
 PAIRS = Path(__file__).parent.parent / "src" / "luthier" / "forecast" / "pairs.json"
+ENCODER_SHAPES = ((16, 64), (64, 64), (64, 16), (16, 16))
+DECODER_SHAPES = ((48, 8), (160, 8), (160, 2), (48, 2))
+COUNTED = ("weights", "trained", "gradients", "optimiser")
 
 
-def specs(out: Path) -> list[RunSpec]:
-    """The runs of the grid, in an order that leaves no kind to the end."""
+def specs(out: Path, shapes: int = 1) -> list[RunSpec]:
+    """The runs of the grid; the first shape of every method comes before any second one."""
     rows, found = out / "rows.csv", []
     if not rows.exists():
         out.mkdir(parents=True, exist_ok=True)
         kinds = ("red", "green", "blue")
         lines = [f"{'word ' * (3 + number % 60)}{number},{kinds[number % 3]}" for number in range(300)]
         rows.write_text("\n".join(["text,label", *lines]) + "\n", encoding="utf-8")
-    for model, data, methods, lengths, size in (
-        ("sample:smollm2-135m", "sample:chitchat", DECODER, (48, 160), 8),
-        ("sample:minilm-l6", str(rows), ENCODER, (16, 64), 64),
-    ):
-        for method in methods:
-            for length in lengths:
-                name = f"{model.partition(':')[2]}-{method}-{length}"
+    for turn in range(shapes):
+        for model, data, methods, its in (
+            ("sample:minilm-l6", str(rows), ENCODER, ENCODER_SHAPES),
+            ("sample:smollm2-135m", "sample:chitchat", DECODER, DECODER_SHAPES),
+        ):
+            for i, method in enumerate(methods):
+                length, size = its[(i + turn) % len(its)]
                 found.append(
                     RunSpec(
                         model=model, data=DataSpec(source=data, accept_refused=1.0), method=method, steps=2,
-                        max_length=length, threads=1,
-                        batch=BatchSpec(size=size), eval=EvalSpec(rows=16), optim=OptimSpec(), out=str(out / name),
+                        max_length=length, threads=1, batch=BatchSpec(size=size), eval=EvalSpec(rows=16),
+                        out=str(out / f"{model.partition(':')[2]}-{method}-{length}x{size}"),
                     )
                 )  # fmt: skip
-    return sorted(found, key=lambda spec: spec.digest())
+    return found
 
 
 def run(spec: RunSpec) -> None:
-    """One run; what it refuses is said, and is no pair."""
-    from luthier.workflow import train
+    """One run, started as a user starts it; what it refuses is said, and is no pair."""
+    home = Path(str(spec.out))
+    if (home / "record.json").exists():
+        return
+    asked = home.with_suffix(".toml")
+    asked.write_text(spec.to_toml(), encoding="utf-8")
+    words = [sys.executable, "-m", "luthier.cli", "train", str(asked), "--out", str(home)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    said = "" if done.returncode == 0 else f": exit code {done.returncode}, {done.stderr.strip()[-300:]}"
+    print(f"{home.name}{said}", flush=True)
 
-    try:
-        train(spec)
-    except LuthierError as error:
-        print(f"{spec.out}: {error}", flush=True)
+
+def not_counted(out: Path) -> list[str]:
+    """The parts of finished runs that were not held to the byte as they were counted before."""
+    wrong = []
+    for path in sorted(out.glob("*/record.json")):
+        record = Record.from_json(path.read_bytes())
+        for part in COUNTED:
+            said, held = record.forecast.get(part), record.memory.get(part)
+            if said != held:
+                wrong.append(f"{path.parent.name}: {part} counted {said}, held {held}")
+    return wrong
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--out", type=Path, required=True)
+    options.add_argument("--shapes", type=int, default=1, choices=range(5))
     options.add_argument("--write", action="store_true")
     given = options.parse_args()
     from luthier.forecast import residuals
     from luthier.workflow.forecasts import pairs_of
 
-    for spec in specs(given.out):
-        if not (Path(str(spec.out)) / "record.json").exists():
-            child = multiprocessing.get_context("fork").Process(target=run, args=(spec,))
-            child.start()
-            child.join()
+    for spec in specs(given.out, given.shapes):
+        run(spec)
+    for line in not_counted(given.out):
+        print(line)
     pairs, silent = pairs_of([given.out])
-    print(f"{len(pairs)} pairs, {len(silent)} runs say too little", residuals(pairs))
+    for path, why in silent.items():
+        print(f"{path.name}: {why}")
+    print(f"{len(pairs)} pairs", residuals(pairs))
     if given.write:
         PAIRS.write_text(json.dumps([vars(pair) for pair in pairs], indent=0) + "\n", encoding="utf-8")
 

@@ -116,7 +116,7 @@ def test_a_run_holds_what_was_forecast_and_check_compares_the_whole(
     for part in ("weights", "trained", "gradients", "optimiser"):
         assert record["forecast"][part] == record["memory"][part], part
     found = luthier("plan", out.parent, "--check", "--json").json
-    assert found["residuals"] is None and found["silent"] == []
+    assert found["residuals"] is None and found["silent"] == {}
     only = found["pairs"][0]
     program = record["memory"]["program"] + sum(record["memory"][p] for p in ("weights", "trained", "gradients"))
     activations = only["forecast"] - program - record["memory"]["optimiser"]
@@ -146,3 +146,18 @@ def test_a_forecast_of_activations_says_what_fits_and_what_would(luthier: Call, 
     assert luthier("plan", llama_7b, *words, "--json").json["rows"][0]["fits"] == "yes"
     leaner = luthier("plan", llama_7b, "--method", "lora", "--gradient-checkpointing", "true", "--json").json["rows"][0]
     assert leaner["activations"] < row["activations"] / 3
+
+
+def test_an_unexpected_error_is_said_in_the_row_and_the_counts_stay(
+    luthier: Call, llama_7b: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from luthier.workflow import plan
+
+    def broken(*args: object, **more: object) -> None:
+        raise ZeroDivisionError("planted\nand more")
+
+    monkeypatch.setattr(plan, "growth", broken)
+    row = luthier("plan", llama_7b, "--method", "lora", "--json").json["rows"][0]
+    assert row["held"]["trained"] > 0 and row["activations"] is None
+    assert row["unknown"] == "unexpected, please report it: ZeroDivisionError: planted"
+    assert "planted" in luthier("plan", llama_7b, "--method", "lora").out

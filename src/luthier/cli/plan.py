@@ -153,7 +153,7 @@ def _check(folder: str) -> None:
         raise ConfigError(f"{folder}: no finished runs lie in it or below it. Name a folder that holds some.")
     found = residuals(pairs)
     screen().result({
-        "pairs": [plain(pair) for pair in pairs], "silent": [str(path) for path in silent],
+        "pairs": [plain(pair) for pair in pairs], "silent": {str(path): why for path, why in silent.items()},
         "residuals": plain(found) if found is not None else None,
     })  # fmt: skip
     rows = [
@@ -164,7 +164,8 @@ def _check(folder: str) -> None:
     head = ("model", "method", "batch", "forecast", "measured", "off")
     screen().table(head, rows, right=head[2:], whole=head)
     if silent:
-        screen().show(f"\n{several(len(silent), 'run')} say too little, such as {silent[0]}.")
+        screen().show(f"\n{several(len(silent), 'run')} cannot be compared:")
+        screen().table(("run", "reason"), [(str(path), why) for path, why in silent.items()])
     if found is None:
         screen().show(f"\n{several(len(pairs), 'run')}: too few for an interval of their own (20 are enough).")
         return
@@ -205,6 +206,10 @@ def _show(found: Any) -> None:
     to.page(f"\n{NOTE_PEAK if grown else NOTE}")
     if stands and all(row.fits == "no" for row in stands):
         to.page(f"\nNothing fits into {human_bytes(found.device.memory)}. Take a smaller model or a larger device.")
+    unknown = [(row.name, row.unknown) for row in stands if row.unknown]
+    if unknown:
+        to.show(f"\nActivations of {several(len(unknown), 'method')} are not forecast:")
+        to.table(("method", "reason"), unknown, whole=("method",))
     if refused:
         to.show(f"\n{several(len(refused), 'method')} cannot be put on this model as they stand:")
         to.table(("method", "reason"), [(row.name, row.refused) for row in refused], whole=("method",))

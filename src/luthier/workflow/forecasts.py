@@ -58,8 +58,8 @@ def refuse_what_cannot_fit(forecast: dict[str, int], device: torch.device, force
     )
 
 
-def pair_of(folder: Path) -> Pair | None:
-    """What was forecast for a finished run, activations included, and what it took; None where it says too little.
+def pair_of(folder: Path) -> Pair | str:
+    """What was forecast for a finished run, activations included, and what it took; or why that cannot be said.
 
     Raises:
         IntegrityError: the folder holds no record that can be read.
@@ -71,7 +71,7 @@ def pair_of(folder: Path) -> Pair | None:
         raise IntegrityError(f"{folder}: holds no record.json ({error.strerror}). Name finished runs.") from error
     told, device = record.forecast, str(record.environment.get("device", "cpu")).partition(":")[0]
     if not {"weights", "trained", "gradients", "optimiser", "rows", "tokens"} <= set(told) or not record.peak_bytes:
-        return None
+        return "its record holds no forecast, or no peak"
     spec = RunSpec.from_plain(record.spec)
     try:
         outline = outline_of(spec.model)
@@ -80,10 +80,10 @@ def pair_of(folder: Path) -> Pair | None:
         precision = choose_precision(spec.precision, torch.device("cpu"))
         dtype = weights_in(method, outline, task, precision)
         kept = activations_of(method, outline, spec, task, precision, dtype, told["tokens"])
-    except LuthierError:
-        return None
-    if kept is None:
-        return None
+    except LuthierError as error:
+        return str(error)
+    if isinstance(kept, str):
+        return kept
     parts = sum(told[part] for part in ("weights", "trained", "gradients", "optimiser"))
     return Pair(
         model=spec.model, method=spec.method, family=str(METHODS.card(spec.method.partition("+")[0]).family),
@@ -92,14 +92,15 @@ def pair_of(folder: Path) -> Pair | None:
     )  # fmt: skip
 
 
-def pairs_of(folders: Iterable[Path]) -> tuple[list[Pair], list[Path]]:
-    """The pairs of all finished runs in or below the folders; and those runs that say too little."""
-    pairs, silent = [], []
+def pairs_of(folders: Iterable[Path]) -> tuple[list[Pair], dict[Path, str]]:
+    """The pairs of all finished runs in or below the folders; and why the others are none."""
+    pairs: list[Pair] = []
+    silent: dict[Path, str] = {}
     for top in folders:
         for record in sorted(top.rglob("record.json")):
             pair = pair_of(record.parent)
-            if pair is None:
-                silent.append(record.parent)
+            if isinstance(pair, str):
+                silent[record.parent] = pair
             else:
                 pairs.append(pair)
     return pairs, silent

@@ -41,6 +41,7 @@ class PlanRow:
     Attributes:
         weights_in: the type that the base is held in.
         activations: of the widest micro-batch; None where they were not forecast.
+        unknown: why activations were not forecast, where they were asked for.
         peak: the highest memory, the program's own included on a processor.
         fits: "?" where activations were not forecast and the rest fits.
         would: what would fit where this does not, or may not.
@@ -51,6 +52,7 @@ class PlanRow:
     held: Held | None = None
     weights_in: str = ""
     activations: int | None = None
+    unknown: str = ""
     peak: Interval | None = None
     fits: Literal["yes", "maybe", "no", "?"] = "?"
     would: str = ""
@@ -144,9 +146,11 @@ class _Row:
             name=one.name, method=one.method, held=found, weights_in=str(dtype).removeprefix("torch."),
             fits="no" if found.standing > self.device.memory else "?",
         )  # fmt: skip
-        grown = self._grown(method, dtype) if self.grows else None
-        if grown is None:
+        if not self.grows:
             return row
+        grown = self._grown(method, dtype)
+        if isinstance(grown, str):
+            return replace(row, unknown=grown)
         family = str(METHODS.card(one.method.partition("+")[0]).family)
         peak = self._peak(found, grown.at(self.rows), family)
         return replace(
@@ -157,7 +161,7 @@ class _Row:
             would=self._would(found, grown, family),
         )
 
-    def _grown(self, method: Method, dtype: torch.dtype) -> Growth | None:
+    def _grown(self, method: Method, dtype: torch.dtype) -> Growth | str:
         return activations_of(method, self.outline, self.spec, self.task, self.precision, dtype, self.tokens)
 
     def _peak(self, found: Held, activations: int, family: str) -> Interval:
@@ -189,8 +193,8 @@ def task_of_rows(spec: RunSpec, outline: Outline) -> Task:
 
 def activations_of(
     method: Method, outline: Outline, spec: RunSpec, task: Task, precision: Precision, dtype: torch.dtype, tokens: int
-) -> Growth | None:  # fmt: skip
-    """How the activations of rows of `tokens` tokens grow; None where a smaller copy cannot tell."""
+) -> Growth | str:  # fmt: skip
+    """How the activations of rows of `tokens` tokens grow; or why a smaller copy cannot tell."""
     drops = any(part.trains_base for part in method.parts())
     try:
         return growth(
@@ -198,8 +202,10 @@ def activations_of(
             fast=spec.fast, checkpointing=spec.gradient_checkpointing is True,
             dropout=spec.trunk_dropout == "on" or (spec.trunk_dropout == "auto" and drops),
         )  # fmt: skip
-    except Exception:  # a smaller copy is another model: whatever a method says of it does not hold for this one
-        return None
+    except LuthierError as error:  # a smaller copy is another model: what a method says of it need not hold here
+        return f"a smaller copy of the model cannot take it: {error}"
+    except Exception as error:  # the counts still hold, so the row stays; but this one nobody foresaw
+        return f"unexpected, please report it: {type(error).__name__}: {(str(error).splitlines() or ['no text'])[0]}"
 
 
 def weights_in(method: Method, outline: Outline, task: Task, precision: Precision) -> torch.dtype:

@@ -14,7 +14,7 @@ from little import Heard, at_call, little_data, little_model, little_spec
 from luthier.core import CompositionError, ConfigError, IntegrityError, UnknownName
 from luthier.data.rows import load_rows
 from luthier.runs import RunFolder
-from luthier.runs.spec import BatchSpec, CheckpointSpec, DataSpec, RunSpec
+from luthier.runs.spec import BatchSpec, CheckpointSpec, DataSpec, OptimSpec, RunSpec
 from luthier.strategies.recipes._soft import most_sure, soft_labels
 from luthier.surgery import tuning_files
 from luthier.training import STRATEGIES
@@ -52,6 +52,11 @@ def recipe_spec(home: Path, words: str, out: Path, kind: str = "bert", **changes
     if {"pet", "ipet"} & set(words.split("+")):
         data = DataSpec(source=str(rows), words="good=good, bad=bad, red=red")
         given |= {"model": str(filler(home / "filler")), "data": data}
+    if words == "kd_sequence":
+        llama = str(little_model(home / "llama", "llama"))
+        data = DataSpec(source=str(little_data(home / "turns.csv", rows=30, kind="turns")))
+        given |= {"model": llama, "data": data, "steps": 30, "optim": OptimSpec(lr=1e-2), "trunk_dropout": "off"}
+        given["settings"] |= {"kd_sequence.teacher_model": llama}
     if words == "setfit":
         given |= {"batch": BatchSpec(size=8, tokens=4096)}  # pairs are those of a whole step
     also = {}

@@ -61,6 +61,15 @@ class Done(Protocol):
         """Its answers to rows, as `Predictor.rows` gives them."""
         ...
 
+    def written(self, table: Table, *, max_new_tokens: int, beams: int) -> list[tuple[str, bool]]:
+        """The texts that it writes for rows, and whether each came to an end of its own; see `Predictor.written`."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Of its tuning."""
+        ...
+
 
 class Desk(Protocol):
     """What a recipe may ask before a phase and between two."""
@@ -80,6 +89,10 @@ class Desk(Protocol):
 
     def further(self, name: str) -> Table:
         """The rows of a further set (`--also NAME=FILE`); labels need not be there, and are not read."""
+        ...
+
+    def finished(self, path: str) -> Done:
+        """A run that was finished before the recipe. Raises: ConfigError, WrongBase: it cannot be used."""
         ...
 
     def write(self, name: str, rows: Iterable[Mapping[str, Any]]) -> str:

@@ -30,10 +30,11 @@ class Written:
 
     text: str
     note: str = ""
+    ended: bool = True  # by a stop token
 
 
 class Generator:
-    """Writes on from prompts, greedily, to a stop token or to the longest answer allowed.
+    """Writes on from prompts, greedily or by a beam, to a stop token or to the longest answer allowed.
 
     A row must come out as it would alone. Whether padding sees to that is tried on the first batch that needs any;
     where it does not, only prompts of one length share a batch.
@@ -55,11 +56,12 @@ class Generator:
         self.pads: bool | None = None  # None until it was tried
 
     def write(
-        self, prompts: Examples, max_new_tokens: int, tunings: Sequence[str | None] | None = None
+        self, prompts: Examples, max_new_tokens: int, tunings: Sequence[str | None] | None = None, beams: int = 1
     ) -> list[Written]:
         """One answer for each example, in their order.
 
         Args:
+            beams: answers that are followed side by side, of which the likeliest is given.
             tunings: for each example the tuning that answers it; see `Tuned.rows`.
         """
         found: list[Written | None] = [None] * len(prompts)
@@ -75,9 +77,9 @@ class Generator:
                 most = min(most, self.limit - 1 if self.both else self.limit - int(lengths[piece].max()))
             if most < 1:
                 for i in piece:
-                    found[i] = Written("", f"the prompt fills all {self.limit} positions of the model")
+                    found[i] = Written("", f"the prompt fills all {self.limit} positions of the model", ended=False)
                 continue
-            out = self._generate(prompts, piece, tunings, max_new_tokens=most)
+            out = self._generate(prompts, piece, tunings, max_new_tokens=most, num_beams=beams)
             for i, new in zip(piece, out, strict=True):
                 found[i] = self._read(new.tolist(), most < max_new_tokens)
         return [written for written in found if written is not None]
@@ -121,12 +123,13 @@ class Generator:
     def _call(
         self, prompts: Examples, piece: NDArray[np.int64], tunings: Sequence[str | None] | None, **options: Any
     ) -> Any:
+        options = {"num_beams": 1, **options}
         inputs = self.collator(prompts, piece).to(self.device).inputs
         facts = {name: value for name, value in inputs.items() if name.startswith("row_")}
         named = nullcontext() if tunings is None else self.tuned.rows([tunings[i] for i in piece])
         with torch.inference_mode(), self.precision.autocast(self.device), named:
             return self.tuned.model.generate(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], do_sample=False, num_beams=1,
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], do_sample=False,
                 pad_token_id=self.pad_id, eos_token_id=list(self.stop) or None, **facts, **options,
             )  # fmt: skip
 
@@ -136,4 +139,4 @@ class Generator:
         end = next((k for k in range(begin, len(ids)) if ids[k] in self.stop), None)
         text = self.tokenizer.decode(ids[begin:end], skip_special_tokens=True).strip()
         note = "the model has no more positions: the answer is cut" if tight and end is None else ""
-        return Written(text, note)
+        return Written(text, note, ended=end is not None)

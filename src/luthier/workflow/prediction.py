@@ -277,6 +277,28 @@ class Predictor:
             for row, each in zip(examples.rows.tolist(), written, strict=True)
         }
 
+    def written(self, table: Table, *, max_new_tokens: int = 64, beams: int = 1) -> list[tuple[str, bool]]:
+        """The text that is written for each row, in their order, and whether it came to an end of its own.
+
+        Args:
+            beams: see `Generator.write`.
+
+        Raises:
+            ConfigError: the run learnt no texts.
+            DataError: a row that cannot be read; all such rows are named.
+        """
+        if self.task.name not in ("causal_lm", "seq2seq"):
+            raise ConfigError(
+                f"{self.spec.out}: this run learnt {self.task.name} and writes no text. Name one that learnt causal_lm "
+                "or seq2seq."
+            )
+        with self.tuned.serving():
+            examples = self._encoded(table)
+            examples.ledger.refuse_any()
+            written = self.generator.write(examples, max_new_tokens, beams=beams)
+        found = dict(zip(examples.rows.tolist(), written, strict=True))
+        return [(found[row].text, found[row].ended) for row in range(len(table))]
+
     def texts(
         self,
         texts: Sequence[str],

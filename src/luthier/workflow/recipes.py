@@ -238,6 +238,9 @@ class _Run:
     def answers(self, table: Table) -> list[dict[str, Any]]:
         return self._predictor.rows(table, strict=True)
 
+    def written(self, table: Table, *, max_new_tokens: int, beams: int) -> list[tuple[str, bool]]:
+        return self._predictor.written(table, max_new_tokens=max_new_tokens, beams=beams)
+
 
 @dataclass(frozen=True)
 class _Desk:
@@ -264,6 +267,11 @@ class _Desk:
         source = named_sources(self.plan.spec.also)[name]
         table, _ = load_inputs(source, self.rows()[2])
         return table
+
+    def finished(self, path: str) -> _Run:
+        run = _Run(Path(path))
+        _ = run._predictor  # refuses what is not finished, or was changed
+        return run
 
     def write(self, name: str, rows: Iterable[Mapping[str, Any]]) -> str:
         path = self.path / f"rows-{name}.jsonl"

@@ -26,6 +26,8 @@ from methods.test_counts import ENCODER_ALL, _counts
         ("roberta", "pissa", {}, 294_912),
         ("roberta", "sora", {"sites": ENCODER_ALL}, 1_327_680),
         ("llama-7b", "sora", {"sites": ENCODER_ALL}, 19_990_272),
+        ("roberta", "increlora", {"sites": ENCODER_ALL, "most": 2}, 331_920),
+        ("llama-7b", "increlora", {"sites": ENCODER_ALL, "most": 2}, 4_997_568),
         ("roberta", "dylora", {}, 294_912),
         ("roberta", "delta_lora", {}, 294_912),
         ("llama-7b", "delta_lora", {}, 4_194_304),

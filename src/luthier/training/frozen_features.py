@@ -29,7 +29,7 @@ from luthier.data.batches import Batch, Batches, cut
 from luthier.surgery import Method, Tuned
 from luthier.training.out_of_memory import is_out_of_memory, make_room
 
-__all__ = ["LIMIT_BYTES", "Features", "features_of"]
+__all__ = ["LIMIT_BYTES", "Features", "Trunk", "features_of"]
 
 LIMIT_BYTES = 1 << 30
 """Features that take more are not kept at all: which rows lie in memory must not depend on the steps made so far."""
@@ -60,12 +60,14 @@ class Trunk:
 
     def logits(self, inputs: dict[str, Tensor], states: Tensor) -> Tensor:
         """What the model's own forward pass makes of `states`."""
-        with self._standing_in(states):
+        with self.standing_in(states):
             logits: Tensor = self.model(**inputs).logits
         return logits
 
     @contextmanager
-    def _standing_in(self, states: Tensor) -> Iterator[None]:
+    def standing_in(self, states: Tensor) -> Iterator[None]:
+        """Within, the trunk gives these last hidden states, whatever it is asked."""
+
         def given(*args: Any, **kwargs: Any) -> Any:
             if self.pooler is None:
                 return self.kind(last_hidden_state=states)

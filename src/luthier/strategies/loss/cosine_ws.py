@@ -6,8 +6,8 @@
     y~_ij = (p_ij^2 / F_j) / sum_k (p_ik^2 / F_k)    F_j = sum_i p_ij       w_i = 1 - H(p_i) / log(labels)
     R = mean over pairs of C of  d^2 where y~ names one label, else max(0, gamma - d)^2       d = 1 - cos(v_i, v_j)
 
-p are the copy's chances of a step's rows, f the model's, v the model's states of the rows, u the uniform ones, and C the
-rows with w_i above `threshold`. The copy has no dropout and is renewed every `refresh` steps.
+p are the copy's chances of a step's rows, f the model's, v the model's states of the rows, u the uniform ones, and C
+the rows with w_i above `threshold`. The copy has no dropout and is renewed every `refresh` steps.
 
 Paper: arXiv:2010.07835 (COSINE). The defaults are quoted for its code, where 150 steps come before 2500. There v is the
 copy's, which teaches nothing, and H is divided by the log of the rows: here both are as in the paper.

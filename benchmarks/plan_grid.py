@@ -2,6 +2,7 @@
 
     python benchmarks/plan_grid.py --out /tmp/grid     trains what is not there yet
     python benchmarks/plan_grid.py --out /tmp/grid --write     also writes src/luthier/forecast/pairs.json
+    python benchmarks/plan_grid.py --page     writes the table of docs/howto/plan.md from that file, and trains nothing
 
 Each run is `luthier train` in a process of its own, one after another. A method runs in as many of the four shapes
 (length x rows at once) of its model as `--shapes` says, beginning with another one than the method before it.
@@ -14,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from luthier.forecast import committed, constant_of, leave_out, residuals
 from luthier.runs import Record
 from luthier.runs.spec import BatchSpec, DataSpec, EvalSpec, RunSpec
 
@@ -26,6 +28,8 @@ DECODER = ("lora", "ia3", "sequential_adapter", "prefix_tuning", "layernorm_tuni
 PAIRS = Path(__file__).parent.parent / "src" / "luthier" / "forecast" / "pairs.json"
 ENCODER_SHAPES = ((16, 64), (64, 64), (64, 16), (16, 16))
 DECODER_SHAPES = ((48, 8), (160, 8), (160, 2), (48, 2))
+PAGE = Path(__file__).parent.parent / "docs" / "howto" / "plan.md"
+BEGIN, END = "<!-- begin plan_grid -->\n", "<!-- end plan_grid -->\n"
 COUNTED = ("weights", "trained", "gradients", "optimiser")
 
 
@@ -79,13 +83,45 @@ def not_counted(out: Path) -> list[str]:
     return wrong
 
 
+def table() -> str:
+    """What the committed pairs say, each run forecast from the runs of other methods."""
+    pairs = sorted(committed(), key=lambda p: (p.model, p.method, p.tokens, p.rows))
+    lines = ["| model | method | rows x tokens | counted | forecast | measured | off |", "| --- " * 7 + "|"]
+    for pair, made in zip(pairs, leave_out(pairs), strict=True):
+        ends = f"{made.low / 1e6:.0f} to {made.high / 1e6:.0f}" if made else "assumed"
+        off = f"{pair.measured / made.likely - 1:+.1%}" if made else "-"
+        lines.append(
+            f"| {pair.model.partition(':')[2]} | {pair.method} | {pair.rows} x {pair.tokens} | "
+            f"{pair.forecast / 1e6:.0f} | {ends} | {pair.measured / 1e6:.0f} | {off} |"
+        )
+    found, constant = residuals(pairs), constant_of(pairs)
+    said = f"{len(pairs)} runs; constant {constant / 1e6:.0f} MB."
+    if found is not None:
+        said += (
+            f" Of {found.n} with an interval the median error is {found.median_error:.1%}, {found.covered:.0%} lie "
+            f"inside, {found.above:.0%} above."
+        )
+    return "\n".join([said, "", *lines, ""])
+
+
+def paged(text: str) -> str:
+    """The page with the table as it is now."""
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}"
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--out", type=Path, required=True)
+    options.add_argument("--out", type=Path)
+    options.add_argument("--page", action="store_true")
     options.add_argument("--shapes", type=int, default=1, choices=range(5))
     options.add_argument("--write", action="store_true")
     given = options.parse_args()
-    from luthier.forecast import residuals
+    if given.page:
+        PAGE.write_text(paged(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        return
+    if given.out is None:
+        options.error("--out is missing: the folder of the runs")
     from luthier.workflow.forecasts import pairs_of
 
     for spec in specs(given.out, given.shapes):

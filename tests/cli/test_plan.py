@@ -28,7 +28,8 @@ def test_a_bare_configuration_is_enough_and_its_counts_are_those_of_the_papers(l
     row = luthier("plan", llama_7b, "--method", EVERY_MAP, "--json").json["rows"][0]
     assert row["held"]["trained"] == 159_907_840
     assert row["held"]["moments"] == 2 * row["held"]["numbers"] == 2 * 4 * 159_907_840
-    assert luthier("plan", llama_7b.parent, "--method", EVERY_MAP, "--json").json["rows"][0] == row
+    again = luthier("plan", llama_7b.parent, "--method", EVERY_MAP, "--json").json["rows"][0]
+    assert again["held"] == row["held"]  # the peak holds this process as it is now
 
 
 def test_tied_embeddings_count_once(luthier: Call, tmp_path: Path) -> None:
@@ -116,12 +117,14 @@ def test_a_run_holds_what_was_forecast_and_check_compares_the_whole(
     for part in ("weights", "trained", "gradients", "optimiser"):
         assert record["forecast"][part] == record["memory"][part], part
     found = luthier("plan", out.parent, "--check", "--json").json
-    assert found["residuals"] is None and found["silent"] == {}
+    assert found["residuals"]["n"] == 1 and found["silent"] == {}  # judged by the grid's runs of other methods
+    assert found["intervals"][0]["n"] > 19
     only = found["pairs"][0]
     program = record["memory"]["program"] + sum(record["memory"][p] for p in ("weights", "trained", "gradients"))
     activations = only["forecast"] - program - record["memory"]["optimiser"]
     assert activations == pytest.approx(record["memory"]["activations"], rel=0.1)
-    assert "off" in luthier("plan", out.parent, "--check").out
+    said = luthier("plan", out.parent, "--check").out
+    assert "off" in said and "Median error" in said and "too low" in said
     assert luthier("plan", tmp_path / "nowhere", "--check").code == 2
 
 

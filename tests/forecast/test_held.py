@@ -10,7 +10,7 @@ from tiny_methods import small
 from luthier.core import LuthierError
 from luthier.forecast import Skeleton, held
 from luthier.runs.spec import OptimSpec
-from luthier.surgery import METHODS, attach
+from luthier.surgery import METHODS, attach, frozen_layers
 from luthier.surgery.tuning_files import stored_tensors
 from luthier.training.memory_parts import Parts
 from luthier.training.optimiser import Optimiser
@@ -70,3 +70,29 @@ def test_optimisers_and_a_base_stored_in_bf16() -> None:
     tuned = attach(model, small("full"), seed=0)
     counted = Parts(tuned, Optimiser(tuned.trained(), [], OptimSpec(), 1e-3), torch.device("cpu")).counted()
     assert held(small("full"), halves).weights == counted["weights"] < full.weights
+
+
+@pytest.mark.parametrize("budget", [2**30, 3 * 1024 * 1024 * 2])
+@pytest.mark.parametrize("name", ["lora", "ia3", "bitfit", "sequential_adapter", "full", "top_k_layers"])
+def test_packed_copies_are_those_that_a_run_makes(name: str, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    made: list[int] = []
+
+    def packed(weight: Any) -> Any:  # no processor with fast bf16 products is needed
+        made.append(weight.nbytes)
+        return object()
+
+    monkeypatch.setattr(frozen_layers, "BUDGET_BYTES", budget)
+    monkeypatch.setattr(frozen_layers, "can_pack", lambda weight: weight.dtype == torch.bfloat16)
+    monkeypatch.setattr(frozen_layers, "Packed", packed)
+    config = BertConfig(
+        vocab_size=90, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    model = BertForSequenceClassification(config).to(torch.bfloat16)
+    skeleton, method = Skeleton(bare(model).to(torch.bfloat16)), small(name)
+    attach(model, method, seed=0).fast.accelerate()
+    assert held(method, skeleton).packed == sum(made)
+    assert (sum(made) > 0) == (name not in ("full", "bitfit"))  # these train the weights, or the biases
+    assert held(method, Skeleton(bare(model).float())).packed == 0

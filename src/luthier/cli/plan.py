@@ -31,7 +31,7 @@ NOTE_PEAK = """trained: numbers beside a new head. weights: the base and what tr
 peak: highest memory of the run. yes: its upper end fits. no: its lower end does not."""
 
 MEASURED = "The ends of peak are those of nine in ten of {n} finished runs on such a device."
-ASSUMED = "No finished runs on such a device stand behind the ends of peak: they are assumed, and wide."
+ASSUMED = "No finished runs of such a size on such a device stand behind the ends of peak: they are assumed, and wide."
 
 HELP = """Say what each method would train, store and hold on a model, before a weight is read.
 
@@ -141,7 +141,7 @@ def _plan(model: str, methods: list[str], changes: dict[str, Any], device: str, 
 def _check(folder: str) -> None:
     """What forecasts of finished runs were worth."""
     from luthier.core import ConfigError
-    from luthier.forecast import residuals
+    from luthier.forecast import committed, leave_out, residuals
     from luthier.workflow.forecasts import pairs_of
 
     home = Path(folder)
@@ -151,15 +151,17 @@ def _check(folder: str) -> None:
         pairs, silent = pairs_of([home])
     if not pairs and not silent:
         raise ConfigError(f"{folder}: no finished runs lie in it or below it. Name a folder that holds some.")
-    found = residuals(pairs)
+    known = committed()
+    made, found = leave_out(pairs, known), residuals(pairs, known)
     screen().result({
-        "pairs": [plain(pair) for pair in pairs], "silent": {str(path): why for path, why in silent.items()},
+        "pairs": [plain(pair) for pair in pairs], "intervals": [one and plain(one) for one in made],
+        "silent": {str(path): why for path, why in silent.items()},
         "residuals": plain(found) if found is not None else None,
     })  # fmt: skip
     rows = [
-        (Path(p.model).name, p.method, f"{p.rows} x {p.tokens}", human_bytes(p.forecast), human_bytes(p.measured),
-         f"{p.measured / p.forecast - 1:+.0%}")
-        for p in pairs
+        (Path(p.model).name, p.method, f"{p.rows} x {p.tokens}", _spread(one), human_bytes(p.measured),
+         f"{p.measured / (one.likely if one else p.forecast) - 1:+.0%}")
+        for p, one in zip(pairs, made, strict=True)
     ]  # fmt: skip
     head = ("model", "method", "batch", "forecast", "measured", "off")
     screen().table(head, rows, right=head[2:], whole=head)
@@ -167,11 +169,12 @@ def _check(folder: str) -> None:
         screen().show(f"\n{several(len(silent), 'run')} cannot be compared:")
         screen().table(("run", "reason"), [(str(path), why) for path, why in silent.items()])
     if found is None:
-        screen().show(f"\n{several(len(pairs), 'run')}: too few for an interval of their own (20 are enough).")
+        screen().show(f"\n{several(len(pairs), 'run')}; of other methods too few are known, or far smaller ones.")
         return
     screen().show(
-        f"\nMedian error {found.median_error:.1%}; {found.covered:.0%} of {found.n} runs inside their interval, "
-        f"{found.above:.0%} above it.\nEach interval is made from the other runs."
+        f"\n{several(found.n, 'run')} with an interval. Median error {found.median_error:.1%}; {found.covered:.0%} "
+        f"inside; {found.above:.0%} above it, which are the forecasts that were too low.\n"
+        "Each interval is made from the runs of other methods, those of luthier's own grid among them."
     )
 
 

@@ -3,9 +3,9 @@
 from luthier.forecast.devices import Device, device_of
 from luthier.forecast.growth import Growth, growth
 from luthier.forecast.held import Held, Skeleton, held
-from luthier.forecast.interval import Interval, Pair, Residuals, committed, interval, residuals
+from luthier.forecast.interval import Interval, Pair, Residuals, committed, constant_of, interval, leave_out, residuals
 
 __all__ = [
-    "Device", "Growth", "Held", "Interval", "Pair", "Residuals", "Skeleton", "committed", "device_of", "growth",
-    "held", "interval", "residuals",
+    "Device", "Growth", "Held", "Interval", "Pair", "Residuals", "Skeleton", "committed", "constant_of", "device_of",
+    "growth", "held", "interval", "leave_out", "residuals",
 ]  # fmt: skip

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from luthier.anatomy import Anatomy
+from luthier.surgery import frozen_layers
 from luthier.surgery.base import Base
 from luthier.surgery.edited_model import EditedModel
 from luthier.surgery.edits import AddBranch, Attach, Attend, Edit, PrependKeys, PrependTokens, Reparametrise, Unfreeze
@@ -54,6 +55,8 @@ class Held:
         weights: of the base, what a method adds to it and keeps still, and the values that are given back.
         numbers: of the tensors that train.
         gradients, moments: of the same, gradients at most.
+        packed: copies of frozen weights that a CPU with fast bf16 products is given (`luthier.kernels.packed`), where
+            the base is held in bf16. No part of `bytes`: elsewhere there are none.
     """
 
     trained: int
@@ -63,6 +66,7 @@ class Held:
     numbers: int
     gradients: int
     moments: int
+    packed: int = 0
 
     @property
     def bytes(self) -> int:
@@ -127,7 +131,24 @@ def held(method: Method, skeleton: Skeleton, optimiser: str = "adamw") -> Held:
         numbers=found.numbers,
         gradients=max(found.sizes, default=0) if optimiser == "lomo" else found.numbers,
         moments=2 * found.numbers if optimiser == "adamw" else 0,
+        packed=_packed(skeleton, found.freed),
     )
+
+
+def _packed(skeleton: Skeleton, trained: set[str]) -> int:
+    """Bytes of the layers that `FastPath.accelerate` packs, in its order and as far as its budget goes."""
+    edited, budget = skeleton.edited, frozen_layers.BUDGET_BYTES
+    head, done, left = edited.model.get_output_embeddings(), set[int](), budget
+    for path, module in edited.modules.items():
+        if type(module) is not nn.Linear or module is head or id(module) in done:
+            continue
+        done.add(id(module))
+        weight = module.weight
+        wide = min(weight.shape) >= frozen_layers.MIN_WIDTH and weight.dtype == torch.bfloat16
+        name = edited.anatomy.tied.get(f"{path}.weight", f"{path}.weight")
+        if wide and not {name, f"{path}.bias"} & trained and weight.nbytes <= left:
+            left -= weight.nbytes
+    return budget - left
 
 
 def _stored(method: Method, anatomy: Anatomy, found: _Count) -> int:
@@ -149,6 +170,7 @@ class _Count:
         numbers, fixed: bytes of tensors that train, and of those of modules that do not.
         taken, kept: bytes of the base's tensors that train, and of the values that they are given back.
         sizes: bytes of each tensor that trains.
+        freed: names of the base's tensors that train.
     """
 
     def __init__(self, skeleton: Skeleton, edits: Iterable[tuple[str, Edit]], *, alike: bool) -> None:
@@ -158,6 +180,7 @@ class _Count:
         self.attached = self.unfrozen = self.head = 0
         self.numbers = self.fixed = self.taken = self.kept = 0
         self.sizes: list[int] = []
+        self.freed: set[str] = set()
         for prefix, edit in edits:
             for shared in getattr(edit, "shared", {}).values():
                 self._add(shared)
@@ -201,7 +224,9 @@ class _Count:
 
     def _unfreeze(self, prefix: str, edit: Unfreeze) -> None:
         edited = self._skeleton.edited
-        parameter = edited.parameters[edited.anatomy.tied.get(edit.name, edit.name)]
+        name = edited.anatomy.tied.get(edit.name, edit.name)
+        parameter = edited.parameters[name]
+        self.freed.add(name)
         n = parameter.numel()
         if prefix == "head":
             self.head += n

@@ -8,10 +8,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
-__all__ = ["COVERAGE", "Interval", "Pair", "Residuals", "committed", "interval", "residuals"]
+__all__ = [
+    "COVERAGE", "Interval", "Pair", "Residuals", "committed", "constant_of", "interval", "leave_out", "residuals",
+]  # fmt: skip
 
 COVERAGE = 0.9
 ENOUGH = 19  # of which the 5 % quantiles with one more to come are the smallest and the largest
+BEYOND = 1.5  # times the largest forecast that is known: a ratio of small runs says little of a run larger than that
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +30,9 @@ class Pair:
     forecast: int
     measured: int
 
-    @property
-    def ratio(self) -> float:
-        """The logarithm of measured over forecast: above 0, the forecast was too low."""
-        return math.log(self.measured / self.forecast)
+    def ratio(self, constant: int = 0) -> float:
+        """The logarithm of measured over forecast and constant: above 0, they were too low."""
+        return math.log(self.measured / (self.forecast + constant))
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ class Residuals:
     """What forecasts of runs that were not used for their intervals were worth.
 
     Attributes:
-        median_error: of |measured / forecast - 1|.
-        covered: share of runs inside their interval, each made from the other runs.
+        median_error: of |measured / likely - 1|.
+        covered: share of runs inside their interval, each made from the runs of other methods.
         above: share of runs above their interval: the error that hurts.
     """
 
@@ -65,25 +67,44 @@ def committed() -> tuple[Pair, ...]:
     return tuple(Pair(**values) for values in json.loads(text))
 
 
+def constant_of(pairs: Sequence[Pair]) -> int:
+    """Bytes that every run takes beside what is counted: with it, the sum of all |log ratios| is the smallest.
+
+    The sum has its minimum where a run is met exactly, so only the differences of the runs are tried. An offset that is
+    left in the ratio would grow with the model.
+
+    >>> runs = [Pair(model="m", method="x", family="", device="cpu", rows=1, tokens=1, forecast=f, measured=f + 150)
+    ...         for f in (400, 900, 4000)]
+    >>> constant_of(runs)
+    150
+    """
+    tried = sorted({0, *(max(0, p.measured - p.forecast) for p in pairs)})
+    return min(tried, key=lambda constant: sum(abs(p.ratio(constant)) for p in pairs))
+
+
 def interval(forecast: int, device: str, family: str, pairs: Iterable[Pair], certain: int, growing: int) -> Interval:
     """The interval of a forecast.
 
-    With `n` runs on such a device its ends are the conformal quantiles of their log ratios; the method's own family is
-    used where it has enough of them. Without enough runs the ends are assumed, and wide.
+    With `n` runs on such a device a constant is fitted to them, and the ends are the conformal quantiles of the log
+    ratios that it leaves; the method's own family is used where it has enough of them. Without enough runs, or far
+    beyond the largest of them, the ends are assumed, and wide.
 
     Args:
         certain: bytes that are held whatever happens.
         growing: activations: where nothing is known, the upper end allows for twice as many.
     """
     there = [p for p in pairs if p.device == device]
+    if len(there) < ENOUGH:
+        return Interval(certain, forecast, round(1.2 * (forecast + growing)), 0)
+    constant = constant_of(there)
+    if forecast > BEYOND * max(p.forecast for p in there):
+        return Interval(certain, forecast + constant, round(1.2 * (forecast + constant + growing)), 0)
     own = [p for p in there if p.family == family]
     used = own if len(own) >= ENOUGH else there
-    if len(used) < ENOUGH:
-        return Interval(certain, forecast, round(1.2 * (forecast + growing)), 0)
-    ratios = sorted(p.ratio for p in used)
+    ratios = sorted(p.ratio(constant) for p in used)
     low, high = _ends(ratios)
     middle = ratios[len(ratios) // 2]
-    scaled = [round(forecast * math.exp(r)) for r in (low, middle, high)]
+    scaled = [round((forecast + constant) * math.exp(r)) for r in (low, middle, high)]
     return Interval(max(certain, scaled[0]), max(certain, scaled[1]), max(certain, scaled[2]), len(used))
 
 
@@ -95,17 +116,26 @@ def _ends(ratios: Sequence[float]) -> tuple[float, float]:
     return ratios[low - 1], ratios[high - 1]
 
 
-def residuals(pairs: Sequence[Pair]) -> Residuals | None:
-    """How good the intervals are: each run's is made from the others. None for too few runs."""
-    if len(pairs) <= ENOUGH:
+def leave_out(pairs: Sequence[Pair], known: Sequence[Pair] = ()) -> list[Interval | None]:
+    """Each run's interval from the runs of other methods, and of those from `known`; None where they say too little."""
+    found: list[Interval | None] = []
+    for pair in pairs:
+        others = [p for p in (*pairs, *known) if p.method != pair.method]
+        made = interval(pair.forecast, pair.device, pair.family, others, 0, 0)
+        found.append(made if made.n else None)
+    return found
+
+
+def residuals(pairs: Sequence[Pair], known: Sequence[Pair] = ()) -> Residuals | None:
+    """How good the intervals are: each run's is made from the runs of other methods. None where no run has one."""
+    judged = [(pair, made) for pair, made in zip(pairs, leave_out(pairs, known), strict=True) if made is not None]
+    if not judged:
         return None
-    inside = above = 0
-    errors = []
-    for i, pair in enumerate(pairs):
-        others = [*pairs[:i], *pairs[i + 1 :]]
-        found = interval(pair.forecast, pair.device, pair.family, others, 0, 0)
-        inside += found.low <= pair.measured <= found.high
-        above += pair.measured > found.high
-        errors.append(abs(pair.measured / found.likely - 1))
-    n = len(pairs)
-    return Residuals(n=n, median_error=sorted(errors)[n // 2], covered=inside / n, above=above / n)
+    n = len(judged)
+    errors = sorted(abs(pair.measured / made.likely - 1) for pair, made in judged)
+    return Residuals(
+        n=n,
+        median_error=errors[n // 2],
+        covered=sum(made.low <= pair.measured <= made.high for pair, made in judged) / n,
+        above=sum(pair.measured > made.high for pair, made in judged) / n,
+    )

@@ -17,7 +17,7 @@ from luthier.surgery import METHODS, compose
 from luthier.training.precision import choose_precision
 from luthier.workflow.load_model import load_config
 from luthier.workflow.outline import Outline, outline_of
-from luthier.workflow.plan import activations_of, task_of_rows, weights_in
+from luthier.workflow.plan import activations_of, packed_here, task_of_rows, weights_in
 from luthier.workflow.preparation import Prepared
 
 __all__ = ["forecast_of", "pair_of", "pairs_of", "refuse_what_cannot_fit", "widest"]
@@ -79,12 +79,13 @@ def pair_of(folder: Path) -> Pair | str:
         task = task_of_rows(spec, outline)
         precision = choose_precision(spec.precision, torch.device("cpu"))
         dtype = weights_in(method, outline, task, precision)
+        packed = packed_here(held(method, outline.skeleton(task, dtype)), spec) if device == "cpu" else 0
         kept = activations_of(method, outline, spec, task, precision, dtype, told["tokens"])
     except LuthierError as error:
         return str(error)
     if isinstance(kept, str):
         return kept
-    parts = sum(told[part] for part in ("weights", "trained", "gradients", "optimiser"))
+    parts = packed + sum(told[part] for part in ("weights", "trained", "gradients", "optimiser"))
     return Pair(
         model=spec.model, method=spec.method, family=str(METHODS.card(spec.method.partition("+")[0]).family),
         device=device, rows=told["rows"], tokens=told["tokens"],

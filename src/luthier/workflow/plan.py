@@ -12,6 +12,7 @@ from luthier.core import ConfigError, LuthierError, UnknownName, near
 from luthier.data.load_data import load_data
 from luthier.data.tasks import Task
 from luthier.forecast import Device, Growth, Held, Interval, Pair, committed, growth, held, interval
+from luthier.kernels.packed import can_pack
 from luthier.runs import resident_bytes
 from luthier.runs.spec import RunSpec
 from luthier.surgery import METHODS, Method, compose
@@ -22,7 +23,7 @@ USUAL = 128  # tokens of a row, where nothing says how long rows are
 LATER = 150_000_000  # bytes of a process after its first step: scores, late libraries (docs/howto/plan.md)
 MOST = 12  # methods whose activations are forecast unasked: each takes a second
 
-__all__ = ["USUAL", "Asked", "Plan", "PlanRow", "activations_of", "plan", "task_of_rows", "weights_in"]
+__all__ = ["USUAL", "Asked", "Plan", "PlanRow", "activations_of", "packed_here", "plan", "task_of_rows", "weights_in"]
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,7 @@ class _Row:
     def _peak(self, found: Held, activations: int, family: str) -> Interval:
         program = resident_bytes() if self.device.kind == "cpu" else 0
         later = LATER if self.device.kind == "cpu" else 0
+        program += packed_here(found, self.spec) if self.device.kind == "cpu" else 0
         total = program + found.bytes + activations
         return interval(total, self.device.kind, family, self.pairs, program + found.standing, activations + later)
 
@@ -206,6 +208,11 @@ def activations_of(
         return f"a smaller copy of the model cannot take it: {error}"
     except Exception as error:  # the counts still hold, so the row stays; but this one nobody foresaw
         return f"unexpected, please report it: {type(error).__name__}: {(str(error).splitlines() or ['no text'])[0]}"
+
+
+def packed_here(found: Held, spec: RunSpec) -> int:
+    """Bytes of the packed copies of frozen weights that a run on this machine's processor makes."""
+    return found.packed if spec.fast and can_pack(torch.empty(1, 1, dtype=torch.bfloat16)) else 0
 
 
 def weights_in(method: Method, outline: Outline, task: Task, precision: Precision) -> torch.dtype:

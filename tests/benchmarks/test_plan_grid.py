@@ -1,7 +1,6 @@
 """The table of the page on plans is that of the pairs that come with the package."""
 
 from benchmarks import plan_grid
-
 from luthier.forecast import committed, residuals
 
 

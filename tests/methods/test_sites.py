@@ -104,6 +104,9 @@ def test_layers_and_patterns_that_peft_wrote_are_read(tmp_path: Path) -> None:
         ("ia3", {"outputs": "attn.k@9"}, AnatomyError, "ia3.outputs: 'attn.k@9'"),
         ("bitfit", {"sites": "attn.q", "subset": True}, ConfigError, "Give one"),
         ("sequential_adapter", {"sites": "attn.q"}, AnatomyError, "attn.q@0 is not what a sublayer gives"),
+        ("adamix", {"form": "adapter", "sites": "norm"}, AnatomyError, "adamix.sites: norm@0.0 is not what a sublayer"),
+        ("propetl", {"form": "adapter", "sites": "embed"}, AnatomyError, "propetl.sites: embed is not what a sublayer"),
+        ("krona_b_res", {"sites": "attn.q"}, AnatomyError, "krona_b_res.sites: attn.q@0 is not what a sublayer gives"),
         ("adamix", {"sites": "ffn_out@5"}, AnatomyError, "adamix.sites"),
     ],
 )

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 def test_peft_computes_the_same_and_gives_the_same_gradients(arch: str) -> None:
     ids, table = [3, 17, 40], {"llama": "embed_tokens", "gpt2": "wte"}[arch]
     model = tiny(arch, "lm")
-    tuned = attach(model, "trainable_tokens", tokens=ids, outputs=False)
+    tuned = attach(model, "trainable_tokens", tokens=ids, output_matrix=False)
     stir(tuned, 0.3)
     other = peft.get_peft_model(tiny(arch, "lm"), peft.TrainableTokensConfig(target_modules=[table], token_indices=ids))
     theirs = next(p for n, p in other.named_parameters() if "trainable_tokens_delta" in n)
@@ -39,7 +39,7 @@ def test_only_the_named_rows_move_and_the_words_of_others_are_read_as_before() -
     before = model.model.embed_tokens.weight.detach().clone()
     real = [b["input_ids"][b["attention_mask"].bool()] for b in (inputs(model, seed=s) for s in (0, 1))]
     read = sorted({*real[0].tolist()} & {*real[1].tolist()})[:2]
-    tuned = attach(model, "trainable_tokens", tokens=tuple(read), outputs=False)
+    tuned = attach(model, "trainable_tokens", tokens=tuple(read), output_matrix=False)
     train(tuned, 2)
     tuned.merging.fold()
     moved = (model.model.embed_tokens.weight != before).any(1).nonzero().flatten().tolist()
@@ -52,7 +52,7 @@ def test_an_output_matrix_of_its_own_has_numbers_of_its_own() -> None:
         tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
         assert tied is (tables == 1)
         for outputs in (True, False):
-            tuned = attach(model, "trainable_tokens", tokens=(3, 17), outputs=outputs)
+            tuned = attach(model, "trainable_tokens", tokens=(3, 17), output_matrix=outputs)
             assert sum(p.numel() for p in tuned.trained().values()) == 2 * 48 * (tables if outputs else 1)
             tuned.detach()
 

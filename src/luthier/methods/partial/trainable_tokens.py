@@ -3,7 +3,7 @@
     E'[t] = E[t] + m_t for t in `tokens`, E elsewhere      m: (tokens, d)
 
 m starts at zero, so the tuned model starts as the base model. Where a model that writes words reads and writes with one
-matrix, both move; where it has two, `outputs` says whether the rows of the second train too, by numbers of their own.
+matrix, both move; where it has two, `output_matrix` says whether the rows of the second train too, by numbers of their own.
 
 TrainableTokens of the peft library, github:huggingface/peft/pull/1541; there is no paper. peft stores the new vectors,
 this file what was added to them: a tuning is read on the very base that it was made on.
@@ -35,7 +35,7 @@ class TrainableTokens(Method):
     """Settings of trainable tokens."""
 
     tokens: Annotated[tuple[int, ...], "ids of the tokens whose vectors train; none for all"] = ()
-    outputs: Annotated[bool, "also their rows of an output matrix that is not the table itself"] = True
+    output_matrix: Annotated[bool, "also their rows of an output matrix that is not the table itself"] = True
 
     mergeable: ClassVar[bool] = True
     starts_at_base: ClassVar[bool] = True
@@ -70,7 +70,7 @@ class TrainableTokens(Method):
                 f"trainable_tokens.tokens: {strange[0]} is no row of the {table.d_in} of {table.path}. Ids count from "
                 "0; add new tokens to the model before you attach."
             )
-        heads = [s for s in anatomy.all_sites if s.kind == "head" and s.d_out == table.d_in and self.outputs]
+        heads = [s for s in anatomy.all_sites if s.kind == "head" and s.d_out == table.d_in and self.output_matrix]
         names = [f"{site.path}.{site.param}" for site in (table, *heads)]
         return list(dict.fromkeys(anatomy.tied.get(name, name) for name in names))
 

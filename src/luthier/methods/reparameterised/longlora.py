@@ -63,12 +63,13 @@ class LongLoRA(PerSite):
             raise ConfigError(f"longlora.group: {self.group} is odd, and half of it is shifted. Use {self.group + 1}.")
 
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
+        sites = check_projections(anatomy, super().places(anatomy), "longlora", 0.0)
         if not anatomy.is_decoder or anatomy.is_encoder_decoder:
             raise AnatomyError(
                 f"longlora: groups are cut for a decoder, which sees what came before; {anatomy.model_type} also reads "
                 "what comes after. Use lora, and a model made for long texts."
             )
-        return check_projections(anatomy, super().places(anatomy), "longlora", 0.0)
+        return sites
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         yield from super().edits(anatomy)

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from luthier import kernels
 from luthier.anatomy import Anatomy, Site, is_projection, is_sublayer
 from luthier.core import ConfigError, above, at_least, between
-from luthier.methods.parts.bottleneck import Activation
+from luthier.methods.parts.bottleneck import Activation, check_sublayers
 from luthier.methods.parts.low_rank import check_projections, fusable
 from luthier.methods.parts.own_tensors import own_modules
 from luthier.surgery import METHODS, Attachment, Base, Method, Objective, PerSite, TunedView
@@ -90,7 +90,7 @@ class AdaMix(PerSite):
                     "adamix.sites: routing inside the model's own experts is not defined; leave them out."
                 )
             return check_projections(anatomy, found, "adamix", 0.0)
-        return found
+        return check_sublayers(found, "adamix")
 
     def params_at(self, site: Site) -> int:
         soup = sum(n for n in (self.experts, self.up_experts) if n > 1 and self.learn_soup > 0)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from luthier import kernels
 from luthier.anatomy import Anatomy, Site, is_projection, is_sublayer
 from luthier.core import above, at_least, between
-from luthier.methods.parts.bottleneck import Activation
+from luthier.methods.parts.bottleneck import Activation, check_sublayers
 from luthier.methods.parts.low_rank import check_projections, fusable
 from luthier.methods.parts.masks import pack, top_k, unpack
 from luthier.methods.parts.own_tensors import group_names, own_modules
@@ -101,6 +101,8 @@ class ProPETL(Method):
         found = anatomy.sites(*kinds, asked_by="propetl.sites", fits=fits)
         if self.form == "lora":
             check_projections(anatomy, found, "propetl", 0.0)
+        else:
+            check_sublayers(found, "propetl")
         shapes: dict[str, list[tuple[int, ...]]] = {}
         classes: dict[str, list[Site]] = {}
         for site in found:

@@ -56,9 +56,9 @@ class KronAB(Method):
         return sum(self._product(site) + int(self.residual) for site in self._sites(anatomy))
 
     def _sites(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        found = anatomy.sites(*self.sites, asked_by="krona_b.sites", fits=is_sublayer)
-        for site in check_sublayers(found, "krona_b"):
-            check_divides(self.rows or 1, "krona_b.rows", site, "d_out")
+        found = anatomy.sites(*self.sites, asked_by=f"{self.name}.sites", fits=is_sublayer)
+        for site in check_sublayers(found, self.name):
+            check_divides(self.rows or 1, f"{self.name}.rows", site, "d_out")
         return found
 
     def _product(self, site: Site) -> int:

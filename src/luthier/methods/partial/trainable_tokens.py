@@ -3,7 +3,7 @@
     E'[t] = E[t] + m_t for t in `tokens`, E elsewhere      m: (tokens, d)
 
 m starts at zero, so the tuned model starts as the base model. Where a model that writes words reads and writes with one
-matrix, both move; where it has two, `output_matrix` says whether the rows of the second train too, by numbers of their own.
+matrix, both move; where it has two, `output_matrix` says whether the second's rows train too, by numbers of their own.
 
 TrainableTokens of the peft library, github:huggingface/peft/pull/1541; there is no paper. peft stores the new vectors,
 this file what was added to them: a tuning is read on the very base that it was made on.

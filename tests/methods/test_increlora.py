@@ -1,15 +1,20 @@
 """IncreLoRA: its own tests, beside those that every method passes."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from little import little_spec
 from methods.checks import logits, optimiser, stir, train
 from tiny import inputs, tiny
 
+from luthier import train as run
 from luthier.core import ConfigError
 from luthier.methods.reparameterised.increlora import WAITING, GrownTriplets, IncreLoRA
 from luthier.surgery import attach, load
+from luthier.workflow import resume
+from luthier.workflow.resume_proof import run_digests
 
 
 def _modules(tuned):
@@ -104,30 +109,43 @@ def test_each_tensor_is_in_the_optimiser_once_before_and_after_growing():
     assert len(named) == len(set(named)) == 18, "and in one group"
 
 
+def _projection(model, place):
+    kind, layer = place.split("@")
+    attention = model.bert.encoder.layer[int(layer)].attention.self
+    return attention.value if kind == "attn.v" else attention.query
+
+
 @pytest.mark.acid("increlora", 6)
-def test_a_planted_layer_gets_the_largest_rank():
-    """A teacher whose attn.v@1 alone is another: the student's labels are independent of what else could change."""
+@pytest.mark.parametrize(("place", "seed"), [("attn.q@0", 0), ("attn.v@0", 1), ("attn.q@1", 2), ("attn.v@2", 3)])
+def test_a_planted_layer_gets_the_largest_rank(place, seed):
+    """It alone has something to fit, which a teacher's projection gives there; labels are drawn, so that all others
+    have gradients and nothing to learn.
+    """
     model, teacher = tiny("bert"), tiny("bert")
-    planted = attach(teacher, "lora", sites=("attn.v@1",), rank=4)
-    stir(planted, 0.5)
-    method = IncreLoRA(rank=1, target_rank=2, most=8, top=1, warmup=0.3, settled=0.3, sites=("attn.q", "attn.v"))
-    tuned = attach(model, method)
-    step_with, total = optimiser(tuned, decay=0.0), 60
+    stir(attach(teacher, "lora", sites=(place,), rank=4), seed=seed)
+    method = IncreLoRA(rank=1, target_rank=2, most=8, top=1, warmup=0.3, settled=0.3)
+    tuned = attach(model, method, seed=seed)
+    step_with, total, seen, draw = optimiser(tuned, decay=0.0), 60, [], torch.Generator().manual_seed(seed)
+    for each in (model, teacher):
+        _projection(each, place).register_forward_hook(lambda module, args, out: seen.append(out))
     for step in range(1, total + 1):
         batch = inputs(model, seed=step % 4)
-        wanted = logits(teacher, batch)
-        model.train(mode=False)
+        batch["labels"] = torch.randint(0, model.config.num_labels, batch["labels"].shape, generator=draw)
+        seen.clear()
+        logits(teacher, batch)
+        model.eval()
         for module in _modules(tuned):
             module.train()
         method.before_step(tuned, step, total)
-        (model(**batch).logits - wanted).square().mean().backward()
+        loss = model(**batch).loss
+        (loss + (seen[1] - seen[0]).square().mean()).backward()
         method.after_backward(tuned, step, total)
         step_with.step()
         method.on_step(tuned, step, total)
         step_with.zero_grad()
     ranks = dict(zip(tuned.modules(GrownTriplets), _ranks(tuned), strict=True))
     assert sum(ranks.values()) == 12
-    assert max(ranks, key=ranks.__getitem__) == "attn.v@1" and ranks["attn.v@1"] > 2
+    assert max(ranks, key=ranks.__getitem__) == place and ranks[place] > 2
 
 
 @pytest.mark.parametrize(("turns", "scale", "rows"), [(1, 1.0, 1024), (2, 1.0, 3), (1, 128.0, 2)])
@@ -176,6 +194,38 @@ def test_a_whole_run_stores_the_target_and_loads_to_the_bit(tmp_path):
     again = tiny("bert")
     load(again, tmp_path / "tuning")
     assert torch.equal(logits(again), logits(model))
+
+
+def test_a_run_stopped_while_it_grows_goes_on_to_the_bit(tmp_path):
+    settings = {"target_rank": 2, "most": 4, "top": 1, "warmup": 0.1, "settled": 0.2}
+    spec = replace(little_spec(tmp_path, "increlora"), settings=settings, steps=10)
+    run(replace(spec, out=str(tmp_path / "whole")))
+    for stop in (1, 4, 6):
+        run(replace(spec, out=str(tmp_path / f"at-{stop}")), stop_at=stop)
+        resume(tmp_path / f"at-{stop}")
+        assert run_digests(tmp_path / f"at-{stop}") == run_digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_in_a_run_scores_are_those_of_the_gradient_of_the_whole_step(tmp_path, monkeypatch, checkpointing):
+    """Of all its micro-batches, at least two, also where activations are computed twice."""
+    found, keep = [], GrownTriplets.sense
+
+    def sense(module):
+        pairs = [(d.flatten(0, -2), x.flatten(0, -2)) for d, x in module.seen]
+        assert len({d.norm().item() for d, _ in pairs}) == len(pairs) >= 2, "each pass is seen once"
+        with torch.no_grad():
+            update = (module.p * module.middle()) @ module.q
+            whole = (update * sum(d.T @ x for d, x in pairs)).abs().sum() / math.sqrt(update.numel())
+        keep(module)
+        found.append((float(whole), float(module._sensed)))
+
+    monkeypatch.setattr(GrownTriplets, "sense", sense)
+    spec = little_spec(tmp_path, "increlora", out=str(tmp_path / "run"), gradient_checkpointing=checkpointing, steps=4)
+    run(replace(spec, settings={"warmup": 0.9, "settled": 0.0}))
+    assert len(found) == 4 * 6 and all(whole > 0 for whole, _ in found[6:]), "l is zero in the first step alone"
+    for whole, sensed in found:
+        assert sensed == pytest.approx(whole, rel=1e-3, abs=1e-12)
 
 
 def test_ranks_that_fall_and_a_schedule_without_room_are_refused():

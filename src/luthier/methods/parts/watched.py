@@ -23,5 +23,6 @@ class Watched(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        ctx.seen.append((grads[0].detach(), ctx.saved_tensors[0].detach() if ctx.saved_tensors else None))
+        saved = ctx.saved_tensors  # read once: checkpointing gives it once
+        ctx.seen.append((grads[0].detach(), saved[0].detach() if saved else None))
         return grads[0], None, None

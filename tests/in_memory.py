@@ -79,7 +79,8 @@ class Runs:
         if further:
             what = "labelled" if labels or arch not in ("t5", "llama") else "turns"
             old = little_data(self.home / f"old-{what}.csv", rows=20, kind=what, seed=7)
-            given = {"also": (f"old={old}",), **given}
+            named = dict.fromkeys("old" if name == "*" else name for cls in asked for name in cls.sets)
+            given = {"also": tuple(f"{name}={old}" for name in named), **given}
         spec = little_spec(self.home, method, arch, strategy=names, **given)
         own = values if values is not None else tiny_settings(names)
         own = self._roles(names, spec, more) | own

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from in_memory import Runs
 
+from luthier.core import CompositionError
 from luthier.runs.spec import BatchSpec
 from luthier.training import STRATEGIES
 from luthier.training.course import Piece
@@ -65,7 +66,7 @@ def test_uda_rows_that_are_held_out_count_exactly_nothing(runs, monkeypatch):
     each.sum().backward()
     assert not changed.grad[1].any() and changed.grad[0].any()
     *_, nobody = a_step(runs, sure=1.0)
-    one, course, batch, other, _ = a_step(runs)
+    _, course, batch, other, _ = a_step(runs)
     alone = F.cross_entropy(course.forward(batch).logits[~other], batch.labels[~other], reduction="sum")
     torch.testing.assert_close(nobody, alone * 2)
     # Of labelled rows, those above the bound: here one that half of them pass.
@@ -94,3 +95,10 @@ def test_uda_nothing_is_lost_where_nothing_is_changed(runs):
     labelled = a_step(runs, delete=0.0, temperature=1.0, weight=0.0)[-1]
     assert whole.item() == pytest.approx(labelled.item(), abs=1e-5)
     assert a_step(runs, delete=0.5, temperature=1.0)[-1] > a_step(runs, delete=0.5, temperature=1.0, weight=0.0)[-1]
+
+
+def test_uda_nobody_beside_it_reads_labels_that_are_none(runs):
+    for beside in ("scl", "focal"):
+        with pytest.raises(CompositionError, match="would read the labels of rows that have none"):
+            runs.loop(f"uda+{beside}", kind="bert-dry", batch=WIDE)
+    assert runs.after("uda+llrd", "full", "bert-dry", steps=2, batch=WIDE)

@@ -36,8 +36,9 @@ from luthier.data.order import ChosenOrder, Order, shuffled
 from luthier.data.sets import Sets
 from luthier.data.tasks import Task
 from luthier.runs.spec import RunSpec
+from luthier.surgery import Method
 from luthier.training.course import Course, Piece
-from luthier.training.strategy import STRATEGIES, Strategy
+from luthier.training.strategy import STRATEGIES, Strategy, fills
 from luthier.training.told import told_of
 
 RAMPS: dict[str, Callable[[float], float]] = {
@@ -65,6 +66,11 @@ class UDA(Strategy):
     sure: Annotated[float, "beta, how likely an answer must be to be learnt", between(0, 1)] = 0.8
     delete: Annotated[float, "share of words that are put to zero", between(0, 0.5)] = 0.1
     anneal: Annotated[Literal["none", "linear", "log", "exp"], "how known labelled rows come back"] = "none"
+
+    def conflicts(self, other: Strategy | Method) -> str | None:
+        if isinstance(other, Strategy) and (fills(other, "loss") or fills(other, "weigh")):
+            return f"{other.name} would read the labels of rows that have none. Use one of the two."
+        return None
 
     def suits(self, task: Task) -> str | None:
         if task.name != "classification" or task.multi_label or task.template:

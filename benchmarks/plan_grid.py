@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from luthier.forecast import committed, constant_of, leave_out, residuals
+from luthier.forecast import Pair, committed, constant_of, interval, leave_out, residuals
 from luthier.runs import Record
 from luthier.runs.spec import BatchSpec, DataSpec, EvalSpec, RunSpec
 
@@ -101,7 +101,25 @@ def table() -> str:
             f" Of {found.n} with an interval the median error is {found.median_error:.1%}, {found.covered:.0%} lie "
             f"inside, {found.above:.0%} above."
         )
-    return "\n".join([said, "", *lines, ""])
+    return "\n".join([said, *_of_new_models(pairs), "", *lines, ""])
+
+
+def _of_new_models(pairs: list[Pair]) -> list[str]:
+    """For every model that the runs of the others say enough of: what those were worth."""
+    found = []
+    for model in sorted({p.model for p in pairs}):
+        others = [p for p in pairs if p.model != model]
+        judged = [(p, interval(p.forecast, p.device, p.family, others, 0, 0)) for p in pairs if p.model == model]
+        judged = [(p, made) for p, made in judged if made.n]
+        if judged:
+            errors = sorted(abs(p.measured / made.likely - 1) for p, made in judged)
+            found.append(
+                f"With {model.partition(':')[2]} left out whole, {len(judged)} of its runs get an interval from the "
+                f"others: median error {errors[len(errors) // 2]:.1%}, "
+                f"{sum(made.low <= p.measured <= made.high for p, made in judged)} inside, "
+                f"{sum(p.measured > made.high for p, made in judged)} above."
+            )
+    return found
 
 
 def paged(text: str) -> str:

@@ -106,6 +106,16 @@ def test_early_exit_low_blocks_answer_better_than_without(runs, learnt):
     assert ours < 0.7 * theirs, (ours, theirs)
 
 
-def test_early_exit_models_with_one_last_norm_are_refused(runs):
+def test_early_exit_models_whose_head_cannot_read_blocks_are_refused(runs):
     with pytest.raises(ConfigError, match="behind one last norm"):
         runs.loop("early_exit", kind="llama-labels").moments.start()
+    with pytest.raises(ConfigError, match="its pooler is a part"):
+        runs.loop("early_exit", kind="albert").moments.start()
+
+
+@pytest.mark.parametrize("kind", ["roberta", "distilbert"])
+def test_early_exit_the_last_exit_is_the_model_in_other_encoders(runs, kind):
+    loop, batch = of_rows(runs.loop("early_exit", "full", kind, batch=WIDE))
+    each, whole = at_each(loop, batch)
+    torch.testing.assert_close(each[-1], whole)
+    assert torch.equal(leave_early(loop.tuned, batch.inputs, 0.0).logits, whole)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from luthier.core import ConfigError
 from luthier.surgery import Tuned
@@ -37,7 +37,12 @@ class Exits:
                 "which those between blocks have not passed. Use an encoder such as BERT, MiniLM or MPNet."
             )
         self.trunk, self.n_layers = Trunk(tuned.model), anatomy.n_layers
-        self.paths = tuple(dict.fromkeys(block.path for block in anatomy.blocks))  # ALBERT's one block acts often
+        if isinstance(self.trunk.pooler, nn.Linear):
+            raise ConfigError(
+                f"early exits cannot be used with {anatomy.model_type}: its pooler is a part of a larger step, and "
+                "cannot be asked alone. Use an encoder such as BERT, MiniLM or MPNet."
+            )
+        self.paths = tuple(block.path for block in anatomy.blocks)
 
     @contextmanager
     def watched(self, seen: Callable[[Tensor], None]) -> Iterator[None]:

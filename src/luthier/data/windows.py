@@ -28,7 +28,7 @@ LEAST = 4
 def refuse_windows(task: Task, tokenizer: Any) -> None:
     """Raises: ConfigError: rows that are not read in windows, or a tokenizer that does not say which text an id is of.
 
-    >>> refuse_windows(Task(name="seq2seq"), None)
+    >>> refuse_windows(Task(name="seq2seq"), None)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     luthier.core.errors.ConfigError: long: windows need rows with one answer each, ...
     """

@@ -8,9 +8,9 @@ __all__ = ["learning_rate", "settings", "small", "spelling"]
 
 
 def spelling(words: str) -> str:
-    """What stands on the model: methods that change the numbers of others bring those along, where they come alone."""
+    """What stands on the model: methods that need others bring those along, where they come alone."""
     names = words.split("+")
-    if all(METHODS.get(name).modifies for name in names):
+    if all(METHODS.get(name).needs for name in names):
         names = [n for name in names for n in (*METHODS.get(name).needs, name)]
     return "+".join(dict.fromkeys(names))
 

@@ -18,7 +18,7 @@ from luthier.training.optimiser import Optimiser
 torch.set_num_threads(1)
 
 # What these store follows from training, or from the places they choose: their own counts are of the paper's numbers.
-STORED_OTHERWISE = {"adalora", "delta_lora", "increlora", "lt_sft", "pafi", "propetl"}
+STORED_OTHERWISE = {"adalora", "delta_lora", "increlora", "lt_sft", "pafi", "propetl", "saliency", "u_mam"}
 
 
 def bare(model: Any) -> Any:

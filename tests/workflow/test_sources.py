@@ -64,14 +64,14 @@ def test_three_adapters_then_their_fusion_and_prompts_then_spot_then_attempt_go_
 
 def test_a_source_that_changed_meanwhile_is_refused(home):
     train(fused(home, "stopped"), stop_at=1)
-    train(spec(home, "c", seed=3))
+    train(spec(home, "other", seed=4))
     (home / "a").rename(home / "kept")
-    (home / "c").rename(home / "a")
+    (home / "other").rename(home / "a")
     try:
         with pytest.raises(IntegrityError, match=r"the tunings that it is made of .* are not those it began with"):
             resume(home / "stopped")
     finally:
-        (home / "a").rename(home / "c")
+        (home / "a").rename(home / "other")
         (home / "kept").rename(home / "a")
 
 

@@ -154,7 +154,7 @@ def _packed(skeleton: Skeleton, trained: set[str]) -> int:
 def _stored(method: Method, anatomy: Anatomy, found: _Count) -> int:
     """Numbers as wide as each method stores them, the head's, and a bit for each that a modifier can hold at zero."""
     parts = method.parts()
-    if any(part.modifies for part in parts):
+    if any(part.modifies and type(part).leaves_out is Method.leaves_out for part in parts):
         return FP32 * (method.n_stored(anatomy) + found.head) + -(-found.attached // 8)
     return sum(part.stored_width * part.n_stored(anatomy) for part in parts) + FP32 * found.head
 

@@ -52,7 +52,10 @@ class MOELoRA(Method):
 
     def __post_init__(self) -> None:
         if self.rank % self.experts:
-            raise ConfigError(f"moelora.experts: {self.experts} does not divide the rank {self.rank}. Set one of them.")
+            raise ConfigError(
+                f"moelora.experts: {self.experts} does not divide the rank {self.rank}. Set the rank to "
+                f"{-(-self.rank // self.experts) * self.experts}, or the experts to a divisor of {self.rank}."
+            )
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         gate = Gate(self.tasks or 1, self.experts, self.width)

@@ -10,7 +10,8 @@ number of rows of each, and an epoch is one pass over the run's own rows. s_i st
 holds each set's loss and weight. s_i learns at the run's rate, without decay.
 
 Paper: arXiv:1705.07115 (uncertainty); dwa is arXiv:1803.10704, gradnorm arXiv:1711.02257. Its gradients are those of
-the last shared layer; here they are of all that trains but the head. Its weights move at `weights_lr`, by descent.
+the last shared layer; here they are of all that trains but the head. Its weights move at `weights_lr`, by descent;
+that rate's default is ours.
 
 Neutral: none; with further rows the run is another one.
 Cost: as many passes as there are sets, each over its own rows: no more rows in all. gradnorm: a copy of the gradient a

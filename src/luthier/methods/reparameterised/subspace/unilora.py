@@ -45,7 +45,8 @@ class UniLoRA(Method):
 
     mergeable: ClassVar[bool] = True
     starts_at_base: ClassVar[bool] = False
-    default_lr: ClassVar[float] = 5e-3
+    default_lr: ClassVar[float] = 5e-2
+    default_head_lr: ClassVar[float | None] = 5e-3
     tiny: ClassVar[dict[str, float]] = {"size": 200, "bound": 0.5, "lr": 5e-2}
 
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:

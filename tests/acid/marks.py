@@ -1,4 +1,4 @@
-"""The acid tests that each method and strategy owes, and the tests that are marked with them, read from their source.
+"""The acid tests that each method and strategy owes, held against the tests that are marked with them.
 
 The files beside this one list what is owed, in order, by the names of the catalogue: what a test of it has to show.
 `everywhere` names a test that runs for every method; `missing` says why a test is not there. Strategies that are not
@@ -9,19 +9,16 @@ built are not listed. A test says what it shows: @pytest.mark.acid("compacter", 
 
 import ast
 import tomllib
-from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+from marked import TESTS, all_marked
+
 from luthier.surgery import METHODS
 from luthier.training import STRATEGIES
 
-__all__ = ["TESTS", "Owed", "all_marked", "counted", "functions_of", "listed", "marked", "registered"]
-
-TESTS = Path(__file__).resolve().parents[1]
-
-Marks = dict[tuple[str, int], list[str]]
+__all__ = ["Owed", "counted", "functions_of", "listed", "registered"]
 
 
 @dataclass(frozen=True)
@@ -48,31 +45,6 @@ def listed() -> dict[str, Owed]:
     return found
 
 
-def marked(source: str, name: str) -> Marks:
-    """(method, number) -> the tests of one file that carry it."""
-    found: Marks = defaultdict(list)
-    for node in ast.parse(source).body:
-        for decorator in getattr(node, "decorator_list", ()):
-            if not isinstance(decorator, ast.Call) or ast.unparse(decorator.func) != "pytest.mark.acid":
-                continue
-            method, *numbers = (ast.literal_eval(given) for given in decorator.args)
-            assert isinstance(node, ast.FunctionDef) and node.name.startswith("test_"), f"{name}: {node} is no test"
-            assert numbers, f"{name}::{node.name}: say which acid tests of {method} it shows, by number"
-            for number in numbers:
-                found[method, number].append(f"{name}::{node.name}")
-    return dict(found)
-
-
-@cache
-def all_marked() -> Marks:
-    """The marks of every test file."""
-    found: Marks = defaultdict(list)
-    for path in sorted(TESTS.rglob("test_*.py")):
-        for mark, tests in marked(path.read_text(encoding="utf-8"), path.relative_to(TESTS).as_posix()).items():
-            found[mark] += tests
-    return dict(found)
-
-
 def functions_of(name: str) -> set[str]:
     """The tests of one file, as file::test."""
     body = ast.parse((TESTS / name).read_text(encoding="utf-8")).body
@@ -85,7 +57,7 @@ def registered() -> set[str]:
 
 def counted() -> str:
     """How many are owed by what is built, how many are there, and how many wait for what is not built."""
-    built, there = registered(), all_marked()
+    built, there = registered(), all_marked("acid")
     owed = [(name, n) for name, entry in listed().items() if name in built for n in entry.numbers()]
     present = sum((name, n) in there or n in listed()[name].everywhere for name, n in owed)
     waiting = {name: len(entry.what) for name, entry in listed().items() if name not in built}

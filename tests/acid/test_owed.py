@@ -3,12 +3,13 @@
 from typing import Any
 
 import pytest
-from acid.marks import TESTS, all_marked, counted, functions_of, listed, marked, registered
+from acid.marks import counted, functions_of, listed, registered
+from marked import TESTS, all_marked, marked
 
 
 @pytest.mark.parametrize("name", sorted(registered() & listed().keys()))
 def test_what_is_owed_is_there_or_says_why_it_is_not(name: str) -> None:
-    entry, there = listed()[name], all_marked()
+    entry, there = listed()[name], all_marked("acid")
     for number in entry.numbers():
         what = f"{name} {number}, {entry.what[number - 1]}"
         present = (name, number) in there or number in entry.everywhere
@@ -21,7 +22,7 @@ def test_what_is_owed_is_there_or_says_why_it_is_not(name: str) -> None:
 
 def test_no_mark_is_of_what_nobody_owes() -> None:
     known = {(name, number) for name, entry in listed().items() for number in entry.numbers()}
-    assert not {f"{mark}: {tests[0]}" for mark, tests in all_marked().items() if mark not in known}
+    assert not {f"{mark}: {tests[0]}" for mark, tests in all_marked("acid").items() if mark not in known}
     for name, entry in listed().items():
         assert {*entry.everywhere, *entry.missing} <= set(entry.numbers()), name
         assert len(set(entry.what)) == len(entry.what), f"{name}: two of its acid tests have one name"
@@ -35,15 +36,15 @@ def test_tests_that_run_for_every_method_are_there() -> None:
 
 def test_a_mark_counts_only_on_a_test_and_with_its_number() -> None:
     source = '@pytest.mark.acid("x", 1, 3)\ndef test_x() -> None: ...\n\n\ndef test_y() -> None: ...\n'
-    assert marked(source, "f.py") == {("x", 1): ["f.py::test_x"], ("x", 3): ["f.py::test_x"]}
+    assert marked("acid", source, "f.py") == {("x", 1): ["f.py::test_x"], ("x", 3): ["f.py::test_x"]}
     with pytest.raises(AssertionError, match="is no test"):
-        marked('@pytest.mark.acid("x", 1)\ndef helper() -> None: ...\n', "f.py")
+        marked("acid", '@pytest.mark.acid("x", 1)\ndef helper() -> None: ...\n', "f.py")
     with pytest.raises(AssertionError, match="by number"):
-        marked('@pytest.mark.acid("x")\ndef test_x() -> None: ...\n', "f.py")
+        marked("acid", '@pytest.mark.acid("x")\ndef test_x() -> None: ...\n', "f.py")
 
 
 def test_no_marked_test_is_switched_off() -> None:
-    for name in sorted({test.split("::")[0] for tests in all_marked().values() for test in tests}):
+    for name in sorted({test.split("::")[0] for tests in all_marked("acid").values() for test in tests}):
         source = (TESTS / name).read_text(encoding="utf-8")
         assert not {w for w in ("mark.skip", "mark.xfail", "pytest.xfail(") if w in source}, name
 

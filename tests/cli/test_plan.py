@@ -128,6 +128,15 @@ def test_a_run_holds_what_was_forecast_and_check_compares_the_whole(
     assert luthier("plan", tmp_path / "nowhere", "--check").code == 2
 
 
+@pytest.mark.parametrize("task", ["masked_lm", "causal_lm"])
+def test_tasks_of_words_have_no_labels(luthier: Call, model: Path, llama_7b: Path, task: str) -> None:
+    words = ("plan", model if task == "masked_lm" else llama_7b, "--method", "lora", "--task", task)
+    found = luthier(*words, "--json").json
+    assert found["task"]["labels"] == [] and found["rows"][0]["held"]["head"] == 0
+    refused = luthier(*words, "--labels", 3)
+    assert refused.code == 2 and f"the task {task} has no labels" in refused.err
+
+
 def test_what_cannot_fit_is_refused_before_it_starts_and_force_starts_it(
     luthier: Call, model: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

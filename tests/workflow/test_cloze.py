@@ -59,6 +59,8 @@ def test_pet_zero_shot_equals_the_raw_scores_of_the_model(kind, tmp_path):
     found = [answer["probabilities"][label] for label in ("bad", "good", "red")]
     np.testing.assert_allclose(found, wanted.numpy(), atol=2e-4)
     assert sorted(done.scores) == ["accuracy", "loss", "macro_f1", "mcc"]
+    parts = ("weights", "trained", "gradients", "optimiser")
+    assert [done.record.forecast[p] for p in parts] == [done.record.memory[p] for p in parts], "no new head is counted"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from luthier.core import AnatomyError, ConfigError, ModelError, near
-from luthier.data.tasks import AUTO_CLASSES, Task
+from luthier.data.tasks import Task
 from luthier.forecast import Skeleton
 from luthier.surgery import keyed
 from luthier.trust.model import check_config
@@ -45,12 +45,13 @@ class Outline:
             ConfigError: `labels` of a task that has none.
         """
         name = _task_of(self.config) if asked == "auto" else asked
-        if name in (_CAUSAL, _SEQ2SEQ, "regression"):
+        task = Task(name=name)
+        if task.of_words or name == "regression":
             if labels is not None:
                 raise ConfigError(f"--labels {labels}: the task {name} has no labels. Leave it out.")
-            return Task(name=name)
+            return task
         n = labels if labels is not None else max(2, int(getattr(self.config, "num_labels", 2) or 2))
-        return Task(name=name, labels=tuple(str(i) for i in range(n)))
+        return replace(task, labels=tuple(str(i) for i in range(n)))
 
     def skeleton(self, task: Task, dtype: torch.dtype) -> Skeleton:
         """The model with the task's head, on the meta device; made once for each type of its numbers.
@@ -76,7 +77,7 @@ class Outline:
 
         def make(config: Any, dtype: torch.dtype) -> Any:
             with quiet(), keyed(0, "small"):
-                auto = getattr(transformers, AUTO_CLASSES[task.name])
+                auto = getattr(transformers, task.auto_class)
                 return auto.from_config(with_head(config, task), dtype=dtype)
 
         return make
@@ -92,7 +93,7 @@ class Outline:
         try:
             with quiet(), torch.device("meta"), no_init_weights():
                 config = with_head(self.config, task)
-                model = getattr(transformers, AUTO_CLASSES[task.name]).from_config(config, dtype=dtype)
+                model = getattr(transformers, task.auto_class).from_config(config, dtype=dtype)
                 model.tie_weights()  # left out with the drawing of numbers
                 return model
         except (ValueError, RuntimeError, TypeError, AttributeError, ZeroDivisionError, AssertionError) as error:

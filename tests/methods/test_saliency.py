@@ -71,7 +71,6 @@ def test_a_part_that_reads_zeros_loses_its_entries():
 
 @pytest.mark.acid("u_mam", 4)
 def test_worth_is_the_size_of_number_times_gradient_summed_over_the_scored_steps():
-    chosen = Saliency(search=0.5, warm=0.5)
     tuned = attach(tiny("bert"), method("lora+saliency", {"lora.rank": 2, "saliency.search": 0.5}))
     chosen = tuned.tuning().method.parts()[1]
     chosen.enter(tuned, 0)
@@ -145,5 +144,9 @@ def test_what_cannot_be_pruned_is_refused():
         Saliency().kept([torch.zeros(8)])
     with pytest.raises(ConfigError, match="nothing to choose from"):
         Saliency(share=1.0)
-    with pytest.raises(CompositionError, match="chooses entries itself"):
-        attach(tiny("bert"), "adalora+saliency")
+    for words in ("adalora+saliency", "increlora+saliency"):
+        with pytest.raises(CompositionError, match="chooses entries itself"):
+            attach(tiny("bert"), words)
+    for words in ("p_tuning+saliency", "hiwi+saliency"):
+        with pytest.raises(CompositionError, match="a network makes the numbers of"):
+            attach(tiny("bert"), words)

@@ -128,6 +128,15 @@ def test_a_file_holds_a_bit_for_what_is_masked_and_loads_to_the_same_bits(tmp_pa
     assert all(not p[~mask].any() for p, mask in held(again))
 
 
+def test_what_is_made_of_masked_numbers_is_stored_whole():
+    tuned = prepared()
+    key, module = next(iter(tuned.tuning().modules_by_key().items()))
+    made = {n: t + 1 for n, t in module.state_dict().items()}
+    module.stored = lambda: made
+    found = stored_tensors(tuned.tuning())
+    assert all(torch.equal(found[f"{key}.{n}"], t) for n, t in made.items())
+
+
 def test_alone_it_stands_beside_the_method_of_its_paper():
     made = method("sparse_adapter", {"width": 7, "sparsity": 0.9})
     assert [p.name for p in made.parts()] == ["sequential_adapter", "sparse_adapter"]
@@ -177,6 +186,9 @@ def test_beside_what_has_no_matrix_and_unprepared_it_refuses():
         method("lst+sparse_adapter", {}).n_params(anatomy_of("bert"))
     with pytest.raises(CompositionError, match="breaks the density"):
         method("adamix+sparse_adapter", {})
+    for words in ("p_tuning+sparse_adapter", "hiwi+sparse_adapter"):
+        with pytest.raises(CompositionError, match="a network makes the numbers of"):
+            method(words, {})
     with pytest.raises(ConfigError, match="nothing was masked"):
         train(attach(tiny("bert"), "sparse_adapter"), 1)
 

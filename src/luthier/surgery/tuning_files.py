@@ -99,7 +99,7 @@ def stored_tensors(tuning: Tuning) -> dict[str, Tensor]:
         parts: dict[str, Tensor] = give()
         for short, tensor in parts.items():
             mask = tuning.masks.get(f"{key_}.{short}")
-            if mask is None or mask.shape != tensor.shape:
+            if mask is None or mask.shape != tensor.shape or tensor[~mask].any():  # made of what is masked, perhaps
                 tensors[f"{key_}.{short}"] = tensor.detach().cpu().contiguous()
             else:  # what is held at zero takes a bit
                 bits = np.packbits(mask.flatten().cpu().numpy(), bitorder="little")

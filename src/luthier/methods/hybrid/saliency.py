@@ -104,7 +104,9 @@ class Saliency(Method):
     def conflicts(self, other: Method) -> str | None:
         if getattr(other, "mlp_width", 0):
             return f"a network makes its prefix in training, and would be pruned instead. Set {other.name}.mlp_width=0."
-        if other.is_a("sparse_adapter", "adamix", "propetl", "adalora"):
+        if other.is_a("p_tuning", "hiwi"):
+            return f"a network makes the numbers of {other.name}, and would be pruned instead. Use one of them."
+        if other.is_a("sparse_adapter", "adamix", "propetl", "adalora", "increlora"):
             return f"{other.name} chooses entries itself. Use one of them."
         return None
 

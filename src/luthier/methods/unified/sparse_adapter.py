@@ -106,6 +106,8 @@ class SparseAdapter(Method):
             raise ConfigError("sparse_adapter: nothing was masked. Call prepare(tuned, batches) before training.")
 
     def conflicts(self, other: Method) -> str | None:
+        if other.is_a("p_tuning", "hiwi"):
+            return f"a network makes the numbers of {other.name}, and would be masked instead. Use one of them."
         if other.is_a("adamix", "propetl"):
             return f"{other.name} averages or masks its matrices itself, which breaks the density. Use one of them."
         return None

@@ -34,10 +34,12 @@ def filling(home, task, **changes):
 def test_perplexity_of_held_out_texts_falls_and_labels_are_never_read(task, tmp_path):
     spec = filling(tmp_path, task, steps=40, optim=OptimSpec(lr=5e-3))
     heard = Heard()
-    one = train(dataclasses.replace(spec, steps=1, optim=OptimSpec(lr=1e-9), out=str(tmp_path / "one")))
+    one = train(dataclasses.replace(spec, steps=1, method="lora", optim=OptimSpec(lr=1e-9), out=str(tmp_path / "one")))
     many = train(spec, listener=heard)
     assert many.scores["perplexity"] < 0.8 * one.scores["perplexity"]
     assert sorted(many.scores) == ["loss", "perplexity", "token_accuracy"]
+    parts = ("weights", "trained", "gradients", "optimiser")
+    assert [one.record.forecast[p] for p in parts] == [one.record.memory[p] for p in parts], "a new head of words too"
     assert "not used: 'label'" in heard.text
     again = evaluate(many.path, str(tmp_path / "rows.csv"))
     assert again.scores == evaluate(many.path, str(tmp_path / "rows.csv")).scores, "what is scored is corrupted alike"

@@ -63,7 +63,10 @@ class Outline:
         made = self._made.get((task, dtype))
         if made is None:
             model = self._empty(task, dtype)
-            fresh = tuple(n for n, _ in model.named_parameters() if "pooler" in n and not self._has(n))
+            base = f"{model.base_model_prefix}."
+            words = task.name == "masked_lm"  # whose head may be absent, as a pooler may
+            may = (n for n, _ in model.named_parameters() if "pooler" in n or (words and not n.startswith(base)))
+            fresh = tuple(n for n in may if not self._has(n))
             try:
                 made = Skeleton(model, halves=self.halves, fresh=fresh)
             except AnatomyError as error:
@@ -84,7 +87,9 @@ class Outline:
 
     def _has(self, name: str) -> bool:
         """Whether the weight files hold a tensor; without such files they are taken to be whole."""
-        return not self.stored or any(name == one or name.endswith(f".{one}") for one in self.stored)
+        # Old checkpoints call the numbers of a norm so; transformers reads them by their new names.
+        old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        return not self.stored or any(f".{wanted}".endswith(f".{one}") for one in self.stored for wanted in (name, old))
 
     def _empty(self, task: Task, dtype: torch.dtype) -> Any:
         import transformers

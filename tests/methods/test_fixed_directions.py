@@ -136,6 +136,7 @@ def test_deft_takes_out_what_its_basis_says_and_puts_in_what_it_learnt(basis: st
         ("psoft", {"rank": 50}, "psoft.rank: 50 is above the 48 directions of attn.q@0"),
         ("lora_xs", {"rank": 50}, "lora_xs.rank: 50 is above the 48 directions of attn.q@0"),
         ("tinylora", {"rank": 50}, "tinylora.rank: 50 is above the 48 directions of attn.q@0"),
+        ("loftq", {"rank": 50}, "loftq.rank: 50 is above the 48 directions of attn.q@0. Set it to 48 or less"),
         ("vblora", {"length": 7}, "vblora.length: 7 does not divide the 48 and 48 of attn.q@0"),
         ("vblora", {"top": 300}, "vblora.top: 300 is above the 256 vectors of the bank"),
         ("unilora", {"size": 5000}, "unilora.size: 5000 numbers are more than the 2304 of the matrices"),

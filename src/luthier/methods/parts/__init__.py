@@ -17,7 +17,7 @@
     starts            thin_start       A and B as a part of the frozen weight
                       check_start, Start
     principal         FrozenFrame      x -> B R A x between the leading directions of the weight
-                      principal, check_principal
+                      check_principal, frame_params
     dense             DenseUpdate      an update as large as the weight, made of few numbers at every pass
     orthogonal        cayley           a rotation from a skew matrix, exactly
                       cayley_series, skew, upper, turn_blocks

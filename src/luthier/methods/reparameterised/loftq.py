@@ -29,7 +29,8 @@ from luthier.anatomy import Anatomy, Site
 from luthier.core import above, at_least, between
 from luthier.kernels import StillUpdate, StoredLinear, low_rank_linear
 from luthier.methods.parts.low_rank import ThinUpdate, check_projections, fusable
-from luthier.methods.parts.starts import check_start, thin_start
+from luthier.methods.parts.principal import check_principal
+from luthier.methods.parts.starts import thin_start
 from luthier.surgery import METHODS, Attachment, Base, PerSite
 
 
@@ -84,10 +85,8 @@ class LoftQ(PerSite):
     tiny: ClassVar[dict[str, int]] = {"rank": 3}
 
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        places = check_projections(anatomy, super().places(anatomy), "loftq", self.dropout)
-        for site in places:
-            check_start(self.rank, "svd", site, "loftq.rank")
-        return places
+        sites = check_projections(anatomy, super().places(anatomy), "loftq", self.dropout)
+        return check_principal(self.rank, sites, "loftq.rank")
 
     def params_at(self, site: Site) -> int:
         return self.rank * (site.d_in + site.d_out)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from luthier.anatomy import Anatomy, Site
 from luthier.core import at_least, between
 from luthier.methods.parts.low_rank import check_projections
-from luthier.methods.parts.principal import FrozenFrame, check_principal
+from luthier.methods.parts.principal import FrozenFrame, check_principal, frame_params
 from luthier.surgery import METHODS, Attachment, Base, PerSite
 
 
@@ -45,15 +45,13 @@ class LoRAXS(PerSite):
 
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
         sites = check_projections(anatomy, super().places(anatomy), "lora_xs", self.dropout)
-        for site in sites:
-            check_principal(self.rank, site, "lora_xs.rank")
-        return sites
+        return check_principal(self.rank, sites, "lora_xs.rank")
 
     def params_at(self, site: Site) -> int:
         return self.rank * self.rank
 
     def n_stored(self, anatomy: Anatomy) -> int:
-        return sum(self.params_at(s) + self.rank * (s.d_in + s.d_out) for s in self.places(anatomy))
+        return self.n_params(anatomy) + frame_params(self.rank, self.places(anatomy))
 
     def build(self, site: Site, base: Base) -> Attachment:
         return SquareBetween(base, self.rank, self.dropout)

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy, Site
 from luthier.core import ConfigError, at_least, between
-from luthier.methods.parts.low_rank import Thin, check_projections
+from luthier.methods.parts.low_rank import check_projections
 from luthier.methods.parts.orthogonal import cayley, skew
-from luthier.methods.parts.principal import check_principal, principal
+from luthier.methods.parts.principal import FrozenFrame, check_principal, frame_params
 from luthier.surgery import METHODS, Attachment, Base, PeftForm, PerSite
 
 
@@ -70,40 +70,30 @@ class PSOFT(PerSite):
 
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
         sites = check_projections(anatomy, super().places(anatomy), "psoft", self.dropout)
-        for site in sites:
-            check_principal(self.rank, site, "psoft.rank")
-        return sites
+        return check_principal(self.rank, sites, "psoft.rank")
 
     def params_at(self, site: Site) -> int:
         return self.rank * (self.rank - 1) // 2 + 2 * self.rank * self.stretch
 
     def n_stored(self, anatomy: Anatomy) -> int:
-        return sum(self.params_at(s) + self.rank * (s.d_in + s.d_out) for s in self.places(anatomy))
+        return self.n_params(anatomy) + frame_params(self.rank, self.places(anatomy))
 
     def build(self, site: Site, base: Base) -> Attachment:
         return TurnedSubspace(base, self.rank, self.dropout, stretch=self.stretch)
 
 
-class TurnedSubspace(Thin):
-    """Adds `B (diag(o) R diag(i) - I) A x`."""
-
-    a: Tensor
-    b: Tensor
-    reads_base_weight = True
+class TurnedSubspace(FrozenFrame):
+    """R is diag(o) R diag(i) - I, of the turn, with all of the singular values in B."""
 
     def __init__(self, base: Base, rank: int, dropout: float, *, stretch: bool) -> None:
-        super().__init__(1.0, dropout)
-        u, s, vt = principal(base, rank)
-        self.register_buffer("a", vt)
-        self.register_buffer("b", u * s)
+        super().__init__(base, rank, dropout, even=False)
         self.q = nn.Parameter(torch.zeros(rank * (rank - 1) // 2))
         self.inward = nn.Parameter(torch.ones(rank)) if stretch else None
         self.outward = nn.Parameter(torch.ones(rank)) if stretch else None
 
-    def thin(self) -> tuple[Tensor, Tensor]:
+    def middle(self) -> Tensor:
         rank = len(self.a)
         turn = cayley(-skew(self.q[None], rank))[0]  # (rank, rank); the minus is peft's direction
         if self.inward is not None and self.outward is not None:
             turn = self.outward[:, None] * turn * self.inward
-        moved = turn - torch.eye(rank, dtype=turn.dtype, device=turn.device)
-        return self.a.to(turn.dtype), self.b.to(turn.dtype) @ moved
+        return turn - torch.eye(rank, dtype=turn.dtype, device=turn.device)

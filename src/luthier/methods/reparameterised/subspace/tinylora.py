@@ -27,7 +27,7 @@ from luthier.anatomy import Anatomy, Site
 from luthier.anatomy.selection import is_projection
 from luthier.core import at_least, between
 from luthier.methods.parts.low_rank import check_projections
-from luthier.methods.parts.principal import FrozenFrame, check_principal
+from luthier.methods.parts.principal import FrozenFrame, check_principal, frame_params
 from luthier.surgery import METHODS, Attach, Base, Edit, Method
 
 
@@ -52,10 +52,7 @@ class TinyLoRA(Method):
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
         """The sites, in the order of the model."""
         sites = anatomy.sites(*self.sites, asked_by="tinylora.sites", fits=is_projection)
-        check_projections(anatomy, sites, "tinylora", self.dropout)
-        for site in sites:
-            check_principal(self.rank, site, "tinylora.rank")
-        return sites
+        return check_principal(self.rank, check_projections(anatomy, sites, "tinylora", self.dropout), "tinylora.rank")
 
     def n_groups(self, sites: tuple[Site, ...]) -> int:
         """How many groups of neighbouring sites have numbers of their own."""
@@ -75,8 +72,7 @@ class TinyLoRA(Method):
         return self.size * self.n_groups(self.places(anatomy))
 
     def n_stored(self, anatomy: Anatomy) -> int:
-        frames = sum(self.rank * (site.d_in + site.d_out) for site in self.places(anatomy))
-        return frames + self.n_params(anatomy)
+        return self.n_params(anatomy) + frame_params(self.rank, self.places(anatomy))
 
     def _mixed(self, values: "Values", draw: int, base: Base) -> "MixedBetween":
         return MixedBetween(values, base, self.rank, draw, self.dropout)

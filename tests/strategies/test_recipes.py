@@ -168,6 +168,17 @@ def test_another_recipe_in_the_folder_and_changed_rows_are_refused(home, tmp_pat
         resume(tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["pet", "setfit", "kd_sequence"])
+def test_how_the_users_own_file_is_stored_is_no_word_on_rows_that_were_written(name, home, tmp_path):
+    spec, rows = recipe_spec(home, name, tmp_path / "out"), tmp_path / "rows.csv"
+    rows.write_bytes(Path(spec.data.source).read_text().replace(",", ";").encode("utf-16"))
+    data = dataclasses.replace(spec.data, source=str(rows), delimiter=";", encoding="utf-16", accept_refused=1.0)
+    done = follow(dataclasses.replace(spec, data=data))
+    specs = [RunFolder.open(p, write=False).spec["data"] for p in phases_of(done.path)]
+    written = [one for one in specs if "rows-" in one["source"]]
+    assert written and all(one["accept_refused"] == 1.0 and one["encoding"] is None for one in written)
+
+
 # --- tapt
 
 

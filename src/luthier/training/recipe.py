@@ -19,7 +19,7 @@ from luthier.core import Card, CompositionError, ConfigError, build, plain
 from luthier.data.columns import Columns
 from luthier.data.rows import Table
 from luthier.data.sets import named_sources
-from luthier.runs.spec import RunSpec
+from luthier.runs.spec import DataSpec, RunSpec
 from luthier.training.strategy import STRATEGIES, split_settings
 
 __all__ = ["RECIPE", "Desk", "Done", "Phase", "Plan", "Recipe", "plan_of", "recipe_names", "refuse_recipe"]
@@ -157,6 +157,14 @@ class Plan:
         own = {f"{name}.{k}": v for name in names for k, v in self.of_strategies.get(name, {}).items()}
         settings = {} if changes.get("method", self.spec.method) != self.spec.method else dict(self.of_method)
         return replace(self.spec, **{"strategy": "+".join(names) or None, "settings": settings | own, **changes})
+
+    def data(self, source: str, test: str | None, **changes: Any) -> DataSpec:
+        """Data of a phase whose rows, and held-out rows, were written beside the phases.
+
+        How the rows of the spec are stored and parted is no word on these.
+        """
+        given = {"source": source, "test": test, "test_share": 0.0, "fold": None, "delimiter": None, "encoding": None}
+        return replace(self.spec.data, **{**given, **changes})
 
     def task(self, words: Sequence[str] = (), **changes: Any) -> RunSpec:
         """The last phase: the task itself, with these strategies and those that were named beside the recipe."""

@@ -16,7 +16,7 @@ better is a teacher that learnt others. A resumed recipe searches again and hold
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from luthier.core import ConfigError, DataError, at_least
@@ -62,8 +62,8 @@ class KDSequence(Recipe):
         kept = list(used.values())
         answers = desk.write("written", self._written(desk, teacher, learnt, own["response"], kept))
         test = None if held is None else desk.write("held", [{n: r.get(n) for n in kept} for r in held.rows])
-        data = replace(spec.data, source=answers, test=test, test_share=0.0, fold=None, **own)
-        yield Phase(name="student", spec=plan.task(data=data), made_of=() if self.teacher else ("teacher",))
+        student = plan.task(data=plan.data(answers, test, **own))
+        yield Phase(name="student", spec=student, made_of=() if self.teacher else ("teacher",))
 
     def _written(
         self, desk: Desk, teacher: Done, table: Table, response: str, kept: list[str]

@@ -72,8 +72,7 @@ class PET(Recipe):
         labels = sorted(counts)
         texts = [{n: row[n] for n in names} for row in further.rows]
         test = None if held is None else desk.write("held", [{n: r[n] for n in (*names, label)} for r in held.rows])
-        own: dict[str, Any] = {"text": columns.text, "pair": columns.pair, "label": label, "test": test}
-        own |= {"test_share": 0.0, "fold": None}
+        own: dict[str, Any] = {"text": columns.text, "pair": columns.pair, "label": label}
 
         done: list[Done] = []
         at = {}
@@ -88,7 +87,7 @@ class PET(Recipe):
                 shares = soft_labels([done[i] for i in panel], further, labels)
                 chosen = [{**texts[i], label: labels[c]} for i, c in most_sure(shares, size)]
                 source = desk.write(f"generation-{g + 1}-{k + 1}", [*rows, *chosen])
-                data = replace(each.data, source=source, **own)
+                data = plan.data(source, test, template=each.data.template, **own)
                 at[k] = f"generation-{g + 1}-{k + 1}"
                 made.append(
                     (yield Phase(name=at[k], spec=replace(each, data=data), made_of=tuple(before[i] for i in panel)))
@@ -97,7 +96,7 @@ class PET(Recipe):
         shares = soft_labels(done, further, labels)
         soft = [{**text, label: labels[int(c)]} for text, c in zip(texts, shares.argmax(-1), strict=True)]
         source = desk.write("soft", [*rows, *soft])
-        data = replace(spec.data, source=source, words=None, **own)
+        data = plan.data(source, test, words=None, **own)
         final = plan.task(
             ("kd_ensemble",), data=data, also=None, eval=EvalSpec(),
             **({} if self.final_epochs is None else {"epochs": self.final_epochs, "steps": None}),

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 from luthier.core import ConfigError, above
-from luthier.runs.spec import DataSpec, EvalSpec, OptimSpec
+from luthier.runs.spec import EvalSpec, OptimSpec
 from luthier.surgery import compose
 from luthier.training.recipe import Desk, Phase, Phases, Plan, Recipe
 from luthier.training.strategy import STRATEGIES
@@ -49,8 +49,8 @@ class SetFit(Recipe):
         )
         desk.check(pairs)
         desk.check(head)
-        names = {role: getattr(columns, role) for role in ("text", "pair", "label")}
-        rows = [{name: row.get(name) for name in names.values() if name is not None} for row in learnt.rows]
-        data = DataSpec(source=desk.write("pairs", rows), test_share=0.0, **names)
+        names: dict[str, Any] = columns.used()
+        rows = [{name: row.get(name) for name in names.values()} for row in learnt.rows]
+        data = plan.data(desk.write("pairs", rows), None, **names)
         done = yield Phase(name="pairs", spec=replace(pairs, data=data, batch=replace(pairs.batch, accumulate=1)))
         yield Phase(name="head", spec=replace(head, model=done.merged()), made_of=("pairs",))

@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli.conftest import Call
@@ -107,11 +108,30 @@ def test_rows_say_the_head_and_a_screen_is_80_columns_wide(luthier: Call, model:
     assert luthier("plan", model, "--data", rows, "--labels", 3).code == 2
 
 
+def test_a_base_in_codes_counts_as_its_codes(luthier: Call, llama_7b: Path) -> None:
+    def rows(methods: str, *more: object) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = luthier("plan", llama_7b, "--method", methods, "--json", *more).json["rows"]
+        return found
+
+    floats, wanted = rows("lora,qlora:rank=8", "--precision", "bf16", "--batch-tokens", 128)
+    assert (floats["weights_in"], wanted["weights_in"]) == ("bfloat16", "nf4")  # as a run of each takes it
+    # The embedding and the head stay; of the rest 4.127 bits are left of 16.
+    tables = 2 * 2 * 32_000 * 4096
+    small, whole = (row["held"]["weights"] - tables for row in (wanted, floats))
+    assert small / whole == pytest.approx(4.127 / 16, rel=0.01)
+    assert wanted["peak"]["low"] < floats["peak"]["low"] - 8e9
+    lora, full, qlora = rows("lora,full,qlora", "--store", "int8", "--precision", "bf16", "--batch-tokens", 128)
+    assert wanted["held"]["weights"] < lora["held"]["weights"] < floats["held"]["weights"]
+    assert lora["weights_in"] == qlora["weights_in"] == "int8" and "int8 codes" in full["refused"]
+    assert "made for a base in codes" in rows("qlora", "--store", "fp32")[0]["refused"]
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])  # qlora holds the base in codes
 def test_a_run_holds_what_was_forecast_and_check_compares_the_whole(
-    luthier: Call, model: Path, rows: Path, tmp_path: Path
+    luthier: Call, model: Path, rows: Path, tmp_path: Path, method: str
 ) -> None:
     out = tmp_path / "runs" / "one"
-    words = ("--data", rows, "--method", "lora", "--set", "rank=3", "--steps", 2, "--threads", 1, "--out", out)
+    words = ("--data", rows, "--method", method, "--set", "rank=3", "--steps", 2, "--threads", 1, "--out", out)
     assert luthier("train", model, *words).code == 0
     record = json.loads((out / "record.json").read_text())
     for part in ("weights", "trained", "gradients", "optimiser"):

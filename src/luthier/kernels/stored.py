@@ -11,6 +11,7 @@ evaluation pass.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +21,18 @@ from torch.autograd.function import once_differentiable
 from luthier.kernels.codes import Format
 
 __all__ = ["Held", "StoredLinear", "held_linear"]
+
+
+def _encoded(form: Format, weight: Tensor) -> dict[str, Tensor]:
+    if not weight.is_meta:
+        return form.encode(weight)
+    # Without numbers all layers of a shape are alike, and a large model has hundreds of few shapes.
+    return {name: torch.empty_like(part) for name, part in _empty(form, tuple(weight.shape)).items()}
+
+
+@cache
+def _empty(form: Format, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    return form.encode(torch.empty(shape, device="meta"))
 
 
 class Held:
@@ -74,7 +87,7 @@ class StoredLinear(nn.Linear):
         self.form, self.dtype, self.transposed = form, dtype, transposed
         self.original: Callable[[], Tensor] | None = None
         self.register_parameter("bias", bias)
-        for name, part in form.encode(weight).items():
+        for name, part in _encoded(form, weight).items():
             self.register_buffer(name, part)
 
     def decoded(self, instead: dict[str, Tensor] | None = None) -> Tensor:

@@ -16,6 +16,7 @@ from luthier.core import plain
 from luthier.data.tasks import Task
 from luthier.runs.spec import DEFAULT_EPOCHS, RunSpec
 from luthier.surgery import Method
+from luthier.workflow.held import store_of
 
 __all__ = ["Budget", "budget", "choose", "reopened", "sentence"]
 
@@ -80,8 +81,7 @@ def choose(spec: RunSpec, task: Task, method: Method, rows: int) -> RunSpec:
         found["optim.lr"] = method.default_lr
         if spec.optim.head_lr is None and new_head:
             found["optim.head_lr"] = method.default_head_lr or method.default_lr
-    wanted = next((part.store for part in method.parts() if part.store is not None), None)
-    if spec.store is None and wanted is not None:
+    if spec.store is None and (wanted := store_of(None, method)) is not None:
         found["store"] = wanted
     for name, value in found.items():
         part, _, last = name.rpartition(".")

@@ -30,7 +30,8 @@ def forecast_of(prepared: Prepared) -> dict[str, int]:
         return {}  # what a saved tuning or another model adds is no part of the structure
     halves = set(source.folder.dtypes.values()) == {"BF16"}
     outline = Outline(source.name, load_config(source), halves, True, frozenset(source.folder.shapes))
-    found = held(prepared.method, outline.skeleton(prepared.task, prepared.weights), prepared.spec.optim.name)
+    spec = prepared.spec
+    found = held(prepared.method, outline.skeleton(prepared.task, prepared.weights, spec.codes), spec.optim.name)
     return {
         "weights": found.weights, "trained": found.numbers, "gradients": found.gradients, "optimiser": found.moments,
     }  # fmt: skip
@@ -78,8 +79,8 @@ def pair_of(folder: Path) -> Pair | str:
         method = compose.method(spec.method, spec.settings)
         task = task_of_rows(spec, outline)
         precision = choose_precision(spec.precision, torch.device("cpu"))
-        dtype = weights_in(method, outline, task, precision)
-        packed = packed_here(held(method, outline.skeleton(task, dtype)), spec) if device == "cpu" else 0
+        dtype = weights_in(method, outline, spec, task, precision)
+        packed = packed_here(held(method, outline.skeleton(task, dtype, spec.codes)), spec) if device == "cpu" else 0
         kept = activations_of(method, outline, spec, task, precision, dtype, told["tokens"])
     except LuthierError as error:
         return str(error)

@@ -12,11 +12,20 @@ from luthier.surgery import Method
 from luthier.surgery.storage import encode_layers, refuse_method, storable
 from luthier.training.precision import Precision
 
-__all__ = ["check_store", "held_in"]
+__all__ = ["check_store", "held_in", "refuse_floats", "store_of"]
 
 
-def held_in(store: str | None, otherwise: torch.dtype, precision: Precision) -> torch.dtype:
+def store_of(store: str | None, method: Method) -> str | None:
+    """How a run holds its base: as it says, and else as its method wants it."""
+    return store or next((part.store for part in method.parts() if part.store is not None), None)
+
+
+def held_in(store: str | None, precision: Precision, trained: int, numbers: int) -> torch.dtype:
     """The float type of the base: of all of it, or of what is not in codes.
+
+    Args:
+        trained: of its `numbers`. Where most of the model trains, its weights are the fp32 masters; elsewhere the
+            frozen base is stored small.
 
     Raises:
         ConfigError: bf16 weights under another arithmetic.
@@ -26,7 +35,18 @@ def held_in(store: str | None, otherwise: torch.dtype, precision: Precision) -> 
             f"store = bf16 under precision = {precision.name}: rows and weights would be of two types. Use "
             f"store = fp32, or precision = bf16."
         )
+    otherwise = torch.float32 if trained > numbers // 2 else precision.dtype
     return {"bf16": torch.bfloat16, "fp32": torch.float32}.get(store or "", otherwise)
+
+
+def refuse_floats(spec: RunSpec, method: Method) -> None:
+    """Raises: ConfigError, where the method is made for codes and the run wants floats."""
+    wanting = [part.name for part in method.parts() if part.store is not None]
+    if wanting and spec.store is not None and spec.codes is None:
+        raise ConfigError(
+            f"store = {spec.store}: {wanting[0]} is made for a base in codes, and in floats there is nothing that "
+            "it would make up for. Use --store nf4, int8, int4 or int2, or the method lora."
+        )
 
 
 def check_store(spec: RunSpec, method: Method, empty: Any) -> str | None:
@@ -39,13 +59,8 @@ def check_store(spec: RunSpec, method: Method, empty: Any) -> str | None:
         ConfigError: the method is made for codes, and the run wants floats.
         AnatomyError: the method trains or replaces what is in codes, or the model has nothing that can be.
     """
-    wanting = [part.name for part in method.parts() if part.store is not None]
+    refuse_floats(spec, method)
     if spec.codes is None:
-        if wanting and spec.store is not None:
-            raise ConfigError(
-                f"store = {spec.store}: {wanting[0]} is made for a base in codes, and in floats there is nothing that "
-                "it would make up for. Use --store nf4, int8, int4 or int2, or the method lora."
-            )
         return None
     paths = storable(empty)
     numbers = sum(empty.get_submodule(path).weight.numel() for path in paths)

@@ -12,7 +12,7 @@ import torch
 from luthier.core import AnatomyError, ConfigError, ModelError, near
 from luthier.data.tasks import Task
 from luthier.forecast import Skeleton
-from luthier.surgery import keyed
+from luthier.surgery import encode_layers, keyed
 from luthier.trust.model import check_config
 from luthier.workflow.load_model import find_model, load_config, quiet, with_head
 
@@ -53,14 +53,17 @@ class Outline:
         n = labels if labels is not None else max(2, int(getattr(self.config, "num_labels", 2) or 2))
         return replace(task, labels=tuple(str(i) for i in range(n)))
 
-    def skeleton(self, task: Task, dtype: torch.dtype) -> Skeleton:
-        """The model with the task's head, on the meta device; made once for each type of its numbers.
+    def skeleton(self, task: Task, dtype: torch.dtype, store: str | None = None) -> Skeleton:
+        """The model with the task's head, on the meta device; made once for each way to hold its numbers.
+
+        Args:
+            store: codes that its linear layers are held in, such as nf4; None for floats of `dtype`.
 
         Raises:
             ModelError: the configuration makes no model.
-            AnatomyError: it is no transformer that can be read.
+            AnatomyError: it is no transformer that can be read, or nothing of it can be held so.
         """
-        made = self._made.get((task, dtype))
+        made = self._made.get((task, dtype, store))
         if made is None:
             model = self._empty(task, dtype)
             base = f"{model.base_model_prefix}."
@@ -68,20 +71,21 @@ class Outline:
             may = (n for n, _ in model.named_parameters() if "pooler" in n or (words and not n.startswith(base)))
             fresh = tuple(n for n in may if not self._has(n))
             try:
+                model = _held_in(model, store)
                 made = Skeleton(model, halves=self.halves, fresh=fresh)
             except AnatomyError as error:
                 raise AnatomyError(f"{self.name}: {error}") from error
-            self._made[task, dtype] = made
+            self._made[task, dtype, store] = made
         return made
 
-    def small(self, task: Task) -> Callable[[Any, torch.dtype], Any]:
-        """What makes a model with the task's head from a smaller configuration, with random numbers."""
+    def small(self, task: Task, store: str | None = None) -> Callable[[Any, torch.dtype], Any]:
+        """What makes a model with the task's head from a smaller configuration, with random numbers, held so."""
         import transformers
 
         def make(config: Any, dtype: torch.dtype) -> Any:
             with quiet(), keyed(0, "small"):
                 auto = getattr(transformers, task.auto_class)
-                return auto.from_config(with_head(config, task), dtype=dtype)
+                return _held_in(auto.from_config(with_head(config, task), dtype=dtype), store)
 
         return make
 
@@ -107,6 +111,11 @@ class Outline:
                 f"({str(error).splitlines()[0] if str(error) else type(error).__name__}). Correct config.json, or name "
                 "another task: --task causal_lm."
             ) from error
+
+
+def _held_in(model: Any, store: str | None) -> Any:
+    """The model with its linear layers in codes, where a run holds them so; methods may ask for the floats again."""
+    return model if store is None else encode_layers(model, store, remember=True)
 
 
 def outline_of(name: str) -> Outline:

@@ -17,6 +17,7 @@ from luthier.runs import resident_bytes
 from luthier.runs.spec import RunSpec
 from luthier.surgery import METHODS, Method, compose
 from luthier.training.precision import Precision, choose_device, choose_precision
+from luthier.workflow.held import held_in, refuse_floats, store_of
 from luthier.workflow.outline import Outline
 
 USUAL = 128  # tokens of a row, where nothing says how long rows are
@@ -40,7 +41,7 @@ class PlanRow:
     """One method's forecast, or why it cannot be put on this model.
 
     Attributes:
-        weights_in: the type that the base is held in.
+        weights_in: the type that the base is held in, or its codes.
         activations: of the widest micro-batch; None where they were not forecast.
         unknown: why activations were not forecast, where they were asked for.
         peak: the highest memory, the program's own included on a processor.
@@ -139,17 +140,19 @@ class _Row:
         """One method's."""
         try:
             method = compose.method(one.method, {**_own(one, self.spec.settings), **one.settings})
-            dtype = weights_in(method, self.outline, self.task, self.precision)
-            found = held(method, self.outline.skeleton(self.task, dtype), self.spec.optim.name)
+            spec = replace(self.spec, store=store_of(self.spec.store, method))  # type: ignore[arg-type]  # of a method, str
+            refuse_floats(spec, method)
+            dtype = weights_in(method, self.outline, spec, self.task, self.precision)
+            found = held(method, self.outline.skeleton(self.task, dtype, spec.codes), spec.optim.name)
         except LuthierError as error:
             return PlanRow(name=one.name, method=one.method, refused=str(error))
         row = PlanRow(
-            name=one.name, method=one.method, held=found, weights_in=str(dtype).removeprefix("torch."),
+            name=one.name, method=one.method, held=found, weights_in=spec.codes or str(dtype).removeprefix("torch."),
             fits="no" if found.standing > self.device.memory else "?",
         )  # fmt: skip
         if not self.grows:
             return row
-        grown = self._grown(method, dtype)
+        grown = activations_of(method, self.outline, spec, self.task, self.precision, dtype, self.tokens)
         if isinstance(grown, str):
             return replace(row, unknown=grown)
         family = str(METHODS.card(one.method.partition("+")[0]).family)
@@ -161,9 +164,6 @@ class _Row:
             fits=self._fits(peak),
             would=self._would(found, grown, family),
         )
-
-    def _grown(self, method: Method, dtype: torch.dtype) -> Growth | str:
-        return activations_of(method, self.outline, self.spec, self.task, self.precision, dtype, self.tokens)
 
     def _peak(self, found: Held, activations: int, family: str) -> Interval:
         program = resident_bytes() if self.device.kind == "cpu" else 0
@@ -200,7 +200,7 @@ def activations_of(
     drops = any(part.trains_base for part in method.parts())
     try:
         return growth(
-            method, outline.config, task, outline.small(task), tokens, dtype=dtype, precision=precision,
+            method, outline.config, task, outline.small(task, spec.codes), tokens, dtype=dtype, precision=precision,
             fast=spec.fast, checkpointing=spec.gradient_checkpointing is True,
             dropout=spec.trunk_dropout == "on" or (spec.trunk_dropout == "auto" and drops),
         )  # fmt: skip
@@ -215,10 +215,10 @@ def packed_here(found: Held, spec: RunSpec) -> int:
     return found.packed if spec.fast and can_pack(torch.empty(1, 1, dtype=torch.bfloat16)) else 0
 
 
-def weights_in(method: Method, outline: Outline, task: Task, precision: Precision) -> torch.dtype:
-    """The type that a run holds the base in: fp32 where most of it trains, else that of the forward pass."""
+def weights_in(method: Method, outline: Outline, spec: RunSpec, task: Task, precision: Precision) -> torch.dtype:
+    """The float type that a run holds the base in. Raises: ConfigError, as `held_in`."""
     anatomy = outline.skeleton(task, torch.float32).anatomy
-    return torch.float32 if method.n_params(anatomy) > anatomy.n_params // 2 else precision.dtype
+    return held_in(spec.store, precision, method.n_params(anatomy), anatomy.n_params)
 
 
 def _own(one: Asked, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -200,9 +200,7 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None, *, be
         test_examples = encoded(test, accept_refused=spec.data.accept_refused)
         note(test_examples.ledger.sentence("test"))
     note(precision.sentence())
-    # Where most of the model trains, its weights are the fp32 masters; elsewhere the frozen base is stored small.
-    mostly = n_params > anatomy.n_params // 2
-    weights = held_in(spec.store, torch.float32 if mostly else precision.dtype, precision)
+    weights = held_in(spec.store, precision, n_params, anatomy.n_params)
     if of_base := check_store(spec, method, empty):
         note(of_base)
     note(

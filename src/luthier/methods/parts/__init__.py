@@ -16,6 +16,7 @@
                       check_projections, fusable, live_bias
     starts            thin_start       A and B as a part of the frozen weight
                       check_start, Start
+    triplets          TripletUpdate    x -> scale P diag(l) Q x beside a weight, whose triplets join and leave
     principal         FrozenFrame      x -> B R A x between the leading directions of the weight
                       check_principal, frame_params
     dense             DenseUpdate      an update as large as the weight, made of few numbers at every pass

@@ -26,13 +26,14 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from luthier.anatomy import Anatomy, Site
 from luthier.core import ConfigError, above, at_least, between
 from luthier.methods.parts.low_rank import check_projections
 from luthier.methods.parts.masks import top_k
 from luthier.methods.parts.own_tensors import own_modules
+from luthier.methods.parts.triplets import TripletUpdate
 from luthier.surgery import METHODS, Attachment, Base, PerSite, TunedView
 
 _MEANS = ("mean_p", "mean_l", "mean_q")
@@ -137,27 +138,22 @@ class AdaLoRA(PerSite):
             module.restore(module.stored())
 
 
-class Triplets(Attachment):
-    """Adds `scale * P diag(l) Q x` to the output; some of the triplets may be pruned.
+class Triplets(TripletUpdate):
+    """Some of the triplets may be pruned.
 
     keep: (rank,) bool, the triplets inside the budget. mean_*, spread_*: smoothed importance of every number and its
     smoothed deviation.
     """
 
-    kind = "delta"
     keep: Tensor
     arrived: Tensor
 
     def __init__(self, d_in: int, d_out: int, rank: int, scale: float) -> None:
-        super().__init__()
-        self.scale = scale
-        self.p = nn.Parameter(torch.randn(d_out, rank) * 0.02)
-        self.l = nn.Parameter(torch.zeros(rank))
-        self.q = nn.Parameter(torch.randn(rank, d_in) * 0.02)
+        super().__init__(d_in, d_out, rank, scale)
         self._sensed: tuple[Tensor, ...] | None = None
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """No importance yet, and every triplet inside the budget."""
         for names in (_MEANS, _SPREADS):
             for name, parameter in zip(names, (self.p, self.l, self.q), strict=True):
@@ -165,16 +161,9 @@ class Triplets(Attachment):
         self.register_buffer("keep", torch.ones_like(self.l.detach(), dtype=torch.bool))
         self.register_buffer("arrived", torch.zeros((), dtype=torch.bool, device=self.l.device))
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
-        return y + ((x @ self.q.T) * (self.l * self.scale)) @ self.p.T
-
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + (self.p * (self.l * self.scale)) @ self.q, bias
-
-    def gaps(self) -> tuple[Tensor, Tensor]:
-        """How far the columns of P and the rows of Q are from orthonormal: two (rank, rank)."""
-        one = torch.eye(len(self.l), dtype=self.p.dtype, device=self.p.device)
-        return self.p.T @ self.p - one, self.q @ self.q.T - one
+    def acts(self) -> Tensor:
+        """Those inside the budget, or grown since."""
+        return self.keep | (self.l.detach() != 0)
 
     @torch.no_grad()
     def sense(self) -> None:
@@ -202,17 +191,3 @@ class Triplets(Attachment):
     def prune(self) -> None:
         """Set l to zero outside the budget; P and Q stay, so that a triplet may come back."""
         self.l.mul_(self.keep)
-
-    def stored(self) -> dict[str, Tensor]:
-        """The triplets that act: inside the budget, or grown since."""
-        alive = self.keep | (self.l.detach() != 0)
-        return {"p": self.p.detach()[:, alive], "l": self.l.detach()[alive], "q": self.q.detach()[alive]}
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        device, trains = self.l.device, self.l.requires_grad
-        if set(tensors) != {"p", "l", "q"}:
-            raise KeyError(f"a triplet site stores p, l and q, the file has {', '.join(sorted(tensors)) or 'none'}")
-        for name in ("p", "l", "q"):
-            value = tensors[name].to(device, self.l.dtype).contiguous().clone()
-            setattr(self, name, nn.Parameter(value, requires_grad=trains))
-        self._forget()

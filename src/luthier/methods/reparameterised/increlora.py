@@ -34,12 +34,13 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from luthier.anatomy import Anatomy, Site
 from luthier.core import ConfigError, above, at_least, between
 from luthier.methods.parts.low_rank import check_projections
 from luthier.methods.parts.own_tensors import group_names, own_modules
+from luthier.methods.parts.triplets import TripletUpdate
 from luthier.methods.parts.watched import Watched
 from luthier.surgery import METHODS, Attachment, Base, Group, PerSite, TunedView
 
@@ -151,25 +152,20 @@ class IncreLoRA(PerSite):
             module.restore(module.stored())
 
 
-class GrownTriplets(Attachment):
-    """Adds `scale * P diag(l) Q x` to the output; triplets join it in their order.
+class GrownTriplets(TripletUpdate):
+    """Triplets join the update in their order.
 
     alive: (most,) bool, the triplets that count. waits: (most,) bool, those that learn to be next. mean, spread: the
     site's smoothed score and its smoothed deviation.
     """
 
-    kind = "delta"
     alive: Tensor
     waits: Tensor
     mean: Tensor
     spread: Tensor
 
     def __init__(self, d_in: int, d_out: int, rank: int, most: int, by: int, scale: float) -> None:
-        super().__init__()
-        self.scale = scale
-        self.p = nn.Parameter(torch.randn(d_out, most) * 0.02)
-        self.l = nn.Parameter(torch.zeros(most))
-        self.q = nn.Parameter(torch.randn(most, d_in) * 0.02)
+        super().__init__(d_in, d_out, most, scale)
         self.watching = False
         self.seen: list[tuple[Tensor, Tensor | None]] = []
         self._sensed: Tensor | None = None
@@ -182,27 +178,30 @@ class GrownTriplets(Attachment):
         for name in ("mean", "spread"):
             self.register_buffer(name, torch.zeros((), device=self.l.device))
 
+    def forget(self) -> None:
+        """No score yet, and none waits."""
+        self._place(len(self.l), 0)
+
+    def acts(self) -> Tensor:
+        return self.alive
+
+    def learns(self) -> Tensor:
+        return self.alive | self.waits
+
     def middle(self) -> Tensor:
         """What stands between P and Q: s l of what counts, s 1e-5 of what waits, in training. (most,)"""
         l = self.l * self.alive
         return (l + self.waits * WAITING if self.training else l) * self.scale
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
-        update = ((x @ self.q.T) * self.middle()) @ self.p.T
-        return y + self._watched(update, x)
+    def branch(self, x: Tensor) -> Tensor:
+        return self._watched(super().branch(x), x)
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + self._watched((self.p * self.middle()) @ self.q, None), bias
+    def update(self) -> Tensor:
+        return self._watched(super().update(), None)
 
     def _watched(self, update: Tensor, x: Tensor | None) -> Tensor:
         watches = self.watching and self.training and torch.is_grad_enabled()
         return Watched.apply(update, x, self.seen) if watches else update  # type: ignore[no-untyped-call]
-
-    def gaps(self) -> tuple[Tensor, Tensor]:
-        """How far the columns of P and the rows of Q that take part are from orthonormal: two (most, most)."""
-        part = (self.alive | self.waits).to(self.p.dtype)
-        both, one = part[:, None] * part, torch.diag(part)
-        return (self.p.T @ self.p) * both - one, (self.q @ self.q.T) * both - one
 
     @torch.no_grad()
     def sense(self, rows: int = 1024) -> None:
@@ -259,20 +258,6 @@ class GrownTriplets(Attachment):
         self.l[had : had + n] = WAITING
         self.alive[had : had + n] = True
         self.waits.fill_(value=False)[had + n : had + n + by] = True
-
-    def stored(self) -> dict[str, Tensor]:
-        """The triplets that count."""
-        keep = self.alive
-        return {"p": self.p.detach()[:, keep], "l": self.l.detach()[keep], "q": self.q.detach()[keep]}
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        device, trains = self.l.device, self.l.requires_grad
-        if set(tensors) != {"p", "l", "q"}:
-            raise KeyError(f"a triplet site stores p, l and q, the file has {', '.join(sorted(tensors)) or 'none'}")
-        for name in ("p", "l", "q"):
-            value = tensors[name].to(device, self.l.dtype).contiguous().clone()
-            setattr(self, name, nn.Parameter(value, requires_grad=trains))
-        self._place(len(self.l), 0)
 
 
 def _same(one: tuple[Tensor, Tensor | None], other: tuple[Tensor, Tensor | None]) -> bool:

@@ -93,8 +93,9 @@ def test_worth_is_the_size_of_number_times_gradient_summed_over_the_scored_steps
 
 @pytest.mark.acid("u_mam", 5)
 def test_worth_goes_with_what_the_loss_changes_by_when_an_entry_is_dropped():
-    tuned = attach(tiny("bert"), "lora", rank=2)
-    named = attached(tuned)
+    tuned = attach(tiny("bert"), method("lora+saliency", {"lora.rank": 2, "saliency.search": 0.5}))
+    named, chosen = attached(tuned), tuned.tuning().method.parts()[1]
+    chosen.enter(tuned, 0)
     with torch.no_grad():
         draw = torch.Generator().manual_seed(3)
         for p in named.values():
@@ -102,15 +103,17 @@ def test_worth_goes_with_what_the_loss_changes_by_when_an_entry_is_dropped():
     tuned.model.eval()
     batch = inputs(tuned.model)
     loss = tuned.model(**batch).loss
+    loss.backward()
+    chosen.after_backward(tuned, 8, 16)
     worth, change = [], []
-    for p, g in zip(named.values(), torch.autograd.grad(loss, list(named.values())), strict=True):
+    for n, p in named.items():
         for i in range(0, p.numel(), 37):
             with torch.no_grad():
                 value = p.flatten()[i].item()
                 p.view(-1)[i] = 0
                 change.append(abs(float(tuned.model(**batch).loss - loss.detach())))
                 p.view(-1)[i] = value
-            worth.append(abs(value * float(g.flatten()[i])))
+            worth.append(float(tuned.tuning().notes[f"worth.{n}"].flatten()[i]))
     ranks = torch.stack([torch.tensor(v).argsort().argsort().double() for v in (worth, change)])
     assert len(worth) > 20 and torch.corrcoef(ranks)[0, 1] > 0.8
 

@@ -127,11 +127,12 @@ def test_a_teacher_that_does_not_fit_is_refused(runs, tmp_path):
 # --- lwf
 
 
-@pytest.mark.acid("lwf", 2)
+@pytest.mark.acid("lwf", 2, 3)
 def test_lwf_a_heavy_weight_freezes_what_the_model_says(runs):
     moved = []
     for weight in (0.0, 100.0):
         loop = runs.after("lwf", kind="llama", steps=8, values={"lwf.old": "", "lwf.weight": weight})
+        assert not loop.spec.also, "of new rows alone"
         (_, course), *_ = loop.moments._asked
         batch = loop.feed.cut(0)[0]
         with torch.no_grad(), course.still():
@@ -148,7 +149,6 @@ def test_lwf_the_sleeping_base_answers_as_the_folder_does(runs):
     assert alike(asleep, runs.after("lwf", kind="llama"), 1e-5)
 
 
-@pytest.mark.acid("lwf", 3)
 def test_lwf_needs_old_answers(runs):
     with pytest.raises(ConfigError, match="the base has no head for its labels"):
         runs.loop("lwf", values={"lwf.old": ""})

@@ -116,17 +116,23 @@ def test_in_each_interval_exactly_so_many_blocks_change_and_moments_are_bounded(
 
 
 @pytest.mark.acid("lisa", 2)
-def test_blocks_are_drawn_alike_often():
-    from types import SimpleNamespace
-
-    from luthier.core import key
-
-    n, counts = 6, [0] * 6
-    for interval in range(600):
-        draw = torch.Generator().manual_seed(key(0, "lisa", interval))
-        for i in torch.randperm(n, generator=draw)[:2].tolist():
-            counts[i] += 1
-    assert all(abs(c - 200) < 5 * (600 / 3 * 2 / 3) ** 0.5 for c in counts), SimpleNamespace(counts=counts)
+def test_blocks_are_drawn_alike_often(runs):
+    loop = runs.loop("lisa", "full", values={"lisa.blocks": 2, "lisa.every": 5}, steps=8)
+    (one, course), *_ = loop.moments._asked
+    top, *blocks, bottom = layer_groups(loop.tuned, list(loop.tuned.trained()))
+    counts, last = [0] * len(blocks), None
+    for step in range(1, 3001):
+        course.progress.step = step
+        found = set(one.trains(course))
+        assert found >= {*top, *bottom}
+        if step % 5 == 1:
+            awake = [i for i, group in enumerate(blocks) if found & set(group)]
+            assert len(awake) == 2 and all(found >= set(blocks[i]) for i in awake)
+            counts = [c + (i in awake) for i, c in enumerate(counts)]
+        else:
+            assert found == last, "the same until the next draw"
+        last = found
+    assert len(counts) == 3 and all(abs(c - 400) < 5 * (600 * 2 / 9) ** 0.5 for c in counts), counts
 
 
 # --- adaptive_freeze

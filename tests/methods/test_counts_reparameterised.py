@@ -4,7 +4,6 @@ import pytest
 from methods.test_counts import ENCODER_ALL, _counts
 
 
-@pytest.mark.acid("fourierft", 3)
 @pytest.mark.parametrize(
     ("model", "method", "settings", "trained"),
     [

@@ -150,6 +150,7 @@ def test_the_second_phase_tunes_the_survivors():
     train(tuned, 3, total=3, lr=1e-2)
     assert any(not torch.equal(m.difference(), s) for m, s in zip(modules, start, strict=True))
     assert all(torch.equal(m.gates, g) for m, g in zip(modules, gates, strict=True)), "the gates have no gradient now"
+    assert all(not m.difference()[s == 0].any() for m, s in zip(modules, start, strict=True)), "nothing comes back"
 
 
 def test_a_run_resumed_in_its_second_phase_goes_on_there():

@@ -76,8 +76,9 @@ def test_a_loss_on_one_task_moves_no_other_tasks_vector_and_the_shared_networks(
 
 @pytest.mark.acid("hyperformer", 3)
 @pytest.mark.acid("hyperformer_pp", 5)
-def test_swapped_tasks_give_swapped_answers():
-    tuned = tuned_with("hyperformer")
+@pytest.mark.parametrize("name", ["hyperformer", "hyperformer_pp"])
+def test_swapped_tasks_give_swapped_answers(name):
+    tuned = tuned_with(name)
     batch = inputs(tuned.model)
     one = {k: v[:1].repeat(2, *[1] * (v.dim() - 1)) for k, v in batch.items()}
     found = logits(tuned.model, one | {"row_task": torch.tensor([0, 2])})

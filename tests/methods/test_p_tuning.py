@@ -68,7 +68,6 @@ def test_one_embedding_moves_every_vector_through_the_lstm_and_one_without_it(en
     [("bert", "tokens"), ("roberta", "tokens"), ("electra", "tokens"), ("modernbert", "tokens"),
      ("deberta-v2", "tokens"), ("t5", "seq2seq"), ("bart", "seq2seq")],
 )  # fmt: skip
-@pytest.mark.acid("p_tuning", 3)
 @pytest.mark.parametrize("padded", [True, False])
 def test_vectors_that_are_words_on_both_sides_act_as_those_words(name, task, padded):
     front, back = [17, 90, 5], [44, 23]

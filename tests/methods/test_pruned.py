@@ -81,8 +81,9 @@ def test_worth_is_minus_change_times_gradient_summed_with_its_sign():
 
 @pytest.mark.acid("u_bitfit", 4)
 @pytest.mark.acid("s_bitfit", 5)
-def test_the_second_phase_begins_at_the_base_and_pruned_biases_stay_there_under_decay():
-    course = Course("u_bitfit", 10, search=0.4, decay=0.1)
+@pytest.mark.parametrize("words", ["u_bitfit", "s_bitfit"])
+def test_the_second_phase_begins_at_the_base_and_pruned_biases_stay_there_under_decay(words):
+    course = Course(words, 10, search=0.4, decay=0.1)
     start = course.values()
     course.run(4)
     pooler = "bitfit:model/bert.pooler.dense.bias"

@@ -131,10 +131,10 @@ def test_mamls_head_alone_moves_inside_and_too_few_rows_are_refused(runs, tmp_pa
 # --- loss_weighting
 
 
-@pytest.mark.acid("loss_weighting", 1, 2)
+@pytest.mark.acid("loss_weighting", 1, 2, 4)
 @pytest.mark.parametrize("size", [0.3, 3.0])
 def test_at_the_optimum_a_weighted_loss_is_a_half_however_large_the_loss(size, runs):
-    loop = runs.loop("loss_weighting", batch=WHOLE, optim=OptimSpec(lr=1e-8))
+    loop = runs.loop("loss_weighting", batch=WHOLE, optim=OptimSpec(lr=1e-8, weight_decay=0.5))
     loop.moments.start()
     one, course = loop.moments._asked[0]
     s = course.numbers["s"]
@@ -146,6 +146,8 @@ def test_at_the_optimum_a_weighted_loss_is_a_half_however_large_the_loss(size, r
     assert all(float(part) == pytest.approx(size) for part in losses)
     assert s.grad[0].item() == pytest.approx(0.0, abs=1e-6), "exp(-s) L = 1/2"
     assert s.grad[1].item() == pytest.approx(0.5 - size, abs=1e-6)
+    decays = {n: loop.optimiser._pace(n, 1.0)[1] for n in loop.optimiser.named}
+    assert decays["loss_weighting/s"] == 0 < max(decays.values())
 
 
 @pytest.mark.acid("loss_weighting", 3)

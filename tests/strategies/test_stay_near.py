@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from in_memory import Runs
+from in_memory import Runs, alike
 
 from luthier.core import ConfigError
 from luthier.runs.spec import BatchSpec, DataSpec, OptimSpec, RunSpec
@@ -75,6 +75,29 @@ def test_under_a_strong_pull_the_model_stays_and_its_head_still_learns(runs):
     assert far(held, False) < 0.5 * far(free, False) and far(held, True) > 0.8 * far(free, True)
 
 
+@pytest.mark.acid("l2_sp", 3)
+@pytest.mark.parametrize("form", ["coupled", "decoupled"])
+def test_by_the_pull_alone_a_new_head_shrinks_to_nothing_and_the_model_goes_to_its_start(form, runs):
+    pull = 1.0 if form == "coupled" else 30.0  # times the rate
+    loop, course, one = begun(runs, "l2_sp", values={"l2_sp.alpha": pull, "l2_sp.beta": pull, "l2_sp.form": form})
+    start = values(loop)
+    moved(loop)
+    loop.moments.rate(0, 3)
+    there = values(loop)
+    for _ in range(200):
+        if form == "decoupled":
+            one.after_step(course)
+            continue
+        slopes = torch.autograd.grad(one.penalty(course), list(loop.tuned.trained().values()))
+        for p, slope in zip(loop.tuned.trained().values(), slopes, strict=True):
+            p.data -= 0.1 * slope
+    heads = [n for n in start if is_head(n)]
+    assert heads and len(heads) < len(start)
+    for name, p in values(loop).items():
+        rest = torch.zeros_like(p) if name in heads else start[name]
+        assert (p - rest).norm() < 1e-3 * (there[name] - rest).norm(), name
+
+
 def test_the_decoupled_pull_is_its_formula(runs):
     settings = {"l2_sp.alpha": 0.5, "l2_sp.beta": 0.2, "l2_sp.form": "decoupled"}
     loop, course, one = begun(runs, "l2_sp", values=settings, optim=OptimSpec(lr=0.1, schedule="constant", warmup=0))
@@ -131,8 +154,14 @@ def test_recadam_is_its_formula_in_the_middle(runs):
 
 
 @pytest.mark.acid("recadam", 2, 3)
-def test_recadam_is_adamw_long_after_t0_and_refuses_to_leap():
+def test_recadam_is_adamw_long_after_t0_and_refuses_to_leap(runs):
     assert RecAdam(t0=10, k=1.0).share(1000) == 1.0
+    given = {"steps": 3, "optim": OptimSpec(lr=1e-3)}
+    late = runs.after("recadam", "bitfit", values={"recadam.gamma": 100.0, "recadam.k": 50.0, "recadam.t0": 1}, **given)
+    assert not alike(late, runs.after(None, "bitfit", **given), 1e-6), "at t0 half of each acts"
+    late = runs.loop("recadam", "bitfit", values={"recadam.gamma": 100.0, "recadam.k": 50.0, "recadam.t0": 0}, **given)
+    late.run_to()
+    assert alike(late, runs.after(None, "bitfit", **given), 1e-7)
     for lr in (2e-4, 1e-3):
         with pytest.raises(ConfigError, match=f"gamma below {1 / lr:g}"):
             RecAdam().check(dataclasses.replace(SPEC, optim=OptimSpec(lr=lr)))
@@ -178,6 +207,14 @@ def test_the_gradient_of_mixout_is_that_of_the_mixed_weight_through_the_mask(run
         assert torch.allclose(found, wanted, atol=1e-7), name
     loop.moments.before_step(1, loop.total, 0)
     assert any(not torch.equal(one._mask(course, n), masks[n]) for n in masks), "drawn anew in each step"
+
+
+def test_blocks_that_are_computed_twice_are_mixed_by_the_same_mask(runs):
+    given = {"values": {"mixout.p": 0.6}, "steps": 4, "optim": OptimSpec(lr=1e-2)}
+    once, twice = (runs.after("mixout", "full", "bert-dry", **given, gradient_checkpointing=g) for g in (False, True))
+    assert alike(once, twice, 1e-6)
+    given["values"] = {"mixout.p": 0.0}
+    assert not alike(once, runs.after("mixout", "full", "bert-dry", **given), 1e-4), "masks matter"
 
 
 # --- self_ensemble

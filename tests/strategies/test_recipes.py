@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from luthier.data.rows import load_rows
 from luthier.runs import RunFolder
 from luthier.runs.spec import BatchSpec, CheckpointSpec, DataSpec, OptimSpec, RunSpec
 from luthier.strategies.recipes._soft import most_sure, soft_labels
+from luthier.strategies.recipes.pet import _others
 from luthier.surgery import tuning_files
 from luthier.training import STRATEGIES
 from luthier.training.loop import Loop
@@ -291,6 +293,17 @@ def test_ipet_no_model_labels_its_own_next_rows(home, tmp_path):
     assert sorted(last["made_of"]) == sorted(t["name"] for t in second)
     first, _ = load_rows(str(tmp_path / "out" / "rows-generation-2-1.jsonl"))
     assert len(first) > len(load_rows(str(home / "few.csv"))[0]) * 0.8, "the labelled rows, and more"
+    soft, _ = load_rows(str(tmp_path / "out" / "rows-soft.jsonl"))
+    own, grown = (Counter(row["label"] for row in rows) for rows in (soft.rows[:-20], first.rows))
+    most = {label: round(1.5 * count) for label, count in own.items()}
+    assert all(own[label] <= grown[label] <= most[label] for label in own)
+    assert any(grown[label] == most[label] > own[label] for label in own), "the labelled rows are among those that grow"
+
+
+def test_ipet_the_panel_is_a_share_of_the_other_runs_of_one_and_drawn_by_its_seed():
+    assert len(_others(6, 0, 0.25, 3, 1)) == 1 and len(_others(7, 0, 0.5, 3, 1)) == 3
+    assert _others(3, 1, 1.0, 3, 1) == [0, 2] and len(_others(2, 0, 0.01, 3, 1)) == 1
+    assert _others(9, 4, 0.5, 3, 1) == _others(9, 4, 0.5, 3, 1) != _others(9, 4, 0.5, 4, 1)
 
 
 def test_pet_is_refused_without_patterns_rows_or_words(home, tmp_path):

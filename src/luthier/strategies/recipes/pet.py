@@ -4,8 +4,8 @@
     last    a classifier with a new head, from what all the runs say of rows and further texts together
 
 With `generations` above 1 (iPET) each generation's runs learn the rows and, beside them, further texts that a random
-share of the *other* runs of the last generation is surest of: in as many rows of a label as its share of the labelled
-ones, `growth` times as many with each generation.
+share of the *other* runs of the last generation is surest of: so many of each label that, with the labelled ones, its
+rows are `growth` times as many with each generation.
 
 Paper: arXiv:2001.07676. T = 2, three repetitions, three generations, a quarter of the models and a growth of 5 are
 quoted for its code.
@@ -80,7 +80,7 @@ class PET(Recipe):
             at[k] = f"pattern-{k + 1}"
             done.append((yield Phase(name=at[k], spec=each)))
         for g in range(1, self.generations):
-            size = [round(counts[name] * self.growth**g) for name in labels]
+            size = [round(counts[name] * self.growth**g) - counts[name] for name in labels]
             before, made = dict(at), []
             for k, each in enumerate(first):
                 panel = _others(len(done), k, self.share, spec.seed, g)
@@ -112,4 +112,4 @@ def _others(n: int, itself: int, share: float, seed: int, generation: int) -> li
     """A random share of the other models, one at least, by their numbers."""
     others = [i for i in range(n) if i != itself]
     order = shuffled(len(others), key(seed, "panel"), generation, itself)
-    return sorted(others[int(i)] for i in order[: max(1, round(share * n))])
+    return sorted(others[int(i)] for i in order[: max(1, round(share * len(others)))])

@@ -15,7 +15,7 @@ from little import Heard, at_call, little_data, little_model, little_spec
 from luthier.core import CompositionError, ConfigError, IntegrityError, UnknownName
 from luthier.data.rows import load_rows
 from luthier.runs import RunFolder
-from luthier.runs.spec import BatchSpec, CheckpointSpec, DataSpec, OptimSpec, RunSpec
+from luthier.runs.spec import BatchSpec, CheckpointSpec, DataSpec, EvalSpec, OptimSpec, RunSpec
 from luthier.strategies.recipes._soft import most_sure, soft_labels
 from luthier.strategies.recipes.pet import _others
 from luthier.surgery import tuning_files
@@ -316,6 +316,16 @@ def test_pet_is_refused_without_patterns_rows_or_words(home, tmp_path):
         with pytest.raises(ConfigError, match=words):
             follow(pet_spec(home, tmp_path / "out", **changes))
         assert not (tmp_path / "out").exists()
+
+
+def test_pets_classifier_is_judged_as_the_spec_says_and_checked_before_the_first_pattern(home, tmp_path):
+    spec = pet_spec(home, tmp_path / "out", steps=2, eval=EvalSpec(best=True))
+    done = follow(spec)
+    best = [RunFolder.open(p, write=False).spec["eval"]["best"] for p in phases_of(done.path)]
+    assert best == [False, False, True]
+    with pytest.raises(CompositionError, match="clr and stlr cannot stand together"):
+        follow(dataclasses.replace(spec, strategy="pet+clr+stlr", out=str(tmp_path / "not")))
+    assert not (tmp_path / "not").exists()
 
 
 def test_most_sure_takes_the_surest_of_each_label():

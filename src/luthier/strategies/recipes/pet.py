@@ -61,7 +61,9 @@ class PET(Recipe):
         ]
         if self.generations > 1 and len(first) < 2:
             raise ConfigError("pet with generations needs two runs at least: another pattern, or repetitions.")
-        for each in first[:: self.repetitions]:
+        of_last: dict[str, Any] = {"also": None}
+        of_last |= {} if self.final_epochs is None else {"epochs": self.final_epochs, "steps": None}
+        for each in (*first[:: self.repetitions], plan.task((), data=replace(spec.data, words=None), **of_last)):
             desk.check(each)
         further = desk.further("unlabelled")
         names = [n for n in (columns.text, columns.pair) if n is not None]
@@ -96,11 +98,7 @@ class PET(Recipe):
         shares = soft_labels(done, further, labels)
         soft = [{**text, label: labels[int(c)]} for text, c in zip(texts, shares.argmax(-1), strict=True)]
         source = desk.write("soft", [*rows, *soft])
-        data = plan.data(source, test, words=None, **own)
-        final = plan.task(
-            ("kd_ensemble",), data=data, also=None, eval=EvalSpec(),
-            **({} if self.final_epochs is None else {"epochs": self.final_epochs, "steps": None}),
-        )  # fmt: skip
+        final = plan.task(("kd_ensemble",), data=plan.data(source, test, words=None, **own), **of_last)
         teachers = ",".join(str(run.path) for run in done)
         settings = {"kd_ensemble.teachers": teachers, "kd_ensemble.temperature": self.temperature}
         yield Phase(

@@ -120,7 +120,7 @@ class Experts(Attachment):
         """Keys and values of the text so far: (rows, tokens, 2 a) -> (rows, all tokens, 2 a)."""
         if not self.causal or self.context.cache is None:
             return kv
-        return kept_keys(self.context.cache, self.layer, self.depth, (id(self), number), kv)
+        return kept_keys(self.context.cache, self.layer, self.depth, (id(self), number), kv, "tiny_attention")
 
     def _seen(self, queries: int, keys: int, device: torch.device) -> Tensor:
         """(rows or 1, queries, keys), True where a token is seen; each sees itself."""

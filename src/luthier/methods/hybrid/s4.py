@@ -26,7 +26,8 @@ from typing import Annotated, ClassVar
 
 from luthier.anatomy import Anatomy
 from luthier.core import ConfigError, between
-from luthier.methods.parts.layer_plan import Behind, InLayer, Layer, cost_of, layers_of, plan_edits, plan_params
+from luthier.methods.parts.closing import Closing
+from luthier.methods.parts.layer_plan import InLayer, Layer, cost_of, layers_of, plan_edits, plan_params
 from luthier.methods.parts.own_tensors import group_names, own_modules, own_unfrozen
 from luthier.surgery import METHODS, Edit, Group, Method, TunedView
 
@@ -54,7 +55,7 @@ class S4(Method):
 
     def groups(self, tuned: TunedView) -> list[Group]:
         biases = [u.parameter for u in own_unfrozen(self, tuned)]
-        biases += [layer.bias for m in own_modules(self, tuned, Behind) for layer in (m.down, m.up)]
+        biases += [layer.bias for m in own_modules(self, tuned, Closing) for layer in (m.down, m.up)]
         return [Group(group_names(tuned, biases), weight_decay=0.0)]
 
     def plan(self, anatomy: Anatomy) -> dict[Layer, InLayer]:

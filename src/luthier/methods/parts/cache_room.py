@@ -32,7 +32,7 @@ def make_room(cache: Any, layer: int, place: int, asked_by: str) -> None:
                 )
 
 
-def kept_keys(cache: Any, layer: int, depth: int, name: Any, x: Tensor) -> Tensor:
+def kept_keys(cache: Any, layer: int, depth: int, name: Any, x: Tensor, asked_by: str) -> Tensor:
     """x of the tokens of this pass behind x of those before it, kept under `name` in a cache of a model of `depth`.
 
     x: (rows, tokens, a) -> (rows, all tokens, a).
@@ -46,14 +46,14 @@ def kept_keys(cache: Any, layer: int, depth: int, name: Any, x: Tensor) -> Tenso
     place = places.setdefault(name, depth + len(places))
     if type(beside) is DynamicSlidingWindowLayer:
         raise ModelError(
-            "tiny_attention: the cache of this model forgets tokens that its window has left, and what acts here wants "
+            f"{asked_by}: the cache of this model forgets tokens that its window has left, and what acts here wants "
             "them all. Generate with use_cache=False."
         )
-    make_room(cache, layer, place, "tiny_attention")
+    make_room(cache, layer, place, asked_by)
     kept: Tensor = half.layers[place].update(x[:, None], x[:, None, :, :0])[0][:, 0]  # keys (rows, 1, tokens, a)
     if kept.shape[1] != beside.keys.shape[2]:
         raise ModelError(
-            f"tiny_attention: the cache holds {beside.keys.shape[2]} tokens and what acts here knows {kept.shape[1]} "
+            f"{asked_by}: the cache holds {beside.keys.shape[2]} tokens and what acts here knows {kept.shape[1]} "
             "of them: it was filled without this tuning. Give the prompt through this model with this tuning."
         )
     return torch.as_tensor(kept)

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy, Attention, Site
 from luthier.core import AnatomyError
-from luthier.methods.parts.bottleneck import Bottleneck, bottleneck_params, width_of
+from luthier.methods.parts.bottleneck import bottleneck_params, width_of
+from luthier.methods.parts.closing import Closing
 from luthier.methods.parts.low_rank import ThinUpdate
 from luthier.methods.parts.parallel_branch import Beside
 from luthier.surgery import Attachment, Base, Edit, PrependKeys, Unfreeze, attach_each
 
-__all__ = ["Behind", "InLayer", "Layer", "LayerPrefixes", "Plan", "cost_of", "layers_of", "plan_edits", "plan_params"]
+__all__ = ["InLayer", "Layer", "LayerPrefixes", "Plan", "cost_of", "layers_of", "plan_edits", "plan_params"]
 
 Layer = tuple[str, int]
 """Its stack, "" for the only one, and its number there."""
@@ -96,7 +97,7 @@ def cost_of(anatomy: Anatomy, layer: Layer, kind: str, size: int) -> int:
 
 
 def _behind(width: int, site: Site, base: Base) -> Attachment:
-    return Behind(width_of(site), width)
+    return Closing(width_of(site), width, "gelu", "plain")
 
 
 def _beside(width: int, site: Site, base: Base) -> Attachment:
@@ -119,20 +120,6 @@ def _attentions(anatomy: Anatomy, layer: Layer) -> list[Attention]:
 def _biases(anatomy: Anatomy, layer: Layer) -> list[str]:
     path = next(b.path for b in anatomy.blocks if (b.stack, b.layer) == layer)
     return [n for n in anatomy.bias_tensors() if n.startswith(f"{path}.")]
-
-
-class Behind(Bottleneck):
-    """Adds a bottleneck of the sublayer's output to that output; a second matrix of zeros starts it at nothing."""
-
-    kind = "sequential"
-    needs_input = False
-
-    def __init__(self, d: int, width: int) -> None:
-        super().__init__(d, width, "gelu")
-        nn.init.zeros_(self.up.weight)
-
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.add(y, y)
 
 
 class LayerPrefixes(nn.Module):

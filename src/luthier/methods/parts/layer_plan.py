@@ -1,4 +1,4 @@
-"""A plan that says for each layer what stands in it: shared by the methods that choose places and sizes.
+"""A plan that says for each layer what stands in it, and how large.
 
 adapter   ffn_out <- y + f(y W_d + b_d) W_u + b_u          LoRA   B A x at queries and values
 prefix    keys and values before those of the text         biases of the block train
@@ -17,7 +17,6 @@ from luthier.core import AnatomyError
 from luthier.methods.parts.bottleneck import bottleneck_params, width_of
 from luthier.methods.parts.closing import Closing
 from luthier.methods.parts.low_rank import ThinUpdate
-from luthier.methods.parts.parallel_branch import Beside
 from luthier.surgery import Attachment, Base, Edit, PrependKeys, Unfreeze, attach_each
 
 __all__ = ["InLayer", "Layer", "LayerPrefixes", "Plan", "cost_of", "layers_of", "plan_edits", "plan_params"]
@@ -32,8 +31,6 @@ class InLayer:
 
     adapter: int = 0
     """width of the adapter behind the feed-forward layer"""
-    parallel: int = 0
-    """width of the one beside it"""
     lora: int = 0
     """rank at queries and values"""
     prefix: int = 0
@@ -57,11 +54,9 @@ def plan_edits(anatomy: Anatomy, plan: Plan, asked_by: str) -> Iterator[Edit]:
         AnatomyError: the model has no place for a part of it.
     """
     for layer, here in plan.items():
-        ends = _sites(anatomy, layer, "ffn_out", asked_by) if here.adapter or here.parallel else ()
         if here.adapter:
-            yield from attach_each(ends, partial(_behind, here.adapter))
-        if here.parallel:
-            yield from attach_each(ends, partial(_beside, here.parallel))
+            made = _sites(anatomy, layer, "ffn_out", asked_by)
+            yield from attach_each(made, partial(_behind, here.adapter))
         if here.lora:
             made = _sites(anatomy, layer, ("attn.q", "attn.v"), asked_by)
             yield from attach_each(made, partial(_thin, here.lora))
@@ -87,7 +82,7 @@ def cost_of(anatomy: Anatomy, layer: Layer, kind: str, size: int) -> int:
     """Numbers of one part of one layer; what is absent costs nothing."""
     if size == 0:
         return 0
-    if kind in ("adapter", "parallel"):
+    if kind == "adapter":
         return bottleneck_params(_sites(anatomy, layer, "ffn_out", ""), size)
     if kind == "lora":
         return size * sum(s.d_in + s.d_out for s in _sites(anatomy, layer, ("attn.q", "attn.v"), ""))
@@ -98,10 +93,6 @@ def cost_of(anatomy: Anatomy, layer: Layer, kind: str, size: int) -> int:
 
 def _behind(width: int, site: Site, base: Base) -> Attachment:
     return Closing(width_of(site), width, "gelu", "plain")
-
-
-def _beside(width: int, site: Site, base: Base) -> Attachment:
-    return Beside(site.d_out, width, "relu", scale=1.0)
 
 
 def _thin(rank: int, site: Site, base: Base) -> Attachment:

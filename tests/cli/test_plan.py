@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cli.conftest import Call
 
 from luthier.surgery import METHODS
@@ -128,7 +129,7 @@ def test_a_base_in_codes_counts_as_its_codes(luthier: Call, llama_7b: Path) -> N
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])  # qlora holds the base in codes
 def test_a_run_holds_what_was_forecast_and_check_compares_the_whole(
-    luthier: Call, model: Path, rows: Path, tmp_path: Path, method: str
+    luthier: Call, model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     out = tmp_path / "runs" / "one"
     words = ("--data", rows, "--method", method, "--set", "rank=3", "--steps", 2, "--threads", 1, "--out", out)
@@ -146,6 +147,14 @@ def test_a_run_holds_what_was_forecast_and_check_compares_the_whole(
     said = luthier("plan", out.parent, "--check").out
     assert "off" in said and "Median error" in said and "too low" in said
     assert luthier("plan", tmp_path / "nowhere", "--check").code == 2
+    # On another processor: the run's own precision and packed copies count, and not those that it would have here.
+    tests = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    fast = any(getattr(torch.cpu, test, lambda: False)() for test in tests)
+    for test in tests:
+        monkeypatch.setattr(torch.cpu, test, lambda: not fast, raising=False)
+    record["forecast"]["packed"] += 10**6
+    (out / "record.json").write_text(json.dumps(record))
+    assert luthier("plan", out.parent, "--check", "--json").json["pairs"][0]["forecast"] == only["forecast"] + 10**6
 
 
 @pytest.mark.parametrize("task", ["masked_lm", "causal_lm"])

@@ -20,8 +20,9 @@ class Record:
         seconds: time spent, all attempts together; of earlier ones their training, and nothing of one that was killed.
         peak_bytes: the largest memory the process (or the device) held; None where it could not be measured.
         memory: bytes by part, each counted at its own highest; "other" is what of the peak they do not explain.
-        forecast: what was said before the first step of the same parts, in bytes, and the widest micro-batch: rows and
-            tokens. `luthier plan --check` compares it with what was measured.
+        forecast: what was said before the first step of the same parts, in bytes, and of packed copies of weights,
+            which "other" holds; and the widest micro-batch: rows and tokens. `luthier plan --check` compares it with
+            what was measured.
         trained, stored: how many numbers were trained, and how many bytes the result takes on the disk.
         status: "finished", "stopped", "diverged", ...
         bit_exact, because: whether a resume continued to the bit, and if not, why not.

@@ -13,8 +13,8 @@ from luthier.core import IntegrityError, LuthierError, ResourceError, human_byte
 from luthier.forecast import Pair, held
 from luthier.runs import Record
 from luthier.runs.spec import RunSpec
-from luthier.surgery import METHODS, compose
-from luthier.training.precision import choose_precision
+from luthier.surgery import METHODS, compose, read_tuning
+from luthier.training.precision import Precision
 from luthier.workflow.load_model import load_config
 from luthier.workflow.outline import Outline, outline_of
 from luthier.workflow.plan import activations_of, packed_here, task_of_rows, weights_in
@@ -22,9 +22,14 @@ from luthier.workflow.preparation import Prepared
 
 __all__ = ["forecast_of", "pair_of", "pairs_of", "refuse_what_cannot_fit", "widest"]
 
+_PARTS = ("weights", "trained", "gradients", "optimiser", "packed")
+
 
 def forecast_of(prepared: Prepared) -> dict[str, int]:
-    """Bytes by part, counted from the model's structure; empty where a method cannot be counted so."""
+    """Bytes by part, counted from the model's structure; empty where a method cannot be counted so.
+
+    `packed` is what this machine makes of it; all other parts are the same on each.
+    """
     source = prepared.source
     if prepared.sources or prepared.others:
         return {}  # what a saved tuning or another model adds is no part of the structure
@@ -34,6 +39,7 @@ def forecast_of(prepared: Prepared) -> dict[str, int]:
     found = held(prepared.method, outline.skeleton(prepared.task, prepared.weights, spec.codes), spec.optim.name)
     return {
         "weights": found.weights, "trained": found.numbers, "gradients": found.gradients, "optimiser": found.moments,
+        "packed": packed_here(found, spec) if prepared.device.type == "cpu" else 0,
     }  # fmt: skip
 
 
@@ -71,26 +77,25 @@ def pair_of(folder: Path) -> Pair | str:
     except OSError as error:
         raise IntegrityError(f"{folder}: holds no record.json ({error.strerror}). Name finished runs.") from error
     told, device = record.forecast, str(record.environment.get("device", "cpu")).partition(":")[0]
-    if not {"weights", "trained", "gradients", "optimiser", "rows", "tokens"} <= set(told) or not record.peak_bytes:
+    if not {*_PARTS, "rows", "tokens"} <= set(told) or not record.peak_bytes:
         return "its record holds no forecast, or no peak"
     spec = RunSpec.from_plain(record.spec)
     try:
         outline = outline_of(spec.model)
         method = compose.method(spec.method, spec.settings)
         task = task_of_rows(spec, outline)
-        precision = choose_precision(spec.precision, torch.device("cpu"))
+        precision = Precision(read_tuning(folder / "tuning")["precision"], "as in the run")
         dtype = weights_in(method, outline, spec, task, precision)
-        packed = packed_here(held(method, outline.skeleton(task, dtype, spec.codes)), spec) if device == "cpu" else 0
         kept = activations_of(method, outline, spec, task, precision, dtype, told["tokens"])
     except LuthierError as error:
         return str(error)
     if isinstance(kept, str):
         return kept
-    parts = packed + sum(told[part] for part in ("weights", "trained", "gradients", "optimiser"))
     return Pair(
         model=spec.model, method=spec.method, family=str(METHODS.card(spec.method.partition("+")[0]).family),
         device=device, rows=told["rows"], tokens=told["tokens"],
-        forecast=record.memory.get("program", 0) + parts + kept.at(told["rows"]), measured=record.peak_bytes,
+        forecast=record.memory.get("program", 0) + sum(told[part] for part in _PARTS) + kept.at(told["rows"]),
+        measured=record.peak_bytes,
     )  # fmt: skip
 
 

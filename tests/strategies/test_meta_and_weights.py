@@ -167,6 +167,14 @@ def test_gradnorm_evens_out_norms_and_keeps_the_sum():
     assert slow[0] > 1 > slow[1], "a set that falls slowly is pulled harder"
 
 
+def test_weights_of_sets_without_a_loss_are_numbers_and_those_of_others_go_on():
+    assert averaged([0.0, 0.0], [0.0, 0.0], 2.0) == [1.0, 1.0]
+    nothing = balanced([1.2, 0.8], [0.0, 0.0], [0.0, 0.0], [1.0, 0.0], 1.5, 0.025)
+    assert nothing == pytest.approx([1.2, 0.8])
+    one = balanced([1.0, 1.0], [0.0, 1.0], [0.0, 0.5], [1.0, 1.0], 1.5, 0.01)
+    assert sum(one) == pytest.approx(2.0) and one[0] < 1.0 < one[1]
+
+
 @pytest.mark.acid("loss_weighting", 4)
 @pytest.mark.parametrize("form", ["dwa", "gradnorm"])
 def test_weights_move_are_logged_and_last(form, runs):

@@ -126,7 +126,7 @@ class LossWeighting(Strategy):
 
 def averaged(before: list[float], earlier: list[float], temperature: float) -> list[float]:
     """Weights from the mean losses of two epochs: M softmax(before / earlier / T)."""
-    ratio = torch.tensor(before, dtype=torch.float64) / torch.tensor(earlier, dtype=torch.float64)
+    ratio = _positive(before) / _positive(earlier)
     return [len(before) * w for w in torch.softmax(ratio / temperature, 0).tolist()]
 
 
@@ -135,10 +135,15 @@ def balanced(
 ) -> list[float]:
     """Weights after one step down  sum_i | w_i n_i - mean(w n) r_i^a |,  whose aims are held fixed."""
     w, n = torch.tensor(weights, dtype=torch.float64), torch.tensor(norms, dtype=torch.float64)
-    fallen = torch.tensor(losses, dtype=torch.float64) / torch.tensor(first, dtype=torch.float64)
+    fallen = _positive(losses) / _positive(first)
     aim = (w * n).mean() * (fallen / fallen.mean()) ** power
     moved = (w - rate * torch.sign(w * n - aim) * n).clamp(min=1e-6)
     return [float(x) for x in len(weights) * moved / moved.sum()]
+
+
+def _positive(losses: list[float]) -> Tensor:
+    """Losses to divide by: rows that are known by heart have one of exactly 0."""
+    return torch.tensor(losses, dtype=torch.float64).clamp(min=1e-6)
 
 
 def _set_aside(course: Course, number: int, summed: dict[str, Tensor]) -> None:

@@ -10,8 +10,9 @@ exp(5 (t/T - 1)) (exp), or 1 (none).
 Each step has its usual labelled rows, and `ratio` times as many of the set `unlabelled`, drawn by seed and step. Both
 means are over all rows of their kind, also those whose bracket is 0.
 
-Paper: arXiv:1904.12848. lambda = 1, tau = .4, beta = .8 and some 7 rows to a labelled one are quoted for it. It changes
-texts by translation there and back, or by words of small weight; here by words at random. The 5 is our choice.
+Paper: arXiv:1904.12848. lambda = 1, tau = .4, beta = .8 and some 7 rows to a labelled one are quoted for it, the 5 for
+its code. It changes texts by translation there and back, or by words of small weight; here by words at random. Its code
+divides by the labelled rows that count; here by all of them, so that a step may be cut.
 
 Neutral: ratio = 0.
 Cost: ratio times more rows in every step, and a forward pass more.

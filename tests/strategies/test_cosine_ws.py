@@ -7,6 +7,7 @@ import pytest
 import torch
 from in_memory import Runs
 
+from luthier.core import CompositionError
 from luthier.runs.spec import BatchSpec
 from luthier.training import STRATEGIES
 from luthier.training.course import Piece
@@ -104,6 +105,13 @@ def test_cosine_ws_the_copy_changes_only_every_so_many_steps(runs, monkeypatch):
     moved = [k + 1 for k in range(1, 10) if any(not torch.equal(copies[k][n], t) for n, t in copies[k - 1].items())]
     assert moved == [3, 6, 9]  # steps 1 and 2 learn labels; the first copy is of what they made
     assert all(torch.equal(t, weights[1][n]) for n, t in copies[2].items())
+
+
+def test_cosine_ws_nobody_beside_it_reads_labels_and_what_weighs_them_at_first_may(runs):
+    for beside in ("cosine_ws+scl", "scl+cosine_ws", "cosine_ws+data_select"):
+        with pytest.raises(CompositionError, match="would read labels after the first steps"):
+            runs.loop(beside, "lora", "bert-dry", batch=WIDE)
+    runs.after("cosine_ws+class_weights+llrd", "lora", "bert-dry", steps=3, batch=WIDE)
 
 
 def test_cosine_ws_reads_no_label_after_the_first_steps(runs):

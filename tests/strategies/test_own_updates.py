@@ -107,6 +107,8 @@ def test_mezo_learns_from_a_count_of_errors(runs):
     slopes = [row["mezo.slope"] for row in loop.run.rows if row["event"] == "step"]
     wrong = [s * 2 * 0.1 * 6 for s in slopes]  # a difference of whole numbers of wrong answers
     assert any(slopes) and all(abs(w - round(w)) < 1e-4 for w in wrong)
+    with pytest.raises(CompositionError, match="focal changes the loss, and wrong answers are counted"):
+        runs.loop("mezo+focal", "lora", **given)
     with pytest.raises(ConfigError, match="mezo cannot learn the task causal_lm: wrong answers are counted"):
         runs.loop("mezo", "lora", "llama", values={"mezo.aim": "errors"})
 

@@ -98,7 +98,7 @@ def test_uda_nothing_is_lost_where_nothing_is_changed(runs):
 
 
 def test_uda_nobody_beside_it_reads_labels_that_are_none(runs):
-    for beside in ("scl", "focal"):
+    for beside in ("scl", "focal", "data_select"):
         with pytest.raises(CompositionError, match="would read the labels of rows that have none"):
             runs.loop(f"uda+{beside}", kind="bert-dry", batch=WIDE)
     assert runs.after("uda+llrd", "full", "bert-dry", steps=2, batch=WIDE)

@@ -32,11 +32,11 @@ from luthier.core import above, at_least, key
 from luthier.data.batches import Batch
 from luthier.data.tasks import Task
 from luthier.runs.spec import OptimSpec
-from luthier.surgery import Group
+from luthier.surgery import Group, Method
 from luthier.training.course import Course
 from luthier.training.optimiser import Optimiser
 from luthier.training.seeded_descent import SeededDescent
-from luthier.training.strategy import STRATEGIES, Strategy
+from luthier.training.strategy import STRATEGIES, Strategy, fills
 
 
 @STRATEGIES.register("mezo", family="gradient", paper="arXiv:2305.17333")
@@ -51,6 +51,11 @@ class MeZO(Strategy):
     eps: Annotated[float, "how far the weights are moved to either side", above(0)] = 1e-3
     seeds: Annotated[int, "directions tried in a step", at_least(1)] = 1
     aim: Annotated[Literal["loss", "errors"], "what is to fall: the loss, or the share of wrong answers"] = "loss"
+
+    def conflicts(self, other: Strategy | Method) -> str | None:
+        if self.aim == "errors" and isinstance(other, Strategy) and (fills(other, "loss") or fills(other, "weigh")):
+            return f"{other.name} changes the loss, and wrong answers are counted without one. Use mezo.aim = loss."
+        return None
 
     def suits(self, task: Task) -> str | None:
         counted = task.name == "classification" and not task.multi_label

@@ -24,7 +24,7 @@ from torch import Tensor
 from luthier.data.tasks import Task
 from luthier.surgery import Method
 from luthier.training.course import Course, Piece
-from luthier.training.strategy import STRATEGIES, Strategy
+from luthier.training.strategy import STRATEGIES, Strategy, fills
 
 
 @STRATEGIES.register("contrastive", family="loss", paper="arXiv:2209.11055")
@@ -38,6 +38,8 @@ class Contrastive(Strategy):
     def conflicts(self, other: Strategy | Method) -> str | None:
         if isinstance(other, Method) and (not other.through_trunk or other.name == "head_only"):
             return f"what {other.name} trains does not move the trunk's states. Use a method inside the trunk."
+        if isinstance(other, Strategy) and any(fills(other, moment) for moment in ("loss", "weigh")):
+            return f"{other.name} changes the task's loss, and in its place pairs are learnt. Use one of the two."
         return None
 
     def suits(self, task: Task) -> str | None:

@@ -32,7 +32,7 @@ from luthier.core import at_least, between
 from luthier.data.tasks import Task
 from luthier.surgery import Method
 from luthier.training.course import Course, Piece
-from luthier.training.strategy import STRATEGIES, Strategy
+from luthier.training.strategy import STRATEGIES, Strategy, fills
 from luthier.training.told import told_of
 
 
@@ -57,6 +57,8 @@ class CosineWS(Strategy):
     def conflicts(self, other: Strategy | Method) -> str | None:
         if isinstance(other, Method) and not other.through_trunk:
             return f"what {other.name} trains does not move the trunk's states. Use a method inside the trunk."
+        if isinstance(other, Strategy) and any(fills(other, moment) for moment in ("loss", "batches")):
+            return f"{other.name} would read labels after the first steps, when none is read. Use one of the two."
         return None
 
     def suits(self, task: Task) -> str | None:

@@ -69,7 +69,7 @@ class UDA(Strategy):
     anneal: Annotated[Literal["none", "linear", "log", "exp"], "how known labelled rows come back"] = "none"
 
     def conflicts(self, other: Strategy | Method) -> str | None:
-        if isinstance(other, Strategy) and (fills(other, "loss") or fills(other, "weigh")):
+        if isinstance(other, Strategy) and any(fills(other, moment) for moment in ("loss", "weigh", "batches")):
             return f"{other.name} would read the labels of rows that have none. Use one of the two."
         return None
 

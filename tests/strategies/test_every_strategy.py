@@ -113,16 +113,21 @@ def test_a_micro_batch_costs_the_passes_that_are_stated(name, runs):
     loop = runs.loop(name, kind=own["kind"], values={}, **given)
     loop.moments.start()
     counted = {"graph": 0, "alone": 0, "backward": 0}
+    model, block, states = loop.tuned.model, loop.tuned.anatomy.blocks[-1].path, []
+
+    def kept(module, args, out):
+        states.append(out if isinstance(out, torch.Tensor) else out[0])
 
     def seen(module, args, out):
-        logits = out.logits
-        counted["graph" if logits.requires_grad else "alone"] += 1
-        if logits.requires_grad:
-            logits.register_hook(lambda slope: counted.__setitem__("backward", counted["backward"] + 1))
+        (last,) = states[-1:]  # not the logits: a loss may be made of what stands below them
+        counted["graph" if out.logits.requires_grad else "alone"] += 1
+        if out.logits.requires_grad:
+            last.register_hook(lambda slope: counted.__setitem__("backward", counted["backward"] + 1))
 
-    handle = loop.tuned.model.register_forward_hook(seen)
+    handles = [model.get_submodule(block).register_forward_hook(kept), model.register_forward_hook(seen)]
     loop._train_step(0, loop.feed.cut(0))
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     assert counted["graph"] == counted["backward"] == 1 + cls.extra_passes, counted
     assert counted["alone"] == cls.extra_forwards, counted
 

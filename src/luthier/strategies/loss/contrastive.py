@@ -57,8 +57,7 @@ class Contrastive(Strategy):
         labels = piece.batch.labels
         assert labels is not None
         apart = self.pairs(seen.pooled(piece.batch).float(), labels)
-        # The head stays in the graph, at no weight: a pass goes backward whole, as its cost says.
-        result.loss = len(labels) * apart + 0.0 * result.loss
+        result.loss = len(labels) * apart
         return result
 
     def pairs(self, states: Tensor, labels: Tensor) -> Tensor:

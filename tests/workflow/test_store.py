@@ -90,6 +90,8 @@ def test_a_run_over_codes_resumes_to_the_bit_answers_and_merges(tmp_path: Path, 
     assert train(model, data, out=str(out), stop_at=2, rank=2, store=store, **WORDS).record.status == "paused"
     found = resume(out).record
     assert found.status == "finished" and found.bit_exact and found.spec["store"] == store
+    parts = ("weights", "trained", "gradients", "optimiser")
+    assert [found.forecast[part] for part in parts] == [found.memory[part] for part in parts]
     whole = train(model, data, out=str(tmp_path / "whole"), rank=2, store=store, **WORDS)
     tuning = (out / "tuning" / "tuning.safetensors").read_bytes()
     assert tuning == (Path(whole.path) / "tuning" / "tuning.safetensors").read_bytes()

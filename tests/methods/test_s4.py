@@ -3,10 +3,11 @@
 import math
 
 import pytest
+import transformers as hf
 from methods.sizes import anatomy_of
 from tiny import tiny
 
-from luthier.core import ConfigError
+from luthier.core import AnatomyError, ConfigError
 from luthier.methods.hybrid.s4 import HOLDS, S4, sizes
 from luthier.methods.parts.layer_plan import cost_of
 from luthier.surgery import attach, method
@@ -70,6 +71,18 @@ def test_without_biases_their_part_goes_to_the_others():
     plan = S4(share=0.1).plan(attach(tiny("mistral", num_hidden_layers=6), "lora").anatomy)
     assert not any(here.biases for here in plan.values())
     assert plan["", 5].prefix and plan["", 5].lora
+
+
+@pytest.mark.parametrize(
+    ("attends", "says"),
+    [((0, 2, 3), "s4: layer 1 of this lfm2 model has no attention"), ((1, 2, 3), "s4: this lfm2 model has 'attn.q'")],
+)
+def test_a_layer_without_attention_is_refused_by_name(attends, says):
+    kinds = ["full_attention" if n in attends else "conv" for n in range(4)]
+    sizes_of_it = {"hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 4, "num_key_value_heads": 2}
+    given = hf.Lfm2Config(vocab_size=131, num_hidden_layers=4, layer_types=kinds, pad_token_id=0, **sizes_of_it)
+    with pytest.raises(AnatomyError, match=says):
+        attach(hf.Lfm2ForCausalLM(given), "s4", share=0.1)
 
 
 def test_a_share_that_is_too_small_is_refused():

@@ -63,6 +63,7 @@ class S4(Method):
 
         Raises:
             ConfigError: the share is too small for one of each strategy.
+            AnatomyError: a layer has no place for one.
         """
         head = sum(math.prod(anatomy.tensors[n]) for n in anatomy.head_tensors)
         layers = layers_of(anatomy)
@@ -82,7 +83,7 @@ class S4(Method):
         each = (budget - fixed) // len(sized)
         chosen = {"biases": 1} if fixed else {}
         for kind in sized:
-            one, two = (cost_of(anatomy, layer, kind, size) for size in (1, 2))
+            one, two = (cost_of(anatomy, layer, kind, size, self.name) for size in (1, 2))
             chosen[kind] = 1 + (each - one) // (two - one)
             if chosen[kind] < 1:
                 raise ConfigError(

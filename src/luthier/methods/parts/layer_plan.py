@@ -78,16 +78,26 @@ def plan_params(anatomy: Anatomy, plan: Plan) -> int:
     return sum(cost_of(anatomy, layer, kind, getattr(here, kind)) for layer, here in plan.items() for kind in kinds)
 
 
-def cost_of(anatomy: Anatomy, layer: Layer, kind: str, size: int) -> int:
-    """Numbers of one part of one layer; what is absent costs nothing."""
+def cost_of(anatomy: Anatomy, layer: Layer, kind: str, size: int, asked_by: str = "") -> int:
+    """Numbers of one part of one layer; what is absent costs nothing.
+
+    Raises:
+        AnatomyError: the layer has no place for it.
+    """
     if size == 0:
         return 0
     if kind == "adapter":
-        return bottleneck_params(_sites(anatomy, layer, "ffn_out", ""), size)
+        return bottleneck_params(_sites(anatomy, layer, "ffn_out", asked_by), size)
     if kind == "lora":
-        return size * sum(s.d_in + s.d_out for s in _sites(anatomy, layer, ("attn.q", "attn.v"), ""))
+        return size * sum(s.d_in + s.d_out for s in _sites(anatomy, layer, ("attn.q", "attn.v"), asked_by))
     if kind == "prefix":
-        return size * sum(2 * a.n_kv_heads * a.d_head for a in _attentions(anatomy, layer))
+        here = _attentions(anatomy, layer)
+        if not here:
+            raise AnatomyError(
+                f"{asked_by}: layer {layer[1]} of this {anatomy.model_type} model has no attention, so no keys can be "
+                "put before those of the text there. Use lora, or another method."
+            )
+        return size * sum(2 * a.n_kv_heads * a.d_head for a in here)
     return sum(math.prod(anatomy.tensors[name]) for name in _biases(anatomy, layer))
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from little import little_spec
 from methods.checks import counted, logits, stir, train
+from methods.sizes import anatomy_of
 from tiny import inputs, tiny
 
 from luthier import train as run
@@ -169,6 +170,6 @@ def test_what_leaves_nothing_is_refused():
     with pytest.raises(ConfigError, match=r"adapterdrop\.without: 3 of 3 layers leave none"):
         attach(tiny("bert"), "adapterdrop", without=3)
     with pytest.raises(CompositionError, match="attach nothing to a layer"):
-        method("bitfit+adapterdrop").n_params(tiny("bert") and attach(tiny("bert"), "lora").anatomy)
+        method("bitfit+adapterdrop").n_params(anatomy_of("bert"))
     with pytest.raises(CompositionError, match="cannot be counted by another modifier"):
         method("lora+adapterdrop+sparse_adapter", {"training": "specialised", "without": 1})

@@ -184,7 +184,7 @@ def test_a_stopped_run_goes_on_to_the_bit(tmp_path):
 
 
 def test_what_it_cannot_stand_on_or_beside_is_refused():
-    with pytest.raises(AnatomyError, match="would depend on later ones"):
+    with pytest.raises(AnatomyError, match="would pick tokens by later ones"):
         attach(tiny("gpt2"), "coda")
     with pytest.raises(CompositionError, match="takes the calls of blocks over"):
         attach(tiny("bert"), "coda+lst")

@@ -35,8 +35,9 @@ import torch
 from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy, Site
-from luthier.core import AnatomyError, above, at_least
+from luthier.core import above, at_least
 from luthier.methods.parts.bottleneck import Bottleneck
+from luthier.methods.parts.encoder_ends import encoder_ends
 from luthier.methods.parts.trial_pass import try_pass
 from luthier.surgery import METHODS, Attach, Edit, Method, TunedView
 
@@ -73,13 +74,8 @@ class CoDA(Method):
         return None
 
     def _blocks(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        if anatomy.is_decoder:
-            raise AnatomyError(
-                f"coda: the tokens that a {anatomy.model_type} decoder picks would depend on later ones, which are not "
-                "there when it writes. Use parallel_adapter."
-            )
-        found = anatomy.sites("block_out", asked_by="coda")
-        return tuple(s for s in found if s.stack in ("", "encoder"))
+        why = "would pick tokens by later ones, which are not there when it writes. Use parallel_adapter."
+        return encoder_ends(anatomy, "coda", why)
 
 
 class Routed(Bottleneck):

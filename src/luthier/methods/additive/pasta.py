@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy, Site
-from luthier.core import AnatomyError, ConfigError, ModelError, at_least, between
+from luthier.core import ConfigError, ModelError, at_least, between
+from luthier.methods.parts.encoder_ends import encoder_ends
 from luthier.surgery import METHODS, Attachment, Edit, Method, attach_each
 
 
@@ -70,13 +71,10 @@ class PASTA(Method):
 
     def _blocks(self, anatomy: Anatomy) -> tuple[Site, ...]:
         anatomy.sites("embed", asked_by="pasta")
-        if anatomy.is_decoder:
-            raise AnatomyError(
-                f"pasta: a {anatomy.model_type} decoder writes token by token, and which special token is the first of "
-                "a row is not known then. Use prompt_tuning, or lora."
-            )
-        found = anatomy.sites("block_out", asked_by="pasta")
-        return tuple(s for s in found if s.stack in ("", "encoder"))
+        why = (
+            "writes token by token, and does not know which special token is a row's first. Use prompt_tuning, or lora."
+        )
+        return encoder_ends(anatomy, "pasta", why)
 
 
 class AtSpecialTokens(Attachment):

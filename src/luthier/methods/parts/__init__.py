@@ -39,6 +39,7 @@
                       MovesEntries     the same under a mask
     update_masks      choose_masks     a share of the model's own numbers that may move
                       kept, maskable, sizes_of, Over, Scope
+    encoder_ends      encoder_ends     where an encoder's blocks end; a decoder is refused
     cache_room        kept_keys        what an attachment keeps of each token in the model's own cache
                       make_room
     prompt            Prompt           vectors before the text, drawn or copied from word embeddings

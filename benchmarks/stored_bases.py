@@ -74,6 +74,9 @@ def starts(name: str, more: bool) -> list[str]:
             print(lines[-1], flush=True)
             if tuned is not None:
                 tuned.detach()
+        if store == "nf4":
+            size -= sum(p.nbytes for p in model.parameters()) // 2
+            lines += [f"| {store}, the rest in bf16 | - | {size / 1e6:.0f} | {size / whole:.3f} | - | - |"]
     return lines
 
 

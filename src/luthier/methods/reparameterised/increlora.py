@@ -23,10 +23,10 @@ Claims: better than LoRA and AdaLoRA at small budgets.
 Cost: while it grows, what each site reads and its gradient there are kept until the step is over.
 Use it when: the budget is one or two ranks per site, and nobody knows which layers need more.
 Not when: the run has a few dozen steps only: a score needs steps before it says anything.
-Pitfalls: a score grows with what a site has learnt, so who leads early may take all. In small trials the site of which
-the rows tell got most in 30 of 30 where no other could make up for it, and in 3 of 12 where others could. A rate whose
-epsilon hides gradients of 1e-5 size keeps those that wait where they were drawn. Nothing of it decays, since decay
-would eat what waits.
+Pitfalls: a score grows with what a site has learnt, so who leads early may take all. The site of which the rows tell
+gets most where no other can make up for it (tests/methods/test_increlora.py), and seldom else. A rate whose epsilon
+hides gradients of 1e-5 size keeps those that wait where they were drawn. Nothing of it decays, since decay would eat
+what waits.
 """
 
 import math

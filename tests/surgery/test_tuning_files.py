@@ -12,6 +12,7 @@ import torch
 from cells import shake
 from kinds import KINDS, logits, make, prepared
 from tiny import inputs, tiny
+from unusual import llama
 
 from luthier.core import IntegrityError, LuthierError, UnknownName, WrongBase
 from luthier.surgery import Tuned, attach, load, read_tuning
@@ -255,3 +256,12 @@ def test_a_tuning_learns_on_where_asked(tmp_path: Path) -> None:
     model(**batch).loss.backward()
     assert all(p.grad is not None for p in tuned.trained().values())
     assert UnknownName.exit_code == 2
+
+
+def test_a_base_that_is_all_trunk_is_read_once_for_each_type(tmp_path: Path) -> None:
+    for tied in (True, False):
+        tuned = attach(llama(tie_word_embeddings=tied), "lora")
+        tuned.save(tmp_path / str(tied))
+        base = read_tuning(tmp_path / str(tied))["base"]
+        assert (base["trunk_bf16"] == base["sha256_bf16"]) == tied  # a head of its own is no part of the trunk
+        assert len(tuned.edited.digests) == (2 if tied else 3)

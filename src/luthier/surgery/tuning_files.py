@@ -51,7 +51,10 @@ def base_digest(edited: EditedModel, dtype: torch.dtype = torch.bfloat16, *, tru
         trunk: of embeddings and blocks alone. A model with its pretrained head of words and one with a new classifier
             have the same: a pooler and a head are not of it.
     """
-    known = (dtype, trunk)
+    heads = set(edited.anatomy.head_tensors)
+    names = [n for n in sorted(edited.anatomy.tensors) if n not in heads]
+    inside = [n for n in names if _of_trunk(n, edited.anatomy)] if trunk else names
+    known = (dtype, inside != names)  # of a model that is all trunk both are one
     if known not in edited.digests:
         originals: dict[int, Tensor] = {
             id(u.parameter): u.kept for t in edited.tunings.values() for u in t.unfrozen.values()
@@ -59,10 +62,7 @@ def base_digest(edited: EditedModel, dtype: torch.dtype = torch.bfloat16, *, tru
         for tensor, copy in edited.base_copies or ():
             originals.setdefault(id(tensor), copy)
         summed = hashlib.sha256()
-        heads = set(edited.anatomy.head_tensors)
-        for name in sorted(edited.anatomy.tensors):
-            if name in heads or (trunk and not _of_trunk(name, edited.anatomy)):
-                continue
+        for name in inside:
             value = _base_value(edited, name, originals)
             # The path inside the backbone: the same encoder may stand in a classifier or alone.
             short = name.removeprefix(f"{edited.anatomy.backbone}.") if edited.anatomy.backbone else name

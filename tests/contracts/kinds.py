@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import pytest
 import torch
 from cells import shake
 from tiny import inputs, tiny
-from tiny_methods import settings
+from tiny_methods import settings, small
 from torch import Tensor
 
+from luthier.core import AnatomyError
 from luthier.surgery import Method, Tuned, attach, method
 
 # name -> settings. The comment names the edit that it stands for.
@@ -35,6 +37,20 @@ def prepared(tuned: Tuned, batch: dict[str, Tensor]) -> Tuned:
             if part.looks_at_data:
                 part.prepare(tuned, [lambda: tuned.model(**batch).loss] * 2)
     return tuned
+
+
+def with_twin(name: str, short: Any, plain: Any) -> tuple[Tuned, Tuned] | None:
+    """The method on a model of quantised layers, and on the same function in plain ones; None where it is refused."""
+    names = list(short.state_dict())
+    try:
+        tuned = attach(short, small(name), train_head=False)
+    except AnatomyError as error:
+        if not any(words in str(error) for words in ("quantised", "no new task head", "bias")):
+            with pytest.raises(AnatomyError):  # then it goes with no decoder, whatever its layers hold
+                attach(plain, small(name), train_head=False)
+        assert list(short.state_dict()) == names
+        return None
+    return tuned, attach(plain, small(name), train_head=False)
 
 
 def shaken(name: str, arch: str = "gpt2", task: str = "", **more: Any) -> tuple[Tuned, Any, dict[str, Tensor]]:

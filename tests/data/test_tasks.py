@@ -91,6 +91,7 @@ def test_prompts_with_responses_go_to_the_kind_of_model_there_is():
         ("seq2seq", Config("llama"), "'llama' is none"),
         ("causal_lm", Config("bert"), "'bert' is an encoder: it sees the tokens"),
         ("causal_lm", Config("t5", both=True), "'t5' is an encoder-decoder"),
+        ("masked_lm", Config("bart", both=True), "masked_lm needs an encoder .*'bart' is none"),
     ],
 )
 def test_a_model_without_the_head_for_the_task_is_refused(asked, config, word):

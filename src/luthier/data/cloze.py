@@ -9,26 +9,16 @@ decoder (the gap ends the template), at the first sentinel of a T5. No new head 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from luthier.core import ConfigError, ModelError
 from luthier.data.columns import Columns
+from luthier.data.infer_task import Kind, kind_of_model
 from luthier.data.tasks import Task
 
-__all__ = ["Kind", "as_cloze", "kind_of_model", "rendered", "words_of"]
+__all__ = ["as_cloze", "rendered", "words_of"]
 
-Kind = Literal["encoder", "decoder", "both"]
 FIELDS = ("text", "pair", "mask")
-
-
-def kind_of_model(config: Any) -> Kind:
-    """What a model is: an encoder reads both ways, a decoder writes, and some have a part for each."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    if getattr(config, "is_encoder_decoder", False):
-        return "both"
-    masked = getattr(config, "model_type", "") in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    return "encoder" if masked and not getattr(config, "is_decoder", False) else "decoder"
 
 
 def as_cloze(task: Task, template: str, words: str | None, columns: Columns, tokenizer: Any, config: Any) -> Task:

@@ -1,7 +1,7 @@
 """Which task a run learns: asked for, or read from the columns, the labels and the model."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from luthier.core import DataError, ModelError, UnknownName, near
 from luthier.data.columns import Columns
@@ -12,7 +12,19 @@ from luthier.data.tag_tasks import token_classification, words_and_tags
 from luthier.data.tasks import Task
 from luthier.runs.spec import TASKS
 
-__all__ = ["infer_task"]
+__all__ = ["Kind", "infer_task", "kind_of_model"]
+
+Kind = Literal["encoder", "decoder", "both"]
+
+
+def kind_of_model(config: Any) -> Kind:
+    """What a model is: an encoder reads both ways, a decoder writes, and some have a part for each."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    if getattr(config, "is_encoder_decoder", False):
+        return "both"
+    masked = getattr(config, "model_type", "") in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return "encoder" if masked and not getattr(config, "is_decoder", False) else "decoder"
 
 
 def infer_task(
@@ -43,25 +55,22 @@ def infer_task(
             name = "seq2seq" if both else "causal_lm"
         else:
             name = "causal_lm"
-    _refuse_model(name, both, model_config)
+    if model_config is not None:
+        _refuse_model(name, model_config)
     makers: dict[str, Callable[[Table, Columns], Task]] = {
         "classification": classification,
         "regression": regression,
         "token_classification": token_classification,
-        "causal_lm": lambda table, columns: Task(name="causal_lm"),
-        "seq2seq": lambda table, columns: Task(name="seq2seq"),
-        "masked_lm": lambda table, columns: Task(name="masked_lm"),
-        "span_corruption": lambda table, columns: Task(name="span_corruption"),
     }
-    task = makers[name](train, columns)
+    task = makers[name](train, columns) if name in makers else Task(name=name)
     if test is not None:
         _check_test(task, test, columns)
     return task
 
 
-def _refuse_model(name: str, both: bool, model_config: Any) -> None:
-    if model_config is None:
-        return
+def _refuse_model(name: str, model_config: Any) -> None:
+    reads = kind_of_model(model_config)
+    both = reads == "both"
     kind = getattr(model_config, "model_type", type(model_config).__name__)
     if name == "seq2seq" and not both:
         raise ModelError(
@@ -73,7 +82,7 @@ def _refuse_model(name: str, both: bool, model_config: Any) -> None:
             f"task span_corruption needs an encoder-decoder such as T5; {kind!r} is none. Use --task masked_lm with an "
             "encoder, or --task causal_lm with a decoder."
         )
-    if name == "masked_lm" and not _reads_both_ways(model_config):
+    if name == "masked_lm" and reads != "encoder":
         other = "span_corruption, as T5 learnt it," if both else "causal_lm"
         raise ModelError(
             f"task masked_lm needs an encoder such as BERT; {kind!r} is none. Use --task {other} or another model."
@@ -83,18 +92,11 @@ def _refuse_model(name: str, both: bool, model_config: Any) -> None:
             f"task causal_lm needs a decoder such as Llama or GPT-2; {kind!r} is an encoder-decoder."
             " Use --task seq2seq with prompt and response columns, or another model."
         )
-    if name == "causal_lm" and _reads_both_ways(model_config):
+    if name == "causal_lm" and reads == "encoder":
         raise ModelError(
             f"task causal_lm needs a decoder such as Llama or GPT-2; {kind!r} is an encoder: it sees the tokens it"
             " should predict. Give a column of labels (--label), or use a decoder."
         )
-
-
-def _reads_both_ways(model_config: Any) -> bool:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    masked = getattr(model_config, "model_type", "") in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    return masked and not getattr(model_config, "is_decoder", False)
 
 
 def _check_test(task: Task, test: Table, columns: Columns) -> None:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from luthier.core import ConfigError, IntegrityError, Interrupted, Locked, plain
-from luthier.data.cloze import Kind, kind_of_model
 from luthier.data.columns import Columns
+from luthier.data.infer_task import Kind, kind_of_model
 from luthier.data.load_data import load_data, load_inputs
 from luthier.data.rows import Table
 from luthier.data.sets import named_sources

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from in_memory import Runs
+from in_memory import Runs, alike
+from little import little_model
 
 from luthier.core import ConfigError
 from luthier.runs.spec import BatchSpec
@@ -95,6 +96,14 @@ def test_early_exit_the_loss_is_the_mean_weighted_by_depth(runs):
     found = one.loss(course, Piece(batch=batch, index=0, n_targets=1), lambda: course.forward(batch)).loss
     mean = (losses[0] + 2 * losses[1] + 3 * losses[2]) / 6
     torch.testing.assert_close(found.detach(), 0.25 * losses[2] + 0.75 * mean)
+
+
+def test_early_exit_of_a_model_of_one_block_is_the_plain_run(runs):
+    model = str(little_model(runs.home / "one", "bert", num_hidden_layers=1))
+    loops = [runs.loop(name, "full", "bert", steps=2, batch=WIDE, model=model) for name in ("early_exit", None)]
+    for loop in loops:
+        loop.run_to()
+    assert alike(*loops, 1e-6)
 
 
 def test_early_exit_low_blocks_answer_better_than_without(runs, learnt):

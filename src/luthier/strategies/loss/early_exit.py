@@ -67,8 +67,9 @@ class EarlyExit(Strategy):
             course.objective.loss(exits.logits(piece.batch.inputs, x), piece.batch.labels)
             for x in states[: exits.n_layers - 1]
         ]
+        each.append(result.loss)
         course.note("first", float(each[0].detach()) / max(1, piece.n_targets))
-        total = sum((n * loss for n, loss in enumerate([*each, result.loss], 1)), result.loss.new_zeros(()))
+        total = sum((n * loss for n, loss in enumerate(each, 1)), result.loss.new_zeros(()))
         mean = total / (exits.n_layers * (exits.n_layers + 1) / 2)
         result.loss = (1 - self.weight) * result.loss + self.weight * mean
         return result

@@ -176,7 +176,7 @@ def test_who_moves_the_numbers_is_said_once_and_needs_a_rate(runs, tmp_path):
     refused("optim.name is sgd, and strategy mezo moves the numbers itself", optim=OptimSpec(name="sgd", lr=0.1))
     refused("precision fp16 needs all gradients", precision="fp16")
     refused("recheck = 2 needs all gradients.*recheck = 0", recheck=2)
-    refused("mezo makes no backward pass: strategy l2_sp fills penalty", strategy="mezo+l2_sp")
+    refused("mezo makes no backward pass: strategy l2_sp fills penalty. Leave it or mezo out", strategy="mezo+l2_sp")
     refused("mezo makes no backward pass: adalora looks at the gradients", method="adalora")
     refused(
         "needs the rows of a step together: batch.accumulate is 2",

@@ -35,18 +35,20 @@ def refuse_inexact(
         ConfigError: a step of several backward passes; a method that wants to see all gradients of a step.
     """
     wrong = []
-    who = next((one.name for one in strategies if fills(one, "optimiser")), f"optim.name = {spec.optim.name}")
+    owner = next((one.name for one in strategies if fills(one, "optimiser")), None)
+    who = owner or f"optim.name = {spec.optim.name}"
+    instead = f"Leave it or {owner} out." if owner else "Use optim.name = sgd or adamw with it."
     if isinstance(optimiser, Lomo) and (reason := why_cut(spec, batches)):
         wrong.append(f"a gradient that is dropped at once cannot be summed over micro-batches: {reason}")
     for tuning in tuned.tunings.values():
         for part in tuning.method.parts():
             for name, why in _WANTS.items():
                 if getattr(type(part), name) is not getattr(Method, name):
-                    wrong.append(f"{part.name} {why}. Use optim.name = sgd or adamw with it.")
+                    wrong.append(f"{part.name} {why}. {instead}")
     for one in strategies:
         fits = [m for m in _WHOLE_GRADIENT if fills(one, m)]
         if fits and not fills(one, "optimiser"):  # one that has both made them for each other
-            wrong.append(f"strategy {one.name} fills {', '.join(fits)}. Use optim.name = sgd or adamw with it.")
+            wrong.append(f"strategy {one.name} fills {', '.join(fits)}. {instead}")
     if wrong:
         how = "updates inside the backward pass" if isinstance(optimiser, Lomo) else "makes no backward pass"
         raise ConfigError(f"{who} {how}: " + "\n".join(wrong))

@@ -10,6 +10,7 @@ What one phase hands to the next goes through files that stand beside the phases
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,7 +107,7 @@ RECIPE = "recipe.json"
 Phases = Generator[Phase, Done, None]
 
 
-class Recipe:
+class Recipe(ABC):
     """A chain of runs. The file holds the paper and the phases, and nothing else.
 
     Class facts, read from the syntax tree for the listing:
@@ -124,9 +125,9 @@ class Recipe:
     sets: ClassVar[tuple[str, ...]] = ()
     tiny: ClassVar[dict[str, Any]] = {}
 
+    @abstractmethod
     def phases(self, plan: Plan, desk: Desk) -> Phases:
         """Yields each phase, and is sent what came out of it."""
-        raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
         """The settings as plain values."""

@@ -81,7 +81,7 @@ class Course:
     cut_rows: Callable[[NDArray[np.int64], tuple[int, ...]], list[Batch]] | None = None
     precision: Precision | None = None
     models: Mapping[str, OtherModel] = field(default_factory=dict)
-    numbers: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    numbers: dict[str, nn.Parameter] = field(default_factory=dict)
 
     @property
     def step(self) -> int:

@@ -335,10 +335,9 @@ def _join(one: Strategy, course: Course) -> None:
     """Let a strategy's own numbers train."""
     with keyed(course.seed, "numbers", one.name):
         found = one.numbers(course)
-    own = {n: nn.Parameter(value.detach().clone().to(course.device)) for n, value in found.items()}
-    for n, parameter in own.items():
-        course.optimiser.join(f"{one.name}/{n}", parameter)
-    object.__setattr__(course, "numbers", own)
+    for n, value in found.items():
+        course.numbers[n] = nn.Parameter(value.detach().clone().to(course.device))
+        course.optimiser.join(f"{one.name}/{n}", course.numbers[n])
 
 
 def _around_method(part: Method, tuned: Tuned, inner: Callable[[], Any]) -> Callable[[], Any]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from luthier.anatomy import Anatomy
 from luthier.data.batches import Batch
 from luthier.data.tasks import Task
+from luthier.surgery import Tuned
 from luthier.training.objective import Result
 from luthier.training.told import log_chances, told_of
 
@@ -30,6 +33,12 @@ class OtherModel:
     name: str
     answers: Tensor | None = field(default=None, repr=False)
     model: Any = field(default=None, repr=False)
+
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        """Of a model that is asked live, with a tuning or without one."""
+        tuned = Tuned.of(self.model)
+        return tuned.anatomy if tuned is not None else Anatomy.read(self.model)
 
     def logits(self, batch: Batch) -> Tensor:
         """Its logits for a batch, without gradient: (rows, classes), or (rows, tokens, classes)."""

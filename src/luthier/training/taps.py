@@ -14,15 +14,8 @@ from luthier.core import AnatomyError, ConfigError
 from luthier.data.batches import Batch
 from luthier.data.examples import IGNORED
 from luthier.data.tasks import Task
-from luthier.surgery import Tuned
 
-__all__ = ["anatomy_of", "heads_apart", "layer_sites", "real_pairs", "seen_inside", "targets_by_row"]
-
-
-def anatomy_of(model: Any) -> Anatomy:
-    """Of a model with a tuning, or of one without."""
-    tuned = Tuned.of(model)
-    return tuned.anatomy if tuned is not None else Anatomy.read(model)
+__all__ = ["heads_apart", "layer_sites", "real_pairs", "seen_inside", "targets_by_row"]
 
 
 @contextmanager

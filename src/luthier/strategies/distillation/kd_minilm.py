@@ -34,7 +34,7 @@ from luthier.core import ConfigError, at_least, between
 from luthier.runs.spec import RunSpec
 from luthier.training.course import Course, Piece
 from luthier.training.strategy import STRATEGIES, Strategy
-from luthier.training.taps import anatomy_of, heads_apart, layer_sites, real_pairs, seen_inside, targets_by_row
+from luthier.training.taps import heads_apart, layer_sites, real_pairs, seen_inside, targets_by_row
 
 KINDS = ("attn.q", "attn.k", "attn.v")
 
@@ -60,7 +60,7 @@ class KDMiniLM(Strategy):
             raise ConfigError("kd_minilm.teacher: no teacher is named. Give a finished run: --set teacher=runs/large.")
 
     def start(self, course: Course) -> None:
-        theirs = anatomy_of(course.models["teacher"].model)
+        theirs = course.models["teacher"].anatomy
         for who, anatomy, layer in (("the student", course.tuned.anatomy, 0), ("the teacher", theirs, self.layer)):
             for site in self._sites(who, anatomy, layer):
                 if site.d_out % self.heads:
@@ -75,7 +75,7 @@ class KDMiniLM(Strategy):
         student: Any = course.tuned.model
         teacher, anatomy = course.models["teacher"], course.tuned.anatomy
         mine = self._sites("the student", anatomy, 0)
-        theirs = self._sites("the teacher", anatomy_of(teacher.model), self.layer)
+        theirs = self._sites("the teacher", teacher.anatomy, self.layer)
         with seen_inside(student, mine) as ours:
             result = forward()
         with seen_inside(teacher.model, theirs) as wanted:

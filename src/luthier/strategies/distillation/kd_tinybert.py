@@ -33,7 +33,7 @@ from luthier.core import ConfigError, between
 from luthier.runs.spec import RunSpec
 from luthier.training.course import Course, Piece
 from luthier.training.strategy import STRATEGIES, Strategy
-from luthier.training.taps import anatomy_of, heads_apart, layer_sites, real_pairs, seen_inside, targets_by_row
+from luthier.training.taps import heads_apart, layer_sites, real_pairs, seen_inside, targets_by_row
 
 KINDS = ("attn.q", "attn.k", "block_out")
 Inside = dict[str, Tensor]
@@ -57,7 +57,7 @@ class KDTinyBERT(Strategy):
             raise ConfigError("kd_tinybert.teacher: no teacher is named. Give a finished run: --set teacher=runs/big.")
 
     def numbers(self, course: Course) -> dict[str, Tensor]:
-        ours, theirs = course.tuned.anatomy, anatomy_of(course.models["teacher"].model)
+        ours, theirs = course.tuned.anatomy, course.models["teacher"].anatomy
         if ours.is_encoder_decoder or theirs.is_encoder_decoder:
             raise ConfigError(
                 "kd_tinybert cannot match layers where a model has an encoder and a decoder: which stack is meant is "
@@ -77,7 +77,7 @@ class KDTinyBERT(Strategy):
             return forward()
         student: Any = course.tuned.model
         teacher, anatomy = course.models["teacher"], course.tuned.anatomy
-        other = anatomy_of(teacher.model)
+        other = teacher.anatomy
         mine = [_sites(anatomy, m) for m in range(anatomy.n_layers)]
         theirs = [_sites(other, -(-(m + 1) * other.n_layers // anatomy.n_layers) - 1) for m in range(anatomy.n_layers)]
         start = layer_sites(other, "block_out")[0].path

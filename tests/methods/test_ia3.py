@@ -6,7 +6,9 @@ from methods.checks import attach_double, logits, stir
 from tiny import HIDDEN, INNER, LAYERS, inputs, tiny
 
 from luthier import kernels
+from luthier.runs.spec import OptimSpec
 from luthier.surgery import attach
+from luthier.training.optimiser import optimiser_of
 
 
 @pytest.mark.acid("ia3", 2)
@@ -68,6 +70,14 @@ def test_decay_pulls_towards_one():
     assert group.decay_to == 1.0
     assert set(group.names) == {n for n in tuned.trained() if not n.startswith("head/")}
     assert len(group.names) == 3 * LAYERS
+    stir(tuned)
+    named = tuned.trained()
+    before = {n: p.detach().clone() for n, p in named.items()}
+    for parameter in named.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimiser_of(OptimSpec(weight_decay=0.5), named, tuned.groups(), 0.1).step(1.0)
+    for name in group.names:
+        torch.testing.assert_close(named[name] - 1, 0.95 * (before[name] - 1))
 
 
 def test_groups_name_the_tensors_where_there_are_several_tunings():

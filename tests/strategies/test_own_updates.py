@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,11 +15,13 @@ from luthier.runs import RunFolder
 from luthier.runs.spec import BatchSpec, OptimSpec
 from luthier.strategies.gradient.lomo import AdaLomo
 from luthier.training import STRATEGIES
+from luthier.training.seeded_descent import SeededDescent
 from luthier.workflow import resume, train
 from luthier.workflow.resume_proof import run_digests
 
 torch.set_num_threads(1)
 WHOLE = BatchSpec(size=6, tokens=4096)
+MeZO = STRATEGIES.get("mezo")
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +102,28 @@ def test_mezo_builds_no_graph_and_holds_one_draw_at_a_time(runs, monkeypatch):
 
 
 @pytest.mark.acid("mezo", 5)
-def test_mezo_learns_from_a_count_of_errors(runs):
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_by_a_count_of_errors_mezo_learns_what_has_no_gradient(seed):
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(60, 4, generator=draw)
+    labels = (x @ torch.randn(4, 3, generator=draw)).argmax(-1)
+    weight = torch.nn.Parameter(torch.zeros(4, 3))
+    course = SimpleNamespace(
+        optimiser=SeededDescent({"w": weight}, [], OptimSpec(lr=1.0, clip=0.0), 1.0), trying=False, seed=seed, step=0,
+        still=nullcontext, note=lambda *_: None, forward=lambda _: SimpleNamespace(logits=x @ weight, labels=labels),
+        tuned=SimpleNamespace(state=SimpleNamespace(constrain=lambda: None)),
+    )  # fmt: skip
+    one, shares = MeZO(aim="errors", eps=0.3, seeds=4), []
+    for course.step in range(60):
+        (share,) = one.gradient(course, [SimpleNamespace(n_targets=60)], None)
+        assert share.grad_fn is None and weight.grad is None
+        course.optimiser.step(1.0)
+        course.optimiser.zero_grad()
+        shares.append(float((x @ weight).argmax(-1).ne(labels).float().mean()))
+    assert shares[-1] < 0.15 and float(labels.bincount().max()) < 0.8 * 60, shares
+
+
+def test_in_a_run_mezos_slopes_are_of_whole_numbers_of_errors(runs):
     given = {"values": {"mezo.aim": "errors", "mezo.eps": 0.1, "mezo.seeds": 4}, "optim": OptimSpec(lr=0.05)}
     loop = runs.loop("mezo", "lora", steps=6, batch=WHOLE, **given)
     before = values(loop)

@@ -1,6 +1,7 @@
 """PASTA: the acid tests of its paper, beside those that every method passes; and what is done at a block's entrance."""
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -81,6 +82,14 @@ def test_rows_with_two_and_with_three_in_one_batch_are_as_alone(beside):
 def test_counts_are_those_of_the_paper():
     for n, wanted in ((2, 18_432), (3, 27_648), (4, 36_864)):
         assert counted("pasta", special=(CLS,), vectors=n) == wanted
+
+
+def test_a_pass_looks_for_special_tokens_once():
+    tuned = tuned_on()
+    with patch.object(AtSpecialTokens, "_found", autospec=True, side_effect=AtSpecialTokens._found) as looks:
+        one, other = logits(tuned.model, batch_of([ONE])), logits(tuned.model, batch_of([PAIR]))
+    assert looks.call_count == 2 and len(tuned.modules(AtSpecialTokens)) == 3
+    assert not torch.allclose(one, other)
 
 
 def test_it_acts_on_the_encoder_of_two_stacks_and_in_generation():

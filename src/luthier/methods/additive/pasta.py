@@ -82,23 +82,34 @@ class AtSpecialTokens(Attachment):
 
     kind = "sequential"
     needs_input = False
+    special: Tensor
 
     def __init__(self, settings: PASTA, d: int) -> None:
         super().__init__()
-        self.special = settings.special
+        self.ids = settings.special
+        self.register_buffer("special", torch.tensor(settings.special), persistent=False)
         self.vectors = nn.Parameter(torch.randn(settings.vectors or 2, d) * (settings.init == "paper") * 0.02)
         self.dropout = nn.Dropout(settings.dropout)
 
     def before(self, x: Tensor) -> Tensor:
-        number = self._numbers(x)  # (rows, tokens), 0 for no special token
+        number = self._numbers()  # (rows, tokens), 0 for no special token
         rows = torch.cat([self.vectors.new_zeros(1, x.shape[-1]), self.dropout(self.vectors)])
         return x + rows[number].view(x.shape)
 
-    def _numbers(self, x: Tensor) -> Tensor:
-        ids, mask, around = self.context.ids, self.context.mask_for("encoder"), self.context.around
+    def _numbers(self) -> Tensor:
+        """Those of this pass, which are the same in every layer: the first of them looks."""
+        ids, memory = self.context.ids, self.context.memory
         if ids is None:
             raise ModelError("pasta: special tokens are found by their ids. Give the text as input_ids.")
-        special = torch.isin(ids, torch.tensor(self.special, device=ids.device))
+        key = ("pasta", self.ids, len(self.vectors))
+        if key not in memory or memory[key][0] is not ids:
+            memory[key] = ids, self._found(ids)
+        found: Tensor = memory[key][1]
+        return found
+
+    def _found(self, ids: Tensor) -> Tensor:
+        mask, around = self.context.mask_for("encoder"), self.context.around
+        special = torch.isin(ids, self.special)
         special = special if mask is None else special & (mask != 0)
         order = special.long().cumsum(-1)
         most = int(order[:, -1].max())

@@ -95,8 +95,6 @@ class Experts(Attachment):
     per_token = False
     keeps_keys = True
 
-    acting: Tensor
-
     def __init__(self, settings: TinyAttention, site: Site, anatomy: Anatomy) -> None:
         super().__init__()
         self.stack, self.layer = site.stack, site.layer or 0
@@ -104,16 +102,23 @@ class Experts(Attachment):
         self.of_norm, self.depth = site.kind == "norm", anatomy.depths[site.stack]
         d, a, dropout = site.d_out, settings.width, settings.dropout
         self.experts = nn.ModuleList(Tiny(d, a, dropout) for _ in range(settings.experts))
-        self.register_buffer("acting", torch.tensor(1))
+        self.acting = 1
+
+    def get_extra_state(self) -> Tensor:
+        """How many act, kept with the numbers and not on the device, where every pass would wait for it."""
+        return torch.tensor(self.acting)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.acting = int(state)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         if self.context.packed:
             raise ModelError("tiny_attention: texts stand one behind the other in a row. Give each a row of its own.")
         start = y if self.of_norm else y + x
         u = start if start.dim() == 3 else start.view(self.context.batch, -1, start.shape[-1])
-        stream, acting = u, int(self.acting)
-        for number, expert in enumerate(self.experts[:acting]):
-            stream = stream + expert(stream, lambda kv, n=number: self._with_past(n, kv), self._seen) / acting
+        stream = u
+        for number, expert in enumerate(self.experts[: self.acting]):
+            stream = stream + expert(stream, lambda kv, n=number: self._with_past(n, kv), self._seen) / self.acting
         return y + (stream - u).view(y.shape)
 
     def _with_past(self, number: int, kv: Tensor) -> Tensor:
@@ -141,7 +146,7 @@ class Experts(Attachment):
             other.load_state_dict(self.experts[0].state_dict())
             weight = other.entry.weight
             weight.add_(1e-6 * torch.randn(weight.shape).to(weight.device))  # drawn on the CPU: alike on any device
-        self.acting.fill_(experts)
+        self.acting = experts
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -149,11 +154,11 @@ class Experts(Attachment):
         mean = self._mean()
         self.experts = self.experts[:1]
         self.experts[0].load_state_dict(mean)
-        self.acting.fill_(1)
+        self.acting = 1
 
     def _mean(self) -> dict[str, Tensor]:
         """In double precision, so that copies of one expert have that expert as their mean."""
-        each = [expert.state_dict() for expert in self.experts[: int(self.acting)]]
+        each = [expert.state_dict() for expert in self.experts[: self.acting]]
         return {n: torch.stack([one[n].double() for one in each]).mean(0).to(t.dtype) for n, t in each[0].items()}
 
     def stored(self) -> dict[str, Tensor]:
@@ -164,7 +169,7 @@ class Experts(Attachment):
         """Take one expert."""
         self.experts = self.experts[:1]
         self.experts[0].load_state_dict(tensors)
-        self.acting.fill_(1)
+        self.acting = 1
 
 
 class Tiny(nn.Module):

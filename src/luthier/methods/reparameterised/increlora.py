@@ -140,6 +140,8 @@ class IncreLoRA(PerSite):
 
     def _grow(self, modules: list["GrownTriplets"], due: int) -> None:
         """Give out `due` triplets, `by` at a time, from the best site down; then from the best again."""
+        if due <= 0:  # as in most steps: no score is read from the device
+            return
         order = sorted(modules, key=lambda m: -m.importance())
         while due > 0 and (free := [m for m in order if m.room()]):
             for module in free[: self.top]:

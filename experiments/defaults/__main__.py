@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from experiments.defaults.baselines import BASELINES, MODEL, score
 from experiments.defaults.page import write
 from experiments.defaults.panel import PANEL, Member, halves
 from experiments.one_run import one_run
+from experiments.results import once, scored
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 METHODS = ("lora",)
@@ -37,37 +35,23 @@ def main() -> None:
     members = [m for m in PANEL if not asked.only or m.name in asked.only]
     for member in members if not asked.no_baselines else ():
         for name in BASELINES:
-            _once(asked.results, {"set": member.name, "what": name, "state": "", "seed": 0}, member, [])
+            which = {"set": member.name, "what": name, "state": "", "seed": 0}
+            once(asked.results, which, partial(_made, which, member, []))
     for seed in range(asked.seeds):
         for method in asked.method or METHODS:
             for member in members:
                 which = {"set": member.name, "what": method, "state": asked.state, "seed": seed}
-                _once(asked.results, which, member, asked.set)
+                once(asked.results, which, partial(_made, which, member, asked.set))
     write(asked.results)
 
 
-def _once(results: Path, which: dict[str, Any], member: Member, given: list[str]) -> None:
-    """Make one result and append it, unless it is there."""
-    known = [json.loads(line) for line in results.read_text("utf-8").splitlines()] if results.exists() else []
-    if any(all(row[k] == v for k, v in which.items()) for row in known):
-        return
+def _made(which: dict[str, Any], member: Member, given: list[str]) -> dict[str, Any]:
     train, test = halves(member)
-    begun = time.monotonic()
-    facts: dict[str, Any] = {}
     if which["what"] in BASELINES:
-        right = score(which["what"], train, test)
-    else:
-        right, facts = _trained(which["what"], which["seed"], train, test, given)
-    facts |= {"accuracy": round(float(np.mean(right)), 4), "rows": len(right)}
-    facts["seconds"] = round(time.monotonic() - begun, 1)
-    with results.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(which | facts) + "\n")
-    print(json.dumps(which | facts), flush=True)
-
-
-def _trained(method: str, seed: int, train: Path, test: Path, given: list[str]) -> tuple[list[bool], dict[str, Any]]:
+        return scored(score(which["what"], train, test))
     with tempfile.TemporaryDirectory() as home:
-        return one_run(MODEL, method, seed, train, test, f"{home}/run", given)
+        right, facts = one_run(MODEL, which["what"], which["seed"], train, test, f"{home}/run", given)
+    return facts | scored(right)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from pathlib import Path
 from typing import Any
 
 from experiments.defaults.panel import PANEL, WORDS
+from experiments.results import known
 
 __all__ = ["write"]
 
@@ -31,7 +31,7 @@ Where they are below it, the run's own last lines name the baseline that wins (`
 
 
 def write(results: Path) -> None:
-    rows = [json.loads(line) for line in results.read_text("utf-8").splitlines()]
+    rows = known(results)
     methods = list(dict.fromkeys(r["what"] for r in rows if r["state"] == "now" and r["what"] != "lora"))
     names = ["words", "probe", "before", "lora", *methods]
     lines = [

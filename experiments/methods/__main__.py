@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from experiments.defaults.baselines import MODEL
 from experiments.defaults.panel import PANEL, Member, halves
 from experiments.methods.page import write
 from experiments.one_run import one_run
+from experiments.results import once, scored
 from luthier.core import Interrupted
 from luthier.samples.store import cache_dir
 from luthier.surgery import METHODS
@@ -35,31 +34,22 @@ def main() -> None:
     names = sorted(asked.only or METHODS.ours(), key=lambda name: name != "head_only")
     for seed in range(0 if asked.page else asked.seeds):
         for name in names:
-            _once(asked.results, name, seed)
+            once(asked.results, {"method": name, "seed": seed}, partial(_made, name, seed))
     write(asked.results)
 
 
-def _once(results: Path, name: str, seed: int) -> None:
-    """Make one result and append it, unless it is there. Of one that stops, why."""
-    known = [json.loads(line) for line in results.read_text("utf-8").splitlines()] if results.exists() else []
-    if any((row["method"], row["seed"]) == (name, seed) for row in known):
-        return
-    begun = time.monotonic()
-    row: dict[str, Any] = {"method": name, "seed": seed}
+def _made(name: str, seed: int) -> dict[str, Any]:
+    """One result; of one that stops, why."""
     try:
         with tempfile.TemporaryDirectory() as home:
             train, test = halves(SET)
             spelt = spelling(name)
             right, facts = one_run(MODEL, spelt, seed, train, test, f"{home}/run", sources=_sources(name))
-        row |= {"accuracy": round(statistics.fmean(right), 4), "rows": len(right), **facts}
+        return scored(right) | facts
     except Interrupted:
         raise
     except Exception as error:  # one that breaks must not keep the others from their turn; the page shows it
-        row["refused"] = f"{type(error).__name__}: {error}"
-    row["seconds"] = round(time.monotonic() - begun, 1)
-    with results.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-    print(json.dumps(row), flush=True)
+        return {"refused": f"{type(error).__name__}: {error}"}
 
 
 def spelling(name: str) -> str:

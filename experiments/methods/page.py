@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.results import known
 from luthier.surgery import METHODS
 
 __all__ = ["write"]
@@ -32,7 +32,7 @@ were not touched.
 
 
 def write(results: Path) -> None:
-    rows = [json.loads(line) for line in results.read_text("utf-8").splitlines()]
+    rows = known(results)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in METHODS.ours()}
     for row in rows:
         found.setdefault(row["method"], []).append(row)

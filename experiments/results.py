@@ -1,0 +1,33 @@
+"""The results of an experiment: one line each, appended as it comes, and none made twice."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["known", "once", "scored"]
+
+
+def known(results: Path) -> list[dict[str, Any]]:
+    """The results that are there."""
+    return [json.loads(line) for line in results.read_text("utf-8").splitlines()] if results.exists() else []
+
+
+def once(results: Path, which: dict[str, Any], make: Callable[[], dict[str, Any]]) -> None:
+    """Append `which` with what `make` gives and the seconds that took, unless a result of `which` is there."""
+    if any(all(row[k] == v for k, v in which.items()) for row in known(results)):
+        return
+    begun = time.monotonic()
+    line = json.dumps({**which, **make(), "seconds": round(time.monotonic() - begun, 1)})
+    with results.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    print(line, flush=True)
+
+
+def scored(right: Sequence[bool]) -> dict[str, Any]:
+    """The share of the rows that were right, and how many there are."""
+    return {"accuracy": round(statistics.fmean(right), 4), "rows": len(right)}

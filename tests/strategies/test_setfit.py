@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from fillers import encoder
+from in_memory import Runs
 from little import little_data, little_spec
 from word_tables import WORDS
 
 from luthier.core import CompositionError, ConfigError
 from luthier.runs import RunFolder
 from luthier.runs.spec import BatchSpec, DataSpec, OptimSpec
+from luthier.surgery import is_head
 from luthier.training import STRATEGIES
 from luthier.trust import safetensors
 from luthier.workflow import train
@@ -45,6 +47,18 @@ def test_setfit_pairs_of_both_kinds_count_alike():
     perfect = torch.eye(2)[[0, 0, 0, 0, 1]]
     assert float(Contrastive().pairs(perfect, torch.tensor([0, 0, 0, 0, 1]))) == 0.0
     assert float(Contrastive().pairs(perfect[:1], labels[:1])) == 0.0, "one row has no pair"
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_setfit_the_head_rests_while_pairs_are_learnt(tmp_path, method):
+    given = {"batch": BatchSpec(size=8, tokens=4096), "optim": OptimSpec(lr=1e-2, weight_decay=0.5)}
+    loop = Runs(tmp_path).loop("contrastive", method, "bert-dry", **given)
+    start = {n: p.detach().clone() for n, p in loop.optimiser.named.items()}
+    loop.run_to()
+    heads = {n for n in start if is_head(n)}
+    assert heads and loop.moments.resting == heads
+    still = {n for n, p in loop.optimiser.named.items() if torch.equal(p.detach(), start[n])}
+    assert still == heads | {n for n in start if "pooler" in n}, "what reads the states does not learn"
 
 
 def test_setfit_body_changes_in_phase_1_and_is_fixed_in_phase_2(tmp_path):

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luthier.data.tasks import Task
-from luthier.surgery import Method
+from luthier.surgery import Method, is_head
 from luthier.training.course import Course, Piece
 from luthier.training.strategy import STRATEGIES, Strategy, fills
 
@@ -48,8 +48,7 @@ class Contrastive(Strategy):
         return None
 
     def trains(self, course: Course) -> Collection[str]:
-        heads = set(course.tuned.anatomy.head_tensors)
-        return [name for name in course.weights() if name.rpartition(":")[2] not in heads]
+        return [name for name in course.weights() if not is_head(name)]
 
     def loss(self, course: Course, piece: Piece, forward: Callable[[], Any]) -> Any:
         with course.states() as seen:

@@ -11,6 +11,7 @@ from luthier.core import ConfigError
 from luthier.runs.spec import BatchSpec
 from luthier.strategies.distillation.kd_minilm import apart
 from luthier.strategies.distillation.kd_tinybert import _states
+from luthier.training.course import Piece
 from luthier.training.taps import real_pairs
 from luthier.workflow import train
 
@@ -43,6 +44,35 @@ def test_kd_tinybert_a_copy_of_the_teacher_has_no_loss(runs):
     assert loss == pytest.approx(0, abs=1e-9)
     assert torch.equal(loop.optimiser.named["kd_tinybert/states"], torch.eye(loop.tuned.anatomy.d))
     assert first_loss(runs, "kd_tinybert", by=0.1)[0] > 1e-4
+
+
+def test_kd_tinybert_is_its_formula_with_each_layer_of_the_student_beside_its_own_of_a_deeper_teacher(runs):
+    deep = little_model(runs.home / "deep", "bert", num_hidden_layers=6)
+    teacher = train(little_spec(runs.home, "ia3", model=str(deep), steps=3, out=str(runs.home / "deep-run"))).path
+    given = {"kd_tinybert.alpha": 1.0, "kd_tinybert.teacher": str(teacher)}
+    loop = runs.loop("kd_tinybert", "lora", "bert-dry", values=given, batch=WHOLE)
+    loop.tuned.model.eval()
+    (one, course), (batch,) = loop.moments._asked[0], loop.feed.cut(0)
+    found = one.loss(course, Piece(batch=batch, index=0, n_targets=6), lambda: course.forward(batch)).loss
+    real = batch.inputs["attention_mask"].bool()
+
+    def inside(model):
+        states = model(**batch.inputs, output_hidden_states=True).hidden_states
+        scores = []
+        for layer, x in zip(model.bert.encoder.layer, states, strict=False):
+            q, k = (m(x).unflatten(-1, (4, -1)) for m in (layer.attention.self.query, layer.attention.self.key))
+            scores.append(torch.einsum("rihd,rjhd->rhij", q, k) / q.shape[-1] ** 0.5)
+        return states, scores
+
+    (ours, own), (theirs, told) = inside(loop.tuned.model), inside(course.models["teacher"].model)
+    assert (len(own), len(told)) == (3, 6)
+    wanted = 0.0
+    for row, mask in enumerate(real):
+        for m in range(4):
+            wanted += (ours[m][row] - theirs[2 * m][row])[mask].square().mean()
+        for m in range(3):
+            wanted += (own[m][row] - told[2 * m + 1][row])[:, mask][:, :, mask].square().mean()
+    assert len(real) == 6 and found.item() == pytest.approx(wanted.item(), rel=1e-4) and found > 1e-3
 
 
 @pytest.mark.acid("kd_minilm", 1)

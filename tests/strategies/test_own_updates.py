@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -95,7 +96,16 @@ def test_mezo_builds_no_graph_and_holds_one_draw_at_a_time(runs, monkeypatch):
         return found
 
     monkeypatch.setattr(type(loop), "_loss", seen)
+    there, most, drawn = weakref.WeakValueDictionary(), [], torch.randn
+
+    def draw(*args, **more):
+        most.append(len(there))
+        made = there[len(most)] = drawn(*args, **more)
+        return made
+
+    monkeypatch.setattr("luthier.training.seeded_descent.torch.randn", draw)
     loop.run_to(2)
+    assert len(most) > 2 * len(loop.optimiser.named) and max(most) == 0, "a draw is gone before the next one is made"
     assert graphs and not any(graphs)
     assert all(p.grad is None for p in loop.optimiser.named.values())
     assert loop.optimiser.state_bytes() == loop.optimiser.gradient_bytes() == 0

@@ -44,6 +44,7 @@ class SeededDescent(Descent):
         """Move everything by `by` along a direction."""
         for _, parameter, z in self.direction(seed):
             parameter.add_(z, alpha=by)
+            del z  # before the next is drawn
 
     def norm(self) -> float:
         """Of the slopes: with one seed its size, which is that of the gradient on average over directions."""
@@ -69,6 +70,7 @@ class SeededDescent(Descent):
                     if decay:
                         parameter.mul_(1 - rate * decay).add_(rate * decay * rest)
                 parameter.add_(z, alpha=-rate * slope / len(self.slopes))
+                del z
         self.updates += 1
 
     def zero_grad(self) -> None:

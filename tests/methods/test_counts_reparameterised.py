@@ -27,6 +27,8 @@ from methods.test_counts import ENCODER_ALL, _counts
         ("llama-7b", "sora", {"sites": ENCODER_ALL}, 19_990_272),
         ("roberta", "increlora", {"sites": ENCODER_ALL, "most": 2}, 331_920),
         ("llama-7b", "increlora", {"sites": ENCODER_ALL, "most": 2}, 4_997_568),
+        ("llama-7b", "longlora", {}, 139_726_848),
+        ("llama-7b", "moelora", {"tasks": 5}, 8_388_608 + 64 * (8 + 5)),
         ("roberta", "dylora", {}, 294_912),
         ("roberta", "delta_lora", {}, 294_912),
         ("llama-7b", "delta_lora", {}, 4_194_304),

@@ -11,7 +11,7 @@ has a gradient, and nothing trains afterwards but a new head; with train=true th
 Huang et al. 2023, "LoraHub: Efficient Cross-Task Generalization via Dynamic LoRA Composition", arXiv:2307.13269,
 section 3. The authors search with an evolution strategy of a library. Here each weight in turn, in a drawn order, goes
 up or down by a step of one; the step is halved when no weight wants to move. At w = 0 only upwards is tried: -w gives
-the same product. Their code sums means of batches over the number of rows; here the loss is the mean over targets.
+the same product. Their code sums means of batches over the number of rows; here steps count alike, each by its mean.
 
 Count: none; with train=true one LoRA, sum over sites of rank * (d_in + d_out). One LoRA is stored.
 Claims: with few rows close to in-context learning, at the cost of a plain prompt.

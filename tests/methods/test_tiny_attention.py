@@ -1,5 +1,7 @@
 """Tiny attention: the acid tests of its paper, beside those that every method passes."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -133,6 +135,16 @@ def test_beside_a_prompt_and_with_a_cache_filled_by_itself_alone():
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]]).expand(3, -1)
     with pytest.raises(ModelError, match="one behind the other in a row"):
         alone.model(input_ids=ids, position_ids=positions)
+
+
+def test_a_cache_that_nobody_holds_is_given_up():
+    tuned = attach(tiny("llama"), "tiny_attention", **ONE)
+    with torch.no_grad():
+        cache = tuned.model(**inputs(tuned.model), use_cache=True).past_key_values
+    held = weakref.ref(cache)
+    del cache
+    gc.collect()
+    assert held() is None
 
 
 def test_a_stopped_run_goes_on_to_the_bit_in_both_parts(tmp_path):

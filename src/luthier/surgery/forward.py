@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -108,20 +109,14 @@ class Forward:
 
     def watch_cache(self) -> None:
         """Let `context.cache` be the key/value cache that the running block is given. Idempotent."""
-        if self._watched:
-            return
-        self._watched = True
-        for block in self.edited.anatomy.blocks:
-            module = self.edited.modules[block.path]
-            names = list(inspect.signature(module.forward).parameters)
-
-            def note(
-                module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str] = names
-            ) -> None:
-                given = dict(zip(names, args, strict=False)) | kwargs
-                self.edited.context.cache = next((given[n] for n in _CACHES if given.get(n) is not None), None)
-
+        blocks, self._watched = () if self._watched else self.edited.anatomy.blocks, True
+        for module in (self.edited.modules[block.path] for block in blocks):
+            note = partial(self._note_cache, list(inspect.signature(module.forward).parameters))
             self._hooks.append(module.register_forward_pre_hook(note, with_kwargs=True))
+
+    def _note_cache(self, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        self.edited.context.cache = next((given[n] for n in _CACHES if given.get(n) is not None), None)
 
     def add_branch(self, tuning: str, module: nn.Module) -> None:
         """Let `module` read the hidden states and give the last one."""
@@ -294,6 +289,7 @@ class Forward:
 
     def _end(self, out: Any) -> None:
         context = self.edited.context
+        context.cache = None  # who made it decides how long it lives
         for whole in self._prefixes:
             whole.pairs = None
         cache = getattr(out, "past_key_values", None)

@@ -27,7 +27,7 @@ from luthier.training.objective import Objective
 from luthier.training.optimiser import Descent
 from luthier.training.precision import Precision
 
-__all__ = ["Growth", "growth", "worth_it"]
+__all__ = ["Growth", "growth"]
 
 WORDS = 96
 MOST_NUMBERS = 12_000_000  # of one layer; a wider one is cut to a share of its heads
@@ -88,11 +88,6 @@ def growth(
     else:
         found = deep(step).part(deep(2 * step), (1 - step) / step)
     return replace(found, logits=found.logits * int(config.vocab_size))
-
-
-def worth_it(config: Any) -> bool:
-    """Whether it takes so little that a run may do it beside its own work."""
-    return _step(config) is None and not getattr(config, "is_encoder_decoder", False)
 
 
 def _step(config: Any) -> float | None:

@@ -116,11 +116,6 @@ class StoredLinear(nn.Linear):
         """The weight for fused functions."""
         return Held(self)
 
-    @property
-    def n_bytes(self) -> int:
-        """What the weight takes."""
-        return sum(part.nbytes for part in self._buffers.values() if part is not None)
-
     def forward(self, x: Tensor) -> Tensor:
         return held_linear(x, self.held, self.bias)
 

@@ -1,6 +1,5 @@
 """`luthier compare`: several methods on the same rows, and what may be said of them."""
 
-import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +9,15 @@ import typer
 from luthier.cli._method_names import method_names
 from luthier.cli._output import screen
 from luthier.cli._shared_options import AsJson
-from luthier.cli._spec_options import check_names, complete_model, overlay, settings_of, spec_options, values_of
+from luthier.cli._spec_options import (
+    check_names,
+    complete_model,
+    overlay,
+    settings_of,
+    spec_options,
+    values_of,
+)
+from luthier.cli._verb import as_verb
 from luthier.core import ConfigError, UsageError, human_bytes, human_count, human_seconds
 from luthier.core.config import read_word
 from luthier.runs.spec import RunSpec
@@ -64,15 +71,16 @@ def command_for(words: Sequence[str] = ()) -> Callable[..., None]:
     options = [option for option in spec_options(RunSpec) if option.field not in (*OWN, "eval.metric")]
 
     def command(
-        model: str,
-        method: list[str] | None = None,
-        seeds: int = 3,
-        metric: str = "accuracy",
-        margin: float | None = None,
-        workers: int = 1,
-        out: str | None = None,
-        settings: list[str] | None = None,
-        as_json: bool = False,
+        model: Model,
+        *,
+        method: Methods = None,
+        seeds: Seeds = 3,
+        metric: Score = "accuracy",
+        margin: Margin = None,
+        workers: Workers = 1,
+        out: Out = None,
+        settings: Settings = None,
+        as_json: AsJson = False,
         **given: Any,
     ) -> None:
         changes = values_of(options, given) | settings_of(settings or [])
@@ -80,20 +88,7 @@ def command_for(words: Sequence[str] = ()) -> Callable[..., None]:
             raise UsageError("compare: no rows. Name them: --data FILE, or --data sample:trec6 to begin with.")
         _compare(model, method or [], changes, seeds, metric, margin, workers, out)
 
-    named = inspect.Parameter.KEYWORD_ONLY
-    own: list[tuple[str, Any, Any]] = [
-        ("method", Methods, None), ("seeds", Seeds, 3), ("metric", Score, "accuracy"), ("margin", Margin, None),
-        ("workers", Workers, 1), ("out", Out, None), ("settings", Settings, None), ("as_json", AsJson, False),
-    ]  # fmt: skip
-    parameters = [
-        inspect.Parameter("model", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Model),
-        *(inspect.Parameter(name, named, default=default, annotation=hint) for name, hint, default in own),
-        *(option.parameter for option in options),
-    ]
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    command.__doc__ = HELP
-    return command
+    return as_verb(command, HELP, options)
 
 
 command = command_for()

@@ -1,6 +1,5 @@
 """`luthier plan`: what each method would hold and take on a model, before anything is loaded."""
 
-import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +9,15 @@ import typer
 from luthier.cli._method_names import method_names
 from luthier.cli._output import screen
 from luthier.cli._shared_options import AsJson
-from luthier.cli._spec_options import check_names, complete_model, overlay, settings_of, spec_options, values_of
+from luthier.cli._spec_options import (
+    check_names,
+    complete_model,
+    overlay,
+    settings_of,
+    spec_options,
+    values_of,
+)
+from luthier.cli._verb import as_verb
 from luthier.core import human_bytes, human_count, plain, several
 from luthier.core.config import read_word
 from luthier.runs.spec import RunSpec
@@ -78,29 +85,15 @@ def command_for(words: Sequence[str] = ()) -> Callable[..., None]:
     options = [option for option in spec_options(RunSpec) if option.field not in OWN]
 
     def command(
-        model: str, method: list[str] | None = None, device: str = "this", labels: int | None = None,
-        settings: list[str] | None = None, check: bool = False, as_json: bool = False, **given: Any,
+        model: Model, *, method: Methods = None, device: Where = "this", labels: Labels = None,
+        settings: Settings = None, check: Check = False, as_json: AsJson = False, **given: Any,
     ) -> None:  # fmt: skip
         if check:
             _check(model)
             return
         _plan(model, method or ["all"], values_of(options, given) | settings_of(settings or []), device, labels)
 
-    named = inspect.Parameter.KEYWORD_ONLY
-    own: list[tuple[str, Any, Any]] = [
-        ("method", Methods, None), ("device", Where, "this"), ("labels", Labels, None), ("settings", Settings, None),
-        ("check", Check, False),
-        ("as_json", AsJson, False),
-    ]  # fmt: skip
-    parameters = [
-        inspect.Parameter("model", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Model),
-        *(inspect.Parameter(name, named, default=default, annotation=hint) for name, hint, default in own),
-        *(option.parameter for option in options),
-    ]
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    command.__doc__ = HELP
-    return command
+    return as_verb(command, HELP, options)
 
 
 command = command_for()

@@ -22,6 +22,7 @@ from luthier.cli._spec_options import (
     spec_options,
     values_of,
 )
+from luthier.cli._verb import as_verb
 from luthier.core import ConfigError, UsageError, plain
 from luthier.runs.spec import MOST_FOLDS, RunSpec
 
@@ -93,22 +94,11 @@ def command_for(
     # As --help shows them.
     options = [*data, *run, *setting_options(chosen_cards(words), [*fields, *short]), *short, *rest]
 
-    def command(model: str, settings: list[str] | None = None, as_json: bool = False, **given: Any) -> None:
+    def command(model: Model, *, settings: Settings = None, as_json: AsJson = False, **given: Any) -> None:
         own = {parameter.name: given.pop(parameter.name) for parameter in more}
         (act or _train)(spec, model, values_of(options, given), settings_of(settings or []), **own)
 
-    named = inspect.Parameter.KEYWORD_ONLY
-    parameters = [
-        inspect.Parameter("model", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Model),
-        inspect.Parameter("settings", named, default=None, annotation=Settings),
-        inspect.Parameter("as_json", named, default=False, annotation=AsJson),
-        *more,
-        *(option.parameter for option in options),
-    ]
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    command.__doc__ = said
-    return command
+    return as_verb(command, said, options, more)
 
 
 def _of_data(field: str) -> bool:

@@ -16,7 +16,7 @@ from luthier.core import CompositionError, ConfigError, IntegrityError, UnknownN
 from luthier.data.rows import load_rows
 from luthier.runs import RunFolder
 from luthier.runs.spec import BatchSpec, CheckpointSpec, DataSpec, EvalSpec, OptimSpec, RunSpec
-from luthier.strategies.recipes._soft import most_sure, soft_labels
+from luthier.strategies.recipes._soft import logits_of, most_sure, soft_labels
 from luthier.strategies.recipes.pet import _others
 from luthier.surgery import tuning_files
 from luthier.training import STRATEGIES
@@ -268,9 +268,10 @@ def test_pet_soft_labels_are_distributions_and_the_classifier_learns_them(home, 
     assert len(last["settings"]["kd_ensemble.teachers"].split(",")) == 2
     runs = [_Run(p) for p in phases_of(done.path)[:2]]
     table, _ = load_rows(str(home / "more.csv"))
-    shares = soft_labels(runs, table, ["bad", "good", "red"], temperature=2.0)
+    said = [logits_of(run, table, ["bad", "good", "red"]) for run in runs]
+    shares = soft_labels(said, temperature=2.0)
     np.testing.assert_allclose(shares.sum(-1), 1.0)
-    alone = [soft_labels([run], table, ["bad", "good", "red"]) for run in runs]
+    alone = [soft_labels([one]) for one in said]
     mean = np.exp(sum(np.log(a) for a in alone) / 2 / 2.0)
     np.testing.assert_allclose(shares, mean / mean.sum(-1, keepdims=True), atol=1e-6)
     kept = [json.loads((p / "scores.json").read_text())["accuracy"] for p in phases_of(done.path)]
@@ -280,9 +281,12 @@ def test_pet_soft_labels_are_distributions_and_the_classifier_learns_them(home, 
     assert texts and not texts & learnt
 
 
-def test_ipet_no_model_labels_its_own_next_rows(home, tmp_path):
+def test_ipet_no_model_labels_its_own_next_rows(home, tmp_path, monkeypatch):
     settings = {"pet.generations": 2, "pet.growth": 1.5, "pet.share": 0.6, "pet.repetitions": 2}
+    asked, inner = [], _Run.answers
+    monkeypatch.setattr(_Run, "answers", lambda run, table: asked.append(run.path.name) or inner(run, table))
     done = follow(pet_spec(home, tmp_path / "out", settings=settings, steps=2))
+    assert len(asked) == len(set(asked)) == 8, "each run is asked once, however many panels it is on"
     told = [json.loads(p.read_text()) for p in done.path.glob("*/lineage.json")]
     second = [t for t in told if t["name"].startswith("generation-2-")]
     assert len(second) == 4

@@ -236,7 +236,7 @@ class _Run:
         return Predictor(self.path)
 
     def answers(self, table: Table) -> list[dict[str, Any]]:
-        return self._predictor.rows(table, strict=True)
+        return Predictor(self.path).rows(table, strict=True)  # not kept: a recipe may ask many runs
 
     def written(self, table: Table, *, max_new_tokens: int, beams: int) -> list[tuple[str, bool]]:
         return self._predictor.written(table, max_new_tokens=max_new_tokens, beams=beams)

@@ -1,7 +1,6 @@
 """Answers of several models to the same rows, as one distribution for each row."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,19 +8,18 @@ from numpy.typing import NDArray
 from luthier.data.rows import Table
 from luthier.training.recipe import Done
 
-__all__ = ["most_sure", "soft_labels"]
+__all__ = ["logits_of", "most_sure", "soft_labels"]
 
 
-def soft_labels(
-    models: Sequence[Done], table: Table, labels: Sequence[str], temperature: float = 1.0
-) -> NDArray[np.float64]:
-    """softmax of the models' mean logits over a temperature: (rows, labels)."""
-    logits = np.zeros((len(table), len(labels)))
-    for model in models:
-        answers: list[dict[str, Any]] = model.answers(table)
-        # Log-probabilities are logits but for a number that a softmax does not see.
-        logits += np.log([[max(a["probabilities"][name], 1e-30) for name in labels] for a in answers])
-    shares = np.exp((logits - logits.max(-1, keepdims=True)) / len(models) / temperature)
+def logits_of(model: Done, table: Table, labels: Sequence[str]) -> NDArray[np.float64]:
+    """What a model says of rows: (rows, labels). Log-probabilities are logits but for what a softmax does not see."""
+    return np.log([[max(a["probabilities"][name], 1e-30) for name in labels] for a in model.answers(table)])
+
+
+def soft_labels(said: Sequence[NDArray[np.float64]], temperature: float = 1.0) -> NDArray[np.float64]:
+    """softmax of several models' mean logits over a temperature: (rows, labels)."""
+    logits = np.mean(said, axis=0)
+    shares = np.exp((logits - logits.max(-1, keepdims=True)) / temperature)
     return np.asarray(shares / shares.sum(-1, keepdims=True))
 
 

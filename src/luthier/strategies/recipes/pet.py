@@ -19,13 +19,17 @@ drags all down: score one alone first.
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from luthier.core import ConfigError, above, at_least, between, key
 from luthier.data.columns import label_name
 from luthier.data.order import shuffled
 from luthier.runs.spec import EvalSpec
-from luthier.strategies.recipes._soft import most_sure, soft_labels
+from luthier.strategies.recipes._soft import logits_of, most_sure, soft_labels
 from luthier.training.recipe import Desk, Done, Phase, Phases, Plan, Recipe
 from luthier.training.strategy import STRATEGIES
 
@@ -76,6 +80,13 @@ class PET(Recipe):
         test = None if held is None else desk.write("held", [{n: r[n] for n in (*names, label)} for r in held.rows])
         own: dict[str, Any] = {"text": columns.text, "pair": columns.pair, "label": label}
 
+        said: dict[Path, NDArray[np.float64]] = {}
+
+        def says(run: Done) -> NDArray[np.float64]:
+            if run.path not in said:  # several panels ask the same run
+                said[run.path] = logits_of(run, further, labels)
+            return said[run.path]
+
         done: list[Done] = []
         at = {}
         for k, each in enumerate(first):
@@ -86,7 +97,7 @@ class PET(Recipe):
             before, made = dict(at), []
             for k, each in enumerate(first):
                 panel = _others(len(done), k, self.share, spec.seed, g)
-                shares = soft_labels([done[i] for i in panel], further, labels)
+                shares = soft_labels([says(done[i]) for i in panel])
                 chosen = [{**texts[i], label: labels[c]} for i, c in most_sure(shares, size)]
                 source = desk.write(f"generation-{g + 1}-{k + 1}", [*rows, *chosen])
                 data = plan.data(source, test, template=each.data.template, **own)
@@ -95,7 +106,7 @@ class PET(Recipe):
                     (yield Phase(name=at[k], spec=replace(each, data=data), made_of=tuple(before[i] for i in panel)))
                 )
             done = made
-        shares = soft_labels(done, further, labels)
+        shares = soft_labels([says(run) for run in done])
         soft = [{**text, label: labels[int(c)]} for text, c in zip(texts, shares.argmax(-1), strict=True)]
         source = desk.write("soft", [*rows, *soft])
         final = plan.task(("kd_ensemble",), data=plan.data(source, test, words=None, **own), **of_last)

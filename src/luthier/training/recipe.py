@@ -21,7 +21,7 @@ from luthier.data.columns import Columns
 from luthier.data.rows import Table
 from luthier.data.sets import named_sources
 from luthier.runs.spec import DataSpec, RunSpec
-from luthier.training.strategy import STRATEGIES, split_settings
+from luthier.training.strategy import STRATEGIES, spelt, split_settings
 
 __all__ = ["RECIPE", "Desk", "Done", "Phase", "Plan", "Recipe", "plan_of", "recipe_names", "refuse_recipe"]
 
@@ -169,17 +169,13 @@ class Plan:
 
     def task(self, words: Sequence[str] = (), **changes: Any) -> RunSpec:
         """The last phase: the task itself, with these strategies and those that were named beside the recipe."""
-        return self.phase([*words, *_words(self.spec.strategy)], **changes)
-
-
-def _words(strategy: str | None) -> list[str]:
-    return [word.strip() for word in (strategy or "").split("+") if word.strip()]
+        return self.phase([*words, *spelt(self.spec.strategy)], **changes)
 
 
 def recipe_names(strategy: str | None) -> list[str]:
     """The recipes among the names of a strategy; nothing is imported to know."""
     shelf = STRATEGIES.places()
-    return [word for word in _words(strategy) if word in shelf and STRATEGIES.card(word).family == "recipes"]
+    return [word for word in spelt(strategy) if word in shelf and STRATEGIES.card(word).family == "recipes"]
 
 
 def refuse_recipe(spec: RunSpec, what: str) -> None:
@@ -208,8 +204,8 @@ def plan_of(spec: RunSpec, method_fields: Sequence[str]) -> Plan:
     names = recipe_names(spec.strategy)
     if len(names) != 1:
         raise CompositionError(f"{' and '.join(names)} cannot stand together: each is a chain of runs. Choose one.")
-    others = [word for word in _words(spec.strategy) if word != names[0]]
-    if len({*others, names[0]}) < len(_words(spec.strategy)):
+    others = [word for word in spelt(spec.strategy) if word != names[0]]
+    if len({*others, names[0]}) < len(spelt(spec.strategy)):
         raise CompositionError(f"strategy {spec.strategy!r}: a strategy stands in it twice. Name each once.")
     cls: Any = STRATEGIES.get(names[0])
     if not issubclass(cls, Recipe):

@@ -59,6 +59,7 @@ __all__ = [
     "neutral",
     "refuse_sets",
     "refuse_task",
+    "spelt",
     "split_settings",
     "strategies",
 ]
@@ -314,8 +315,13 @@ def strategies(words: str | None, settings: Mapping[str, Mapping[str, Any]], met
     return made
 
 
+def spelt(words: str | None) -> list[str]:
+    """The names in a spelt name such as "freelb+llrd"."""
+    return [word.strip() for word in (words or "").split("+") if word.strip()]
+
+
 def _named(words: str | None) -> dict[str, _Named]:
-    names = [word.strip() for word in (words or "").split("+") if word.strip()]
+    names = spelt(words)
     if len(set(names)) < len(names):
         raise CompositionError(f"strategy {words!r}: a strategy stands in it twice. Name each once.")
     classes = {name: STRATEGIES.get(name) for name in names}

@@ -61,7 +61,7 @@ def test_a_budget_that_fits_nothing_says_so(luthier: Call, llama_7b: Path) -> No
     assert said.code == 0
     rows = luthier("plan", llama_7b, "--method", "lora,full", "--device", "8GB", "--json").json["rows"]
     assert [row["fits"] for row in rows] == ["no", "no"]
-    assert "Nothing fits" in said.out
+    assert "Nothing fits" in said.out and "luthier train" not in said.out
 
 
 @pytest.mark.parametrize("device", ["9000", "gpu", "-3GB", "0GB", ""])
@@ -188,6 +188,11 @@ def test_a_forecast_of_activations_says_what_fits_and_what_would(luthier: Call, 
     assert luthier("plan", llama_7b, *words, "--json").json["rows"][0]["fits"] == "yes"
     leaner = luthier("plan", llama_7b, "--method", "lora", "--gradient-checkpointing", "true", "--json").json["rows"][0]
     assert leaner["activations"] < row["activations"] / 3
+
+
+def test_the_next_command_is_one_that_runs(luthier: Call, llama_7b: Path, model: Path) -> None:
+    assert "luthier train" not in luthier("plan", llama_7b, "--method", "lora").out, "no weights are there to train"
+    assert f"luthier train {model} --data FILE --method ia3" in luthier("plan", model, "--method", "ia3").out
 
 
 def test_an_unexpected_error_is_said_in_the_row_and_the_counts_stay(

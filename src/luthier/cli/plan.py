@@ -107,7 +107,7 @@ def _plan(model: str, methods: list[str], changes: dict[str, Any], device: str, 
     from luthier.core import ConfigError
     from luthier.forecast import device_of
     from luthier.workflow.outline import outline_of
-    from luthier.workflow.plan import USUAL, Asked, plan
+    from luthier.workflow.plan import USUAL, Asked, plan, task_of_rows
 
     where = device_of(device)
     outline = outline_of(model)
@@ -115,9 +115,7 @@ def _plan(model: str, methods: list[str], changes: dict[str, Any], device: str, 
     if spec.data.source != NO_ROWS:
         if labels is not None:
             raise ConfigError(f"--labels {labels}: the rows say how many there are. Leave it out.")
-        from luthier.data.load_data import load_data
-
-        task = load_data(spec.data, spec.task, outline.config).task
+        task = task_of_rows(spec, outline)
     else:
         task = outline.task(spec.task, labels)
     entrants = [entrant_of(name, read_word) for name in names]
@@ -127,7 +125,7 @@ def _plan(model: str, methods: list[str], changes: dict[str, Any], device: str, 
     tokens = min(tokens, int(longest)) if isinstance(longest, int) and longest > 0 else tokens
     with screen().busy("forecasting"):
         found = plan(outline, spec, asked, where, task, tokens=tokens)
-    _show(found)
+    _show(found, can_train=outline.weights)
     screen().result(plain(found))
 
 
@@ -171,7 +169,7 @@ def _check(folder: str) -> None:
     )
 
 
-def _show(found: Any) -> None:
+def _show(found: Any, *, can_train: bool) -> None:
     to = screen()
     stands = [row for row in found.rows if row.held is not None]
     refused = [row for row in found.rows if row.held is None]
@@ -209,8 +207,9 @@ def _show(found: Any) -> None:
     if refused:
         to.show(f"\n{several(len(refused), 'method')} cannot be put on this model as they stand:")
         to.table(("method", "reason"), [(row.name, row.refused) for row in refused], whole=("method",))
-    if stands:
-        first = next((row for row in stands if row.method == "lora"), stands[0])
+    fitting = [row for row in stands if row.fits != "no"]
+    if fitting and can_train:
+        first = next((row for row in fitting if row.method == "lora"), fitting[0])
         to.show(f"\nNext: luthier train {found.model} --data FILE --method {first.method}")
 
 

@@ -5,7 +5,7 @@ import pytest
 from fillers import speller
 from word_tables import WORDS, table, word_tokenizer
 
-from luthier.core import DataError, ModelError
+from luthier.core import ConfigError, DataError, ModelError
 from luthier.data.batches import Batches, Collator
 from luthier.data.columns import Columns
 from luthier.data.corrupted import HIDDEN, SWAPPED, Draw, LostSpans, MaskedWords, corruption_of, lost_of
@@ -116,6 +116,8 @@ def test_long_texts_become_pieces_with_their_own_special_tokens():
 
 
 def test_what_cannot_be_filled_in_is_refused():
+    with pytest.raises(ConfigError, match=r"max_length = 2: .* Set --max-length higher"):
+        encoded(MASKED, masker(), max_length=2)
     with pytest.raises(ModelError, match="mask token"):
         encoded(MASKED, word_tokenizer("bert"))
     with pytest.raises(ModelError, match="sentinels"):

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from luthier.core import ConfigError
 from luthier.data.columns import Columns, text_complaint
 from luthier.data.corrupted import corruption_of
 from luthier.data.examples import CHUNK, Examples, Flat, Ledger
@@ -21,6 +22,7 @@ def encode_corrupted(
 
     Raises:
         ModelError: the tokenizer has no mask token, or no sentinels.
+        ConfigError: no word fits into the longest row.
     """
     assert columns.text is not None
     corruption = corruption_of(task, tokenizer, n_vocab, seed=0)
@@ -67,4 +69,9 @@ def _pieces(tokenizer: Any, text: str, whole: list[int], size: int) -> list[list
     first = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), 0)
     before, after = whole[:first], whole[first + len(bare) :]
     step = size - len(before) - len(after)
+    if step < 1:
+        raise ConfigError(
+            f"max_length = {size}: of so few tokens {len(before) + len(after)} are what the tokenizer adds, and no "
+            "word fits. Set --max-length higher."
+        )
     return [[*before, *bare[at : at + step], *after] for at in range(0, len(bare), step)]

@@ -17,7 +17,8 @@ from luthier.cli import train
 from luthier.cli._main import _take_words_as_they_are
 from luthier.cli._shelf import SHELF, STRATEGIES
 from luthier.core import at_least
-from luthier.runs.spec import RESUME, TASKS, OptimSpec, RunSpec, Task
+from luthier.runs.spec import TASKS, OptimSpec, RunSpec, Task
+from luthier.runs.spec_changes import RESUME
 
 # The names people use; a rule that would rename one of them is wrong.
 USED = {

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from luthier.core import ConfigError, IntegrityError
 from luthier.runs import RunFolder
-from luthier.runs.spec import RESUME, SAME_BITS, DataSpec, RunSpec, leaves
+from luthier.runs.spec import DataSpec, RunSpec
+from luthier.runs.spec_changes import RESUME, SAME_BITS, leaves
 from luthier.workflow import resume, train
 from luthier.workflow.resume_proof import run_digests
 

@@ -14,7 +14,8 @@ from little import little_spec
 from luthier import kernels
 from luthier.core import ConfigError
 from luthier.runs import RunFolder, checkpoints
-from luthier.runs.spec import RESUME, SAME_BITS, CheckpointSpec
+from luthier.runs.spec import CheckpointSpec
+from luthier.runs.spec_changes import RESUME, SAME_BITS
 from luthier.training.loop import Loop
 from luthier.workflow import preparation as prepared
 from luthier.workflow import resume, train

@@ -5,7 +5,8 @@ import pytest
 
 from luthier.core import ConfigError, UnknownName, build, fields_of, plain
 from luthier.runs import spec as module
-from luthier.runs.spec import RESUME, BatchSpec, DataSpec, EvalSpec, OptimSpec, RunSpec, changes, leaves
+from luthier.runs.spec import BatchSpec, DataSpec, EvalSpec, OptimSpec, RunSpec
+from luthier.runs.spec_changes import RESUME, changes, leaves
 
 FULL = RunSpec(
     model="sample:minilm-l6",

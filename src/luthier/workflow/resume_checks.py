@@ -7,7 +7,8 @@ from typing import Any
 
 from luthier.core import ConfigError, IntegrityError, plain
 from luthier.runs import Checkpoint, RunFolder
-from luthier.runs.spec import RunSpec, changes
+from luthier.runs.spec import RunSpec
+from luthier.runs.spec_changes import changes
 from luthier.workflow.preparation import Prepared
 
 __all__ = ["apply", "check_changes", "compare_fingerprints"]

@@ -26,7 +26,8 @@ from luthier.core import ConfigError, Interrupted, Locked, human_bytes, human_se
 from luthier.data.problems import FILE as PROBLEMS
 from luthier.data.problems import problems_csv, problems_said
 from luthier.runs import RunFolder, bytes_of, differences, durable, environment, load_newest, preflight
-from luthier.runs.spec import SAME_BITS, RunSpec, changes
+from luthier.runs.spec import RunSpec
+from luthier.runs.spec_changes import SAME_BITS, changes
 from luthier.surgery import Look, OneRow
 from luthier.training.allocator import keeping_freed
 from luthier.training.loop import Listener, Loop

@@ -208,3 +208,23 @@ def test_an_unexpected_error_is_said_in_the_row_and_the_counts_stay(
     assert row["held"]["trained"] > 0 and row["activations"] is None
     assert row["unknown"] == "unexpected, please report it: ZeroDivisionError: planted"
     assert "planted" in luthier("plan", llama_7b, "--method", "lora").out
+
+
+def test_a_template_without_rows_is_refused_and_not_passed_over(luthier: Call, llama_7b: Path) -> None:
+    answer = luthier("plan", llama_7b, "--template", "{text} It was {mask}.")
+    assert answer.code == 2 and "Name them with --data" in answer.err
+
+
+def test_a_record_that_cannot_be_read_does_not_end_the_check_of_the_others(
+    luthier: Call, model: Path, rows: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "runs"
+    words = ("--data", rows, "--method", "lora", "--steps", 2, "--threads", 1)
+    assert luthier("train", model, *words, "--out", home / "old").code == 0
+    assert luthier("train", model, *words, "--strategy", "stlr", "--out", home / "strategy").code == 0
+    record = json.loads((home / "old" / "record.json").read_text())
+    record["spec"]["of_long_ago"] = 1
+    (home / "old" / "record.json").write_text(json.dumps(record))
+    found = luthier("plan", home, "--check", "--json").json
+    (path,) = found["silent"]
+    assert "old" in path and "of_long_ago" in found["silent"][path] and len(found["pairs"]) == 1

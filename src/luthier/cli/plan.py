@@ -116,6 +116,8 @@ def _plan(model: str, methods: list[str], changes: dict[str, Any], device: str, 
         if labels is not None:
             raise ConfigError(f"--labels {labels}: the rows say how many there are. Leave it out.")
         task = task_of_rows(spec, outline)
+    elif spec.data.template is not None or spec.data.words is not None:
+        raise ConfigError("--template and --words: what a template asks for follows from rows. Name them with --data.")
     else:
         task = outline.task(spec.task, labels)
     entrants = [entrant_of(name, read_word) for name in names]

@@ -15,6 +15,7 @@ from luthier.runs import Record
 from luthier.runs.spec import RunSpec
 from luthier.surgery import METHODS, compose, read_tuning
 from luthier.training.precision import Precision
+from luthier.training.strategy import split_settings
 from luthier.workflow.load_model import load_config
 from luthier.workflow.outline import Outline, outline_of
 from luthier.workflow.plan import activations_of, packed_here, task_of_rows, weights_in
@@ -79,10 +80,13 @@ def pair_of(folder: Path) -> Pair | str:
     told, device = record.forecast, str(record.environment.get("device", "cpu")).partition(":")[0]
     if not {*_PARTS, "rows", "tokens"} <= set(told) or not record.peak_bytes:
         return "its record holds no forecast, or no peak"
-    spec = RunSpec.from_plain(record.spec)
     try:
+        spec = RunSpec.from_plain(record.spec)
+        if spec.data.template is not None:
+            return "its labels were asked for by a template, and activations of those are not forecast"
         outline = outline_of(spec.model)
-        method = compose.method(spec.method, spec.settings)
+        _, settings = split_settings(spec.strategy, spec.settings, compose.setting_names(spec.method))
+        method = compose.method(spec.method, settings)
         task = task_of_rows(spec, outline)
         precision = Precision(read_tuning(folder / "tuning")["precision"], "as in the run")
         dtype = weights_in(method, outline, spec, task, precision)

@@ -14,7 +14,7 @@ from luthier import train as run
 from luthier.core import CompositionError, ConfigError
 from luthier.methods.parts.masks import top_k
 from luthier.methods.unified.sparse_adapter import _matrices_of, flow
-from luthier.surgery import attach, gradients, load, matrices, method
+from luthier.surgery import METHODS, attach, gradients, load, matrices, method
 from luthier.surgery.tuning_files import stored_tensors
 from luthier.workflow import resume
 from luthier.workflow.resume_proof import run_digests
@@ -247,3 +247,15 @@ def test_synflow_needs_no_data_and_keeps_its_share():
     pairs = held(tuned)
     assert sum(int(m.sum()) for _, m in pairs) == math.floor(0.2 * sum(m.numel() for _, m in pairs) + 1e-6)
     assert all(m.any() for _, m in pairs), "no matrix is emptied"
+
+
+@pytest.mark.parametrize("beside", ["adalora", "prefix_tuning"])
+def test_masks_of_tensors_that_are_gone_after_the_end_count_no_more(beside):
+    settings = {f"{beside}.{n}": v for n, v in METHODS.get(beside).tiny.items() if n != "lr"}
+    settings["sparse_adapter.score"] = "random"
+    tuned = attach(tiny("bert"), method(f"{beside}+sparse_adapter", settings), train_head=False)
+    tuned.tuning().method.parts()[-1].prepare(tuned, looks(tuned.model, 1))
+    tuned.finish()
+    left = {f"{k}.{n}": p for k, m in tuned.tuning().modules_by_key().items() for n, p in m.named_parameters()}
+    masked = sum(int((~mask).sum()) for name, mask in tuned.tuning().masks.items() if name in left)
+    assert tuned.n_trained() == sum(p.numel() for p in left.values() if p.requires_grad) - masked

@@ -48,7 +48,9 @@ class TrainingState:
         for tuning in self.edited.active():
             if tuning.trainable:
                 total += sum(p.numel() for m in tuning.parts.values() for p in m.parameters() if p.requires_grad)
-                total -= sum(int((~mask).sum()) for mask in tuning.masks.values())
+                there = {f"{key_}.{n}" for key_, m in tuning.modules_by_key().items() for n, _ in m.named_parameters()}
+                # After `finish` a mask may be of a network that is gone.
+                total -= sum(int((~mask).sum()) for name, mask in tuning.masks.items() if name in there)
                 for key_, unfrozen in tuning.unfrozen.items():
                     if head or not key_.startswith("head/"):
                         mask = unfrozen.mask

@@ -259,13 +259,18 @@ class _Desk:
         if not self.writes:  # on every later call the phases themselves are checked
             prepare(spec)
 
-    def rows(self) -> tuple[Table, Table | None, Columns]:
+    @cached_property
+    def _rows(self) -> tuple[Table, Table | None, Columns]:
         data = load_data(self.plan.spec.data, self.plan.spec.task, load_config(find_model(self.plan.spec.model)))
         return data.train, data.test, data.columns
 
+    def rows(self) -> tuple[Table, Table | None, Columns]:
+        return self._rows
+
     def further(self, name: str) -> Table:
         source = named_sources(self.plan.spec.also)[name]
-        table, _ = load_inputs(source, self.rows()[2])
+        data = self.plan.spec.data
+        table, _ = load_inputs(source, self.rows()[2], delimiter=data.delimiter, encoding=data.encoding)
         return table
 
     def finished(self, path: str) -> _Run:

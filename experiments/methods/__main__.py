@@ -31,6 +31,8 @@ def main() -> None:
     words.add_argument("--results", type=Path, default=RESULTS)
     words.add_argument("--page", action="store_true", help="only write the page from what is here")
     asked = words.parse_args()
+    for name in asked.only or ():
+        METHODS.get(name)  # a name that is none is no row of the table
     names = sorted(asked.only or METHODS.ours(), key=lambda name: name != "head_only")
     for seed in range(0 if asked.page else asked.seeds):
         for name in names:

@@ -135,6 +135,11 @@ def test_no_test_half_is_a_choice(tmp_path):
     assert (len(data.train), data.test) == (20, None)
 
 
+def test_rows_of_standard_input_cannot_be_learnt_from():
+    with pytest.raises(DataError, match=r"^-: rows of standard input can be answered.*Write them to a file"):
+        load_data(DataSpec(source="-"))
+
+
 def test_rows_to_predict_need_their_inputs_and_no_labels(tmp_path):
     (tmp_path / "a.csv").write_text(GOOD, encoding="utf-8")
     columns = load_data(DataSpec(source=str(tmp_path / "a.csv"))).columns

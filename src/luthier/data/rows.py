@@ -144,6 +144,11 @@ def load_rows(source: str, *, delimiter: str | None = None, encoding: str | None
         DataError: nothing of that name, an unreadable or malformed file, or no rows at all.
         UnknownName: no sample of that name.
     """
+    if source == "-":
+        raise DataError(
+            "-: rows of standard input can be answered, and not learnt from: a run must find its rows again. "
+            "Write them to a file, and name that."
+        )
     if source.startswith("sample:"):
         train, test = _load_sample(source)
     elif (path := Path(source).expanduser()).exists():

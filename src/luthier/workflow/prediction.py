@@ -289,8 +289,8 @@ class Predictor:
         """
         if self.task.name not in ("causal_lm", "seq2seq"):
             raise ConfigError(
-                f"{self.spec.out}: this run learnt {self.task.name} and writes no text. Name one that learnt causal_lm "
-                "or seq2seq."
+                f"the run of {self.spec.model} on {self.spec.data.source} learnt {self.task.name} and writes no text. "
+                "Name one that learnt causal_lm or seq2seq."
             )
         with self.tuned.serving():
             examples = self._encoded(table)

@@ -147,8 +147,6 @@ def test_rows_to_predict_need_their_inputs_and_no_labels(tmp_path):
     table, kept = load_inputs(str(tmp_path / "p.csv"), columns)
     assert (len(table), kept.text, kept.label) == (1, "text", None)
     assert load_inputs(str(tmp_path / "a.csv"), columns)[1].label == "label"
-    (tmp_path / "told.csv").write_text("text|a,b\nwhy|1,2\n", encoding="utf-8")
-    assert load_inputs(str(tmp_path / "told.csv"), columns, delimiter="|")[0].columns == ["text", "a,b"]
     (tmp_path / "q.csv").write_text("sentence\nwhy\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"q\.csv: no column 'text'.*Its columns are 'sentence'"):
         load_inputs(str(tmp_path / "q.csv"), columns)

@@ -249,14 +249,11 @@ def _less(table: Table, aside: Sequence[tuple[int, str]]) -> Table:
     return table.take(i for i in range(len(table)) if i not in reasons)
 
 
-def load_inputs(
-    source: str, columns: Columns, *, delimiter: str | None = None, encoding: str | None = None
-) -> tuple[Table, Columns]:
+def load_inputs(source: str, columns: Columns) -> tuple[Table, Columns]:
     """Read rows to predict: those columns of the run that are inputs must be there, labels need not.
 
     Args:
         source: as for training, or "-" for JSON lines or a table of text on standard input.
-        delimiter, encoding: of a file; left out, recognised.
 
     Returns:
         The rows, and the columns without the roles that the rows lack; `columns.label` stays where it can be scored.
@@ -264,8 +261,7 @@ def load_inputs(
     Raises:
         DataError: an input column is missing; lists the columns.
     """
-    told = {"delimiter": delimiter, "encoding": encoding}
-    first, second = _standard_input() if source == "-" else load_rows(source, **told)
+    first, second = _standard_input() if source == "-" else load_rows(source)
     table = second if second is not None else first
     found = set(table.columns)
     answers = ("label", "tags", "response")

@@ -12,7 +12,6 @@ import torch
 from little import little_spec
 
 from luthier.training import allocator
-from luthier.training.out_of_memory import make_room
 from luthier.workflow import run as running
 from luthier.workflow import train
 
@@ -30,6 +29,24 @@ with keeping_freed():
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
+RAN_OUT = """
+import resource, torch
+from luthier.training.allocator import keeping_freed
+from luthier.training.out_of_memory import make_room
+with keeping_freed():
+    make_room()
+    torch.zeros(48 << 18)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.zeros(48 << 18)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(code: str) -> int:
+    """What `code` prints in a process of its own: the heap of a thousand other tests has free pieces of any size."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    return int(done.stdout)
+
 
 def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
@@ -37,10 +54,8 @@ def resident() -> int:
 
 @glibc
 def test_a_block_that_comes_again_is_not_cleared_by_the_system_again() -> None:
-    # In a process of its own: among a thousand other tests the freed block is soon in pieces.
-    done = subprocess.run([sys.executable, "-c", COUNT], capture_output=True, text=True, check=True, timeout=300)
     pages = (48 << 20) // resource.getpagesize()
-    assert int(done.stdout) < 3 * pages  # of twelve times; something small may lie in the way once
+    assert faults(COUNT) < 3 * pages  # of twelve times; something small may lie in the way once
 
 
 @glibc
@@ -71,13 +86,8 @@ def test_elsewhere_than_on_glibc_it_does_nothing(monkeypatch: pytest.MonkeyPatch
 
 @glibc
 def test_when_memory_ran_out_nothing_is_kept_any_more() -> None:
-    with allocator.keeping_freed():
-        make_room()
-        torch.zeros(48 << 18)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.zeros(48 << 18)
-        cleared = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-    assert cleared >= (48 << 20) // resource.getpagesize() // 2  # pages of two sizes may be counted as one
+    pages = (48 << 20) // resource.getpagesize()
+    assert faults(RAN_OUT) >= pages // 2  # pages of two sizes may be counted as one
 
 
 @pytest.mark.parametrize(("asked", "keeps"), [(True, False), (False, True), ("auto", True)])

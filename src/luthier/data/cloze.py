@@ -4,6 +4,12 @@
 
 The score of a label is the logit of its word where the gap is: at the mask of an encoder, at the last token of a
 decoder (the gap ends the template), at the first sentinel of a T5. No new head is needed, and none trains.
+
+    template   {shown:16} {text} It was {mask}.
+
+With {shown} one labelled row of each label stands there too, its gap filled. Each row is then read in so many versions,
+16 where no number is given, with other rows shown: in training one of them in each epoch, and where rows are scored or
+answered the logits of all are averaged.
 """
 
 import re
@@ -11,14 +17,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from luthier.core import ConfigError, ModelError
-from luthier.data.columns import Columns
+from luthier.core import ConfigError, ModelError, key
+from luthier.data.columns import Columns, label_name
 from luthier.data.infer_task import Kind, kind_of_model
+from luthier.data.rows import Table, normalised
 from luthier.data.tasks import Task
 
-__all__ = ["as_cloze", "rendered", "words_of"]
+__all__ = ["as_cloze", "rendered", "shown_beside", "with_shown", "words_of"]
 
-FIELDS = ("text", "pair", "mask")
+FIELDS = ("text", "pair", "mask", "shown")
+FIELD = re.compile(r"\{(\w*)(?::(\d+))?\}")
+DRAWS, MOST_DRAWS = 16, 64
+"""Versions of a row where rows are shown beside it."""
+SHOWN = 16
+"""Rows of each label that may be shown: they are stored with the tuning."""
+NEAREST = 0.5
+"""Share of a label's rows, those with most words in common, that may be shown beside a row."""
 
 
 def as_cloze(task: Task, template: str, words: str | None, columns: Columns, tokenizer: Any, config: Any) -> Task:
@@ -39,13 +53,57 @@ def as_cloze(task: Task, template: str, words: str | None, columns: Columns, tok
     ids = tuple(_word_id(tokenizer, label, word, template) for label, word in spelt.items())
     if len(set(ids)) < len(ids):
         raise ConfigError(f"words: two labels have the same word in {', '.join(spelt.values())}. Choose another.")
+    draws = [int(number or DRAWS) for name, number in FIELD.findall(template) if name == "shown"]
     return replace(
-        task, template=template, words=tuple(spelt.values()), word_ids=ids, gap=_gap(tokenizer, kind), asks=kind
-    )
+        task, template=template, words=tuple(spelt.values()), word_ids=ids, gap=_gap(tokenizer, kind), asks=kind,
+        draws=sum(draws),
+    )  # fmt: skip
+
+
+def with_shown(task: Task, table: Table, columns: Columns) -> Task:
+    """The task with the rows that may be shown: of each label so many of those that are learnt, by their content.
+
+    Raises:
+        ConfigError: a label with fewer than two rows: a row would have nothing but itself to be shown beside it.
+    """
+    names = [name for name in (columns.text, columns.pair) if name is not None]
+    assert columns.label is not None
+    of: dict[str, dict[str, tuple[str, ...]]] = {label: {} for label in task.labels}
+    for row in table.rows:
+        of[label_name(row[columns.label])][columns.content(row)] = tuple(str(row.get(name) or "") for name in names)
+    few = [label for label, found in of.items() if len(found) < 2]
+    if few:
+        raise ConfigError(
+            f"template {task.template!r} shows a row of each label, and of {few[0]!r} there are {len(of[few[0]])} to "
+            "learn from. Leave {shown} out, or give two rows of each label at least."
+        )
+    ranked = {label: sorted(found, key=lambda same: key("shown", same))[:SHOWN] for label, found in of.items()}
+    return replace(task, shown=tuple((label, *of[label][same]) for label in task.labels for same in ranked[label]))
+
+
+def shown_beside(task: Task, texts: Sequence[str], draw: int) -> list[tuple[str, ...]]:
+    """One row of each label, never this one itself: one of those that have most words in common, named by `draw`.
+
+    Returns:
+        texts of a row for each label, in the order of the labels; nothing where the template shows none.
+    """
+    own, words = [normalised(text) for text in texts], _words(texts)
+    found = []
+    for label in task.labels if task.shown else ():
+        rows = [texts for name, *texts in task.shown if name == label]
+        others = [row for row in rows if [normalised(text) for text in row] != own]
+        near = sorted(others, key=lambda row: -len(words & _words(row)) / len(words | _words(row) | {""}))
+        kept = near[: max(1, round(NEAREST * len(near)))]
+        found.append(tuple(kept[key("shown", *own, label, draw) % len(kept)]))
+    return found
+
+
+def _words(texts: Sequence[str]) -> set[str]:
+    return {word for text in texts for word in normalised(text).split()}
 
 
 def _check_template(template: str, kind: Kind, columns: Columns) -> None:
-    found = re.findall(r"\{(\w*)\}", template)
+    found = [name for name, _ in FIELD.findall(template)]
     unknown = [name for name in found if name not in FIELDS]
     if unknown:
         raise ConfigError(f"template: {{{unknown[0]}}} is none of {', '.join(f'{{{n}}}' for n in FIELDS)}.")
@@ -53,6 +111,12 @@ def _check_template(template: str, kind: Kind, columns: Columns) -> None:
         raise ConfigError(
             f"template {template!r} has {found.count('mask')} gaps; it needs one {{mask}}, such as "
             "'{text} It was {mask}.'"
+        )
+    numbers = [int(number or DRAWS) for name, number in FIELD.findall(template) if name == "shown" or number]
+    if found.count("shown") > 1 or len(numbers) > found.count("shown") or not all(0 < n <= MOST_DRAWS for n in numbers):
+        raise ConfigError(
+            f"template {template!r}: rows are shown at one place, in 1 to {MOST_DRAWS} versions of each row, such as "
+            "{shown:16}; other fields have no number."
         )
     if "text" not in found:
         raise ConfigError(f"template {template!r} does not hold the row's text: put {{text}} into it.")
@@ -117,9 +181,19 @@ def _gap(tokenizer: Any, kind: Kind) -> int:
     return int(found)
 
 
-def rendered(task: Task, text: str, pair: str | None, tokenizer: Any) -> str:
-    """The template filled with a row, with the token that stands for the gap."""
+def rendered(task: Task, texts: Sequence[str], tokenizer: Any, shown: Sequence[Sequence[str]] = ()) -> str:
+    """The template filled with a row, with the token that stands for the gap.
+
+    Args:
+        texts: of the row, one or two.
+        shown: texts of a row of each label, to stand beside it.
+    """
     gap = "" if task.asks == "decoder" else str(tokenizer.convert_ids_to_tokens(task.gap))
-    fields = {"text": text, "pair": pair or "", "mask": gap}
-    said = re.sub(r"\{(\w+)\}", lambda m: fields[m.group(1)], task.template)
+    beside = " ".join(_filled(task, row, word).strip() for row, word in zip(shown, task.words, strict=False))
+    said = _filled(task, texts, gap, beside)
     return said.rstrip() if task.asks == "decoder" else said
+
+
+def _filled(task: Task, texts: Sequence[str], gap: str, shown: str = "") -> str:
+    fields = {"text": texts[0], "pair": texts[-1], "mask": gap, "shown": shown}
+    return FIELD.sub(lambda m: fields[m.group(1)], task.template)

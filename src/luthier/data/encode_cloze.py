@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from luthier.data.cloze import rendered
+from luthier.data.cloze import rendered, shown_beside
 from luthier.data.columns import Columns, text_complaint
 from luthier.data.examples import Examples, Flat, Ledger
 from luthier.data.rows import Table
@@ -34,19 +34,22 @@ def encode_cloze(
         if complaint:
             ledger.refuse(row, complaint)
             continue
-        tokens, cut = _fitting(task, [str(v) for v in values], tokenizer, max_length)
-        check_ids([tokens], [row], table, tokenizer, n_vocab)
-        gaps = tokens.count(task.gap) if task.asks != "decoder" else 1
-        if not tokens or gaps != 1:
-            reason = f"{gaps} gaps: the text holds the token that stands for one" if tokens and gaps else "no room"
-            ledger.refuse(row, reason)
-            continue
-        if cut:
-            ledger.truncate(row, len(tokens), int(with_targets), f"its text was cut by {cut} words, to {len(tokens)}")
-        else:
-            ledger.use(row, len(tokens), int(with_targets))
-        ids.add(tokens)
-        kept.append(row)
+        for draw in range(max(1, task.draws)):
+            texts = [str(v) for v in values]
+            tokens, cut = _fitting(task, texts, shown_beside(task, texts, draw), tokenizer, max_length)
+            check_ids([tokens], [row], table, tokenizer, n_vocab)
+            gaps = tokens.count(task.gap) if task.asks != "decoder" else 1
+            if not tokens or gaps != 1:
+                reason = f"{gaps} gaps: the text holds the token that stands for one" if tokens and gaps else "no room"
+                ledger.refuse(row, reason)
+                continue
+            if cut:
+                reason = f"its text was cut by {cut} words, to {len(tokens)}"
+                ledger.truncate(row, len(tokens), int(with_targets), reason)
+            else:
+                ledger.use(row, len(tokens), int(with_targets))
+            ids.add(tokens)
+            kept.append(row)
     chosen = np.asarray(kept, dtype=np.int64)
     targets = task.targets(table, columns) if with_targets else None
     typed = "token_type_ids" in tokenizer.model_input_names
@@ -62,16 +65,26 @@ def encode_cloze(
     )
 
 
-def _fitting(task: Task, texts: list[str], tokenizer: Any, size: int) -> tuple[list[int], int]:
-    """The ids of a row, and how many words were cut off its longest text for it to fit; no ids where none is left."""
-    cut = 0
+def _fitting(
+    task: Task, texts: list[str], shown: list[tuple[str, ...]], tokenizer: Any, size: int
+) -> tuple[list[int], int]:
+    """The ids of a row, and how many words were cut off its longest text for it to fit; no ids where none is left.
+
+    What is shown beside it is cut first, down to half of what the row itself has.
+    """
+    cut, beside = 0, [list(row) for row in shown]
     while True:
-        said = rendered(task, texts[0], texts[1] if len(texts) > 1 else None, tokenizer)
+        said = rendered(task, texts, tokenizer, beside)
         tokens = list(tokenize(tokenizer, [said])["input_ids"][0])
         if task.asks == "decoder" and len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id:
             tokens.pop()  # the gap is the end
         if len(tokens) <= size:
             return tokens, cut
+        widest = max(beside, key=lambda row: sum(len(text.split()) for text in row), default=[])
+        place = max(range(len(widest)), key=lambda i: len(widest[i].split()), default=0)
+        if widest and 2 * len(widest[place].split()) > max(len(text.split()) for text in texts):
+            widest[place] = " ".join(widest[place].split()[: -max(1, (len(tokens) - size) // (2 * len(beside)))])
+            continue
         longest = max(range(len(texts)), key=lambda i: len(texts[i].split()))
         words = texts[longest].split()
         drop = max(1, (len(tokens) - size) // 2)

@@ -63,6 +63,10 @@ class Task:
     """the token that stands for the gap; -1 where it is the end of the text"""
     asks: Literal["", "encoder", "decoder", "both"] = ""
     """what the model is that is asked so"""
+    draws: int = 0
+    """versions of each row, with other labelled rows shown beside it; 0 where the template shows none"""
+    shown: tuple[tuple[str, ...], ...] = ()
+    """the rows that may be shown: label and texts of each"""
     notes: tuple[str, ...] = ()
     """what was decided from the data, in sentences"""
 

@@ -129,9 +129,9 @@ def build(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
 
 
 def _order(prepared: Prepared) -> Order:
-    """Which examples make which step. Where rows are read in windows the steps are of rows, each with one window."""
+    """Which examples make which step. Of a row that gives several, windows or versions, a step has one."""
     spec, train, sets = prepared.spec, prepared.train, prepared.sets
-    windowed = spec.long == "windows"
+    windowed = spec.long == "windows" or prepared.task.draws > 1
     if windowed:
         sets = replace(sets, starts=tuple(np.searchsorted(train.firsts, sets.starts).tolist()))
     lengths = train.lengths[train.firsts] if windowed else train.lengths

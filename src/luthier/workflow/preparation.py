@@ -14,7 +14,7 @@ from luthier.__version__ import __version__
 from luthier.anatomy import Anatomy
 from luthier.core import ConfigError, NothingTrains, UnknownName, human_count, key, plain
 from luthier.data.chat import ChatTemplate
-from luthier.data.cloze import as_cloze
+from luthier.data.cloze import as_cloze, with_shown
 from luthier.data.columns import Columns
 from luthier.data.encode import encode
 from luthier.data.examples import Examples
@@ -155,6 +155,9 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None, *, be
         )  # fmt: skip
         assert select is not None
         note(f"{len(select)} training rows are held out to select by; the test half is scored once, at the end")
+    if task.draws:
+        task = with_shown(task, table, columns)
+        note(f"each row is read in {task.draws} versions, with one of {len(task.shown)} rows of each label beside it")
     if spec.eval.metric is not None:
         task.check_metric(spec.eval.metric)
     most = spec.eval.rows or (_LANGUAGE_ROWS if task.of_words else None)
@@ -190,7 +193,7 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None, *, be
     note(train_examples.ledger.sentence("train"))
     for remark in train_examples.ledger.notes:
         note(remark)
-    if said := sentence(spec, len(train_examples.read_rows) if task.n_outputs is not None else len(train_examples)):
+    if said := sentence(spec, len(train_examples) if task.of_words else len(train_examples.read_rows)):
         note(said)
     select_examples = None
     if select is not None:

@@ -54,6 +54,9 @@ def recipe_spec(home: Path, words: str, out: Path, kind: str = "bert", **changes
     if {"pet", "ipet"} & set(words.split("+")):
         data = DataSpec(source=str(rows), words="good=good, bad=bad, red=red")
         given |= {"model": str(filler(home / "filler")), "data": data}
+    if words == "lm_bff":
+        data = DataSpec(source=str(rows), words="good=good, bad=bad, red=red", template="{text} ! it is {mask} .")
+        given |= {"model": str(filler(home / "filler")), "data": data}
     if words == "kd_sequence":
         llama = str(little_model(home / "llama", "llama"))
         data = DataSpec(source=str(little_data(home / "turns.csv", rows=30, kind="turns")))

@@ -72,7 +72,8 @@ class DataSpec:
     tags: Annotated[str | None, "column with one tag for each word"] = None
     template: Annotated[
         str | None,
-        "ask for the label by a gap in a text, such as '{text} It was {mask}.'; no new head then",
+        "ask for the label by a gap in a text, such as '{text} It was {mask}.'; no new head then; {shown:16} shows "
+        "a labelled row of each label, in 16 versions whose answers are averaged",
     ] = None
     words: Annotated[
         str | None, "the word of each label that fills the gap, as LABEL=WORD,...; left out, the labels themselves"

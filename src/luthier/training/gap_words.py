@@ -13,7 +13,19 @@ from luthier.data.tasks import Task
 from luthier.surgery import Tuned
 from luthier.training.output_matrix import soft_capped, softcap_of, trunk_states, why_all_logits, word_head_of
 
-__all__ = ["GapWords"]
+__all__ = ["GapWords", "gaps_of"]
+
+
+def gaps_of(task: Task, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The row and the place of each gap, both (rows,)."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    rows = torch.arange(len(ids), device=ids.device)
+    if task.asks == "both":
+        return rows, torch.full_like(rows, inputs["decoder_input_ids"].shape[1] - 1)
+    if task.asks == "decoder":
+        places = torch.arange(ids.shape[1], device=ids.device)
+        return rows, (mask * (places + 1)).argmax(-1)  # the last token that is no padding
+    return rows, (ids == task.gap).int().argmax(-1)
 
 
 class GapWords:
@@ -27,7 +39,7 @@ class GapWords:
     def logits(self, batch: Batch) -> Tensor:
         """(rows, labels), in the order of the task's labels."""
         words = torch.tensor(self._task.word_ids, device=batch.inputs["input_ids"].device)
-        rows, places = self._gaps(batch.inputs)
+        rows, places = gaps_of(self._task, batch.inputs)
         if self._word_head is not None:
             states = trunk_states(self._tuned, batch.inputs)[rows, places]  # (rows, d)
             found: Tensor = self._word_head(states[None])[0]  # (rows, vocabulary)
@@ -40,14 +52,3 @@ class GapWords:
             return soft_capped(F.linear(states.to(head.weight.dtype), head.weight[words], bias), softcap_of(model))
         whole: Tensor = self._tuned.model(**batch.inputs).logits  # (rows, tokens, vocabulary)
         return whole[rows, places][:, words]
-
-    def _gaps(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The row and the place of each gap, both (rows,)."""
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        rows = torch.arange(len(ids), device=ids.device)
-        if self._task.asks == "both":
-            return rows, torch.full_like(rows, inputs["decoder_input_ids"].shape[1] - 1)
-        if self._task.asks == "decoder":
-            places = torch.arange(ids.shape[1], device=ids.device)
-            return rows, (mask * (places + 1)).argmax(-1)  # the last token that is no padding
-        return rows, (ids == self._task.gap).int().argmax(-1)

@@ -16,6 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from luthier.core import Card, CompositionError, ConfigError, build, plain
 from luthier.data.columns import Columns
 from luthier.data.rows import Table
@@ -23,7 +26,7 @@ from luthier.data.sets import named_sources
 from luthier.runs.spec import DataSpec, RunSpec
 from luthier.training.strategy import STRATEGIES, spelt, split_settings
 
-__all__ = ["RECIPE", "Desk", "Done", "Phase", "Plan", "Recipe", "plan_of", "recipe_names", "refuse_recipe"]
+__all__ = ["RECIPE", "Desk", "Done", "Guesses", "Phase", "Plan", "Recipe", "plan_of", "recipe_names", "refuse_recipe"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +75,19 @@ class Done(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Guesses:
+    """What a model that has learnt nothing yet would put into the gap of each row.
+
+    Attributes:
+        chances: log-probability of each id, (rows, vocabulary).
+        words: the ids that are a whole word, and the word.
+    """
+
+    chances: NDArray[np.float32]
+    words: Mapping[int, str]
+
+
 class Desk(Protocol):
     """What a recipe may ask before a phase and between two."""
 
@@ -94,6 +110,14 @@ class Desk(Protocol):
 
     def finished(self, path: str) -> Done:
         """A run that was finished before the recipe. Raises: ConfigError, WrongBase: it cannot be used."""
+        ...
+
+    def guesses(self, spec: RunSpec, table: Table) -> Guesses:
+        """What the model of a spec with a template, as it is, would put into the gap of each row."""
+        ...
+
+    def fillings(self, model: str, texts: Sequence[str], *, beams: int, most: int) -> list[tuple[str, str]]:
+        """What a T5 would put into the gaps {0} and {1} of all texts alike, likeliest first."""
         ...
 
     def write(self, name: str, rows: Iterable[Mapping[str, Any]]) -> str:

@@ -10,7 +10,7 @@ OUT/rows-NAME.jsonl   rows that were written between two phases
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,8 +27,9 @@ from luthier.runs.lock import Lock
 from luthier.runs.spec import RunSpec
 from luthier.surgery import compose, tuning_files
 from luthier.training.listener import Listener
-from luthier.training.recipe import RECIPE, Phase, Plan, plan_of
+from luthier.training.recipe import RECIPE, Guesses, Phase, Plan, plan_of
 from luthier.workflow.finish import Result
+from luthier.workflow.gap_search import guess_words, write_fillings
 from luthier.workflow.load_model import find_model, load_config
 from luthier.workflow.merged_folder import merge
 from luthier.workflow.prediction import Predictor
@@ -276,6 +277,12 @@ class _Desk:
         run = _Run(Path(path))
         _ = run._predictor  # refuses what is not finished, or was changed
         return run
+
+    def guesses(self, spec: RunSpec, table: Table) -> Guesses:
+        return guess_words(spec, table)
+
+    def fillings(self, model: str, texts: Sequence[str], *, beams: int, most: int) -> list[tuple[str, str]]:
+        return write_fillings(self.plan.spec, model, texts, beams=beams, most=most)
 
     def write(self, name: str, rows: Iterable[Mapping[str, Any]]) -> str:
         path = self.path / f"rows-{name}.jsonl"

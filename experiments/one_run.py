@@ -24,13 +24,18 @@ def one_run(
     out: str,
     given: Sequence[str] = (),
     sources: Sequence[str] = (),
+    also: Sequence[str] = (),
 ) -> tuple[list[bool], dict[str, Any]]:
-    """For each test row whether it was right, and facts of the run. `given`: fields as FIELD=VALUE, defaults else."""
+    """For each test row whether it was right, and facts of the run. `given`: fields as FIELD=VALUE, defaults else.
+
+    `also`: further sets of rows as NAME=FILE.
+    """
     pair = {"pair": "text_pair"} if "text_pair" in train_rows.read_text("utf-8").partition("\n")[0] else {}
     values: dict[str, Any] = {
         "model": model, "method": method, "seed": seed, "threads": 1, "out": out,
         "data": {"source": str(train_rows), "test": str(test_rows), "text": "text", "label": "label", **pair},
         **({"sources": list(sources)} if sources else {}),
+        **({"also": list(also)} if also else {}),
     }  # fmt: skip
     result = train(RunSpec.from_plain(overlay(values, settings_of(list(given)))), progress=False)
     with (result.path / "predictions.csv").open(encoding="utf-8", newline="") as file:

@@ -179,7 +179,15 @@ def test_strategies_are_listed_and_have_pages(luthier: Call) -> None:
     for name in STRATEGIES.names():
         page = luthier("strategies", name)
         assert page.code == 0 and STRATEGIES.card(name).page in page.out
-    assert luthier("strategies", "--json").json["strategies"][0]["settings"]
+    facts = {one["name"]: one for one in luthier("strategies", "--json").json["strategies"]}
+    assert facts["freelb"]["settings"] and (facts["freelb"]["kind"], facts["freelb"]["passes"]) == ("strategy", 2.0)
+    assert (facts["mezo"]["passes"], facts["mezo"]["forwards"]) == (0.0, 2.0)
+    assert facts["replay"]["needs"]["rows"] == ["old"] and facts["pet"]["kind"] == "recipe"
+
+
+def test_the_command_that_a_strategys_page_ends_on_names_what_it_needs(luthier: Call) -> None:
+    assert luthier("strategies", "replay").out.rstrip().endswith("--strategy replay --also old=FILE")
+    assert luthier("strategies", "kd_logits").out.rstrip().endswith("--strategy kd_logits --set kd_logits.teacher=RUN")
 
 
 # --- completion

@@ -51,15 +51,39 @@ def command(
 
 
 def facts(card: Card) -> dict[str, Any]:
-    """A card as plain values for --json."""
+    """A card as plain values for --json.
+
+    `passes`: forward and backward passes of a step; `forwards`: forward passes beside them; both at the defaults.
+    """
     return {
         "name": card.name,
         "family": card.family,
         "paper": card.paper,
         "title": card.title,
+        "kind": "recipe" if card.family == "recipes" else "strategy",
+        "passes": None if card.family == "recipes" else 1.0 + _number(card, "extra_passes"),
+        "forwards": None if card.family == "recipes" else _number(card, "extra_forwards"),
+        "needs": {"rows": _words(card, "sets"), "models": _words(card, "roles"), "strategies": _words(card, "uses")},
         "settings": [plain(setting) for setting in card.settings],
         "page": card.page,
     }
+
+
+def _number(card: Card, fact: str) -> float:
+    value = card.facts.get(fact, 0.0)
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _words(card: Card, fact: str) -> list[str]:
+    value = card.facts.get(fact, ())
+    return [str(word) for word in value] if isinstance(value, tuple | list) else []
+
+
+def _needs(card: Card) -> str:
+    """What must be given beside its name, as options; nothing where it needs nothing."""
+    rows = ["NAME" if name == "*" else name for name in _words(card, "sets")]
+    models = [f" --set {card.name}.{role}=RUN" for role in _words(card, "roles")]
+    return "".join([*(f" --also {name}=FILE" for name in rows), *models])
 
 
 def _show_page(card: Card) -> None:
@@ -68,5 +92,6 @@ def _show_page(card: Card) -> None:
     if card.settings:
         screen().show("\nSettings (--set NAME=VALUE, or an option of their own)")
         screen().table(*settings_table(card), whole=("name",))
-    example = f" --set {word}" if (word := example_of(card)) else ""
+    needs = _needs(card)
+    example = f" --set {word}" if not needs and (word := example_of(card)) else needs
     screen().show(f"\nTry: luthier train sample:minilm-l6 --data sample:trec6 --strategy {card.name}{example}")

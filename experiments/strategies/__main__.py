@@ -1,0 +1,68 @@
+"""Train what is missing of the table, seed by seed, then write the page. See the package for its options."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from experiments.one_run import one_run
+from experiments.results import once, scored
+from experiments.strategies.page import write
+from experiments.strategies.scenes import SCENES, old_rows
+from experiments.strategies.trials import TRIALS, Trial
+from luthier.core import Interrupted
+from luthier.training import STRATEGIES
+from luthier.workflow import evaluate
+
+RESULTS = Path(__file__).parent / "results.jsonl"
+
+
+def main() -> None:
+    words = argparse.ArgumentParser(prog="python -m experiments.strategies", description=__doc__)
+    words.add_argument("--only", action="append", help="a strategy; may be repeated")
+    words.add_argument("--seeds", type=int, default=3, help="seeds of each strategy")
+    words.add_argument("--results", type=Path, default=RESULTS)
+    words.add_argument("--page", action="store_true", help="only write the page from what is here")
+    asked = words.parse_args()
+    for name in asked.only or ():
+        STRATEGIES.get(name)  # a name that is none is no row of the table
+    chosen = {name: trial for name, trial in TRIALS.items() if not asked.only or name in asked.only}
+    plain = sorted({(t.scene, n) for t in chosen.values() for n in {1, t.passes}})
+    for seed in range(0 if asked.page else asked.seeds):
+        for scene, times in plain:
+            once(asked.results, {"scene": scene, "strategy": None, "passes": times, "seed": seed},
+                 partial(_made, scene, None, times, seed))  # fmt: skip
+        for name, trial in chosen.items():
+            once(asked.results, {"scene": trial.scene, "strategy": name, "passes": trial.passes, "seed": seed},
+                 partial(_made, trial.scene, name, 1, seed))  # fmt: skip
+    write(asked.results)
+
+
+def _made(scene: str, strategy: str | None, times: int, seed: int) -> dict[str, Any]:
+    """One result, with so many times the scene's steps; of one that stops, why."""
+    at = SCENES[scene]
+    trial = TRIALS[strategy] if strategy else Trial()
+    try:
+        with tempfile.TemporaryDirectory() as home:
+            right, facts = one_run(
+                at.start(at.method, seed) if at.start else at.model, at.method, seed, at.train(), at.test(),
+                f"{home}/run", [
+                    *at.given, f"run.steps={times * at.steps}", *([f"run.strategy={strategy}"] if strategy else []),
+                    *trial.given, *trial.runs(at.method, seed),
+                ],
+                also=[f"{name}={path()}" for name, path in trial.also.items()],
+            )  # fmt: skip
+            if at.start:
+                facts["old"] = round(evaluate(f"{home}/run", str(old_rows("test"))).scores["accuracy"], 4)
+        return scored(right) | facts
+    except Interrupted:
+        raise
+    except Exception as error:  # one that breaks must not keep the others from their turn; the page shows it
+        return {"refused": f"{type(error).__name__}: {error}"}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Which strategy is tried in which scene, and with how many times the passes of a plain step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from experiments.strategies.scenes import SMALL, further, old_rows, old_run, set_rows, teacher
+
+__all__ = ["NOT_TRIED", "TRIALS", "Trial"]
+
+Given = Callable[[str, int], list[str]]
+Rows = Mapping[str, Callable[[], Path]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A strategy in a scene.
+
+    Attributes:
+        scene: its name.
+        passes: whole times a plain step's passes; plain training makes as many times its steps to be compared with it.
+        given: fields as FIELD=VALUE.
+        runs: further fields, that name runs which are made first; called with method and seed.
+        also: further sets of rows.
+    """
+
+    scene: str = "few"
+    passes: int = 1
+    given: tuple[str, ...] = ()
+    runs: Given = lambda method, seed: []
+    also: Rows = field(default_factory=dict)
+
+
+SETS: Rows = {"headlines": lambda: set_rows("sarcasm"), "messages": lambda: set_rows("sms-spam")}
+
+TRIALS: dict[str, Trial] = {
+    "adaptive_freeze": Trial(given=("adaptive_freeze.every=20",)),
+    "class_weights": Trial(scene="many"),
+    "clr": Trial(),
+    "contrastive": Trial(),
+    "cosine_ws": Trial(passes=2, given=("cosine_ws.init=0.5", "cosine_ws.refresh=20")),
+    "curriculum": Trial(scene="many"),
+    "data_select": Trial(scene="many"),
+    "early_exit": Trial(),
+    "ema": Trial(given=("ema.decay=0.98",)),
+    "ewc": Trial(
+        scene="then", given=("ewc.rows=200", "ewc.weight=10000", "ewc.answers=labels"), also={"old": old_rows}
+    ),
+    "focal": Trial(),
+    "freelb": Trial(passes=2),
+    "gradual_unfreeze": Trial(scene="few-full", given=("gradual_unfreeze.every=12",)),
+    "kd_logits": Trial(scene="student", runs=lambda m, s: [f"kd_logits.teacher={teacher()}"]),
+    "kd_ensemble": Trial(
+        scene="student", runs=lambda m, s: [f"kd_ensemble.teachers={teacher()},{teacher(SMALL)}"]
+    ),
+    "kd_minilm": Trial(scene="student", runs=lambda m, s: [f"kd_minilm.teacher={teacher(SMALL)}"]),
+    "kd_tinybert": Trial(scene="student", runs=lambda m, s: [f"kd_tinybert.teacher={teacher(SMALL)}"]),
+    "l2_sp": Trial(scene="few-full"),
+    "label_smoothing": Trial(),
+    "lisa": Trial(scene="few-full"),
+    "llrd": Trial(scene="few-full"),
+    "lomo": Trial(scene="few-full", passes=2, given=("lomo.form=adalomo", "optim.lr=5e-4")),
+    "loss_weighting": Trial(passes=2, also=SETS),
+    "lwf": Trial(scene="then", runs=lambda m, s: [f"lwf.old={old_run(m, s)}"]),
+    "mezo": Trial(scene="few-full", given=("optim.lr=1e-6",)),
+    "mixout": Trial(scene="few-full"),
+    "mtl_sampling": Trial(also=SETS),
+    "pcgrad": Trial(passes=2, also=SETS),
+    "r_drop": Trial(passes=2),
+    "recadam": Trial(scene="few-full", given=("recadam.t0=40",)),
+    "replay": Trial(scene="then", also={"old": old_rows}),
+    "scl": Trial(),
+    "self_ensemble": Trial(passes=2),
+    "setfit": Trial(),
+    "smart": Trial(passes=3),
+    "stlr": Trial(),
+    "tapt": Trial(given=("tapt.texts_epochs=3",)),
+    "uda": Trial(passes=4, also={"unlabelled": further}),
+    "ulmfit": Trial(),
+    "aux_lm": Trial(scene="decoder"),
+}  # fmt: skip
+
+NOT_TRIED = {
+    "dapt": "tapt is the same on other texts",
+    "dft": "of language models: a score of their texts is not part of this table",
+    "ipet": "asks a model that fills gaps; no sample has a head of words",
+    "kd_sequence": "of language models",
+    "maml": "gives a start and not an end",
+    "pet": "asks a model that fills gaps; no sample has a head of words",
+    "reptile": "gives a start and not an end",
+}
+"""Strategy -> why it has no row."""

@@ -10,6 +10,10 @@ decoder (the gap ends the template), at the first sentinel of a T5. No new head 
 With {shown} one labelled row of each label stands there too, its gap filled. Each row is then read in so many versions,
 16 where no number is given, with other rows shown: in training one of them in each epoch, and where rows are scored or
 answered the logits of all are averaged.
+
+    template   {soft:5} {text} {soft:5} {mask}.
+
+{soft} is a word that a method trains, such as warp: see `soft_words`.
 """
 
 import re
@@ -21,11 +25,12 @@ from luthier.core import ConfigError, ModelError, key
 from luthier.data.columns import Columns, label_name
 from luthier.data.infer_task import Kind, kind_of_model
 from luthier.data.rows import Table, normalised
+from luthier.data.soft_words import MOST_SOFT, filler_of
 from luthier.data.tasks import Task
 
-__all__ = ["as_cloze", "rendered", "shown_beside", "with_shown", "words_of"]
+__all__ = ["as_cloze", "marks_of", "rendered", "shown_beside", "with_shown", "words_of"]
 
-FIELDS = ("text", "pair", "mask", "shown")
+FIELDS = ("text", "pair", "mask", "shown", "soft")
 FIELD = re.compile(r"\{(\w*)(?::(\d+))?\}")
 DRAWS, MOST_DRAWS = 16, 64
 """Versions of a row where rows are shown beside it."""
@@ -54,10 +59,21 @@ def as_cloze(task: Task, template: str, words: str | None, columns: Columns, tok
     if len(set(ids)) < len(ids):
         raise ConfigError(f"words: two labels have the same word in {', '.join(spelt.values())}. Choose another.")
     draws = [int(number or DRAWS) for name, number in FIELD.findall(template) if name == "shown"]
+    gap, n_soft = _gap(tokenizer, kind), marks_of(template).count("soft")
+    filler = filler_of(tokenizer, gap) if n_soft else -1
     return replace(
-        task, template=template, words=tuple(spelt.values()), word_ids=ids, gap=_gap(tokenizer, kind), asks=kind,
-        draws=sum(draws),
+        task, template=template, words=tuple(spelt.values()), word_ids=ids, gap=gap, asks=kind, draws=sum(draws),
+        n_soft=n_soft, filler=filler,
     )  # fmt: skip
+
+
+def marks_of(template: str) -> list[str]:
+    """What a template holds besides words, in order, "soft" as often as such words stand there.
+
+    >>> marks_of("{soft:2} {text} It was {mask}.")
+    ['soft', 'soft', 'text', 'mask']
+    """
+    return [n for n, number in FIELD.findall(template) for _ in range(int(number or 1) if n == "soft" else 1)]
 
 
 def with_shown(task: Task, table: Table, columns: Columns) -> Task:
@@ -112,11 +128,19 @@ def _check_template(template: str, kind: Kind, columns: Columns) -> None:
             f"template {template!r} has {found.count('mask')} gaps; it needs one {{mask}}, such as "
             "'{text} It was {mask}.'"
         )
-    numbers = [int(number or DRAWS) for name, number in FIELD.findall(template) if name == "shown" or number]
+    fields = [(name, number) for name, number in FIELD.findall(template) if name != "soft"]
+    numbers = [int(number or DRAWS) for name, number in fields if name == "shown" or number]
     if found.count("shown") > 1 or len(numbers) > found.count("shown") or not all(0 < n <= MOST_DRAWS for n in numbers):
         raise ConfigError(
             f"template {template!r}: rows are shown at one place, in 1 to {MOST_DRAWS} versions of each row, such as "
-            "{shown:16}; other fields have no number."
+            "{shown:16}; other fields but {soft} have no number."
+        )
+    soft = marks_of(template).count("soft")
+    if "soft" in found and ("shown" in found or not 0 < soft <= MOST_SOFT):
+        about = "{shown} too: it would show them in every row" if "shown" in found else f"{soft} of them"
+        raise ConfigError(
+            f"template {template!r} has words that are trained, {{soft}}, and {about}. Use 1 to {MOST_SOFT}, and no "
+            "{shown}."
         )
     if "text" not in found:
         raise ConfigError(f"template {template!r} does not hold the row's text: put {{text}} into it.")
@@ -190,10 +214,15 @@ def rendered(task: Task, texts: Sequence[str], tokenizer: Any, shown: Sequence[S
     """
     gap = "" if task.asks == "decoder" else str(tokenizer.convert_ids_to_tokens(task.gap))
     beside = " ".join(_filled(task, row, word).strip() for row, word in zip(shown, task.words, strict=False))
-    said = _filled(task, texts, gap, beside)
+    soft = str(tokenizer.convert_ids_to_tokens(task.filler)) if task.n_soft else ""
+    said = _filled(task, texts, gap, beside, soft)
     return said.rstrip() if task.asks == "decoder" else said
 
 
-def _filled(task: Task, texts: Sequence[str], gap: str, shown: str = "") -> str:
-    fields = {"text": texts[0], "pair": texts[-1], "mask": gap, "shown": shown}
-    return FIELD.sub(lambda m: fields[m.group(1)], task.template)
+def _filled(task: Task, texts: Sequence[str], gap: str, shown: str = "", soft: str = "") -> str:
+    fields = {"text": texts[0], "pair": texts[-1], "mask": gap, "shown": shown, "soft": soft}
+    return FIELD.sub(lambda m: " ".join([fields[m.group(1)]] * _times(*m.groups())), task.template)
+
+
+def _times(name: str, number: str | None) -> int:
+    return int(number or 1) if name == "soft" else 1

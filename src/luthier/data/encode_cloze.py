@@ -4,10 +4,11 @@ from typing import Any
 
 import numpy as np
 
-from luthier.data.cloze import rendered, shown_beside
+from luthier.data.cloze import marks_of, rendered, shown_beside
 from luthier.data.columns import Columns, text_complaint
 from luthier.data.examples import Examples, Flat, Ledger
 from luthier.data.rows import Table
+from luthier.data.soft_words import softened
 from luthier.data.tasks import Task
 from luthier.data.tokenizer import check_ids, tokenize
 
@@ -26,7 +27,7 @@ def encode_cloze(
 ) -> Examples:
     assert columns.text is not None
     names = [name for name in (columns.text, columns.pair) if name is not None]
-    ids, kept = Flat(np.int32), []
+    ids, kept, marks = Flat(np.int32), [], marks_of(task.template)
     for row in range(len(table)):
         values = [table.rows[row].get(name) for name in names]
         found = (text_complaint(v, f"field {n!r}") for v, n in zip(values, names, strict=True))
@@ -38,6 +39,12 @@ def encode_cloze(
             texts = [str(v) for v in values]
             tokens, cut = _fitting(task, texts, shown_beside(task, texts, draw), tokenizer, max_length)
             check_ids([tokens], [row], table, tokenizer, n_vocab)
+            made = softened(task, marks, tokens, n_vocab) if tokens else tokens
+            if made is None:
+                token = tokenizer.convert_ids_to_tokens(task.filler)
+                ledger.refuse(row, f"its text holds {token}, which stands for the template's trained words")
+                continue
+            tokens = made
             gaps = tokens.count(task.gap) if task.asks != "decoder" else 1
             if not tokens or gaps != 1:
                 reason = f"{gaps} gaps: the text holds the token that stands for one" if tokens and gaps else "no room"
@@ -76,7 +83,9 @@ def _fitting(
     while True:
         said = rendered(task, texts, tokenizer, beside)
         tokens = list(tokenize(tokenizer, [said])["input_ids"][0])
-        if task.asks == "decoder" and len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id:
+        ends = tokenizer.eos_token_id
+        own = ends == task.filler and tokens.count(ends) <= task.n_soft  # it stands for a trained word
+        if task.asks == "decoder" and len(tokens) > 1 and tokens[-1] == ends and not own:
             tokens.pop()  # the gap is the end
         if len(tokens) <= size:
             return tokens, cut

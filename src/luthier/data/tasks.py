@@ -61,6 +61,10 @@ class Task:
     word_ids: tuple[int, ...] = ()
     gap: int = -1
     """the token that stands for the gap; -1 where it is the end of the text"""
+    n_soft: int = 0
+    """words of the template that are vectors of the method: number i has the id n_vocab + i"""
+    filler: int = -1
+    """the token that stands for each of them while a row is encoded"""
     asks: Literal["", "encoder", "decoder", "both"] = ""
     """what the model is that is asked so"""
     draws: int = 0

@@ -19,6 +19,7 @@ __all__ = [
     "completed",
     "fitted",
     "for_rows",
+    "for_template",
     "left_out",
     "method",
     "setting_names",
@@ -197,6 +198,23 @@ def fitted(method: Method, sources: Sequence[Source]) -> Method:
 def completed(method: Method, tokenizer: Any, *, pair: bool) -> Method:
     """`method` with the settings that the tokenizer of a run decides."""
     members = tuple(part.completed(tokenizer, pair=pair) for part in method.parts())
+    return replace(method, members=members) if isinstance(method, Combined) else members[0]
+
+
+def for_template(method: Method, words: Sequence[int], n_soft: int, first: int) -> Method:
+    """`method` for a run that asks for labels by a gap; see `Method.for_template`.
+
+    Raises:
+        ConfigError: words of the template are to be trained, and no part trains such.
+    """
+    readers = [part for part in method.parts() if part.soft_words]
+    if n_soft and len(readers) != 1:
+        who = f"{' and '.join(part.name for part in readers)} would both train" if readers else "trains none of"
+        raise ConfigError(
+            f"data.template has {n_soft} words {{soft}}, and {who if readers else f'{spell(method)} {who}'} them. Use "
+            "one method that does, such as warp, or leave them out."
+        )
+    members = tuple(part.for_template(words, n_soft, first) for part in method.parts())
     return replace(method, members=members) if isinstance(method, Combined) else members[0]
 
 

@@ -70,6 +70,7 @@ class Method(ABC):
         reads_rows: facts of rows that it reads, such as "task": `Context.row`. How many values each has, a setting of
             its plural says (`tasks`); left out, the data do, and 1 where they say nothing.
         sources: the methods whose saved tunings it is made of; `least_sources`, how many at least.
+        soft_words: it trains the words that a run's template marks {soft}: see `for_template`.
 
     Class facts for the contract tests alone, so that a new file joins no list:
         tiny: settings that fit a model of three layers and width 48; `lr` for the rate at which it learns there.
@@ -96,6 +97,7 @@ class Method(ABC):
     reads_rows: ClassVar[tuple[str, ...]] = ()
     sources: ClassVar[tuple[str, ...]] = ()
     least_sources: ClassVar[int] = 1
+    soft_words: ClassVar[bool] = False
     tiny: ClassVar[Mapping[str, Any]] = {}
     start_is_drawn: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ()
@@ -146,6 +148,15 @@ class Method(ABC):
 
         Args:
             pair: rows are two texts.
+        """
+        return self
+
+    def for_template(self, words: Sequence[int], n_soft: int, first: int) -> Self:
+        """This method in a run that asks for labels by a gap in a template.
+
+        Args:
+            words: for each label the id of the word that fills the gap.
+            n_soft: how many words of the template are {soft}; the first of them has the id `first`, then one by one.
         """
         return self
 

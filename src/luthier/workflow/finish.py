@@ -202,8 +202,12 @@ def _refuse_base(prepared: Prepared, loop: Loop) -> None:
     with torch.inference_mode(), prepared.precision.autocast(loop.device):
         model = loop.tuned.model
         tuned_output = model(**batch.inputs)[0].float()
+        read = batch.inputs
+        if prepared.task.n_soft:  # the base has no such words: it reads the token that stood for them
+            beyond = read["input_ids"] >= model.get_input_embeddings().weight.shape[0]
+            read = {**read, "input_ids": read["input_ids"].masked_fill(beyond, prepared.task.filler)}
         with loop.tuned.base_only():
-            base = model(**batch.inputs)[0].float()
+            base = model(**read)[0].float()
     if torch.equal(tuned_output, base):
         raise NothingTrains(
             "after training the model computes exactly what its base computes: nothing was learnt, nothing is saved."

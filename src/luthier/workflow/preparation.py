@@ -175,13 +175,15 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None, *, be
             raise ConfigError(f"also: labels without a word: {', '.join(task.labels[len(task.words) :])}. Give words.")
     method = compose.completed(method, tokenizer, pair=columns.pair is not None)
     empty = empty_model(source, task)
+    n_vocab = int(empty.get_input_embeddings().weight.shape[0])
+    if task.template:
+        method = compose.for_template(method, task.word_ids, task.n_soft, n_vocab)
     anatomy = Anatomy.read(empty)
     check_shapes(anatomy, sources)
     n_params = method.n_params(anatomy)
     reserved = reserved_positions(method, anatomy)
     if n_params == 0 and not anatomy.head_tensors:
         raise NothingTrains(f"{spec.method} trains no number of {source.name}. Choose another method.")
-    n_vocab = int(empty.get_input_embeddings().weight.shape[0])
     max_length = choose_length(spec.max_length, tokenizer, config, task, reserved)
     pad = choose_pad(tokenizer, n_vocab)
     others = find_others(strategies, task, tokenizer, n_vocab)

@@ -133,7 +133,7 @@ def _check_template(template: str, kind: Kind, columns: Columns) -> None:
     if found.count("shown") > 1 or len(numbers) > found.count("shown") or not all(0 < n <= MOST_DRAWS for n in numbers):
         raise ConfigError(
             f"template {template!r}: rows are shown at one place, in 1 to {MOST_DRAWS} versions of each row, such as "
-            "{shown:16}; other fields but {soft} have no number."
+            "{shown:16}; other fields have no number, but for {soft}."
         )
     soft = marks_of(template).count("soft")
     if "soft" in found and ("shown" in found or not 0 < soft <= MOST_SOFT):

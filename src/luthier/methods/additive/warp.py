@@ -13,7 +13,7 @@ Claims: the authors report results near full fine-tuning of RoBERTa-large on few
 numbers a task.
 Cost: every row grows by K tokens.
 Use it when: the model was trained to fill gaps, rows are few, and a tuning must be small.
-Not when: the checkpoint has no layer that scores words, as sentence encoders (sample:minilm-l6) have none: such a run is
+Not when: the checkpoint has no layer that scores words, as sentence encoders have none (sample:minilm-l6): a run is
 refused.
 Pitfalls: the model's dropout rests while words train, as in the authors' code. No {soft} in the template is warp_0: the
 label vectors alone. A decoder reads its gap at the template's end, so no trained word can follow it.

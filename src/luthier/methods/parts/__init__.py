@@ -44,6 +44,9 @@
                       make_room
     prompt            Prompt           vectors before the text, drawn or copied from word embeddings
                       prompt_width
+    soft_words        SoftWords        words of a template that are vectors of a tuning
+                      soft_site
+                      words_site
     own_tensors       own_modules      what a method finds of itself on a model that may hold other tunings
                       own_tunings, own_unfrozen, group_names
     narrow_copy       narrow_model     some blocks of a model again, at a fraction of its width

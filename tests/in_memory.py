@@ -71,7 +71,10 @@ class Runs:
             changed |= {"attention_dropout": 0.0}
         if changed:
             given = {"model": str(little_model(self.home / kind, arch, **changed)), **given}
-        if labels or arch == "t5":  # its answers, or labels in a model that writes: "llama-labels"
+        if "pairs" in more:
+            rows = little_data(self.home / "pairs.csv", kind="pairs")
+            given = {"data": DataSpec(source=str(rows)), **given}
+        elif labels or arch == "t5":  # its answers, or labels in a model that writes: "llama-labels"
             rows = little_data(self.home / f"of-{kind}.csv", kind="labelled" if labels else "turns")
             given = {"data": DataSpec(source=str(rows)), **given}
         asked = [STRATEGIES.get(name) for name in (names or "").split("+") if name]

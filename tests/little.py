@@ -57,10 +57,12 @@ def little_model(folder: Path, kind: str = "bert", **changes: Any) -> Path:
 
 
 def little_data(path: Path, rows: int = 46, kind: str = "labelled", seed: int = 0) -> Path:
-    """Rows in a .csv file: a text with a label that can be learnt, or a prompt with its answer."""
+    """Rows in a .csv file: a text with a label that can be learnt, a prompt with its answer, or one with two."""
     if not path.exists():
         draw = random.Random(seed)
-        columns = ("text", "label") if kind == "labelled" else ("prompt", "response")
+        columns = {"labelled": ("text", "label"), "pairs": ("prompt", "chosen", "rejected")}.get(
+            kind, ("prompt", "response")
+        )
         with path.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(columns)
@@ -68,6 +70,9 @@ def little_data(path: Path, rows: int = 46, kind: str = "labelled", seed: int = 
                 label = ("good", "bad", "red")[i % 3]
                 words = draw.choices(WORDS, k=draw.randint(2, 14))
                 text = " ".join([*words, *[label] * 3])
+                if kind == "pairs":
+                    writer.writerow((text, f"{label} {words[0]}", " ".join(words[: 1 + i % 3])))
+                    continue
                 writer.writerow((text, label) if kind == "labelled" else (text, f"{label} {words[0]}"))
     return path
 

@@ -111,6 +111,7 @@ COLUMNS = {
     "regression": ("value", "note"),
     "token_classification": ("tags", "note"),
     "causal_lm": ("answer", "note"),
+    "preference": ("answer", "note"),
     "seq2seq": ("answer", "note"),
 }
 

@@ -35,12 +35,15 @@ class Batch:
     """numbers in the loss"""
     n_tokens: int
     """tokens without padding"""
+    marks: Tensor | None = None
+    """numbers that come with each pair (b, 2). A batch of pairs has 2 b lines: the first answers, then the second"""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
         inputs = {name: t.to(device, non_blocking=True) for name, t in self.inputs.items()}
         labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
-        return replace(self, inputs=inputs, labels=labels)
+        marks = None if self.marks is None else self.marks.to(device, non_blocking=True)
+        return replace(self, inputs=inputs, labels=labels, marks=marks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +78,25 @@ class Collator:
             return replace(batch, rows=indices, inputs=batch.inputs | facts)
         return self._batch(examples, indices)
 
+    def _pairs(self, examples: Examples, indices: NDArray[np.int64], middles: NDArray[np.int64]) -> Batch:
+        """Both halves of each pair, padded alike: first answers (b), then second (b)."""
+        starts = np.concatenate([examples.offsets[indices], middles[indices]])
+        lengths = np.concatenate([middles[indices], examples.offsets[indices + 1]]) - starts
+        ids, mask = self._lines(examples.ids, starts, lengths, self.pad_id)
+        facts = {n: torch.from_numpy(numbers[indices]).repeat(2) for n, numbers in examples.facts.items()}
+        assert examples.labels is not None
+        return Batch(
+            inputs={"input_ids": ids, "attention_mask": mask} | {f"row_{n}": fact for n, fact in facts.items()},
+            labels=self._lines(examples.labels, starts, lengths, IGNORED)[0],
+            rows=indices,
+            n_targets=int(examples.n_targets[indices].sum()),
+            n_tokens=int(lengths.sum()),
+            marks=None if examples.marks is None else torch.from_numpy(examples.marks[indices]),
+        )
+
     def _batch(self, examples: Examples, indices: NDArray[np.int64]) -> Batch:
+        if examples.middles is not None:
+            return self._pairs(examples, indices, examples.middles)
         ids, mask = self._lay(examples.ids, examples.offsets, indices, self.pad_id)
         inputs = {"input_ids": ids, "attention_mask": mask}
         if examples.types is not None:
@@ -113,7 +134,16 @@ class Collator:
     ) -> tuple[Tensor, Tensor]:
         """Lay pieces of a flat array side by side: values (b, t) and a mask of the same shape, both int64."""
         starts = offsets[indices]
-        lengths = offsets[indices + 1] - starts
+        return self._lines(flat, starts, offsets[indices + 1] - starts, fill, left)
+
+    def _lines(
+        self,
+        flat: NDArray[Any],
+        starts: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        fill: int,
+        left: bool | None = None,
+    ) -> tuple[Tensor, Tensor]:
         width = max(1, -(-int(lengths.max(initial=0)) // self.pad_to) * self.pad_to)
         place = np.arange(width)[None, :]
         if self.left if left is None else left:

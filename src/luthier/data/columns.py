@@ -31,6 +31,8 @@ PAIRS = (
 PROMPT = ("prompt", "instruction", "question", "query", "source", "article", "document")
 CONTEXT = ("input", "context")
 RESPONSE = ("response", "output", "completion", "answer", "target", "summary", "highlights")
+CHOSEN = ("chosen", "preferred")
+REJECTED = ("rejected", "dispreferred")
 MESSAGES = ("messages", "conversations", "conversation", "dialog", "dialogue", "turns")
 TOKENS = ("tokens", "words")
 TAGS = ("tags", "ner_tags", "pos_tags", "labels")
@@ -43,6 +45,7 @@ SHAPES = {
     "tagged": "words with tags",
     "dialogue": "chat messages",
     "answered": "a prompt with its response",
+    "preferred": "two answers, one better",
     "plain": "text alone",
 }
 SHAPES_OF = {
@@ -54,6 +57,7 @@ SHAPES_OF = {
     "seq2seq": ("answered",),
     "masked_lm": ("plain",),
     "span_corruption": ("plain",),
+    "preference": ("preferred",),
 }
 
 
@@ -62,7 +66,7 @@ class Columns:
     """The columns that a task reads; those that the shape of the data does not have are `None`."""
 
     shape: str
-    """one of SHAPES: labelled, tagged, dialogue, answered, plain"""
+    """one of SHAPES: labelled, tagged, dialogue, answered, preferred, plain"""
     text: str | None = None
     pair: str | None = None
     label: str | None = None
@@ -70,6 +74,10 @@ class Columns:
     context: str | None = None
     response: str | None = None
     messages: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    margin: str | None = None
+    share: str | None = None
     tokens: str | None = None
     tags: str | None = None
     system: str | None = None
@@ -82,14 +90,20 @@ class Columns:
         """Role -> column, of the roles that are filled."""
         roles = (
             *("text", "pair", "label", "prompt", "context", "response", "messages", "tokens", "tags"),
+            *("chosen", "rejected", "margin", "share"),
             *("system", "history", "tools"),  # what stands around a conversation
             "row_task",
         )
         return {role: column for role in roles if (column := getattr(self, role)) is not None}
 
     def inputs(self) -> "Columns":
-        """The columns that a model reads, without those that it is to answer: what a row to predict has."""
-        return replace(self, label=None, tags=None, response=None)
+        """The columns that a model reads, without those that it is to answer: what a row to predict has.
+
+        Where a pair's prompt stands in its answers alone, it is read from the better one.
+        """
+        chosen = self.chosen if self.prompt is None else None
+        nothing: dict[str, Any] = dict.fromkeys(("label", "tags", "response", "rejected", "margin", "share"))
+        return replace(self, chosen=chosen, **nothing)
 
     def sentence(self) -> str:
         """The choice in words, for the log."""
@@ -103,7 +117,9 @@ class Columns:
 
     @cached_property
     def _content_columns(self) -> list[str]:
-        roles = {"labelled": ("text", "pair"), "tagged": ("tokens",)}.get(
+        # Pairs of one prompt are no two prompts: else a half could be scored on what the other has learnt.
+        asked = ("system", "history", "prompt", "context") if self.prompt is not None else ("chosen", "rejected")
+        roles = {"labelled": ("text", "pair"), "tagged": ("tokens",), "preferred": asked}.get(
             self.shape, ("system", "history", "messages", "prompt", "context", "response", "text")
         )
         return [name for role in (*roles, "row_task") if (name := getattr(self, role)) is not None]
@@ -180,6 +196,7 @@ def find_columns(table: Table, flags: DataSpec, task: str = "auto") -> Columns:
         "tagged": _tagged,
         "dialogue": _dialogue,
         "answered": _answered,
+        "preferred": _preferred,
         "plain": _plain,
     }
     asked = _shapes_of_flags(flags)
@@ -317,9 +334,11 @@ def _shapes_of_flags(flags: DataSpec) -> set[str]:
         "text": {"labelled", "plain"},
         "pair": {"labelled"},
         "label": {"labelled"},
-        "prompt": {"answered"},
-        "context": {"answered"},
+        "prompt": {"answered", "preferred"},
+        "context": {"answered", "preferred"},
         "response": {"answered"},
+        "chosen": {"preferred"},
+        "rejected": {"preferred"},
         "messages": {"dialogue"},
         "tokens": {"tagged"},
         "tags": {"tagged"},
@@ -340,6 +359,7 @@ def _flags_for(shapes: Iterable[str]) -> str:
         "tagged": "--tokens and --tags",
         "dialogue": "--messages",
         "answered": "--prompt and --response",
+        "preferred": "--prompt, --chosen and --rejected",
         "plain": "--text",
     }
     return ", or ".join(needed[s] for s in shapes)
@@ -398,6 +418,21 @@ def _answered(finder: _Finder) -> dict[str, str | None] | None:
     if prompt is None:
         return None
     return {"prompt": prompt, "context": context, "response": response, **_around(finder)}
+
+
+def _preferred(finder: _Finder) -> dict[str, str | None] | None:
+    chosen, rejected = finder.pick("chosen", CHOSEN), finder.pick("rejected", REJECTED)
+    if chosen is None or rejected is None:
+        return None
+    prompt = finder.pick("prompt", PROMPT, taken=(chosen, rejected))
+    if prompt is None and any(isinstance(row.get(chosen), str) for row in finder.table.rows[:1]):
+        raise DataError(
+            f"{finder.table.source}: {chosen!r} and {rejected!r} are texts; which column is the prompt that they "
+            f"answer? For example --prompt {_shell(finder.names[0])}. Its columns are {finder.listed}."
+        )
+    context = finder.pick("context", CONTEXT, taken=(prompt,)) if prompt is not None else None
+    more = {name: finder.lower.get(name) for name in ("margin", "share")}
+    return {"prompt": prompt, "context": context, "chosen": chosen, "rejected": rejected, **more, **_around(finder)}
 
 
 def _around(finder: _Finder) -> dict[str, str | None]:

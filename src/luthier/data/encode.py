@@ -12,6 +12,7 @@ from luthier.data import (
     encode_cloze,
     encode_corrupted,
     encode_language,
+    encode_pairs,
     encode_tags,
     encode_text,
     label_cells,
@@ -41,6 +42,7 @@ ENCODERS = (
     encode_cloze,
     encode_corrupted,
     encode_language,
+    encode_pairs,
     encode_tags,
     encode_text,
     examples_file,
@@ -139,7 +141,9 @@ def _encode_anew(
     template: ChatTemplate | None,
 ) -> Examples:
     ledger = Ledger(table)
-    if task.name in ("causal_lm", "seq2seq"):
+    if task.compares and with_targets:
+        return encode_pairs.encode_pairs(table, columns, tokenizer, n_vocab, max_length, ledger, loss_on, template)
+    if task.writes:
         return encode_language.encode_language(
             table,
             columns,

@@ -12,7 +12,7 @@ from luthier.data.examples import CHUNK, IGNORED, Examples, Flat, Ledger
 from luthier.data.rows import Table
 from luthier.data.tokenizer import check_ids, tokenize
 
-__all__ = ["encode_language", "loss_view", "prompt_messages"]
+__all__ = ["conversation_before", "encode_language", "loss_view", "prompt_messages", "refused_because"]
 
 
 def encode_language(
@@ -149,7 +149,7 @@ def prompt_messages(table: Table, row: int, columns: Columns, with_response: boo
         response = cell(table, row, columns.response)
     if context is not None and not isinstance(context, str):
         raise DataError(f"field {columns.context!r} is {context!r} ({type(context).__name__}), not text")
-    messages = _before(table.rows[row], columns)
+    messages = conversation_before(table.rows[row], columns)
     if isinstance(prompt, list | tuple):
         # What the assistant said before is context here: the response alone is to be learnt.
         given = read_messages(prompt, columns.prompt)
@@ -169,7 +169,7 @@ def prompt_messages(table: Table, row: int, columns: Columns, with_response: boo
     return [*messages, {"role": "assistant", "content": response}]
 
 
-def _before(row: dict[str, Any], columns: Columns) -> list[Message]:
+def conversation_before(row: dict[str, Any], columns: Columns) -> list[Message]:
     """What columns of their own say before the conversation: the system's words, and pairs of earlier turns."""
     found: list[Message] = []
     said = row.get(columns.system) if columns.system else None
@@ -187,14 +187,21 @@ def _before(row: dict[str, Any], columns: Columns) -> list[Message]:
 
 
 def _conversation(gather: _Gather, columns: Columns, with_response: bool) -> Callable[[int], list[Message]]:
-    if columns.shape == "answered":
+    if columns.shape == "preferred" and columns.prompt is None:
+        assert columns.chosen is not None
+        chosen = columns.chosen
+        return lambda row: [
+            *conversation_before(gather.table.rows[row], columns),
+            *read_messages(gather.table.rows[row].get(chosen), chosen),
+        ]
+    if columns.shape in ("answered", "preferred"):
         return lambda row: prompt_messages(gather.table, row, columns, with_response)
     assert columns.messages is not None
     column = columns.messages
 
     def messages(row: int) -> list[Message]:
         found = read_messages(cell(gather.table, row, column), column)
-        before = _before(gather.table.rows[row], columns)
+        before = conversation_before(gather.table.rows[row], columns)
         return found if found[0]["role"] == "system" else [*before, *found]
 
     return messages
@@ -213,7 +220,7 @@ def _chats(gather: _Gather, columns: Columns, chat: Chat) -> None:
                 tools = _tools(gather, columns, row)
                 plans += chat.plan(row, messages_of(row), gather.table.places[row], tools)
             except DataError as error:  # this row; `Ledger.check` stops when there are too many
-                gather.ledger.refuse(row, _without_place(str(error), gather.table.places[row]))
+                gather.ledger.refuse(row, refused_because(str(error), gather.table.places[row]))
         for plan, tokens in zip(plans, chat.encode(plans), strict=True):
             if isinstance(tokens, str):
                 gather.ledger.refuse(plan.row, tokens)
@@ -221,7 +228,7 @@ def _chats(gather: _Gather, columns: Columns, chat: Chat) -> None:
                 _add_tokens(gather, plan.row, tokens)
 
 
-def _without_place(message: str, place: str) -> str:
+def refused_because(message: str, place: str) -> str:
     return message.removeprefix(f"{place}: ").removesuffix(".")
 
 
@@ -257,7 +264,7 @@ def _prompts(gather: _Gather, columns: Columns, chat: Chat) -> None:
                 messages = messages[:-1]
             ids = chat.prompt(messages, gather.table.places[row], _tools(gather, columns, row))
         except DataError as error:
-            gather.ledger.refuse(row, _without_place(str(error), gather.table.places[row]))
+            gather.ledger.refuse(row, refused_because(str(error), gather.table.places[row]))
             continue
         gather.check(row, ids)
         _add_prompt(gather, row, ids)
@@ -284,7 +291,7 @@ def _seq2seq(gather: _Gather, columns: Columns, with_targets: bool) -> Examples:
             try:
                 messages = prompt_messages(gather.table, row, columns, with_targets)
             except DataError as error:
-                ledger.refuse(row, _without_place(str(error), gather.table.places[row]))
+                ledger.refuse(row, refused_because(str(error), gather.table.places[row]))
                 continue
             rows.append(row)
             asked = messages[:-1] if with_targets else messages

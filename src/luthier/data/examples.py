@@ -186,6 +186,10 @@ class Examples:
     answer_offsets: NDArray[np.int64] | None = field(default=None, repr=False)
     targets: NDArray[Any] | None = field(default=None, repr=False)
     """one target for each example: int64 (n,), float32 (n,), or float32 (n, labels)"""
+    middles: NDArray[np.int64] | None = field(default=None, repr=False)
+    """where in `ids` the second answer of each example begins, prompt and all; the first comes before (pairs)"""
+    marks: NDArray[np.float32] | None = field(default=None, repr=False)
+    """numbers that come with each pair, (n, 2): the share of judges who found the first better, and by how much"""
     facts: Mapping[str, NDArray[np.int64]] = field(default_factory=dict, repr=False)
     """whole numbers that say something of each example's row, by name: its task"""
     ledger: Ledger = field(repr=False)
@@ -211,12 +215,21 @@ class Examples:
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each example, those of a seq2seq response included: what a batch is measured by."""
+        """Tokens of each example, those of a seq2seq response included: what a batch is measured by.
+
+        Of a pair, twice its longer half, since both are padded to it.
+        """
+        if self.middles is not None:
+            return self.lengths_of(np.arange(len(self), dtype=np.int64))
         n = np.diff(self.offsets)
         return n if self.answer_offsets is None else n + np.diff(self.answer_offsets)
 
     def lengths_of(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """`lengths[indices]`, in time that depends on the indices only."""
+        if self.middles is not None:
+            first = self.middles[indices] - self.offsets[indices]
+            second = self.offsets[indices + 1] - self.middles[indices]
+            return np.asarray(2 * np.maximum(first, second), dtype=np.int64)
         n = self.offsets[indices + 1] - self.offsets[indices]
         if self.answer_offsets is None:
             return n

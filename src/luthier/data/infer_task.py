@@ -51,6 +51,8 @@ def infer_task(
             name = "regression" if labels_are_measures(train, columns) else "classification"
         elif columns.shape == "tagged":
             name = "token_classification"
+        elif columns.shape == "preferred":
+            name = "preference"
         elif columns.shape == "answered":
             name = "seq2seq" if both else "causal_lm"
         else:
@@ -86,6 +88,11 @@ def _refuse_model(name: str, model_config: Any) -> None:
         other = "span_corruption, as T5 learnt it," if both else "causal_lm"
         raise ModelError(
             f"task masked_lm needs an encoder such as BERT; {kind!r} is none. Use --task {other} or another model."
+        )
+    if name == "preference" and reads != "decoder":
+        raise ModelError(
+            f"task preference needs a decoder such as Llama or GPT-2, which gives whole answers a probability; {kind!r}"
+            " is none. Use another model."
         )
     if name == "causal_lm" and both:
         raise ModelError(

@@ -264,7 +264,9 @@ def load_inputs(source: str, columns: Columns) -> tuple[Table, Columns]:
     first, second = _standard_input() if source == "-" else load_rows(source)
     table = second if second is not None else first
     found = set(table.columns)
-    answers = ("label", "tags", "response")
+    answers: tuple[str, ...] = ("label", "tags", "response", "chosen", "rejected", "margin", "share")
+    if columns.shape == "preferred" and columns.prompt is None:
+        answers = tuple(role for role in answers if role != "chosen")  # its prompt stands there
     optional = (*answers, "context")
     lacking: dict[str, Any] = {role: None for role in optional if getattr(columns, role) not in found}
     kept = dataclasses.replace(columns, **lacking)

@@ -112,7 +112,7 @@ def _doubtful_labels(train: Table, test: Table | None, columns: Columns) -> list
 
 def text_of(row: Row, columns: Columns) -> str:
     """What a reader knows the row by."""
-    roles = (columns.text or columns.prompt or columns.messages or columns.tokens, columns.pair)
+    roles = (columns.text or columns.prompt or columns.messages or columns.chosen or columns.tokens, columns.pair)
     return " | ".join(_in_cell(row.get(name)) for name in roles if name is not None)
 
 

@@ -21,6 +21,7 @@ AUTO_CLASSES = {
     "seq2seq": "AutoModelForSeq2SeqLM",
     "masked_lm": "AutoModelForMaskedLM",
     "span_corruption": "AutoModelForSeq2SeqLM",
+    "preference": "AutoModelForCausalLM",
 }
 METRICS = {
     "classification": ("accuracy", "macro_f1", "mcc", "loss"),
@@ -32,6 +33,7 @@ METRICS = {
     "seq2seq": ("loss", "perplexity", "token_accuracy"),
     "masked_lm": ("loss", "perplexity", "token_accuracy"),
     "span_corruption": ("loss", "perplexity", "token_accuracy"),
+    "preference": ("pair_accuracy", "margin", "chosen_reward", "loss"),
 }
 GENERATED = ("rouge_l", "bleu", "exact_match")
 """Scores of generated text against the response: a run writes no text while it trains."""
@@ -87,6 +89,21 @@ class Task:
         return self.name in ("causal_lm", "seq2seq", "masked_lm", "span_corruption")
 
     @property
+    def compares(self) -> bool:
+        """Whether a row is two answers to one prompt, and what is learnt is which is better."""
+        return self.name == "preference"
+
+    @property
+    def of_turns(self) -> bool:
+        """Whether rows are laid out by a chat template."""
+        return self.name in ("causal_lm", "preference")
+
+    @property
+    def writes(self) -> bool:
+        """Whether what is learnt is to answer in text."""
+        return self.name in ("causal_lm", "seq2seq", "preference")
+
+    @property
     def filled_in(self) -> bool:
         """Whether it predicts what was taken out of a text, so that it has no answer to a row."""
         return self.name in ("masked_lm", "span_corruption")
@@ -137,7 +154,7 @@ class Task:
         """
         if name in self.metrics:
             return name
-        if name in GENERATED and self.name in ("causal_lm", "seq2seq"):
+        if name in GENERATED and self.writes:
             raise ConfigError(
                 f"eval.metric {name!r} is of generated text, and a run writes none while it trains. A run of task "
                 f"{self.name} can select by {', '.join(self.metrics)}. For {name}, let the finished run answer "

@@ -25,7 +25,10 @@ __all__ = ["CACHED_FROM", "entry_of", "read", "write"]
 CACHED_FROM = 256
 """Tables with fewer rows are encoded faster than they are looked up."""
 
-ARRAYS = ("ids", "offsets", "rows", "n_targets", "types", "labels", "words", "answers", "answer_offsets", "targets")
+ARRAYS = (
+    *("ids", "offsets", "rows", "n_targets", "types", "labels", "words", "answers", "answer_offsets", "targets"),
+    *("middles", "marks"),
+)
 
 
 def entry_of(
@@ -47,7 +50,7 @@ def entry_of(
     """
     if len(table) < CACHED_FROM or not disk_cache.limit() or not tokenizer.is_fast or not table.is_plain():
         return None
-    language_rows = task.name == "causal_lm" and columns.shape != "plain"
+    language_rows = task.of_turns and columns.shape != "plain"
     if language_rows and template is None:
         template = ChatTemplate.of(tokenizer)
     return disk_cache.entry(

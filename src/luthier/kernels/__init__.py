@@ -10,7 +10,7 @@ from luthier.kernels.codes import FORMATS, GROUP, Format, Grouped
 from luthier.kernels.dropout import dropout, keep_mask
 from luthier.kernels.frozen import rms_norm
 from luthier.kernels.grouped import GroupedScales, GroupedUpdates, StillSiblings, StillUpdate
-from luthier.kernels.loss import linear_cross_entropy
+from luthier.kernels.loss import linear_cross_entropy, token_losses
 from luthier.kernels.low_rank import Update, dora_linear, dora_norm, low_rank_linear, row_squares
 from luthier.kernels.optimizer import adamw
 from luthier.kernels.packed import Packed, can_pack, packed_linear
@@ -46,4 +46,5 @@ __all__ = [
     "rms_norm",
     "row_squares",
     "scale",
+    "token_losses",
 ]

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from luthier.core import DataError
 from luthier.kernels._switch import fast
 
-__all__ = ["linear_cross_entropy"]
+__all__ = ["linear_cross_entropy", "token_losses"]
 
 CHUNK_BYTES = 32 << 20
 
@@ -160,3 +161,44 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for g, dtype in zip(ctx.saved_tensors, ctx.types, strict=True)
         ]
         return *made, None, None, None, None, None
+
+
+def token_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    chunk_bytes: int = CHUNK_BYTES,
+    softcap: float | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The cross-entropy of each token, for losses that are made of them: (N,), at least fp32.
+
+    A block of logits is made, read and thrown away, and made again on the way back: what multiplies each token's
+    gradient is known only then.
+
+    Args:
+        hidden: (N, d). labels: (N,), each a row of the head.
+        weight, bias, chunk_bytes, softcap, dtype: see `linear_cross_entropy`.
+    """
+    dtype = weight.dtype if dtype is None else dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    def block(states: Tensor, wanted: Tensor) -> Tensor:
+        logits = F.linear(states.to(dtype), w, b).to(wide)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        return F.cross_entropy(logits, wanted, reduction="none")
+
+    size = max(1, chunk_bytes // (len(weight) * wide.itemsize))
+    if len(hidden) == 0:
+        return hidden.sum(-1).to(wide) * 0.0
+    found: list[Tensor] = []
+    for start in range(0, len(hidden), size):
+        part = hidden[start : start + size], labels[start : start + size]
+        if torch.is_grad_enabled():
+            found.append(checkpoint(block, *part, use_reentrant=False, preserve_rng_state=False))
+        else:
+            found.append(block(*part))
+    return torch.cat(found)

@@ -30,7 +30,7 @@ MOST_FOLDS = 20
 
 Task = Literal[
     "auto", "classification", "regression", "token_classification", "causal_lm", "seq2seq", "masked_lm",
-    "span_corruption",
+    "span_corruption", "preference",
 ]  # fmt: skip
 TASKS: tuple[str, ...] = get_args(Task)
 
@@ -68,6 +68,8 @@ class DataSpec:
     context: Annotated[str | None, "column with further input that follows the prompt"] = None
     response: Annotated[str | None, "column with the wanted answer"] = None
     messages: Annotated[str | None, "column with a list of chat messages"] = None
+    chosen: Annotated[str | None, "column with the better of two answers to a prompt"] = None
+    rejected: Annotated[str | None, "column with the worse of two answers to a prompt"] = None
     tokens: Annotated[str | None, "column with a list of words, for token classification", Flag("tokens")] = None
     tags: Annotated[str | None, "column with one tag for each word"] = None
     template: Annotated[

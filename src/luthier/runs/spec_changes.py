@@ -35,6 +35,8 @@ RESUME: dict[str, ResumeRule] = {
     "data.context": "exact",
     "data.response": "exact",
     "data.messages": "exact",
+    "data.chosen": "exact",
+    "data.rejected": "exact",
     "data.tokens": "exact",
     "data.tags": "exact",
     "data.template": "exact",

@@ -19,6 +19,7 @@ from luthier.data.sets import TRAIN, Sets
 from luthier.data.tasks import Task
 from luthier.surgery import Tuned
 from luthier.surgery.embedded import changed_embeddings
+from luthier.training.answers import standing_still
 from luthier.training.objective import Objective, Result
 from luthier.training.optimiser import Optimiser
 from luthier.training.other_models import OtherModel
@@ -144,16 +145,9 @@ class Course:
         assert self.cut_rows is not None, "a run has a feed"
         return [batch.to(self.device) for batch in self.cut_rows(rows, (self.epoch, self.step))]
 
-    @contextmanager
-    def still(self) -> Iterator[None]:
+    def still(self) -> AbstractContextManager[None]:
         """Within, the model is in evaluation mode: no dropout."""
-        modes = [(module, module.training) for module in self.tuned.model.modules()]
-        self.tuned.model.eval()
-        try:
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        return standing_still(self.tuned.model)
 
     def states(self) -> AbstractContextManager[States]:
         """Within, what comes out of the trunk is held, with its graph."""

@@ -140,7 +140,9 @@ class Evaluator:
         """The task's scores of what `outputs` gave."""
         task, examples = self.objective.task, self.batches.examples
         found = {"loss": float(out["loss"]), "perplexity": metrics.perplexity(out["loss"])}
-        if task.of_words:
+        if task.compares:
+            found |= metrics.of_pairs(out["logits"])
+        elif task.of_words:
             found["token_accuracy"] = out["correct"] / max(1, out["n_targets"])
         else:
             names = [n for n in task.metrics if metrics.METRICS[n].function is not None]

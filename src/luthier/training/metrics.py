@@ -13,7 +13,7 @@ import numpy as np
 
 from luthier.core import UnknownName, UsageError, near
 
-__all__ = ["METRICS", "Metric", "better", "perplexity", "score", "spans_of"]
+__all__ = ["METRICS", "Metric", "better", "of_pairs", "perplexity", "score", "spans_of"]
 
 Function = Callable[[Sequence[Any], Sequence[Any]], float]
 
@@ -69,6 +69,26 @@ def score(names: Sequence[str], predictions: Sequence[Any], references: Sequence
 def perplexity(loss: float) -> float:
     """exp of the mean loss of a token, in nats; infinite where that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
+
+
+def of_pairs(rewards: Any) -> dict[str, float]:
+    """The scores of pairs of answers, the better one first.
+
+    A tie is half right: where nothing has been learnt, both rewards are 0, which says nothing of either answer.
+
+    >>> of_pairs(np.array([[2.0, 1.0], [0.5, 0.5]]))
+    {'pair_accuracy': 0.75, 'margin': 0.5, 'chosen_reward': 1.25}
+
+    Args:
+        rewards: (pairs, 2).
+    """
+    margins = rewards[:, 0].astype(np.float64) - rewards[:, 1]
+    right = (margins > 0) + 0.5 * (margins == 0)
+    return {
+        "pair_accuracy": float(right.mean()),
+        "margin": float(margins.mean()),
+        "chosen_reward": float(rewards[:, 0].astype(np.float64).mean()),
+    }
 
 
 def _library(module: str, package: str) -> Any:
@@ -252,6 +272,9 @@ METRICS: dict[str, Metric] = {
     "token_accuracy": Metric(_token_accuracy, True, "share of tokens with the right tag, or guessed right"),
     "token_macro_f1": Metric(_token_macro_f1, True, "mean F1 of the tags over all tokens"),
     "span_f1": Metric(_span_f1, True, "F1 of whole spans of B-/I-/O tags"),
+    "pair_accuracy": Metric(None, True, "share of pairs whose better answer has the higher reward"),
+    "margin": Metric(None, True, "mean difference of the rewards of the better and the worse answer"),
+    "chosen_reward": Metric(None, True, "mean reward of the better answers: below 0, they became less likely"),
     "rouge_l": Metric(_rouge_l, True, "ROUGE-L of generated text, 0 to 1"),
     "bleu": Metric(_bleu, True, "BLEU of generated text, 0 to 100"),
 }

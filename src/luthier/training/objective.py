@@ -19,6 +19,7 @@ from luthier.data.batches import Batch, Batches
 from luthier.data.examples import IGNORED
 from luthier.data.tasks import Task
 from luthier.surgery import Tuned
+from luthier.training.answers import Answer, Judge, Likely, answer_log_chances, standing_still
 from luthier.training.frozen_features import Features, features_of
 from luthier.training.gap_words import GapWords
 from luthier.training.output_matrix import soft_capped, softcap_of, trunk_states, why_all_logits, word_head_of
@@ -48,17 +49,25 @@ class Objective:
     Args:
         full_logits: hold all logits of a language model, because something looks at them.
         scoring: also count right guesses; no gradient then.
+        judge: how two answers are compared, where rows are pairs; without one the better answer is learnt as text.
+
+    Attributes:
+        reference: what the base holds of both answers of every example, (examples, 2), where that was kept.
     """
 
-    def __init__(self, tuned: Tuned, task: Task, *, full_logits: bool = False, scoring: bool = False) -> None:
+    def __init__(
+        self, tuned: Tuned, task: Task, *, full_logits: bool = False, scoring: bool = False, judge: Judge | None = None
+    ) -> None:
         self.tuned, self.task, self.scoring = tuned, task, scoring
+        self.judge: Judge = judge or Likely()
+        self.reference: Tensor | None = None
         self.why_all_logits = "something looks at them" if full_logits else ""
-        if task.name == "causal_lm" and not full_logits:
+        if task.name in ("causal_lm", "preference") and not full_logits:
             self.why_all_logits = why_all_logits(tuned)
         self.word_head: nn.Module | None = None
         if task.name == "masked_lm" and not full_logits:
             self.word_head, self.why_all_logits = word_head_of(tuned)
-        self.chunked = task.name in ("causal_lm", "masked_lm") and not self.why_all_logits
+        self.chunked = task.name in ("causal_lm", "preference", "masked_lm") and not self.why_all_logits
         self.labelled = task.name in ("classification", "regression") and not task.template
         self.gap = GapWords(tuned, task) if task.template else None
         self.first_token = tuned.fast.first_token() if self.labelled else None
@@ -73,7 +82,12 @@ class Objective:
         return self.features
 
     def __call__(self, batch: Batch) -> Result:
-        """Run the model. Shapes of `logits`: (batch, classes), or (batch, tokens, classes) for tags and words."""
+        """Run the model. Shapes of `logits`: (batch, classes), or (batch, tokens, classes) for tags and words.
+
+        Of pairs they are the rewards of both answers, (pairs, 2).
+        """
+        if self.task.compares:
+            return self._compared(batch)
         if self.chunked and batch.labels is not None and kernels.fast():
             return self._chunked(batch)
         if self.features is not None and self.features.usable():
@@ -132,6 +146,28 @@ class Objective:
                 dtype=dtype,
             )  # fmt: skip
         return Result(loss, batch.n_targets, None, batch.labels)
+
+    def _compared(self, batch: Batch) -> Result:
+        """Both answers of each pair, and what the judge makes of them."""
+        base = self.base_chances(batch) if self.judge.reference else None  # first, while no graph is held
+        sums, tokens = answer_log_chances(self.tuned, batch, chunked=self.chunked)
+        chosen, rejected = (
+            Answer(chance, n, None if base is None else base[:, side])
+            for side, (chance, n) in enumerate(zip(sums.chunk(2), tokens.chunk(2), strict=True))
+        )
+        assert batch.marks is not None
+        losses = self.judge.losses(chosen, rejected, batch.marks)
+        rewards = torch.stack([self.judge.reward(chosen), self.judge.reward(rejected)], 1).detach()
+        return Result(losses.sum(), batch.n_targets, rewards)
+
+    @torch.no_grad()
+    def base_chances(self, batch: Batch) -> Tensor:
+        """The log-probabilities that the base gives both answers of each pair, its tuning asleep: (pairs, 2)."""
+        if self.reference is not None:
+            return self.reference[torch.from_numpy(batch.rows)].to(batch.inputs["input_ids"].device)
+        with standing_still(self.tuned.model), self.tuned.base_only():
+            sums, _ = answer_log_chances(self.tuned, batch, chunked=self.chunked)
+        return torch.stack(sums.chunk(2), 1)
 
     def _masked(self, batch: Batch, word_head: nn.Module) -> Result:
         """The words that were taken out, one in seven, and no other: `logits` is (targets, words)."""

@@ -62,6 +62,7 @@ __all__ = [
     "spelt",
     "split_settings",
     "strategies",
+    "task_of",
 ]
 
 ONE_OWNER = ("order", "optimiser", "batches", "gradient", "passes", "rate", "kept")
@@ -76,6 +77,7 @@ class Strategy:
         reads: what it must see: "embeddings" or "states" (no frozen features then), "logits" (no chunked loss),
             "attention" (no frozen features, and the last block is computed for all tokens).
         roles: settings that name models beside the one that trains; `course.models` has them.
+        learns: the one task that it learns, taken where the spec leaves the task open; "" where there are several.
         live: those models are asked in every step, in the run's own tokens, whatever the task.
         sets: names of further rows that it needs (`--also NAME=FILE`); "*" stands for any, one at least.
         drops: its passes must differ by dropout, so trunk_dropout = "auto" is on.
@@ -96,6 +98,7 @@ class Strategy:
     neutral: ClassVar[dict[str, Any] | None] = None
     reads: ClassVar[tuple[str, ...]] = ()
     roles: ClassVar[tuple[str, ...]] = ()
+    learns: ClassVar[str] = ""
     live: ClassVar[bool] = False
     sets: ClassVar[tuple[str, ...]] = ()
     drops: ClassVar[bool] = False
@@ -219,9 +222,38 @@ def refuse_task(strategies: Iterable[Strategy], task: Task) -> None:
         ConfigError: names strategy and task, with the reason.
     """
     for one in strategies:
-        reason = one.suits(task)
+        reason = _of_another_task(one, task) or one.suits(task)
         if reason:
             raise ConfigError(f"strategy {one.name} cannot learn the task {task.name}: {reason}")
+
+
+def task_of(strategies: Iterable[Strategy], asked: str) -> str:
+    """The task that a spec asks for, or that a strategy learns where the spec leaves it open.
+
+    Raises:
+        CompositionError: two strategies learn different tasks.
+    """
+    named = {one.learns: one.name for one in strategies if one.learns}
+    if len(named) > 1:
+        first, second = list(named.values())[:2]
+        raise CompositionError(
+            f"{first} and {second} cannot stand together: they learn from different kinds of rows. Choose one of them."
+        )
+    return next(iter(named)) if named and asked == "auto" else asked
+
+
+def _of_another_task(one: Strategy, task: Task) -> str | None:
+    """Why a strategy and a task do not belong together, from what the strategy says of itself."""
+    if one.learns and one.learns != task.name:
+        return f"it learns {one.learns} alone. Leave --task out, or choose another strategy."
+    if task.compares and not one.learns:
+        looks = [*one.reads, *(moment for moment in ("weigh", "loss", "order") if fills(one, moment))]
+        if looks or one.roles:
+            return (
+                "it changes how single answers are learnt, and here two are compared. Use a strategy of the family "
+                "preference, such as dpo."
+            )
+    return None
 
 
 def neutral(strategy: Strategy) -> bool:

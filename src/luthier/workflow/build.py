@@ -58,7 +58,7 @@ def build(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
     needs_logits = any(getattr(m, "needs_logits", False) for m in method.parts())
     strategies, sets = prepared.strategies, prepared.sets
     needs_logits = needs_logits or any("logits" in s.reads or fills(s, "weigh") for s in strategies)
-    objective = Objective(tuned, prepared.task, full_logits=needs_logits)
+    objective = Objective(tuned, prepared.task, full_logits=needs_logits, judge=prepared.judge)
     order = _order(prepared)
     collator = collator_of(
         prepared.task, model, prepared.tokenizer, pad_id=prepared.pad_id, pad_to=spec.batch.pad_to, seed=spec.seed
@@ -88,7 +88,11 @@ def build(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
         every = order.steps_per_epoch if spec.eval.selects else 0
 
     def make(run: RunFolder, listener: Listener) -> Loop:
-        if prepared.task.name in ("causal_lm", "masked_lm") and not needs_logits and objective.why_all_logits:
+        if (
+            prepared.task.name in ("causal_lm", "preference", "masked_lm")
+            and not needs_logits
+            and objective.why_all_logits
+        ):
             listener.say(
                 f"the loss is computed from all logits of a batch, not of its targets alone: {type(model).__name__}: "
                 f"{objective.why_all_logits}"
@@ -144,8 +148,8 @@ def _order(prepared: Prepared) -> Order:
 
 def evaluator_of(prepared: Prepared, loop: Loop, examples: Examples) -> Evaluator:
     tokens = 2 * prepared.spec.batch.tokens
-    objective = Objective(loop.tuned, prepared.task, scoring=True)
-    if prepared.task.of_words and not objective.chunked:
+    objective = Objective(loop.tuned, prepared.task, scoring=True, judge=prepared.judge)
+    if (prepared.task.of_words or prepared.task.writes) and not objective.chunked:
         # Where all logits of a batch are held at once: 2^26 of them are 256 MiB in fp32.
         tokens = max(1, min(tokens, 2**26 // int(loop.tuned.model.get_input_embeddings().weight.shape[0])))
     return Evaluator(

@@ -69,7 +69,7 @@ def evaluate(path: Path | str, data: str, *, skip_bad: bool = False, out: Path |
             f"out: of task {task.name} no sheet of answers is written; luthier predict {path} writes them."
         )
     table, columns = load_inputs(data, predictor.columns)
-    wanted = {"labelled": "label", "tagged": "tags", "answered": "response"}.get(columns.shape)
+    wanted = {"labelled": "label", "tagged": "tags", "answered": "response", "preferred": "rejected"}.get(columns.shape)
     if wanted is not None and getattr(columns, wanted) is None:
         name = getattr(predictor.columns, wanted)
         raise DataError(
@@ -130,9 +130,9 @@ def _with_answers(table: Table, name: str | None, most: float) -> tuple[Table, S
 
 def _evaluator(predictor: Predictor, examples: Examples) -> Evaluator:
     spec, task, model = predictor.spec, predictor.task, predictor.tuned.model
-    objective = Objective(predictor.tuned, task, scoring=True)
+    objective = Objective(predictor.tuned, task, scoring=True, judge=predictor.judge)
     tokens = 2 * spec.batch.tokens
-    if task.of_words and not objective.chunked:
+    if (task.of_words or task.writes) and not objective.chunked:
         tokens = max(1, min(tokens, 2**26 // int(model.get_input_embeddings().weight.shape[0])))  # as in training
     collator = collator_of(
         task, model, predictor.tokenizer, pad_id=int(predictor.contract["pad"]["id"]), pad_to=spec.batch.pad_to,

@@ -33,6 +33,7 @@ TASK_TYPES = {
     "regression": ("SEQ_CLS", "AutoPeftModelForSequenceClassification"),
     "token_classification": ("TOKEN_CLS", "AutoPeftModelForTokenClassification"),
     "causal_lm": ("CAUSAL_LM", "AutoPeftModelForCausalLM"),
+    "preference": ("CAUSAL_LM", "AutoPeftModelForCausalLM"),
     "seq2seq": ("SEQ_2_SEQ_LM", "AutoPeftModelForSeq2SeqLM"),
     "span_corruption": ("SEQ_2_SEQ_LM", "AutoPeftModelForSeq2SeqLM"),
     "masked_lm": ("FEATURE_EXTRACTION", "AutoPeftModelForFeatureExtraction"),

@@ -255,7 +255,7 @@ def _save(prepared: Prepared, tuned: Tuned, run: RunFolder) -> int:
 
 def _stop(prepared: Prepared, tuned: Tuned) -> dict[str, list[int]]:
     """The tokens that end an answer, of a task whose answers are written."""
-    if prepared.task.name not in ("causal_lm", "seq2seq"):
+    if not prepared.task.writes:
         return {}
     found = stop_ids(prepared.train, prepared.tokenizer, tuned.model)
     if getattr(tuned.model, "generation_config", None) is not None and found:

@@ -23,6 +23,7 @@ PIPELINES = {
     "regression": "text-classification",
     "token_classification": "token-classification",
     "causal_lm": "text-generation",
+    "preference": "text-generation",
     "masked_lm": "fill-mask",
 }
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -127,7 +128,7 @@ def _describe(model: Any, predictor: Predictor) -> None:
     tokenizer = predictor.tokenizer
     tokenizer.name_or_path = model.config._name_or_path
     tokenizer.init_kwargs.pop("name_or_path", None)
-    if predictor.task.name != "causal_lm":
+    if not predictor.task.of_turns:
         tokenizer.model_max_length = int(predictor.contract["max_length"])
     template = predictor.contract["template"]
     if template is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,13 @@ from luthier.data.tasks import Task
 from luthier.data.tokenizer import position_limit
 from luthier.runs import RunFolder
 from luthier.runs.spec import RunSpec
-from luthier.surgery import Tuned, decode_layers, read_tuning
+from luthier.surgery import Tuned, compose, decode_layers, read_tuning
 from luthier.surgery import load as load_tuning
 from luthier.training.evaluate import Evaluator
 from luthier.training.objective import Objective, Result
 from luthier.training.precision import choose_device, choose_precision
+from luthier.training.preference import Preference, judge_of
+from luthier.training.strategy import split_settings, strategies
 from luthier.workflow.generation import Generator
 from luthier.workflow.load_model import collator_of, find_model, load_model, load_tokenizer, tokenizer_digest
 from luthier.workflow.preparation import reserved_positions
@@ -99,6 +102,14 @@ class Predictor:
             self.tuned, self.tokenizer, self.precision, self.device, pad_id=int(pad["id"]), stop=stop,
             limit=None if limit is None else limit - taken, tokens=4 * self.spec.batch.tokens,
         )  # fmt: skip
+
+    @cached_property
+    def judge(self) -> Preference | None:
+        """What compared answers in training, where rows were pairs."""
+        if not self.task.compares:
+            return None
+        own, _ = split_settings(self.spec.strategy, self.spec.settings, compose.setting_names(self.spec.method))
+        return judge_of(strategies(self.spec.strategy, own, self.tuned.tuning().method))
 
     def add(self, name: str, path: Path | str) -> None:
         """Load the tuning of another run beside this one's, under a name that `rows` and `texts` take in `tunings`.
@@ -193,7 +204,7 @@ class Predictor:
                 pass
         if strict:
             self._encoded(table).ledger.refuse_any()
-        written = self.task.name in ("causal_lm", "seq2seq")
+        written = self.task.writes
         at_a_time = _WRITTEN_ROWS if written else _ROWS
         for start in range(0, len(table), at_a_time):
             part = table.take(range(start, min(start + at_a_time, len(table))))
@@ -287,7 +298,7 @@ class Predictor:
             ConfigError: the run learnt no texts.
             DataError: a row that cannot be read; all such rows are named.
         """
-        if self.task.name not in ("causal_lm", "seq2seq"):
+        if not self.task.writes:
             raise ConfigError(
                 f"the run of {self.spec.model} on {self.spec.data.source} learnt {self.task.name} and writes no text. "
                 "Name one that learnt causal_lm or seq2seq."
@@ -329,10 +340,11 @@ class Predictor:
                 f"this run knows several tasks ({', '.join(self.contract['row_tasks'])}): give rows in a file with "
                 f"--data, whose column {self.columns.row_task!r} says which task each is of."
             )
-        column = self.columns.text or self.columns.prompt or self.columns.messages or self.columns.tokens
+        read = self.columns.inputs()
+        column = read.text or read.prompt or read.messages or read.tokens or read.chosen
         assert column is not None
         values: list[Any] = list(texts)
-        if column == self.columns.messages:
+        if column in (self.columns.messages, self.columns.chosen):
             values = [[{"role": "user", "content": text}] for text in texts]
         if column == self.columns.tokens:
             values = [text.split() for text in texts]

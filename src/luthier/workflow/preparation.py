@@ -33,8 +33,9 @@ from luthier.surgery import Source as SavedTuning
 from luthier.surgery.sources import check_shapes, opened
 from luthier.training import Strategy
 from luthier.training.precision import Precision, choose_device, choose_precision
+from luthier.training.preference import Preference, judge_of
 from luthier.training.recipe import refuse_recipe
-from luthier.training.strategy import refuse_sets, refuse_task, split_settings, strategies
+from luthier.training.strategy import refuse_sets, refuse_task, split_settings, strategies, task_of
 from luthier.training.thresholds import check_thresholds
 from luthier.training.update_checks import refuse_optimisers
 from luthier.workflow.choices import choose, sentence
@@ -88,9 +89,14 @@ class Prepared:
     sets: Sets
 
     @property
+    def judge(self) -> Preference | None:
+        """What compares answers, where rows are pairs."""
+        return judge_of(self.strategies)
+
+    @property
     def template(self) -> ChatTemplate | None:
         """The chat template of a language task with turns."""
-        language = self.task.name == "causal_lm" and self.columns.shape != "plain"
+        language = self.task.of_turns and self.columns.shape != "plain"
         return ChatTemplate.of(self.tokenizer) if language else None
 
 
@@ -121,11 +127,15 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None, *, be
     precision = choose_precision(spec.precision, device)
     source = find_model(spec.model)
     config = load_config(source)
-    data = load_data(spec.data, spec.task, config)
+    data = load_data(spec.data, task_of(strategies, spec.task), config)
     table, test, columns, task = data.train, data.test, data.columns, data.task
     refuse_task(strategies, task)
     for remark in data.notes:
         note(remark)
+    if task.compares and not any(one.learns for one in strategies):
+        note(
+            "the better answers are learnt as text, the worse ones not at all; a strategy such as dpo learns from both"
+        )
     row_tasks = () if columns.row_task is None else task_names(table, columns.row_task)
     if row_tasks:
         method = compose.for_rows(method, {"task": len(row_tasks)})
@@ -160,7 +170,7 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None, *, be
         note(f"each row is read in {task.draws} versions, with one of {len(task.shown)} rows of each label beside it")
     if spec.eval.metric is not None:
         task.check_metric(spec.eval.metric)
-    most = spec.eval.rows or (_LANGUAGE_ROWS if task.of_words else None)
+    most = spec.eval.rows or (_LANGUAGE_ROWS if task.of_words or task.writes else None)
     if test is not None and most is not None and len(test) > most:
         note(f"scores are of {most} of the {len(test)} test rows (eval.rows)")
         test = test.take(np.sort(shuffled(len(test), spec.data.split_seed, "scored")[:most]).tolist())

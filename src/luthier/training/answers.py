@@ -1,0 +1,124 @@
+"""Whole answers to a prompt: how likely the model holds them, and how two of them are compared.
+
+log p(y | x) = Σ_t log p(y_t | x, y_<t)        over the tokens of the answer, with the token that ends it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from luthier import kernels
+from luthier.data.batches import Batch
+from luthier.data.examples import IGNORED
+from luthier.surgery import Tuned
+from luthier.training.output_matrix import softcap_of, trunk_states
+
+__all__ = ["Answer", "Judge", "Likely", "answer_log_chances", "standing_still"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer of each pair. All are (pairs,), in fp32.
+
+    Attributes:
+        chance: its log-probability, a sum over its tokens.
+        tokens: of the answer.
+        base: its log-probability by the base, with the tuning asleep; None where nobody asked.
+    """
+
+    chance: Tensor
+    tokens: Tensor
+    base: Tensor | None = None
+
+    @property
+    def mean(self) -> Tensor:
+        """Its log-probability for each token."""
+        return self.chance / self.tokens
+
+    @property
+    def ratio(self) -> Tensor:
+        """How much likelier the model holds it than its base does, as a logarithm."""
+        assert self.base is not None, "a judge that asks the base says so: reference = True"
+        return self.chance - self.base
+
+    @property
+    def mean_ratio(self) -> Tensor:
+        """The same for each token."""
+        return self.ratio / self.tokens
+
+
+class Judge(Protocol):
+    """How two answers are compared: what a strategy that learns from pairs is to the objective.
+
+    Attributes:
+        reference: whether it asks the base about both answers.
+    """
+
+    @property
+    def reference(self) -> bool: ...
+
+    def losses(self, chosen: Answer, rejected: Answer, marks: Tensor) -> Tensor:
+        """The loss of each pair. marks: (pairs, 2), share and margin."""
+
+    def reward(self, answer: Answer) -> Tensor:
+        """How good the model holds each answer: (pairs,)."""
+
+
+@dataclass(frozen=True)
+class Likely:
+    """No comparison: the better answer of each pair is learnt as text, each pair counting alike."""
+
+    reference: bool = False
+
+    def losses(self, chosen: Answer, rejected: Answer, marks: Tensor) -> Tensor:
+        return -chosen.mean
+
+    def reward(self, answer: Answer) -> Tensor:
+        return answer.mean
+
+
+def answer_log_chances(tuned: Tuned, batch: Batch, *, chunked: bool) -> tuple[Tensor, Tensor]:
+    """The log-probability of the labelled tokens of each line, and how many they are: (lines,) each.
+
+    Args:
+        chunked: from the states of the trunk, some logits at a time (`kernels.token_losses`).
+    """
+    assert batch.labels is not None
+    labels = batch.labels[:, 1:]
+    told = labels != IGNORED  # (lines, tokens - 1)
+    wanted = labels[told]
+    if chunked and kernels.fast():
+        model = tuned.model
+        head: Any = model.get_output_embeddings()
+        hidden = trunk_states(tuned, batch.inputs)[:, :-1][told]  # (targets, d)
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        with torch.autocast(device, enabled=False):
+            losses = kernels.token_losses(
+                hidden, head.weight, head.bias, wanted, softcap=softcap_of(model), dtype=dtype
+            )
+    else:
+        logits = tuned.model(**batch.inputs).logits[:, :-1][told]
+        losses = F.cross_entropy(logits.float(), wanted, reduction="none")
+    lines = told.nonzero()[:, 0]
+    sums = torch.zeros(len(labels), device=losses.device, dtype=losses.dtype).index_add(0, lines, -losses)
+    return sums, told.sum(1).to(sums.dtype)
+
+
+@contextmanager
+def standing_still(model: Any) -> Iterator[None]:
+    """Within, the model is in evaluation mode: no dropout."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

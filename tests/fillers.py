@@ -29,20 +29,20 @@ def encoder(folder: Path, kind: str = "bert", **changes) -> Path:
     return found
 
 
-def filler(folder: Path, kind: str = "bert") -> Path:
+def filler(folder: Path, kind: str = "bert", **changes) -> Path:
     """A tiny encoder with its head of words."""
     if not folder.exists():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = AutoModelForMaskedLM.from_config(config_of(kind))
+            model = AutoModelForMaskedLM.from_config(config_of(kind, **changes))
         model.save_pretrained(folder)
         word_tokenizer("bert", mask_token="[MASK]").save_pretrained(folder)
     return folder
 
 
-def writer(folder: Path) -> Path:
+def writer(folder: Path, **changes) -> Path:
     """A tiny decoder whose tokenizer puts nothing around a text."""
-    return little_model(folder, "llama")
+    return little_model(folder, "llama", **changes)
 
 
 def t5(folder: Path, **changes) -> Path:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from fillers import filler, t5, writer
 from little import little_data, little_model, little_spec
 from torch import Tensor
 
@@ -29,6 +30,8 @@ from luthier.workflow.preparation import Prepared, prepare
 
 __all__ = ["Runs", "alike", "same"]
 
+ASKED = {"bert": filler, "llama": writer, "t5": t5}
+TEMPLATES = {"bert": "{text} ! it is {mask} .", "llama": "{text} ! it is {mask}", "t5": "{text} ! it is {mask} ."}
 PIECES = BatchSpec(size=4, tokens=32, accumulate=2)  # several micro-batches to a step
 State = tuple[dict[str, dict[str, Tensor]], str]
 
@@ -63,20 +66,24 @@ class Runs:
         """A loop before step 1, with the strategies' `tiny` settings, or with `values`."""
         given = {"steps": 3, "batch": PIECES, **changes}
         arch, _, more = kind.partition("-")
-        labels = "labels" in more
+        gap = "gap" in more  # labels that are asked for by a template
+        labels = "labels" in more or gap
         changed: dict[str, Any] = {"tie_word_embeddings": True} if "tied" in more else {}
         if "dry" in more and arch == "bert":
             changed |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
         elif "dry" in more:
             changed |= {"attention_dropout": 0.0}
-        if changed:
+        if gap:
+            given = {"model": str(ASKED[arch](self.home / kind, **changed)), **given}
+        elif changed:
             given = {"model": str(little_model(self.home / kind, arch, **changed)), **given}
         if "pairs" in more:
             rows = little_data(self.home / "pairs.csv", kind="pairs")
             given = {"data": DataSpec(source=str(rows)), **given}
         elif labels or arch == "t5":  # its answers, or labels in a model that writes: "llama-labels"
             rows = little_data(self.home / f"of-{kind}.csv", kind="labelled" if labels else "turns")
-            given = {"data": DataSpec(source=str(rows)), **given}
+            asks = {"template": TEMPLATES[arch], "words": "good=good, bad=bad, red=red"} if gap else {}
+            given = {"data": DataSpec(source=str(rows), **asks), **given}
         asked = [STRATEGIES.get(name) for name in (names or "").split("+") if name]
         further = any(cls.sets for cls in asked)
         if further:
@@ -90,7 +97,8 @@ class Runs:
         spec = dataclasses.replace(spec, settings=spec.settings | own)
         read_as = f"{kind} {names if further else ''}"
         if read_as not in self._prepared:
-            alone = dataclasses.replace(spec, strategy=None, method="lora", settings={})
+            alone = dataclasses.replace(spec, strategy=None, settings={})
+            alone = alone if method == "prompt_tuning" else dataclasses.replace(alone, method="lora")
             self._prepared[read_as] = prepare(
                 dataclasses.replace(alone, strategy=names, settings=own) if further else alone
             )
@@ -140,11 +148,15 @@ class Runs:
         encoder-decoder wants an end of text, which the tests' words have not.
         """
         try:
-            self.loop(name, kind=arch, batch=self.own(name)["batch"]).moments.start()
+            method = STRATEGIES.get(name).tiny_method or "lora"
+            self.loop(name, method, arch, batch=self.own(name)["batch"]).moments.start()
         except ConfigError as error:
             assert "cannot" in str(error) and len(str(error)) > 70, error
-            if arch == "llama" and STRATEGIES.get(name).tiny_kind:
-                return STRATEGIES.get(name).tiny_kind
+            wanted = STRATEGIES.get(name).tiny_kind
+            if wanted.endswith("-gap"):
+                return f"{arch}-gap"
+            if arch == "llama" and wanted:
+                return wanted
             return f"{arch}-labels" if arch == "llama" else None
         return arch
 

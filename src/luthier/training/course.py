@@ -83,6 +83,8 @@ class Course:
     precision: Precision | None = None
     models: Mapping[str, OtherModel] = field(default_factory=dict)
     numbers: dict[str, nn.Parameter] = field(default_factory=dict)
+    tokenizer: Any = None
+    say: Callable[[str], None] = lambda line: None
 
     @property
     def step(self) -> int:

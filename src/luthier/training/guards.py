@@ -60,8 +60,11 @@ class NoOpGuard:
         """Whether enough steps have been seen."""
         return self.steps >= FIRST_STEPS
 
-    def check(self) -> None:
+    def check(self, *, must_move: bool = True) -> None:
         """After the last of the first steps.
+
+        Args:
+            must_move: off for a search, which may find nothing better in so few.
 
         Raises:
             NothingTrains: names the dead targets, or says that no number has moved.
@@ -75,7 +78,7 @@ class NoOpGuard:
                 f"{len(named)} of {len(self._asked)} trained places got no gradient in {self.steps} steps: {shown}. "
                 "They cannot learn: choose other sites, or check that the loss depends on them."
             )
-        if not self._moved:
+        if must_move and not self._moved:
             raise NothingTrains(
                 f"no trained number moved in {self.steps} steps. "
                 "Check the learning rate, and whether labels are masked."

@@ -80,7 +80,7 @@ class Loop(LoopState):
                     self.step = step + 1
                     self.run.event("step", lasting=False, **row)
                     if self.guard is not None and (self.guard.due or self.step == self.total):
-                        self.guard.check()
+                        self.guard.check(must_move=self.optimiser.must_move)
                         self.guard = None
                     self._evaluate_when_due()
                     self.signals.check()

@@ -52,6 +52,8 @@ class Moments:
         rows: Sets | None = None,
         cut_rows: Callable[[NDArray[np.int64], tuple[int, ...]], list[Batch]] | None = None,
         precision: Precision | None = None,
+        tokenizer: Any = None,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._spec, self._tuned, self._optimiser, self._device = spec, tuned, optimiser, device
         self._task = task
@@ -65,7 +67,7 @@ class Moments:
                     name=one.name, tuned=tuned, task=task, optimiser=optimiser, device=device, seed=spec.seed,
                     progress=self._progress, objective=objective, sets=sets or {},
                     models=(models or {}).get(one.name, {}), rows=rows or Sets((TRAIN,), (0, 0)), cut_rows=cut_rows,
-                    precision=precision,
+                    precision=precision, tokenizer=tokenizer, say=say,
                 ),
             )
             for one in strategies

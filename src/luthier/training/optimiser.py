@@ -34,6 +34,7 @@ class Optimiser:
     """
 
     keeps_moments: ClassVar[bool] = True
+    must_move: ClassVar[bool] = True  # in the first steps, or nothing trains
     whole_gradient: ClassVar[bool] = True  # after the passes of a step all tensors hold theirs
 
     def __init__(self, named: dict[str, nn.Parameter], groups: Iterable[Group], spec: OptimSpec, lr: float) -> None:

@@ -82,6 +82,7 @@ class Strategy:
         sets: names of further rows that it needs (`--also NAME=FILE`); "*" stands for any, one at least.
         drops: its passes must differ by dropout, so trunk_dropout = "auto" is on.
         whole_step: rows of a step must see one another, so a step is one micro-batch.
+        rated: its own optimiser moves by a rate, which has to be given; off, there is none.
         forgets: the optimiser drops the moments of what it lets rest.
         shortcut: a setting that an option of the strategy's own name gives: `--label-smoothing 0.1`.
         extra_passes: forward and backward passes of a step beyond the plain one's, at the default settings.
@@ -90,6 +91,7 @@ class Strategy:
     Class facts for the contract tests alone:
         tiny: settings with which it does something within six steps, five of them an epoch.
         tiny_kind: the model on which it is tried, where labels of an encoder are not what it learns.
+        tiny_method: the method with which it is tried, where it is made for one.
     """
 
     name: ClassVar[str]
@@ -103,12 +105,14 @@ class Strategy:
     sets: ClassVar[tuple[str, ...]] = ()
     drops: ClassVar[bool] = False
     whole_step: ClassVar[bool] = False
+    rated: ClassVar[bool] = True
     forgets: ClassVar[bool] = False
     shortcut: ClassVar[str] = ""
     extra_passes: ClassVar[float] = 0.0
     extra_forwards: ClassVar[float] = 0.0
     tiny: ClassVar[dict[str, Any]] = {}
     tiny_kind: ClassVar[str] = ""
+    tiny_method: ClassVar[str] = ""
 
     def conflicts(self, other: Strategy | Method) -> str | None:
         """Why this strategy cannot stand beside another, or with a method, or None."""

@@ -67,7 +67,7 @@ def refuse_optimisers(strategies: Sequence[Strategy], spec: RunSpec) -> None:
             raise ConfigError(
                 f"optim.name is {spec.optim.name}, and strategy {one.name} moves the numbers itself. Leave one out."
             )
-        if spec.optim.lr is None:
+        if spec.optim.lr is None and one.rated:
             raise ConfigError(
                 f"optim.lr: strategy {one.name} is no AdamW, for which the methods' own rates are made. Give a rate: "
                 "--lr (`luthier strategies " + one.name + "` says which are usual)."

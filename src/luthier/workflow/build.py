@@ -114,6 +114,7 @@ def build(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
                 spec, tuned, prepared.task, optimiser, prepared.device, strategies,
                 objective=objective, sets={"train": prepared.train}, models=load_others(prepared, listener.say),
                 rows=sets, cut_rows=feed.cut_rows, precision=prepared.precision,
+                tokenizer=prepared.tokenizer, say=listener.say,
             ),
             evaluations=Evaluations(None, every, Selection(spec.eval, metric), at_end=spec.eval.selects),
             precision=prepared.precision, device=prepared.device, run=run,

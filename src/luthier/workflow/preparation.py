@@ -167,7 +167,9 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None, *, be
         note(f"{len(select)} training rows are held out to select by; the test half is scored once, at the end")
     if task.draws:
         task = with_shown(task, table, columns)
-        note(f"each row is read in {task.draws} versions, with one of {len(task.shown)} rows of each label beside it")
+        note(
+            f"each row is read in {task.draws} versions, with a row of each label beside it, of {len(task.shown)} kept"
+        )
     if spec.eval.metric is not None:
         task.check_metric(spec.eval.metric)
     most = spec.eval.rows or (_LANGUAGE_ROWS if task.of_words or task.writes else None)

@@ -20,6 +20,7 @@ from luthier.data.tasks import Task
 from luthier.surgery import Tuned
 from luthier.surgery.embedded import changed_embeddings
 from luthier.training.answers import standing_still
+from luthier.training.gap_words import GapStates
 from luthier.training.objective import Objective, Result
 from luthier.training.optimiser import Optimiser
 from luthier.training.other_models import OtherModel
@@ -154,6 +155,11 @@ class Course:
     def states(self) -> AbstractContextManager[States]:
         """Within, what comes out of the trunk is held, with its graph."""
         return watched_states(self.tuned)
+
+    def gap_states(self) -> AbstractContextManager[GapStates]:
+        """Within, the states of a template's gaps and the vectors of the labels' words are held, with their graph."""
+        assert self.objective is not None and self.objective.gap is not None, "labels are asked for by a template"
+        return self.objective.gap.watched()
 
     def rate_of(self, name: str) -> float:
         """The learning rate of a trained tensor in this step's update; known in `after_step`."""

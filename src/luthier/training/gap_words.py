@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +16,7 @@ from luthier.data.tasks import Task
 from luthier.surgery import Tuned
 from luthier.training.output_matrix import soft_capped, softcap_of, trunk_states, why_all_logits, word_head_of
 
-__all__ = ["GapWords", "gaps_of"]
+__all__ = ["GapStates", "GapWords", "gaps_of"]
 
 
 def gaps_of(task: Task, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -28,6 +31,19 @@ def gaps_of(task: Task, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return rows, (ids == task.gap).int().argmax(-1)
 
 
+@dataclass
+class GapStates:
+    """What the last pass compared: the states of the gaps, and the words' own vectors, with their graph.
+
+    Attributes:
+        states: what the output matrix is multiplied with, (rows, d).
+        words: its row of each label's word, (labels, d).
+    """
+
+    states: Tensor | None = None
+    words: Tensor | None = None
+
+
 class GapWords:
     """Finds the gap of each row and gives the logits of the labels' words."""
 
@@ -35,6 +51,23 @@ class GapWords:
         self._tuned, self._task = tuned, task
         self._word_head: nn.Module | None = word_head_of(tuned)[0] if task.asks == "encoder" else None
         self._direct = task.asks == "decoder" and not why_all_logits(tuned)
+        self._seen: GapStates | None = None
+
+    @contextmanager
+    def watched(self) -> Iterator[GapStates]:
+        """Within, the states of the gaps of each pass are held."""
+        head: Any = self._tuned.model.get_output_embeddings()
+        seen = self._seen = GapStates()
+
+        def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.states = args[0]  # (1, rows, d) of an encoder's gaps, else (rows, tokens, d)
+
+        handle = head.register_forward_pre_hook(before)
+        try:
+            yield seen
+        finally:
+            handle.remove()
+            self._seen = None
 
     def logits(self, batch: Batch) -> Tensor:
         """(rows, labels), in the order of the task's labels."""
@@ -43,12 +76,20 @@ class GapWords:
         if self._word_head is not None:
             states = trunk_states(self._tuned, batch.inputs)[rows, places]  # (rows, d)
             found: Tensor = self._word_head(states[None])[0]  # (rows, vocabulary)
+            self._hold(words, lambda held: held[0])
             return found[:, words]
         if self._direct:
             model: Any = self._tuned.model
             head = model.get_output_embeddings()
             states = trunk_states(self._tuned, batch.inputs)[rows, places]
             bias = None if head.bias is None else head.bias[words]
+            self._hold(words, lambda held: states)
             return soft_capped(F.linear(states.to(head.weight.dtype), head.weight[words], bias), softcap_of(model))
         whole: Tensor = self._tuned.model(**batch.inputs).logits  # (rows, tokens, vocabulary)
+        self._hold(words, lambda held: held[rows, places])
         return whole[rows, places][:, words]
+
+    def _hold(self, words: Tensor, of_gaps: Callable[[Any], Tensor]) -> None:
+        if self._seen is not None:
+            head: Any = self._tuned.model.get_output_embeddings()
+            self._seen.states, self._seen.words = of_gaps(self._seen.states), head.weight[words]

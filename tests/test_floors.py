@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "strategies": {"core", "kernels", "runs", "trust", "anatomy", "data", "surgery", "training", "workflow"},
     "comparison": {"core", "runs", "data", "training", "workflow"},
+    "report": {"core", "runs", "trust", "training", "comparison"},
     "cli": {
         *(
             "core",
@@ -38,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
             "forecast",
             "workflow",
         ),
-        *("strategies", "comparison"),
+        *("strategies", "comparison", "report"),
     },
     "testing": {"core", "runs"},  # for tests of any floor; no room may import it
 }
@@ -50,6 +51,7 @@ FLOORS = [
     "forecast",
     "workflow",
     "strategies comparison",
+    "report",
     "cli testing",
 ]
 

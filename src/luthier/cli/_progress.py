@@ -131,6 +131,8 @@ def show_result(result: Result) -> None:
         to.show(f'\nNext: luthier predict {_short(facts["path"])} --text "..."')
     else:
         to.show(f"\nNext: the rows that were answered wrongly stand in {_short(facts['path'])}/predictions.csv")
+    if result.record.status == "finished":
+        to.show(f"Report: luthier report {_short(facts['path'])}")
 
 
 def _memory_line(memory: dict[str, int], peak: int | None) -> str:

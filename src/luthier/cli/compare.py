@@ -119,6 +119,7 @@ def _compare(
     )  # fmt: skip
     _show(found)
     screen().show(f"\nAll numbers: {home / 'comparison.json'}")
+    screen().show(f"Report: luthier report {home}")
     from luthier.core import plain
 
     screen().result({**plain(found), "folder": str(home)})

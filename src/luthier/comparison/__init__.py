@@ -9,7 +9,7 @@ scores       scores of weighted rows
 answers      what one run answered, row by row
 """
 
-from luthier.comparison.answers import Answers, answers_of
+from luthier.comparison.answers import Answers, answers_of, clusters
 from luthier.comparison.cells import Entrant, entrant_of
 from luthier.comparison.run import compare
 from luthier.comparison.statistics import flips, holm, mcnemar
@@ -22,6 +22,7 @@ __all__ = [
     "Entrant",
     "Standing",
     "answers_of",
+    "clusters",
     "compare",
     "entrant_of",
     "flips",

@@ -2,12 +2,17 @@
 
 import csv
 import io
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from luthier.core import IntegrityError
 
-__all__ = ["Answers", "answers_of"]
+__all__ = ["Answers", "answers_of", "clusters"]
 
 
 @dataclass(frozen=True)
@@ -18,6 +23,8 @@ class Answers:
     texts: list[str]
     wanted: list[str]
     said: list[str]
+    sure: list[float] = field(default_factory=list)
+    """how sure each answer is; empty where the run's task has no such number"""
 
 
 def answers_of(run: Path | str) -> Answers:
@@ -31,9 +38,21 @@ def answers_of(run: Path | str) -> Answers:
         lines = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8"), newline="")))
         place, wanted, said = (lines[0].index(name) for name in ("place", "wanted", "answer"))
         body = lines[1:]
+        sure = lines[0].index("sure", said) if "sure" in lines[0][said:] else None
         return Answers(
             [line[place] for line in body], [" ".join(line[place + 1 : wanted]) for line in body],
             [line[wanted] for line in body], [line[said] for line in body],
+            [] if sure is None else [float(line[sure]) for line in body],
         )  # fmt: skip
     except (OSError, ValueError, IndexError, csv.Error) as error:
         raise IntegrityError(f"{path}: cannot be read ({error}). Remove the folder {run} and train again.") from error
+
+
+def clusters(texts: Sequence[str]) -> NDArray[np.int64]:
+    """Rows whose texts differ in case, blanks, digits or punctuation only are near copies."""
+    known: dict[str, int] = {}
+    return np.array([known.setdefault(_skeleton(text), len(known)) for text in texts], dtype=np.int64)
+
+
+def _skeleton(text: str) -> str:
+    return re.sub(r"[\W_]+", " ", re.sub(r"\d+", "0", text.lower())).strip() or text

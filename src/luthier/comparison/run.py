@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.comparison.answers import Answers, answers_of
+from luthier.comparison.answers import Answers, answers_of, clusters
 from luthier.comparison.cells import Cell, Entrant, Failure, cells_of, finished, run_cells
 from luthier.comparison.scores import score_named
 from luthier.comparison.statistics import smallest_visible
@@ -80,7 +80,8 @@ def compare(
         if there:
             say(f"{there} of {len(cells)} runs are finished already")
         failures = run_cells(cells, workers, _announcing(say, len(cells), there), threads)
-        found = _judge(cells, failures, data, metric, margin)
+        runs = {e.name: tuple(str(c.path.relative_to(home)) for c in cells if c.entrant == e) for e in entrants}
+        found = replace(_judge(cells, failures, data, metric, margin), runs=runs)
         durable.write_json(home / "comparison.json", plain(found))
     finally:
         lock.release()
@@ -161,7 +162,7 @@ def _judge(
     wanted = _numbered(first.wanted, numbers)
     answered = np.array([[_numbered(one.said, numbers) for one in own] for own in answers.values()])
     return judge(
-        list(whole), answered, wanted, _clusters(first.texts),
+        list(whole), answered, wanted, clusters(first.texts),
         seeds=[cell.seed for cell in next(iter(whole.values()))], metric=metric, margin=margin,
         costs=[_costs(own) for own in whole.values()],
         calibration=[_calibration(own) for own in whole.values()],
@@ -171,16 +172,6 @@ def _judge(
 
 def _numbered(labels: Sequence[str], numbers: dict[str, int]) -> NDArray[np.int64]:
     return np.array([numbers[label] for label in labels], dtype=np.int64)
-
-
-def _clusters(texts: Sequence[str]) -> NDArray[np.int64]:
-    """Rows whose texts differ in case, blanks, digits or punctuation only are near copies."""
-    known: dict[str, int] = {}
-    return np.array([known.setdefault(_skeleton(text), len(known)) for text in texts], dtype=np.int64)
-
-
-def _skeleton(text: str) -> str:
-    return re.sub(r"[\W_]+", " ", re.sub(r"\d+", "0", text.lower())).strip() or text
 
 
 def _record(cell: Cell) -> Record:

@@ -81,6 +81,10 @@ class Comparison:
     optimism: float
     """what the best one's score owes to having been chosen on these rows"""
     findings: tuple[str, ...] = field(default=())
+    runs: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """method -> its runs by seed: folders below that of the comparison"""
+    margin_given: bool = False
+    """by the user; else it is made of the spread over seeds"""
 
 
 def judge(
@@ -145,7 +149,7 @@ def judge(
     made = Comparison(
         metric=metric, rows=len(wanted), seeds=tuple(seeds), margin=margin, standings=tuple(standings),
         baselines=beside, failed=failed, visible=smallest_visible(int(clusters.max()) + 1),
-        optimism=resampled.optimism() if len(names) > 1 else 0.0,
+        optimism=resampled.optimism() if len(names) > 1 else 0.0, margin_given=given,
     )  # fmt: skip
     return Comparison(**{**vars(made), "findings": tuple(_findings(made))})
 

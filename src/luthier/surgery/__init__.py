@@ -21,7 +21,7 @@ from luthier.surgery.edits import (
 )
 from luthier.surgery.loading import load
 from luthier.surgery.look import Look, OneRow, gradients, rows_of
-from luthier.surgery.method import METHODS, Batches, Group, Method, Objective, PerSite
+from luthier.surgery.method import METHODS, Batches, Group, Method, Mixing, Objective, PerSite
 from luthier.surgery.peft_files import from_peft, to_peft
 from luthier.surgery.peft_forms import PeftForm
 from luthier.surgery.phase import Phase
@@ -51,6 +51,7 @@ __all__ = [
     "Group",
     "Look",
     "Method",
+    "Mixing",
     "Objective",
     "OneRow",
     "PeftForm",

@@ -19,7 +19,7 @@ from luthier.surgery.phase import Phase
 from luthier.surgery.source import Source
 from luthier.surgery.view import TunedView
 
-__all__ = ["METHODS", "Batches", "Group", "Method", "Objective", "PerSite"]
+__all__ = ["METHODS", "Batches", "Group", "Method", "Mixing", "Objective", "PerSite"]
 
 METHODS: Catalogue[Method] = Catalogue("luthier.methods", "method")
 
@@ -210,6 +210,14 @@ class Method(ABC):
     def parts(self) -> tuple[Method, ...]:
         """The methods this one is made of; itself for a single one."""
         return (self,)
+
+
+class Mixing(Method):
+    """Where a template asks for labels, its answer is a mixture of several passes. It cannot act in some rows only."""
+
+    @abstractmethod
+    def answer(self, tuned: TunedView, forward: Callable[[], Tensor]) -> Tensor:
+        """Scores of the labels, (rows, labels), in training and in answers alike; `forward` makes one pass."""
 
 
 class PerSite(Method):

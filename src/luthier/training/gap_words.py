@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from luthier.data.batches import Batch
 from luthier.data.tasks import Task
-from luthier.surgery import Tuned
+from luthier.surgery import Mixing, Tuned
 from luthier.training.output_matrix import soft_capped, softcap_of, trunk_states, why_all_logits, word_head_of
 
 __all__ = ["GapStates", "GapWords", "gaps_of"]
@@ -70,7 +71,15 @@ class GapWords:
             self._seen = None
 
     def logits(self, batch: Batch) -> Tensor:
-        """(rows, labels), in the order of the task's labels."""
+        """(rows, labels), in the order of the task's labels; the mixture, of a method that mixes several passes."""
+        forward = partial(self._of_one_pass, batch)
+        for tuning in self._tuned.edited.active():
+            for part in tuning.method.parts():
+                if isinstance(part, Mixing):
+                    forward = partial(part.answer, self._tuned, forward)
+        return forward()
+
+    def _of_one_pass(self, batch: Batch) -> Tensor:
         words = torch.tensor(self._task.word_ids, device=batch.inputs["input_ids"].device)
         rows, places = gaps_of(self._task, batch.inputs)
         if self._word_head is not None:

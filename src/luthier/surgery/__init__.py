@@ -23,7 +23,7 @@ from luthier.surgery.loading import load
 from luthier.surgery.look import Look, OneRow, gradients, rows_of
 from luthier.surgery.method import METHODS, Batches, Group, Method, Mixing, Objective, PerSite
 from luthier.surgery.peft_files import from_peft, to_peft
-from luthier.surgery.peft_forms import PeftForm
+from luthier.surgery.peft_forms import PEFT_LAYERS, PeftForm, PeftIn, PeftOut, PeftTaken, PeftWhole
 from luthier.surgery.phase import Phase
 from luthier.surgery.phases import Phases
 from luthier.surgery.shapes import matrices, numbers
@@ -38,6 +38,7 @@ from luthier.surgery.view import TunedView, TuningView
 
 __all__ = [
     "METHODS",
+    "PEFT_LAYERS",
     "AddBranch",
     "Attach",
     "Attachment",
@@ -55,6 +56,10 @@ __all__ = [
     "Objective",
     "OneRow",
     "PeftForm",
+    "PeftIn",
+    "PeftOut",
+    "PeftTaken",
+    "PeftWhole",
     "PerSite",
     "Phase",
     "Phases",

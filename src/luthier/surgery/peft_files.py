@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy, BySite, Site
-from luthier.core import CannotMerge, ConfigError, IntegrityError, ModelError
+from luthier.core import CannotMerge, ConfigError, IntegrityError
 from luthier.core.protocols import Model
 from luthier.runs import durable
 from luthier.surgery import compose
 from luthier.surgery.method import METHODS
-from luthier.surgery.peft_forms import PeftForm
+from luthier.surgery.peft_forms import PEFT_LAYERS, PeftForm, PeftWhole
+from luthier.surgery.peft_sites import plain_site, sites_at, turned_round, words_for
+from luthier.surgery.peft_whole import read_whole, write_whole
 from luthier.surgery.tuned import Tuned, attach
 from luthier.surgery.tuning import Tuning
 from luthier.trust import config as trusted_config
@@ -31,7 +33,7 @@ from luthier.trust import safetensors
 
 __all__ = ["from_peft", "to_peft"]
 
-PREFIX = "base_model.model."
+PREFIX = PEFT_LAYERS
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 # What is read of a configuration. Every other key that peft writes must say nothing, and one it does not know of is
@@ -90,12 +92,15 @@ def to_peft(
             f"{compose.spell(tuning.method)} has no form in peft's files that computes the same. "
             f"{_names_there()} have one."
         )
+    if isinstance(form, PeftWhole):
+        tensors, facts = write_whole(tuned, tuning, form, task_type, own)
+        return _written(folder, tensors, facts | _of_every(tuned, task_type or facts.get("task_type"), base))
     places = {site.key: site for site in tuned.anatomy.all_sites}
     held = {key: module for key, module in tuning.modules_by_key().items() if key in places}
-    sites = {key: _plain(places[key], kind or tuning.method.name) for key in held}
+    sites = {key: plain_site(places[key], kind or tuning.method.name) for key in held}
     if form is not None:
         form.check_places(sites.values(), tuning.method.name)
-    tensors: dict[str, Tensor] = {}
+    tensors = {}
     for key, module in held.items():
         for part, short in (_PARTS if form is None else form.parts).items():
             value = _acting(module).get(short, getattr(module, short, None))
@@ -110,14 +115,12 @@ def to_peft(
         if any(full.startswith(f"{path}.") for path in heads):
             tensors[f"{PREFIX}{full}"] = own(full, value)
     paths = [site.path for site in sites.values()]
-    facts: dict[str, Any] = {
+    facts = {
         "peft_type": form.type if form else "IA3" if kind == "ia3" else "LORA",
-        "target_modules": paths, "modules_to_save": heads or None,
-        "inference_mode": True, "task_type": task_type, "revision": None,
-        "base_model_name_or_path": base or str(getattr(tuned.model.config, "_name_or_path", "")),
+        "target_modules": paths, "modules_to_save": heads or None, **_of_every(tuned, task_type, base),
     }  # fmt: skip
     if form is None or form.transposed:
-        facts["fan_in_fan_out"] = _orientation({site.transposed for site in sites.values()})
+        facts["fan_in_fan_out"] = turned_round(sites.values())
     if form is not None:
         facts |= form.facts(tuning.method)
     elif kind == "ia3":
@@ -128,11 +131,21 @@ def to_peft(
         root = getattr(method, "scaling", "rank") == "root"
         facts |= {"use_rslora": True} if root else {}
         facts |= _widths({sites[k].path: m for k, m in held.items()}, method, root)
+    return _written(folder, tensors, facts)
+
+
+def _written(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
     with durable.folder(folder.absolute()) as draft:
         draft.write_tensors(WEIGHTS, {n: t.cpu().contiguous() for n, t in tensors.items()})
         draft.write_json(CONFIG, facts)
         draft.share()
     return folder
+
+
+def _of_every(tuned: Tuned, task_type: str | None, base: str | None) -> dict[str, Any]:
+    """What every configuration of peft's says."""
+    named = base or str(getattr(tuned.model.config, "_name_or_path", ""))
+    return {"inference_mode": True, "task_type": task_type, "revision": None, "base_model_name_or_path": named}
 
 
 def _widths(modules: Mapping[str, Any], method: Any, root: bool) -> dict[str, Any]:
@@ -195,6 +208,8 @@ def from_peft(model: Model, folder: Path | str) -> Tuned:
     for key in sorted(silent & facts.keys()):
         if facts[key] not in (None, False, 0, "none", [], {}, ""):
             raise ConfigError(f"{folder / CONFIG}: {key} is {facts[key]!r}; tunings of ours have nothing of that kind.")
+    if isinstance(form, PeftWhole) and name is not None:
+        return read_whole(model, name, form, facts, safetensors.read(folder / WEIGHTS), folder / CONFIG)
     names = _PARTS if form is None else form.parts
     parts: dict[str, dict[str, Tensor]] = {}
     heads: dict[str, Tensor] = {}
@@ -206,9 +221,9 @@ def from_peft(model: Model, folder: Path | str) -> Tuned:
         else:
             heads[inner] = tensor
     every = Anatomy.read(model).all_sites
-    tuned_sites = _sites(every, set(parts), folder)
+    tuned_sites = sites_at(every, set(parts), folder / WEIGHTS)
     if form is not None and name is not None:
-        settings = {"sites": _words(tuned_sites.values(), every), **form.chosen(facts, str(folder / CONFIG))}
+        settings = {"sites": words_for(tuned_sites.values(), every), **form.chosen(facts, str(folder / CONFIG))}
         method: Any = compose.method(name, settings)
     else:
         method = _method(facts, parts, tuned_sites, every, folder)
@@ -289,7 +304,8 @@ def _method(
     if facts.get("peft_type") == "IA3":
         reads = {p for p, tensors in parts.items() if tensors["scale"].shape[0] == 1}
         read, given = ([s for p, s in sites.items() if (p in reads) == wanted] for wanted in (True, False))
-        return compose.method("ia3", {"outputs": _words(given, every), "inputs": _words(read, every), "cross": False})
+        places = {"outputs": words_for(given, every), "inputs": words_for(read, every)}
+        return compose.method("ia3", {**places, "cross": False})
     if facts.get("peft_type") != "LORA":
         there = ", ".join(sorted(forms()))
         raise ConfigError(
@@ -301,20 +317,13 @@ def _method(
     if rooted and name == "dora":
         alphas = {path: alpha * math.sqrt(ranks[path]) for path, alpha in alphas.items()}
     settings = {
-        "sites": _words(sites.values(), every),
+        "sites": words_for(sites.values(), every),
         "rank": _one_or_rules(ranks, sites),
         "alpha": _one_or_rules(alphas, sites),
     }
     if name == "lora":
         settings["scaling"] = "root" if rooted else "rank"
     return compose.method(name, settings)
-
-
-def _words(sites: Iterable[Site], every: Iterable[Site]) -> list[str]:
-    """These sites as choices: a kind where all that the model has of it are among them, else each by its own."""
-    keys = {site.key for site in sites}
-    whole = {s.kind for s in every} - {s.kind for s in every if s.key not in keys}
-    return sorted({s.kind if s.kind in whole else s.key for s in every if s.key in keys})
 
 
 def _by_path(
@@ -342,32 +351,9 @@ def _one_or_rules(values: Mapping[str, Any], sites: Mapping[str, Site]) -> Any:
     return {sites[path].key: value for path, value in values.items()}
 
 
-def _sites(every: Sequence[Site], paths: set[str], folder: Path) -> dict[str, Site]:
-    found = {site.path: site for site in every if site.path in paths and site.n_params}
-    strange = sorted(paths - found.keys())
-    if strange or not paths:
-        named = ", ".join(strange[:3]) or "nothing"
-        raise ModelError(
-            f"{folder / WEIGHTS}: {named} is no layer of this model that can be tuned. Take the right base."
-        )
-    return {path: _plain(site, "peft's file") for path, site in found.items()}
-
-
-def _plain(site: Site, kind: str) -> Site:
-    if site.rows is not None or site.expert is not None or site.shared > 1 or site.param != "weight":
-        raise CannotMerge(f"{kind}: {site.key} is only a part of {site.path}; peft's files name whole layers.")
-    return site
-
-
 def _reads(module: nn.Module) -> bool:
     return type(module).__name__ == "RescaleInput"
 
 
 def _shaped(scale: Tensor, reads: bool) -> Tensor:
     return scale[None, :] if reads else scale[:, None]
-
-
-def _orientation(values: set[bool]) -> bool:
-    if len(values) > 1:
-        raise CannotMerge("peft's files hold layers of one orientation; these weights are stored both ways round.")
-    return values.pop()

@@ -26,8 +26,36 @@ from torch import Tensor, nn
 from luthier.anatomy import Anatomy
 from luthier.core import at_least
 from luthier.methods.parts.adopted import agreed, own_sites
+from luthier.methods.parts.peft_prompts import COUNTS, ONE, before_text, prompt_facts, rows_before
 from luthier.methods.parts.prompt import Prompt, prompt_width
-from luthier.surgery import METHODS, Context, Edit, Method, PrependTokens, Source, TunedView
+from luthier.surgery import (
+    METHODS,
+    Context,
+    Edit,
+    Method,
+    PeftForm,
+    PeftIn,
+    PeftOut,
+    PeftTaken,
+    PeftWhole,
+    PrependTokens,
+    Source,
+    TunedView,
+)
+
+
+def _out(going: PeftOut) -> tuple[dict[str, Tensor], dict[str, object]]:
+    before_text(going)
+    shared, u, v = (going.stored[f"prompt.{short}"] for short in ("vectors", "u", "v"))
+    said = {**prompt_facts(going, *shared.shape), "prompt_tuning_init": "RANDOM", "num_tasks": len(u)}
+    return {ONE: shared, "prefix_task_cols": u[:, :, None], "prefix_task_rows": v[:, None, :]}, said
+
+
+def _back(coming: PeftIn) -> PeftTaken:
+    shared = rows_before(coming)
+    u, v = coming.tensor("prefix_task_cols")[:, : len(shared), 0], coming.tensor("prefix_task_rows")[:, 0]
+    settings = {"tasks": len(u), "length": len(shared)}
+    return PeftTaken(settings, {"prompt.vectors": shared, "prompt.u": u, "prompt.v": v})
 
 
 @METHODS.register("mpt", family="additive", paper="arXiv:2303.02861")
@@ -47,6 +75,18 @@ class MPT(Method):
     sources: ClassVar[tuple[str, ...]] = ("prompt_tuning", "spot")
     least_sources: ClassVar[int] = 0
     tiny: ClassVar[dict[str, int | float]] = {"length": 3, "lr": 0.1}
+    peft: ClassVar[PeftForm | None] = PeftWhole(
+        "MULTITASK_PROMPT_TUNING",
+        out=_out,
+        back=_back,
+        prefix="base_model.",
+        fixed={"num_ranks": 1},
+        also=(*COUNTS, "num_tasks"),
+        ignored=(
+            "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
+            "prompt_tuning_init_state_dict_path", "prompt_tuning_init_task",
+        ),
+    )  # fmt: skip
 
     def fitted(self, sources: Sequence[Source]) -> Self:
         return replace(self, length=agreed(self, sources, "length")) if sources else self

@@ -31,9 +31,10 @@ from luthier.anatomy import Anatomy
 from luthier.core import AnatomyError, ConfigError, above, at_least
 from luthier.methods.parts.in_place import TrainsInPlace
 from luthier.methods.parts.own_tensors import group_names, own_modules, own_unfrozen
+from luthier.methods.parts.peft_prompts import prompt_form
 from luthier.methods.parts.prompt import prompt_width
 from luthier.methods.parts.update_masks import maskable, sizes_of
-from luthier.surgery import METHODS, Edit, Group, Method, PrependTokens, TunedView, Unfreeze
+from luthier.surgery import METHODS, Edit, Group, Method, PeftForm, PrependTokens, TunedView, Unfreeze
 
 
 @METHODS.register("p_tuning", family="additive", paper="arXiv:2103.10385")
@@ -56,6 +57,13 @@ class PTuning(Method):
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 3e-3
     tiny: ClassVar[dict[str, int]] = {"length": 3}
+    peft: ClassVar[PeftForm | None] = prompt_form(
+        "P_TUNING",
+        lambda facts: {"behind": 0, "encoder": str(facts.get("encoder_reparameterization_type", "MLP")).lower()},
+        lambda going: going.method._not_in_peft(going.anatomy),
+        said={"encoder_reparameterization_type": "MLP"},
+        ignored=("encoder_hidden_size", "encoder_num_layers", "encoder_dropout"),
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "trains_base", self.tune_lm)
@@ -69,8 +77,7 @@ class PTuning(Method):
                 f"p_tuning.behind: {self.behind} vectors behind the text of a decoder are read by nothing. Leave it "
                 "out."
             )
-        behind = 0 if anatomy.is_decoder else self.length // 2 if self.behind is None else self.behind
-        yield PrependTokens(EncodedPrompt(self.length, behind, width, self.encoder), self.length)
+        yield PrependTokens(EncodedPrompt(self.length, self._behind(anatomy), width, self.encoder), self.length)
         yield from (Unfreeze(name) for name in self._of_model(anatomy))
 
     def n_params(self, anatomy: Anatomy) -> int:
@@ -91,6 +98,16 @@ class PTuning(Method):
     def conflicts(self, other: Method) -> str | None:
         if self.tune_lm and isinstance(other, TrainsInPlace):
             return f"tune_lm trains all that {other.name} would. Leave it out."
+        return None
+
+    def _behind(self, anatomy: Anatomy) -> int:
+        return 0 if anatomy.is_decoder else self.length // 2 if self.behind is None else self.behind
+
+    def _not_in_peft(self, anatomy: Anatomy) -> str | None:
+        if self._behind(anatomy):
+            return f"{self._behind(anatomy)} vectors stand behind the text, where peft has none. Train with behind=0."
+        if self.tune_lm:
+            return "peft's file holds the vectors, and tune_lm trained the model too. Export the merged model."
         return None
 
     def _of_model(self, anatomy: Anatomy) -> tuple[str, ...]:

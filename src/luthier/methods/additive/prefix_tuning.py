@@ -24,8 +24,9 @@ from typing import Annotated, ClassVar
 
 from luthier.anatomy import Anatomy
 from luthier.core import at_least, between
+from luthier.methods.parts.peft_prefixes import PREFIXES
 from luthier.methods.parts.prefixes import Prefixes, drop_networks, prefix_params, prefix_stored
-from luthier.surgery import METHODS, Edit, Method, PrependKeys, TunedView
+from luthier.surgery import METHODS, Edit, Method, PeftForm, PrependKeys, TunedView
 
 
 @METHODS.register("prefix_tuning", family="additive", paper="arXiv:2101.00190")
@@ -43,6 +44,7 @@ class PrefixTuning(Method):
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 5e-5
     tiny: ClassVar[dict[str, int]] = {"length": 3, "mlp_width": 7}
+    peft: ClassVar[PeftForm | None] = PREFIXES
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         source = Prefixes(anatomy, self.length, self.mlp_width, self.dropout)

@@ -26,8 +26,9 @@ from typing import Annotated, ClassVar, Literal
 
 from luthier.anatomy import Anatomy
 from luthier.core import ConfigError, above, at_least
+from luthier.methods.parts.peft_prompts import prompt_form
 from luthier.methods.parts.prompt import Prompt, prompt_width
-from luthier.surgery import METHODS, Edit, Method, PrependTokens
+from luthier.surgery import METHODS, Edit, Method, PeftForm, PrependTokens
 
 
 @METHODS.register("prompt_tuning", family="additive", paper="arXiv:2104.08691")
@@ -46,6 +47,12 @@ class PromptTuning(Method):
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 0.3
     tiny: ClassVar[dict[str, int]] = {"length": 3}
+    peft: ClassVar[PeftForm | None] = prompt_form(
+        "PROMPT_TUNING",
+        lambda facts: {"init": "uniform"},
+        said={"prompt_tuning_init": "RANDOM"},
+        ignored=("prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"),
+    )
 
     def __post_init__(self) -> None:
         if (self.init == "words") != bool(self.words):

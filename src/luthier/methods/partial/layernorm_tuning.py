@@ -19,11 +19,36 @@ block are easily missed; decay pulls a scale towards zero and not towards 1, so 
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
+from torch import Tensor
+
 from luthier.anatomy import Anatomy
-from luthier.core import AnatomyError
+from luthier.core import AnatomyError, ConfigError
 from luthier.methods.parts.in_place import TrainsInPlace
 from luthier.methods.parts.own_tensors import group_names, own_unfrozen
-from luthier.surgery import METHODS, Group, TunedView
+from luthier.surgery import METHODS, PEFT_LAYERS, Group, PeftForm, PeftIn, PeftOut, PeftTaken, PeftWhole, TunedView
+
+_THERE = "ln_tuning_layers"
+_OURS = "model/"
+
+
+def _out(going: PeftOut) -> tuple[dict[str, Tensor], dict[str, object]]:
+    tensors, paths = {}, []
+    for name, value in going.stored.items():
+        path, _, short = name.removeprefix(_OURS).rpartition(".")
+        tensors[f"{PEFT_LAYERS}{path}.{_THERE}.{short}"] = value
+        paths.append(path)
+    return tensors, {"target_modules": list(dict.fromkeys(paths))}
+
+
+def _back(coming: PeftIn) -> PeftTaken:
+    held = {n.removeprefix(PEFT_LAYERS).replace(f".{_THERE}.", "."): t for n, t in coming.tensors.items()}
+    for outside in (True, False):
+        if set(held) == set(LayerNormTuning(outside=outside).tensors(coming.anatomy)):
+            return PeftTaken({"outside": outside}, {f"{_OURS}{n}": t for n, t in held.items()})
+    raise ConfigError(
+        f"{coming.where}: {len(held)} tensors of norms; ours are all norms of the model, or all of its blocks. Train "
+        "all of them."
+    )
 
 
 @METHODS.register("layernorm_tuning", family="partial", paper="arXiv:2211.08682")
@@ -37,6 +62,7 @@ class LayerNormTuning(TrainsInPlace):
     starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 4e-3
     trains_base: ClassVar[bool] = True
+    peft: ClassVar[PeftForm | None] = PeftWhole("LN_TUNING", out=_out, back=_back)
 
     def groups(self, tuned: TunedView) -> list[Group]:
         return [Group(group_names(tuned, [u.parameter for u in own_unfrozen(self, tuned)]), weight_decay=0.0)]

@@ -47,6 +47,11 @@
     soft_words        SoftWords        words of a template that are vectors of a tuning
                       soft_site
                       words_site
+    peft_layers       shared_form      files of peft whose layers share numbers
+                      check_order
+    peft_prompts      prompt_form      vectors before the text in peft's files
+                      before_text, prompt_facts, rows_before, COUNTS, ONE
+    peft_prefixes     PREFIXES         keys and values before the text in peft's files
     own_tensors       own_modules      what a method finds of itself on a model that may hold other tunings
                       own_tunings, own_unfrozen, group_names
     narrow_copy       narrow_model     some blocks of a model again, at a fraction of its width

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from luthier.anatomy import Anatomy, Site
@@ -34,10 +35,44 @@ from luthier.methods.parts.low_rank import check_projections
 from luthier.methods.parts.masks import top_k
 from luthier.methods.parts.own_tensors import own_modules
 from luthier.methods.parts.triplets import TripletUpdate
-from luthier.surgery import METHODS, Attachment, Base, PerSite, TunedView
+from luthier.surgery import (
+    METHODS,
+    Attachment,
+    Base,
+    PeftForm,
+    PeftIn,
+    PeftOut,
+    PeftTaken,
+    PeftWhole,
+    PerSite,
+    TunedView,
+)
 
 _MEANS = ("mean_p", "mean_l", "mean_q")
 _SPREADS = ("spread_p", "spread_l", "spread_q")
+
+
+_THEIRS = {"q": "lora_A", "l": "lora_E", "p": "lora_B"}
+_TINY = 1e-5  # peft divides alpha by the rank and this
+
+
+def _out(going: PeftOut) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """Pruned triplets go out as zeros: peft's own pattern of ranks computes the same."""
+    rank, tensors = going.method.rank, {}
+    for name, value in going.by_layer(_THEIRS).items():
+        wide = value[:, None] if name.endswith("lora_E") else value
+        missing = rank - wide.shape[1 if name.endswith("lora_B") else 0]
+        tensors[name] = F.pad(wide, (0, missing) if name.endswith("lora_B") else (0, 0, 0, missing))
+    return tensors, {"lora_alpha": going.method.alpha * (rank + _TINY) / rank, "total_step": 1}
+
+
+def _back(coming: PeftIn) -> PeftTaken:
+    words, stored = coming.by_layer({theirs: ours for ours, theirs in _THEIRS.items()})
+    stored = {n: t.flatten() if n.endswith(".l") else t for n, t in stored.items()}
+    rank = int(coming.facts.get("init_r", 12))
+    alpha = float(coming.facts.get("lora_alpha", 8)) * rank / (rank + _TINY)
+    target = min(int(coming.facts.get("target_r", 8)), rank)
+    return PeftTaken({"sites": words, "rank": rank, "target_rank": target, "alpha": alpha}, stored)
 
 
 @METHODS.register("adalora", family="reparameterised", paper="arXiv:2303.10512")
@@ -63,6 +98,18 @@ class AdaLoRA(PerSite):
     starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 2e-3
     tiny: ClassVar[dict[str, int]] = {"rank": 3, "target_rank": 2}
+    peft: ClassVar[PeftForm | None] = PeftWhole(
+        "ADALORA",
+        out=_out,
+        back=_back,
+        write=lambda method: {"init_r": method.rank, "target_r": method.target_rank},
+        fixed={"use_dora": False, "use_rslora": False},
+        also=("r", "init_r", "target_r", "lora_alpha"),
+        ignored=(
+            "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step", "rank_pattern",
+            "lora_dropout", "init_lora_weights",
+        ),
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         if self.target_rank > self.rank:

@@ -29,9 +29,35 @@ from luthier.anatomy import Anatomy, Site
 from luthier.core import above, at_least
 from luthier.methods.parts.dense import DenseUpdate
 from luthier.methods.parts.low_rank import check_projections
-from luthier.surgery import METHODS, Attachment, Base, PerSite
+from luthier.surgery import (
+    METHODS,
+    Attachment,
+    Base,
+    PeftForm,
+    PeftIn,
+    PeftOut,
+    PeftTaken,
+    PeftWhole,
+    PerSite,
+)
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh, "silu": F.silu}
+
+
+def _named(depth: int) -> dict[str, str]:
+    """Our name at a layer -> peft's."""
+    both = (("down", "peanut_encoders"), ("up", "peanut_decoders"))
+    square = {f"{ours}.{i}": f"{theirs}.{i}.weight" for ours, theirs in both for i in range(depth)}
+    return {"a": "peanut_A.weight", "b": "peanut_B.weight", **square}
+
+
+def _out(going: PeftOut) -> tuple[dict[str, Tensor], dict[str, object]]:
+    return going.by_layer(_named(going.method.depth)), {}
+
+
+def _back(coming: PeftIn) -> PeftTaken:
+    words, stored = coming.by_layer({t: o for o, t in _named(int(coming.facts.get("depth", 0))).items()})
+    return PeftTaken({"sites": words}, stored)
 
 
 @METHODS.register("peanut", family="reparameterised", paper="arXiv:2410.01870")
@@ -49,6 +75,13 @@ class PEANuT(PerSite):
     starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-3
     tiny: ClassVar[dict[str, float]] = {"rank": 6, "scale": 4.0, "lr": 3e-2}
+    peft: ClassVar[PeftForm | None] = PeftWhole(
+        "PEANUT",
+        out=_out,
+        back=_back,
+        settings={"r": "rank", "depth": "depth", "act_fn": "function", "scaling": "scale"},
+        transposed=False,
+    )
 
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
         return check_projections(anatomy, super().places(anatomy), "peanut", 0.0)

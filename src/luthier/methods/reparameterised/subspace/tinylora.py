@@ -25,10 +25,49 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy, Site
 from luthier.anatomy.selection import is_projection
-from luthier.core import at_least, between
+from luthier.core import IntegrityError, at_least, between
 from luthier.methods.parts.low_rank import check_projections
+from luthier.methods.parts.peft_layers import check_order
 from luthier.methods.parts.principal import FrozenFrame, check_principal, frame_params
-from luthier.surgery import METHODS, Attach, Base, Edit, Method
+from luthier.surgery import (
+    METHODS,
+    PEFT_LAYERS,
+    Attach,
+    Base,
+    Edit,
+    Method,
+    PeftForm,
+    PeftIn,
+    PeftOut,
+    PeftTaken,
+    PeftWhole,
+)
+
+_FRAME = {"a": "tinylora_A", "b": "tinylora_B"}
+_DRAWN = "tinylora_P"
+_VALUES = "base_model.tinylora_v."
+
+
+def _out(going: PeftOut) -> tuple[dict[str, Tensor], dict[str, object]]:
+    check_order(going.anatomy, (site.path for site in going.sites.values()), "tinylora")
+    groups = {n.removeprefix("values").removesuffix(".v"): t for n, t in going.stored.items() if n.startswith("values")}
+    return {**going.by_layer(_FRAME), **{f"{_VALUES}{k}": v for k, v in groups.items()}}, {}
+
+
+def _back(coming: PeftIn) -> PeftTaken:
+    words, stored = coming.by_layer({theirs: ours for ours, theirs in _FRAME.items()})
+    given = [coming.tensors.get(f"{PEFT_LAYERS}{path}.{_DRAWN}") for path in coming.paths(_FRAME["a"])]
+    for i, p in enumerate(given):
+        if p is not None and not torch.allclose(p, drawn(int(coming.facts["projection_seed"]) + i, *p.shape[:2])):
+            raise IntegrityError(f"{coming.where}: the random matrices of layer {i} are not those of projection_seed.")
+    values = {n.removeprefix(_VALUES): t for n, t in coming.tensors.items() if n.startswith(_VALUES)}
+    return PeftTaken({"sites": words}, {**stored, **{f"values{k}.v": t for k, t in values.items()}})
+
+
+def drawn(draw: int, size: int, rank: int) -> Tensor:
+    """P: (size, rank, rank), on the CPU and in this order, as peft draws it: one number is one P."""
+    made = torch.Generator().manual_seed(draw)
+    return torch.empty(size, rank, rank, device="cpu").normal_(0, rank**-0.5, generator=made)
 
 
 @METHODS.register("tinylora", family="reparameterised", paper="arXiv:2602.04118")
@@ -48,6 +87,15 @@ class TinyLoRA(Method):
     start_is_drawn: ClassVar[bool] = False  # what is drawn follows from `draw`
     default_lr: ClassVar[float] = 1e-2
     tiny: ClassVar[dict[str, float]] = {"rank": 4, "size": 16, "lr": 5e-2}
+    peft: ClassVar[PeftForm | None] = PeftWhole(
+        "TINYLORA",
+        out=_out,
+        back=_back,
+        settings={"r": "rank", "u": "size", "weight_tying": "tying", "projection_seed": "draw"},
+        write=lambda method: {"save_projection": False},
+        also=("save_projection",),
+        ignored=("init_v_bound", "tinylora_dropout", "init_weights"),
+    )
 
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
         """The sites, in the order of the model."""
@@ -94,10 +142,7 @@ class MixedBetween(FrozenFrame):
     def __init__(self, values: Values, base: Base, rank: int, draw: int, dropout: float) -> None:
         super().__init__(base, rank, dropout)
         self.__dict__["values"] = values  # registered once, on the tuning
-        drawn = torch.Generator().manual_seed(draw)
-        # On the CPU and in this order, as peft draws it: one number then names the same matrices there and here.
-        p = torch.empty(len(values.v), rank, rank, device="cpu").normal_(0, rank**-0.5, generator=drawn)
-        self.register_buffer("p", p, persistent=False)
+        self.register_buffer("p", drawn(draw, len(values.v), rank), persistent=False)
 
     def middle(self) -> Tensor:
         values: Values = self.__dict__["values"]

@@ -28,7 +28,8 @@ from luthier.anatomy import Anatomy, Site
 from luthier.anatomy.selection import is_projection
 from luthier.core import ConfigError, at_least, between
 from luthier.methods.parts.low_rank import Thin, check_projections
-from luthier.surgery import METHODS, Attach, Base, Edit, Method
+from luthier.methods.parts.peft_layers import shared_form
+from luthier.surgery import METHODS, Attach, Base, Edit, Method, PeftForm
 
 
 @METHODS.register("unilora", family="reparameterised", paper="arXiv:2506.00799")
@@ -48,6 +49,15 @@ class UniLoRA(Method):
     default_lr: ClassVar[float] = 5e-2
     default_head_lr: ClassVar[float | None] = 5e-3
     tiny: ClassVar[dict[str, float]] = {"size": 200, "bound": 0.5, "lr": 5e-2}
+    peft: ClassVar[PeftForm | None] = shared_form(
+        "UNILORA",
+        {},
+        {"numbers.t": "base_model.unilora_theta_d"},
+        settings={"r": "rank", "theta_d_length": "size", "proj_seed": "draw"},
+        fixed={"save_indices": False},
+        ignored=("unilora_dropout", "init_theta_d_bound", "init_weights"),
+        in_order=True,
+    )
 
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
         """The sites, in the order of the model."""

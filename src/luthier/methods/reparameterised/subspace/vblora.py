@@ -30,7 +30,8 @@ from luthier.core import ConfigError, at_least, between
 from luthier.methods.parts.kronecker import check_divides
 from luthier.methods.parts.low_rank import Thin, check_projections
 from luthier.methods.parts.own_tensors import group_names, own_modules
-from luthier.surgery import METHODS, Base, Edit, Group, Method, TunedView, attach_each
+from luthier.methods.parts.peft_layers import shared_form
+from luthier.surgery import METHODS, Base, Edit, Group, Method, PeftForm, TunedView, attach_each
 
 
 @METHODS.register("vblora", family="reparameterised", paper="arXiv:2405.15179")
@@ -51,6 +52,14 @@ class VBLoRA(Method):
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 1e-3
     tiny: ClassVar[dict[str, float]] = {"rank": 3, "vectors": 12, "length": 8, "bound": 0.1, "lr": 1e-2}
+    peft: ClassVar[PeftForm | None] = shared_form(
+        "VBLORA",
+        {"a": "vblora_logits_A", "b": "vblora_logits_B"},
+        {"bank.vectors": "base_model.vblora_vector_bank"},
+        settings={"r": "rank", "num_vectors": "vectors", "vector_length": "length", "topk": "top"},
+        fixed={"save_only_topk_weights": False},
+        ignored=("vblora_dropout", "init_vector_bank_bound", "init_logits_std"),
+    )
 
     def __post_init__(self) -> None:
         if self.top > self.vectors:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks._strategies import ASKED
 from benchmarks.gpu.page import section
 
 __all__ = ["RESULTS", "draw", "read"]
@@ -392,6 +393,27 @@ def _own(record: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
     return "\n\n".join([*parts, _failures(record)])
 
 
+def _strategies(record: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
+    measured = (("step_seconds", "seconds a step"), ("total_seconds", "seconds end to end"), ("peak_bytes", "peak"))
+    words = (
+        "Ratios to the plain run of the same method. Asked: what a strategy may cost at most; of mezo, below training."
+    )
+    parts = ["## What a strategy costs", _caveat(record), words]
+    for case in record["cases"]:
+        plain, lines = _named(case, "plain"), []
+        for one in case["contestants"]:
+            if plain is None or "error" in one["summary"]:
+                continue
+            over = {n: (value(one, n) or 0.0) / (value(plain, n) or 1.0) for n, _ in measured}
+            asked, met = ASKED.get(one["name"]), ""
+            if asked is not None:
+                met = f"{dict(measured)[asked[0]]} ≤ {asked[1]:g}: {'yes' if over[asked[0]] <= asked[1] else '**no**'}"
+            lines.append([one["name"], _spread(one, "step_seconds"), *(f"{over[n]:.2f}" for n, _ in measured), met])
+        head = ("", "seconds a step", *(f"{word} over plain" for _, word in measured), "asked")
+        parts += [f"### {case['title']}", _table(head, lines)]
+    return "\n\n".join(part for part in [*parts, _failures(record)] if part)
+
+
 def _inference(record: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
     names = ("base", "asleep", "unmerged", "unserved", "folded", "peft_unmerged", "peft_merged")
     lines = [
@@ -525,6 +547,7 @@ SECTIONS = {
     "sizes": _sizes,
     "methods": _methods,
     "own": _own,
+    "strategies": _strategies,
     "inference": _inference,
     "growth": _growth,
     "compiled": _compiled,

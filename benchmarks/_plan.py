@@ -4,7 +4,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 
-from benchmarks import _machine
+from benchmarks import _machine, _strategies
 from benchmarks._suite import Case, Contestant
 
 __all__ = ["GROUPS", "SHARED", "plan"]
@@ -394,6 +394,7 @@ GROUPS: dict[str, Callable[[bool], list[Case]]] = {
     "sizes": sizes,
     "methods": methods,
     "own": own,
+    "strategies": _strategies.cases,
     "compiled": compiled,
     "gpu": gpu,
     "accuracy": accuracy,

@@ -21,14 +21,14 @@ from luthier.data.tasks import Task
 from luthier.runs.spec import BatchSpec, DataSpec
 from luthier.surgery import attach
 from luthier.training import STRATEGIES
-from luthier.training.answers import Answer
+from luthier.training.answers import Answer, log_odds
 from luthier.training.objective import Objective
 from luthier.workflow import Predictor, evaluate, predict, resume, train
 from luthier.workflow.resume_proof import run_digests
 
 torch.set_num_threads(1)
 PAIRS = Task(name="preference")
-DPO = STRATEGIES.get("dpo")
+DPO, ORPO, CPO, SimPO = (STRATEGIES.get(name) for name in ("dpo", "orpo", "cpo", "simpo"))
 PREFERENCE = [card.name for card in STRATEGIES.cards() if card.family == "preference"]
 
 
@@ -287,6 +287,118 @@ def test_slips_in_dpos_settings_are_refused(tmp_path):
         train(spec)
     with pytest.raises(ConfigError, match="beta"):
         train(dataclasses.replace(spec, settings={"dpo.beta": 0}))
+
+
+# --- orpo, cpo, simpo
+
+
+@pytest.mark.acid("orpo", 1)
+def test_orpo_without_its_odds_is_plain_training_on_the_better_answers():
+    """Against the language task's own loss on the same rows, where the answers of a step are of one length."""
+    tuned, batch = moved(), batch_of()
+    ours = Objective(tuned, PAIRS, judge=ORPO(weight=0.0))(batch)
+    better = dataclasses.replace(
+        batch, inputs={n: t[:2] for n, t in batch.inputs.items()}, labels=batch.labels[:2], n_targets=8, marks=None
+    )
+    plain = Objective(tuned, Task(name="causal_lm"))(better)
+    torch.testing.assert_close(ours.loss / 2, plain.loss / 8)
+    grads = []
+    for result, n in ((ours, 2), (plain, 8)):
+        grads.append(torch.autograd.grad(result.loss / n, list(tuned.trained().values())))
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def answers(chosen: tuple[float, int], rejected: tuple[float, int]) -> tuple[Answer, Answer, torch.Tensor]:
+    one, other = (Answer(torch.tensor([s]), torch.tensor([float(n)])) for s, n in (chosen, rejected))
+    return one, other, torch.tensor([[1.0, 0.0]])
+
+
+@pytest.mark.acid("orpo", 2)
+def test_orpo_reads_means_not_sums():
+    short, long = answers((-2.0, 2), (-6.0, 3)), answers((-20.0, 20), (-60.0, 30))
+    torch.testing.assert_close(ORPO().losses(*short), ORPO().losses(*long))
+    p, q = math.exp(-1.0), math.exp(-2.0)
+    odds = math.log(p / (1 - p)) - math.log(q / (1 - q))
+    wanted = 1.0 - 0.1 * math.log(1 / (1 + math.exp(-odds)))
+    assert ORPO().losses(*short).item() == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.acid("orpo", 3)
+def test_orpo_is_finite_where_an_answer_is_certain():
+    for sums in ((0.0, -1.0), (-1e-9, -1e-30), (-1e-12, -1e4), (-3e3, 0.0)):
+        one = torch.tensor([sums[0]], requires_grad=True)
+        other = torch.tensor([sums[1]], requires_grad=True)
+        count = torch.tensor([1.0])
+        loss = ORPO(weight=1.0).losses(Answer(one, count), Answer(other, count), torch.ones(1, 2))
+        loss.sum().backward()
+        assert torch.isfinite(loss).all() and torch.isfinite(one.grad).all() and torch.isfinite(other.grad).all()
+    x = torch.tensor([-1e-6, -1e-3, -0.5, -5.0, -50.0], dtype=torch.float64)
+    torch.testing.assert_close(log_odds(x), torch.log(x.exp() / (1 - x.exp())), rtol=1e-8, atol=1e-8)
+    exact = -math.log(1e-6)  # of 1 - 1e-6: in fp32 1 - P has two digits left
+    assert log_odds(torch.tensor([-1e-6])).item() == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.acid("orpo", 4)
+@pytest.mark.parametrize("name", ["orpo", "cpo", "simpo"])
+def test_nothing_but_the_policy_is_asked(name):
+    tuned = moved()
+    objective = Objective(tuned, PAIRS, judge=STRATEGIES.get(name)())
+    tuned.base_only = None  # type: ignore[method-assign]  # whoever asks the base fails
+    asked = []
+    handle = tuned.model.get_submodule(tuned.anatomy.blocks[0].path).register_forward_hook(lambda *a: asked.append(1))
+    objective(batch_of())
+    handle.remove()
+    assert len(asked) == 1
+
+
+def test_cpo_and_simpo_are_their_formulas():
+    pair = answers((-4.0, 2), (-6.0, 4))
+    sigmoid = lambda x: 1 / (1 + math.exp(-x))
+    assert CPO(beta=0.3).losses(*pair).item() == pytest.approx(-math.log(sigmoid(0.3 * 2)) + 2)
+    assert CPO(beta=0.3, form="hinge", weight=0).losses(*pair).item() == pytest.approx(1 - 0.6)
+    assert CPO(beta=0.3, form="ipo", weight=0).losses(*pair).item() == pytest.approx((-0.5 - 1 / 0.6) ** 2)
+    wanted = -math.log(sigmoid(2 * (-2 + 1.5) - 0.7)) + 0.5 * 2
+    assert SimPO(beta=2, gap=0.7, weight=0.5).losses(*pair).item() == pytest.approx(wanted)
+
+
+@pytest.mark.slow  # importing TRL alone takes seconds
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("ours", "loss_type", "more"),
+    [
+        ("orpo", "", {}),
+        ("cpo", "sigmoid", {"cpo_alpha": 0.0}),
+        ("cpo", "hinge", {"cpo_alpha": 0.0}),
+        ("simpo", "simpo", {"cpo_alpha": 0.0, "simpo_gamma": 0.4}),
+    ],
+)
+def test_losses_without_a_reference_have_the_numbers_of_trl(ours, loss_type, more):
+    pytest.importorskip("trl")
+    from types import SimpleNamespace
+
+    from trl.experimental.cpo import CPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
+
+    seen: dict[str, Answer] = {}
+    tuned, batch = moved(), batch_of()
+    objective = Objective(tuned, PAIRS, judge=_Watching(seen))
+    objective(batch)
+    chosen, rejected = seen["chosen"], seen["rejected"]
+    shared = {"beta": 0.3, "loss_type": loss_type, "label_smoothing": 0.0, "alpha": 0.0}
+    shared |= {"accelerator": SimpleNamespace(device="cpu"), "simpo_gamma": more.get("simpo_gamma", 0.0)}
+    me = SimpleNamespace(**shared)
+    if ours == "orpo":
+        theirs = chosen.mean * -1 - ORPOTrainer.odds_ratio_loss(me, chosen.mean, rejected.mean)[0]
+        judge = ORPO(weight=0.3)
+    else:
+        by_mean = ours == "simpo"
+        values = [a.mean if by_mean else a.chance for a in (chosen, rejected)]
+        theirs = CPOTrainer.cpo_loss(me, *values)[0]
+        judge = SimPO(beta=0.3, gap=0.4) if by_mean else CPO(beta=0.3, weight=0.0, form=loss_type)
+    torch.testing.assert_close(judge.losses(chosen, rejected, batch.marks), theirs, rtol=1e-5, atol=1e-5)
+    objective.judge = judge
+    assert objective(batch).loss.item() == pytest.approx(theirs.sum().item(), abs=1e-4)
 
 
 # --- a whole run

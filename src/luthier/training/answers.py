@@ -20,7 +20,7 @@ from luthier.data.examples import IGNORED
 from luthier.surgery import Tuned
 from luthier.training.output_matrix import softcap_of, trunk_states
 
-__all__ = ["Answer", "Judge", "Likely", "answer_log_chances", "standing_still"]
+__all__ = ["Answer", "Judge", "Likely", "answer_log_chances", "log_odds", "standing_still"]
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,18 @@ def answer_log_chances(tuned: Tuned, batch: Batch, *, chunked: bool) -> tuple[Te
     lines = told.nonzero()[:, 0]
     sums = torch.zeros(len(labels), device=losses.device, dtype=losses.dtype).index_add(0, lines, -losses)
     return sums, told.sum(1).to(sums.dtype)
+
+
+def log_odds(log_chance: Tensor) -> Tensor:
+    """log(P / (1 - P)) from log P, without 1 - P: finite where P rounds to 1, with a finite slope.
+
+    >>> log_odds(torch.tensor([-0.6931472, -1e-12, 0.0])).tolist()  # of 1/2, and of what rounds to 1
+    [0.0, 15.942384719848633, 15.942384719848633]
+    """
+    least = torch.finfo(log_chance.dtype).eps  # nearer to certainty there are no numbers
+    x = log_chance.clamp(max=-least)
+    rest = torch.where(x > -0.6931472, torch.log(-torch.expm1(x)), torch.log1p(-x.exp()))
+    return x - rest
 
 
 @contextmanager

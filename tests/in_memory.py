@@ -138,7 +138,8 @@ class Runs:
         if spec.data.source.endswith("labels.csv") or spec.data.source.endswith("rows.csv"):
             teacher = str(self.home / f"teacher-{Path(spec.model).name}-{more}")
             if not Path(teacher).exists():
-                train(dataclasses.replace(spec, strategy=None, method="ia3", settings={}, steps=3, out=teacher))
+                alone = dataclasses.replace(spec, strategy=None, also=None, method="ia3", settings={}, steps=3)
+                train(dataclasses.replace(alone, out=teacher))
         return dict.fromkeys(wanted, teacher)
 
     def kind(self, name: str, arch: str) -> str | None:

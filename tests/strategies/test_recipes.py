@@ -11,6 +11,7 @@ import pytest
 import torch
 from fillers import encoder, filler
 from little import Heard, at_call, little_data, little_model, little_spec
+from word_tables import WORDS
 
 from luthier.core import CompositionError, ConfigError, IntegrityError, UnknownName
 from luthier.data.rows import load_rows
@@ -65,11 +66,25 @@ def recipe_spec(home: Path, words: str, out: Path, kind: str = "bert", **changes
     if words == "setfit":
         given |= {"batch": BatchSpec(size=8, tokens=4096)}  # pairs are those of a whole step
     also = {}
+    if words == "startup":
+        given |= {"batch": BatchSpec(size=8, tokens=4096)}
+        given |= {"data": DataSpec(source=str(two_labels(home / "two.csv")))}
+        also = {"also": (f"source={rows}", f"unlabelled={little_data(home / 'more.csv', rows=20, seed=5)}")}
+        return little_spec(home, strategy=words, out=str(out), **{**given, **also, **changes})
     if any("unlabelled" in getattr(STRATEGIES.get(w), "sets", ()) for w in words.split("+")):
         also = {"also": (f"unlabelled={little_data(home / 'more.csv', rows=20, seed=5)}",)}
     return little_spec(
         home, strategy=words, out=str(out), **{"data": DataSpec(source=str(rows)), **given, **also, **changes}
     )
+
+
+def two_labels(path: Path) -> Path:
+    """Rows of another task: two labels of its own, by a word."""
+    if not path.exists():
+        words = {"sun": "day", "moon": "night"}
+        lines = [f"{' '.join(WORDS[i % 9 : i % 9 + 4])} {word},{words[word]}" for i in range(15) for word in words]
+        path.write_text("\n".join(["text,label", *lines]) + "\n")
+    return path
 
 
 def corpus(home: Path) -> Path:

@@ -17,7 +17,17 @@ from luthier.data.rows import Row, Table, load_rows
 from luthier.data.tasks import Task
 from luthier.runs.spec import DataSpec
 
-__all__ = ["TRAIN", "Further", "Sets", "equal_shares", "join", "load_further", "named_sources"]
+__all__ = [
+    "TRAIN",
+    "Further",
+    "Sets",
+    "equal_shares",
+    "join",
+    "load_further",
+    "named_sources",
+    "others_beside",
+    "with_others",
+]
 
 TRAIN = "train"
 
@@ -86,6 +96,27 @@ def equal_shares(usual: Order, sets: Sets, stream: str) -> Order:
         return np.concatenate(parts, axis=1)  # (steps, sets * each)
 
     return ChosenOrder(usual, lambda epoch, step: np.unique(laid_out(epoch)[step]), steps)
+
+
+def with_others(usual: Order, others: NDArray[np.int64], ratio: float, stream: str) -> Order:
+    """Steps that hold, beside their usual rows, so many times as many others, drawn anew for each; none comes twice.
+
+    Args:
+        others: the examples to draw from.
+        stream: names the draws.
+    """
+
+    def choose(epoch: int, step: int) -> NDArray[np.int64]:
+        new = usual.rows(epoch, step)
+        mixed = shuffled(len(others), usual.seed, stream, epoch, step)
+        return np.concatenate([new, others[mixed[: others_beside(len(new), len(others), ratio)]]])
+
+    return ChosenOrder(usual, choose)
+
+
+def others_beside(usual: int, most: int, ratio: float) -> int:
+    """How many other rows stand beside so many usual ones."""
+    return min(most, round(ratio * usual))
 
 
 def named_sources(words: Sequence[str] | None) -> dict[str, str]:

@@ -197,6 +197,7 @@ def load_model(
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=task.n_outputs is not None,
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{source.name}: cannot be loaded for {task.name}: {str(error).splitlines()[0]}") from error
@@ -207,7 +208,15 @@ def load_model(
 
     heads = set(Anatomy.read(model).head_tensors)
     # A new head has no weights yet, and a pooler may be absent from a checkpoint of a bare encoder.
-    missing = [n for n in report["missing_keys"] if n not in heads and "pooler" not in n]
+    absent = set(report["missing_keys"])
+    for name, *shapes in report["mismatched_keys"]:
+        if name not in heads:
+            raise ModelError(
+                f"{source.name}: cannot be loaded for {task.name}: {name} has the shape {list(shapes[0])} in its "
+                f"weights, and {list(shapes[1])} by its configuration. Use the right model folder."
+            )
+        absent.add(name)  # a head for other labels: the task's own is new
+    missing = [n for n in absent if n not in heads and "pooler" not in n]
     if task.name == "masked_lm":  # an encoder that was kept without its head of words, such as one for sentences
         missing = [n for n in missing if n.startswith(f"{model.base_model_prefix}.")]
     if missing:
@@ -217,7 +226,7 @@ def load_model(
         )
     # A tensor that several places share is new once, under its first name.
     again = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
-    return model.to(device).eval(), tuple(sorted(set(report["missing_keys"]) - again))
+    return model.to(device).eval(), tuple(sorted(absent - again))
 
 
 def collator_of(task: Task, model: Any, tokenizer: Any, *, pad_id: int, pad_to: int, seed: int) -> Collator:

@@ -26,15 +26,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from luthier.core import above, at_least, between
-from luthier.data.order import ChosenOrder, Order, shuffled
-from luthier.data.sets import Sets
+from luthier.data.order import Order
+from luthier.data.sets import Sets, others_beside, with_others
 from luthier.data.tasks import Task
 from luthier.runs.spec import RunSpec
 from luthier.surgery import Method
@@ -79,18 +77,7 @@ class UDA(Strategy):
         return None
 
     def order(self, usual: Order, sets: Sets, spec: RunSpec) -> Order:
-        others = sets.rows("unlabelled")
-
-        def choose(epoch: int, step: int) -> NDArray[np.int64]:
-            new = usual.rows(epoch, step)
-            mixed = shuffled(len(others), spec.seed, "uda", epoch, step)
-            return np.concatenate([new, others[mixed[: self.beside(len(new), len(others))]]])
-
-        return ChosenOrder(usual, choose)
-
-    def beside(self, labelled: int, most: int) -> int:
-        """How many other rows stand beside so many labelled ones."""
-        return min(most, round(self.ratio * labelled))
+        return with_others(usual, sets.rows("unlabelled"), self.ratio, "uda")
 
     def loss(self, course: Course, piece: Piece, forward: Callable[[], Any]) -> Any:
         if not self.ratio:
@@ -105,7 +92,7 @@ class UDA(Strategy):
             result = forward()
         told = told_of(course.task, result)
         n, most = piece.n_targets, len(sets.rows("unlabelled"))
-        labelled = next((k for k in range(1, n) if k + self.beside(k, most) >= n), n)
+        labelled = next((k for k in range(1, n) if k + others_beside(k, most, self.ratio) >= n), n)
         held = told.chances.detach() <= self.bound(course.step / max(1, course.total), told.logits.shape[-1])
         alike, sure = self.apart(clean, told.logits[other])
         course.note("sure", float(sure.float().mean()) if len(sure) else 0.0)

@@ -10,9 +10,11 @@ charts     the charts
 html       elements of a page; there text is made inert
 page       the page
 sheets     Markdown, and a row for each run
+follow     runs while they go on
 write      to a file
 """
 
+from luthier.report.follow import Follower, Progress, spark
 from luthier.report.gather import Story, gather
 from luthier.report.page import page_of
 from luthier.report.read import Run, read_run
@@ -21,6 +23,8 @@ from luthier.report.write import FORMATS, format_of, write_report
 
 __all__ = [
     "FORMATS",
+    "Follower",
+    "Progress",
     "Run",
     "Story",
     "as_csv",
@@ -30,5 +34,6 @@ __all__ = [
     "gather",
     "page_of",
     "read_run",
+    "spark",
     "write_report",
 ]

@@ -13,12 +13,12 @@ import numpy as np
 
 from luthier.comparison import Comparison, Costs, clusters
 from luthier.comparison.verdict import judge
-from luthier.core import ConfigError, LuthierError, build, plain, several
+from luthier.core import ConfigError, LuthierError, build, fields_of, plain, several
 from luthier.report.read import Run, read_run
 from luthier.report.words import of_one, of_several
 from luthier.runs.spec import RunSpec
 
-__all__ = ["Story", "command_of", "gather"]
+__all__ = ["Story", "command_of", "gather", "names_of", "runs_in"]
 
 DEPTH = 4
 """Folders below a named one in which runs are looked for."""
@@ -64,11 +64,11 @@ def gather(paths: Sequence[Path | str]) -> Story:
             raise ConfigError(f"{folder}: is no folder. Name the folder of a run or of a comparison.")
     if len(folders) == 1 and (folders[0] / "comparison.json").is_file():
         return _of_comparison(folders[0])
-    found = list(dict.fromkeys(run for folder in folders for run in _runs_in(folder)))
+    found = list(dict.fromkeys(run for folder in folders for run in runs_in(folder)))
     if not found:
         where = str(folders[0]) if len(folders) == 1 else "these folders"
         raise ConfigError(f"{where}: no run is in it. Name what `luthier train` or `luthier compare` made.")
-    names = _names(found)
+    names = names_of(found)
     runs = [read_run(path, names[path]) for path in found]
     if len(runs) == 1:
         run = runs[0]
@@ -76,9 +76,9 @@ def gather(paths: Sequence[Path | str]) -> Story:
         return Story(
             title=title, findings=of_one(run), runs=(run,), comparison=None, commands=tuple(_commands(runs))
         )  # fmt: skip
+    runs = _renamed(runs)
     if len(folders) == 1 and (folders[0] / "cells").is_dir():
         return _titled(runs, None, ("This comparison has no result yet: the same `luthier compare` goes on with it.",))
-    runs = _renamed(runs)
     judged = _judged(runs)
     return _titled(runs, judged, judged.findings if judged is not None else of_several(runs))
 
@@ -92,6 +92,7 @@ def command_of(spec: Mapping[str, Any]) -> list[str]:
     words = [str(spec["model"]), "--data", str(spec["data"]["source"])]
     words += ["--method", str(spec.get("method", RunSpec(model="", data={"source": ""}).method))]  # type: ignore[arg-type]
     usual = _flat(plain(RunSpec.from_plain({"model": "m", "data": {"source": "d"}})))
+    switches = {fact.name for fact in fields_of(RunSpec) if fact.type is bool}
     left_out = {"model", "data.source", "method", "out", "chosen", *spec.get("chosen", ())}
     more = []
     given = _flat(spec)
@@ -101,7 +102,7 @@ def command_of(spec: Mapping[str, Any]) -> list[str]:
             continue
         if "." in name:
             more += ["--set", f"{name}={_word(value)}"]
-        elif isinstance(value, bool):
+        elif name in switches:
             words.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
         else:
             words += [f"--{name.replace('_', '-')}", _word(value)]
@@ -203,16 +204,16 @@ def _costs(runs: Sequence[Run]) -> Costs:
 # --- runs
 
 
-def _runs_in(folder: Path, depth: int = DEPTH) -> Iterable[Path]:
+def runs_in(folder: Path, depth: int = DEPTH) -> Iterable[Path]:
     if (folder / "run.json").is_file():
         yield folder
     elif depth:
         for below in sorted(p for p in folder.iterdir() if p.is_dir() and not p.is_symlink()):
             if not below.name.startswith("."):
-                yield from _runs_in(below, depth - 1)
+                yield from runs_in(below, depth - 1)
 
 
-def _names(paths: Sequence[Path]) -> dict[Path, str]:
+def names_of(paths: Sequence[Path]) -> dict[Path, str]:
     """The last part of each path, and as many before it as tell them apart."""
     for parts in range(1, 40):
         names = {path: "/".join(path.parts[-parts:]) for path in paths}

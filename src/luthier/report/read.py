@@ -15,7 +15,7 @@ from luthier.runs import Journal, Record
 from luthier.runs.lock import holder_is_dead
 from luthier.runs.spec import RunSpec
 
-__all__ = ["Run", "read_run", "state_of", "total_steps"]
+__all__ = ["Run", "read_json", "read_run", "state_of", "total_steps"]
 
 CELL = re.compile(r"(?P<name>.+)-seed(?P<seed>\d+)-[0-9a-f]{10}")
 """A folder of a comparison: method, seed, digest of the spec."""
@@ -70,7 +70,7 @@ def read_run(path: Path, name: str, method: str = "", why: str = "") -> Run:
     if not path.is_dir():
         state = "failed" if why else "deleted"
         return Run(name=name, path=path, state=state, why=why or "its folder is not there any more", **told)
-    facts, wrong = _json(path / "run.json")
+    facts, wrong = read_json(path / "run.json")
     if not isinstance(facts, dict) or not isinstance(facts.get("spec"), dict):
         return Run(name=name, path=path, state="unreadable", why=wrong or "run.json is no run's", **told)
     spec = facts["spec"]
@@ -85,7 +85,7 @@ def read_run(path: Path, name: str, method: str = "", why: str = "") -> Run:
         record = Record.from_json((path / "record.json").read_bytes())
     except (LuthierError, OSError) as error:
         return Run(name=name, path=path, state="unreadable", why=str(error), **told)
-    quality, _ = _json(path / "quality.json") if (path / "quality.json").exists() else (None, "")
+    quality, _ = read_json(path / "quality.json") if (path / "quality.json").exists() else (None, "")
     try:
         answers = answers_of(path) if (path / "predictions.csv").exists() else None
         said = ""
@@ -107,7 +107,7 @@ def state_of(path: Path, events: Iterable[dict[str, Any]]) -> tuple[str, str]:
     kind = str(last.get("event"))
     if kind in ("diverged", "wrong_arithmetic"):
         return "diverged", f"{_ENDS[kind]} at step {last.get('step')}: {last.get('reason', 'see events.jsonl')}"
-    holder, _ = _json(path / "run.lock") if (path / "run.lock").exists() else ({}, "")
+    holder, _ = read_json(path / "run.lock") if (path / "run.lock").exists() else ({}, "")
     if isinstance(holder, dict) and holder:
         if not holder_is_dead(holder):
             return "running", ""
@@ -137,7 +137,8 @@ def total_steps(run: Path, spec: dict[str, Any]) -> int | None:
     return read.total_steps(-(-used // per_step)) if used else None
 
 
-def _json(path: Path) -> tuple[Any, str]:
+def read_json(path: Path) -> tuple[Any, str]:
+    """What a file holds, and nothing; or nothing, and what is wrong with it."""
     try:
         return json.loads(path.read_bytes()), ""
     except OSError as error:

@@ -119,10 +119,13 @@ def test_a_worse_method_is_worse_on_these_seeds_until_there_are_six() -> None:
 
 
 def test_a_difference_that_is_seen_is_a_tie_only_on_the_users_word() -> None:
-    answers = np.zeros((2, 1, 1000), dtype=np.int64)
+    answers = np.zeros((2, 3, 1000), dtype=np.int64)
     answers[1, :, :15] = 1
-    assert standing(answers, 1).standings[1].word == "worse"
-    assert standing(answers, 1, margin=0.05).standings[1].word == "ties"
+    assert standing(answers, 3).standings[1].word == "worse"
+    assert standing(answers, 3, margin=0.05).standings[1].word == "ties"
+    one = standing(answers[:, :1], 1, margin=0.05)
+    assert one.standings[1].word == "not told apart"
+    assert any(line.startswith("On these rows m0 alone is right in 15, m1 alone in 0") for line in one.findings)
 
 
 def test_few_rows_cannot_tell_and_a_baseline_that_wins_is_the_headline() -> None:

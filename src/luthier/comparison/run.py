@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 from luthier.comparison.answers import Answers, answers_of, clusters
 from luthier.comparison.cells import Cell, Entrant, Failure, cells_of, finished, run_cells
 from luthier.comparison.scores import score_named
-from luthier.comparison.statistics import smallest_visible
+from luthier.comparison.statistics import LEAST_SEEDS, smallest_visible
 from luthier.comparison.verdict import Comparison, Costs, judge
 from luthier.core import ConfigError, IntegrityError, LuthierError, plain, several
+from luthier.data.columns import Columns
 from luthier.data.load_data import Data, load_data
 from luthier.data.problems import text_of
+from luthier.data.rows import Table
 from luthier.runs import Record, durable
 from luthier.runs.lock import Lock
 from luthier.runs.spec import RunSpec
@@ -66,11 +68,7 @@ def compare(
         raise ConfigError("compare: no rows are held out (data.test_share is 0). Methods are compared on such rows.")
     for note in data.notes:
         say(note)
-    rows = len(data.test)
-    say(
-        f"{several(len(entrants), 'method')}, {several(seeds, 'seed')}, {rows} held-out rows: a difference in accuracy "
-        f"under {smallest_visible(rows):.3f} will most likely not be seen (where two methods differ on a tenth of them)"
-    )
+    say(_visible(data.test, data.columns, len(entrants), seeds))
     _make_home(home)
     lock = Lock(home / "run.lock")
     lock.acquire()
@@ -97,6 +95,20 @@ def _check(entrants: Sequence[Entrant], seeds: int) -> None:
         raise ConfigError("compare: no methods are named. Name them: --method lora,ia3,bitfit, or --method all.")
     if seeds < 1:
         raise ConfigError(f"--seeds {seeds}: give at least 1; 3 show the spread, 6 allow a claim over seeds.")
+
+
+def _visible(test: Table, columns: Columns, methods: int, seeds: int) -> str:
+    """How small a difference the rows can show; said before anything runs."""
+    alone = int(clusters([text_of(row, columns) for row in test.rows]).max()) + 1
+    copies = f", {len(test) - alone} of them near copies of others" if alone < len(test) else ""
+    said = (
+        f"{several(methods, 'method')}, {several(seeds, 'seed')}, {len(test)} held-out rows{copies}: a difference in "
+        f"accuracy under {smallest_visible(alone):.3f} will most likely not be seen (where two methods differ on a "
+        "tenth of them)"
+    )
+    if seeds == 1:
+        return f"{said}. One seed tells nothing of methods: no spread between seeds is known. Better --seeds 3, or 6."
+    return said if seeds >= LEAST_SEEDS else f"{said}; a claim over seeds takes --seeds {LEAST_SEEDS}"
 
 
 def _check_home(home: Path) -> None:

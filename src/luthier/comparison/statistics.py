@@ -10,11 +10,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from luthier.comparison.scores import accuracy
 from luthier.core import key
 
 __all__ = [
@@ -46,7 +46,9 @@ class Resampled:
     scores: NDArray[np.float64]
     """(methods, seeds)"""
     draws: NDArray[np.float64]
-    """(methods, draws): mean over seeds, which are drawn again too where there are enough of them"""
+    """(methods, draws): mean over seeds; rows are drawn again, and the seeds' spread is added with its own error"""
+    again: NDArray[np.float64]
+    """(methods, draws): the same with the spread taken as known, whose means exist for two seeds too"""
     left_out: NDArray[np.float64]
     """(methods, blocks): mean over seeds"""
     over_seeds: bool
@@ -78,9 +80,28 @@ class Resampled:
 
         In each resample the best is chosen anew, and what it loses on all rows is the price of the choice.
         """
-        chosen = self.draws.argmax(axis=0)
-        gained = self.draws[chosen, np.arange(self.draws.shape[1])] - self.scores.mean(axis=1)[chosen]
+        chosen = self.again.argmax(axis=0)
+        gained = self.again[chosen, np.arange(self.again.shape[1])] - self.scores.mean(axis=1)[chosen]
         return max(0.0, float(gained.mean()))
+
+    def beside_the_best(self, best: int) -> list[float]:
+        """p-value of each method's distance from the best, corrected for the best having been found on these rows.
+
+        If all were equal, the largest distance between any two would be as large in so many of the resamples. Holm's
+        steps over the comparisons with the best would not do: which one is the best was read from the same scores, and
+        of ten equal methods it lies far from the last by chance alone. Distances are in units of their own spread.
+        """
+        means = self.scores.mean(axis=1)
+        off = self.draws - means[:, None]
+        largest = np.zeros(off.shape[1])
+        for one in range(len(means) - 1):
+            largest = np.maximum(largest, _in_spreads(off[one] - off[one + 1 :], off[one] - off[one + 1 :]).max(axis=0))
+        found = []
+        for i in range(len(means)):
+            distance = np.array([[means[best] - means[i]]])
+            seen = float(_in_spreads(distance, (off[best] - off[i])[None])[0, 0])
+            found.append((int((largest >= seen).sum()) + 1) / (len(largest) + 1) if i != best else 1.0)
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +116,7 @@ class Difference:
     high90: float
     """inside the margin on both sides, the two are equal (two one-sided tests at 5 %)"""
     p: float
-    """two-sided, over rows (and seeds, where there are enough)"""
+    """two-sided, over rows and, where there are several, seeds"""
     p_seeds: float
     """two-sided, by flipping the signs of the seeds' differences"""
 
@@ -109,28 +130,61 @@ def resample(
         wanted: (rows,) numbers of classes.
         answered: (methods, seeds, rows).
         clusters: (rows,) rows of one number are near copies and are drawn together.
+
+    Rows are drawn with replacement. Seeds are few: drawn so, six of them would understate their spread by a tenth and
+    two by a third. Their deviations are mixed with random weights instead, the same for all methods, such that any
+    difference of means is spread as Student's t says.
     """
     n_methods, n_seeds, n_rows = answered.shape
     n_clusters = int(clusters.max()) + 1
     generator = np.random.Generator(np.random.Philox(key("comparison", seed)))
-    over_seeds = n_seeds >= LEAST_SEEDS
     every = np.ones(n_rows)
 
-    def mean_scores(weights: NDArray[np.float64], seeds: NDArray[Any]) -> NDArray[np.float64]:
-        one = np.array([[score(wanted, answered[m, s], weights) for s in np.unique(seeds)] for m in range(n_methods)])
-        return np.asarray(one[:, np.unique(seeds, return_inverse=True)[1]].mean(axis=1))
+    share_right = (answered == wanted).mean(axis=1)  # (methods, rows)
+
+    def mean_scores(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        if score is accuracy:  # a mean over rows: the same to rounding, and most of the time of a large comparison
+            return np.asarray(share_right @ weights / weights.sum())
+        found = [[score(wanted, answered[m, s], weights) for s in range(n_seeds)] for m in range(n_methods)]
+        return np.asarray(np.array(found).mean(axis=1))
 
     scores = np.array([[score(wanted, row, every) for row in method] for method in answered])
-    draws = np.empty((n_methods, DRAWS))
+    drawn = np.empty((n_methods, DRAWS))
     for number in range(DRAWS):
-        weights = generator.multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters))[clusters].astype(np.float64)
-        drawn = np.asarray(generator.integers(0, n_seeds, n_seeds)) if over_seeds else np.arange(n_seeds)
-        draws[:, number] = mean_scores(weights, drawn)
+        times = np.bincount(generator.integers(0, n_clusters, n_clusters), minlength=n_clusters)
+        drawn[:, number] = mean_scores(times[clusters].astype(np.float64))
+    between, uncertain = _of_seeds(scores, generator)
     blocks = np.array_split(generator.permutation(n_clusters), min(BLOCKS, n_clusters))
     left_out = np.empty((n_methods, len(blocks)))
     for number, block in enumerate(blocks):
-        left_out[:, number] = mean_scores((~np.isin(clusters, block)).astype(np.float64), np.arange(n_seeds))
-    return Resampled(scores=scores, draws=draws, left_out=left_out, over_seeds=over_seeds)
+        left_out[:, number] = mean_scores((~np.isin(clusters, block)).astype(np.float64))
+    return Resampled(
+        scores=scores, draws=drawn + between * uncertain, again=drawn + between, left_out=left_out,
+        over_seeds=n_seeds >= LEAST_SEEDS,
+    )  # fmt: skip
+
+
+def _of_seeds(
+    scores: NDArray[np.float64], generator: np.random.Generator
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """What other seeds would add to the means: normal, (methods, draws), and what makes Student's t of it, (draws,).
+
+    Args:
+        scores: (methods, seeds).
+    """
+    n_methods, n_seeds = scores.shape
+    if n_seeds == 1:  # one seed shows no spread: what is said is of its rows alone
+        return np.zeros((n_methods, DRAWS)), np.ones(DRAWS)
+    mixed = (scores - scores.mean(axis=1, keepdims=True)) @ generator.standard_normal((n_seeds, DRAWS))
+    known = np.sqrt(generator.chisquare(n_seeds - 1, DRAWS) / (n_seeds - 1))
+    return mixed / math.sqrt(n_seeds * (n_seeds - 1)), 1 / known
+
+
+def _in_spreads(values: NDArray[np.float64], off: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Sizes in units of the half-width that holds 68 % of the deviations `off`; 0 where both are nothing."""
+    spread = np.quantile(np.abs(off), 0.6827, axis=1, keepdims=True)
+    sizes = np.abs(values)
+    return np.where(sizes > 0, sizes / np.where(spread > 0, spread, 1e-12), 0.0)
 
 
 def _bca(draws: NDArray[np.float64], value: float, left_out: NDArray[np.float64], share: float) -> float:

@@ -14,7 +14,6 @@ from luthier.comparison.statistics import (
     LEAST_SEEDS,
     Difference,
     flips,
-    holm,
     mcnemar,
     resample,
     smallest_visible,
@@ -53,7 +52,7 @@ class Standing:
     difference: Difference | None
     """from the best; None for the best itself"""
     p: float = 1.0
-    """of the difference, corrected for the number of comparisons"""
+    """of the difference, corrected for the best having been found on the same rows"""
     flips: tuple[tuple[int, int], ...] = ()
     """for each seed: rows that only the best answers rightly, rows that only this one does"""
     mcnemar: tuple[float, ...] = ()
@@ -106,7 +105,8 @@ def judge(
     Args:
         answered: (methods, seeds, rows) numbers of classes; wanted: (rows,).
         clusters: (rows,) rows of one number are near copies of each other.
-        margin: differences below it do not matter; None takes twice the spread over seeds, one hundredth at least.
+        margin: differences below it do not matter; None takes twice the methods' spread over seeds, a hundredth at
+            least.
         baselines: name -> (rows,) answers.
     """
     score = score_named(metric)
@@ -116,13 +116,14 @@ def judge(
     order = [int(i) for i in np.argsort(-means, kind="stable")]
     given = margin is not None
     if margin is None:
-        spread = float(resampled.scores[best].std(ddof=1)) if len(seeds) > 1 else 0.0
+        # Of the middle one: three seeds of one method say little, and one unsteady method must not widen it for all.
+        spread = float(np.sqrt(np.median(resampled.scores.var(axis=1, ddof=1)))) if len(seeds) > 1 else 0.0
         margin = max(2 * spread, LEAST_MARGIN)
     others = [i for i in order if i != best]
     differences = {i: resampled.difference(i, best) for i in others}
-    # Over seeds a claim needs both tests; with few seeds it is one about these seeds only.
-    p_values = [max(d.p, d.p_seeds) if resampled.over_seeds else d.p for d in differences.values()]
-    corrected = dict(zip(others, holm(p_values), strict=True))
+    corrected = dict(enumerate(resampled.beside_the_best(best)))
+    if resampled.over_seeds:  # a claim over seeds needs the signs of their differences to agree
+        corrected |= {i: max(corrected[i], d.p_seeds) for i, d in differences.items()}
     standings = []
     for i in order:
         low, high = resampled.interval(i)
@@ -135,9 +136,9 @@ def judge(
                 scores=tuple(float(v) for v in resampled.scores[i]),
                 low=low,
                 high=high,
-                word=_word(differences[i], corrected[i], margin, given) if i != best else "best",
+                word=_word(differences[i], corrected[i], margin, given, len(seeds)) if i != best else "best",
                 difference=differences.get(i),
-                p=corrected.get(i, 1.0),
+                p=corrected[i],
                 flips=tuple(told),
                 mcnemar=tuple(mcnemar(*pair) for pair in told),
                 calibration_error=calibration[i] if calibration is not None else None,
@@ -154,7 +155,9 @@ def judge(
     return Comparison(**{**vars(made), "findings": tuple(_findings(made))})
 
 
-def _word(difference: Difference, p: float, margin: float, given: bool) -> Word:
+def _word(difference: Difference, p: float, margin: float, given: bool, seeds: int) -> Word:
+    if seeds == 1:  # what another draw would change is not known; the very same answers are the same with any
+        return "ties" if difference.low == difference.high == 0 else "not told apart"
     # A difference that is seen is called equal only on the user's word that it does not matter.
     if (given or p >= 0.05) and -margin < difference.low90 and difference.high90 < margin:
         return "ties"
@@ -179,13 +182,14 @@ def _findings(found: Comparison) -> list[str]:
     )
     for word, says in (
         ("ties", f"within {found.margin:.3f} of it, so they tie"),
-        ("not told apart", "not told apart from it by these rows"),
+        ("not told apart", "not told apart from it by these rows" if several else "not told apart from it by one seed"),
         ("worse", "worse than it" if len(found.seeds) >= LEAST_SEEDS else "worse than it on these seeds"),
     ):
         named = [s.name for s in rest if s.word == word]
         if named:
             one = says.replace("so they tie", "so it ties") if len(named) == 1 else says
             lines.append(f"{listed(named)} {'is' if len(named) == 1 else 'are'} {one}.")
+    lines += [] if several else _of_one_seed(found)
     lines += _advice(found)
     if len(found.seeds) < LEAST_SEEDS:
         lines.append(
@@ -200,6 +204,17 @@ def _findings(found: Comparison) -> list[str]:
     for name, why in found.failed.items():
         lines.append(f"{name} has no result: {why}")
     return lines
+
+
+def _of_one_seed(found: Comparison) -> list[str]:
+    """What one seed does show: two trained models on the same rows, of which the methods are not to blame alone."""
+    first, rest = found.standings[0], found.standings[1:]
+    return [
+        f"On these rows {first.name} alone is right in {s.flips[0][0]}, {s.name} alone in {s.flips[0][1]} (exact "
+        f"McNemar test: p = {s.mcnemar[0]:.2g}). That is of these two trained models; another seed makes others."
+        for s in rest[:3]
+        if s.flips and sum(s.flips[0])
+    ]
 
 
 def _advice(found: Comparison) -> list[str]:

@@ -64,7 +64,7 @@ def _methods(story: Story) -> Table | None:
     ]
     metric = found.metric.replace("_", " ")
     head = (
-        "method", metric, "95 % interval", "against the best", "difference", "its 95 % interval", "p (Holm)", "trained",
+        "method", metric, "95 % interval", "against the best", "difference", "its 95 % interval", "p, corrected", "trained",
         "time", "peak memory", "stored", "calibration error",
     )  # fmt: skip
     note = (

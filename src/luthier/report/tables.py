@@ -64,8 +64,8 @@ def _methods(story: Story) -> Table | None:
     ]
     metric = found.metric.replace("_", " ")
     head = (
-        "method", metric, "95 % interval", "against the best", "difference", "its 95 % interval", "p, corrected", "trained",
-        "time", "peak memory", "stored", "calibration error",
+        "method", metric, "95 % interval", "against the best", "difference", "its 95 % interval", "p, corrected",
+        "trained", "time", "peak memory", "stored", "calibration error",
     )  # fmt: skip
     note = (
         f"Means over the runs of each method, which stand one by one under Runs; {found.rows} held-out rows. A tie is "

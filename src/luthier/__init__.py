@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from luthier.surgery import METHODS, Tuned, attach, load
     from luthier.training import STRATEGIES
     from luthier.training.trainer_callback import HooksCallback
-    from luthier.workflow import evaluate, merge, predict, resume, train
+    from luthier.workflow import certify, evaluate, merge, predict, resume, train
 
 __all__ = [
     "METHODS",
@@ -28,6 +28,7 @@ __all__ = [
     "Tuned",
     "__version__",
     "attach",
+    "certify",
     "evaluate",
     "load",
     "merge",
@@ -47,6 +48,7 @@ _HOMES = {
     "load": "luthier.surgery",
     "DataSpec": "luthier.runs.spec",
     "RunSpec": "luthier.runs.spec",
+    "certify": "luthier.workflow",
     "evaluate": "luthier.workflow",
     "merge": "luthier.workflow",
     "predict": "luthier.workflow",

@@ -19,6 +19,9 @@ def command(
     dtype: Annotated[str, typer.Option(help="Type of the weights: auto (as the base is stored), fp32, bf16, fp16.")] = (
         "auto"
     ),
+    accept: Annotated[
+        bool, typer.Option("--accept", help="Write it although, read back, it is not the model that was trained.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a model folder that transformers loads without luthier: the tuning is computed into the weights.
@@ -29,7 +32,7 @@ def command(
     """
     from luthier.workflow import merge
 
-    written = merge(run, out, dtype=dtype)  # type: ignore[arg-type]  # any other word is refused there
+    written = merge(run, out, dtype=dtype, accept=accept)  # type: ignore[arg-type]  # any other word is refused there
     sizes = {path.name: path.stat().st_size for path in sorted(written.iterdir())}
     screen().result({"path": str(written), "bytes": sizes})
     screen().show(f"{out}: {human_bytes(sum(sizes.values()))}, {', '.join(sizes)}. README.md there says how to use it.")

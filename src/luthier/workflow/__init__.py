@@ -14,9 +14,14 @@ evaluate_run     its scores on other rows
 merged_folder    a finished run as a plain model folder
 generation       text that it writes
 export           a finished run as files that other libraries read
+reference        what the trained model computed of a few rows when training ended
+fresh            one way out of a run's folder, in a process of its own
+certificate      what was found there, beside the reference
+certify_run      all ways, one after another
 load_model       a model and its tokenizer, from a folder, a sample or the hub
 """
 
+from luthier.workflow.certify_run import certify
 from luthier.workflow.cross_validation import cross_validate
 from luthier.workflow.evaluate_run import Evaluation, evaluate
 from luthier.workflow.finish import Result
@@ -31,6 +36,7 @@ __all__ = [
     "Predictor",
     "Prepared",
     "Result",
+    "certify",
     "cross_validate",
     "evaluate",
     "merge",

@@ -14,14 +14,18 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from luthier.core import ConfigError, ResourceError
+from luthier.runs import durable
 from luthier.surgery import to_peft
 from luthier.trust import safetensors
+from luthier.workflow.certificate import FILE as CERTIFICATE
+from luthier.workflow.certificate import certify_folder
 from luthier.workflow.load_model import Source
 from luthier.workflow.merged_folder import last_with_bias
 from luthier.workflow.prediction import Predictor
@@ -49,10 +53,18 @@ class Exported:
     notes: tuple[str, ...]
 
 
-def export_peft(predictor: Predictor, folder: Path | str) -> Exported:
+def export_peft(predictor: Predictor, folder: Path | str, *, accept: bool = False, check: bool = True) -> Exported:
     """Write a run's tuning so that one line of peft reads it.
 
+    Where peft is installed, it reads the folder in a fresh process first, and what it computes is compared with what
+    the run kept of the model that was trained; what came out is in the folder's certificate.json.
+
+    Args:
+        accept: write the folder although it is not the model that was trained; its certificate says so.
+        check: off, nothing is read back.
+
     Raises:
+        IntegrityError: read back, it is not the model that was trained.
         ConfigError: the folder is there already.
         CannotMerge: the method has no form in peft's files.
         ResourceError: it cannot be written.
@@ -82,15 +94,25 @@ def export_peft(predictor: Predictor, folder: Path | str) -> Exported:
         if settings is not None:
             settings.save_pretrained(whole)
         (whole / "README.md").write_text(_card(predictor, target.name, line, after_a_move, local), "utf-8")
+        if check and find_spec("peft") is not None:
+            found = certify_folder(
+                predictor.path, "exported", whole, halves=False, in_unit=in_unit is not None, accept=accept,
+                shown=target,
+            )  # fmt: skip
+            durable.write_json(whole / CERTIFICATE, found.to_plain())
         _open_to_all(whole)
         whole.rename(target)
     except OSError as error:
         raise ResourceError(f"{target}: cannot be written ({error.strerror or error}). Name another folder.") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    notes = []
+    notes = [] if find_spec("peft") else ["peft is not installed here, so it was not read back"]
     if (task.scale, task.center) != (1.0, 0.0) and in_unit is None:
         notes.append(f"its numbers times {task.scale:g} plus {task.center:g} are in the unit of the rows")
+    if predictor.spec.codes is not None:
+        notes.append(
+            f"it was trained beside a base in {predictor.spec.codes} codes: on the float weights its answers are others"
+        )
     if local:
         notes.append(
             f"its base is read from {source.path}, and it is read where it was written; README.md in it says how to "
@@ -109,10 +131,13 @@ def _lines(predictor: Predictor, target: Path, reader: str, local: bool) -> tupl
     elif task.name == "regression":
         more = ", num_labels=1"
     line = f"peft.{reader}.from_pretrained({str(target)!r}{'' if local else more})"
+    writes = task.name in ("causal_lm", "seq2seq")  # then the tokens that end an answer are told in the folder
+    stops = f'base.generation_config = GenerationConfig.from_pretrained("{target.name}")'
     anywhere = [
-        "import peft", f"from transformers import {task.auto_class}", "",
+        "import peft", f"from transformers import {task.auto_class}{', GenerationConfig' if writes else ''}", "",
         f'base = {task.auto_class}.from_pretrained("BASE"{more})',
         *([f"base.config.pad_token_id = {predictor.contract['pad']['id']}"] if task.labels else []),
+        *([stops] if writes else []),
         f'model = peft.PeftModel.from_pretrained(base, "{target.name}").eval()',
     ]  # fmt: skip
     return line, "\n".join(anywhere)

@@ -22,6 +22,7 @@ from luthier.data.examples import Examples
 from luthier.data.rows import Table
 from luthier.data.stop_tokens import stop_ids
 from luthier.data.tasks import Task
+from luthier.data.tokenizer import position_limit
 from luthier.runs import Record, RunFolder, durable, environment, load_step, peak_bytes
 from luthier.surgery import Tuned, tuning_files
 from luthier.training.evaluate import plain_scores, references
@@ -32,9 +33,11 @@ from luthier.training.thresholds import choose_thresholds, thresholds_said
 from luthier.training.word_counts import answers_by_words
 from luthier.workflow.build import evaluator_of
 from luthier.workflow.forecasts import forecast_of, widest
+from luthier.workflow.load_model import collator_of
 from luthier.workflow.merged_folder import merge
 from luthier.workflow.prediction import predict
-from luthier.workflow.preparation import Prepared
+from luthier.workflow.preparation import Prepared, reserved_positions
+from luthier.workflow.reference import Reader, choose_rows, observe, write_reference
 
 __all__ = ["Result", "finish", "record_of", "result_of"]
 
@@ -97,6 +100,7 @@ def finish(prepared: Prepared, loop: Loop, run: RunFolder) -> tuple[dict[str, fl
     _refuse_base(prepared, loop)
     prepared = _with_thresholds(prepared, loop, run)
     stored = _save(prepared, loop.tuned, run)
+    _keep_reference(prepared, loop.tuned, run)
     scores: dict[str, float] = {}
     quality = None
     if prepared.test is not None:
@@ -251,6 +255,23 @@ def _save(prepared: Prepared, tuned: Tuned, run: RunFolder) -> int:
             f"{run.tuning}: {', '.join(differs[:3])} read back otherwise than written. The disk is at fault."
         )
     return sum(p.stat().st_size for p in run.tuning.iterdir())
+
+
+def _keep_reference(prepared: Prepared, tuned: Tuned, run: RunFolder) -> None:
+    """What the trained model computes of a few rows: `luthier certify` compares with it."""
+    examples, table = (prepared.test, prepared.test_table) if prepared.test is not None else (prepared.train, None)
+    task, model, device = prepared.task, tuned.model, prepared.device
+    n_vocab = int(model.get_input_embeddings().weight.shape[0])
+    reader = Reader.of_run(run.tuning, prepared.tokenizer, n_vocab)
+    rows = choose_rows(table or prepared.train_table, prepared.columns, examples, writes=reader.writes)
+    collator = collator_of(task, model, prepared.tokenizer, pad_id=prepared.pad_id, pad_to=1, seed=0)
+    room = position_limit(model.config)
+    if room is not None:
+        room -= reserved_positions(prepared.method, tuned.anatomy)
+    trained = observe(model, rows, reader, collator, prepared.precision, device, room=room)
+    with tuned.base_only():
+        base = observe(model, rows, reader, collator, prepared.precision, device, new=0)
+    write_reference(run.path, rows, trained, base)
 
 
 def _stop(prepared: Prepared, tuned: Tuned) -> dict[str, list[int]]:

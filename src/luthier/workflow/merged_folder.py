@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,10 +14,12 @@ from luthier.__version__ import __version__
 from luthier.core import CannotMerge, ConfigError
 from luthier.runs import durable
 from luthier.surgery import merging
+from luthier.workflow.certificate import FILE as CERTIFICATE
+from luthier.workflow.certificate import certify_folder
 from luthier.workflow.load_model import find_model, load_config, quiet
 from luthier.workflow.prediction import Predictor
 
-__all__ = ["merge"]
+__all__ = ["Written", "merge", "write_merged"]
 
 PIPELINES = {
     "classification": "text-classification",
@@ -29,10 +32,14 @@ PIPELINES = {
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def merge(path: Path | str, out: Path | str, *, dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto") -> Path:
+def merge(
+    path: Path | str, out: Path | str, *, dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto", accept: bool = False
+) -> Path:
     """Write a run's model with the tuning in its weights: safetensors, configuration, tokenizer, and a model card.
 
-    The merged model's logits are compared with the tuned one's before anything is written.
+    The merged model's logits are compared with the tuned one's before anything is written. The folder is then read by
+    plain transformers in a fresh process, and compared with what the run kept of the model that was trained; what came
+    out is in its certificate.json.
 
     >>> from luthier import train
     >>> result = train("sample:minilm-l6", "reviews.csv", text="review", label="stars", steps=20)
@@ -43,11 +50,13 @@ def merge(path: Path | str, out: Path | str, *, dtype: Literal["auto", "fp32", "
         path: the folder of a finished run.
         out: the folder to write; it must not exist.
         dtype: of the weights; auto, the type in which the base is stored.
+        accept: write the folder although it is not the model that was trained; its certificate says so.
 
     Raises:
         ConfigError: no such run, one that is not finished, or `out` is there.
         CannotMerge: no weight of the model can do what the method does, or the type is too coarse for it.
-        WrongBase, IntegrityError: model, tokenizer or tuning are not those of the run.
+        WrongBase, IntegrityError: model, tokenizer or tuning are not those of the run, or the folder, read back, is not
+            the model that was trained.
     """
     out = Path(out).absolute()
     if out.exists():
@@ -57,6 +66,32 @@ def merge(path: Path | str, out: Path | str, *, dtype: Literal["auto", "fp32", "
     if dtype != "auto" and dtype not in TYPES:
         raise ConfigError(f"dtype: got {dtype!r}; it must be auto, fp32, bf16 or fp16.")
     path = Path(path)
+    with durable.folder(out) as draft:
+        written = write_merged(path, draft.path, dtype=dtype, name=out.name)
+        found = certify_folder(
+            path, "merged", draft.path, halves=written.halves, in_unit=written.in_unit, accept=accept, shown=out
+        )
+        draft.write_json(CERTIFICATE, found.to_plain())
+        draft.write_bytes("README.md", written.card.encode())
+        draft.share()
+    return out
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written of a merged model: weights in 16 bits, a regression in the unit of its rows, its card."""
+
+    halves: bool
+    in_unit: bool
+    card: str
+
+
+def write_merged(path: Path, folder: Path, *, dtype: str, name: str) -> Written:
+    """Weights, configuration and tokenizer of a run's merged model, into an empty folder that will be called `name`.
+
+    Raises:
+        CannotMerge: see `merge`.
+    """
     predictor = Predictor(path, dtype=torch.float32 if dtype == "auto" else TYPES[dtype], decode=True)
     if dtype == "auto":
         stored = getattr(load_config(find_model(predictor.spec.model)), "dtype", None)
@@ -72,14 +107,10 @@ def merge(path: Path | str, out: Path | str, *, dtype: Literal["auto", "fp32", "
         raise CannotMerge(f"{path} ({method}): {error} {_instead(method, path)}") from None
     in_unit = _into_unit(model, predictor)
     _describe(model, predictor)
-    card = _card(path, out, model, predictor, in_unit)
-    with durable.folder(out) as draft:
-        with quiet():
-            model.save_pretrained(draft.path)
-            predictor.tokenizer.save_pretrained(draft.path)
-        draft.write_bytes("README.md", card.encode())
-        draft.share()
-    return out
+    with quiet():
+        model.save_pretrained(folder)
+        predictor.tokenizer.save_pretrained(folder)
+    return Written(half, in_unit, _card(path, name, model, predictor, in_unit))
 
 
 def _instead(method: str, path: Path) -> str:
@@ -135,7 +166,7 @@ def _describe(model: Any, predictor: Predictor) -> None:
         tokenizer.chat_template = template["text"]
 
 
-def _card(path: Path, out: Path, model: Any, predictor: Predictor, in_unit: bool) -> str:
+def _card(path: Path, out: str, model: Any, predictor: Predictor, in_unit: bool) -> str:
     spec, task = predictor.spec, predictor.task
     pipeline = PIPELINES.get(task.name)
     if task.template:
@@ -144,15 +175,15 @@ def _card(path: Path, out: Path, model: Any, predictor: Predictor, in_unit: bool
     found = json.loads(scores.read_text(encoding="utf-8")) if scores.exists() else {}
     lines = ["---", "library_name: transformers", *([f"pipeline_tag: {pipeline}"] if pipeline else []), "---", ""]
     lines += [
-        f"# {out.name}", "",
+        f"# {out}", "",
         f"`{model.config._name_or_path}` tuned with {spec.method} by luthier {__version__}; the tuning is in the "
         "weights, so that nothing but transformers is needed.", "", "```python",
     ]  # fmt: skip
     if pipeline is None:
         lines += [
             "from transformers import AutoModelForSeq2SeqLM, AutoTokenizer", "",
-            f"tokenizer = AutoTokenizer.from_pretrained({out.name!r})",
-            f"model = AutoModelForSeq2SeqLM.from_pretrained({out.name!r})",
+            f"tokenizer = AutoTokenizer.from_pretrained({out!r})",
+            f"model = AutoModelForSeq2SeqLM.from_pretrained({out!r})",
             'answer = model.generate(**tokenizer("...", return_tensors="pt"))',
             "print(tokenizer.decode(answer[0], skip_special_tokens=True))", "```", "",
         ]  # fmt: skip
@@ -160,7 +191,7 @@ def _card(path: Path, out: Path, model: Any, predictor: Predictor, in_unit: bool
         more = ", function_to_apply='none'" if task.name == "regression" else ""
         asked = '[{"role": "user", "content": "..."}]' if predictor.contract["template"] is not None else '"..."'
         lines += [
-            "from transformers import pipeline", "", f"answer = pipeline({pipeline!r}, model={out.name!r}{more})",
+            "from transformers import pipeline", "", f"answer = pipeline({pipeline!r}, model={out!r}{more})",
             f"print(answer({asked}))", "```", "",
         ]  # fmt: skip
     if spec.codes is not None:

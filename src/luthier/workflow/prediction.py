@@ -55,7 +55,7 @@ class Predictor:
     """
 
     def __init__(self, path: Path | str, *, dtype: torch.dtype | None = None, decode: bool = False) -> None:
-        path = Path(path)
+        self.path = path = Path(path)
         run = RunFolder.open(path, write=False)
         if not run.tuning.exists():
             raise ConfigError(f"{path}: this run has no result yet. Go on with `luthier resume {path}`.")
@@ -89,9 +89,7 @@ class Predictor:
             decode_layers(model)
         model.config.pad_token_id = pad["id"]
         self.tuned = load_tuning(model, run.tuning)
-        if self.spec.fast:
-            self.tuned.forward.route_attention()
-            self.tuned.fast.accelerate(training=False)
+        self.accelerate()
         self.objective = Objective(self.tuned, self.task, full_logits=True)
         # Runs of older versions say nothing of stop tokens.
         stop = self.contract.get("stop") or stop_ids(None, self.tokenizer, model)
@@ -110,6 +108,12 @@ class Predictor:
             return None
         own, _ = split_settings(self.spec.strategy, self.spec.settings, compose.setting_names(self.spec.method))
         return judge_of(strategies(self.spec.strategy, own, self.tuned.tuning().method))
+
+    def accelerate(self) -> None:
+        """Let the model be computed by faster functions, where the run did not say otherwise."""
+        if self.spec.fast:
+            self.tuned.forward.route_attention()
+            self.tuned.fast.accelerate(training=False)
 
     def add(self, name: str, path: Path | str) -> None:
         """Load the tuning of another run beside this one's, under a name that `rows` and `texts` take in `tunings`.

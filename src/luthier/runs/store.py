@@ -45,6 +45,7 @@ events.jsonl       one JSON object per line; lines with "at" are facts, lines wi
 rows.jsonl         the data rows: used, truncated, dropped and why
 ckpt/step-N/       checkpoints; MANIFEST.json holds the size and SHA-256 of each file
 tuning/            the trained weights (safetensors) and what is needed to use them
+reference.json     a few rows, and what the trained model made of them: `luthier certify FOLDER` compares with it
 scores.json        the measured scores
 record.json        the summary: spec, environment, scores, seconds, peak memory
 

@@ -258,7 +258,9 @@ def exported(asked: Asked) -> Answer:
         raise IntegrityError(
             f"peft has tensors that the file does not, or the other way round: {', '.join(strange[:3])}"
         )
-    answer = _look_plainly(model, asked)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        answer = _look_plainly(model, asked)
     beside = "" if spec.codes is None else f", beside the weights that its {spec.codes} codes stand for"
     return Answer(*answer, facts={"by": f"peft {peft.__version__}{beside}"})
 

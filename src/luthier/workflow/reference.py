@@ -100,7 +100,7 @@ class Reader:
     ) -> None:  # fmt: skip
         self.columns, self.task, self.tokenizer, self.n_vocab = columns, task, tokenizer, n_vocab
         self.contract, self.template = contract, template
-        self.writes = task.name in ("causal_lm", "seq2seq")
+        self.writes = task.writes
 
     @classmethod
     def of_run(cls, tuning: Path, tokenizer: Any, n_vocab: int, *, own_template: bool = False) -> Reader:
@@ -211,7 +211,7 @@ def _positions(batch: Batch, reader: Reader, n: int, numbers: int) -> list[int]:
     labels = None if batch.labels is None or batch.labels.dim() != 2 else batch.labels[0]
     places = list(range(-n, 0))
     if labels is not None:
-        told = (labels != IGNORED).nonzero().flatten() - (1 if reader.task.name == "causal_lm" else 0)
+        told = (labels != IGNORED).nonzero().flatten() - (1 if reader.task.of_turns else 0)
         places = [int(p) - len(labels) for p in told if p >= 0] or places
     most = max(1, min(64, numbers // max(1, reader.n_vocab)))
     return [places[int(k)] for k in np.unique(np.linspace(0, len(places) - 1, min(most, len(places))).astype(int))]

@@ -25,10 +25,8 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "peft.md"
 SITES = ("attn.k", "ffn.down")
 # peft's type -> our method of the same idea, where no files pass between them, and why.
 APART = {
-    "SHIRA": ("random_mask", "a mask over the weight itself; another file form"),
     "BEFT": ("bitfit", "a choice of biases; another file form"),
     "GLORA": ("glora", "file form not built"),
-    "XLORA": ("xlora", ""),
 }
 # What is to be known of a pair whose files do pass.
 NOTES = {
@@ -43,6 +41,22 @@ NOTES = {
 }
 # peft's types that are not built here, and the reason where it is one.
 WHY_NOT = {
+    "ADAMSS": (
+        "which rows of a weight belong to which subspace is not in its file: the k-means of scikit-learn finds it "
+        "again from the base, and another version or machine may find other rows for the same numbers"
+    ),
+    "CPT": (
+        "its loss needs the answers inside the prompt and a type for each of its tokens, which rows of a task do not "
+        "carry; `prompt_tuning init=words` starts at the same words"
+    ),
+    "SHADOW": (
+        "not built: a small model of its own beside the base, whose state goes into every block and follows it; `lst` "
+        "is a network beside the base here"
+    ),
+    "XLORA": (
+        "not built: each batch runs through the base twice, first for the shares of the LoRAs; `lorahub` and `moelora` "
+        "mix LoRAs here"
+    ),
     "LILY": "peft mixes by the average over the batch: a row's answer would depend on its neighbours",
 }
 HEAD = """# What peft has and we have

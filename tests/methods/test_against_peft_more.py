@@ -31,6 +31,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "lokr": [{"rank": 2}, {"rank": 1, "both": True, "factor": 8, "alpha": 3.0}],
     "oft": [{"block": 8}, {"block": 4, "terms": 5}],
     "miss": [{"rank": 8}, {"rank": 5}],  # 5 divides no width
+    "osf": [{}, {"kept": 20}],
     "road": [{"variant": f"road_{n}"} for n in (1, 2, 4)],
     "waveft": [{}, {"transform": False}],
     "boft": [{"block": 4, "factors": 1}],  # peft without its CUDA code takes one factor

@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning"),
     pytest.mark.filterwarnings("ignore:Token type ids are not supported:UserWarning"),
     pytest.mark.filterwarnings("ignore:Specified to not"),
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning"),
     pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),  # said of every norm
     pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning"),  # said of a tied table's second name
 ]
@@ -43,6 +44,8 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "adalora": [{}, {"sites": ["attn.o", "ffn.down"], "alpha": 7.0}],
     "layernorm_tuning": [{}, {"outside": False}],
     "prefix_tuning": [{"mlp_width": 0}, {}],
+    "shira": [{}, {"sites": ["attn.k", "ffn.down"]}],
+    "supertuning": [{}, {"which": "smallest", "sparsity": 0.7}],
 }
 WORDS = ("prompt_tuning", "p_tuning", "mpt", "prefix_tuning")  # vectors or keys before the text
 BARE = ("llama_adapter", "trainable_tokens")  # peft keeps no head for them
@@ -222,3 +225,25 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="save_only_topk_weights is True"):
         from_peft(base, changed("vblora", save_only_topk_weights=True))
     assert all(torch.equal(p, before[n]) for n, p in base.named_parameters()), "a refusal leaves nothing behind"
+
+
+@pytest.mark.parametrize("name", ["shira", "supertuning"])
+@pytest.mark.parametrize("arch", ["bert", "llama"])
+def test_entries_beside_a_weight_have_pefts_gradients_and_merge_as_there(name: str, arch: str, tmp_path: Path) -> None:
+    tuned, model = made(name, 1, arch, "")
+    to_peft(tuned, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(tiny(arch), str(tmp_path / "ours"), is_trainable=True).eval()
+    batch = whole_rows(model)
+    model(**batch).loss.backward()
+    theirs(**batch).loss.backward()
+    values = {n: p.grad for n, p in tuned.trained().items() if n.endswith(".values")}
+    there = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad and name in n}
+    assert len(values) == len(there) > 0
+    for mine, other in zip(values.values(), there.values(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    tuned.merging.fold()
+    weights = dict(theirs.merge_and_unload().named_parameters())
+    for site in tuned.anatomy.all_sites:
+        if site.key in tuned.modules():
+            ours = tuned.model.get_submodule(site.path).weight
+            torch.testing.assert_close(ours, weights[f"{site.path}.weight"], rtol=1e-5, atol=1e-5)

@@ -18,7 +18,7 @@
                       check_start, Start
     triplets          TripletUpdate    x -> scale P diag(l) Q x beside a weight, whose triplets join and leave
     principal         FrozenFrame      x -> B R A x between the leading directions of the weight
-                      check_principal, frame_params
+                      check_principal, frame_params, principal
     dense             DenseUpdate      an update as large as the weight, made of few numbers at every pass
     orthogonal        cayley           a rotation from a skew matrix, exactly
                       cayley_series, skew, upper, turn_blocks
@@ -47,6 +47,9 @@
     soft_words        SoftWords        words of a template that are vectors of a tuning
                       soft_site
                       words_site
+    random_pair       RandomPair       one pair of frozen random matrices for all sites
+    sparse            SparseUpdate     an update of chosen entries of a weight, beside it
+                      check_entries
     peft_layers       shared_form      files of peft whose layers share numbers
                       check_order
     peft_prompts      prompt_form      vectors before the text in peft's files

@@ -8,7 +8,7 @@ from luthier.core import ConfigError
 from luthier.methods.parts.low_rank import Thin
 from luthier.surgery import Base
 
-__all__ = ["FrozenFrame", "check_principal", "frame_params"]
+__all__ = ["FrozenFrame", "check_principal", "frame_params", "principal"]
 
 
 def check_principal(rank: int, sites: tuple[Site, ...], setting: str) -> tuple[Site, ...]:
@@ -44,7 +44,7 @@ class FrozenFrame(Thin):
 
     def __init__(self, base: Base, rank: int, dropout: float, *, even: bool = True) -> None:
         super().__init__(1.0, dropout)
-        u, s, vt = _principal(base, rank)
+        u, s, vt = principal(base, rank)
         self.register_buffer("a", s.sqrt()[:, None] * vt if even else vt)
         self.register_buffer("b", u * s.sqrt() if even else u * s)
 
@@ -57,10 +57,11 @@ class FrozenFrame(Thin):
         return self.a.to(middle.dtype), self.b.to(middle.dtype) @ middle
 
 
-def _principal(base: Base, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """U: (d_out, rank), S: (rank,), V^T: (rank, d_in) of the weight."""
+def principal(base: Base, rank: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """U: (d_out, rank), S: (rank,), V^T: (rank, d_in) of the weight; all of its directions without a rank."""
     weight = base.weight()
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    rank = min(wide.shape) if rank is None else rank
     if wide.is_meta:
         return wide.new_empty(len(wide), rank), wide.new_empty(rank), wide.new_empty(rank, wide.shape[1])
     u, s, vt = torch.linalg.svd(wide, full_matrices=False)

@@ -16,7 +16,6 @@ Pitfalls: a pair for every layer is not VeRA; the pair depends on the widest sit
 rates ten times LoRA's.
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from luthier.anatomy import Anatomy, Site
 from luthier.core import at_least, between
 from luthier.methods.parts.low_rank import Thin, check_projections
+from luthier.methods.parts.random_pair import RandomPair
 from luthier.surgery import METHODS, Attachment, Base, Edit, PeftForm, PerSite, attach_each
 
 
@@ -60,38 +60,23 @@ class VeRA(PerSite):
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         sites = self.places(anatomy)
-        pair = Pair(max(s.d_in for s in sites), max(s.d_out for s in sites), self.rank, self.draw)
+        pair = RandomPair(max(s.d_in for s in sites), max(s.d_out for s in sites), self.rank, self.draw)
         yield from attach_each(sites, partial(self._scaled, pair), shared={"pair": pair})
 
     def params_at(self, site: Site) -> int:
         return site.d_out + self.rank
 
     def build(self, site: Site, base: Base) -> Attachment:
-        return self._scaled(Pair(site.d_in, site.d_out, self.rank, self.draw), site, base)
+        return self._scaled(RandomPair(site.d_in, site.d_out, self.rank, self.draw), site, base)
 
-    def _scaled(self, pair: "Pair", site: Site, base: Base) -> Attachment:
+    def _scaled(self, pair: RandomPair, site: Site, base: Base) -> Attachment:
         return ScaledPair(pair, site.d_in, site.d_out, self.start, self.dropout)
-
-
-class Pair(nn.Module):
-    """The frozen A: (rank, d_in) and B: (d_out, rank) of all sites."""
-
-    a: Tensor
-    b: Tensor
-
-    def __init__(self, d_in: int, d_out: int, rank: int, number: int) -> None:
-        super().__init__()
-        draw = torch.Generator().manual_seed(number)
-        for name, shape in (("a", (rank, d_in)), ("b", (d_out, rank))):
-            bound = math.sqrt(3) * math.sqrt(2) / math.sqrt(shape[1])
-            value = torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=draw)
-            self.register_buffer(name, value, persistent=False)
 
 
 class ScaledPair(Thin):
     """Adds `v * (B (d * (A x)))`; A and B are the pair's."""
 
-    def __init__(self, pair: Pair, d_in: int, d_out: int, start: float, dropout: float) -> None:
+    def __init__(self, pair: RandomPair, d_in: int, d_out: int, start: float, dropout: float) -> None:
         super().__init__(1.0, dropout)
         self.__dict__["pair"] = pair  # registered once, on the tuning
         self.d_in = d_in
@@ -100,8 +85,8 @@ class ScaledPair(Thin):
 
     def frozen(self) -> tuple[Tensor, Tensor]:
         """A and B as this site has them."""
-        pair: Pair = self.__dict__["pair"]
-        return pair.a[:, : self.d_in].to(self.d.dtype), pair.b[: len(self.v)].to(self.d.dtype)
+        pair: RandomPair = self.__dict__["pair"]
+        return pair.part(self.d_in, len(self.v), self.d.dtype)
 
     def thin(self) -> tuple[Tensor, Tensor]:
         a, b = self.frozen()

@@ -1,0 +1,42 @@
+"""An update of chosen entries of a weight, beside the frozen weight itself; and its file in peft."""
+
+import torch
+from torch import Tensor, nn
+
+from luthier.anatomy import Anatomy, Site
+from luthier.core import ConfigError
+from luthier.methods.parts.dense import DenseUpdate
+from luthier.methods.parts.low_rank import check_projections
+
+__all__ = ["SparseUpdate", "check_entries"]
+
+
+def check_entries(anatomy: Anatomy, sites: tuple[Site, ...], numbers: list[int], setting: str) -> tuple[Site, ...]:
+    """Hand `sites` back if each has that many entries, and at least one is chosen.
+
+    Raises:
+        ConfigError: with the site and what it has.
+    """
+    for site, n in zip(check_projections(anatomy, sites, setting.partition(".")[0], 0.0), numbers, strict=True):
+        if not 1 <= n <= site.d_in * site.d_out:
+            raise ConfigError(
+                f"{setting}: {n} of the {site.d_in * site.d_out} entries of {site.key} would train. Choose at least "
+                "one and at most all of them."
+            )
+    return sites
+
+
+class SparseUpdate(DenseUpdate):
+    """Adds `U x`, where U has `values` (n,) at the places `index` (n,) of the flattened (d_out, d_in), and zeros."""
+
+    index: Tensor
+
+    def __init__(self, index: Tensor, d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.shape = (d_out, d_in)
+        self.values = nn.Parameter(torch.zeros(len(index)))
+        self.register_buffer("index", index.to(torch.int32))
+
+    def update(self) -> Tensor:
+        flat = self.values.new_zeros(self.shape[0] * self.shape[1])
+        return flat.index_add(0, self.index, self.values).view(self.shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import torch
 from fillers import filler, t5, writer
 from little import little_data, little_model, little_spec
 from torch import Tensor
+from word_tables import WORDS
 
 from luthier.core import ConfigError
 from luthier.data.tasks import Task
@@ -51,6 +53,20 @@ class _Nowhere:
         pass
 
 
+def of_tasks(path: Path) -> Path:
+    """Rows of two tasks, of three labels and of two."""
+    if not path.exists():
+        draw = random.Random(2)
+        lines = ["text,label,task"]
+        for i in range(60):
+            task, label = (
+                ("mood", ("good", "bad", "red")[i // 2 % 3]) if i % 2 else ("time", ("sun", "moon")[i // 2 % 2])
+            )
+            lines.append(f"{' '.join([*draw.choices(WORDS, k=draw.randint(2, 12)), label, label])},{label},{task}")
+        path.write_text("\n".join(lines) + "\n")
+    return path
+
+
 class Runs:
     """Makes loops; rows are read and encoded once for each kind of model."""
 
@@ -86,6 +102,9 @@ class Runs:
             given = {"data": DataSpec(source=str(rows), **asks), **given}
         asked = [STRATEGIES.get(name) for name in (names or "").split("+") if name]
         further = any(cls.sets for cls in asked)
+        if "tasks" in more:
+            column = "task" if any(cls.by_task for cls in asked) else None
+            given = {"data": DataSpec(source=str(of_tasks(self.home / "tasks.csv")), row_task=column), **given}
         if further:
             what = "labelled" if labels or arch not in ("t5", "llama") else "turns"
             old = little_data(self.home / f"old-{what}.csv", rows=20, kind=what, seed=7)
@@ -95,12 +114,13 @@ class Runs:
         own = values if values is not None else tiny_settings(names)
         own = self._roles(names, spec, more) | own
         spec = dataclasses.replace(spec, settings=spec.settings | own)
-        read_as = f"{kind} {names if further else ''}"
+        shaped = further or any(cls.by_task for cls in asked)
+        read_as = f"{kind} {names if shaped else ''}"
         if read_as not in self._prepared:
             alone = dataclasses.replace(spec, strategy=None, settings={})
             alone = alone if method == "prompt_tuning" else dataclasses.replace(alone, method="lora")
             self._prepared[read_as] = prepare(
-                dataclasses.replace(alone, strategy=names, settings=own) if further else alone
+                dataclasses.replace(alone, strategy=names, settings=own) if shaped else alone
             )
         of_strategies, of_method = split_settings(names, spec.settings, compose.setting_names(method))
         made = compose.method(method, of_method)

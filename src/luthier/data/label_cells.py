@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from luthier.core import DataError
 from luthier.data.columns import Columns, cell, is_blank, label_name
-from luthier.data.rows import Table
+from luthier.data.rows import Row, Table
 
 __all__ = [
     "as_number",
@@ -26,6 +26,7 @@ __all__ = [
     "label_names",
     "labels_are_measures",
     "numbers_of",
+    "of_task",
     "refuse_unknown",
     "some",
     "sorted_names",
@@ -117,6 +118,11 @@ def label_names(table: Table, columns: Columns) -> list[str]:
             f" {some(lists)}. Write one label, or lists in the training rows too."
         )
     return each(values, label_name)
+
+
+def of_task(row: Row, columns: Columns, label: str) -> str:
+    """What a label of a row's own task is called among those of several tasks."""
+    return f"{label_name(row[columns.row_task or ''])}: {label}"
 
 
 def label_lists(table: Table, columns: Columns) -> list[list[str]]:

@@ -37,14 +37,19 @@ class Order:
         size: examples of one step; the last step of an epoch may have fewer.
         seed: names the order.
         group_by_length: put examples of like length in one step.
+        tasks: the number of each example's task, where rows say which they are of, (n,).
     """
 
-    def __init__(self, lengths: NDArray[np.int64], size: int, seed: int, group_by_length: bool = True) -> None:
+    def __init__(
+        self, lengths: NDArray[np.int64], size: int, seed: int, group_by_length: bool = True,
+        tasks: NDArray[np.int64] | None = None,
+    ) -> None:  # fmt: skip
         if len(lengths) == 0:
             raise DataError("there are no rows to train on. Give a source with at least one usable row.")
         self.lengths = lengths
         self.size = size
         self.seed = seed
+        self.tasks = tasks
         self._group = group_by_length
         self._layouts: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
         self._lock = Lock()
@@ -91,7 +96,7 @@ class ChosenOrder(Order):
     """
 
     def __init__(self, usual: Order, choose: Callable[[int, int], NDArray[np.int64]], steps: int | None = None) -> None:
-        super().__init__(usual.lengths, usual.size, usual.seed)
+        super().__init__(usual.lengths, usual.size, usual.seed, tasks=usual.tasks)
         self._choose, self._steps = choose, steps or usual.steps_per_epoch
 
     @property

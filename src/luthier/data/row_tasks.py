@@ -5,12 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from luthier.core import DataError, near
-from luthier.data.columns import label_name
+from luthier.core import ConfigError, DataError, near
+from luthier.data.columns import Columns, label_name
 from luthier.data.examples import Examples
+from luthier.data.label_cells import label_names, of_task
 from luthier.data.rows import Table
+from luthier.data.tasks import Task
 
-__all__ = ["task_names", "with_tasks"]
+__all__ = ["task_names", "with_heads", "with_tasks"]
 
 
 def task_names(table: Table, column: str) -> tuple[str, ...]:
@@ -20,6 +22,27 @@ def task_names(table: Table, column: str) -> tuple[str, ...]:
         DataError: a row does not say which task it is of.
     """
     return tuple(sorted({_name(table, row, column) for row in range(len(table))}))
+
+
+def with_heads(task: Task, table: Table, columns: Columns, names: Sequence[str]) -> Task:
+    """The task with labels of their own for each task of the rows, called "task: label".
+
+    Labels of one task are not answers to another: a row is answered among those of its own.
+
+    Raises:
+        ConfigError: rows that have not one label each, or a task of one label.
+    """
+    if task.name != "classification" or task.multi_label or task.template or task.written:
+        raise ConfigError(f"heads for each task are for rows with one label each, by a head; this is {task.name}.")
+    of: dict[str, set[str]] = {name: set() for name in names}
+    for row, label in zip(table.rows, label_names(table, columns), strict=True):
+        of[label_name(row[columns.row_task or ""])].add(of_task(row, columns, label))
+    for name, labels in of.items():
+        if len(labels) < 2:
+            raise ConfigError(f"the task {name!r} has one label, {min(labels)!r}: nothing is learnt. Leave it out.")
+    every = [label for name in names for label in sorted(of[name])]
+    heads = tuple(tuple(every.index(label) for label in sorted(of[name])) for name in names)
+    return replace(task, labels=tuple(every), heads=heads)
 
 
 def with_tasks(examples: Examples, column: str, names: Sequence[str]) -> Examples:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from luthier.core import ConfigError, UnknownName, near
 from luthier.data.columns import Columns
-from luthier.data.label_cells import indicated, label_lists, label_names, numbers_of, refuse_unknown
+from luthier.data.label_cells import indicated, label_lists, label_names, numbers_of, of_task, refuse_unknown
 from luthier.data.rows import Table
 
 __all__ = ["Task"]
@@ -69,6 +69,8 @@ class Task:
     """the token that stands for each of them while a row is encoded"""
     asks: Literal["", "encoder", "decoder", "both"] = ""
     """what the model is that is asked so"""
+    heads: tuple[tuple[int, ...], ...] = ()
+    """of rows of several tasks with labels of their own: the numbers of each task's labels; see `with_heads`"""
     draws: int = 0
     """versions of each row, with other labelled rows shown beside it; 0 where the template shows none"""
     shown: tuple[tuple[str, ...], ...] = ()
@@ -183,6 +185,8 @@ class Task:
             names = label_lists(table, columns)
         else:
             names = [[n] for n in label_names(table, columns)]
+            if self.heads:
+                names = [[of_task(row, columns, n)] for row, (n,) in zip(table.rows, names, strict=True)]
         refuse_unknown(table, names, number)
         if self.multi_label:
             matrix = np.zeros((len(table), len(self.labels)), dtype=np.float32)

@@ -26,6 +26,7 @@ from luthier.training.output_matrix import soft_capped, softcap_of, trunk_states
 
 __all__ = ["Objective", "Result"]
 
+_NEVER = -1e4  # a logit whose chance is 0 in every float, and that no half overflows by
 _SCORED_ROWS = 512  # of logits at once: 100 MB in fp32 at a vocabulary of 50,000
 
 
@@ -91,15 +92,25 @@ class Objective:
         if self.chunked and batch.labels is not None and kernels.fast():
             return self._chunked(batch)
         if self.features is not None and self.features.usable():
-            logits = self.features.logits(batch)
+            logits = self._own_head(self.features.logits(batch), batch)
             return Result(self.loss(logits, batch.labels), batch.n_targets, logits, batch.labels)
         if self.gap is not None:
             logits = self.gap.logits(batch)
             return Result(self.loss(logits, batch.labels), batch.n_targets, logits, batch.labels)
         with self.cut():
             out = self.tuned.model(**batch.inputs)
-        logits = out.logits if hasattr(out, "logits") else out[0]
+        logits = self._own_head(out.logits if hasattr(out, "logits") else out[0], batch)
         return Result(self.loss(logits, batch.labels), batch.n_targets, logits, batch.labels)
+
+    def _own_head(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Where tasks have labels of their own, those of other tasks than the row's are out of the question."""
+        if not self.task.heads:
+            return logits
+        own = torch.zeros(len(self.task.heads), logits.shape[-1], dtype=torch.bool)
+        for number, labels in enumerate(self.task.heads):
+            own[number, list(labels)] = True
+        tasks = batch.inputs["row_task"]
+        return logits.masked_fill(~own.to(logits.device)[tasks], _NEVER)
 
     def cut(self) -> AbstractContextManager[None]:
         """Within, the last block is computed for what the head reads alone, where that is known.

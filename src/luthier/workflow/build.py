@@ -140,7 +140,11 @@ def _order(prepared: Prepared) -> Order:
     if windowed:
         sets = replace(sets, starts=tuple(np.searchsorted(train.firsts, sets.starts).tolist()))
     lengths = train.lengths[train.firsts] if windowed else train.lengths
-    order = Order(lengths[: sets.starts[1]], spec.batch.size, spec.seed, spec.batch.group_by_length)
+    tasks = train.facts.get("task")
+    order = Order(
+        lengths[: sets.starts[1]], spec.batch.size, spec.seed, spec.batch.group_by_length,
+        None if tasks is None else (tasks[train.firsts] if windowed else tasks)[: sets.starts[1]],
+    )  # fmt: skip
     for one in prepared.strategies:
         if fills(one, "order"):
             order = one.order(order, sets, spec)

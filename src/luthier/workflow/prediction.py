@@ -258,6 +258,13 @@ class Predictor:
         if self.task.name == "regression":
             return {row: {"value": value} for row, value in zip(rows, decoded, strict=True)}
         shares = self.task.probabilities(out["logits"])
+        if self.task.heads:  # of the row's own task alone
+            tasks = examples.facts["task"][examples.firsts].tolist()
+            own = [self.task.heads[number] for number in tasks]
+            return {
+                row: {"label": label, "probabilities": {self.task.labels[i]: float(each[i]) for i in labels}}
+                for row, label, each, labels in zip(rows, decoded, shares, own, strict=True)
+            }
         return {
             row: {"label": label, "probabilities": {n: float(p) for n, p in zip(self.task.labels, each, strict=True)}}
             for row, label, each in zip(rows, decoded, shares, strict=True)

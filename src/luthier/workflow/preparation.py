@@ -21,7 +21,7 @@ from luthier.data.examples import Examples
 from luthier.data.load_data import load_data
 from luthier.data.order import shuffled
 from luthier.data.problems import Problem
-from luthier.data.row_tasks import task_names, with_tasks
+from luthier.data.row_tasks import task_names, with_heads, with_tasks
 from luthier.data.rows import Table, split_rows
 from luthier.data.sets import TRAIN, Sets, join, load_further, named_sources
 from luthier.data.tasks import Task
@@ -138,8 +138,13 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None, *, be
         )
     row_tasks = () if columns.row_task is None else task_names(table, columns.row_task)
     if row_tasks:
-        method = compose.for_rows(method, {"task": len(row_tasks)})
+        by_task = any(one.by_task for one in strategies)
+        if not by_task or any("task" in part.reads_rows for part in method.parts()):
+            method = compose.for_rows(method, {"task": len(row_tasks)})
         note(f"rows are of {len(row_tasks)} tasks: {', '.join(row_tasks)}")
+    if any(one.by_task for one in strategies):
+        task = with_heads(task, table, columns, row_tasks)
+        note(f"each task has labels of its own: {', '.join(task.labels)}")
 
     tokenizer = load_tokenizer(source)
     if spec.data.template is not None:

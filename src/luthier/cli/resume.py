@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from luthier.cli._shared_options import AsJson
+from luthier.cli._track import Track, tracked, tracker_names
 from luthier.core import UsageError
 from luthier.core.config import replace_word
 
@@ -23,6 +24,7 @@ def command(
         list[str] | None,
         typer.Option(help="Go on although this has changed: data, model or tokenizer. Recorded in the folder."),
     ] = None,
+    track: Track = None,
     as_json: AsJson = False,
 ) -> None:
     """Go on with a stopped run: from its newest checkpoint that verifies, with the same rows and the same dropout.
@@ -42,6 +44,7 @@ def command(
     from luthier.workflow.cross_validation import is_cross_validation
     from luthier.workflow.recipes import is_recipe
 
+    names = tracker_names(track, one=not is_cross_validation(run) and not is_recipe(run))
     if is_cross_validation(run):
         if changed or accept_drift:
             raise UsageError(
@@ -64,4 +67,5 @@ def command(
         follow_recipe(run)
         return
 
-    show_result(resume(run, changed=changed, accept_drift=accept_drift or [], listener=Watcher()))
+    with tracked(names, Watcher(), run) as listener:
+        show_result(resume(run, changed=changed, accept_drift=accept_drift or [], listener=listener))

@@ -22,6 +22,7 @@ from luthier.cli._spec_options import (
     spec_options,
     values_of,
 )
+from luthier.cli._track import Track, tracked, tracker_names
 from luthier.cli._verb import as_verb
 from luthier.core import ConfigError, UsageError, plain
 from luthier.runs.spec import MOST_FOLDS, RunSpec
@@ -73,7 +74,10 @@ Folds = Annotated[
 ]
 
 
-OWN = (inspect.Parameter("cv", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Folds),)
+OWN = (
+    inspect.Parameter("cv", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Folds),
+    inspect.Parameter("track", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Track),
+)
 
 
 def command_for(
@@ -117,13 +121,15 @@ command = command_for(())
 
 
 def _train(
-    spec_class: type[RunSpec], model: str, given: dict[str, Any], assigned: dict[str, Any], cv: int | None = None
-) -> None:
+    spec_class: type[RunSpec], model: str, given: dict[str, Any], assigned: dict[str, Any], cv: int | None = None,
+    track: list[str] | None = None,
+) -> None:  # fmt: skip
     spec = spec_of_words(spec_class, model, given, assigned)
 
     from luthier.cli._progress import Watcher, show_result
     from luthier.workflow import train
 
+    names = tracker_names(track, one=cv is None and not is_of_recipe(spec.strategy))
     if cv is not None:
         from luthier.cli._cross_validation import train_folds
 
@@ -134,7 +140,8 @@ def _train(
 
         follow_recipe(spec)
         return
-    show_result(train(spec, listener=Watcher(title=spec.method)))
+    with tracked(names, Watcher(title=spec.method), spec) as listener:
+        show_result(train(spec, listener=listener))
 
 
 def spec_of_words(spec_class: type[RunSpec], model: str, given: dict[str, Any], assigned: dict[str, Any]) -> RunSpec:

@@ -93,7 +93,11 @@ class Runs:
             given = {"model": str(ASKED[arch](self.home / kind, **changed)), **given}
         elif changed:
             given = {"model": str(little_model(self.home / kind, arch, **changed)), **given}
-        if "pairs" in more:
+        if "judged" in more or "rewards" in more:
+            what, task = ("judged", "judged") if "judged" in more else ("pairs", "reward")
+            rows = little_data(self.home / f"{what}.csv", kind=what)
+            given = {"data": DataSpec(source=str(rows)), "task": task, **given}
+        elif "pairs" in more:
             rows = little_data(self.home / "pairs.csv", kind="pairs")
             given = {"data": DataSpec(source=str(rows)), **given}
         elif labels or arch == "t5":  # its answers, or labels in a model that writes: "llama-labels"

@@ -60,9 +60,11 @@ def little_data(path: Path, rows: int = 46, kind: str = "labelled", seed: int = 
     """Rows in a .csv file: a text with a label that can be learnt, a prompt with its answer, or one with two."""
     if not path.exists():
         draw = random.Random(seed)
-        columns = {"labelled": ("text", "label"), "pairs": ("prompt", "chosen", "rejected")}.get(
-            kind, ("prompt", "response")
-        )
+        columns = {
+            "labelled": ("text", "label"),
+            "pairs": ("prompt", "chosen", "rejected"),
+            "judged": ("prompt", "response", "liked"),
+        }.get(kind, ("prompt", "response"))
         with path.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(columns)
@@ -70,6 +72,10 @@ def little_data(path: Path, rows: int = 46, kind: str = "labelled", seed: int = 
                 label = ("good", "bad", "red")[i % 3]
                 words = draw.choices(WORDS, k=draw.randint(2, 14))
                 text = " ".join([*words, *[label] * 3])
+                if kind == "judged":
+                    liked = i % 4 != 1
+                    writer.writerow((text, f"{label} {words[0]}" if liked else words[0], liked))
+                    continue
                 if kind == "pairs":
                     writer.writerow((text, f"{label} {words[0]}", " ".join(words[: 1 + i % 3])))
                     continue

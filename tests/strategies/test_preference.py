@@ -446,7 +446,7 @@ def test_evaluation_has_the_numbers_of_the_loss(tmp_path):
 def test_pairs_without_a_strategy_are_learnt_as_text_and_that_is_said(tmp_path):
     heard = Heard()
     result = train(pairs_spec(tmp_path, strategy=None, steps=2), listener=heard)
-    assert "the better answers are learnt as text, the worse ones not at all" in heard.text
+    assert "the better answers are learnt as text, the worse ones not at all; dpo learns" in heard.text
     assert result.scores["chosen_reward"] == pytest.approx(-result.scores["loss"], rel=1e-6)
 
 

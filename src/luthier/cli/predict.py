@@ -112,6 +112,8 @@ COLUMNS = {
     "token_classification": ("tags", "note"),
     "causal_lm": ("answer", "note"),
     "preference": ("answer", "note"),
+    "judged": ("answer", "note"),
+    "reward": ("value", "note"),
     "seq2seq": ("answer", "note"),
 }
 

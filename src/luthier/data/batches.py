@@ -36,7 +36,7 @@ class Batch:
     n_tokens: int
     """tokens without padding"""
     marks: Tensor | None = None
-    """numbers that come with each pair (b, 2). A batch of pairs has 2 b lines: the first answers, then the second"""
+    """numbers that come with each example, (b, k). Pairs have 2 b lines: the first answers, then the second"""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
@@ -122,6 +122,7 @@ class Collator:
             rows=indices,
             n_targets=int(examples.n_targets[indices].sum()),
             n_tokens=int(examples.lengths_of(indices).sum()),
+            marks=None if examples.marks is None else torch.from_numpy(examples.marks[indices]),
         )
 
     def _lay(

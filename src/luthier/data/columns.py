@@ -33,6 +33,7 @@ CONTEXT = ("input", "context")
 RESPONSE = ("response", "output", "completion", "answer", "target", "summary", "highlights")
 CHOSEN = ("chosen", "preferred")
 REJECTED = ("rejected", "dispreferred")
+JUDGED = ("label", "liked", "desirable")
 MESSAGES = ("messages", "conversations", "conversation", "dialog", "dialogue", "turns")
 TOKENS = ("tokens", "words")
 TAGS = ("tags", "ner_tags", "pos_tags", "labels")
@@ -46,10 +47,11 @@ SHAPES = {
     "dialogue": "chat messages",
     "answered": "a prompt with its response",
     "preferred": "two answers, one better",
+    "judged": "an answer that is liked or not",
     "plain": "text alone",
 }
 SHAPES_OF = {
-    "auto": tuple(SHAPES),
+    "auto": tuple(shape for shape in SHAPES if shape != "judged"),  # a prompt with its response, to begin with
     "classification": ("labelled",),
     "regression": ("labelled",),
     "token_classification": ("tagged",),
@@ -58,6 +60,8 @@ SHAPES_OF = {
     "masked_lm": ("plain",),
     "span_corruption": ("plain",),
     "preference": ("preferred",),
+    "judged": ("judged",),
+    "reward": ("preferred",),
 }
 
 
@@ -66,7 +70,7 @@ class Columns:
     """The columns that a task reads; those that the shape of the data does not have are `None`."""
 
     shape: str
-    """one of SHAPES: labelled, tagged, dialogue, answered, preferred, plain"""
+    """one of SHAPES: labelled, tagged, dialogue, answered, preferred, judged, plain"""
     text: str | None = None
     pair: str | None = None
     label: str | None = None
@@ -119,7 +123,7 @@ class Columns:
     def _content_columns(self) -> list[str]:
         # Pairs of one prompt are no two prompts: else a half could be scored on what the other has learnt.
         asked = ("system", "history", "prompt", "context") if self.prompt is not None else ("chosen", "rejected")
-        roles = {"labelled": ("text", "pair"), "tagged": ("tokens",), "preferred": asked}.get(
+        roles = {"labelled": ("text", "pair"), "tagged": ("tokens",), "preferred": asked, "judged": asked}.get(
             self.shape, ("system", "history", "messages", "prompt", "context", "response", "text")
         )
         return [name for role in (*roles, "row_task") if (name := getattr(self, role)) is not None]
@@ -197,6 +201,7 @@ def find_columns(table: Table, flags: DataSpec, task: str = "auto") -> Columns:
         "dialogue": _dialogue,
         "answered": _answered,
         "preferred": _preferred,
+        "judged": _judged,
         "plain": _plain,
     }
     asked = _shapes_of_flags(flags)
@@ -333,10 +338,10 @@ def _shapes_of_flags(flags: DataSpec) -> set[str]:
     homes: dict[str, set[str]] = {
         "text": {"labelled", "plain"},
         "pair": {"labelled"},
-        "label": {"labelled"},
-        "prompt": {"answered", "preferred"},
-        "context": {"answered", "preferred"},
-        "response": {"answered"},
+        "label": {"labelled", "judged"},
+        "prompt": {"answered", "preferred", "judged"},
+        "context": {"answered", "preferred", "judged"},
+        "response": {"answered", "judged"},
         "chosen": {"preferred"},
         "rejected": {"preferred"},
         "messages": {"dialogue"},
@@ -360,6 +365,7 @@ def _flags_for(shapes: Iterable[str]) -> str:
         "dialogue": "--messages",
         "answered": "--prompt and --response",
         "preferred": "--prompt, --chosen and --rejected",
+        "judged": "--prompt, --response and --label",
         "plain": "--text",
     }
     return ", or ".join(needed[s] for s in shapes)
@@ -418,6 +424,12 @@ def _answered(finder: _Finder) -> dict[str, str | None] | None:
     if prompt is None:
         return None
     return {"prompt": prompt, "context": context, "response": response, **_around(finder)}
+
+
+def _judged(finder: _Finder) -> dict[str, str | None] | None:
+    answered = _answered(finder)
+    label = finder.pick("label", JUDGED, taken=tuple((answered or {}).values()))
+    return None if answered is None or label is None else {**answered, "label": label}
 
 
 def _preferred(finder: _Finder) -> dict[str, str | None] | None:

@@ -11,6 +11,7 @@ from luthier.data import (
     corrupted,
     encode_cloze,
     encode_corrupted,
+    encode_judged,
     encode_language,
     encode_pairs,
     encode_tags,
@@ -41,6 +42,7 @@ ENCODERS = (
     corrupted,
     encode_cloze,
     encode_corrupted,
+    encode_judged,
     encode_language,
     encode_pairs,
     encode_tags,
@@ -92,7 +94,7 @@ def encode(
         ModelError: the tokenizer does not fit the model.
     """
     check_tokenizer(tokenizer, n_vocab)
-    if not with_targets:
+    if not with_targets and task.name != "reward":  # which answers an answer with a number
         columns = columns.inputs()
     options = {"n_vocab": n_vocab, "max_length": max_length, "with_targets": with_targets, "loss_on": loss_on}
     options |= {"long": long}
@@ -141,8 +143,12 @@ def _encode_anew(
     template: ChatTemplate | None,
 ) -> Examples:
     ledger = Ledger(table)
-    if task.compares and with_targets:
-        return encode_pairs.encode_pairs(table, columns, tokenizer, n_vocab, max_length, ledger, loss_on, template)
+    if task.name == "reward" or (task.name == "preference" and with_targets):
+        return encode_pairs.encode_pairs(
+            table, columns, tokenizer, n_vocab, max_length, ledger, loss_on, template, alone=not with_targets
+        )
+    if task.name == "judged" and with_targets:
+        return encode_judged.encode_judged(table, columns, tokenizer, n_vocab, max_length, ledger, loss_on, template)
     if task.writes:
         return encode_language.encode_language(
             table,

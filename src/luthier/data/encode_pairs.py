@@ -23,9 +23,12 @@ __all__ = ["encode_pairs", "pair_messages"]
 
 def encode_pairs(
     table: Table, columns: Columns, tokenizer: Any, n_vocab: int, max_length: int, ledger: Ledger, loss_on: str,
-    template: ChatTemplate | None,
+    template: ChatTemplate | None, *, alone: bool = False,
 ) -> Examples:  # fmt: skip
     """Encode rows of pairs.
+
+    Args:
+        alone: of each row its first answer, with its prompt, and nothing to compare it with: to be scored.
 
     Raises:
         ConfigError: `loss_on` asks for more than the answers.
@@ -35,6 +38,13 @@ def encode_pairs(
             f"data.loss_on: {loss_on}: of two answers to one prompt the answers are compared, and the prompt says "
             "nothing. Leave it out."
         )
+    if columns.chosen is None:
+        raise DataError(
+            f"{table.source}: no column with the answers that are to be scored, which training called 'chosen'. Its "
+            f"columns are {', '.join(map(repr, table.columns))}. Rename one."
+        )
+    if alone:
+        return _answers(table, columns, tokenizer, n_vocab, max_length, ledger, template)
     ids, labels = Flat(np.int32), Flat(np.int32)
     middles: list[int] = []
     rows: list[int] = []
@@ -89,6 +99,49 @@ def encode_pairs(
         marks=np.asarray(marks, dtype=np.float32).reshape(-1, 2),
         ledger=ledger,
     )
+
+
+def _answers(
+    table: Table, columns: Columns, tokenizer: Any, n_vocab: int, max_length: int, ledger: Ledger,
+    template: ChatTemplate | None,
+) -> Examples:  # fmt: skip
+    """The first answers alone, as they are read in a pair."""
+    ids, rows = Flat(np.int32), []
+    with Chat(tokenizer, "response", template) as chat:
+        for row in range(len(table)):
+            try:
+                tools = read_tools(table.rows[row].get(columns.tools), columns.tools) if columns.tools else None
+                plans = chat.plan(row, _conversation(table, row, columns), table.places[row], tools)
+                (found,) = chat.encode(plans[-1:])
+            except DataError as error:
+                ledger.refuse(row, refused_because(str(error), table.places[row]))
+                continue
+            complaint = found if isinstance(found, str) else ""
+            if isinstance(found, Tokens) and len(found.ids) > max_length:
+                complaint = f"prompt and answer have {len(found.ids)} tokens, only {max_length} fit (max_length)"
+            if complaint or isinstance(found, str):
+                ledger.refuse(row, complaint)
+                continue
+            check_ids([found.ids], [row], table, tokenizer, n_vocab)
+            ids.add(found.ids)
+            rows.append(row)
+            ledger.use(row, len(found.ids), 0)
+    return Examples(
+        ids=ids.array(), offsets=ids.offsets(), rows=np.asarray(rows, dtype=np.int64),
+        n_targets=np.zeros(len(rows), dtype=np.int64), ledger=ledger,
+    )  # fmt: skip
+
+
+def _conversation(table: Table, row: int, columns: Columns) -> list[Message]:
+    """The prompt of a row with its first answer."""
+    assert columns.chosen is not None
+    value = cell(table, row, columns.chosen)
+    if isinstance(value, list | tuple):
+        whole = read_messages(value, columns.chosen)
+        if whole[0]["role"] != "assistant":
+            last = len(whole) - 1
+            return [{**m, "weight": 0} if m["role"] == "assistant" and k < last else m for k, m in enumerate(whole)]
+    return prompt_messages(table, row, replace(columns, shape="answered", response=columns.chosen), with_response=True)
 
 
 _NAMES = ("chosen", "rejected")

@@ -55,6 +55,11 @@ class Ledger:
         self._status[row] = 2 if self._status[row] in (1, 2) else 3
         self._reasons[row] = reason
 
+    def refuse_whole(self, row: int, reason: str) -> None:
+        """Nothing of the row goes into training, whatever was said of it before."""
+        self._status[row], self._tokens[row], self._targets[row] = 3, 0, 0
+        self._reasons[row] = reason
+
     def taken(self) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64], dict[int, str]]:
         """What has been written so far: status, tokens and targets of each row, and the reasons."""
         return self._status, self._tokens, self._targets, self._reasons
@@ -189,7 +194,8 @@ class Examples:
     middles: NDArray[np.int64] | None = field(default=None, repr=False)
     """where in `ids` the second answer of each example begins, prompt and all; the first comes before (pairs)"""
     marks: NDArray[np.float32] | None = field(default=None, repr=False)
-    """numbers that come with each pair, (n, 2): the share of judges who found the first better, and by how much"""
+    """numbers that come with each pair, (n, 2): the share of judges who found the first better, and by how much; or
+    with a single answer, (n, 1): 1 where it is liked"""
     facts: Mapping[str, NDArray[np.int64]] = field(default_factory=dict, repr=False)
     """whole numbers that say something of each example's row, by name: its task"""
     ledger: Ledger = field(repr=False)

@@ -22,6 +22,8 @@ AUTO_CLASSES = {
     "masked_lm": "AutoModelForMaskedLM",
     "span_corruption": "AutoModelForSeq2SeqLM",
     "preference": "AutoModelForCausalLM",
+    "judged": "AutoModelForCausalLM",
+    "reward": "AutoModelForSequenceClassification",
 }
 METRICS = {
     "classification": ("accuracy", "macro_f1", "mcc", "loss"),
@@ -34,6 +36,8 @@ METRICS = {
     "masked_lm": ("loss", "perplexity", "token_accuracy"),
     "span_corruption": ("loss", "perplexity", "token_accuracy"),
     "preference": ("pair_accuracy", "margin", "chosen_reward", "loss"),
+    "judged": ("ranked", "reward_gap", "loss"),
+    "reward": ("pair_accuracy", "margin", "loss"),
 }
 GENERATED = ("rouge_l", "bleu", "exact_match")
 """Scores of generated text against the response: a run writes no text while it trains."""
@@ -91,19 +95,19 @@ class Task:
         return self.name in ("causal_lm", "seq2seq", "masked_lm", "span_corruption")
 
     @property
-    def compares(self) -> bool:
-        """Whether a row is two answers to one prompt, and what is learnt is which is better."""
-        return self.name == "preference"
+    def weighs(self) -> bool:
+        """Whether what is learnt is how good whole answers are: which of two is better, or whether one is any good."""
+        return self.name in ("preference", "judged", "reward")
 
     @property
     def of_turns(self) -> bool:
         """Whether rows are laid out by a chat template."""
-        return self.name in ("causal_lm", "preference")
+        return self.name in ("causal_lm", "preference", "judged", "reward")
 
     @property
     def writes(self) -> bool:
         """Whether what is learnt is to answer in text."""
-        return self.name in ("causal_lm", "seq2seq", "preference")
+        return self.name in ("causal_lm", "seq2seq", "preference", "judged")
 
     @property
     def filled_in(self) -> bool:
@@ -120,7 +124,7 @@ class Task:
         """Numbers that the head puts out, for a row or a token; `None` where it is the vocabulary."""
         if self.template:
             return None
-        return 1 if self.name == "regression" else len(self.labels) or None
+        return 1 if self.name in ("regression", "reward") else len(self.labels) or None
 
     @property
     def problem_type(self) -> str | None:

@@ -11,7 +11,7 @@ from luthier.data.tasks import Task
 
 __all__ = ["Pad", "check_ids", "check_tokenizer", "choose_length", "choose_pad", "position_limit", "tokenize"]
 
-DEFAULT_LENGTH = {"causal_lm": 1024, "seq2seq": 1024, "preference": 1024}
+DEFAULT_LENGTH = {"causal_lm": 1024, "seq2seq": 1024, "preference": 1024, "judged": 1024, "reward": 1024}
 OTHER_DEFAULT_LENGTH = 512
 
 # Their position table has padding_idx + 1 rows that no token reaches: positions are counted from there.

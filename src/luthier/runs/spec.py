@@ -30,7 +30,7 @@ MOST_FOLDS = 20
 
 Task = Literal[
     "auto", "classification", "regression", "token_classification", "causal_lm", "seq2seq", "masked_lm",
-    "span_corruption", "preference",
+    "span_corruption", "preference", "judged", "reward",
 ]  # fmt: skip
 TASKS: tuple[str, ...] = get_args(Task)
 

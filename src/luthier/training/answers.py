@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +20,18 @@ from luthier.data.examples import IGNORED
 from luthier.surgery import Tuned
 from luthier.training.output_matrix import softcap_of, trunk_states
 
-__all__ = ["Answer", "Judge", "Likely", "answer_log_chances", "log_odds", "standing_still"]
+__all__ = [
+    "Answer",
+    "Judge",
+    "Liked",
+    "Likely",
+    "Ranked",
+    "answer_log_chances",
+    "answers_elsewhere",
+    "bradley_terry",
+    "log_odds",
+    "standing_still",
+]
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,60 @@ class Likely:
 
     def reward(self, answer: Answer) -> Tensor:
         return answer.mean
+
+
+@dataclass(frozen=True)
+class Liked:
+    """No judgement: the answers that are liked are learnt as text, each counting alike."""
+
+    reference: bool = False
+    elsewhere: bool = False
+
+    def losses(self, answer: Answer, liked: Tensor, elsewhere: Answer | None) -> Tensor:
+        return -answer.mean * liked
+
+    def reward(self, answer: Answer) -> Tensor:
+        return answer.mean
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Rewards whose differences say how likely each answer is to be found better."""
+
+    def losses(self, rewards: Tensor, marks: Tensor) -> Tensor:
+        return bradley_terry(rewards, marks[:, 0], marks[:, 1])
+
+
+def bradley_terry(rewards: Tensor, share: Tensor, margin: Tensor) -> Tensor:
+    """-[q log σ(Δ - m) + (1 - q) log σ(m - Δ)], Δ the difference of the rewards of each pair: (pairs,).
+
+    Args:
+        rewards: (pairs, 2).
+        share: q, how many of the judges found the first better. margin: m, by how much.
+    """
+    apart = rewards[:, 0] - rewards[:, 1] - margin
+    return -(share * F.logsigmoid(apart) + (1 - share) * F.logsigmoid(-apart))
+
+
+def answers_elsewhere(batch: Batch) -> Batch:
+    """Each prompt of a batch with the answer of the line before, which is to another prompt."""
+    assert batch.labels is not None
+    ids, labels = batch.inputs["input_ids"], batch.labels
+    told = labels != IGNORED  # (lines, tokens)
+    first = told.int().argmax(1).tolist()
+    prompts = [ids[line, :n] for line, n in enumerate(first)]
+    replies = [ids[line][told[line]] for line in range(len(ids))]
+    width = max(first) + int(told.sum(1).max())
+    new_ids, mask = (ids.new_zeros(len(ids), width) for _ in range(2))
+    new_labels = labels.new_full((len(ids), width), IGNORED)
+    for line, prompt in enumerate(prompts):
+        reply = replies[line - 1]
+        n, end = len(prompt), len(prompt) + len(reply)
+        new_ids[line, :end] = torch.cat([prompt, reply])
+        new_labels[line, n:end] = reply
+        mask[line, :end] = 1
+    inputs = {**batch.inputs, "input_ids": new_ids, "attention_mask": mask}
+    return replace(batch, inputs=inputs, labels=new_labels)
 
 
 def answer_log_chances(tuned: Tuned, batch: Batch, *, chunked: bool) -> tuple[Tensor, Tensor]:

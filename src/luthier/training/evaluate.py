@@ -140,8 +140,13 @@ class Evaluator:
         """The task's scores of what `outputs` gave."""
         task, examples = self.objective.task, self.batches.examples
         found = {"loss": float(out["loss"]), "perplexity": metrics.perplexity(out["loss"])}
-        if task.compares:
-            found |= metrics.of_pairs(out["logits"])
+        if task.weighs:
+            marks = examples.marks
+            found |= (
+                metrics.of_pairs(out["logits"])
+                if marks is None or marks.shape[1] == 2
+                else (metrics.of_judged(out["logits"][:, 0], marks[:, 0] > 0))
+            )
         elif task.of_words:
             found["token_accuracy"] = out["correct"] / max(1, out["n_targets"])
         else:

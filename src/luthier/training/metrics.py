@@ -13,7 +13,7 @@ import numpy as np
 
 from luthier.core import UnknownName, UsageError, near
 
-__all__ = ["METRICS", "Metric", "better", "of_pairs", "perplexity", "score", "spans_of"]
+__all__ = ["METRICS", "Metric", "better", "of_judged", "of_pairs", "perplexity", "score", "spans_of"]
 
 Function = Callable[[Sequence[Any], Sequence[Any]], float]
 
@@ -88,6 +88,27 @@ def of_pairs(rewards: Any) -> dict[str, float]:
         "pair_accuracy": float(right.mean()),
         "margin": float(margins.mean()),
         "chosen_reward": float(rewards[:, 0].astype(np.float64).mean()),
+    }
+
+
+def of_judged(rewards: Any, liked: Any) -> dict[str, float]:
+    """The scores of single answers, liked or not.
+
+    >>> of_judged(np.array([2.0, 0.0, 1.0]), np.array([True, False, False]))
+    {'ranked': 1.0, 'reward_gap': 1.5}
+
+    Where all are liked, or none, there is nothing to tell apart: 0.5 and 0.
+
+    Args:
+        rewards, liked: (answers,).
+    """
+    good, bad = rewards[liked].astype(np.float64), rewards[~liked].astype(np.float64)
+    if not len(good) or not len(bad):
+        return {"ranked": 0.5, "reward_gap": 0.0}
+    below, upto = (np.searchsorted(np.sort(bad), good, side=side) for side in ("left", "right"))
+    return {
+        "ranked": float((below + upto).mean() / (2 * len(bad))),
+        "reward_gap": float(good.mean() - bad.mean()),
     }
 
 
@@ -275,6 +296,8 @@ METRICS: dict[str, Metric] = {
     "pair_accuracy": Metric(None, True, "share of pairs whose better answer has the higher reward"),
     "margin": Metric(None, True, "mean difference of the rewards of the better and the worse answer"),
     "chosen_reward": Metric(None, True, "mean reward of the better answers: below 0, they became less likely"),
+    "ranked": Metric(None, True, "how often an answer that is liked has a higher reward than one that is not"),
+    "reward_gap": Metric(None, True, "mean reward of the answers that are liked, less that of those that are not"),
     "rouge_l": Metric(_rouge_l, True, "ROUGE-L of generated text, 0 to 1"),
     "bleu": Metric(_bleu, True, "BLEU of generated text, 0 to 100"),
 }

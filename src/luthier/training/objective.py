@@ -19,7 +19,15 @@ from luthier.data.batches import Batch, Batches
 from luthier.data.examples import IGNORED
 from luthier.data.tasks import Task
 from luthier.surgery import Tuned
-from luthier.training.answers import Answer, Judge, Likely, answer_log_chances, standing_still
+from luthier.training.answers import (
+    Answer,
+    Liked,
+    Likely,
+    Ranked,
+    answer_log_chances,
+    answers_elsewhere,
+    standing_still,
+)
 from luthier.training.frozen_features import Features, features_of
 from luthier.training.gap_words import GapWords
 from luthier.training.output_matrix import soft_capped, softcap_of, trunk_states, why_all_logits, word_head_of
@@ -57,18 +65,18 @@ class Objective:
     """
 
     def __init__(
-        self, tuned: Tuned, task: Task, *, full_logits: bool = False, scoring: bool = False, judge: Judge | None = None
+        self, tuned: Tuned, task: Task, *, full_logits: bool = False, scoring: bool = False, judge: Any = None
     ) -> None:
         self.tuned, self.task, self.scoring = tuned, task, scoring
-        self.judge: Judge = judge or Likely()
+        self.judge = judge or {"judged": Liked, "reward": Ranked}.get(task.name, Likely)()
         self.reference: Tensor | None = None
         self.why_all_logits = "something looks at them" if full_logits else ""
-        if task.name in ("causal_lm", "preference") and not full_logits:
+        if task.name in ("causal_lm", "preference", "judged") and not full_logits:
             self.why_all_logits = why_all_logits(tuned)
         self.word_head: nn.Module | None = None
         if task.name == "masked_lm" and not full_logits:
             self.word_head, self.why_all_logits = word_head_of(tuned)
-        self.chunked = task.name in ("causal_lm", "preference", "masked_lm") and not self.why_all_logits
+        self.chunked = task.name in ("causal_lm", "preference", "judged", "masked_lm") and not self.why_all_logits
         self.labelled = task.name in ("classification", "regression") and not task.template
         self.gap = GapWords(tuned, task) if task.template else None
         self.first_token = tuned.fast.first_token() if self.labelled else None
@@ -85,10 +93,11 @@ class Objective:
     def __call__(self, batch: Batch) -> Result:
         """Run the model. Shapes of `logits`: (batch, classes), or (batch, tokens, classes) for tags and words.
 
-        Of pairs they are the rewards of both answers, (pairs, 2).
+        Of answers that are weighed they are their rewards: (pairs, 2), or (answers, 1).
         """
-        if self.task.compares:
-            return self._compared(batch)
+        if self.task.weighs and batch.marks is not None:
+            ways = {"preference": self._compared, "judged": self._judged, "reward": self._ranked}
+            return ways[self.task.name](batch, batch.marks)
         if self.chunked and batch.labels is not None and kernels.fast():
             return self._chunked(batch)
         if self.features is not None and self.features.usable():
@@ -158,7 +167,32 @@ class Objective:
             )  # fmt: skip
         return Result(loss, batch.n_targets, None, batch.labels)
 
-    def _compared(self, batch: Batch) -> Result:
+    def _judged(self, batch: Batch, marks: Tensor) -> Result:
+        """Answers by themselves; in training also those to other prompts of the step, where the judge asks."""
+        base = self._base_sums(batch) if self.judge.reference else None
+        elsewhere = None
+        if self.judge.elsewhere and not self.scoring and len(batch.rows) > 1:
+            others = answers_elsewhere(batch)
+            with torch.no_grad(), standing_still(self.tuned.model):
+                elsewhere = Answer(
+                    *answer_log_chances(self.tuned, others, chunked=self.chunked), self._base_sums(others)
+                )
+        answer = Answer(*answer_log_chances(self.tuned, batch, chunked=self.chunked), base)
+        losses = self.judge.losses(answer, marks[:, 0], elsewhere)
+        return Result(losses.sum(), batch.n_targets, self.judge.reward(answer).detach()[:, None])
+
+    def _ranked(self, batch: Batch, marks: Tensor) -> Result:
+        """The rewards of both answers of each pair, by the head."""
+        rewards = torch.stack(self.tuned.model(**batch.inputs).logits[:, 0].float().chunk(2), 1)
+        return Result(self.judge.losses(rewards, marks).sum(), batch.n_targets, rewards)
+
+    @torch.no_grad()
+    def _base_sums(self, batch: Batch) -> Tensor:
+        """The log-probability that the base gives each line's answer, its tuning asleep: (lines,)."""
+        with standing_still(self.tuned.model), self.tuned.base_only():
+            return answer_log_chances(self.tuned, batch, chunked=self.chunked)[0]
+
+    def _compared(self, batch: Batch, marks: Tensor) -> Result:
         """Both answers of each pair, and what the judge makes of them."""
         base = self.base_chances(batch) if self.judge.reference else None  # first, while no graph is held
         sums, tokens = answer_log_chances(self.tuned, batch, chunked=self.chunked)
@@ -166,19 +200,15 @@ class Objective:
             Answer(chance, n, None if base is None else base[:, side])
             for side, (chance, n) in enumerate(zip(sums.chunk(2), tokens.chunk(2), strict=True))
         )
-        assert batch.marks is not None
-        losses = self.judge.losses(chosen, rejected, batch.marks)
+        losses = self.judge.losses(chosen, rejected, marks)
         rewards = torch.stack([self.judge.reward(chosen), self.judge.reward(rejected)], 1).detach()
         return Result(losses.sum(), batch.n_targets, rewards)
 
-    @torch.no_grad()
     def base_chances(self, batch: Batch) -> Tensor:
         """The log-probabilities that the base gives both answers of each pair, its tuning asleep: (pairs, 2)."""
         if self.reference is not None:
             return self.reference[torch.from_numpy(batch.rows)].to(batch.inputs["input_ids"].device)
-        with standing_still(self.tuned.model), self.tuned.base_only():
-            sums, _ = answer_log_chances(self.tuned, batch, chunked=self.chunked)
-        return torch.stack(sums.chunk(2), 1)
+        return torch.stack(self._base_sums(batch).chunk(2), 1)
 
     def _masked(self, batch: Batch, word_head: nn.Module) -> Result:
         """The words that were taken out, one in seven, and no other: `logits` is (targets, words)."""

@@ -1,4 +1,4 @@
-"""Strategies that learn from two answers to one prompt, one better.
+"""Strategies that learn how good whole answers are: which of two is better, or whether one is any good.
 
 One base is in memory: the policy is the base with the tuning awake, the reference the same base with it asleep.
 """
@@ -18,11 +18,15 @@ from luthier.training.answers import Answer
 from luthier.training.course import Course
 from luthier.training.strategy import Strategy
 
-__all__ = ["Preference", "judge_of", "keep_reference"]
+__all__ = ["Judgement", "Preference", "Ranking", "Weighing", "judge_of", "keep_reference"]
 
 
-class Preference(Strategy):
-    """A loss of pairs. The objective asks it, so that training, selection and `luthier evaluate` read one formula."""
+class Weighing(Strategy):
+    """A loss of answers. The objective asks it, so that training, selection and `luthier evaluate` read one formula."""
+
+
+class Preference(Weighing):
+    """A loss of pairs, from the log-probabilities of both answers."""
 
     learns: ClassVar[str] = "preference"
     tiny_kind: ClassVar[str] = "llama-pairs"
@@ -41,9 +45,43 @@ class Preference(Strategy):
         """How good each answer is by what has been learnt, (pairs,): what evaluations compare."""
 
 
-def judge_of(strategies: Iterable[Strategy]) -> Preference | None:
-    """The one of a run's strategies that compares answers."""
-    return next((one for one in strategies if isinstance(one, Preference)), None)
+class Judgement(Weighing):
+    """A loss of single answers, each liked or not. The rows of a step see one another."""
+
+    learns: ClassVar[str] = "judged"
+    tiny_kind: ClassVar[str] = "llama-judged"
+    whole_step: ClassVar[bool] = True
+    reference: ClassVar[bool] = True
+    elsewhere: ClassVar[bool] = True
+
+    @abstractmethod
+    def losses(self, answer: Answer, liked: Tensor, elsewhere: Answer | None) -> Tensor:
+        """The loss of each answer, (answers,).
+
+        Args:
+            liked: 1 or 0.
+            elsewhere: answers to other prompts of the step, without gradient; None where rows are scored.
+        """
+
+    @abstractmethod
+    def reward(self, answer: Answer) -> Tensor:
+        """How good each answer is by what has been learnt, (answers,)."""
+
+
+class Ranking(Weighing):
+    """A loss of pairs, from the numbers that a new head gives both answers."""
+
+    learns: ClassVar[str] = "reward"
+    tiny_kind: ClassVar[str] = "llama-rewards"
+
+    @abstractmethod
+    def losses(self, rewards: Tensor, marks: Tensor) -> Tensor:
+        """The loss of each pair, (pairs,). rewards: (pairs, 2). marks: see `Preference.losses`."""
+
+
+def judge_of(strategies: Iterable[Strategy]) -> Weighing | None:
+    """The one of a run's strategies that weighs answers."""
+    return next((one for one in strategies if isinstance(one, Weighing)), None)
 
 
 def keep_reference(course: Course) -> None:

@@ -252,12 +252,12 @@ def _of_another_task(one: Strategy, task: Task) -> str | None:
     """Why a strategy and a task do not belong together, from what the strategy says of itself."""
     if one.learns and one.learns != task.name:
         return f"it learns {one.learns} alone. Leave --task out, or choose another strategy."
-    if task.compares and not one.learns:
+    if task.weighs and not one.learns:
         looks = [*one.reads, *(moment for moment in ("weigh", "loss", "order") if fills(one, moment))]
         if looks or one.roles:
             return (
-                "it changes how single answers are learnt, and here two are compared. Use a strategy of the family "
-                "preference, such as dpo."
+                "it changes how texts or labels are learnt, and here whole answers are weighed. Use a strategy of the "
+                "family preference."
             )
     return None
 

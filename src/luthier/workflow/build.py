@@ -89,7 +89,7 @@ def build(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
 
     def make(run: RunFolder, listener: Listener) -> Loop:
         if (
-            prepared.task.name in ("causal_lm", "preference", "masked_lm")
+            prepared.task.name in ("causal_lm", "preference", "judged", "masked_lm")
             and not needs_logits
             and objective.why_all_logits
         ):

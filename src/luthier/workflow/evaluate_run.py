@@ -69,7 +69,13 @@ def evaluate(path: Path | str, data: str, *, skip_bad: bool = False, out: Path |
             f"out: of task {task.name} no sheet of answers is written; luthier predict {path} writes them."
         )
     table, columns = load_inputs(data, predictor.columns)
-    wanted = {"labelled": "label", "tagged": "tags", "answered": "response", "preferred": "rejected"}.get(columns.shape)
+    wanted = {
+        "labelled": "label",
+        "tagged": "tags",
+        "answered": "response",
+        "preferred": "rejected",
+        "judged": "label",
+    }.get(columns.shape)
     if wanted is not None and getattr(columns, wanted) is None:
         name = getattr(predictor.columns, wanted)
         raise DataError(

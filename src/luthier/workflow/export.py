@@ -38,6 +38,8 @@ TASK_TYPES = {
     "token_classification": ("TOKEN_CLS", "AutoPeftModelForTokenClassification"),
     "causal_lm": ("CAUSAL_LM", "AutoPeftModelForCausalLM"),
     "preference": ("CAUSAL_LM", "AutoPeftModelForCausalLM"),
+    "judged": ("CAUSAL_LM", "AutoPeftModelForCausalLM"),
+    "reward": ("SEQ_CLS", "AutoPeftModelForSequenceClassification"),
     "seq2seq": ("SEQ_2_SEQ_LM", "AutoPeftModelForSeq2SeqLM"),
     "span_corruption": ("SEQ_2_SEQ_LM", "AutoPeftModelForSeq2SeqLM"),
     "masked_lm": ("FEATURE_EXTRACTION", "AutoPeftModelForFeatureExtraction"),

@@ -27,6 +27,8 @@ PIPELINES = {
     "token_classification": "token-classification",
     "causal_lm": "text-generation",
     "preference": "text-generation",
+    "judged": "text-generation",
+    "reward": "text-classification",
     "masked_lm": "fill-mask",
 }
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

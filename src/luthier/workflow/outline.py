@@ -46,7 +46,7 @@ class Outline:
         """
         name = _task_of(self.config) if asked == "auto" else asked
         task = Task(name=name)
-        if task.of_words or name == "regression":
+        if task.of_words or task.weighs or name == "regression":
             if labels is not None:
                 raise ConfigError(f"--labels {labels}: the task {name} has no labels. Leave it out.")
             return task

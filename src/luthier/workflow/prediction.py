@@ -30,7 +30,7 @@ from luthier.surgery import load as load_tuning
 from luthier.training.evaluate import Evaluator
 from luthier.training.objective import Objective, Result
 from luthier.training.precision import choose_device, choose_precision
-from luthier.training.preference import Preference, judge_of
+from luthier.training.preference import Weighing, judge_of
 from luthier.training.strategy import split_settings, strategies
 from luthier.workflow.generation import Generator
 from luthier.workflow.load_model import collator_of, find_model, load_model, load_tokenizer, tokenizer_digest
@@ -102,9 +102,9 @@ class Predictor:
         )  # fmt: skip
 
     @cached_property
-    def judge(self) -> Preference | None:
-        """What compared answers in training, where rows were pairs."""
-        if not self.task.compares:
+    def judge(self) -> Weighing | None:
+        """What weighed answers in training, where that was learnt."""
+        if not self.task.weighs:
             return None
         own, _ = split_settings(self.spec.strategy, self.spec.settings, compose.setting_names(self.spec.method))
         return judge_of(strategies(self.spec.strategy, own, self.tuned.tuning().method))
@@ -254,6 +254,8 @@ class Predictor:
         if self.task.name == "token_classification":
             return self._tags(examples, out["logits"])
         rows = examples.read_rows.tolist()
+        if self.task.name == "reward":
+            return {row: {"value": float(value)} for row, value in zip(rows, out["logits"][:, 0], strict=True)}
         decoded = self.task.decode(out["logits"])
         if self.task.name == "regression":
             return {row: {"value": value} for row, value in zip(rows, decoded, strict=True)}
@@ -351,6 +353,8 @@ class Predictor:
                 f"this run knows several tasks ({', '.join(self.contract['row_tasks'])}): give rows in a file with "
                 f"--data, whose column {self.columns.row_task!r} says which task each is of."
             )
+        if self.task.name == "reward":
+            raise ConfigError("this run scores answers to prompts: give both columns in a file with --data.")
         read = self.columns.inputs()
         column = read.text or read.prompt or read.messages or read.tokens or read.chosen
         assert column is not None

@@ -33,7 +33,7 @@ from luthier.surgery import Source as SavedTuning
 from luthier.surgery.sources import check_shapes, opened
 from luthier.training import Strategy
 from luthier.training.precision import Precision, choose_device, choose_precision
-from luthier.training.preference import Preference, judge_of
+from luthier.training.preference import Weighing, judge_of
 from luthier.training.recipe import refuse_recipe
 from luthier.training.strategy import refuse_sets, refuse_task, split_settings, strategies, task_of
 from luthier.training.thresholds import check_thresholds
@@ -89,8 +89,8 @@ class Prepared:
     sets: Sets
 
     @property
-    def judge(self) -> Preference | None:
-        """What compares answers, where rows are pairs."""
+    def judge(self) -> Weighing | None:
+        """What weighs answers, where that is learnt."""
         return judge_of(self.strategies)
 
     @property
@@ -132,10 +132,9 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None, *, be
     refuse_task(strategies, task)
     for remark in data.notes:
         note(remark)
-    if task.compares and not any(one.learns for one in strategies):
-        note(
-            "the better answers are learnt as text, the worse ones not at all; a strategy such as dpo learns from both"
-        )
+    if task.name in ("preference", "judged") and not any(one.learns for one in strategies):
+        other = "dpo" if task.name == "preference" else "kto"
+        note(f"the better answers are learnt as text, the worse ones not at all; {other} learns from both")
     row_tasks = () if columns.row_task is None else task_names(table, columns.row_task)
     if row_tasks:
         by_task = any(one.by_task for one in strategies)

@@ -1,60 +1,31 @@
 """A comparison from its cells to its words, on tiny runs."""
 
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 import pytest
-from little import little_data, little_model
+from little import little_model
+from races import base_in, here
 
 from luthier.cli._main import main
 from luthier.comparison import Entrant, compare, entrant_of, statistics
 from luthier.comparison import cells as cells_file
 from luthier.comparison import run as run_file
-from luthier.comparison.cells import Cell, Failure, cells_of, finished
+from luthier.comparison.cells import Failure, cells_of
 from luthier.comparison.verdict import Costs, judge
 from luthier.core import ConfigError, LuthierError
 from luthier.core.config import read_word
 from luthier.runs.forkserver import Outcome
-from luthier.runs.spec import BatchSpec, DataSpec, RunSpec
+from luthier.runs.spec import DataSpec, RunSpec
 from luthier.workflow import train
 
 
 @pytest.fixture(autouse=True)
 def _fewer_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statistics, "DRAWS", 200)
-
-
-def base_in(folder: Path) -> RunSpec:
-    return RunSpec(
-        model=str(little_model(folder / "bert", "bert")), data=DataSpec(source=str(little_data(folder / "rows.csv"))),
-        steps=1, batch=BatchSpec(size=8), precision="fp32", threads=1,
-    )  # fmt: skip
-
-
-def here(done: list[str], fail: str = "") -> Callable[..., dict[Path, Failure]]:
-    """In place of processes: the cells one after another in this one."""
-
-    def run(
-        cells: Sequence[Cell], workers: int, said: Callable[[Cell, Failure | None], None], threads: int | None = None
-    ) -> dict[Path, Failure]:
-        failures = {}
-        for cell in cells:
-            if finished(cell):
-                continue
-            failure = Failure("it may not", 3) if cell.entrant.method == fail else None
-            if failure is None:
-                train(cell.spec, progress=False)
-                done.append(cell.path.name)
-            else:
-                failures[cell.path] = failure
-            said(cell, failure)
-        return failures
-
-    return run
 
 
 def test_what_is_finished_is_not_run_again_and_a_failure_is_a_row(

@@ -59,6 +59,15 @@ Margin = Annotated[
     typer.Option(help="Differences below it do not matter. [default: twice the spread over seeds, at least 0.01]"),
 ]
 Workers = Annotated[int, typer.Option(help="Runs at a time. [default: 1]", min=1, max=64)]
+TuneLr = Annotated[
+    int | None,
+    typer.Option(
+        "--tune-lr",
+        metavar="N",
+        help="First try N learning rates for each method, factors of about three around its own, on rows of the "
+        "training half.",
+    ),
+]
 Out = Annotated[str | None, typer.Option(help="Folder of the comparison. [default: runs/compare-MODEL-DATA]")]
 Settings = Annotated[
     list[str] | None,
@@ -78,6 +87,7 @@ def command_for(words: Sequence[str] = ()) -> Callable[..., None]:
         metric: Score = "accuracy",
         margin: Margin = None,
         workers: Workers = 1,
+        tune_lr: TuneLr = None,
         out: Out = None,
         settings: Settings = None,
         as_json: AsJson = False,
@@ -86,7 +96,7 @@ def command_for(words: Sequence[str] = ()) -> Callable[..., None]:
         changes = values_of(options, given) | settings_of(settings or [])
         if "data.source" not in changes:
             raise UsageError("compare: no rows. Name them: --data FILE, or --data sample:trec6 to begin with.")
-        _compare(model, method or [], changes, seeds, metric, margin, workers, out)
+        _compare(model, method or [], changes, seeds, metric, margin, workers, tune_lr, out)
 
     return as_verb(command, HELP, options)
 
@@ -96,7 +106,7 @@ command = command_for()
 
 def _compare(
     model: str, methods: list[str], changes: dict[str, Any], seeds: int, metric: str, margin: float | None,
-    workers: int, out: str | None,
+    workers: int, tune_lr: int | None, out: str | None,
 ) -> None:  # fmt: skip
     names = method_names(methods)
     for name in names:
@@ -115,7 +125,7 @@ def _compare(
     say(f"runs go to {home}; the same command goes on where it was stopped")
     found = compare(
         base, entrants, seeds=seeds, home=home, metric=metric, margin=margin, workers=workers,
-        threads=_threads(workers), say=say,
+        threads=_threads(workers), tune_lr=tune_lr, say=say,
     )  # fmt: skip
     _show(found)
     screen().show(f"\nAll numbers: {home / 'comparison.json'}")

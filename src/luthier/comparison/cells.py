@@ -20,7 +20,7 @@ from typing import Any
 from luthier.comparison import one_run
 from luthier.core import ConfigError
 from luthier.runs.forkserver import Outcome, Template
-from luthier.runs.spec import RunSpec
+from luthier.runs.spec import OptimSpec, RunSpec
 
 __all__ = ["Cell", "Entrant", "Failure", "cells_of", "entrant_of", "finished", "run_cells"]
 
@@ -81,16 +81,25 @@ def entrant_of(words: str, read: Callable[[str], Any]) -> Entrant:
     return Entrant(words, method, settings)
 
 
-def cells_of(base: RunSpec, entrants: Sequence[Entrant], seeds: Iterable[int], home: Path) -> list[Cell]:
-    """One cell for each seed and entrant; a seed is finished for all before the next begins."""
+def cells_of(
+    base: RunSpec, entrants: Sequence[Entrant], seeds: Iterable[int], home: Path, *,
+    rates: Mapping[str, OptimSpec] | None = None, under: str = "cells",
+) -> list[Cell]:  # fmt: skip
+    """One cell for each seed and entrant; a seed is finished for all before the next begins.
+
+    Args:
+        rates: what moves the numbers of an entrant, where it is not what the base says.
+        under: the folder in `home` that they stand in.
+    """
     cells = []
     for seed in seeds:
         for entrant in entrants:
             spec = replace(
-                base, method=entrant.method, settings={**base.settings, **entrant.settings}, seed=seed, out=None
-            )
+                base, method=entrant.method, settings={**base.settings, **entrant.settings}, seed=seed, out=None,
+                optim=(rates or {}).get(entrant.name, base.optim),
+            )  # fmt: skip
             name = re.sub(r"[^\w.+=-]", "_", entrant.name)[:60]
-            spec = replace(spec, out=str(home / "cells" / f"{name}-seed{seed}-{spec.digest()[:10]}"))
+            spec = replace(spec, out=str(home / under / f"{name}-seed{seed}-{spec.digest()[:10]}"))
             cells.append(Cell(entrant, seed, spec))
     return cells
 

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from luthier.comparison.answers import Answers, answers_of, clusters
 from luthier.comparison.cells import Cell, Entrant, Failure, cells_of, finished, run_cells
+from luthier.comparison.rates import Rates, said_of
 from luthier.comparison.scores import score_named
 from luthier.comparison.statistics import LEAST_SEEDS, smallest_visible
+from luthier.comparison.tuning import SEARCHED, choose_rates, factors, rates_of, trials_of
 from luthier.comparison.verdict import Comparison, Costs, judge
 from luthier.core import ConfigError, IntegrityError, LuthierError, plain, several
 from luthier.data.columns import Columns
@@ -39,6 +41,7 @@ def compare(
     margin: float | None = None,
     workers: int = 1,
     threads: int | None = None,
+    tune_lr: int | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Comparison:
     """Run what is not finished, and judge the whole.
@@ -49,6 +52,7 @@ def compare(
         metric: accuracy, macro_f1 or mcc.
         margin: differences below it do not matter.
         workers: runs at a time.
+        tune_lr: learning rates that are tried for each method first, on rows of the training half.
 
     Raises:
         ConfigError: nothing to compare, or a task whose rows have no one label.
@@ -57,6 +61,8 @@ def compare(
     """
     score_named(metric)
     _check(entrants, seeds)
+    if tune_lr is not None:
+        factors(tune_lr)
     _check_home(home)
     data = load_data(base.data, base.task, load_config(find_model(base.model)))
     if data.task.name != "classification" or data.task.multi_label:
@@ -73,17 +79,38 @@ def compare(
     lock = Lock(home / "run.lock")
     lock.acquire()
     try:
-        cells = cells_of(base, entrants, range(seeds), home)
+        rates, without = _search(base, entrants, tune_lr, home, data, metric, workers, threads, say)
+        optims = {e.name: rates_of(base, e, rates[e.name].factor) for e in entrants if e.name in rates}
+        racing = [e for e in entrants if e.name not in without]
+        cells = cells_of(base, racing, range(seeds), home, rates=optims)
         there = sum(finished(cell) for cell in cells)
         if there:
             say(f"{there} of {len(cells)} runs are finished already")
         failures = run_cells(cells, workers, _announcing(say, len(cells), there), threads)
-        runs = {e.name: tuple(str(c.path.relative_to(home)) for c in cells if c.entrant == e) for e in entrants}
-        found = replace(_judge(cells, failures, data, metric, margin), runs=runs)
+        runs = {e.name: tuple(str(c.path.relative_to(home)) for c in cells if c.entrant == e) for e in racing}
+        found = _judge(cells, failures, without, data, metric, margin)
+        found = replace(found, runs=runs, rates=rates, findings=(*found.findings, *said_of(rates)))
         durable.write_json(home / "comparison.json", plain(found))
     finally:
         lock.release()
     return found
+
+
+def _search(
+    base: RunSpec, entrants: Sequence[Entrant], n: int | None, home: Path, data: Data, metric: str, workers: int,
+    threads: int | None, say: Callable[[str], None],
+) -> tuple[dict[str, Rates], dict[str, str]]:  # fmt: skip
+    """A rate for each method, and why some have none."""
+    if n is None:
+        return {}, {}
+    trials = trials_of(base, entrants, n, home, data)
+    cells = [trial.cell for own in trials.values() for trial in own]
+    there = sum(finished(cell) for cell in cells)
+    say(
+        f"learning rates: {n} runs of each method first, one seed, on rows of the training half; the test half is not "
+        f"read ({there} of {len(cells)} are finished)"
+    )
+    return choose_rates(base, trials, run_cells(cells, workers, _announcing(say, len(cells), there), threads), metric)
 
 
 def _check(entrants: Sequence[Entrant], seeds: int) -> None:
@@ -130,25 +157,32 @@ def _announcing(say: Callable[[str], None], total: int, there: int) -> Callable[
         nonlocal done
         done += 1
         if failure is not None:
-            say(f"[{done}/{total}] {cell.entrant.name}, seed {cell.seed}: {failure.message}")
+            say(f"[{done}/{total}] {_called(cell)}: {failure.message}")
             return
         record = _record(cell)
         shown = " · ".join(f"{name} {value:.3f}" for name, value in record.scores.items() if name != "loss")
-        say(f"[{done}/{total}] {cell.entrant.name}, seed {cell.seed}: {shown} · {record.seconds:.1f} s")
+        say(f"[{done}/{total}] {_called(cell)}: {shown} · {record.seconds:.1f} s")
 
     return announce
+
+
+def _called(cell: Cell) -> str:
+    if cell.path.parent.name == SEARCHED:
+        return f"{cell.entrant.name}, learning rate {cell.spec.optim.lr:.2g}"
+    return f"{cell.entrant.name}, seed {cell.seed}"
 
 
 # --- what came out ----------------------------------------------------------------------------------------------------
 
 
 def _judge(
-    cells: Sequence[Cell], failures: dict[Path, Failure], data: Data, metric: str, margin: float | None
-) -> Comparison:
+    cells: Sequence[Cell], failures: dict[Path, Failure], without: dict[str, str], data: Data, metric: str,
+    margin: float | None,
+) -> Comparison:  # fmt: skip
     by_entrant: dict[str, list[Cell]] = {}
     for cell in cells:
         by_entrant.setdefault(cell.entrant.name, []).append(cell)
-    failed: dict[str, str] = {}
+    failed = dict(without)
     whole: dict[str, list[Cell]] = {}
     for name, own in by_entrant.items():
         wrong = next((failures[c.path] for c in own if c.path in failures), None)
@@ -159,7 +193,7 @@ def _judge(
     if not whole:
         told = "; ".join(f"{name}: {why}" for name, why in failed.items())
         error = LuthierError(f"compare: no method has a result. {told}")
-        error.exit_code = max(f.exit_code for f in failures.values())  # type: ignore[misc]
+        error.exit_code = max((f.exit_code for f in failures.values()), default=1)  # type: ignore[misc]
         raise error
     answers = {name: [answers_of(cell.path) for cell in own] for name, own in whole.items()}
     first = next(iter(answers.values()))[0]

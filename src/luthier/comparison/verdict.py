@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from luthier.comparison.rates import Rates
 from luthier.comparison.scores import score_named
 from luthier.comparison.statistics import (
     LEAST_SEEDS,
@@ -82,6 +83,8 @@ class Comparison:
     findings: tuple[str, ...] = field(default=())
     runs: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """method -> its runs by seed: folders below that of the comparison"""
+    rates: dict[str, Rates] = field(default_factory=dict)
+    """method -> the learning rates that were tried for it, where they were searched"""
     margin_given: bool = False
     """by the user; else it is made of the spread over seeds"""
 

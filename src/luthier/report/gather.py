@@ -152,8 +152,14 @@ def _finished(cell: Path) -> bool:
 
 
 def _compare_command(found: Comparison, spec: dict[str, Any], folder: Path) -> str:
+    searched = next(iter(found.rates.values()), None)
+    if searched is not None:
+        lr, head = searched.given
+        spec = {**spec, "optim": {**spec["optim"], "lr": lr, "head_lr": head}}
     words = command_of({**spec, "method": ",".join(found.runs) or "?", "settings": {}, "seed": 0})
     words += ["--seeds", str(len(found.seeds)), "--metric", found.metric]
+    if searched is not None:
+        words += ["--tune-lr", str(len(searched.rates))]
     if found.margin_given:
         words += ["--margin", f"{found.margin:g}"]
     return shlex.join(["luthier", "compare", *words, "--out", str(folder)])

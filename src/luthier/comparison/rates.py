@@ -1,0 +1,63 @@
+"""What a search of learning rates found for one method."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from luthier.core import listed, several
+
+__all__ = ["MOST_RATES", "Rates", "said_of"]
+
+MOST_RATES = 9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What was tried for one method. Plain values only.
+
+    Attributes:
+        factors: of the method's own rate, or of `--lr`.
+        scores: on the rows held out to select by; None where the run failed.
+        rows: that they were scored on.
+        seconds: of these runs together.
+        given: lr and head_lr of the command, around which they were tried; None for the method's own.
+    """
+
+    rates: tuple[float, ...]
+    factors: tuple[float, ...]
+    scores: tuple[float | None, ...]
+    chosen: int
+    rows: int
+    seconds: float
+    given: tuple[float | None, float | None] = (None, None)
+
+    @property
+    def factor(self) -> float:
+        """Of the best rate."""
+        return self.factors[self.chosen]
+
+    @property
+    def at_the_edge(self) -> bool:
+        """Whether the best was the lowest or the highest that was tried."""
+        return self.chosen in (0, len(self.rates) - 1)
+
+
+def said_of(rates: Mapping[str, Rates]) -> list[str]:
+    """What was searched and found, in sentences."""
+    if not rates:
+        return []
+    first = next(iter(rates.values()))
+    chosen = listed([f"{name} {r.rates[r.chosen]:.2g} ({_times(r.factors[r.chosen])})" for name, r in rates.items()])
+    lines = [
+        f"Learning rates were chosen by {several(len(first.rates), 'run')} of each method with one seed, scored on "
+        f"{first.rows} rows of the training half: {chosen}."
+    ]
+    if edge := [name for name, one in rates.items() if one.at_the_edge]:
+        lines.append(
+            f"{listed(edge)}: the best rate is the lowest or highest of those tried, so a better one may lie beyond. "
+            f"Try more (--tune-lr {min(MOST_RATES, len(first.rates) + 2)}) or another middle (--lr)."
+        )
+    return lines
+
+
+def _times(factor: float) -> str:
+    return "its own" if factor == 1 else f"{factor:.2g} times its own"

@@ -1,0 +1,88 @@
+"""The search of learning rates: as many runs for each method, chosen without the test half."""
+
+import json
+from pathlib import Path
+
+import pytest
+from races import base_in, here
+
+from luthier.comparison import compare, entrant_of, statistics
+from luthier.comparison import run as run_file
+from luthier.comparison.cells import Failure
+from luthier.comparison.rates import Rates, said_of
+from luthier.comparison.tuning import choose_rates, factors, rates_of, trials_of
+from luthier.core import ConfigError
+from luthier.core.config import read_word
+from luthier.data.load_data import load_data
+from luthier.surgery import compose
+
+
+@pytest.fixture(autouse=True)
+def _fewer_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "DRAWS", 100)
+
+
+def test_the_methods_own_rate_is_always_among_those_tried() -> None:
+    for n in range(2, 10):
+        made = factors(n)
+        assert len(made) == n and 1.0 in made and list(made) == sorted(made)
+    for n in (1, 10):
+        with pytest.raises(ConfigError, match="between 2 and 9"):
+            factors(n)
+
+
+def test_a_factor_scales_the_rate_of_the_head_too(tmp_path: Path) -> None:
+    base, lora = base_in(tmp_path), entrant_of("lora", read_word)
+    method = compose.method("lora", {})
+    found = rates_of(base, lora, 10.0)
+    assert found.lr == pytest.approx(10 * method.default_lr)
+    assert found.head_lr == pytest.approx(10 * (method.default_head_lr or method.default_lr))
+
+
+def test_every_method_has_as_many_runs_and_none_sees_the_test_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, done, lines = base_in(tmp_path), list[str](), list[str]()
+    entrants = [entrant_of(name, read_word) for name in ("bitfit", "lora:rank=2", "ia3")]
+    monkeypatch.setattr(run_file, "run_cells", here(done, fail="ia3"))
+    found = compare(base, entrants, seeds=1, home=tmp_path / "race", tune_lr=2, say=lines.append)
+    assert len(done) == 2 * 2 + 2
+    assert set(found.rates) == {"bitfit", "lora:rank=2"} and all(len(r.rates) == 2 for r in found.rates.values())
+    assert found.failed["ia3"] == "none of its 2 rates gave a result. it may not"
+    test = {row["text"] for row in load_data(base.data, base.task).test.rows}  # type: ignore[union-attr]
+    (written,) = (tmp_path / "race").glob("train-*.jsonl")
+    assert not test & {json.loads(line)["text"] for line in written.read_text().splitlines()}
+    for run in (tmp_path / "race" / "rates").iterdir():
+        assert json.loads((run / "run.json").read_text())["spec"]["data"]["source"] == str(written)
+    for name, one in found.rates.items():
+        spec = json.loads((tmp_path / "race" / found.runs[name][0] / "run.json").read_text())["spec"]
+        assert spec["optim"]["lr"] == one.rates[one.chosen] and spec["data"]["source"] == base.data.source
+    assert any("2 runs of each method with one seed" in line for line in found.findings)
+    compare(base, entrants, seeds=1, home=tmp_path / "race", tune_lr=2, say=lines.append)
+    assert len(done) == 6, "nothing that is finished is computed again"
+
+
+def test_a_rate_whose_run_failed_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, entrant = base_in(tmp_path), entrant_of("bitfit", read_word)
+    trials = trials_of(base, [entrant], 3, _made(tmp_path / "race"), load_data(base.data, base.task))
+    here([])([t.cell for t in trials["bitfit"]], 1, lambda cell, failure: None)
+    whole, none = choose_rates(base, trials, {}, "accuracy")
+    assert not none
+    best = trials["bitfit"][whole["bitfit"].chosen].cell.path
+    rest, _ = choose_rates(base, trials, {best: Failure("it burst", 1)}, "accuracy")
+    assert rest["bitfit"].chosen != whole["bitfit"].chosen
+    assert rest["bitfit"].scores[whole["bitfit"].chosen] is None
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def test_a_best_rate_at_the_edge_is_said() -> None:
+    inside = Rates(
+        rates=(1e-4, 1e-3, 1e-2), factors=(0.1, 1.0, 10.0), scores=(0.1, 0.2, 0.1), chosen=1, rows=9, seconds=1
+    )
+    edge = Rates(rates=(1e-4, 1e-3), factors=(0.1, 1.0), scores=(0.1, None), chosen=0, rows=9, seconds=1)
+    assert len(said_of({"lora": inside})) == 1
+    assert said_of({"lora": inside, "ia3": edge})[1].startswith("ia3: the best rate is the lowest or highest")

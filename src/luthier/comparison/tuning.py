@@ -22,8 +22,7 @@ from luthier.core import ConfigError
 from luthier.data.load_data import Data
 from luthier.runs import Record, durable
 from luthier.runs.spec import DataSpec, OptimSpec, RunSpec
-from luthier.surgery import compose
-from luthier.training.strategy import split_settings
+from luthier.workflow.choices import scaled_rates
 
 __all__ = ["SEARCHED", "Trial", "choose_rates", "factors", "rates_of", "trials_of"]
 
@@ -57,13 +56,7 @@ def factors(n: int) -> tuple[float, ...]:
 
 def rates_of(base: RunSpec, entrant: Entrant, factor: float) -> OptimSpec:
     """The base's rates times `factor`; where it has none, the method's own."""
-    given = {**base.settings, **entrant.settings}
-    _, settings = split_settings(base.strategy, given, compose.setting_names(entrant.method))
-    method = compose.method(entrant.method, settings)
-    lr, head = base.optim.lr, base.optim.head_lr
-    if lr is None and head is None and base.data.template is None:
-        head = method.default_head_lr or method.default_lr
-    return replace(base.optim, lr=factor * (lr or method.default_lr), head_lr=None if head is None else factor * head)
+    return scaled_rates(replace(base, method=entrant.method, settings={**base.settings, **entrant.settings}), factor)
 
 
 def trials_of(base: RunSpec, entrants: Sequence[Entrant], n: int, home: Path, data: Data) -> dict[str, list[Trial]]:

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from luthier.core import plain
 from luthier.data.tasks import Task
-from luthier.runs.spec import DEFAULT_EPOCHS, RunSpec
-from luthier.surgery import Method
+from luthier.runs.spec import DEFAULT_EPOCHS, OptimSpec, RunSpec
+from luthier.surgery import Method, compose
+from luthier.training.strategy import split_settings
 from luthier.workflow.held import store_of
 
-__all__ = ["Budget", "budget", "choose", "reopened", "sentence"]
+__all__ = ["Budget", "budget", "choose", "reopened", "scaled_rates", "sentence"]
 
 FEWEST_STEPS = 400
 MOST_EPOCHS = 40.0
@@ -89,6 +90,17 @@ def choose(spec: RunSpec, task: Task, method: Method, rows: int) -> RunSpec:
     # What an earlier run chose, as the spec of its folder says, and what is chosen now.
     values["chosen"] = [*dict.fromkeys([*spec.chosen, *found])]
     return RunSpec.from_plain(values)
+
+
+def scaled_rates(spec: RunSpec, factor: float) -> OptimSpec:
+    """The rates of a run times `factor`, a new head's too; where the spec has none, the method's own."""
+    _, settings = split_settings(spec.strategy, spec.settings, compose.setting_names(spec.method))
+    method = compose.method(spec.method, settings)
+    lr, head = spec.optim.lr, spec.optim.head_lr
+    if lr is None and head is None and spec.data.template is None:
+        head = method.default_head_lr or method.default_lr
+    scaled = factor * (lr or method.default_lr)
+    return replace(spec.optim, lr=scaled, head_lr=None if head is None else factor * head)
 
 
 def sentence(spec: RunSpec, rows: int) -> str:

@@ -20,6 +20,7 @@ from luthier.trust.text import for_terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 __all__ = ["WIDTH", "Screen", "screen"]
 
@@ -85,6 +86,18 @@ class Screen:
             lines = (line if line[:1].isspace() else _wrapped(line, width) for line in _paragraphs(text))
             text = "\n".join(lines)
         print(text, file=self.out, flush=True)
+
+    def draw(self, text: "Text") -> None:
+        """A piece of the result with colours of its own, on standard output; silent with --json."""
+        if self.as_json:
+            return
+        if not self.out.isatty():
+            print(text.plain, file=self.out, flush=True)
+            return
+        from rich.console import Console
+
+        bare = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+        Console(file=self.out, width=_width(self.out), highlight=False, no_color=bare).print(text)
 
     def row(self, *cells: object) -> None:
         """One of many answers, for a program: cells between tabs; silent with --json."""

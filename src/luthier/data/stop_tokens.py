@@ -4,9 +4,10 @@ from typing import Any
 
 import numpy as np
 
+from luthier.core import DataError
 from luthier.data.examples import IGNORED, Examples
 
-__all__ = ["stop_ids", "taught_ends"]
+__all__ = ["refuse_endless", "stop_ids", "taught_ends"]
 
 
 def taught_ends(examples: Examples, tokenizer: Any) -> set[int]:
@@ -27,6 +28,22 @@ def taught_ends(examples: Examples, tokenizer: Any) -> set[int]:
         return set()
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if getattr(token, "special", False)}
     return ends & (added | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}
+
+
+def refuse_endless(examples: Examples, ends: set[int], max_length: int) -> None:
+    """Refuse chats of which none shows the model where to stop.
+
+    Args:
+        ends: of `taught_ends`.
+
+    Raises:
+        DataError: says how long rows may be.
+    """
+    if not ends:
+        raise DataError(
+            f"{examples.ledger.table.source}: no row teaches the model to stop: of {len(examples)} rows none keeps the "
+            f"token that ends its answer within {max_length} tokens. Raise --max-length, or shorten the rows."
+        )
 
 
 def stop_ids(examples: Examples | None, tokenizer: Any, model: Any) -> list[int]:

@@ -14,6 +14,7 @@ evaluate_run     its scores on other rows
 merged_folder    a finished run as a plain model folder
 generation       text that it writes
 export           a finished run as files that other libraries read
+look_at_rows     rows as the model will see them, before anything is trained
 reference        what the trained model computed of a few rows when training ended
 fresh            one way out of a run's folder, in a process of its own
 certificate      what was found there, beside the reference

@@ -24,6 +24,7 @@ from luthier.data.problems import Problem
 from luthier.data.row_tasks import task_names, with_heads, with_tasks
 from luthier.data.rows import Table, split_rows
 from luthier.data.sets import TRAIN, Sets, join, load_further, named_sources
+from luthier.data.stop_tokens import refuse_endless, taught_ends
 from luthier.data.tasks import Task
 from luthier.data.tokenizer import choose_length, choose_pad
 from luthier.data.windows import refuse_windows
@@ -208,6 +209,8 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None, *, be
         refuse_windows(task, tokenizer)
         options["long"] = spec.long
     train_examples = encoded(table, accept_refused=spec.data.accept_refused)
+    if task.of_turns and columns.shape != "plain":
+        refuse_endless(train_examples, taught_ends(train_examples, tokenizer), max_length)
     note(train_examples.ledger.sentence("train"))
     for remark in train_examples.ledger.notes:
         note(remark)

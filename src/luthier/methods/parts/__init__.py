@@ -44,6 +44,16 @@
                       make_room
     prompt            Prompt           vectors before the text, drawn or copied from word embeddings
                       prompt_width
+    searched          Components       small components behind gates, of which a search chooses some
+                      Gates
+                      Place
+                      fitting
+                      open_places
+                      place_edits
+                      select
+    by_halves         half_of          losses of one half of the rows, told apart by their text
+                      numbers_below_head
+                      row_losses
     soft_words        SoftWords        words of a template that are vectors of a tuning
                       soft_site
                       words_site

@@ -1,0 +1,261 @@
+"""S3Delta-M: which of many small components a budget is best spent on, found while they train, then trained anew.
+
+    p_i = σ((α_i - b) / β), with the b for which Σ n_i p_i is the budget        n_i: numbers of place i
+
+    z_i = σ(log(u p_i / ((1 - u)(1 - p_i))))        u: drawn for each place and step; a place's output times z_i
+
+Places are LoRA of rank one and biases at the projections, scales and shifts of the norms, adapters of rank one behind
+the sublayers. In the first part of the run the weights learn from one half of the rows (the half follows from a row's
+text), α from the other, through one step of the weights (`second_order`). Then places are taken by p, each that still
+fits, and start again where they started. With `plan` there is no search: the named places train from the beginning.
+
+Hu, Zhang, Ding et al. 2022, "Sparse Structure Search for Parameter-Efficient Tuning", arXiv:2206.07382.
+
+Count: in the search all places, and one number each; then at most `share` of the base's numbers.
+Claims: the authors report results near full fine-tuning of T5-large with 1.39 of ten thousand numbers.
+Cost: of the search, five passes a step, two without `second_order`; then less than LoRA's.
+Use it when: a tuning must be very small and it is not known where its few numbers belong.
+Not when: the run is short: half of it only finds out what to train.
+Pitfalls: the budget is a share of the base's numbers, not a per cent; weights of the search are not the result. Whether
+a plan that holds no adapter could be folded into the weights is not used: it is served attached.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from luthier.anatomy import Anatomy
+from luthier.core import ConfigError, above, at_least, between
+from luthier.methods.parts.by_halves import numbers_below_head, row_losses
+from luthier.methods.parts.own_tensors import group_names, own_modules, own_tunings
+from luthier.methods.parts.searched import Components, Gates, Place, fitting, open_places, place_edits, select
+from luthier.surgery import METHODS, Edit, Group, Method, Phase, TunedView
+
+
+@METHODS.register("s3delta_m", family="hybrid", paper="arXiv:2206.07382")
+@dataclass(frozen=True, kw_only=True)
+class S3DeltaM(Method):
+    """Settings of sparse structure search."""
+
+    share: Annotated[float, "budget, as a share of the numbers below the head", between(0, 1)] = 1.39e-4
+    search: Annotated[float, "share of the run that searches", between(0.01, 0.99)] = 0.5
+    beta: Annotated[float, "β, how soft gates are", above(0)] = 1.0
+    gate_rate: Annotated[float, "times the learning rate at which α learns", above(0)] = 50.0
+    second_order: Annotated[bool, "α learns through one step of the weights, by finite differences"] = True
+    rank: Annotated[int, "of a LoRA", at_least(1)] = 1
+    plan: Annotated[tuple[str, ...], "places that train, such as lora:attn.q@0, without a search"] = ()
+
+    mergeable: ClassVar[bool] = False
+    starts_at_base: ClassVar[bool] = True
+    default_lr: ClassVar[float] = 2e-3
+    draws: ClassVar[bool] = True
+    needs_logits: ClassVar[bool] = True
+    tiny: ClassVar[dict[str, Any]] = {"share": 0.03, "lr": 2e-2}
+
+    def places(self, anatomy: Anatomy) -> tuple[Place, ...]:
+        """What may stand on the model, or what `plan` names."""
+        found = open_places(anatomy, self.rank, "s3delta_m")
+        return fitting(found, self.plan, "s3delta_m") if self.plan else found
+
+    def budget(self, anatomy: Anatomy) -> int:
+        """Numbers that the plan may hold."""
+        return int(self.share * numbers_below_head(anatomy))
+
+    def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
+        places = self.places(anatomy)
+        if self.plan:
+            yield from place_edits(places, self.rank, None)
+            return
+        sizes, budget = [p.size for p in places], self.budget(anatomy)
+        if not min(sizes) <= budget < sum(sizes):
+            few = budget < min(sizes)
+            raise ConfigError(
+                f"s3delta_m.share: {self.share:g} is {budget} numbers, and "
+                f"{f'the smallest place holds {min(sizes)}' if few else f'all places together hold {sum(sizes)}'}. "
+                f"Set a {'larger' if few else 'smaller'} share."
+            )
+        yield from place_edits(places, self.rank, Logits(sizes, budget, self.beta))
+
+    def n_params(self, anatomy: Anatomy) -> int:
+        places = self.places(anatomy)
+        return sum(p.size for p in places) + (0 if self.plan else len(places))
+
+    def n_stored(self, anatomy: Anatomy) -> int:
+        return self.n_params(anatomy) if self.plan else self.budget(anatomy) + len(self.places(anatomy))
+
+    def groups(self, tuned: TunedView) -> list[Group]:
+        logits = [m.alpha for m in own_modules(self, tuned, Logits)]
+        return [Group(group_names(tuned, logits), lr_factor=self.gate_rate, weight_decay=0.0)] if logits else []
+
+    def phases(self, tuned: TunedView) -> Sequence[Phase]:
+        if self.plan:
+            return ()
+        return Phase(self.search), Phase(1 - self.search, trains=lambda name: "gates.alpha" not in name)
+
+    @torch.no_grad()
+    def enter(self, tuned: TunedView, phase: int) -> None:
+        for tuning in own_tunings(self, tuned):
+            made = {k: m for k, m in tuning.modules_by_key().items() if isinstance(m, Components)}
+            named = {f"{k}.{n}": (m, n, p) for k, m in made.items() for n, p in m.named_parameters()}
+            if phase == 0:
+                tuning.notes |= {f"start.{n}": p.detach().clone() for n, (_, _, p) in named.items()}
+                continue
+            for gates in own_modules(self, tuned, Logits):
+                gates.choose()
+                for name, (module, short, parameter) in named.items():
+                    chosen = float(gates.fixed[module.numbers[short.partition("_")[0]]])
+                    parameter.copy_(tuning.notes.pop(f"start.{name}") * chosen)
+                    tuning.masks[name] = torch.full_like(parameter, chosen, dtype=torch.bool)
+
+    def before_step(self, tuned: TunedView, step: int, total: int) -> None:
+        for gates in own_modules(self, tuned, Logits):
+            gates.draw()
+
+    def loss(self, tuned: TunedView, forward: Callable[[], Any]) -> Any:
+        found = own_modules(self, tuned, Logits)
+        if not found or found[0].done or not found[0].training:
+            return forward()
+        gates, modules = found[0], own_modules(self, tuned, Components)
+        weights = [p for m in modules for p in m.parameters() if p.requires_grad]
+        return searched_loss(gates, modules[0], weights, forward, tuned, self.second_order, self._step_size(tuned))
+
+    def _step_size(self, tuned: TunedView) -> float:
+        return self.default_lr
+
+    def finish(self, tuned: TunedView) -> None:
+        for gates in own_modules(self, tuned, Logits):
+            if not gates.done:
+                gates.choose()
+            for tuning in own_tunings(self, tuned):
+                for module in tuning.modules_by_key().values():
+                    if isinstance(module, Components):
+                        module.keep({k for k, n in module.numbers.items() if gates.fixed[n] > 0})
+                tuning.masks.clear()
+
+    def plan_of(self, tuned: TunedView) -> tuple[str, ...]:
+        """The places that a search has chosen, as `plan` takes them."""
+        (gates,) = own_modules(self, tuned, Logits)
+        names = [place.name for place in self.places(tuned.anatomy)]
+        return tuple(name for name, kept in zip(names, gates.fixed.tolist(), strict=True) if kept > 0)
+
+
+class Logits(Gates):
+    """α of all places, and the shift that holds the budget.
+
+    alpha: (places,)        u: (places,), of the step
+    """
+
+    u: Tensor
+    sizes: Tensor
+
+    def __init__(self, sizes: Sequence[int], budget: int, beta: float) -> None:
+        super().__init__(len(sizes))
+        self.budget, self.beta, self.lets_learn = budget, beta, True
+        self.alpha = nn.Parameter(torch.zeros(len(sizes)))
+        self.register_buffer("sizes", torch.tensor(sizes, dtype=torch.float64), persistent=False)
+        self.register_buffer("u", torch.rand(len(sizes)).clamp(1e-6, 1 - 1e-6), persistent=False)
+
+    def draw(self) -> None:
+        """Other u, for the passes of a step."""
+        self.u.copy_(torch.rand(self.u.shape).clamp(1e-6, 1 - 1e-6))
+
+    def shift(self) -> Tensor:
+        """b, by bisection. () in double precision."""
+        alpha = self.alpha.detach().double()
+        low, high = alpha.min() - 60 * self.beta, alpha.max() + 60 * self.beta
+        for _ in range(100):
+            middle = (low + high) / 2
+            over = (self.sizes * torch.sigmoid((alpha - middle) / self.beta)).sum() > self.budget
+            low, high = torch.where(over, middle, low), torch.where(over, high, middle)
+        return (low + high) / 2
+
+    def chances(self) -> Tensor:
+        """p of each place, whose sum has no gradient: α moves chance from one place to another. (places,)."""
+        alpha = self.alpha if self.lets_learn else self.alpha.detach()
+        p = torch.sigmoid((alpha.double() - self.shift()) / self.beta)
+        return p / p.sum() * p.sum().detach()
+
+    def z(self) -> Tensor:
+        if self.done:
+            return self.fixed
+        p = self.chances().clamp(1e-6, 1 - 1e-6)
+        if not self.training:
+            return p.float()
+        u = self.u.double()
+        return torch.sigmoid(torch.log(u * p / ((1 - u) * (1 - p)))).float()
+
+    @torch.no_grad()
+    def choose(self) -> None:
+        """Fix what is taken."""
+        chosen = select(self.chances().tolist(), [int(n) for n in self.sizes.tolist()], self.budget)
+        self.fixed.zero_()
+        self.fixed[chosen] = 1.0
+
+
+def searched_loss(
+    gates: Logits,
+    heard: Components,
+    weights: Sequence[nn.Parameter],
+    forward: Callable[[], Any],
+    tuned: TunedView,
+    second_order: bool,
+    step: float,
+) -> Any:
+    """A result whose loss has the gradient of one half's loss for the weights, and of the other half's for α."""
+
+    def of_half(half: int) -> tuple[Any, Tensor, int]:
+        result = forward()
+        loss, n = row_losses(result, heard.context.ids, heard.context.mask_for(""), half, tuned.anatomy)
+        return result, loss, n
+
+    gates.lets_learn = False
+    result, loss, n = of_half(0)  # for the weights alone
+    gates.lets_learn = True
+    if second_order and n:
+        grads = torch.autograd.grad(loss / n, weights, retain_graph=True, allow_unused=True)
+        moved = [torch.zeros_like(p) if g is None else g for p, g in zip(weights, grads, strict=True)]
+        with shifted(weights, moved, -step):
+            towards, at_moved = _gradients(of_half(1), gates.alpha, weights)
+        size = float(torch.sqrt(sum((g.square().sum() for g in at_moved), torch.zeros(()))))
+        epsilon = 0.01 / max(size, 1e-12)
+        with shifted(weights, at_moved, epsilon):
+            above_, _ = _gradients(of_half(0), gates.alpha)
+        with shifted(weights, at_moved, -epsilon):
+            below, _ = _gradients(of_half(0), gates.alpha)
+        towards = towards - step * (above_ - below) / (2 * epsilon)
+    else:
+        towards, _ = _gradients(of_half(1), gates.alpha)
+    # A number that is zero and has the gradient of the other half.
+    surrogate = (gates.alpha * towards).sum()
+    result.loss = loss + (surrogate - surrogate.detach()) * max(1, n)
+    return result
+
+
+def _gradients(
+    found: tuple[Any, Tensor, int], alpha: nn.Parameter, weights: Sequence[nn.Parameter] = ()
+) -> tuple[Tensor, list[Tensor]]:
+    _, loss, n = found
+    if not n or not loss.requires_grad:
+        return torch.zeros_like(alpha), [torch.zeros_like(p) for p in weights]
+    one, *rest = torch.autograd.grad(loss / n, [alpha, *weights], allow_unused=True)
+    filled = [torch.zeros_like(p) if g is None else g for p, g in zip(weights, rest, strict=True)]
+    return (torch.zeros_like(alpha) if one is None else one), filled
+
+
+class shifted:
+    """Within, weights lie `size` times a direction away; their graphs do not hear of it."""
+
+    def __init__(self, weights: Sequence[nn.Parameter], direction: Sequence[Tensor], size: float) -> None:
+        self.weights, self.direction, self.size = weights, direction, size
+
+    def __enter__(self) -> None:
+        self.before = [p.data for p in self.weights]
+        for p, d in zip(self.weights, self.direction, strict=True):
+            p.data = p.data + self.size * d
+
+    def __exit__(self, *_: object) -> None:
+        for p, old in zip(self.weights, self.before, strict=True):
+            p.data = old

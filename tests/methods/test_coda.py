@@ -196,3 +196,31 @@ def test_what_it_cannot_stand_on_or_beside_is_refused():
         tuned.activate("a", "b")
     with pytest.raises(CompositionError, match="in how blocks are called"), tuned.rows(["a", None, "a"]):
         pass
+
+
+def test_the_first_token_always_goes_through_the_block():
+    """A head of labels reads it; padding before it is not it."""
+    for first in (True, False):
+        tuned = attach(tiny("bert"), "coda", reduction=3.0, width=6, first=first)
+        module = tuned.modules(Routed)["block_out@1"]
+        with torch.no_grad():
+            module.router.copy_(-module.router)
+        picks = []
+        batch = {"input_ids": torch.randint(3, 100, (4, 9)), "attention_mask": torch.ones(4, 9, dtype=torch.long)}
+        batch["attention_mask"][1, :3] = 0
+        real = batch["attention_mask"].bool()
+
+        def call(x, pick, kept, picks=picks):
+            picks.append((pick, kept))
+            return x[torch.arange(len(x))[:, None], pick]
+
+        module.context.masks = {"": batch["attention_mask"]}
+        with torch.no_grad():
+            module.router.zero_()
+            module.router[0] = 1.0
+            x = torch.zeros(4, 9, 48)
+            x[:, :, 0] = torch.arange(9.0)  # the last tokens score highest
+            module.around(call, x)
+        ((pick, kept),) = picks
+        chosen = [set(p[k].tolist()) for p, k in zip(pick, kept, strict=True)]
+        assert all((int(r.long().argmax()) in c) == first for r, c in zip(real, chosen, strict=True))

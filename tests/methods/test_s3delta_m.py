@@ -9,8 +9,8 @@ from tiny import inputs, tiny
 from torch import nn
 
 from luthier.core import ConfigError
-from luthier.methods.hybrid.s3delta_m import Logits, S3DeltaM, searched_loss
-from luthier.methods.parts.by_halves import half_of
+from luthier.methods.hybrid.s3delta_m import Logits, S3DeltaM
+from luthier.methods.parts.by_halves import half_of, searched_loss
 from luthier.methods.parts.searched import Components, Gates, select
 from luthier.surgery import attach
 
@@ -149,7 +149,7 @@ def test_finite_differences_of_the_search_agree_with_autograd():
     gates.z = lambda: gates.chances()  # no noise, in double precision
     with torch.no_grad():
         gates.alpha.copy_(torch.randn(n))
-    weights, xi = [nn.Parameter(torch.randn(n, dtype=torch.float64))], 0.1
+    weights, xi = [nn.Parameter(torch.randn(n, dtype=torch.float64))], 0.5
     x = torch.randn(30, n, dtype=torch.float64)
     labels, ids = (torch.arange(30) % 2), torch.arange(60).view(30, 2)
     half = half_of(ids, None)

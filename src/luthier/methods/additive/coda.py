@@ -15,15 +15,16 @@ form, in which picked tokens see all others, is not offered either.
 
 Count: per block 2 d r + r + d, and d for the router.
 Claims: three times as fast in answers at a point less than a parallel adapter, for large T5 encoders.
-Measured: `luthier train sample:minilm-l6 --data sample:trec6 --method coda`: accuracy 0.404 on 1,076 held-out rows,
-one seed, below head_only's 0.572: questions of some ten words, and no continued pretraining before. It is not for such
-rows.
+Measured: `luthier train sample:minilm-l6 --data sample:trec6 --method coda --steps 300`: accuracy 0.670 on 1,076
+held-out rows, one seed, where head_only reaches 0.572; with first=false 0.404 after 729 steps, below it: the token that
+the head reads is then run through a block only where the router happens to pick it.
 Cost: less than the base's own: attention and feed-forward layers see one token in `reduction`.
 Use it when: texts are long, answers must be fast, and there is time for continued pretraining.
 Not when: texts are short, a decoder reads them, or rows are few: skipped tokens cost more than they save.
 Pitfalls: without λ in the sum the router never learns; at the paper's ε of 0.03 every picked λ is exactly 1 for scores
 of usual size, and it does not learn either: the default here is 1, the largest that the paper's range has. k counts a
-row's own tokens, or padding would change the answer.
+row's own tokens, or padding would change the answer. `first` is ours: the paper's models write their answers, and none
+of them reads a row's first token alone.
 """
 
 import math
@@ -41,6 +42,8 @@ from luthier.methods.parts.encoder_ends import encoder_ends
 from luthier.methods.parts.trial_pass import try_pass
 from luthier.surgery import METHODS, Attach, Edit, Method, TunedView
 
+FAR = 100.0  # above all other scores, so that λ is 1 at any ε of the paper's
+
 
 @METHODS.register("coda", family="additive", paper="arXiv:2304.04947")
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,7 @@ class CoDA(Method):
     width: Annotated[int, "of the adapter's bottleneck", at_least(1)] = 64
     solver: Annotated[Literal["iterative", "exact"], "how λ is found"] = "iterative"
     epsilon: Annotated[float, "of SoftTopK: the smaller, the nearer λ is to 0 and 1", above(0)] = 1.0
+    first: Annotated[bool, "a row's first token always goes through the block: a head of labels reads it"] = True
 
     mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
@@ -97,6 +101,12 @@ class Routed(Bottleneck):
         with torch.autocast(x.device.type, enabled=False):
             scores = x.float() @ self.router.float()  # (rows, T)
             shares = soft_top_k(scores, k, real, self.settings.epsilon, self.settings.solver)
+            if self.settings.first:
+                first = real & (real.cumsum(-1) == 1)
+                scores = torch.where(first, scores.detach().amax() + FAR, scores)
+                others = soft_top_k(scores, k, real, self.settings.epsilon, self.settings.solver)
+                # 1, with the gradient of what it would be: the last block's router has no other.
+                shares = torch.where(first, 1 + (shares - shares.detach()), others)
         best = scores.detach().masked_fill(~real, -torch.inf).topk(int(k.max())).indices  # (rows, k)
         kept = torch.arange(best.shape[1], device=x.device) < k[:, None]
         pick, order = best.sort(-1)  # in the text's order

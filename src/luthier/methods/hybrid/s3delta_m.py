@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy
 from luthier.core import ConfigError, above, at_least, between
-from luthier.methods.parts.by_halves import numbers_below_head, row_losses
+from luthier.methods.parts.by_halves import numbers_below_head, searched_loss
 from luthier.methods.parts.own_tensors import group_names, own_modules, own_tunings
 from luthier.methods.parts.searched import Components, Gates, Place, fitting, open_places, place_edits, select
 from luthier.surgery import METHODS, Edit, Group, Method, Phase, TunedView
@@ -67,7 +67,7 @@ class S3DeltaM(Method):
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         places = self.places(anatomy)
         if self.plan:
-            yield from place_edits(places, self.rank, None)
+            yield from place_edits(places, None)
             return
         sizes, budget = [p.size for p in places], self.budget(anatomy)
         if not min(sizes) <= budget < sum(sizes):
@@ -77,7 +77,7 @@ class S3DeltaM(Method):
                 f"{f'the smallest place holds {min(sizes)}' if few else f'all places together hold {sum(sizes)}'}. "
                 f"Set a {'larger' if few else 'smaller'} share."
             )
-        yield from place_edits(places, self.rank, Logits(sizes, budget, self.beta))
+        yield from place_edits(places, Logits(sizes, budget, self.beta))
 
     def n_params(self, anatomy: Anatomy) -> int:
         places = self.places(anatomy)
@@ -193,69 +193,3 @@ class Logits(Gates):
         chosen = select(self.chances().tolist(), [int(n) for n in self.sizes.tolist()], self.budget)
         self.fixed.zero_()
         self.fixed[chosen] = 1.0
-
-
-def searched_loss(
-    gates: Logits,
-    heard: Components,
-    weights: Sequence[nn.Parameter],
-    forward: Callable[[], Any],
-    tuned: TunedView,
-    second_order: bool,
-    step: float,
-) -> Any:
-    """A result whose loss has the gradient of one half's loss for the weights, and of the other half's for α."""
-
-    def of_half(half: int) -> tuple[Any, Tensor, int]:
-        result = forward()
-        loss, n = row_losses(result, heard.context.ids, heard.context.mask_for(""), half, tuned.anatomy)
-        return result, loss, n
-
-    gates.lets_learn = False
-    result, loss, n = of_half(0)  # for the weights alone
-    gates.lets_learn = True
-    if second_order and n:
-        grads = torch.autograd.grad(loss / n, weights, retain_graph=True, allow_unused=True)
-        moved = [torch.zeros_like(p) if g is None else g for p, g in zip(weights, grads, strict=True)]
-        with shifted(weights, moved, -step):
-            towards, at_moved = _gradients(of_half(1), gates.alpha, weights)
-        size = float(torch.sqrt(sum((g.square().sum() for g in at_moved), torch.zeros(()))))
-        epsilon = 0.01 / max(size, 1e-12)
-        with shifted(weights, at_moved, epsilon):
-            above_, _ = _gradients(of_half(0), gates.alpha)
-        with shifted(weights, at_moved, -epsilon):
-            below, _ = _gradients(of_half(0), gates.alpha)
-        towards = towards - step * (above_ - below) / (2 * epsilon)
-    else:
-        towards, _ = _gradients(of_half(1), gates.alpha)
-    # A number that is zero and has the gradient of the other half.
-    surrogate = (gates.alpha * towards).sum()
-    result.loss = loss + (surrogate - surrogate.detach()) * max(1, n)
-    return result
-
-
-def _gradients(
-    found: tuple[Any, Tensor, int], alpha: nn.Parameter, weights: Sequence[nn.Parameter] = ()
-) -> tuple[Tensor, list[Tensor]]:
-    _, loss, n = found
-    if not n or not loss.requires_grad:
-        return torch.zeros_like(alpha), [torch.zeros_like(p) for p in weights]
-    one, *rest = torch.autograd.grad(loss / n, [alpha, *weights], allow_unused=True)
-    filled = [torch.zeros_like(p) if g is None else g for p, g in zip(weights, rest, strict=True)]
-    return (torch.zeros_like(alpha) if one is None else one), filled
-
-
-class shifted:
-    """Within, weights lie `size` times a direction away; their graphs do not hear of it."""
-
-    def __init__(self, weights: Sequence[nn.Parameter], direction: Sequence[Tensor], size: float) -> None:
-        self.weights, self.direction, self.size = weights, direction, size
-
-    def __enter__(self) -> None:
-        self.before = [p.data for p in self.weights]
-        for p, d in zip(self.weights, self.direction, strict=True):
-            p.data = p.data + self.size * d
-
-    def __exit__(self, *_: object) -> None:
-        for p, old in zip(self.weights, self.before, strict=True):
-            p.data = old

@@ -48,12 +48,14 @@
                       Gates
                       Place
                       fitting
+                      of_rank
                       open_places
                       place_edits
                       select
     by_halves         half_of          losses of one half of the rows, told apart by their text
-                      numbers_below_head
-                      row_losses
+                      choice_gradient
+                      numbers_below_head, Searched
+                      row_losses, searched_loss
     soft_words        SoftWords        words of a template that are vectors of a tuning
                       soft_site
                       words_site

@@ -1,15 +1,27 @@
-"""Losses of one half of the rows: which half a row is in follows from its text, so it is the same in every epoch."""
+"""Losses of one half of the rows, and a search in which one half teaches the weights and the other what is searched.
+
+Which half a row is in follows from its text, so it is the same in every epoch.
+"""
 
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy
+from luthier.surgery import Attachment, TunedView
 
-__all__ = ["half_of", "numbers_below_head", "row_losses"]
+__all__ = ["Searched", "choice_gradient", "half_of", "numbers_below_head", "row_losses", "searched_loss"]
+
+
+class Searched(Protocol):
+    """What is searched: `alpha`, heard by a pass only where `lets_learn`."""
+
+    alpha: nn.Parameter
+    lets_learn: bool
 
 
 def numbers_below_head(anatomy: Anatomy) -> int:
@@ -55,3 +67,78 @@ def _each(result: Any, anatomy: Anatomy) -> Tensor | None:
         if torch.allclose(each.sum().detach(), result.loss.detach().float(), rtol=1e-2, atol=1e-3):
             return each
     return None
+
+
+def searched_loss(
+    gates: Searched,
+    heard: Attachment,
+    weights: Sequence[nn.Parameter],
+    forward: Callable[[], Any],
+    tuned: TunedView,
+    second_order: bool,
+    step: float,
+) -> Any:
+    """A result whose loss has the gradient of one half's loss for the weights, and of the other half's for α."""
+
+    def of_half(half: int) -> tuple[Any, Tensor, int]:
+        result = forward()
+        loss, n = row_losses(result, heard.context.ids, heard.context.mask_for(""), half, tuned.anatomy)
+        return result, loss, n
+
+    gates.lets_learn = False
+    result, loss, n = of_half(0)  # for the weights alone
+    gates.lets_learn = True
+    if second_order and n:
+        grads = torch.autograd.grad(loss / n, weights, retain_graph=True, allow_unused=True)
+        moved = [torch.zeros_like(p) if g is None else g for p, g in zip(weights, grads, strict=True)]
+        with _Shifted(weights, moved, -step):
+            towards, at_moved = _gradients(of_half(1), gates.alpha, weights)
+        size = float(torch.sqrt(sum((g.square().sum() for g in at_moved), torch.zeros(()))))
+        epsilon = 0.01 / max(size, 1e-12)
+        with _Shifted(weights, at_moved, epsilon):
+            above_, _ = _gradients(of_half(0), gates.alpha)
+        with _Shifted(weights, at_moved, -epsilon):
+            below, _ = _gradients(of_half(0), gates.alpha)
+        towards = towards - step * (above_ - below) / (2 * epsilon)
+    else:
+        towards, _ = _gradients(of_half(1), gates.alpha)
+    # A number that is zero and has the gradient of the other half.
+    surrogate = (gates.alpha * towards).sum()
+    result.loss = loss + (surrogate - surrogate.detach()) * max(1, n)
+    return result
+
+
+def choice_gradient(
+    gates: Searched, heard: Attachment, forward: Callable[[], Any], tuned: TunedView, *, half: int
+) -> Tensor:
+    """The gradient of one half's mean loss by what is searched."""
+    result = forward()
+    loss, n = row_losses(result, heard.context.ids, heard.context.mask_for(""), half, tuned.anatomy)
+    return _gradients((result, loss, n), gates.alpha)[0]
+
+
+def _gradients(
+    found: tuple[Any, Tensor, int], alpha: nn.Parameter, weights: Sequence[nn.Parameter] = ()
+) -> tuple[Tensor, list[Tensor]]:
+    _, loss, n = found
+    if not n or not loss.requires_grad:
+        return torch.zeros_like(alpha), [torch.zeros_like(p) for p in weights]
+    one, *rest = torch.autograd.grad(loss / n, [alpha, *weights], allow_unused=True)
+    filled = [torch.zeros_like(p) if g is None else g for p, g in zip(weights, rest, strict=True)]
+    return (torch.zeros_like(alpha) if one is None else one), filled
+
+
+class _Shifted:
+    """Within, weights lie `size` times a direction away; their graphs do not hear of it."""
+
+    def __init__(self, weights: Sequence[nn.Parameter], direction: Sequence[Tensor], size: float) -> None:
+        self.weights, self.direction, self.size = weights, direction, size
+
+    def __enter__(self) -> None:
+        self.before = [p.data for p in self.weights]
+        for p, d in zip(self.weights, self.direction, strict=True):
+            p.data = p.data + self.size * d
+
+    def __exit__(self, *_: object) -> None:
+        for p, old in zip(self.weights, self.before, strict=True):
+            p.data = old

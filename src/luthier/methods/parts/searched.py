@@ -19,7 +19,7 @@ from luthier.anatomy import Anatomy, Site
 from luthier.core import AnatomyError, ConfigError, near
 from luthier.surgery import Attach, Attachment, Base
 
-__all__ = ["Components", "Gates", "Place", "fitting", "open_places", "place_edits", "select"]
+__all__ = ["Components", "Gates", "Place", "fitting", "of_rank", "open_places", "place_edits", "select"]
 
 REDUCTION = 32
 _LINEAR = ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.up", "ffn.down")
@@ -72,6 +72,13 @@ def fitting(places: Sequence[Place], names: Sequence[str], asked_by: str) -> tup
     return tuple(place for place in places if place.name in set(names))
 
 
+def of_rank(place: Place, rank: int) -> Place:
+    """The place with a LoRA of another rank, and its size; any other place as it is."""
+    if place.kind != "lora":
+        return place
+    return place._replace(size=rank * (place.site.d_in + place.site.d_out))
+
+
 def select(worth: Sequence[float], sizes: Sequence[int], budget: int) -> list[int]:
     """Places taken in the order of their worth, each that still fits; one that does not is passed over.
 
@@ -114,17 +121,19 @@ class Gates(nn.Module):
         self.fixed.copy_(tensors["fixed"].float())
 
 
-def place_edits(places: Sequence[Place], rank: int, gates: Gates | None) -> Iterator[Attach]:
+def place_edits(places: Sequence[Place], gates: Gates | None) -> Iterator[Attach]:
     """The components at their sites; without gates all of them act."""
     by_site: dict[str, list[tuple[int, Place]]] = {}
     for number, place in enumerate(places):
         by_site.setdefault(place.site.key, []).append((number, place))
     shared = {} if gates is None else {"gates": gates}
     for here in by_site.values():
-        yield Attach(here[0][1].site, partial(_made, here, rank, gates), shared)
+        yield Attach(here[0][1].site, partial(_made, here, gates), shared)
 
 
-def _made(here: Sequence[tuple[int, Place]], rank: int, gates: Gates | None, base: Base) -> Attachment:
+def _made(here: Sequence[tuple[int, Place]], gates: Gates | None, base: Base) -> Attachment:
+    d = base.site.d_in + base.site.d_out
+    rank = max([place.size // d for _, place in here if place.kind == "lora"], default=1)
     kind = {"lora": AtLinear, "bias": AtLinear, "norm": AtNorm, "adapter": AtSublayer}[here[0][1].kind]
     return kind(base.site, {place.kind: number for number, place in here}, rank, gates)
 
@@ -158,13 +167,16 @@ class Components(Attachment):
         if key not in memory:
             memory[key] = gates.z()
         found: Tensor = memory[key][self.numbers[kind]]
-        return found
+        return found if kind == "lora" or found.dim() == 0 else found[0]
 
     def keep(self, kinds: Collection[str]) -> None:
         """Drop what was not chosen."""
         for name in [n for n, _ in self.named_parameters() if n.partition("_")[0] not in kinds]:
             setattr(self, name, None)
         self.numbers = {kind: number for kind, number in self.numbers.items() if kind in kinds}
+
+    def narrow(self, rank: int) -> None:
+        """Keep the first `rank` ranks of a LoRA."""
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         self.keep({name.partition("_")[0] for name in tensors})
@@ -184,6 +196,19 @@ class AtLinear(Components):
         for name in ("lora_a", "lora_b", "bias_b"):
             if name.partition("_")[0] not in self.numbers:
                 setattr(self, name, None)
+
+    def narrow(self, rank: int) -> None:
+        self.lora_a = nn.Parameter(self.lora_a.detach()[:rank].clone(), self.lora_a.requires_grad)
+        self.lora_b = nn.Parameter(self.lora_b.detach()[:, :rank].clone(), self.lora_b.requires_grad)
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        if "lora_a" in tensors and len(tensors["lora_a"]) < len(self.lora_a):
+            self.narrow(len(tensors["lora_a"]))
+        super().restore(tensors)
+
+    def gate(self, kind: str) -> Tensor | float:
+        found = super().gate(kind)
+        return found[: len(self.lora_a)] if kind == "lora" and isinstance(found, Tensor) and found.dim() else found
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         if "lora" in self.numbers:

@@ -1,0 +1,111 @@
+"""The iterative search of places and ranks: the acid tests of its paper."""
+
+import pytest
+import torch
+from cells import Trainer
+from methods.checks import logits, stir
+from tiny import inputs, tiny
+
+from luthier.core import ConfigError
+from luthier.methods.hybrid.bipeft import BIPEFT
+from luthier.methods.parts.searched import Components, Gates
+from luthier.surgery import attach
+
+
+def searched_model(total=16, **settings):
+    model = tiny("bert")
+    tuned = attach(model, BIPEFT(**{"share": 0.05, "ranks": (1, 2, 4), "stable": -1.0, "prunes": 4, **settings}))
+    trainer = Trainer(tuned, model, inputs(model), total=total, lr=2e-2)
+    model.luthier.train()
+    (gates,) = tuned.modules(Gates).values()
+    return tuned, trainer, gates
+
+
+@pytest.mark.acid("bipeft", 1)
+def test_what_is_left_never_grows_after_the_first_cut_and_waits_for_agreement():
+    tuned, trainer, gates = searched_model(16)
+    budget, left = tuned.tuning().method.budget(tuned.anatomy), [gates.numbers()]
+    for _ in range(8):
+        trainer.step()
+        left.append(gates.numbers())
+    assert left == sorted(left, reverse=True) and left[1] < left[0] and left[-1] <= budget + 400
+    assert bool((gates.widest[gates.active > 0] < 2).any()), "ranks were cut in their turn"
+    _, trainer, gates = searched_model(16, stable=1.0)
+    whole = gates.numbers()
+    for _ in range(6):
+        trainer.step()
+    assert gates.numbers() == whole, "gradients that never agree cut nothing"
+
+
+@pytest.mark.acid("bipeft", 2)
+@pytest.mark.parametrize(("stable", "share"), [(-1.0, 0.05), (1.0, 0.05), (-1.0, 0.005)])
+def test_the_result_is_within_the_budget(stable, share):
+    tuned, trainer, _ = searched_model(8, stable=stable, share=share)
+    trainer.run()
+    tuned.finish()
+    held = sum(p.numel() for m in tuned.modules(Components).values() for p in m.parameters())
+    method = tuned.tuning().method
+    assert 0 < held <= method.budget(tuned.anatomy)
+    assert held == BIPEFT(plan=method.plan_of(tuned)).n_params(tuned.anatomy)
+
+
+@pytest.mark.acid("bipeft", 3)
+def test_with_one_rank_and_one_round_places_alone_are_searched():
+    tuned, trainer, gates = searched_model(12, ranks=(2,), rounds=1, stable=1.0)
+    trainer.step()  # nothing stands behind the gates yet
+    for _ in range(5):
+        trainer.step()
+        assert not gates.searches_ranks
+        assert not trainer.gradients["gates.alpha"][:, 2:].any() and trainer.gradients["gates.alpha"][:, :2].any()
+    widths = gates.z().detach()
+    lora = torch.tensor(gates.lora)
+    assert all(set(row.tolist()) in ({0.0}, {1.0}) for row in widths), "on or off, and never narrower"
+    trainer.run()
+    plan = tuned.tuning().method.plan_of(tuned)
+    assert any(lora) and all(name.endswith("=2") for name in plan if name.startswith("lora:"))
+    other, trainer, gates = searched_model(12, rounds=1, stable=1.0)
+    seen = set()
+    for _ in range(6):
+        trainer.step()
+        seen.add(gates.searches_ranks)
+    assert seen == {False, True} and other is not tuned
+
+
+@pytest.mark.acid("bipeft", 4)
+def test_hard_choices_compute_what_the_plan_alone_computes_with_the_same_weights():
+    tuned, _, gates = searched_model()
+    stir(tuned, 0.2)
+    with torch.no_grad():
+        gates.alpha.copy_(torch.randn(gates.alpha.shape, generator=torch.Generator().manual_seed(2)))
+        gates.alpha[range(48), [2 + i // 2 % 3 for i in range(48)]] += 9
+    tuned.model.eval()
+    wide = logits(tuned.model)
+    with torch.no_grad():
+        on, ranks = gates.alpha[:, :2].argmax(-1) == 0, gates.alpha[:, 2:].argmax(-1)
+    method = tuned.tuning().method
+    names = [
+        f"{p.name}={gates.ranks[int(ranks[i])]}" if p.kind == "lora" else p.name
+        for i, p in enumerate(method.places(tuned.anatomy))
+        if on[i]
+    ]
+    assert 10 < len(names) < len(on) - 10 and {n[-2:] for n in names if "=" in n} == {"=1", "=2", "=4"}
+    alone = attach(tiny("bert"), BIPEFT(plan=tuple(names)))
+    with torch.no_grad():
+        for name, parameter in alone.trained().items():
+            held = tuned.trained()[name]
+            parameter.copy_(held[tuple(slice(n) for n in parameter.shape)] if held.shape != parameter.shape else held)
+    torch.testing.assert_close(logits(alone.model), wide, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"share": 1e-6}, "the smallest place holds"),
+        ({"ranks": (4, 1)}, "the smallest first"),
+        ({"plan": ("lora:attn.q@0=x",)}, "the rank of 'lora:attn.q@0' is 'x'"),
+        ({"plan": ("lora:attn.q@9",)}, "no place 'lora:attn.q@9'"),
+    ],
+)
+def test_what_cannot_work_is_refused(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        attach(tiny("bert"), BIPEFT(**settings))

@@ -63,8 +63,8 @@ def logarithmic(values: Sequence[float], name: str = "", said: Callable[[float],
     zero = 0.14 if min(values, default=1) <= 0 else 0.0
     low, high = math.log10(min(above)), math.log10(max(above))
     first, last = math.floor(low + 1e-9), math.ceil(high - 1e-9)
-    if last - first <= 1:
-        marks = [m * 10.0**e for e in range(first, last + 1) for m in (1, 2, 5)]
+    if max(above) < 40 * min(above):
+        marks = [m * 10.0**e for e in range(first, max(first + 1, last + 1)) for m in (1, 2, 5)]
         under = [m for m in marks if m <= min(above) * 1.001]
         over = [m for m in marks if m >= max(above) * 0.999]
         marks = [m for m in marks if under[-1] <= m <= (over[0] if over else 10.0 ** (last + 1))]
@@ -135,6 +135,7 @@ class Chart:
         """A vertical bar with ends."""
         at, top, end = self.px(x), self.py(high), self.py(low)
         self.pieces.append(el("path", d=f"M{at} {top}V{end}M{at - 3} {top}h6M{at - 3} {end}h6", class_=style))
+        self.taken.append((at - 1, top, at + 1, end))
 
     def mark(self, x: float, y: float, number: int, says: str = "") -> None:
         """The mark of the series of that number."""

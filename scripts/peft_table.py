@@ -25,12 +25,12 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "peft.md"
 SITES = ("attn.k", "ffn.down")
 # peft's type -> our method of the same idea, where no files pass between them, and why.
 APART = {
-    "BEFT": ("bitfit", "a choice of biases; another file form"),
     "GLORA": ("glora", "file form not built"),
 }
 # What is to be known of a pair whose files do pass.
 NOTES = {
     "prefix_tuning": "models of llama, mistral, qwen2 and qwen3: keys are turned on their way, as peft moves the text",
+    "cartridge": "as `prefix_tuning`; its first word stays",
     "llama_adapter": "with `gate=layer`, where the output projection has no bias: peft adds it twice",
     "prompt_tuning": "not for classifiers of encoders: peft reads the first vector there",
     "p_tuning": "the vectors that the network gave; none of them behind the text",
@@ -48,6 +48,10 @@ WHY_NOT = {
     "CPT": (
         "its loss needs the answers inside the prompt and a type for each of its tokens, which rows of a task do not "
         "carry; `prompt_tuning init=words` starts at the same words"
+    ),
+    "FROD": (
+        "not built: the directions that all layers of a kind share come out of one decomposition of them all, and each "
+        "has a sparse square matrix of the width of its input"
     ),
     "SHADOW": (
         "not built: a small model of its own beside the base, whose state goes into every block and follows it; `lst` "

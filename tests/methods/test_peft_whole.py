@@ -44,10 +44,12 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "adalora": [{}, {"sites": ["attn.o", "ffn.down"], "alpha": 7.0}],
     "layernorm_tuning": [{}, {"outside": False}],
     "prefix_tuning": [{"mlp_width": 0}, {}],
+    "cartridge": [{"still": 2}, {"words": [], "still": 0}],
+    "poly": [{"tasks": 3}, {"tasks": 2, "splits": 1}],
     "shira": [{}, {"sites": ["attn.k", "ffn.down"]}],
     "supertuning": [{}, {"which": "smallest", "sparsity": 0.7}],
 }
-WORDS = ("prompt_tuning", "p_tuning", "mpt", "prefix_tuning")  # vectors or keys before the text
+WORDS = ("prompt_tuning", "p_tuning", "mpt", "prefix_tuning", "cartridge")  # vectors or keys before the text
 BARE = ("llama_adapter", "trainable_tokens")  # peft keeps no head for them
 CELLS = [(name, i, "llama", "lm") for name in NAMES for i in range(len(SETTINGS[name]))]
 CELLS += [(name, 0, "llama", "classification") for name in NAMES if name not in BARE]

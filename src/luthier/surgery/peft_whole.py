@@ -58,6 +58,8 @@ def write_whole(
     form.check_places(sites.values(), name)
     answers = task_type or answers_of(tuned.model)
     tensors, facts = form.out(PeftOut(tuning.method, stored, sites, tuned.anatomy, tuned.model, answers, tuned.tensor))
+    if form.heads and not heads and answers in ("SEQ_CLS", "TOKEN_CLS"):  # peft asks for one, trained or not
+        heads = {f"{HEAD}{n}": tuned.tensor(n).detach() for n in tuned.anatomy.head_tensors}
     paths = sorted({key.removeprefix(HEAD).rpartition(".")[0] for key in heads})
     for key, value in heads.items():
         full = key.removeprefix(HEAD)

@@ -24,7 +24,7 @@ from typing import Annotated, ClassVar
 
 from luthier.anatomy import Anatomy
 from luthier.core import at_least, between
-from luthier.methods.parts.peft_prefixes import PREFIXES
+from luthier.methods.parts.peft_prefixes import prefix_form
 from luthier.methods.parts.prefixes import Prefixes, drop_networks, prefix_params, prefix_stored
 from luthier.surgery import METHODS, Edit, Method, PeftForm, PrependKeys, TunedView
 
@@ -44,7 +44,13 @@ class PrefixTuning(Method):
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 5e-5
     tiny: ClassVar[dict[str, int]] = {"length": 3, "mlp_width": 7}
-    peft: ClassVar[PeftForm | None] = PREFIXES
+    peft: ClassVar[PeftForm | None] = prefix_form(
+        "PREFIX_TUNING",
+        lambda going: {"encoder_hidden_size": going.anatomy.n_kv_heads * going.anatomy.d_head},
+        lambda facts: {"mlp_width": 0},
+        lambda rows, facts: {"prefix.self": rows},
+        ignored=("encoder_hidden_size", "prefix_projection", "init_weights"),
+    )
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         source = Prefixes(anatomy, self.length, self.mlp_width, self.dropout)

@@ -66,7 +66,8 @@
                       check_order
     peft_prompts      prompt_form      vectors before the text in peft's files
                       before_text, prompt_facts, rows_before, COUNTS, ONE
-    peft_prefixes     PREFIXES         keys and values before the text in peft's files
+    peft_prefixes     prefix_form      keys and values before the text in peft's files
+                      rotation_of, turned
     own_tensors       own_modules      what a method finds of itself on a model that may hold other tunings
                       own_tunings, own_unfrozen, group_names
     narrow_copy       narrow_model     some blocks of a model again, at a fraction of its width

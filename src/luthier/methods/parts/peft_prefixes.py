@@ -5,6 +5,7 @@ where our key is k turned back by P: R(i + P) q . k = R(i) q . R(-P) k. So keys 
 compute the same. Where positions are added to the embedding, or bias the scores, no change of a prefix makes up for it.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,34 +13,33 @@ from torch import Tensor
 
 from luthier.anatomy import Anatomy
 from luthier.core import CannotMerge, ConfigError
-from luthier.methods.parts.peft_prompts import COUNTS, before_text, rows_before
+from luthier.methods.parts.peft_prompts import COUNTS, ONE, before_text, rows_before
 from luthier.surgery import PeftIn, PeftOut, PeftTaken, PeftWhole
 
-__all__ = ["PREFIXES"]
+__all__ = ["prefix_form", "rotation_of", "turned"]
 
 ROTATED = ("llama", "mistral", "qwen2", "qwen3")  # whole heads are turned, half by half, after the keys' own norm
 STILL = ("default", "linear", "llama3")  # kinds of rotation that do not depend on the length of the text
 
 
-def _rotation(model: Any, anatomy: Anatomy) -> Any:
-    """What turns the model's keys.
-
-    Raises:
-        CannotMerge: the model counts positions in another way.
-    """
+def rotation_of(model: Any, anatomy: Anatomy) -> Any:
+    """What turns the model's keys; None where positions are counted in another way."""
     found = [m for m in model.modules() if hasattr(m, "inv_freq") and hasattr(m, "attention_scaling")]
     kind = getattr(found[0], "rope_type", "default") if found else None
     window = getattr(model.config, "sliding_window", None)
     if anatomy.model_type not in ROTATED or kind not in STILL or found[0].attention_scaling != 1 or window:
-        raise CannotMerge(
-            f"prefix_tuning: peft moves every word of the text behind the prefix, and on this {anatomy.model_type} "
-            f"model no keys make up for that; on models of {', '.join(ROTATED)} without a window they do. Use lora, or "
-            "serve it here."
-        )
+        return None
     return found[0]
 
 
-def _turned(rows: Tensor, rotation: Any, anatomy: Anatomy, by: int) -> Tensor:
+def _why_not(anatomy: Anatomy) -> str:
+    return (
+        f"peft moves every word of the text behind the prefix, and on this {anatomy.model_type} model no keys make up "
+        f"for that; on models of {', '.join(ROTATED)} without a window they do. Use lora, or serve it here."
+    )
+
+
+def turned(rows: Tensor, rotation: Any, anatomy: Anatomy, by: int) -> Tensor:
     """The rows with their keys turned by `by` positions. rows: (P, layers 2 n_kv d_head)."""
     cos, sin = rotation(rows[None].float(), torch.tensor([[abs(by)]], device=rows.device))  # (1, 1, d_head) each
     cos, sin = cos[0].to(rows.dtype), (sin[0] if by > 0 else -sin[0]).to(rows.dtype)
@@ -51,34 +51,40 @@ def _turned(rows: Tensor, rotation: Any, anatomy: Anatomy, by: int) -> Tensor:
     return torch.stack([keys, parts[:, :, 1]], dim=2).flatten(1)
 
 
-def _out(going: PeftOut) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    before_text(going)
-    rotation = _rotation(going.model, going.anatomy)
-    rows = _turned(going.stored["prefix.self"], rotation, going.anatomy, going.method.length)
-    anatomy = going.anatomy
-    width, layers = anatomy.n_kv_heads * anatomy.d_head, max(anatomy.depths.values())
-    said = dict(zip(COUNTS, (len(rows), width, 1, anatomy.n_kv_heads, layers), strict=True))
-    # A width that peft divides itself, by its own heads: it asks the model for them.
-    said |= {"token_dim": anatomy.n_heads * anatomy.d_head, "num_attention_heads": anatomy.n_heads}
-    return {"prompt_embeddings": rows}, {**said, "encoder_hidden_size": width, "prefix_projection": False}
+def prefix_form(
+    type_: str,
+    said: Callable[[PeftOut], dict[str, Any]],
+    settings: Callable[[Mapping[str, Any]], dict[str, Any]],
+    split: Callable[[Tensor, Mapping[str, Any]], dict[str, Tensor]],
+    *,
+    also: tuple[str, ...] = (),
+    ignored: tuple[str, ...] = (),
+) -> PeftWhole:
+    """The form of a method whose keys and values stand before the text of every attention.
 
+    Args:
+        said: what peft's configuration says beside the counts.
+        settings: ours beside the length, from it.
+        split: the rows (P, layers 2 n_kv d_head) as we store them, in their order.
+    """
 
-def _back(coming: PeftIn) -> PeftTaken:
-    rows = rows_before(coming)
-    try:
-        rotation = _rotation(coming.model, coming.anatomy)
-    except CannotMerge as error:
-        raise ConfigError(f"{coming.where}: {error}") from error
-    rows = _turned(rows, rotation, coming.anatomy, -len(rows))
-    return PeftTaken({"length": len(rows), "mlp_width": 0}, {"prefix.self": rows})
+    def out(going: PeftOut) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        before_text(going)
+        anatomy = going.anatomy
+        rotation = rotation_of(going.model, anatomy)
+        if rotation is None:
+            raise CannotMerge(f"{going.method.name}: {_why_not(anatomy)}")
+        rows = turned(torch.cat(list(going.stored.values())), rotation, anatomy, going.method.length)
+        # The width is that of all heads: peft divides it for grouped ones itself, as the model says.
+        counts = (len(rows), anatomy.n_heads * anatomy.d_head, 1, anatomy.n_heads, max(anatomy.depths.values()))
+        return {ONE: rows}, {**dict(zip(COUNTS, counts, strict=True)), **said(going)}
 
+    def back(coming: PeftIn) -> PeftTaken:
+        rows = rows_before(coming)
+        rotation = rotation_of(coming.model, coming.anatomy)
+        if rotation is None:
+            raise ConfigError(f"{coming.where}: {_why_not(coming.anatomy)}")
+        rows = turned(rows, rotation, coming.anatomy, -len(rows))
+        return PeftTaken({"length": len(rows), **settings(coming.facts)}, split(rows, coming.facts))
 
-PREFIXES = PeftWhole(
-    "PREFIX_TUNING",
-    out=_out,
-    back=_back,
-    prefix="base_model.",
-    also=COUNTS,
-    ignored=("encoder_hidden_size", "prefix_projection", "init_weights"),
-)
-"""Prefix tuning's form."""
+    return PeftWhole(type_, out=out, back=back, prefix="base_model.", also=(*COUNTS, *also), ignored=ignored)

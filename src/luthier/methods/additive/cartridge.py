@@ -14,8 +14,8 @@ Claims: a long text's answers from a cache a fraction of its size.
 Use it when: many questions are asked about one text.
 Not when: the model is no decoder: refused; prefix_tuning is for them.
 Pitfalls: where positions are no plain rotation, as in GPT-2, words and text stand at the same ones, so the start is
-only near to the words read before it; the first word draws attention whatever it says, and a moved one harms: leave still=1;
-no position of the text moves here, so the keys are turned back by P.
+only near to the words read before it; the first word draws attention whatever it says, and a moved one harms: leave
+still=1; no position of the text moves here, so the keys are turned back by P.
 """
 
 from collections.abc import Iterable

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.cli._output import Screen, screen
 from luthier.cli._quality import show_quality
 from luthier.core import human_bytes, human_count, human_seconds, plain
+from luthier.surgery import read_tuning
 from luthier.training import Listener
 
 if TYPE_CHECKING:
@@ -109,6 +110,12 @@ def facts_of(result: Result) -> dict[str, Any]:
     }
 
 
+def _scores_answers(result: Result) -> bool:
+    """Whether the run gives numbers to answers, for which a text alone is too little."""
+    folder = result.path / "tuning"
+    return folder.exists() and bool(read_tuning(folder)["task"]["name"] == "reward")
+
+
 def show_result(result: Result) -> None:
     """The end of a run: what came out, what it cost, what to try next."""
     to = screen()
@@ -128,7 +135,8 @@ def show_result(result: Result) -> None:
     ]  # fmt: skip
     to.table(("", ""), rows)
     if result.quality is None or result.quality.is_result:
-        to.show(f'\nNext: luthier predict {_short(facts["path"])} --text "..."')
+        asked = "--data FILE" if _scores_answers(result) else '--text "..."'
+        to.show(f"\nNext: luthier predict {_short(facts['path'])} {asked}")
     else:
         to.show(f"\nNext: the rows that were answered wrongly stand in {_short(facts['path'])}/predictions.csv")
     if result.record.status == "finished":

@@ -57,6 +57,7 @@ def test_every_method_has_as_many_runs_and_none_sees_the_test_half(
     for name, one in found.rates.items():
         spec = json.loads((tmp_path / "race" / found.runs[name][0] / "run.json").read_text())["spec"]
         assert spec["optim"]["lr"] == one.rates[one.chosen] and spec["data"]["source"] == base.data.source
+    assert all(s.nll and s.brier and s.calibration_error is not None for s in found.standings)
     assert any("2 runs of each method with one seed" in line for line in found.findings)
     compare(base, entrants, seeds=1, home=tmp_path / "race", tune_lr=2, say=lines.append)
     assert len(done) == 6, "nothing that is finished is computed again"

@@ -117,7 +117,8 @@ def plant_comparison(
     found = judge(
         list(methods), said, np.array([number[w] for w in wanted]), np.arange(rows), seeds=range(seeds),
         metric="accuracy", margin=None, costs=costs,
-        calibration=[0.05] * len(methods), baselines={"always answering 'LOC'": np.zeros(rows, dtype=np.int64)},
+        calibration=[{"calibration_error": 0.05}] * len(methods),
+        baselines={"always answering 'LOC'": np.zeros(rows, dtype=np.int64)},
         failed=failed or {},
     )  # fmt: skip
     _json(home / "comparison.json", {**plain(found), "runs": runs})

@@ -36,6 +36,14 @@ def test_the_interval_is_wilsons():
     assert (round(found.low, 3), round(found.high, 3)) == (0.786, 0.957)
 
 
+def test_brier_and_nll_are_those_of_the_probabilities() -> None:
+    high, low = np.exp(3) / (np.exp(3) + 2), 1 / (np.exp(3) + 2)
+    found = quality([0, 1, 2, 0], [0, 1, 2, 1])
+    right, wrong = (1 - high) ** 2 + 2 * low**2, high**2 + (1 - low) ** 2 + low**2
+    assert found.brier == pytest.approx((3 * right + wrong) / 4)
+    assert found.nll == pytest.approx(-(3 * np.log(high) + np.log(low)) / 4)
+
+
 def test_calibration_is_the_gap_between_certainty_and_accuracy():
     # Certainty e^3 / (e^3 + 2) = .909 in every row; 3 of 4 are right.
     found = quality([0, 1, 2, 0], [0, 1, 2, 1])

@@ -168,6 +168,10 @@ def _show(found: Any) -> None:
     rows += [(name, "failed", *[""] * 7) for name in found.failed]
     head = ("method", found.metric, "±", "behind", "95 %", "", "trained", "time", "peak")
     to.table(head, rows, right=("trained", "time", "peak", "±"))
+    sure = [(s.name, *(f"{v:.3f}" for v in (s.calibration_error, s.brier, s.nll))) for s in found.standings if s.nll]
+    if sure:
+        to.show("\nHow far answers are from being as sure as they are right; lower is better:")
+        to.table(("method", "ECE", "Brier", "NLL"), sure, right=("ECE", "Brier", "NLL"))
     beside = "; ".join(f"{name} {value:.3f}" for name, value in found.baselines.items())
     to.show(f"\nOn the same rows: {beside}. Trained numbers are those beside the head.")
 

@@ -235,14 +235,12 @@ def _costs(cells: Sequence[Cell]) -> Costs:
     )
 
 
-def _calibration(cells: Sequence[Cell]) -> float | None:
-    values = []
-    for cell in cells:
-        path = cell.path / "quality.json"
-        found = json.loads(path.read_bytes()).get("calibration_error") if path.is_file() else None
-        if isinstance(found, int | float):
-            values.append(float(found))
-    return float(np.mean(values)) if values else None
+def _calibration(cells: Sequence[Cell]) -> dict[str, float]:
+    """Means over seeds of what every one of the runs wrote down."""
+    paths = [cell.path / "quality.json" for cell in cells]
+    each = [json.loads(path.read_bytes()) if path.is_file() else {} for path in paths]
+    names = ("calibration_error", "brier", "nll")
+    return {n: float(np.mean([e[n] for e in each])) for n in names if all(e.get(n) is not None for e in each)}
 
 
 def _baselines(data: Data, asked: Answers, numbers: dict[str, int]) -> dict[str, NDArray[np.int64]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -59,6 +59,10 @@ class Standing:
     mcnemar: tuple[float, ...] = ()
     """exact p-value of each seed's flips"""
     calibration_error: float | None = None
+    """mean gap between how sure answers are and how often they are right"""
+    brier: float | None = None
+    nll: float | None = None
+    """as in `luthier.training.quality.Quality`; means over seeds"""
     costs: Costs
 
 
@@ -99,7 +103,7 @@ def judge(
     metric: str,
     margin: float | None,
     costs: Sequence[Costs],
-    calibration: Sequence[float | None] | None = None,
+    calibration: Sequence[Mapping[str, float]] | None = None,
     baselines: dict[str, NDArray[np.int64]],
     failed: dict[str, str],
 ) -> Comparison:
@@ -110,6 +114,7 @@ def judge(
         clusters: (rows,) rows of one number are near copies of each other.
         margin: differences below it do not matter; None takes twice the methods' spread over seeds, a hundredth at
             least.
+        calibration: of each method calibration_error, brier and nll, as far as they are known.
         baselines: name -> (rows,) answers.
     """
     score = score_named(metric)
@@ -144,7 +149,7 @@ def judge(
                 p=corrected[i],
                 flips=tuple(told),
                 mcnemar=tuple(mcnemar(*pair) for pair in told),
-                calibration_error=calibration[i] if calibration is not None else None,
+                **(calibration[i] if calibration is not None else {}),
                 costs=costs[i],
             )
         )

@@ -19,6 +19,8 @@ __all__ = ["ClassQuality", "Quality", "judge"]
 RESAMPLES = 1000
 BINS = 15
 """Of equal width, for the calibration error."""
+LEAST = 1e-12
+"""Of a probability whose logarithm is taken."""
 SURE = 0.9
 BADLY = 0.5
 """A class with a lower recall than this is learnt badly."""
@@ -62,6 +64,10 @@ class Quality:
     """rows of each class (down) by the answer (across), in the order of `classes`"""
     calibration_error: float | None = None
     """mean gap between how sure answers are and how often they are right"""
+    brier: float | None = None
+    """mean squared distance of a row's probabilities from the truth, over all classes: 0 to 2"""
+    nll: float | None = None
+    """mean negative logarithm of the probability of the right class"""
     sure_but_wrong: tuple[int, ...] = ()
     """held-out rows, by number, that were answered wrongly with the most certainty"""
     warnings: tuple[str, ...] = ()
@@ -105,7 +111,8 @@ def _classes(
 ) -> Quality:  # fmt: skip
     n, n_classes = len(wanted), len(task.labels)
     said = task.chosen(logits)
-    sure = task.probabilities(logits)[np.arange(n), said]  # of what is answered; a threshold may take the less likely
+    chances = task.probabilities(logits)
+    sure = chances[np.arange(n), said]  # of what is answered; a threshold may take the less likely
     right = said == wanted
     confusion = np.zeros((n_classes, n_classes), dtype=np.int64)
     np.add.at(confusion, (wanted, said), 1)
@@ -128,6 +135,8 @@ def _classes(
         classes=classes,
         confusion=tuple(tuple(int(v) for v in row) for row in confusion),
         calibration_error=_calibration_error(sure, right),
+        brier=float(((chances - np.eye(n_classes)[wanted]) ** 2).sum(axis=1).mean()),
+        nll=float(-np.log(np.maximum(chances[np.arange(n), wanted], LEAST)).mean()),
         sure_but_wrong=tuple(int(i) for i in wrong[np.argsort(-sure[wrong], kind="stable")][:10]),
         by_words=worded,
         warnings=(*warnings, *_words_win(accuracy, worded, n)),

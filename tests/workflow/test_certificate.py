@@ -13,7 +13,7 @@ from little import little_data, little_model, little_spec, made_of
 from safetensors.torch import load_file, save_file
 from word_tables import WORDS
 
-from luthier.core import AnatomyError, CompositionError, ConfigError, IntegrityError
+from luthier.core import AnatomyError, CompositionError, ConfigError, IntegrityError, NothingTrains
 from luthier.runs import durable
 from luthier.runs.spec import DataSpec
 from luthier.surgery import METHODS
@@ -50,10 +50,13 @@ def _here(run: Path, **options: Any) -> Certificate:
 def test_a_run_of_every_method_passes_every_step_that_the_method_can_do(method: str, kind: str, tmp_path: Path) -> None:
     try:
         train(little_spec(tmp_path, method, kind, steps=3, **made_of(method, tmp_path, kind)))
-    except (AnatomyError, CompositionError, ConfigError) as error:
+    except (AnatomyError, CompositionError, ConfigError, NothingTrains) as error:
         pytest.skip(str(error))
     found = _here(tmp_path / "run")
     steps = _steps(found)
+    if method == "boft":  # without its CUDA code peft takes one factor, whatever the file says: the certificate sees it
+        assert [step.name for step in found.failed] == ["exported"] and "size mismatch" in steps["exported"].reason
+        return
     assert found.passed, [(step.name, step.reason) for step in found.failed]
     assert {"reloaded", "served", "detached", "merged", "exported"} == set(steps)
     assert steps["reloaded"].same_bits and steps["detached"].same_bits

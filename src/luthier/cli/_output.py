@@ -87,6 +87,15 @@ class Screen:
             text = "\n".join(lines)
         print(text, file=self.out, flush=True)
 
+    def piece(self, text: str) -> None:
+        """A part of a line of the result, shown at once; silent with --json."""
+        if not self.as_json:
+            print(for_terminal(text, keep_lines=True), end="", file=self.out, flush=True)
+
+    def ask(self, words: str) -> None:
+        """What stands before the place where the user types, on standard error."""
+        print(for_terminal(words), end="", file=self.err, flush=True)
+
     def draw(self, text: "Text") -> None:
         """A piece of the result with colours of its own, on standard output; silent with --json."""
         if self.as_json:

@@ -12,6 +12,8 @@ finish           the tuning is saved, read back, compared, and scored
 prediction       answers of a finished run
 evaluate_run     its scores on other rows
 merged_folder    a finished run as a plain model folder
+conversation     turns with a run that remember one another
+import_peft      an adapter of the peft library as a tuning
 generation       text that it writes
 export           a finished run as files that other libraries read
 look_at_rows     rows as the model will see them, before anything is trained

@@ -1,0 +1,41 @@
+"""`luthier import`: an adapter of the peft library as a tuning."""
+
+from typing import Annotated
+
+import typer
+
+from luthier.cli._output import screen
+from luthier.cli._shared_options import AsJson
+from luthier.core import human_bytes
+
+__all__ = ["NEEDS_WORDS", "command"]
+
+NEEDS_WORDS = True
+
+
+def command(
+    adapter: Annotated[str, typer.Argument(help="A folder with adapter_config.json and adapter_model.safetensors.")],
+    out: Annotated[str, typer.Option(help="The folder to write; it must not exist.")],
+    model: Annotated[str | None, typer.Option(help="Its base; left out, the one that the adapter names.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read what the peft library saved, and write it as a tuning; where peft is installed, both are compared.
+
+    Examples:
+
+      luthier import ./adapter --model ./llama-1b --out tuning
+    """
+    from luthier.workflow.import_peft import import_peft
+
+    found = import_peft(adapter, out, model=model)
+    sizes = {path.name: path.stat().st_size for path in sorted(found.path.iterdir())}
+    line = f"luthier.load(model, {out!r})"
+    screen().result(
+        {"path": out, "method": found.method, "model": found.model, "gap": found.gap, "bytes": sizes, "python": line}
+    )
+    screen().show(f"{out}: {found.method} on {found.model}, {human_bytes(sum(sizes.values()))}")
+    if found.gap is None:
+        screen().say("peft is not installed here, so it was not compared with what peft computes")
+    else:
+        screen().show(f"largest difference of a logit from peft's own: {found.gap:.2g}, of {found.size:.2g}")
+    screen().show(f"read it with: {line}")

@@ -1,0 +1,82 @@
+"""`luthier chat`: turns that remember one another, drawn by named seeds, beside the base."""
+
+from pathlib import Path
+
+import pytest
+from cli.conftest import Call
+from little import little_spec
+
+from luthier.core import ConfigError, DataError
+from luthier.workflow import Predictor, train
+from luthier.workflow.conversation import Controls, Conversation
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that learnt turns."""
+    home = tmp_path_factory.mktemp("talker")
+    train(little_spec(home, "lora", "llama", steps=40))
+    return home / "run"
+
+
+@pytest.fixture(scope="module")
+def predictor(talker: Path) -> Predictor:
+    return Predictor(talker)
+
+
+def test_a_turn_is_what_predict_answers_and_is_written_piece_by_piece(predictor: Predictor) -> None:
+    talk = Conversation(predictor, Controls(max_new_tokens=8))
+    pieces: list[str] = []
+    answer, of_base = talk.say("how far is the moon", pieces.append)
+    assert "".join(pieces).strip() == answer.text and of_base is None
+    (wanted,) = predictor.texts(["how far is the moon"], max_new_tokens=8)
+    assert answer.text == wanted["text"]
+    assert [m["role"] for m in talk.messages] == ["user", "assistant"]
+
+
+def test_turns_are_remembered_until_they_are_reset(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = Conversation(predictor, Controls(max_new_tokens=2), system="be good")
+    talk.say("who is it")
+    talk.say("what is it")
+    assert [m["role"] for m in talk.messages] == ["system", "user", "assistant", "user", "assistant"]
+    talk.reset("be bad")
+    assert talk.messages == [{"role": "system", "content": "be bad"}]
+    monkeypatch.setattr(predictor.generator, "limit", 4)
+    with pytest.raises(DataError, match="fills all 4 positions"):
+        talk.say("how far")
+    assert len(talk.messages) == 1, "a turn without an answer is not remembered"
+
+
+def test_draws_follow_the_seed_and_the_likeliest_needs_none(predictor: Predictor) -> None:
+    def said(**controls: float) -> str:
+        made = Controls(max_new_tokens=8, **controls)  # type: ignore[arg-type]
+        return Conversation(predictor, made).say("how far is the moon")[0].text
+
+    assert said(temperature=3, seed=1) == said(temperature=3, seed=1)
+    assert len({said(temperature=3, seed=n) for n in range(6)}) > 1
+    assert said(temperature=3, top_p=1e-9) == said(), "the likeliest alone is left to draw from"
+    for wrong in ({"temperature": -1.0}, {"top_p": 0.0}, {"max_new_tokens": 0}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            Controls(**wrong)  # type: ignore[arg-type]
+
+
+def test_the_base_answers_the_same_conversation_and_leaves_no_trace(predictor: Predictor) -> None:
+    talk = Conversation(predictor, Controls(max_new_tokens=8))
+    answer, of_base = talk.say("how far is the moon", write_base=lambda piece: None)
+    assert of_base is not None and of_base.text != answer.text
+    assert Conversation(predictor, Controls(max_new_tokens=8)).say("how far is the moon")[0] == answer
+
+
+def test_from_the_command_line(luthier: Call, talker: Path) -> None:
+    words = ("chat", talker, "--text", "how far is the moon", "--text", "who is it", "--max-new-tokens", 6)
+    told = luthier(*words, "--compare-base", "--json").json
+    assert [turn["user"] for turn in told["turns"]] == ["how far is the moon", "who is it"]
+    assert all({"answer", "base", "ended"} <= set(turn) for turn in told["turns"])
+    shown = luthier(*words, "--compare-base")
+    assert shown.code == 0 and "run:  " in shown.out and "base: " in shown.out
+    assert luthier("chat", talker, "--text", "x", "--top-p", 0).code == 2
+
+
+def test_a_run_without_turns_is_not_talked_with(luthier: Call, finished: Path) -> None:
+    answer = luthier("chat", finished, "--text", "hello")
+    assert answer.code == 2 and "without turns" in answer.err and "luthier predict" in answer.err

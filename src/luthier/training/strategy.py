@@ -84,6 +84,7 @@ class Strategy:
         whole_step: rows of a step must see one another, so a step is one micro-batch.
         rated: its own optimiser moves by a rate, which has to be given; off, there is none.
         by_task: each task of the rows (`--row-task COLUMN`) has labels of its own.
+        writes: in some steps the model writes texts, a forward pass for each token.
         forgets: the optimiser drops the moments of what it lets rest.
         shortcut: a setting that an option of the strategy's own name gives: `--label-smoothing 0.1`.
         extra_passes: forward and backward passes of a step beyond the plain one's, at the default settings.
@@ -107,6 +108,7 @@ class Strategy:
     drops: ClassVar[bool] = False
     whole_step: ClassVar[bool] = False
     rated: ClassVar[bool] = True
+    writes: ClassVar[bool] = False
     by_task: ClassVar[bool] = False
     forgets: ClassVar[bool] = False
     shortcut: ClassVar[str] = ""

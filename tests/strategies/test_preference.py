@@ -263,6 +263,32 @@ def test_the_reference_is_the_base_with_the_tuning_asleep(method):
     assert not found.requires_grad and objective(batch).loss.requires_grad
 
 
+def held_by(objective: Objective, batch: Batch) -> int:
+    """Bytes that the graph of a pass keeps, each storage once."""
+    kept: dict[int, tuple[int, Any]] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        kept[t.untyped_storage().data_ptr()] = (
+            t.untyped_storage().nbytes(),
+            t,
+        )  # held, so that no other takes its place
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = objective(batch)
+    assert result.loss.requires_grad
+    return sum(n for n, _ in kept.values())
+
+
+def test_the_graph_of_dpo_holds_no_more_than_plain_training_on_both_answers():
+    tuned, batch = moved(), batch_of(prompt=12, answers=(12, 10))
+    plain = Objective(tuned, Task(name="causal_lm"))
+    ours = Objective(tuned, PAIRS, judge=DPO())
+    assert plain.chunked and ours.chunked
+    both = dataclasses.replace(batch, marks=None, n_targets=44)
+    assert held_by(ours, batch) <= 1.15 * held_by(plain, both)
+
+
 def test_the_forms_of_dpo_are_their_formulas():
     chosen = Answer(torch.tensor([-4.0, -9.0]), torch.tensor([2.0, 3.0]), torch.tensor([-5.0, -7.0]))
     rejected = Answer(torch.tensor([-6.0, -3.0]), torch.tensor([4.0, 1.0]), torch.tensor([-4.0, -3.5]))

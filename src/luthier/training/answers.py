@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,6 @@ from luthier.training.output_matrix import softcap_of, trunk_states
 
 __all__ = [
     "Answer",
-    "Judge",
     "Liked",
     "Likely",
     "Ranked",
@@ -63,23 +62,6 @@ class Answer:
     def mean_ratio(self) -> Tensor:
         """The same for each token."""
         return self.ratio / self.tokens
-
-
-class Judge(Protocol):
-    """How two answers are compared: what a strategy that learns from pairs is to the objective.
-
-    Attributes:
-        reference: whether it asks the base about both answers.
-    """
-
-    @property
-    def reference(self) -> bool: ...
-
-    def losses(self, chosen: Answer, rejected: Answer, marks: Tensor) -> Tensor:
-        """The loss of each pair. marks: (pairs, 2), share and margin."""
-
-    def reward(self, answer: Answer) -> Tensor:
-        """How good the model holds each answer: (pairs,)."""
 
 
 @dataclass(frozen=True)

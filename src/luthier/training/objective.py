@@ -58,7 +58,8 @@ class Objective:
     Args:
         full_logits: hold all logits of a language model, because something looks at them.
         scoring: also count right guesses; no gradient then.
-        judge: how two answers are compared, where rows are pairs; without one the better answer is learnt as text.
+        judge: how answers are weighed, where that is learnt: a strategy of `luthier.training.preference`. Without one
+            the better answers are learnt as text, or ranked by a head.
 
     Attributes:
         reference: what the base holds of both answers of every example, (examples, 2), where that was kept.

@@ -13,6 +13,8 @@ Cost: none beyond the second answer.
 Claims: a score that ranks answers, for choosing among them or for learning from it.
 Pitfalls: only differences are learnt, so a reward has no zero: center holds it near 0. A model of this kind learns that
 longer is better where the rows say so; look at what it prefers.
+Where the padding token also ends a turn, the head reads the token before it. A ranking of several answers is given as
+pairs, which count alike.
 """
 
 from dataclasses import dataclass

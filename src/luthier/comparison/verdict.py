@@ -190,7 +190,10 @@ def _findings(found: Comparison) -> list[str]:
     )
     for word, says in (
         ("ties", f"within {found.margin:.3f} of it, so they tie"),
-        ("not told apart", "not told apart from it by these rows" if several else "not told apart from it by one seed"),
+        (
+            "not told apart",
+            "not told apart from it by these rows and seeds" if several else "not told apart from it by one seed",
+        ),
         ("worse", "worse than it" if len(found.seeds) >= LEAST_SEEDS else "worse than it on these seeds"),
     ):
         named = [s.name for s in rest if s.word == word]

@@ -240,3 +240,17 @@ def test_a_comparison_that_is_not_finished_says_so(tmp_path: Path) -> None:
     (home / "comparison.json").write_text("{}")
     with pytest.raises(ConfigError, match="no comparison that this version reads"):
         gather([home])
+
+
+def test_a_cross_validation_says_its_mean_and_lists_its_folds(tmp_path: Path) -> None:
+    for fold in (1, 2):
+        texts, wanted = [f"{'abc'[fold]} one", "two"], ["x", "y"]
+        plant_run(tmp_path / f"fold-{fold}", method="lora", seed=0, texts=texts, wanted=wanted, said=wanted)
+    told = {"folds": 2, "scores": [{"accuracy": 0.5}, {"accuracy": 1.0}], "mean": {"accuracy": 0.75}, "final": "final"}
+    (tmp_path / "cv.json").write_text(json.dumps(told))
+    story = gather([tmp_path])
+    assert story.findings[0].startswith("accuracy 0.750 on average over 2 folds, from 0.500 to 1.000")
+    assert story.comparison is None and [run.name for run in story.runs] == ["fold-1", "fold-2"]
+    read(page_of(story))
+    (tmp_path / "cv.json").write_text(json.dumps({"folds": 2}))
+    assert gather([tmp_path]).findings == ("This cross-validation has no result yet: `luthier resume` goes on.",)

@@ -63,4 +63,5 @@ def _show(to: Screen, found: Any) -> None:
     to.show(
         f"\nThe run on all rows is {found.final}; no row is left to score it on: expect of it the mean above."
         f"\nNext: luthier predict {found.final} --text \"...\""
+        f"\nReport: luthier report {found.path}"
     )  # fmt: skip

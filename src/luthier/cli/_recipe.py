@@ -28,3 +28,4 @@ def follow_recipe(spec: RunSpec | str) -> None:
     to.table(("phase", "scores on its held-out rows"), said)
     to.show(f"\nThe run of the last phase is the result: {found.result}")
     to.show(f'Next: luthier predict {found.result} --text "..."')
+    to.show(f"Report: luthier report {found.path}")

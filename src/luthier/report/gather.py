@@ -14,8 +14,8 @@ import numpy as np
 from luthier.comparison import Comparison, Costs, clusters
 from luthier.comparison.verdict import judge
 from luthier.core import ConfigError, LuthierError, build, fields_of, plain, several
-from luthier.report.read import Run, read_run
-from luthier.report.words import of_one, of_several
+from luthier.report.read import Run, read_json, read_run
+from luthier.report.words import of_folds, of_one, of_several
 from luthier.runs.spec import RunSpec
 
 __all__ = ["Story", "command_of", "gather", "names_of", "runs_in"]
@@ -79,6 +79,9 @@ def gather(paths: Sequence[Path | str]) -> Story:
     runs = _renamed(runs)
     if len(folders) == 1 and (folders[0] / "cells").is_dir():
         return _titled(runs, None, ("This comparison has no result yet: the same `luthier compare` goes on with it.",))
+    if len(folders) == 1 and (folders[0] / "cv.json").is_file():
+        told, wrong = read_json(folders[0] / "cv.json")
+        return _titled(runs, None, of_folds(told if isinstance(told, dict) else {}, wrong))
     judged = _judged(runs)
     return _titled(runs, judged, judged.findings if judged is not None else of_several(runs))
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from luthier.core import human_bytes, human_count, human_seconds, listed, several
 from luthier.report.read import Run
 
-__all__ = ["of_one", "of_several"]
+__all__ = ["of_folds", "of_one", "of_several"]
 
 
 def of_one(run: Run) -> tuple[str, ...]:
@@ -61,3 +62,21 @@ def of_several(runs: Sequence[Run]) -> tuple[str, ...]:
             lines.append(f"{run.name} has no result: {run.state}{f' ({run.why})' if run.why else ''}.")
     lines.append(f"{several(len(whole), 'run')} of {len(runs)} {'has' if len(whole) == 1 else 'have'} a result.")
     return tuple(lines)
+
+
+def of_folds(told: Mapping[str, Any], wrong: str = "") -> tuple[str, ...]:
+    """The findings of a cross-validation.
+
+    Args:
+        told: what cv.json holds; wrong: why that cannot be read.
+    """
+    mean, folds, scores = told.get("mean"), told.get("folds"), told.get("scores")
+    if not isinstance(mean, dict) or not isinstance(scores, list) or not mean:
+        return (f"This cross-validation has no result yet{f' ({wrong})' if wrong else ''}: `luthier resume` goes on.",)
+    first = next(iter(mean))
+    each = [float(score[first]) for score in scores if first in score]
+    return (
+        f"{first.replace('_', ' ')} {mean[first]:.3f} on average over {folds} folds, from {min(each):.3f} to "
+        f"{max(each):.3f}; each row was scored once, by a run that had not learnt it.",
+        "The run on all rows is the one to use. No row is left to score it on: expect of it the mean above.",
+    )

@@ -51,6 +51,8 @@ ENCODER_ALL = ("attn", "ffn")
         ("roberta", "adalora", {}, 442_656),
         ("roberta", "adalora", {"sites": ENCODER_ALL}, 1_991_520),
         ("llama-7b", "adalora", {}, 6_292_224),
+        # The catalogue's 27,263,872 has C, D and E too, which layers without a bias are not given.
+        ("llama-7b", "glora", {"sites": ("*",)}, 2 * 4 * 32 * 78_080),
         ("llama-7b", "adalora", {"sites": ENCODER_ALL}, 29_985_408),
         ("bert", "ia3", {}, 55_296),
         ("bert", "bitfit", {"embeddings": False}, 101_376),

@@ -48,5 +48,10 @@ def show_quality(
         many = str(wrong) if wrong < 10 else "10 or more"
         sure = f"; {many} rows are wrong at 90 % or more ({answers})" if wrong else ""
         to.show(f"\nCertainty and accuracy are {quality.calibration_error:.3f} apart on average{sure}.")
+    if quality.plain_nll is not None:
+        to.show(
+            f"The model alone, without the method's own way of answering: loss {quality.plain_nll:.4f} in place of "
+            f"{quality.nll:.4f}, certainty and accuracy {quality.plain_calibration_error:.3f} apart."
+        )
     for warning in quality.warnings:
         to.show(f"\n{warning}", style=YELLOW)

@@ -11,6 +11,8 @@ SETTINGS: Mapping[str, str] = {
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
     "target_modules": "sites",
+    "init": "start",
+    "init_lora_weights": "start",
     "num_virtual_tokens": "length",
     "learning_rate": "lr",
     "num_train_epochs": "epochs",

@@ -3,6 +3,7 @@
 Everything that is not a paper's idea is here once: freezing, fused and transposed layers, precision, stacking.
 """
 
+from luthier.surgery.answers import answered, answerers
 from luthier.surgery.attachment import Attachment
 from luthier.surgery.base import Base
 from luthier.surgery.branch import BlockCall
@@ -20,7 +21,7 @@ from luthier.surgery.edits import (
     attach_each,
 )
 from luthier.surgery.loading import load
-from luthier.surgery.look import Look, OneRow, gradients, rows_of
+from luthier.surgery.look import Look, OneRow, gradients, passes_of, rows_of
 from luthier.surgery.method import METHODS, Batches, Group, Method, Mixing, Objective, PerSite
 from luthier.surgery.peft_files import from_peft, to_peft
 from luthier.surgery.peft_forms import PEFT_LAYERS, PeftForm, PeftIn, PeftOut, PeftTaken, PeftWhole
@@ -71,6 +72,8 @@ __all__ = [
     "TunedView",
     "TuningView",
     "Unfreeze",
+    "answered",
+    "answerers",
     "attach",
     "attach_each",
     "decode_layers",
@@ -84,6 +87,7 @@ __all__ = [
     "method",
     "numbers",
     "open_source",
+    "passes_of",
     "read_tuning",
     "rows_of",
     "to_peft",

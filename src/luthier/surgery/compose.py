@@ -98,7 +98,8 @@ class Combined(Method):
         return sum(m.n_params(anatomy) for m in self.members) - self._removed(anatomy)
 
     def n_stored(self, anatomy: Anatomy) -> int:
-        return sum(m.n_stored(anatomy) for m in self.members) - self._removed(anatomy)
+        beside = sum(m.n_beside(self._acting, anatomy) for m in self.members if m.modifies)
+        return sum(m.n_stored(anatomy) for m in self.members) - self._removed(anatomy) + beside
 
     def _removed(self, anatomy: Anatomy) -> int:
         return sum(m.n_removed(self._acting, anatomy) for m in self.members if m.modifies)

@@ -8,19 +8,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Look", "OneRow", "gradients", "rows_of"]
+__all__ = ["Look", "OneRow", "gradients", "passes_of", "rows_of"]
 
 
 class OneRow(NamedTuple):
-    """One row of the data, in a pass of its own.
+    """One row of the data in a pass of its own, or in `Look.passes` several.
 
     Attributes:
         loss: the sum over its targets, -log p(labels | text).
-        logits: (1, classes) or (1, tokens, classes); None where they are never all held.
+        logits: (rows, classes) or (rows, tokens, classes); None where they are never all held.
+        labels: what was right, as the model was given it.
     """
 
     loss: Tensor
     logits: Tensor | None = None
+    labels: Tensor | None = None
 
 
 class Look:
@@ -28,10 +30,16 @@ class Look:
 
     Attributes:
         rows: the rows of the step one by one, for what is no sum over them.
+        passes: the same pieces, each with the logits of its rows.
     """
 
-    def __init__(self, pieces: Sequence[Callable[[], Tensor]], rows: Sequence[Callable[[], OneRow]] = ()) -> None:
-        self.pieces, self.rows = tuple(pieces), tuple(rows)
+    def __init__(
+        self,
+        pieces: Sequence[Callable[[], Tensor]],
+        rows: Sequence[Callable[[], OneRow]] = (),
+        passes: Sequence[Callable[[], OneRow]] = (),
+    ) -> None:
+        self.pieces, self.rows, self.passes = tuple(pieces), tuple(rows), tuple(passes)
 
     def __call__(self) -> Tensor:
         """The loss of the step, with the graph of all its pieces."""
@@ -41,6 +49,11 @@ class Look:
 def rows_of(look: Callable[[], Tensor]) -> Sequence[Callable[[], OneRow]]:
     """The rows of a step one by one; a plain function that gives a loss counts as one row."""
     return look.rows if isinstance(look, Look) and look.rows else (lambda: OneRow(look()),)
+
+
+def passes_of(look: Callable[[], Tensor]) -> Sequence[Callable[[], OneRow]]:
+    """The passes of a step with their logits; none of a plain function, which gives a loss alone."""
+    return look.passes if isinstance(look, Look) else ()
 
 
 def gradients(look: Callable[[], Tensor], parameters: Sequence[Tensor]) -> list[Tensor | None]:

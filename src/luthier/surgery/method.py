@@ -57,6 +57,8 @@ class Method(ABC):
         default_lr: peak learning rate where the user names none.
         default_head_lr: that of a new task head then; None for the same.
         looks_at_data: `prepare` needs batches before the first step.
+        holds_out: rows are held out of training, by which `conclude` chooses something.
+        classes_only: its answers are made of the probabilities of one label of several, so it is for that task alone.
         computes_tensors: replaces tensors of the model by computed ones, so what it finds there is not what acts.
         draws: in training it computes otherwise than in answers, even without dropout: it draws which of its numbers
             take part, or sees less of the text.
@@ -85,6 +87,8 @@ class Method(ABC):
     default_lr: ClassVar[float] = 1e-3
     default_head_lr: ClassVar[float | None] = None
     looks_at_data: ClassVar[bool] = False
+    holds_out: ClassVar[bool] = False
+    classes_only: ClassVar[bool] = False
     computes_tensors: ClassVar[bool] = False
     through_trunk: ClassVar[bool] = True  # the loss has a gradient on the embedded text
     trains_base: ClassVar[bool] = False  # weights of the blocks themselves move: their dropout stays on
@@ -116,6 +120,10 @@ class Method(ABC):
 
     def n_removed(self, others: Sequence[Method], anatomy: Anatomy) -> int:
         """Numbers of the methods beside it that a modifier takes out of training."""
+        return 0
+
+    def n_beside(self, others: Sequence[Method], anatomy: Anatomy) -> int:
+        """Numbers that a modifier saves beside those of the methods beside it."""
         return 0
 
     def leaves_out(self, edit: Edit, anatomy: Anatomy) -> bool:
@@ -185,6 +193,19 @@ class Method(ABC):
 
     def finish(self, tuned: TunedView) -> None:
         """After training: bring the attachments into the form that is stored and served."""
+
+    def conclude(self, tuned: TunedView, batches: Batches, held: Batches = ()) -> None:
+        """After `finish`: measure on the training rows, once, what is saved beside the result. No parameter moves.
+
+        Args:
+            held: rows that were held out of training, where the run holds some out: it does where `holds_out` is true.
+        """
+
+    def answer(self, tuned: TunedView, forward: Objective) -> Any:
+        """Give the `.logits` of one batch in evaluation and prediction; `forward` is the plain pass. Other logits than
+        that pass gave are scored anew. Gradients may be taken, and the model is in evaluation mode.
+        """
+        return forward()
 
     def groups(self, tuned: TunedView) -> list[Group]:
         """Learning rates or decay that differ inside the method; tensors not named follow the run."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,9 @@ from luthier.data.batches import Batch, EvalBatches, cut
 from luthier.data.examples import IGNORED, Examples
 from luthier.data.tasks import Task
 from luthier.data.windows import mean_by_row
-from luthier.surgery import Tuned
+from luthier.surgery import Tuned, answered, answerers
 from luthier.training import metrics
-from luthier.training.objective import Objective
+from luthier.training.objective import Objective, Result
 from luthier.training.out_of_memory import is_out_of_memory, make_room
 from luthier.training.precision import Precision
 
@@ -31,6 +32,7 @@ class Evaluator:
 
     Args:
         check: called between batches; what it raises ends the evaluation (a signal that asks for a stop).
+        plainly: the model's own outputs, whatever a method would answer in place of them.
 
     Attributes:
         budget: padded tokens of a batch, at most.
@@ -44,10 +46,13 @@ class Evaluator:
         precision: Precision,
         device: torch.device,
         check: Callable[[], None] = lambda: None,
+        *,
+        plainly: bool = False,
     ) -> None:
         self.tuned, self.objective, self.batches = tuned, objective, batches
         self.precision, self.device, self.check = precision, device, check
         self.budget = batches.tokens
+        self.plainly = plainly or not answerers(tuned)
 
     def try_longest(self) -> None:
         """Run the widest batch: memory runs out here, before step 1, or not at all.
@@ -57,9 +62,13 @@ class Evaluator:
         """
         self.tuned.model.eval()
         pieces = self.batches.pieces(self.budget)[:1]
-        with torch.inference_mode():
+        with self._quiet():
             while pieces:
                 pieces = self._finer(pieces[:1])[:1] if self._try(pieces[0]) is None else []
+
+    def _quiet(self) -> AbstractContextManager[Any]:
+        """Without gradients; a method that answers otherwise may take some inside."""
+        return torch.inference_mode() if self.plainly else torch.no_grad()
 
     def outputs(self) -> dict[str, Any]:
         """Everything the scores need, in the order of the rows.
@@ -76,7 +85,7 @@ class Evaluator:
         losses, targets, correct = 0.0, 0, 0
         parts: list[tuple[NDArray[np.int64], list[Any]]] = []
         waiting = self.batches.pieces(self.budget)
-        with torch.inference_mode():
+        with self._quiet():
             while waiting:
                 self.check()
                 found = self._try(waiting[0])
@@ -159,10 +168,17 @@ class Evaluator:
             found |= metrics.score(names, predictions, wanted)
         return {name: found[name] for name in task.metrics}
 
+    def _answered(self, batch: Batch) -> Result:
+        """What the method answers, scored."""
+        found: Result = answered(self.tuned, lambda: self.objective(batch))
+        if found.logits is None:
+            return found
+        return Result(self.objective.loss(found.logits, batch.labels), batch.n_targets, found.logits, batch.labels)
+
     def _one(self, batch: Batch) -> tuple[float, int, int, list[Any] | None]:
         batch, n = batch.to(self.device), batch.n_targets
         with self.precision.autocast(self.device):
-            result = self.objective(batch)
+            result = self.objective(batch) if self.plainly else self._answered(batch)
         task = self.objective.task
         loss = float(result.loss)
         if result.logits is None:

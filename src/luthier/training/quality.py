@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from luthier.core import key
 from luthier.data.tasks import Task
 from luthier.training import metrics
 
-__all__ = ["ClassQuality", "Quality", "judge"]
+__all__ = ["ClassQuality", "Quality", "beside_plain", "judge"]
 
 RESAMPLES = 1000
 BINS = 15
@@ -68,6 +68,10 @@ class Quality:
     """mean squared distance of a row's probabilities from the truth, over all classes: 0 to 2"""
     nll: float | None = None
     """mean negative logarithm of the probability of the right class"""
+    plain_calibration_error: float | None = None
+    """the gap of the model alone, where a method answers otherwise"""
+    plain_nll: float | None = None
+    """the same of its probabilities"""
     sure_but_wrong: tuple[int, ...] = ()
     """held-out rows, by number, that were answered wrongly with the most certainty"""
     warnings: tuple[str, ...] = ()
@@ -103,6 +107,16 @@ def judge(
     if task.name == "classification" and not task.multi_label:
         return _classes(task, logits, targets.astype(np.int64), learnt.astype(np.int64), loss, by_words)
     return None
+
+
+def beside_plain(quality: Quality, task: Task, logits: NDArray[Any], targets: NDArray[Any], loss: float) -> Quality:
+    """The same with what the model alone would have answered beside it: `logits` (rows, classes) and their loss."""
+    if quality.calibration_error is None:
+        return quality
+    said = task.chosen(logits)
+    sure = task.probabilities(logits)[np.arange(len(said)), said]
+    error = _calibration_error(sure, said == targets.astype(np.int64))
+    return replace(quality, plain_calibration_error=error, plain_nll=loss)
 
 
 def _classes(

@@ -21,9 +21,10 @@ from luthier.data.load_data import load_inputs
 from luthier.data.rows import Table
 from luthier.data.tasks import Task
 from luthier.runs import durable
+from luthier.surgery import answerers
 from luthier.training.evaluate import Evaluator
 from luthier.training.objective import Objective
-from luthier.training.quality import Quality, judge
+from luthier.training.quality import Quality, beside_plain, judge
 from luthier.workflow.finish import answers_csv
 from luthier.workflow.load_model import collator_of
 from luthier.workflow.prediction import Predictor
@@ -96,12 +97,18 @@ def evaluate(path: Path | str, data: str, *, skip_bad: bool = False, out: Path |
     examples = predictor.of_tasks(examples)
     refused = [(table.places[r["row"]], str(r["reason"])) for r in examples.ledger if r["status"] == "refused"]
     evaluator = _evaluator(predictor, examples)
-    with predictor.tuned.serving():
+    with predictor.answering():
         found = evaluator.outputs()
+        plainly = None
+        if answerers(predictor.tuned):
+            evaluator.plainly = True
+            plainly = evaluator.outputs()
     quality = None
     if examples.targets is not None:
         learnt = _learnt(Path(path), task, examples.row_targets)
         quality = judge(task, found["logits"], examples.row_targets, learnt, float(found["loss"]))
+        if quality is not None and plainly is not None:
+            quality = beside_plain(quality, task, plainly["logits"], examples.row_targets, float(plainly["loss"]))
     if target is not None:
         durable.write_bytes(target, answers_csv(task, columns, table, examples, found["logits"]))
     return Evaluation(

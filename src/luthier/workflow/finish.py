@@ -24,16 +24,17 @@ from luthier.data.stop_tokens import stop_ids
 from luthier.data.tasks import Task
 from luthier.data.tokenizer import position_limit
 from luthier.runs import Record, RunFolder, durable, environment, load_step, peak_bytes
-from luthier.surgery import Tuned, tuning_files
+from luthier.surgery import Method, Tuned, answerers, tuning_files
 from luthier.training.evaluate import plain_scores, references
 from luthier.training.loop import Loop
 from luthier.training.memory_parts import whole_memory
-from luthier.training.quality import Quality, judge
+from luthier.training.quality import Quality, beside_plain, judge
 from luthier.training.thresholds import choose_thresholds, thresholds_said
 from luthier.training.word_counts import answers_by_words
 from luthier.workflow.build import evaluator_of
 from luthier.workflow.forecasts import forecast_of, widest
 from luthier.workflow.load_model import collator_of
+from luthier.workflow.looks import Looks, held_looks
 from luthier.workflow.merged_folder import merge
 from luthier.workflow.prediction import predict
 from luthier.workflow.preparation import Prepared, reserved_positions
@@ -98,6 +99,7 @@ def finish(prepared: Prepared, loop: Loop, run: RunFolder) -> tuple[dict[str, fl
     loop.tuned.finish()
     loop.signals.check()
     _refuse_base(prepared, loop)
+    _conclude(prepared, loop)
     prepared = _with_thresholds(prepared, loop, run)
     stored = _save(prepared, loop.tuned, run)
     _keep_reference(prepared, loop.tuned, run)
@@ -107,7 +109,8 @@ def finish(prepared: Prepared, loop: Loop, run: RunFolder) -> tuple[dict[str, fl
         evaluator = evaluator_of(prepared, loop, prepared.test)
         out = evaluator.outputs()
         scores = evaluator.scores_of(out)
-        quality = _keep_answers(prepared, prepared.test, out, run)
+        plainly = _plainly(prepared, loop, prepared.test)
+        quality = _keep_answers(prepared, prepared.test, out, run, plainly)
     if scores:
         run.event("scores", lasting=False, step=loop.step, **plain_scores(scores, 6))
         loop.listener.scores(loop.step, scores)
@@ -131,13 +134,38 @@ def _with_thresholds(prepared: Prepared, loop: Loop, run: RunFolder) -> Prepared
     return replace(prepared, task=task)
 
 
-def _keep_answers(prepared: Prepared, test: Examples, out: dict[str, Any], run: RunFolder) -> Quality | None:
+def _conclude(prepared: Prepared, loop: Loop) -> None:
+    """Let methods measure on the training rows what they save beside the result."""
+    held = held_looks(loop, prepared.selection) if prepared.selection is not None else []
+    for part in prepared.method.parts():
+        if type(part).conclude is not Method.conclude:
+            looks = Looks(loop)
+            share = f"{part.settings().get('data', 1.0):.0%} of " if "data" in part.settings() else ""
+            loop.listener.say(f"{part.name} looks at the training rows once more: {share}the {len(looks)} steps")
+            part.conclude(loop.tuned, looks, held)
+    loop.optimiser.zero_grad()
+
+
+def _plainly(prepared: Prepared, loop: Loop, examples: Examples) -> dict[str, Any] | None:
+    """The outputs of the model alone, where a method answers otherwise: what its answers are compared with."""
+    if not answerers(loop.tuned):
+        return None
+    evaluator = evaluator_of(prepared, loop, examples)
+    evaluator.plainly = True
+    return evaluator.outputs()
+
+
+def _keep_answers(
+    prepared: Prepared, test: Examples, out: dict[str, Any], run: RunFolder, plainly: dict[str, Any] | None
+) -> Quality | None:
     """Beside the scores: what they are worth (`quality.json`) and each held-out row's answer (`predictions.csv`)."""
     task, train = prepared.task, prepared.train
     if test.targets is None or train.targets is None or prepared.test_table is None:
         return None
     by_words = _by_words(prepared, test)
     quality = judge(task, out["logits"], test.row_targets, train.row_targets, float(out["loss"]), by_words)
+    if quality is not None and plainly is not None:
+        quality = beside_plain(quality, task, plainly["logits"], test.row_targets, float(plainly["loss"]))
     if quality is not None:
         run.write_json("quality.json", plain(quality))
     durable.write_bytes(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from torch import nn
 from luthier.__version__ import __version__
 from luthier.core import CannotMerge, ConfigError
 from luthier.runs import durable
-from luthier.surgery import merging
+from luthier.surgery import answerers, merging
 from luthier.workflow.certificate import FILE as CERTIFICATE
 from luthier.workflow.certificate import certify_folder
 from luthier.workflow.load_model import find_model, load_config, quiet
@@ -100,6 +101,7 @@ def write_merged(path: Path, folder: Path, *, dtype: str, name: str) -> Written:
         if stored in (torch.bfloat16, torch.float16):
             predictor = Predictor(path, dtype=stored, decode=True)
     method = predictor.spec.method
+    otherwise = [part.name for part in answerers(predictor.tuned)]
     try:
         merging.check(predictor.tuned.edited)
         half = next(predictor.tuned.model.parameters()).dtype != torch.float32
@@ -112,7 +114,7 @@ def write_merged(path: Path, folder: Path, *, dtype: str, name: str) -> Written:
     with quiet():
         model.save_pretrained(folder)
         predictor.tokenizer.save_pretrained(folder)
-    return Written(half, in_unit, _card(path, name, model, predictor, in_unit))
+    return Written(half, in_unit, _card(path, name, model, predictor, in_unit, otherwise))
 
 
 def _instead(method: str, path: Path) -> str:
@@ -168,7 +170,7 @@ def _describe(model: Any, predictor: Predictor) -> None:
         tokenizer.chat_template = template["text"]
 
 
-def _card(path: Path, out: str, model: Any, predictor: Predictor, in_unit: bool) -> str:
+def _card(path: Path, out: str, model: Any, predictor: Predictor, in_unit: bool, otherwise: Sequence[str]) -> str:
     spec, task = predictor.spec, predictor.task
     pipeline = PIPELINES.get(task.name)
     if task.template:
@@ -213,6 +215,11 @@ def _card(path: Path, out: str, model: Any, predictor: Predictor, in_unit: bool)
     lines += [predictor.length_said]
     if not in_unit:
         lines += [f"The last layer has no bias: multiply an answer by {task.scale!r} and add {task.center!r}."]
+    if otherwise:
+        lines += [
+            f"What {' and '.join(otherwise)} makes of the model's outputs is not in these weights: they give the plain "
+            "outputs, and luthier's answers and the scores below are others.",
+        ]  # fmt: skip
     if found:
         shown = [
             f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in found.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from luthier.data.tasks import Task
 from luthier.data.tokenizer import position_limit
 from luthier.runs import RunFolder
 from luthier.runs.spec import RunSpec
-from luthier.surgery import Tuned, compose, decode_layers, read_tuning
+from luthier.surgery import Tuned, answerers, compose, decode_layers, read_tuning
 from luthier.surgery import load as load_tuning
 from luthier.training.evaluate import Evaluator
 from luthier.training.objective import Objective, Result
@@ -203,6 +204,11 @@ class Predictor:
             raise ConfigError(
                 f"{len(tunings)} tunings are named for {len(table.rows)} rows. Name one for each, or None for the base."
             )
+        if tunings and (names := [part.name for part in answerers(self.tuned)]):
+            raise ConfigError(
+                f"tunings: {' and '.join(names)} answers by more than one pass, of whole batches. Leave the tunings "
+                "out, and ask a Predictor of the other run for its answers."
+            )
         if tunings:
             with self.tuned.serving(), self.tuned.rows(tunings):  # refuses what cannot be before any work
                 pass
@@ -213,7 +219,7 @@ class Predictor:
         for start in range(0, len(table), at_a_time):
             part = table.take(range(start, min(start + at_a_time, len(table))))
             named = None if tunings is None else tunings[start : start + at_a_time]
-            with self.tuned.serving():
+            with self.answering():
                 examples = self._encoded(part)
                 found = self._write(examples, max_new_tokens, named) if written else self._read(examples, named)
             for record in examples.ledger:
@@ -226,6 +232,10 @@ class Predictor:
                     yield {**answer, "note": record["reason"]}
                 else:
                     yield answer
+
+    def answering(self) -> AbstractContextManager[Any]:
+        """Within, answers come faster where they are those of the model alone: see `Tuned.serving`."""
+        return nullcontext() if answerers(self.tuned) else self.tuned.serving()
 
     def _encoded(self, table: Table) -> Examples:
         """The rows as training read them, up to the target."""

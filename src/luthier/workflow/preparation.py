@@ -131,6 +131,7 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None, *, be
     data = load_data(spec.data, task_of(strategies, spec.task), config)
     table, test, columns, task = data.train, data.test, data.columns, data.task
     refuse_task(strategies, task)
+    _refuse_classes_only(method, task)
     for remark in data.notes:
         note(remark)
     if task.name in ("preference", "judged") and not any(one.learns for one in strategies):
@@ -162,7 +163,7 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None, *, be
     select = None
     if spec.eval.thresholds:
         check_thresholds(task)
-    if spec.eval.holds_out:
+    if spec.eval.holds_out or any(part.holds_out for part in method.parts()):
         by_class = task.name == "classification" and not task.multi_label
         table, select = split_rows(
             table, spec.eval.share, key(spec.data.split_seed, "select"), columns.content,
@@ -263,6 +264,17 @@ def _refuse_ranks() -> None:
             f"WORLD_SIZE is {told!r}: a run of luthier is one process, and cannot be resumed or shared by several. "
             "Start it without a launcher such as torchrun, or unset WORLD_SIZE."
         )
+
+
+def _refuse_classes_only(method: Method, task: Task) -> None:
+    """Some methods make their answers of the probabilities of one label of several."""
+    for part in method.parts():
+        if part.classes_only and (task.name != "classification" or task.multi_label):
+            what = "several labels a row" if task.multi_label else task.name
+            raise ConfigError(
+                f"{part.name}: makes its answers of the probabilities of classes, and this task is {what}. Leave it "
+                "out, or train a classification with one label a row."
+            )
 
 
 def _method_and_strategies(spec: RunSpec) -> tuple[Method, tuple[Strategy, ...]]:

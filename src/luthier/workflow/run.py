@@ -13,13 +13,8 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
 
 from luthier import kernels
 from luthier.core import ConfigError, Interrupted, Locked, human_bytes, human_seconds, plain
@@ -28,7 +23,6 @@ from luthier.data.problems import problems_csv, problems_said
 from luthier.runs import RunFolder, bytes_of, differences, durable, environment, load_newest, preflight
 from luthier.runs.spec import RunSpec
 from luthier.runs.spec_changes import SAME_BITS, changes
-from luthier.surgery import Look, OneRow
 from luthier.training.allocator import keeping_freed
 from luthier.training.loop import Listener, Loop
 from luthier.training.recipe import refuse_recipe
@@ -36,6 +30,7 @@ from luthier.training.stop_signals import StopRequested, StopSignals
 from luthier.workflow.build import build
 from luthier.workflow.finish import Result, finish, record_of, result_of
 from luthier.workflow.forecasts import forecast_of, refuse_what_cannot_fit
+from luthier.workflow.looks import Looks
 from luthier.workflow.preparation import Prepared, prepare
 from luthier.workflow.resume_checks import apply, check_changes, compare_fingerprints
 
@@ -229,7 +224,7 @@ def _check_disk(run: RunFolder, loop: Loop) -> None:
 
 def _look_at_data(prepared: Prepared, loop: Loop) -> None:
     """Let methods that start from data see the first epoch, and leave no trace."""
-    batches = _Looks(loop)
+    batches = Looks(loop)
     for part in prepared.method.parts():
         if part.looks_at_data:
             share = f"{part.settings().get('data', 1.0):.0%} of " if "data" in part.settings() else ""
@@ -238,38 +233,6 @@ def _look_at_data(prepared: Prepared, loop: Loop) -> None:
             )
             part.prepare(loop.tuned, batches)
     loop.optimiser.zero_grad()
-
-
-class _Looks(Sequence[Look]):
-    """The steps of the first epoch, each with the graph of its mean loss."""
-
-    def __init__(self, loop: Loop) -> None:
-        self._loop = loop
-
-    def __len__(self) -> int:
-        return self._loop.feed.batches.order.steps_per_epoch
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        loop, step = self._loop, index % len(self)
-        n_targets = max(1, loop.feed.batches.n_targets(0, step))
-
-        def seen(rows: NDArray[np.int64]) -> OneRow:
-            loop.signals.check()
-            batch = loop.feed.batches.collator(loop.feed.batches.examples, rows).to(loop.device)
-            with loop.precision.autocast(loop.device):
-                result = loop.objective(batch)
-            return OneRow(result.loss, result.logits)
-
-        def look(rows: NDArray[np.int64]) -> Tensor:
-            return seen(rows).loss / n_targets
-
-        rows = np.split(held := loop.feed.batches.order.rows(0, step), len(held))
-        pieces = loop.feed.batches.pieces(0, step, loop.feed.budget)
-        return Look([partial(look, piece) for piece in pieces], [partial(seen, row) for row in rows])
 
 
 def _run(

@@ -14,8 +14,13 @@
                       Thin             the same for an A and B that are made of something else
                       SmallDropout     dropout of a branch's input, the same again under checkpointing
                       check_projections, fusable, live_bias
+    posterior         Posterior        a Gaussian over a trained matrix, and what it says of a function's outputs
+                      Root             the leading directions of a sum of outer products
+                      evidence_precision, matrix_gradients, watched_calls, Call
     starts            thin_start       A and B as a part of the frozen weight
-                      check_start, Start
+                      check_start, widest, Start, AT_ZERO
+    row_starts        start_from_rows  A and B where rows say: what layers read, or the gradient of their weight
+                      FromRows, RowStart, FROM_ROWS
     triplets          TripletUpdate    x -> scale P diag(l) Q x beside a weight, whose triplets join and leave
     principal         FrozenFrame      x -> B R A x between the leading directions of the weight
                       check_principal, frame_params, principal

@@ -113,11 +113,12 @@ class ThinUpdate(Thin):
     """Adds `scale * B A x` to the output; A and B are what trains."""
 
     def __init__(
-        self, d_in: int, d_out: int, rank: int, scale: float, dropout: float = 0.0, *, train_a: bool = True
-    ) -> None:
+        self, d_in: int, d_out: int, rank: int, scale: float, dropout: float = 0.0, *, train_a: bool = True,
+        train_b: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__(scale, dropout)
         self.a = nn.Parameter(torch.empty(rank, d_in), requires_grad=train_a)
-        self.b = nn.Parameter(torch.zeros(d_out, rank))
+        self.b = nn.Parameter(torch.zeros(d_out, rank), requires_grad=train_b)
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
 
     def thin(self) -> tuple[Tensor, Tensor]:
@@ -133,8 +134,10 @@ class MovedUpdate(ThinUpdate):
     a0: Tensor
     b0: Tensor
 
-    def __init__(self, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0, *, train_a: bool = True) -> None:
-        super().__init__(a.shape[1], len(b), len(a), scale, dropout, train_a=train_a)
+    def __init__(
+        self, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0, *, train_a: bool = True, train_b: bool = True
+    ) -> None:
+        super().__init__(a.shape[1], len(b), len(a), scale, dropout, train_a=train_a, train_b=train_b)
         for name, value in (("a", a), ("b", b)):
             self.get_parameter(name).data = value.clone()
             self.register_buffer(f"{name}0", value.clone())

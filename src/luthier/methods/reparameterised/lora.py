@@ -10,8 +10,11 @@ U(±1/sqrt(d_in)), as the authors' code does; the paper says Gaussian.
 `scaling=root` divides by sqrt(rank) instead (arXiv:2312.03732), `b_rate` is how many times faster B learns than A
 (arXiv:2402.12354), `train_a=false` leaves A as it was drawn (arXiv:2308.03303), and `start` takes A and B from the
 weight itself: its largest singular values (svd, arXiv:2404.02948), its smallest (minor), or Q and R of it (qr,
-arXiv:2406.01775); the update is then how far they have moved. `rslora`, `lora_plus`, `lora_fa`, `pissa` and `olora` are
-LoRA with these, and all of them go together.
+arXiv:2406.01775); the update is then how far they have moved. Or rows are looked at first: `eva` takes A from what the
+layer reads (arXiv:2410.07170), `corda` both from the weight, weighed by that (arXiv:2406.05223), `lora_ga` both from
+the weight's gradient (arXiv:2407.05000). `mica` (arXiv:2604.01694) starts B at the smallest left singular vectors and A
+at zero; `orthogonal` draws both so that their product is zero. `rslora`, `lora_plus`, `lora_fa`, `pissa`, `olora`,
+`eva`, `corda`, `lora_ga` and `mica` are LoRA with these, and all of them go together.
 
 Count: sum over sites of rank * (d_in + d_out); rank * d_out where A is frozen. With a start that is not zero the file
 holds the start too.
@@ -29,11 +32,13 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from luthier.anatomy import Anatomy, NumberBySite, Site, WholeBySite, at_site
-from luthier.core import above, at_least, between
+from luthier.core import ConfigError, above, at_least, between
 from luthier.methods.parts.low_rank import MovedUpdate, ThinUpdate, check_projections
+from luthier.methods.parts.masks import first_share
 from luthier.methods.parts.own_tensors import group_names, own_modules
-from luthier.methods.parts.starts import Start, check_start, thin_start
-from luthier.surgery import METHODS, Attachment, Base, Edit, Group, PerSite, TunedView
+from luthier.methods.parts.row_starts import FROM_ROWS, FromRows, start_from_rows
+from luthier.methods.parts.starts import AT_ZERO, Start, check_start, thin_start
+from luthier.surgery import METHODS, Attachment, Base, Batches, Edit, Group, PerSite, TunedView
 
 
 @METHODS.register("lora", family="reparameterised", paper="arXiv:2106.09685")
@@ -48,7 +53,9 @@ class LoRA(PerSite):
     scaling: Annotated[Literal["rank", "root"], "alpha is divided by the rank, or by its square root"] = "rank"
     b_rate: Annotated[float, "times the learning rate of A at which B learns", above(0)] = 1.0
     train_a: Annotated[bool, "A learns too, and is not left as it was drawn"] = True
-    start: Annotated[Start, "where A and B start: zero, or parts of the weight: svd, minor, qr"] = "zero"
+    train_b: Annotated[bool, "B learns too, and is not left where it started"] = True
+    start: Annotated[Start, "where A and B start: zero, in the weight (svd, minor, qr), or where rows say"] = "zero"
+    data: Annotated[float, "eva, corda, lora_ga: share of the first epoch looked at", between(0.001, 1)] = 0.1
 
     mergeable: ClassVar[bool] = True
     starts_at_base: ClassVar[bool] = True
@@ -58,6 +65,12 @@ class LoRA(PerSite):
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
         return check_projections(anatomy, super().places(anatomy), "lora", self.dropout)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "looks_at_data", self.start in FROM_ROWS)
+        if not self.train_b and (self.start == "zero" or not self.train_a):
+            why = "B stays zero" if self.train_a else "neither A nor B learns"
+            raise ConfigError(f"{self._label}.train_b: false, and {why}: nothing would be learnt. Use start=mica.")
+
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         here = self.on(anatomy)
         for site in self.places(anatomy):
@@ -65,20 +78,31 @@ class LoRA(PerSite):
         return super().edits(anatomy)
 
     def params_at(self, site: Site) -> int:
-        return at_site(self.rank, site) * (site.d_in * self.train_a + site.d_out)
+        return at_site(self.rank, site) * (site.d_in * self.train_a + site.d_out * self.train_b)
 
     def n_stored(self, anatomy: Anatomy) -> int:
         here = self.on(anatomy)
         held = sum(at_site(here.rank, site) * (site.d_in + site.d_out) for site in self.places(anatomy))
-        return held if self.start == "zero" else 2 * held
+        return held if self.start in AT_ZERO else 2 * held
 
     def build(self, site: Site, base: Base) -> Attachment:
         rank = at_site(self.rank, site)
         scale = at_site(self.alpha, site) / (math.sqrt(rank) if self.scaling == "root" else rank)
+        if self.start in FROM_ROWS:
+            return FromRows(base, rank, scale, self.dropout, (self.train_a, self.train_b), self.start)
+        learn = {"train_a": self.train_a, "train_b": self.train_b}
+        made = ThinUpdate(site.d_in, site.d_out, rank, scale, self.dropout, **learn)
         if self.start == "zero":
-            return ThinUpdate(site.d_in, site.d_out, rank, scale, self.dropout, train_a=self.train_a)
+            return made
         a, b = thin_start(base.weight(), rank, self.start, scale)
-        return MovedUpdate(a, b, scale, self.dropout, train_a=self.train_a)
+        if self.start not in AT_ZERO:
+            return MovedUpdate(a, b, scale, self.dropout, **learn)
+        made.a.data, made.b.data = a, b
+        return made
+
+    def prepare(self, tuned: TunedView, batches: Batches) -> None:
+        if self.start == "eva" or self.start == "corda" or self.start == "lora_ga":
+            start_from_rows(self.start, own_modules(self, tuned, FromRows), tuned, first_share(batches, self.data))
 
     def groups(self, tuned: TunedView) -> list[Group]:
         if self.b_rate == 1.0:

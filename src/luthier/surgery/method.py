@@ -11,6 +11,7 @@ from torch import Tensor
 
 from luthier.anatomy import Anatomy, BySite, Site, is_projection
 from luthier.core import Catalogue, plain
+from luthier.surgery.after_training import AfterTraining
 from luthier.surgery.attachment import Attachment
 from luthier.surgery.base import Base
 from luthier.surgery.edits import Edit, attach_each
@@ -48,7 +49,7 @@ Batches = Sequence[Callable[[], Tensor]]
 """The optimiser steps of the first epoch: each gives its mean loss. See `look.gradients` for their gradients."""
 
 
-class Method(ABC):
+class Method(AfterTraining, ABC):
     """A frozen dataclass of settings that says which edits to make. The file holds the paper and nothing else.
 
     Class facts, read from the syntax tree for the listing and checked by the contract tests:
@@ -122,10 +123,6 @@ class Method(ABC):
         """Numbers of the methods beside it that a modifier takes out of training."""
         return 0
 
-    def n_beside(self, others: Sequence[Method], anatomy: Anatomy) -> int:
-        """Numbers that a modifier saves beside those of the methods beside it."""
-        return 0
-
     def leaves_out(self, edit: Edit, anatomy: Anatomy) -> bool:
         """Whether a modifier takes this edit of a method beside it away, so that nothing is made there."""
         return False
@@ -193,19 +190,6 @@ class Method(ABC):
 
     def finish(self, tuned: TunedView) -> None:
         """After training: bring the attachments into the form that is stored and served."""
-
-    def conclude(self, tuned: TunedView, batches: Batches, held: Batches = ()) -> None:
-        """After `finish`: measure on the training rows, once, what is saved beside the result. No parameter moves.
-
-        Args:
-            held: rows that were held out of training, where the run holds some out: it does where `holds_out` is true.
-        """
-
-    def answer(self, tuned: TunedView, forward: Objective) -> Any:
-        """Give the `.logits` of one batch in evaluation and prediction; `forward` is the plain pass. Other logits than
-        that pass gave are scored anew. Gradients may be taken, and the model is in evaluation mode.
-        """
-        return forward()
 
     def groups(self, tuned: TunedView) -> list[Group]:
         """Learning rates or decay that differ inside the method; tensors not named follow the run."""

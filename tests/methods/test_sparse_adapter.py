@@ -12,6 +12,7 @@ from tiny import inputs, tiny
 
 from luthier import train as run
 from luthier.core import CompositionError, ConfigError
+from luthier.methods.parts.bottleneck import Bottleneck
 from luthier.methods.parts.masks import top_k
 from luthier.methods.unified.sparse_adapter import _matrices_of, flow
 from luthier.surgery import METHODS, attach, gradients, load, matrices, method
@@ -259,3 +260,36 @@ def test_masks_of_tensors_that_are_gone_after_the_end_count_no_more(beside):
     left = {f"{k}.{n}": p for k, m in tuned.tuning().modules_by_key().items() for n, p in m.named_parameters()}
     masked = sum(int((~mask).sum()) for name, mask in tuned.tuning().masks.items() if name in left)
     assert tuned.n_trained() == sum(p.numel() for p in left.values() if p.requires_grad) - masked
+
+
+@pytest.mark.acid("sparse_adapter", 8)
+@pytest.mark.parametrize("words", ["sequential_adapter", "parallel_adapter"])
+def test_compacted_it_computes_the_same_with_narrower_layers(words, tmp_path):
+    tuned = _beside(words)
+    tuning = tuned.tuning()
+    bottlenecks = [(k, m) for k, m in tuning.modules_by_key().items() if isinstance(m, Bottleneck)]
+    with torch.no_grad():
+        for number, (key, module) in enumerate(bottlenecks):
+            tuning.masks[f"{key}.down.weight"][number % 3] = False  # reads nothing, and gives what its bias says
+            tuning.masks[f"{key}.up.weight"][:, 4 + number % 2] = False  # nothing is read of it
+            for parameter in (module.down.bias, module.up.bias):
+                parameter.uniform_(-1, 1)
+    tuned.state.constrain()
+    wide = logits(tuned.model)
+    tuned.finish()
+    widths = [m.down.out_features for _, m in bottlenecks]
+    assert max(widths) <= 10 and all(m.up.weight.shape[1] == m.down.out_features for _, m in bottlenecks)
+    torch.testing.assert_close(logits(tuned.model), wide, rtol=1e-5, atol=1e-5)
+    tuned.save(tmp_path / "tuning")
+    again = load(tiny("bert", **STILL), tmp_path / "tuning")
+    assert torch.equal(logits(again.model), logits(tuned.model))
+    assert [m.down.out_features for m in again.modules(Bottleneck).values()] == widths
+
+
+def _beside(words):
+    made = method(f"{words}+sparse_adapter", {f"{words}.width": 12, "sparse_adapter.compact": True, "score": "random"})
+    tuned = attach(tiny("bert", **STILL), made)
+    for part in tuned.tuning().method.parts():
+        if part.looks_at_data:
+            part.prepare(tuned, looks(tuned.model, 1))
+    return tuned

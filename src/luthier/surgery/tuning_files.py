@@ -258,6 +258,9 @@ def restore(tuning: Tuning, tensors: dict[str, Tensor], where: str) -> None:
     left = dict(tensors)
     for key_, module in tuning.modules_by_key().items():
         mine = {n.removeprefix(f"{key_}."): left.pop(n) for n in list(left) if n.startswith(f"{key_}.")}
+        fit = getattr(module, "fit", None)  # to what is stored, where that may be narrower
+        if fit is not None:
+            fit(mine)
         mine |= _thickened(tuning, key_, module, mine)
         put = getattr(module, "restore", None)
         try:

@@ -12,7 +12,8 @@ Count: none; with train=true, one Pfeiffer adapter, 2 d r + r + d per block.
 Claims: better on domains that no adapter has seen than any single adapter, at the cost of one.
 Use it when: adapters of several domains are there, and the new domain has no rows to learn from.
 Not when: the adapters come from unlike starts or tasks: the mean of unlike numbers is no adapter. See mera.
-Pitfalls: the mean of what adapters give, not of their numbers, is an ensemble at N times the cost. The paper chooses S
+Pitfalls: a head that trains alone wants a large rate, head_only's: at the adapters' own of 1e-3 it hardly moves in a
+few hundred steps. The mean of what adapters give, not of their numbers, is an ensemble at N times the cost. The paper chooses S
 by clustering texts of the domains; here you choose it, by naming the sources. A language model has no head to train:
 attach(model, "adapter_soup", sources=[...]).save(folder) makes the soup without a run.
 """
@@ -44,6 +45,7 @@ class AdapterSoup(Method):
     mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 1e-3
+    default_head_lr: ClassVar[float | None] = 3e-2
     sources: ClassVar[tuple[str, ...]] = ("pfeiffer_adapter",)
     tiny: ClassVar[dict[str, int | str | bool]] = {"reduction": 8, "activation": "gelu", "train": True}
 

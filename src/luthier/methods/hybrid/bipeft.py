@@ -51,12 +51,12 @@ class BIPEFT(Method):
     prunes: Annotated[int, "cuts at most on the way to the budget", at_least(1)] = 100
     stable: Annotated[float, "cosine of the choices' gradients on both halves at which is cut", between(-1, 1)] = 0.85
     temperature: Annotated[float, "τ of the choices", above(0)] = 1.0
-    gate_rate: Annotated[float, "times the learning rate at which choices learn", above(0)] = 5.0
+    gate_rate: Annotated[float, "times the learning rate at which choices learn", above(0)] = 1.0
     plan: Annotated[tuple[str, ...], "places that train, such as lora:attn.q@0=4, without a search"] = ()
 
     mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = True
-    default_lr: ClassVar[float] = 2e-3
+    default_lr: ClassVar[float] = 1e-2
     draws: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = True
     tiny: ClassVar[dict[str, Any]] = {"share": 0.05, "ranks": (1, 2), "lr": 2e-2}

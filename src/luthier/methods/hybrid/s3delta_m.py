@@ -43,14 +43,14 @@ class S3DeltaM(Method):
     share: Annotated[float, "budget, as a share of the numbers below the head", between(0, 1)] = 1.39e-4
     search: Annotated[float, "share of the run that searches", between(0.01, 0.99)] = 0.5
     beta: Annotated[float, "β, how soft gates are", above(0)] = 1.0
-    gate_rate: Annotated[float, "times the learning rate at which α learns", above(0)] = 50.0
+    gate_rate: Annotated[float, "times the learning rate at which α learns", above(0)] = 10.0
     second_order: Annotated[bool, "α learns through one step of the weights, by finite differences"] = True
     rank: Annotated[int, "of a LoRA", at_least(1)] = 1
     plan: Annotated[tuple[str, ...], "places that train, such as lora:attn.q@0, without a search"] = ()
 
     mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = True
-    default_lr: ClassVar[float] = 2e-3
+    default_lr: ClassVar[float] = 1e-2
     draws: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = True
     tiny: ClassVar[dict[str, Any]] = {"share": 0.03, "lr": 2e-2}

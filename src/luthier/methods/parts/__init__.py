@@ -6,7 +6,7 @@
                       own_sites, mean_of
     assignment        assignment       which row goes to which column at the least cost
     bottleneck        Bottleneck       narrow, bend, widen, and add: the inside of every adapter
-                      activated, bottleneck_params, check_sublayers, width_of, Activation
+                      activated, bottleneck_params, check_sublayers, width_of, Activation, without_units
     closing           Closing          a bottleneck of what a sublayer gives, added to that
     parallel_branch   Beside           a bottleneck of a sublayer's input, added to its output
     low_rank          ThinUpdate       x -> scale B A x beside a weight: merged, fused, and served in rows

@@ -5,7 +5,7 @@
 It adds to `y`; what it reads, and what y is, the method says.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -16,7 +16,7 @@ from luthier.anatomy import Site, is_sublayer
 from luthier.core import AnatomyError
 from luthier.surgery import Attachment
 
-__all__ = ["Activation", "Bottleneck", "activated", "bottleneck_params", "check_sublayers", "width_of"]
+__all__ = ["Activation", "Bottleneck", "activated", "bottleneck_params", "check_sublayers", "width_of", "without_units"]
 
 Activation = Literal["identity", "relu", "gelu", "gelu_tanh", "silu", "tanh"]
 
@@ -57,6 +57,23 @@ class Bottleneck(Attachment):
         nn.init.zeros_(self.down.bias)
         nn.init.zeros_(self.up.bias)
 
+    @torch.no_grad()
+    def resize(self, width: int, kept: Tensor | None = None) -> None:
+        """Another width: that of the units where `kept` is true; without it, for numbers that are put there next."""
+        places = torch.arange(width) if kept is None else kept.nonzero().flatten()
+        places = places.clamp(max=self.down.out_features - 1).to(self.down.weight.device)
+        trains = self.down.weight.requires_grad
+        weight, bias, wide = self.down.weight[places], self.down.bias[places], self.up.weight[:, places]
+        self.down.weight, self.down.bias = nn.Parameter(weight, trains), nn.Parameter(bias, trains)
+        self.up.weight = nn.Parameter(wide, trains)
+        self.down.out_features = self.up.in_features = width
+
+    def fit(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the width of what was stored, from which units may have been taken out."""
+        width = len(tensors["down.bias"]) if "down.bias" in tensors else self.down.out_features
+        if width < self.down.out_features:
+            self.resize(width)
+
     def add(self, y: Tensor, x: Tensor, factor: float | Tensor = 1.0) -> Tensor:
         """`y + factor * bottleneck(x)`; x, y: (..., d), `factor` a number or anything that multiplies y's shape."""
         if isinstance(factor, float) and not (self.training and self.dropout.p > 0):
@@ -69,6 +86,29 @@ class Bottleneck(Attachment):
 def activated(activation: Activation, h: Tensor) -> Tensor:
     """σ(h), of the name."""
     return _ACT[activation](h)
+
+
+@torch.no_grad()
+def without_units(module: Bottleneck, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Take the units out of a bottleneck that read nothing, or of which nothing is read; it computes the same.
+
+    A unit that reads nothing gives σ of its bias, whatever the text: that goes into the second layer's bias.
+
+    Args:
+        down, up: where the two matrices are not held at zero, (width, d) and (d, width).
+
+    Returns:
+        the two masks of what is left.
+    """
+    reads, read = down.any(1), up.any(0)
+    still = ~reads & read
+    constant = activated(module.activation, module.down.bias[still])
+    module.up.bias += module.up.weight[:, still] @ constant
+    kept = reads & read
+    if not kept.any():
+        kept[0] = True  # a layer of no width is none
+    module.resize(int(kept.sum()), kept)
+    return down[kept], up[:, kept]
 
 
 _ACT: dict[str, Callable[[Tensor], Tensor]] = {

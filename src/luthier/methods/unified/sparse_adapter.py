@@ -17,7 +17,8 @@ and norms stay whole.
 Claims: at 80 % no loss; a wider adapter with the same count does better (large_sparse).
 Cost: a pass over `steps` steps before the first one. A step costs what it costs without: products stay dense.
 Use it when: what is stored must be small.
-Not when: steps must be cheaper: only the file is smaller.
+Not when: steps must be cheaper: only the file is smaller. With `compact`, units of a bottleneck that read nothing, or
+of which nothing is read, are taken out when training ends: the same answers from narrower layers.
 Pitfalls: a second matrix of zeros, as LoRA's B, gives scores of zero to both, and nothing can be told apart: refused; a
 threshold instead of a rank keeps or drops whole groups of equal scores; one scope for the whole model can empty a
 matrix: scope=tensor keeps the same share of each.
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 from luthier import kernels
 from luthier.anatomy import Anatomy
 from luthier.core import CompositionError, ConfigError, at_least, between
+from luthier.methods.parts.bottleneck import Bottleneck, without_units
 from luthier.methods.parts.masks import no_trace, top_k
 from luthier.methods.parts.own_tensors import own_tunings
 from luthier.surgery import METHODS, Attachment, Batches, Edit, Method, TunedView, TuningView, gradients, matrices
@@ -51,6 +53,7 @@ class SparseAdapter(Method):
     score: Annotated[Literal["snip", "magnitude", "random", "er", "synflow"], "what entries are kept by"] = "snip"
     scope: Annotated[Literal["model", "tensor"], "best of all matrices, or of each"] = "model"
     steps: Annotated[int, "steps of the first epoch that are looked at, at most", at_least(1)] = 100
+    compact: Annotated[bool, "units of a bottleneck that are held at zero as a whole are taken out in the end"] = False
 
     modifies: ClassVar[bool] = True
     mergeable: ClassVar[bool] = False
@@ -100,6 +103,14 @@ class SparseAdapter(Method):
             with torch.no_grad():
                 for parameter, mask in zip(named.values(), masks, strict=True):
                     parameter.mul_(mask)
+
+    def finish(self, tuned: TunedView) -> None:
+        for tuning in own_tunings(self, tuned) if self.compact else ():
+            for key, module in tuning.modules_by_key().items():
+                down, up = (tuning.masks.get(f"{key}.{n}.weight") for n in ("down", "up"))
+                if isinstance(module, Bottleneck) and down is not None and up is not None:
+                    left = without_units(module, down, up)
+                    tuning.masks |= dict(zip((f"{key}.down.weight", f"{key}.up.weight"), left, strict=True))
 
     def after_backward(self, tuned: TunedView, step: int, total: int) -> None:
         if not all(t.masks for t in own_tunings(self, tuned)):

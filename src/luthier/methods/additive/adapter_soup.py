@@ -13,9 +13,9 @@ Claims: better on domains that no adapter has seen than any single adapter, at t
 Use it when: adapters of several domains are there, and the new domain has no rows to learn from.
 Not when: the adapters come from unlike starts or tasks: the mean of unlike numbers is no adapter. See mera.
 Pitfalls: a head that trains alone wants a large rate, head_only's: at the adapters' own of 1e-3 it hardly moves in a
-few hundred steps. The mean of what adapters give, not of their numbers, is an ensemble at N times the cost. The paper chooses S
-by clustering texts of the domains; here you choose it, by naming the sources. A language model has no head to train:
-attach(model, "adapter_soup", sources=[...]).save(folder) makes the soup without a run.
+few hundred steps. The mean of what adapters give, not of their numbers, is an ensemble at N times the cost. The paper
+chooses S by clustering texts of the domains; here you choose it, by naming the sources. A language model has no head to
+train: attach(model, "adapter_soup", sources=[...]).save(folder) makes the soup without a run.
 """
 
 from collections.abc import Iterable, Sequence

@@ -6,9 +6,10 @@ from methods.checks import counted, logits, stir
 from methods.saved import saved
 from tiny import inputs, tiny
 
-from luthier.core import ModelError
+from luthier.core import ConfigError, ModelError
 from luthier.methods.additive.mpt import TaskPrompts
-from luthier.surgery import attach, open_source
+from luthier.surgery import attach, load, open_source
+from luthier.training.objective import Result
 
 
 def prompts(tuned):
@@ -80,3 +81,49 @@ def test_beams_have_the_prompt_of_their_row(beams):
     for i in range(3):
         assert torch.equal(together[i], model.generate(**{k: v[i : i + 1] for k, v in given.items()}, **asked)[0])
     assert torch.equal(together, model.generate(**given, **asked, use_cache=False))
+
+
+@pytest.mark.acid("mpt", 4)
+@pytest.mark.parametrize("arch", ["bert", "gpt2"])
+def test_distilling_costs_nothing_where_the_own_prompt_is_the_teachers(arch, tmp_path):
+    places = [saved(tmp_path / str(n), n, "prompt_tuning", arch) for n in range(2)]
+    model = tiny(arch, "lm" if arch == "gpt2" else "")
+    tuned = attach(model, "mpt", tasks=2, distil=0.9, sources=places)
+    model.luthier.train()
+    module, method = prompts(tuned), tuned.tuning().method
+    batch = inputs(model)
+    task = torch.arange(len(batch["input_ids"])) % 2
+
+    def forward():
+        out = model(**batch, row_task=task)
+        return Result(out.loss, 1, out.logits, batch["labels"])
+
+    teachers = module.teachers.clone()
+    assert len(teachers) == 2 and not torch.equal(teachers[0], teachers[1])
+    plain = float(forward().loss.detach())
+    apart = float(method.loss(tuned, forward).loss.detach())
+    assert apart > plain + 1e-4
+    with torch.no_grad():
+        module.vectors.copy_(teachers[0])
+        module.v[1] = 1.0
+        task.zero_()
+    same = method.loss(tuned, forward)
+    assert float(same.loss.detach()) == pytest.approx(float(forward().loss.detach()), abs=1e-6)
+    assert torch.equal(module.teachers, teachers)
+    with torch.no_grad():
+        module.vectors.add_(torch.randn(module.vectors.shape, generator=torch.Generator().manual_seed(1)))
+    moved = method.loss(tuned, forward)
+    moved.loss.backward()
+    assert float(moved.loss.detach()) > float(forward().loss.detach()) + 1e-6 and module.vectors.grad.any()
+    tuned.finish()
+    tuned.save(tmp_path / "tuning")
+    model.eval()
+    again = load(tiny(arch, "lm" if arch == "gpt2" else ""), tmp_path / "tuning")
+    with torch.no_grad():
+        assert torch.equal(again.model(**batch, row_task=task).logits, model(**batch, row_task=task).logits)
+
+
+def test_teachers_are_as_many_as_tasks(tmp_path):
+    place = saved(tmp_path, 0, "prompt_tuning")
+    with pytest.raises(ConfigError, match="1 teachers for 2 tasks"):
+        attach(tiny("bert"), "mpt", tasks=2, distil=0.9, sources=[place])

@@ -5,6 +5,11 @@
 P starts at word embeddings or, with --source, at the mean of prompts that were trained by prompt_tuning; u and v start
 at one, so a task starts at the shared prompt. Every row has the prompt of its own task.
 
+    loss + distil (KL(teacher's || own answers) + mean squares between their last states)
+
+With `distil` the sources are teachers, one for each task in the order of the tasks, and every row is also read with its
+teacher's prompt, frozen; they are let go of when the run ends.
+
 Wang et al. 2023, "Multitask Prompt Tuning Enables Parameter-Efficient Transfer Learning", arXiv:2303.02861, section 3.
 
 Count: P d, and P + d for each task.
@@ -12,19 +17,20 @@ Claims: a new task with 0.035 % of T5-base's numbers.
 Cost: prompt tuning's: every row grows by P tokens.
 Use it when: several small tasks share something, and each must be a few numbers.
 Not when: there is one task: it is prompt tuning in low rank.
-Pitfalls: the paper distils the shared prompt from one teacher for each task, and that is not done here; without it, its
-results are not to be expected. Its two learning rates are not known to us: P, u and v learn at one.
+Pitfalls: the paper distils the shared prompt from one teacher for each task; without `distil` its results are not to be
+expected. A draw of tasks for each step is not made: rows come as the run orders them. Its two learning rates are not
+known to us: P, u and v learn at one.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy
-from luthier.core import at_least
+from luthier.core import ConfigError, above, at_least
 from luthier.methods.parts.adopted import agreed, own_sites
 from luthier.methods.parts.peft_prompts import COUNTS, ONE, before_text, prompt_facts, rows_before
 from luthier.methods.parts.prompt import Prompt, prompt_width
@@ -68,6 +74,11 @@ class MPT(Method):
         int | None, "vectors before the text; left out, 100, or as many as the sources have", at_least(1)
     ] = None
 
+    distil: Annotated[
+        float, "weight of what the teachers say, 0.9 in the paper; 0: none, sources are a start", at_least(0)
+    ] = 0.0
+    temperature: Annotated[float, "of both answers in it", above(0)] = 1.0
+
     mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 0.3
@@ -89,10 +100,14 @@ class MPT(Method):
     )  # fmt: skip
 
     def fitted(self, sources: Sequence[Source]) -> Self:
+        if self.distil and not sources:
+            raise ConfigError(
+                "mpt.distil: there is no teacher. Name a tuning of each task with --source, in their order."
+            )
         return replace(self, length=agreed(self, sources, "length")) if sources else self
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
-        yield PrependTokens(TaskPrompts(self.tasks or 1, self._length, prompt_width(anatomy, "mpt")), self._length)
+        yield PrependTokens(TaskPrompts(self, self._length, prompt_width(anatomy, "mpt")), self._length)
 
     def n_params(self, anatomy: Anatomy) -> int:
         d = prompt_width(anatomy, "mpt")
@@ -101,9 +116,49 @@ class MPT(Method):
     @torch.no_grad()
     def adopt(self, tuned: TunedView, sources: Sequence[Source]) -> None:
         start = torch.stack([source.tensors["prompt.vectors"] for source in sources]).mean(0) if sources else None
+        tasks = self.tasks or 1
+        if self.distil and len(sources) != tasks:
+            raise ConfigError(
+                f"mpt.distil: {len(sources)} teachers for {tasks} tasks. Name one for each, in their order."
+            )
         for _, prompt in own_sites(self, tuned, TaskPrompts):
             if start is not None:
                 prompt.vectors.copy_(start)
+            if self.distil:
+                prompt.teachers.copy_(torch.stack([source.tensors["prompt.vectors"] for source in sources]))
+
+    def loss(self, tuned: TunedView, forward: Callable[[], Any]) -> Any:
+        prompts = [p for _, p in own_sites(self, tuned, TaskPrompts)]
+        if not self.distil or not prompts or not prompts[0].training or not prompts[0].has_teachers:
+            return forward()
+        (prompt,) = prompts
+        own, states = _with_states(tuned, forward)
+        prompt.teaching = True
+        try:
+            with torch.no_grad():
+                told, told_states = _with_states(tuned, forward)
+        finally:
+            prompt.teaching = False
+        own.loss = own.loss + self.distil * (self._apart(own, told) + _squares(states, told_states))
+        return own
+
+    def _apart(self, own: Any, told: Any) -> Tensor:
+        """KL divergence of the answers, summed over targets."""
+        t = self.temperature
+        student, teacher = (torch.log_softmax(r.logits.float() / t, -1) for r in (own, told))
+        each = (teacher.exp() * (teacher - student)).sum(-1)
+        if own.labels is not None and own.labels.dim() == 2 and each.shape == own.labels.shape:
+            each = each * (own.labels != -100)
+        return each.sum()
+
+    @property
+    def needs_logits(self) -> bool:
+        """Answers are compared."""
+        return self.distil > 0
+
+    def finish(self, tuned: TunedView) -> None:
+        for _, prompt in own_sites(self, tuned, TaskPrompts):
+            prompt.let_go()
 
     @property
     def _length(self) -> int:
@@ -111,11 +166,15 @@ class MPT(Method):
 
 
 class TaskPrompts(Prompt):
-    """The shared prompt and the tasks' factors."""
+    """The shared prompt and the tasks' factors; teachers: (tasks, P, d), frozen, none of them without distilling."""
 
-    def __init__(self, tasks: int, length: int, d: int) -> None:
+    teachers: Tensor
+
+    def __init__(self, method: MPT, length: int, d: int) -> None:
         super().__init__(length, d)
-        self.length = length
+        tasks = method.tasks or 1
+        self.length, self.teaching = length, False
+        self.register_buffer("teachers", torch.zeros(tasks if method.distil else 0, length, d))
         self.u = nn.Parameter(torch.ones(tasks, length))
         self.v = nn.Parameter(torch.ones(tasks, d))
 
@@ -125,4 +184,43 @@ class TaskPrompts(Prompt):
 
     def rows(self, context: Context, embeds: Tensor, mask: Tensor | None) -> Tensor:
         """Each row's prompt."""
-        return self.of_tasks(context.row("task").to(embeds.device))
+        task = context.row("task").to(embeds.device)
+        return self.teachers[task] if self.teaching else self.of_tasks(task)
+
+    @property
+    def has_teachers(self) -> bool:
+        """Whether there is somebody to learn from."""
+        return len(self.teachers) > 0
+
+    def let_go(self) -> None:
+        """Keep no teachers any longer."""
+        self.teachers = self.teachers[:0]
+
+    def stored(self) -> dict[str, Tensor]:
+        return {n: t.detach() for n, t in self.state_dict().items() if n != "teachers"}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take what was stored; teachers are needed no more."""
+        self.let_go()
+        self.load_state_dict({**tensors, "teachers": self.teachers}, strict=True)
+
+
+def _with_states(tuned: TunedView, forward: Callable[[], Any]) -> tuple[Any, Tensor | None]:
+    """A pass, and the last states of the model below its head, (rows, tokens, d); None where it has no head."""
+    trunk: Any = tuned.model.base_model
+    if trunk is tuned.model:
+        return forward(), None
+    seen: list[Tensor] = []
+    handle = trunk.register_forward_hook(lambda module, args, out: seen.append(out[0]))
+    try:
+        result = forward()
+    finally:
+        handle.remove()
+    return result, seen[-1] if seen else None
+
+
+def _squares(one: Tensor | None, other: Tensor | None) -> Tensor:
+    """The mean square between states, summed over rows."""
+    if one is None or other is None or one.shape != other.shape:
+        return torch.zeros(())
+    return (one.float() - other.float()).square().flatten(1).mean(-1).sum()

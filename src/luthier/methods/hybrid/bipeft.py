@@ -33,6 +33,9 @@ from luthier.methods.parts.own_tensors import group_names, own_modules, own_tuni
 from luthier.methods.parts.searched import Components, Gates, Place, fitting, of_rank, open_places, place_edits, select
 from luthier.surgery import METHODS, Edit, Group, Method, Phase, TunedView
 
+ALL_ON = 3
+"""First steps in which every place acts, so that each has had a gradient before one is shut."""
+
 
 @METHODS.register("bipeft", family="hybrid", paper="arXiv:2410.09079")
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +132,7 @@ class BIPEFT(Method):
     def before_step(self, tuned: TunedView, step: int, total: int) -> None:
         for gates in own_modules(self, tuned, Choices):
             at = (step - 1) / max(1, round(self.search * total))
+            gates.all_on = step <= ALL_ON
             gates.draw(ranks=len(self.ranks) > 1 and int(at * 2 * self.rounds) % 2 == 1)
 
     def loss(self, tuned: TunedView, forward: Callable[[], Any]) -> Any:
@@ -193,6 +197,7 @@ class Choices(Gates):
         n, self.ranks, self.lora = len(sizes), settings.ranks, list(lora)
         self.temperature, self.lets_learn, self.searches_ranks = settings.temperature, True, False
         self.of_training: Tensor | None = None
+        self.all_on = False
         self.alpha = nn.Parameter(torch.zeros(n, 2 + len(self.ranks)))
         self.register_buffer("active", torch.ones(n))
         self.register_buffer("widest", torch.full((n,), len(self.ranks) - 1))
@@ -227,6 +232,7 @@ class Choices(Gates):
         places, ranks = (places.detach(), ranks) if self.searches_ranks else (places, ranks.detach())
         outside = torch.arange(len(self.ranks), device=self.widest.device)[None] > self.widest[:, None]
         on = self._hard(places, self.noise[:, :2])[:, 0]
+        on = on + (1 - on.detach()) if self.all_on and self.training else on
         chosen = self._hard(ranks.masked_fill(outside, -1e9), self.noise[:, 2:])
         widths = torch.where(
             torch.tensor(self.lora, device=on.device)[:, None], chosen @ shapes, torch.ones_like(self.felt)

@@ -143,6 +143,12 @@ class Course:
         with self.precision.autocast(self.device) if self.precision is not None else nullcontext():
             return self.objective(batch)
 
+    def cut_by_set(self, batches: list[Batch]) -> list[Batch]:
+        """The rows of a step in micro-batches of one set each, the sets in their order."""
+        rows = np.concatenate([batch.rows for batch in batches])
+        numbers = self.rows.numbers(rows)
+        return [piece for number in np.unique(numbers) for piece in self.cut(np.sort(rows[numbers == number]))]
+
     def cut(self, rows: NDArray[np.int64]) -> list[Batch]:
         """Micro-batches of any examples, on the device, none wider than the run's own may be."""
         assert self.cut_rows is not None, "a run has a feed"

@@ -20,7 +20,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,9 +52,7 @@ class PCGrad(Strategy):
         return equal_shares(usual, sets, "pcgrad")
 
     def batches(self, course: Course, batches: list[Batch]) -> list[Batch]:
-        rows = np.concatenate([batch.rows for batch in batches])
-        numbers = course.rows.numbers(rows)
-        return [piece for number in np.unique(numbers) for piece in course.cut(np.sort(rows[numbers == number]))]
+        return course.cut_by_set(batches)
 
     def gradient(self, course: Course, batches: list[Batch], loss: Callable[[int, Batch], Tensor]) -> list[Tensor]:
         numbers = [int(course.rows.numbers(batch.rows)[0]) for batch in batches]

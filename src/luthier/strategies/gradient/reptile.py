@@ -20,7 +20,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,9 +52,7 @@ class Reptile(Strategy):
         return equal_shares(usual, sets, "reptile")
 
     def batches(self, course: Course, batches: list[Batch]) -> list[Batch]:
-        rows = np.concatenate([batch.rows for batch in batches])
-        numbers = course.rows.numbers(rows)
-        return [piece for number in np.unique(numbers) for piece in course.cut(np.sort(rows[numbers == number]))]
+        return course.cut_by_set(batches)
 
     def gradient(self, course: Course, batches: list[Batch], loss: Callable[[int, Batch], Tensor]) -> list[Tensor]:
         named = {name: p for name, p in course.optimiser.named.items() if p.requires_grad}

@@ -25,7 +25,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,9 +78,7 @@ class LossWeighting(Strategy):
         facts.update({"means": means, "epoch": course.epoch, "sums": [0.0] * len(facts["sums"]), "steps": 0})
 
     def batches(self, course: Course, batches: list[Batch]) -> list[Batch]:
-        rows = np.concatenate([batch.rows for batch in batches])
-        numbers = course.rows.numbers(rows)
-        return [piece for number in np.unique(numbers) for piece in course.cut(np.sort(rows[numbers == number]))]
+        return course.cut_by_set(batches)
 
     def gradient(self, course: Course, batches: list[Batch], loss: Callable[[int, Batch], Tensor]) -> list[Tensor]:
         numbers = [int(course.rows.numbers(batch.rows)[0]) for batch in batches]

@@ -211,6 +211,14 @@ def test_merge_and_export_write_nothing_that_fails_unless_it_is_accepted(
         shutil.rmtree(chat / "refused")
 
 
+def test_a_reference_is_read_by_the_counts_that_it_was_written_with(
+    chat: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("luthier.workflow.reference.MOST_NUMBERS", 131)
+    monkeypatch.setattr("luthier.workflow.reference.NEW_TOKENS", 1)
+    assert _here(chat / "run").passed, "as where a later version keeps fewer"
+
+
 def test_the_users_prompts_are_compared_too(chat: Path) -> None:
     prompts = chat / "prompts.txt"
     prompts.write_text("how far is the moon\n\nwho is it\n")

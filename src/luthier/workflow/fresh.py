@@ -23,7 +23,7 @@ from typing import Any
 from luthier.core import IntegrityError, LuthierError
 from luthier.runs import durable
 from luthier.runs.parent import end_with_the_parent
-from luthier.workflow.reference import NEW_TOKENS, Reader, Seen, observe, read_reference
+from luthier.workflow.reference import NEW_TOKENS, Reader, Reference, Seen, observe, read_reference
 
 __all__ = ["Answer", "Asked", "ask", "main"]
 
@@ -133,21 +133,21 @@ def _of_run(asked: Asked, *, plain: bool = False) -> tuple[Any, Callable[..., tu
     model = predictor.tuned.model
     reader = Reader.of_run(Path(asked.run) / "tuning", predictor.tokenizer, _vocabulary(model))
     collator = predictor.collator()
-    rows = _rows(asked)
+    reference = _kept(asked)
 
     def look(of_base: bool = False) -> tuple[Seen, Seen]:
         by = (reader, collator, precision, predictor.device)
         room = predictor.generator.limit
-        kept = observe(model, rows, *by, room=room, new=0 if of_base else NEW_TOKENS)
+        new = 0 if of_base else reference.new
+        kept = observe(model, reference.rows, *by, room=room, new=new, numbers=reference.numbers)
         more = observe(model, asked.prompts, *by, room=room, new=1 if of_base else NEW_TOKENS, answered=False)
         return kept, more
 
     return predictor, look
 
 
-def _rows(asked: Asked) -> Sequence[dict[str, Any]]:
-    kept = read_reference(Path(asked.run))
-    return () if kept is None else kept.rows
+def _kept(asked: Asked) -> Reference:
+    return read_reference(Path(asked.run)) or Reference((), Seen(), ())
 
 
 def _vocabulary(model: Any) -> int:
@@ -335,11 +335,12 @@ def _look_plainly(model: Any, asked: Asked) -> tuple[Seen, Seen]:
     device = next(model.parameters()).device
     precision = Precision("fp32", "for a certificate")
 
-    def look(rows: Sequence[dict[str, Any]], answered: bool) -> Seen:
-        room = position_limit(inner.config)
-        return observe(model, rows, reader, collator, precision, device, room=room, answered=answered, facts=False)
-
-    return look(_rows(asked), True), look(asked.prompts, False)
+    room, kept = position_limit(inner.config), _kept(asked)
+    by = (reader, collator, precision, device)
+    return (
+        observe(model, kept.rows, *by, room=room, new=kept.new, numbers=kept.numbers, facts=False),
+        observe(model, asked.prompts, *by, room=room, answered=False, facts=False),
+    )
 
 
 STEPS: dict[str, Callable[[Asked], Answer]] = {

@@ -79,11 +79,17 @@ class Seen:
 
 @dataclass(frozen=True)
 class Reference:
-    """Rows that were kept, what the trained model computed of them, and the logits of its base."""
+    """Rows that were kept, what the trained model computed of them, and the logits of its base.
+
+    Attributes:
+        numbers, new: at most so many logits and written tokens were kept; they are counted alike ever after.
+    """
 
     rows: tuple[dict[str, Any], ...] = field(repr=False)
     trained: Seen
     base: tuple[Tensor, ...] = field(repr=False)
+    numbers: int = MOST_NUMBERS
+    new: int = NEW_TOKENS
 
 
 class Reader:
@@ -146,7 +152,8 @@ def choose_rows(table: Table, columns: Columns, examples: Examples, *, writes: b
 @torch.inference_mode()
 def observe(
     model: Any, rows: Sequence[dict[str, Any]], reader: Reader, collator: Collator, precision: Precision,
-    device: torch.device, *, room: int | None = None, new: int = NEW_TOKENS, answered: bool = True, facts: bool = True,
+    device: torch.device, *, room: int | None = None, new: int = NEW_TOKENS,
+    numbers: int = MOST_NUMBERS, answered: bool = True, facts: bool = True,
 ) -> Seen:  # fmt: skip
     """What a model makes of rows, each read alone.
 
@@ -154,6 +161,7 @@ def observe(
         model: in evaluation mode.
         room: positions that the model has for prompt and answer; None where nothing limits them.
         new: tokens that are written, at most.
+        numbers: logits that are kept, at most.
         answered: rows say what is right, so that a language model's logits are taken along the right answer. Where
             they do not, its first written token's are.
         facts: hand the model what is said of a row besides its ids, such as its task; a plain model takes none.
@@ -162,7 +170,7 @@ def observe(
         return Seen()
     examples = reader.read(rows, with_targets=reader.writes and answered)
     ids, logits = [], []
-    most = max(1, MOST_NUMBERS // max(1, min(len(examples), ROWS)))
+    most = max(1, numbers // max(1, min(len(examples), ROWS)))
     for i in range(min(len(examples), ROWS) if answered else len(examples)):
         batch = collator(examples, np.asarray([i])).to(device)
         ids.append(tuple(int(t) for name in ("input_ids", "decoder_input_ids") for t in _flat(batch, name)))
@@ -222,7 +230,17 @@ def write_reference(folder: Path, rows: Sequence[dict[str, Any]], trained: Seen,
     tensors = {**_named("trained", trained.logits), **_named("base", base.logits)}
     digest = durable.write_tensors(folder / NUMBERS, tensors)
     told = {"ids": trained.ids, "written": trained.written, "leads": trained.leads}
-    durable.write_json(folder / FACTS, {"format": 1, "sha256": digest, "rows": [json.dumps(r) for r in rows], **told})
+    durable.write_json(
+        folder / FACTS,
+        {
+            "format": 1,
+            "numbers": MOST_NUMBERS,
+            "new": NEW_TOKENS,
+            "sha256": digest,
+            "rows": [json.dumps(r) for r in rows],
+            **told,
+        },
+    )
 
 
 def read_reference(folder: Path) -> Reference | None:
@@ -235,11 +253,19 @@ def read_reference(folder: Path) -> Reference | None:
     if not where.exists():
         return None
     try:
-        facts = trusted_config.read_json(where, {"format", "sha256", "rows", "ids", "written", "leads"})
+        facts = trusted_config.read_json(
+            where, {"format", "numbers", "new", "sha256", "rows", "ids", "written", "leads"}
+        )
         tensors = safetensors.read(folder / NUMBERS, digest=facts["sha256"])
         told = _tuples({name: facts[name] for name in ("ids", "written", "leads")})
         trained = Seen(**told, logits=_listed("trained", tensors))
-        return Reference(tuple(json.loads(row) for row in facts["rows"]), trained, _listed("base", tensors))
+        return Reference(
+            tuple(json.loads(row) for row in facts["rows"]),
+            trained,
+            _listed("base", tensors),
+            facts.get("numbers", MOST_NUMBERS),
+            facts.get("new", NEW_TOKENS),
+        )
     except (LuthierError, OSError, KeyError, TypeError, ValueError) as error:
         raise IntegrityError(f"{where}: cannot be read ({error}). Restore it from a copy, or remove it.") from error
 

@@ -76,9 +76,12 @@ class Poly(Method):
         """The sites, in the order of the model.
 
         Raises:
-            AnatomyError: an expert of the model's own, which does not know whose tokens it is given.
+            AnatomyError: a layer that does not know whose tokens it is given: an expert, or one that reads distances.
             ConfigError: slices that do not divide a width.
         """
+        if anatomy.model_type.startswith("deberta"):
+            raise AnatomyError("poly: this deberta model's projections also read its table of distances, which belongs "
+                               "to no row and so to no task. Use lora.")  # fmt: skip
         sites = anatomy.sites(*self.sites, asked_by="poly.sites", fits=is_projection)
         for site in check_projections(anatomy, sites, "poly", 0.0):
             check_divides(self.splits, "poly.splits", site, "d_in", "d_out")

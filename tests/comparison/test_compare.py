@@ -1,6 +1,7 @@
 """A comparison from its cells to its words, on tiny runs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -16,7 +17,7 @@ from luthier.comparison import cells as cells_file
 from luthier.comparison import run as run_file
 from luthier.comparison.cells import Failure, cells_of
 from luthier.comparison.verdict import Costs, judge
-from luthier.core import ConfigError, LuthierError
+from luthier.core import ConfigError, DataError, LuthierError
 from luthier.core.config import read_word
 from luthier.runs.forkserver import Outcome
 from luthier.runs.spec import DataSpec, RunSpec
@@ -181,6 +182,15 @@ def test_a_task_without_one_label_a_row_is_refused(tmp_path: Path) -> None:
     base = RunSpec(model=str(little_model(tmp_path / "bert")), data=DataSpec(source=str(data)), steps=1)
     with pytest.raises(ConfigError, match="the task is regression"):
         compare(base, [Entrant("lora", "lora", {})], seeds=1, home=tmp_path / "r")
+
+
+def test_held_out_rows_that_are_one_row_over_and_over_are_refused(tmp_path: Path) -> None:
+    test, base = tmp_path / "copies.csv", base_in(tmp_path)
+    test.write_text("text,label\n" + 6 * "the very same row again,bad\n")
+    base = replace(base, data=replace(base.data, test=str(test), test_share=0.1))
+    with pytest.raises(DataError, match=r"near copies of one another.*--test FILE"):
+        compare(base, [Entrant("lora", "lora", {})], seeds=1, home=tmp_path / "r")
+    assert not (tmp_path / "r").exists()
 
 
 def test_where_nothing_has_a_result_the_reasons_are_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

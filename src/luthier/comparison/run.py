@@ -17,7 +17,7 @@ from luthier.comparison.scores import score_named
 from luthier.comparison.statistics import LEAST_SEEDS, smallest_visible
 from luthier.comparison.tuning import SEARCHED, choose_rates, factors, rates_of, trials_of
 from luthier.comparison.verdict import Comparison, Costs, judge
-from luthier.core import ConfigError, IntegrityError, LuthierError, plain, several
+from luthier.core import ConfigError, DataError, IntegrityError, LuthierError, plain, several
 from luthier.data.columns import Columns
 from luthier.data.load_data import Data, load_data
 from luthier.data.problems import text_of
@@ -127,6 +127,11 @@ def _check(entrants: Sequence[Entrant], seeds: int) -> None:
 def _visible(test: Table, columns: Columns, methods: int, seeds: int) -> str:
     """How small a difference the rows can show; said before anything runs."""
     alone = int(clusters([text_of(row, columns) for row in test.rows]).max()) + 1
+    if alone == 1:  # drawn together, they are one row, and a row has no spread
+        raise DataError(
+            f"compare: the {several(len(test), 'held-out row')} of {test.source} are near copies of one another, and "
+            "one row tells no methods apart. Hold out other rows: --test FILE, or a larger --test-share."
+        )
     copies = f", {len(test) - alone} of them near copies of others" if alone < len(test) else ""
     said = (
         f"{several(methods, 'method')}, {several(seeds, 'seed')}, {len(test)} held-out rows{copies}: a difference in "

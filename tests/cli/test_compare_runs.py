@@ -4,8 +4,10 @@ import csv
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from scipy import stats
+from word_tables import WORDS
 
 from luthier.cli import demo
 from luthier.cli._compare_runs import compare
@@ -18,8 +20,10 @@ def _run(home: Path, method: str, right: list[bool], trained: int, rare_f1: floa
     (home / method).mkdir()
     with (home / method / "predictions.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["place", "wanted", "answer"])
-        writer.writerows([f"r:{i}", "a", "a" if ok else "b"] for i, ok in enumerate(right))
+        writer.writerow(["place", "text", "wanted", "answer"])
+        writer.writerows(
+            [f"r:{i}", f"{WORDS[i % 20]} {WORDS[i // 20]}", "a", "a" if ok else "b"] for i, ok in enumerate(right)
+        )
     classes = [
         {"name": "a", "rows": 90, "learnt": 400, "f1": 0.9}, {"name": "c", "rows": 9, "learnt": 40, "f1": rare_f1},
         {"name": "d", "rows": 0, "learnt": 3, "f1": 0.0},
@@ -46,6 +50,21 @@ def test_a_tie_is_called_one_and_what_is_worse_is_named(tmp_path: Path) -> None:
     ]
     alone = compare([runs[0], runs[2]])
     assert alone.sentences()[0] == "On these 100 held-out rows lora is better than the others."
+
+
+def test_the_last_of_many_equals_is_not_called_worse_for_being_last(tmp_path: Path) -> None:
+    draw = np.random.default_rng(1)
+    answers = (draw.random((30, 300)) < 0.8).tolist()
+    answers.sort(key=sum)
+    apart = compare([_run(tmp_path, f"m{i}", answers[i], i, 0.5) for i in (0, 29)])
+    assert apart.worse == ("m0",), "as two alone they differ"
+    (tmp_path / "all").mkdir()
+    assert compare([_run(tmp_path / "all", f"m{i}", own, i, 0.5) for i, own in enumerate(answers)]).worse == ()
+
+
+def test_few_rows_that_differ_are_too_few(tmp_path: Path) -> None:
+    runs = [_run(tmp_path, "a", [i >= 5 for i in range(100)], 1, 0.5), _run(tmp_path, "b", [True] * 100, 2, 0.5)]
+    assert compare(runs).worse == ()
 
 
 @pytest.mark.parametrize(("one", "other"), [(0, 0), (5, 5), (12, 2), (30, 11), (1, 0)])

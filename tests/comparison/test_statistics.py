@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from luthier.comparison import statistics
 from luthier.comparison.scores import SCORES, score_named
-from luthier.comparison.statistics import flips, holm, mcnemar, resample, sign_flip, smallest_visible
+from luthier.comparison.statistics import flips, mcnemar, resample, sign_flip, smallest_visible
 from luthier.core import ConfigError
 from luthier.training.metrics import METRICS
 
@@ -71,11 +71,6 @@ def test_five_seeds_never_reach_one_in_twenty_and_six_do() -> None:
     assert sign_flip(np.full(6, 0.1)) == 1 / 32
     assert sign_flip(np.zeros(6)) == 1.0
     assert statistics.LEAST_SEEDS == 6
-
-
-def test_holm_is_the_larger_of_steps_in_order() -> None:
-    assert holm([0.03, 0.01, 0.04]) == [0.06, 0.03, 0.06]
-    assert holm([]) == [] and holm([0.5, 0.9]) == [1.0, 1.0]
 
 
 def test_an_interval_of_one_method_is_that_of_a_share() -> None:

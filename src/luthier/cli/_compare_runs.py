@@ -49,25 +49,33 @@ class Comparison:
 
 
 def compare(runs: Sequence[dict[str, Any]]) -> Comparison:
-    """Compare by McNemar's exact test with the run of the highest accuracy.
+    """Compare with the run of the highest accuracy, as `luthier compare` does, by resamples of these rows.
+
+    There is one run of each: what is found is of these trained models, and another seed makes others. The exact test
+    of McNemar has to agree: where few rows differ, resamples find too much.
 
     Args:
         runs: facts of finished runs with the same held-out rows: method, path, scores, trained, quality.
     """
-    from luthier.comparison import answers_of, flips, holm, mcnemar
+    import numpy as np
 
-    right = {
-        run["method"]: [a == w for a, w in zip(got.said, got.wanted, strict=True)]
-        for run in runs
-        for got in (answers_of(run["path"]),)
+    from luthier.comparison import answers_of, clusters, flips, mcnemar, resample
+    from luthier.comparison.scores import accuracy
+
+    answers = [answers_of(run["path"]) for run in runs]
+    numbers = {
+        label: i for i, label in enumerate(dict.fromkeys(w for got in answers for w in (*got.wanted, *got.said)))
     }
-    top = max(runs, key=lambda run: (run["scores"]["accuracy"], -run["trained"]))["method"]
-    others = [run["method"] for run in runs if run["method"] != top]
-    chances = holm([mcnemar(*flips(right[top], right[name])) for name in others])
-    worse = tuple(name for name, chance in zip(others, chances, strict=True) if chance < CHANCE)
+    wanted = np.array([numbers[label] for label in answers[0].wanted])
+    answered = np.array([[[numbers[label] for label in got.said]] for got in answers])  # (runs, one seed, rows)
+    top = max(range(len(runs)), key=lambda i: (runs[i]["scores"]["accuracy"], -runs[i]["trained"]))
+    chances = resample(accuracy, wanted, answered, clusters(answers[0].texts)).beside_the_best(top)
+    right = answered[:, 0] == wanted
+    exact = [mcnemar(*flips(right[top], own)) for own in right]
+    worse = tuple(run["method"] for run, *p in zip(runs, chances, exact, strict=True) if max(p) < CHANCE)
     best = tuple(run["method"] for run in runs if run["method"] not in worse)
     kept = min((run for run in runs if run["method"] in best), key=lambda run: run["trained"])["method"]
-    return Comparison(rows=len(right[top]), best=best, worse=worse, kept=kept, **_rare(runs))
+    return Comparison(rows=len(wanted), best=best, worse=worse, kept=kept, **_rare(runs))
 
 
 def _rare(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 run          `compare`: runs what is missing, reads what all answered, and judges
 cells        one run for each method and seed, in a folder that its spec names
 one_run      what the process of one of them does
+tuning       the learning rate of each method, chosen on rows of the training half
+rates        what was tried and found there
 verdict      who is best, who ties, what cannot be told, at what cost
 statistics   intervals, exact tests, corrections
 scores       scores of weighted rows
@@ -12,7 +14,7 @@ answers      what one run answered, row by row
 from luthier.comparison.answers import Answers, answers_of, clusters
 from luthier.comparison.cells import Entrant, entrant_of
 from luthier.comparison.run import compare
-from luthier.comparison.statistics import flips, holm, mcnemar
+from luthier.comparison.statistics import flips, mcnemar, resample
 from luthier.comparison.verdict import Comparison, Costs, Standing
 
 __all__ = [
@@ -26,6 +28,6 @@ __all__ = [
     "compare",
     "entrant_of",
     "flips",
-    "holm",
     "mcnemar",
+    "resample",
 ]

@@ -7,7 +7,7 @@ drawn once and used for all methods: what is said of one pair agrees with what i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -22,7 +22,6 @@ __all__ = [
     "Difference",
     "Resampled",
     "flips",
-    "holm",
     "mcnemar",
     "resample",
     "sign_flip",
@@ -95,7 +94,8 @@ class Resampled:
         off = self.draws - means[:, None]
         largest = np.zeros(off.shape[1])
         for one in range(len(means) - 1):
-            largest = np.maximum(largest, _in_spreads(off[one] - off[one + 1 :], off[one] - off[one + 1 :]).max(axis=0))
+            apart = off[one] - off[one + 1 :]
+            largest = np.maximum(largest, _in_spreads(apart, apart).max(axis=0))
         found = []
         for i in range(len(means)):
             distance = np.array([[means[best] - means[i]]])
@@ -233,20 +233,6 @@ def sign_flip(differences: NDArray[np.float64]) -> float:
         signs = 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)  # (patterns, seeds)
     means = np.abs(signs @ differences) / n
     return float((means >= abs(float(differences.mean())) * (1 - 1e-12)).mean())
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values of several comparisons, corrected so that one wrong claim among all has the chance of one alone.
-
-    >>> holm([0.01, 0.04, 0.03])
-    [0.03, 0.06, 0.06]
-    """
-    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
-    corrected, most = [0.0] * len(p_values), 0.0
-    for rank, i in enumerate(order):
-        most = max(most, min(1.0, (len(p_values) - rank) * p_values[i]))
-        corrected[i] = round(most, 12)
-    return corrected
 
 
 def smallest_visible(n_rows: int, differ: float = 0.1) -> float:

@@ -93,7 +93,7 @@ def test_the_page_has_words_first_then_tables_then_charts_that_say_what_they_sho
     assert "full has no result: too large" in page and ">failed</td>" in page
     heads = [told for tag, told in reader.elements if tag == "th"]
     assert heads and all(told.get("scope") in ("row", "col") for told in heads)
-    assert "luthier compare sample:minilm-l6 --data sample:trec6 --method lora,ia3 --steps 200 --seeds 2" in page
+    assert "luthier compare sample:minilm-l6 --data sample:trec6 --method lora,ia3,full --steps 200 --seeds 2" in page
     assert not [told for _, told in reader.elements if "style" in told or any(name.startswith("on") for name in told)]
 
 

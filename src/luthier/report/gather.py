@@ -159,7 +159,8 @@ def _compare_command(found: Comparison, spec: dict[str, Any], folder: Path) -> s
     if searched is not None:
         lr, head = searched.given
         spec = {**spec, "optim": {**spec["optim"], "lr": lr, "head_lr": head}}
-    words = command_of({**spec, "method": ",".join(found.runs) or "?", "settings": {}, "seed": 0})
+    methods = dict.fromkeys([*found.runs, *found.failed])  # one whose every rate failed has no run, and was asked for
+    words = command_of({**spec, "method": ",".join(methods) or "?", "settings": {}, "seed": 0})
     words += ["--seeds", str(len(found.seeds)), "--metric", found.metric]
     if searched is not None:
         words += ["--tune-lr", str(len(searched.rates))]

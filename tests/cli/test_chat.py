@@ -1,5 +1,6 @@
 """`luthier chat`: turns that remember one another, drawn by named seeds, beside the base."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,14 @@ def test_turns_are_remembered_until_they_are_reset(predictor: Predictor, monkeyp
     with pytest.raises(DataError, match="fills all 4 positions"):
         talk.say("how far")
     assert len(talk.messages) == 1, "a turn without an answer is not remembered"
+
+
+def test_a_run_whose_rows_say_their_task_holds_no_conversation(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predictor, "columns", replace(predictor.columns, row_task="kind"))
+    with pytest.raises(ConfigError, match="which task it is of"):
+        Conversation(predictor, Controls())
 
 
 def test_draws_follow_the_seed_and_the_likeliest_needs_none(predictor: Predictor) -> None:

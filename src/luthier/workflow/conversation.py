@@ -75,6 +75,11 @@ class Conversation:
                 f"{predictor.path}: this run learnt {predictor.task.name.replace('_', ' ')} without turns, so there is "
                 "no conversation with it. Ask it with luthier predict."
             )
+        if predictor.columns.row_task is not None:
+            raise ConfigError(
+                f"{predictor.path}: each of this run's rows says which task it is of, and a turn does not. Ask it with "
+                "luthier predict --data."
+            )
         self.predictor, self.controls = predictor, controls
         self.template = build(ChatTemplate, stored, "template")
         self.system = system

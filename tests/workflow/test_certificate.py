@@ -13,7 +13,15 @@ from little import little_data, little_model, little_spec, made_of
 from safetensors.torch import load_file, save_file
 from word_tables import WORDS
 
-from luthier.core import AnatomyError, CompositionError, ConfigError, IntegrityError, NothingTrains
+from luthier.core import (
+    AnatomyError,
+    CompositionError,
+    ConfigError,
+    DataError,
+    IntegrityError,
+    LuthierError,
+    NothingTrains,
+)
 from luthier.runs import durable
 from luthier.runs.spec import DataSpec
 from luthier.surgery import METHODS
@@ -230,6 +238,38 @@ def test_the_users_prompts_are_compared_too(chat: Path) -> None:
     with pytest.raises(ConfigError, match="1 to 64"):
         (chat / "none.txt").write_text("\n")
         _here(chat / "run", prompts=str(chat / "none.txt"))
+    with pytest.raises(DataError, match=r"gone\.txt: cannot be read"):
+        _here(chat / "run", prompts=str(chat / "gone.txt"))
+
+
+def test_a_prompt_that_cannot_be_read_and_a_folder_of_neither_kind_are_named_before_any_step(
+    chat: Path, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("prompt,response\nhow far is the moon,far\n,who\n")
+    for wrong, told in (
+        ({"prompts": str(rows)}, r"1 of 2 rows cannot be read: .*rows\.csv:3"),
+        ({"folder": tmp_path}, "neither a merged model"),
+    ):
+        steps: list[Step] = []
+        with pytest.raises(LuthierError, match=told):
+            _here(chat / "run", say=steps.append, **wrong)
+        assert not steps
+
+
+def test_a_run_that_answers_otherwise_than_its_weights_says_so(tmp_path: Path) -> None:
+    train(little_spec(tmp_path, "laplace_lora", steps=3))
+    step = _steps(_here(tmp_path / "run"))["merged"]
+    assert step.status == "passed" and "what laplace_lora makes of them is not in the weights" in step.reason
+
+
+def test_a_run_that_weighs_answers_passes_and_its_prompts_need_both_columns(tmp_path: Path) -> None:
+    source = little_data(tmp_path / "pairs.csv", kind="pairs")
+    train(little_spec(tmp_path, "lora", "llama", data=DataSpec(source=str(source)), task="reward", steps=3))
+    assert _here(tmp_path / "run").passed
+    (tmp_path / "prompts.txt").write_text("how far is the moon\n")
+    with pytest.raises(ConfigError, match="both columns in a file with --prompts"):
+        _here(tmp_path / "run", prompts=str(tmp_path / "prompts.txt"))
 
 
 def test_codes_may_cost_the_merged_model_what_they_cost_the_base(chat: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from luthier.core import DataError, near, random
+from luthier.core import ConfigError, DataError, near, random
 from luthier.data import columns, decision_cache, label_cells, label_tasks, problems, rows, tag_tasks, tasks
 from luthier.data import infer_task as inferring
 from luthier.data.columns import Columns, find_columns, is_blank, label_name, text_complaint
@@ -21,7 +21,7 @@ from luthier.data.tasks import Task
 from luthier.runs.spec import DataSpec
 from luthier.trust import row_files
 
-__all__ = ["Data", "load_data", "load_inputs"]
+__all__ = ["Data", "load_data", "load_inputs", "texts_as_rows"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,6 +277,39 @@ def load_inputs(source: str, columns: Columns) -> tuple[Table, Columns]:
             f"{near(lost[0], table.columns)} Its columns are {', '.join(map(repr, table.columns))}. Rename one."
         )
     return table, kept
+
+
+def texts_as_rows(
+    texts: Sequence[str], columns: Columns, task: Task, *, places: list[str], source: str, known: Sequence[str] = (),
+    option: str = "--data",
+) -> Table:  # fmt: skip
+    """Texts as rows with the one column that a run reads.
+
+    Args:
+        known: the tasks of the run's rows, where there are several.
+        option: of the command, by which rows with several columns are given.
+
+    Raises:
+        ConfigError: the run reads more than one column.
+    """
+    if columns.pair is not None:
+        raise ConfigError(f"this run was trained on pairs of texts: give both columns in a file with {option}.")
+    if columns.row_task is not None:
+        raise ConfigError(
+            f"this run knows several tasks ({', '.join(known)}): give rows in a file with {option}, whose column "
+            f"{columns.row_task!r} says which task each is of."
+        )
+    if task.name == "reward":
+        raise ConfigError(f"this run scores answers to prompts: give both columns in a file with {option}.")
+    read = columns.inputs()
+    column = read.text or read.prompt or read.messages or read.tokens or read.chosen
+    assert column is not None
+    values: list[Any] = list(texts)
+    if column in (columns.messages, columns.chosen):
+        values = [[{"role": "user", "content": text}] for text in texts]
+    if column == columns.tokens:
+        values = [text.split() for text in texts]
+    return Table(source=source, rows=[{column: value} for value in values], places=places)
 
 
 def _standard_input() -> tuple[Table, None]:

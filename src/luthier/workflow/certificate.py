@@ -148,13 +148,14 @@ def certificate_of(
 
 
 def step_of(
-    name: str, asked: Asked, expected: Expected | None, *, halves: bool = False, do: Callable[[Asked], Answer] = ask
-) -> tuple[Step, Answer | None]:
+    name: str, asked: Asked, expected: Expected, *, halves: bool = False, beside: str = "",
+    do: Callable[[Asked], Answer] = ask,
+) -> tuple[Step, Answer | None]:  # fmt: skip
     """Do a step and compare what it finds; a step that breaks has failed.
 
     Args:
-        expected: None where the step itself says what is to be expected.
         halves: weights or arithmetic are in 16 bits.
+        beside: what is said of the step besides, where it passes.
         do: carries the step out.
     """
     started = time.monotonic()
@@ -163,11 +164,9 @@ def step_of(
     except LuthierError as error:
         return Step(name=name, status=FAILED, reason=str(error), seconds=time.monotonic() - started), None
     seconds = time.monotonic() - started
-    if expected is None:
-        expected = Expected(answer.kept.plus(answer.asked), ())
     step = compared(name, expected, answer.kept.plus(answer.asked), halves=halves)
     if step.status == PASSED and "by" in answer.facts:
-        step = replace(step, reason=f"read by {answer.facts['by']}")
+        step = replace(step, reason=f"read by {answer.facts['by']}{beside}")
     return replace(step, seconds=seconds), answer
 
 
@@ -288,7 +287,7 @@ def expected_of(
 
 
 def certify_folder(
-    run: Path, step: str, folder: Path, *, halves: bool, in_unit: bool, accept: bool, shown: Path,
+    run: Path, step: str, folder: Path, *, halves: bool, in_unit: bool, accept: bool, shown: Path, beside: str = "",
     do: Callable[[Asked], Answer] = ask,
 ) -> Certificate:  # fmt: skip
     """Compare a folder that was just written with the trained model, in a fresh process.
@@ -297,6 +296,7 @@ def certify_folder(
         step: "merged" or "exported".
         in_unit: a regression's answers are in the unit of its rows there.
         accept: give the certificate though the step failed; it says so.
+        beside: what is said of the step besides, where it passes.
         shown: what the folder will be called.
 
     Raises:
@@ -311,7 +311,8 @@ def certify_folder(
     expected = expected_of(run, spec, kept, None, do=do)
     if in_unit and task["name"] == "regression":
         expected = expected.in_unit(float(task["scale"]), float(task["center"]))
-    done, _ = step_of(step, Asked(step=step, run=str(run), folder=str(folder)), expected, halves=halves, do=do)
+    asked = Asked(step=step, run=str(run), folder=str(folder))
+    done, _ = step_of(step, asked, expected, halves=halves, beside=beside, do=do)
     if done.status == FAILED and not accept:
         raise IntegrityError(
             f"{shown}: not written. Read back by {'peft' if step == 'exported' else 'transformers'}, it is not the "

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luthier.core import BadInput, ConfigError, LuthierError
-from luthier.data.load_data import load_inputs
-from luthier.data.rows import Table
+from luthier.core import BadInput, ConfigError, DataError, LuthierError
+from luthier.data.examples import REFUSED
+from luthier.data.load_data import load_inputs, texts_as_rows
 from luthier.runs import RunFolder, durable
 from luthier.runs.spec import RunSpec
 from luthier.surgery import read_tuning
@@ -33,7 +33,7 @@ from luthier.workflow.certificate import (
 )
 from luthier.workflow.export import export_peft
 from luthier.workflow.fresh import Answer, Asked, ask
-from luthier.workflow.load_model import find_model, load_config
+from luthier.workflow.load_model import find_model, load_config, load_tokenizer
 from luthier.workflow.merged_folder import last_with_bias, write_merged
 from luthier.workflow.prediction import Predictor
 from luthier.workflow.reference import Reader, Seen, read_reference
@@ -41,6 +41,7 @@ from luthier.workflow.reference import Reader, Seen, read_reference
 __all__ = ["certify"]
 
 MOST_PROMPTS = 64
+EXPORTED, MERGED = "adapter_config.json", "config.json"  # by which such a folder is known
 QUANTISED = 1.5  # times what the same codes move the base's logits
 
 
@@ -67,8 +68,9 @@ def certify(
         do: carries a step out, given what is asked.
 
     Raises:
-        ConfigError: no such run, one that is not finished, or no such store.
-        DataError: the prompts cannot be read.
+        ConfigError: no such run, one that is not finished, no such store, or a folder that is neither merged nor
+            exported.
+        DataError: the prompts, or a row of them, cannot be read.
     """
     path = Path(path)
     if store is not None:
@@ -76,6 +78,8 @@ def certify(
     run = RunFolder.open(path, write=False)
     if not run.tuning.exists():
         raise ConfigError(f"{path}: this run has no result yet. Go on with `luthier resume {path}`.")
+    if folder is not None and not any((Path(folder) / name).exists() for name in (EXPORTED, MERGED)):
+        raise ConfigError(f"{folder}: is neither a merged model (config.json) nor an export (adapter_config.json).")
     certifier = _Certifier(path, RunSpec.from_plain(run.spec, where=f"{path}/run.json"), prompts, say, do)
     certifier.do_steps(None if folder is None else Path(folder), store)
     found = certifier.certificate()
@@ -97,19 +101,27 @@ class _Certifier:
         self.halves = self.facts["precision"] != "fp32" or self.facts["contract"].get("weights") != "fp32"
 
     def _prompts(self, file: str) -> Sequence[dict[str, Any]]:
-        columns = Reader.of_run(self.path / "tuning", None, 0).columns
+        """The user's rows; one that cannot be read is named before any step begins."""
+        source = find_model(self.spec.model)
+        n_vocab = int(load_config(source).get_text_config().vocab_size)
+        reader = Reader.of_run(self.path / "tuning", load_tokenizer(source), n_vocab)
+        columns = reader.columns
         if file.endswith(".txt"):
-            lines = [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
-            column = columns.text or columns.prompt or columns.messages
-            if column is None or columns.pair is not None:
-                raise ConfigError(f"{file}: this run reads more than one text a row. Give a file with its columns.")
-            asked = [[{"role": "user", "content": line}] if column == columns.messages else line for line in lines]
-            table = Table([{column: value} for value in asked], [f"{file}:{i + 1}" for i in range(len(asked))], file)
+            lines = _lines(file)
+            table = texts_as_rows(
+                [text for _, text in lines], columns, reader.task, places=[f"{file}:{n}" for n, _ in lines],
+                source=file, known=reader.contract.get("row_tasks", ()), option="--prompts",
+            )  # fmt: skip
         else:
             table, _ = load_inputs(file, columns)
         if not 1 <= len(table) <= MOST_PROMPTS:
             raise ConfigError(
                 f"{file}: {len(table)} rows; give 1 to {MOST_PROMPTS}, since each is answered many times."
+            )
+        ledger = reader.read(table, with_targets=False).ledger
+        if bad := [f"{row['place']}: {row['reason']}" for row in ledger if row["status"] == REFUSED]:
+            raise DataError(
+                f"{file}: {len(bad)} of {len(table)} rows cannot be read: {'; '.join(bad[:10])}. Correct them."
             )
         return table.rows
 
@@ -144,8 +156,9 @@ class _Certifier:
     def _asked(self, step: str, **more: Any) -> Asked:
         return Asked(step=step, run=str(self.path), prompts=self.prompts, **more)
 
-    def _step(self, name: str, expected: Expected, *, halves: bool, folder: str = "") -> Seen | None:
-        step, answer = step_of(name, self._asked(name, folder=folder), expected, halves=halves, do=self.do)
+    def _step(self, name: str, expected: Expected, *, halves: bool, folder: str = "", beside: str = "") -> Seen | None:
+        asked = self._asked(name, folder=folder)
+        step, answer = step_of(name, asked, expected, halves=halves, beside=beside, do=self.do)
         self._note(step)
         return None if answer is None else answer.kept.plus(answer.asked)
 
@@ -189,7 +202,7 @@ class _Certifier:
             self._note(Step(name="merged", status=NOT_DONE, reason=_without_advice(error)))
             return
         wanted = self._in_unit(expected, written.in_unit)
-        found = self._step("merged", wanted, halves=written.halves, folder=str(folder))
+        found = self._step("merged", wanted, halves=written.halves, folder=str(folder), beside=written.beside)
         if store is not None and found is not None:
             self._quantised(folder, wanted, found, store)
 
@@ -210,9 +223,7 @@ class _Certifier:
 
     def _folder(self, folder: Path, expected: Expected) -> None:
         """One that was written before: it is read as what it is."""
-        step = "exported" if (folder / "adapter_config.json").exists() else "merged"
-        if step == "merged" and not (folder / "config.json").exists():
-            raise ConfigError(f"{folder}: is neither a merged model (config.json) nor an export (adapter_config.json).")
+        step = "exported" if (folder / EXPORTED).exists() else "merged"
         halves = step == "merged" and load_config(find_model(str(folder))).dtype in (torch.bfloat16, torch.float16)
         raw = step == "merged" and "multiply an answer by" in _text(folder / "README.md")
         self._step(step, self._in_unit(expected, not raw), halves=halves, folder=str(folder))
@@ -239,6 +250,16 @@ class _Certifier:
 
 def _logits(seen: Seen | None) -> tuple[Tensor, ...]:
     return () if seen is None else seen.logits
+
+
+def _lines(file: str) -> list[tuple[int, str]]:
+    """The lines of a text that are not empty, with their numbers from 1."""
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"{file}: cannot be read ({why}). Give a text file in UTF-8, one text a line.") from error
+    return [(n, line) for n, line in enumerate(text.splitlines(), start=1) if line.strip()]
 
 
 def _text(file: Path) -> str:

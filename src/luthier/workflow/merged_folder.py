@@ -72,8 +72,9 @@ def merge(
     with durable.folder(out) as draft:
         written = write_merged(path, draft.path, dtype=dtype, name=out.name)
         found = certify_folder(
-            path, "merged", draft.path, halves=written.halves, in_unit=written.in_unit, accept=accept, shown=out
-        )
+            path, "merged", draft.path, halves=written.halves, in_unit=written.in_unit, accept=accept, shown=out,
+            beside=written.beside,
+        )  # fmt: skip
         draft.write_json(CERTIFICATE, found.to_plain())
         draft.write_bytes("README.md", written.card.encode())
         draft.share()
@@ -82,11 +83,24 @@ def merge(
 
 @dataclass(frozen=True)
 class Written:
-    """What was written of a merged model: weights in 16 bits, a regression in the unit of its rows, its card."""
+    """What was written of a merged model.
+
+    Attributes:
+        halves: weights in 16 bits.
+        in_unit: a regression answers in the unit of its rows.
+        otherwise: methods that make other answers of the model's outputs, which weights cannot.
+    """
 
     halves: bool
     in_unit: bool
     card: str
+    otherwise: tuple[str, ...] = ()
+
+    @property
+    def beside(self) -> str:
+        """What a certificate of these weights says besides."""
+        names = " and ".join(self.otherwise)
+        return f"; these are the plain outputs: what {names} makes of them is not in the weights" if names else ""
 
 
 def write_merged(path: Path, folder: Path, *, dtype: str, name: str) -> Written:
@@ -114,7 +128,7 @@ def write_merged(path: Path, folder: Path, *, dtype: str, name: str) -> Written:
     with quiet():
         model.save_pretrained(folder)
         predictor.tokenizer.save_pretrained(folder)
-    return Written(half, in_unit, _card(path, name, model, predictor, in_unit, otherwise))
+    return Written(half, in_unit, _card(path, name, model, predictor, in_unit, otherwise), tuple(otherwise))
 
 
 def _instead(method: str, path: Path) -> str:

@@ -17,7 +17,7 @@ from luthier.data.chat import ChatTemplate
 from luthier.data.columns import Columns
 from luthier.data.encode import encode
 from luthier.data.examples import IGNORED, TRUNCATED, Examples
-from luthier.data.load_data import load_inputs
+from luthier.data.load_data import load_inputs, texts_as_rows
 from luthier.data.row_tasks import with_tasks
 from luthier.data.rows import Table
 from luthier.data.stop_tokens import stop_ids
@@ -356,25 +356,10 @@ class Predictor:
         Raises:
             ConfigError: the task needs more than one text a row.
         """
-        if self.columns.pair is not None:
-            raise ConfigError("this run was trained on pairs of texts: give both columns in a file with --data.")
-        if self.columns.row_task is not None:
-            raise ConfigError(
-                f"this run knows several tasks ({', '.join(self.contract['row_tasks'])}): give rows in a file with "
-                f"--data, whose column {self.columns.row_task!r} says which task each is of."
-            )
-        if self.task.name == "reward":
-            raise ConfigError("this run scores answers to prompts: give both columns in a file with --data.")
-        read = self.columns.inputs()
-        column = read.text or read.prompt or read.messages or read.tokens or read.chosen
-        assert column is not None
-        values: list[Any] = list(texts)
-        if column in (self.columns.messages, self.columns.chosen):
-            values = [[{"role": "user", "content": text}] for text in texts]
-        if column == self.columns.tokens:
-            values = [text.split() for text in texts]
-        rows = [{column: value} for value in values]
-        return Table(source="--text", rows=rows, places=[f"--text {i + 1}" for i in range(len(rows))])
+        return texts_as_rows(
+            texts, self.columns, self.task, places=[f"--text {i + 1}" for i in range(len(texts))], source="--text",
+            known=self.contract.get("row_tasks", ()),
+        )  # fmt: skip
 
     def _vocabulary(self) -> int:
         return int(self.tuned.model.get_input_embeddings().weight.shape[0])

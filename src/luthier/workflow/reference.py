@@ -123,9 +123,11 @@ class Reader:
         template = None if stored is None or own_template else build(ChatTemplate, stored, "template")
         return cls(columns, build(Task, task, f"{tuning}/tuning.json task"), contract, tokenizer, n_vocab, template)
 
-    def read(self, rows: Sequence[dict[str, Any]], *, with_targets: bool) -> Examples:
-        """Rows as examples; those that cannot be read are left out."""
-        table = Table(list(rows), [f"row {i + 1}" for i in range(len(rows))], "the kept rows")
+    def read(self, rows: Table | Sequence[dict[str, Any]], *, with_targets: bool) -> Examples:
+        """Rows as examples; those that cannot be read are left out, and stand in the ledger."""
+        table = rows
+        if not isinstance(table, Table):
+            table = Table(list(table), [f"row {i + 1}" for i in range(len(table))], "the kept rows")
         examples = encode(
             table, self.columns, self.task, self.tokenizer, n_vocab=self.n_vocab,
             max_length=int(self.contract["max_length"]), long=self.contract["long"],

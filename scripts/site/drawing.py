@@ -119,12 +119,17 @@ def draw(name: str) -> str:
     _, anatomy = tiny_anatomy()
     cls = METHODS.get(name)
     try:
-        found = marks(cls(), anatomy)
-    except ConfigError:  # a size that fits models of real width only; the places are the same
-        found = marks(cls(**{n: v for n, v in cls.tiny.items() if n != "lr"}), anatomy)
+        found = _marks_of_some(cls, anatomy)
     except AnatomyError:
-        found = marks(cls(), tiny_decoder())
+        found = _marks_of_some(cls, tiny_decoder())
     return svg(name, found)
+
+
+def _marks_of_some(cls: type[Method], anatomy: Anatomy) -> dict[str, set[str]]:
+    try:
+        return marks(cls(), anatomy)
+    except ConfigError:  # a size for models of real width, or a setting that a run decides: the places are the same
+        return marks(cls(**{n: v for n, v in cls.tiny.items() if n != "lr"}), anatomy)
 
 
 def svg(name: str, found: dict[str, set[str]]) -> str:

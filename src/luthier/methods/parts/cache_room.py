@@ -45,6 +45,8 @@ def kept_keys(cache: Any, layer: int, depth: int, name: Any, x: Tensor, asked_by
     beside = half.layers[layer]
     place = places.setdefault(name, depth + len(places))
     if type(beside) is DynamicSlidingWindowLayer:
+        if beside.get_seq_length() == x.shape[1]:
+            return x  # the first pass: nothing came before, and a plain pass with labels makes a cache that none reads
         raise ModelError(
             f"{asked_by}: the cache of this model forgets tokens that its window has left, and what acts here wants "
             "them all. Generate with use_cache=False."

@@ -124,6 +124,12 @@ def test_trained_words_start_as_the_mask(tmp_path):
         ({"data": {"template": "{shown} {soft} {text} {mask}"}}, "would show them in every row"),
         ({"data": {"template": "{soft:600} {text} {mask}"}}, "600 of them"),
         ({"data": {"template": None, "words": None}}, "answers in no words"),
+        ({"strategy": "aux_lm"}, "are no words of the model, so none can be predicted"),
+        ({"strategy": "early_exit"}, "strategy early_exit cannot learn"),
+        ({"strategy": "contrastive"}, "strategy contrastive cannot learn"),
+        ({"strategy": "cosine_ws"}, "strategy cosine_ws cannot learn"),
+        ({"strategy": "lwf"}, "the base has no head for its labels"),
+        ({"strategy": "lwf", "settings": {"old": "runs/before"}}, "Leave the template or the other model out"),
     ],
 )
 def test_what_cannot_work_is_refused(changes, words, tmp_path):

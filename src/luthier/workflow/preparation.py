@@ -150,6 +150,7 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None, *, be
     tokenizer = load_tokenizer(source)
     if spec.data.template is not None:
         task = as_cloze(task, spec.data.template, spec.data.words, columns, tokenizer, config)
+        refuse_task(strategies, task)  # again: some learn labels by a head alone
         note(f"labels are asked for by {task.template!r}: {', '.join(task.words)}; no new head")
     elif spec.data.words is not None:
         raise ConfigError("data.words are for the gap of a template, and data.template is left out. Give one.")

@@ -45,6 +45,8 @@ class AuxLM(Strategy):
     def suits(self, task: Task) -> str | None:
         if task.of_words:
             return "its loss is of words already. Use --loss-on all to learn prompts too."
+        if task.n_soft:
+            return "the template's {soft} are no words of the model, so none can be predicted. Write words instead."
         return None
 
     def start(self, course: Course) -> None:

@@ -7,9 +7,10 @@ from methods.checks import logits, stir
 from tiny import inputs, tiny
 
 from luthier.core import ConfigError
-from luthier.methods.hybrid.bipeft import BIPEFT
+from luthier.methods.hybrid.bipeft import ALL_ON, BIPEFT
 from luthier.methods.parts.searched import Components, Gates
 from luthier.surgery import attach
+from luthier.surgery.checkpointing import checkpoints_itself
 
 
 def searched_model(total=16, **settings):
@@ -95,6 +96,62 @@ def test_hard_choices_compute_what_the_plan_alone_computes_with_the_same_weights
             held = tuned.trained()[name]
             parameter.copy_(held[tuple(slice(n) for n in parameter.shape)] if held.shape != parameter.shape else held)
     torch.testing.assert_close(logits(alone.model), wide, rtol=1e-5, atol=1e-5)
+
+
+def test_in_the_first_steps_every_place_acts_and_so_moves_before_one_is_shut():
+    tuned, trainer, _ = searched_model(16, stable=1.0)
+    start = {n: p.detach().clone() for n, p in tuned.trained().items()}
+    for _ in range(ALL_ON):
+        trainer.step()
+    moved = {n.rpartition("_")[0] for n, p in tuned.trained().items() if not torch.equal(p, start[n])}
+    places = {n.rpartition("_")[0] for n in start if "gates" not in n and "@" in n}
+    assert len(places) > 20 and places <= moved
+
+
+def test_what_is_not_searched_in_a_step_does_not_move_by_momentum():
+    _, trainer, gates = searched_model(16, stable=1.0)
+    turns = []
+    for _ in range(8):
+        before = gates.alpha.detach().clone()
+        trainer.step()
+        moved = gates.alpha.detach() != before
+        searched, rests = (moved[:, 2:], moved[:, :2]) if gates.searches_ranks else (moved[:, :2], moved[:, 2:])
+        assert not rests.any()
+        turns.append((gates.searches_ranks, bool(searched.any())))
+    assert {ranks for ranks, moves in turns if moves} == {False, True}
+
+
+@pytest.mark.parametrize("method", ["bipeft", "s3delta_m"])
+def test_blocks_that_are_computed_anew_give_the_search_the_same_gradients(method):
+    found = []
+    for anew in (False, True):
+        model = tiny("bert")
+        settings = {"ranks": (1, 2), "stable": 1.0} if method == "bipeft" else {}
+        tuned = attach(model, method, share=0.03, **settings)
+        stir(tuned, 0.1)
+        trainer = Trainer(tuned, model, inputs(model), total=8, lr=2e-2)
+        if anew:
+            tuned.checkpoint_activations()
+        model.luthier.train()
+        for module in model.modules():
+            if anew and checkpoints_itself(module):
+                module.training = True
+        trainer.step()
+        found.append(trainer.gradients)
+    assert found[0].keys() == found[1].keys() and found[0]["gates.alpha"].any()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize(("method", "passes"), [("bipeft", 3), ("s3delta_m", 4)])
+def test_a_step_of_the_search_takes_as_many_passes_as_its_page_says(method, passes):
+    model = tiny("bert")
+    trainer = Trainer(attach(model, method, share=0.03), model, inputs(model), total=8)
+    model.luthier.train()
+    seen = []
+    model.register_forward_hook(lambda *_: seen.append(1))
+    trainer.step()
+    assert len(seen) == passes
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,7 @@ def test_finite_differences_of_the_search_agree_with_autograd():
     heard = SimpleNamespace(context=SimpleNamespace(ids=ids, mask_for=lambda stack: None))
     result = searched_loss(gates, heard, weights, forward, SimpleNamespace(anatomy=None), True, xi)
     (found,) = torch.autograd.grad(result.loss / 30, gates.alpha)
+    gates.lets_learn = True
 
     def mean(w, which):
         each = torch.nn.functional.cross_entropy(logits_of(w, gates.chances()), labels, reduction="none")

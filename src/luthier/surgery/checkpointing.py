@@ -78,10 +78,25 @@ class Checkpointing:
         def run(block: Any, *args: Any) -> Any:
             restore = self.note()
             block = _as_trained(block, self.model)
-            return ours(block, *args, context_fn=lambda: (nullcontext(), restore()))
+            return ours(block, *args, context_fn=lambda: (nullcontext(), _EveryTime(restore)))
 
         run.given = given  # type: ignore[attr-defined]
         return run
+
+
+class _EveryTime(AbstractContextManager[None]):
+    """A context that is made anew whenever it is entered: a graph that is kept goes back more than once."""
+
+    def __init__(self, make: Restore) -> None:
+        self.make = make
+        self.made: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        self.made.append(self.make())
+        self.made[-1].__enter__()
+
+    def __exit__(self, *raised: Any) -> bool | None:
+        return self.made.pop().__exit__(*raised)
 
 
 def _as_trained(block: Any, model: nn.Module) -> Any:

@@ -13,7 +13,7 @@ Language Models", arXiv:2410.09079.
 
 Count: in the search all places at the widest rank, and the choices' numbers; then at most `share` of the base's.
 Claims: the authors report better results than a search of places and ranks at once, in less time.
-Cost: of the search, four passes a step; then less than LoRA's.
+Cost: of the search, three passes a step; then less than LoRA's.
 Use it when: a tuning must be very small, and neither its places nor its ranks are known.
 Not when: the run is short; s3delta_m, where ranks do not matter.
 Pitfalls: weights of the search are not the result. A search whose choices never agree is cut to the budget at its end.
@@ -131,6 +131,8 @@ class BIPEFT(Method):
 
     def before_step(self, tuned: TunedView, step: int, total: int) -> None:
         for gates in own_modules(self, tuned, Choices):
+            if gates.done:
+                continue
             at = (step - 1) / max(1, round(self.search * total))
             gates.all_on = step <= ALL_ON
             gates.draw(ranks=len(self.ranks) > 1 and int(at * 2 * self.rounds) % 2 == 1)
@@ -153,7 +155,10 @@ class BIPEFT(Method):
 
     def on_step(self, tuned: TunedView, step: int, total: int) -> None:
         for gates in own_modules(self, tuned, Choices):
-            if not gates.done and float(gates.agreement) >= self.stable:
+            if gates.done:
+                continue
+            gates.put_back()
+            if float(gates.agreement) >= self.stable:
                 gates.prune(self.budget(tuned.anatomy), self.prunes)
 
     def finish(self, tuned: TunedView) -> None:
@@ -199,6 +204,7 @@ class Choices(Gates):
         self.of_training: Tensor | None = None
         self.all_on = False
         self.alpha = nn.Parameter(torch.zeros(n, 2 + len(self.ranks)))
+        self.held = self._resting().detach().clone()
         self.register_buffer("active", torch.ones(n))
         self.register_buffer("widest", torch.full((n,), len(self.ranks) - 1))
         self.register_buffer("felt", torch.zeros(n, self.ranks[-1]))
@@ -209,7 +215,16 @@ class Choices(Gates):
     def draw(self, *, ranks: bool) -> None:
         """Other noise, for the passes of a step, and what is searched in it."""
         self.searches_ranks = ranks
+        self.held = self._resting().detach().clone()
         self.noise.copy_(_gumbel(*self.noise.shape))
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """What is not searched in this step lies where it lay: without a gradient, an optimiser's momentum moves it."""
+        self._resting().copy_(self.held)
+
+    def _resting(self) -> Tensor:
+        return self.alpha[:, :2] if self.searches_ranks else self.alpha[:, 2:]
 
     def numbers(self) -> int:
         """Numbers of what is left."""
@@ -267,7 +282,7 @@ class Choices(Gates):
 
     @torch.no_grad()
     def prune(self, budget: int, prunes: int) -> None:
-        """Cut what is felt least, so that `prunes` cuts reach the budget; never below it, and nothing comes back."""
+        """Cut what is felt least, so that `prunes` cuts reach the budget; below it none, and nothing comes back."""
         whole = int(self.sizes[:, -1].sum())
         goal = max(budget, self.numbers() - -(-(whole - budget) // prunes))
         while self.numbers() > goal:

@@ -15,7 +15,7 @@ Count: in the search all places, and one number each; then at most `share` of th
 Claims: the authors report results near full fine-tuning of T5-large with 1.39 of ten thousand numbers.
 Measured: `luthier train sample:minilm-l6 --data sample:trec6 --method s3delta_m --steps 120 --set second_order=false`:
 accuracy 0.779 on 1,076 held-out rows, one seed, where head_only reaches 0.572; at a rate of 2e-3 0.295 after 240 steps.
-Cost: of the search, five passes a step, two without `second_order`; then less than LoRA's.
+Cost: of the search, four passes a step, two without `second_order`; then less than LoRA's.
 Use it when: a tuning must be very small and it is not known where its few numbers belong.
 Not when: the run is short: half of it only finds out what to train.
 Pitfalls: the budget is a share of the base's numbers, not a per cent; weights of the search are not the result. Whether
@@ -114,7 +114,8 @@ class S3DeltaM(Method):
 
     def before_step(self, tuned: TunedView, step: int, total: int) -> None:
         for gates in own_modules(self, tuned, Logits):
-            gates.draw()
+            if not gates.done:
+                gates.draw()
 
     def loss(self, tuned: TunedView, forward: Callable[[], Any]) -> Any:
         found = own_modules(self, tuned, Logits)

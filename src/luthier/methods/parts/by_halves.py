@@ -85,11 +85,13 @@ def searched_loss(
         loss, n = row_losses(result, heard.context.ids, heard.context.mask_for(""), half, tuned.anatomy)
         return result, loss, n
 
+    # While a pass goes back its gates are as they were in it: its blocks may be computed anew for that.
     gates.lets_learn = False
     result, loss, n = of_half(0)  # for the weights alone
+    through_step = second_order and n > 0
+    grads = torch.autograd.grad(loss / n, weights, retain_graph=True, allow_unused=True) if through_step else ()
     gates.lets_learn = True
-    if second_order and n:
-        grads = torch.autograd.grad(loss / n, weights, retain_graph=True, allow_unused=True)
+    if through_step:
         moved = [torch.zeros_like(p) if g is None else g for p, g in zip(weights, grads, strict=True)]
         with _Shifted(weights, moved, -step):
             towards, at_moved = _gradients(of_half(1), gates.alpha, weights)
@@ -102,6 +104,7 @@ def searched_loss(
         towards = towards - step * (above_ - below) / (2 * epsilon)
     else:
         towards, _ = _gradients(of_half(1), gates.alpha)
+    gates.lets_learn = False
     # A number that is zero and has the gradient of the other half.
     surrogate = (gates.alpha * towards).sum()
     result.loss = loss + (surrogate - surrogate.detach()) * max(1, n)
@@ -112,6 +115,7 @@ def choice_gradient(
     gates: Searched, heard: Attachment, forward: Callable[[], Any], tuned: TunedView, *, half: int
 ) -> Tensor:
     """The gradient of one half's mean loss by what is searched."""
+    gates.lets_learn = True
     result = forward()
     loss, n = row_losses(result, heard.context.ids, heard.context.mask_for(""), half, tuned.anatomy)
     return _gradients((result, loss, n), gates.alpha)[0]

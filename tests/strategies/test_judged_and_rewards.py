@@ -122,6 +122,23 @@ def test_kto_begins_at_a_half_and_is_its_formula_with_the_answers_of_other_promp
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_an_answer_to_another_prompt_is_cut_where_the_model_has_no_more_positions():
+    """Each row fits by itself; a long answer to a long prompt would not."""
+    tuned = attach(tiny("gpt2", "lm"), "prompt_tuning", length=3)
+    objective = Objective(tuned, JUDGED, judge=KTO())
+    limit = tuned.model.config.max_position_embeddings
+    assert objective.room == limit - 3, "the tuning's own take three"
+    batch, n = judged((1, 0)), objective.room
+    ids = torch.full((2, n), 7)
+    labels = torch.full((2, n), -100)
+    labels[0, n - 2 :], labels[1, 2:] = 7, 7  # a long prompt, and a long answer
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch = dataclasses.replace(batch, inputs=inputs, labels=labels, rows=batch.rows[:2])
+    others = answers_elsewhere(batch, objective.room)
+    assert (others.labels >= 0).sum(1).tolist() == [2, 2] and others.inputs["input_ids"].shape == (2, n)
+    assert torch.isfinite(objective(batch).loss)
+
+
 def test_marks_that_say_nothing_are_refused_row_by_row(tmp_path):
     path = little_data(tmp_path / "judged.csv", kind="judged")
     lines = path.read_text().splitlines()

@@ -27,7 +27,7 @@ from luthier.surgery.peft_files import from_peft, to_peft
 from luthier.surgery.peft_forms import PEFT_LAYERS, PeftForm, PeftIn, PeftOut, PeftTaken, PeftWhole
 from luthier.surgery.phase import Phase
 from luthier.surgery.phases import Phases
-from luthier.surgery.shapes import matrices, numbers
+from luthier.surgery.shapes import matrices, numbers, reserved_positions
 from luthier.surgery.source import Source
 from luthier.surgery.sources import open_source
 from luthier.surgery.storage import decode_layers, encode_layers
@@ -89,6 +89,7 @@ __all__ = [
     "open_source",
     "passes_of",
     "read_tuning",
+    "reserved_positions",
     "rows_of",
     "to_peft",
 ]

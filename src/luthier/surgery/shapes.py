@@ -14,7 +14,7 @@ from luthier.surgery.base import Base
 from luthier.surgery.edits import Attach, Edit, PrependKeys, PrependTokens, Reparametrise
 from luthier.surgery.method import Method
 
-__all__ = ["matrices", "numbers"]
+__all__ = ["matrices", "numbers", "reserved_positions"]
 
 
 def matrices(method: Method, anatomy: Anatomy) -> list[tuple[int, ...]]:
@@ -33,6 +33,12 @@ def matrices(method: Method, anatomy: Anatomy) -> list[tuple[int, ...]]:
                     found += _of(module)
             found += [shape for module in _made(edit, method, anatomy) for shape in _of(module)]
     return [shape for shape in found if len(shape) > 1]
+
+
+def reserved_positions(method: Method, anatomy: Anatomy) -> int:
+    """Positions that `method` takes for tokens of its own."""
+    with torch.device("meta"):
+        return sum(edit.length for edit in method.edits(anatomy) if isinstance(edit, PrependTokens))
 
 
 def numbers(method: Method, anatomy: Anatomy, which: Callable[[Edit], bool]) -> int:

@@ -17,7 +17,8 @@ from torch import Tensor
 from luthier import kernels
 from luthier.data.batches import Batch
 from luthier.data.examples import IGNORED
-from luthier.surgery import Tuned
+from luthier.data.tokenizer import position_limit
+from luthier.surgery import Tuned, reserved_positions
 from luthier.training.output_matrix import softcap_of, trunk_states
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "answers_elsewhere",
     "bradley_terry",
     "log_odds",
+    "positions_for_rows",
     "standing_still",
 ]
 
@@ -110,19 +112,29 @@ def bradley_terry(rewards: Tensor, share: Tensor, margin: Tensor) -> Tensor:
     return -(share * F.logsigmoid(apart) + (1 - share) * F.logsigmoid(-apart))
 
 
-def answers_elsewhere(batch: Batch) -> Batch:
-    """Each prompt of a batch with the answer of the line before, which is to another prompt."""
+def positions_for_rows(tuned: Tuned) -> int | None:
+    """Tokens that the model has positions for, less those of the tuning's own; `None` where nothing limits them."""
+    limit = position_limit(tuned.model.config)
+    return None if limit is None else limit - reserved_positions(tuned.tuning().method, tuned.anatomy)
+
+
+def answers_elsewhere(batch: Batch, room: int | None = None) -> Batch:
+    """Each prompt of a batch with the answer of the line before, which is to another prompt.
+
+    Args:
+        room: tokens of a line, at most: an answer is cut where its new prompt leaves too few.
+    """
     assert batch.labels is not None
     ids, labels = batch.inputs["input_ids"], batch.labels
     told = labels != IGNORED  # (lines, tokens)
     first = told.int().argmax(1).tolist()
     prompts = [ids[line, :n] for line, n in enumerate(first)]
-    replies = [ids[line][told[line]] for line in range(len(ids))]
-    width = max(first) + int(told.sum(1).max())
+    left = [None if room is None else room - n for n in first]
+    replies = [ids[line - 1][told[line - 1]][:n] for line, n in enumerate(left)]
+    width = max(len(prompt) + len(reply) for prompt, reply in zip(prompts, replies, strict=True))
     new_ids, mask = (ids.new_zeros(len(ids), width) for _ in range(2))
     new_labels = labels.new_full((len(ids), width), IGNORED)
-    for line, prompt in enumerate(prompts):
-        reply = replies[line - 1]
+    for line, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
         n, end = len(prompt), len(prompt) + len(reply)
         new_ids[line, :end] = torch.cat([prompt, reply])
         new_labels[line, n:end] = reply

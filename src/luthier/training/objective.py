@@ -26,6 +26,7 @@ from luthier.training.answers import (
     Ranked,
     answer_log_chances,
     answers_elsewhere,
+    positions_for_rows,
     standing_still,
 )
 from luthier.training.frozen_features import Features, features_of
@@ -63,6 +64,7 @@ class Objective:
 
     Attributes:
         reference: what the base holds of both answers of every example, (examples, 2), where that was kept.
+        room: tokens of a line that the model has positions for, where an answer is put to another prompt.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Objective:
         self.tuned, self.task, self.scoring = tuned, task, scoring
         self.judge = judge or {"judged": Liked, "reward": Ranked}.get(task.name, Likely)()
         self.reference: Tensor | None = None
+        self.room = positions_for_rows(tuned) if getattr(self.judge, "elsewhere", False) else None
         self.why_all_logits = "something looks at them" if full_logits else ""
         if task.name in ("causal_lm", "preference", "judged") and not full_logits:
             self.why_all_logits = why_all_logits(tuned)
@@ -173,7 +176,7 @@ class Objective:
         base = self._base_sums(batch) if self.judge.reference else None
         elsewhere = None
         if self.judge.elsewhere and not self.scoring and len(batch.rows) > 1:
-            others = answers_elsewhere(batch)
+            others = answers_elsewhere(batch, self.room)
             with torch.no_grad(), standing_still(self.tuned.model):
                 elsewhere = Answer(
                     *answer_log_chances(self.tuned, others, chunked=self.chunked), self._base_sums(others)

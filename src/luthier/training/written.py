@@ -12,7 +12,7 @@ from torch import Tensor
 from luthier.data.batches import Batch
 from luthier.data.examples import IGNORED
 from luthier.data.stop_tokens import stop_ids
-from luthier.data.tokenizer import position_limit
+from luthier.training.answers import positions_for_rows
 from luthier.training.course import Course
 
 __all__ = ["answered_anew"]
@@ -45,7 +45,7 @@ def answered_anew(course: Course, batch: Batch, *, most: int, temperature: float
     ids, told = batch.inputs["input_ids"], batch.labels != IGNORED
     begins = told.int().argmax(-1).tolist()  # of each row's answer
     model: Any = course.tuned.model
-    limit, ends = position_limit(model.config), stop_ids(course.examples(), course.tokenizer, model)
+    limit, ends = positions_for_rows(course.tuned), stop_ids(course.examples(), course.tokenizer, model)
     facts = {name: value for name, value in batch.inputs.items() if name.startswith("row_")}
     found: list[list[int]] = [[] for _ in begins]
     with torch.no_grad(), course.still():

@@ -22,9 +22,9 @@ from luthier.data.examples import Examples
 from luthier.data.rows import Table
 from luthier.data.stop_tokens import stop_ids
 from luthier.data.tasks import Task
-from luthier.data.tokenizer import position_limit
 from luthier.runs import Record, RunFolder, durable, environment, load_step, peak_bytes
 from luthier.surgery import Method, Tuned, answerers, tuning_files
+from luthier.training.answers import positions_for_rows
 from luthier.training.evaluate import plain_scores, references
 from luthier.training.loop import Loop
 from luthier.training.memory_parts import whole_memory
@@ -37,7 +37,7 @@ from luthier.workflow.load_model import collator_of
 from luthier.workflow.looks import Looks, held_looks
 from luthier.workflow.merged_folder import merge
 from luthier.workflow.prediction import predict
-from luthier.workflow.preparation import Prepared, reserved_positions
+from luthier.workflow.preparation import Prepared
 from luthier.workflow.reference import Reader, choose_rows, observe, write_reference
 
 __all__ = ["Result", "finish", "record_of", "result_of"]
@@ -293,9 +293,7 @@ def _keep_reference(prepared: Prepared, tuned: Tuned, run: RunFolder) -> None:
     reader = Reader.of_run(run.tuning, prepared.tokenizer, n_vocab)
     rows = choose_rows(table or prepared.train_table, prepared.columns, examples, writes=reader.writes)
     collator = collator_of(task, model, prepared.tokenizer, pad_id=prepared.pad_id, pad_to=1, seed=0)
-    room = position_limit(model.config)
-    if room is not None:
-        room -= reserved_positions(prepared.method, tuned.anatomy)
+    room = positions_for_rows(tuned)
     trained = observe(model, rows, reader, collator, prepared.precision, device, room=room)
     with tuned.base_only():
         base = observe(model, rows, reader, collator, prepared.precision, device, new=0)

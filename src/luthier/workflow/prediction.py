@@ -23,11 +23,11 @@ from luthier.data.rows import Table
 from luthier.data.stop_tokens import stop_ids
 from luthier.data.tag_tasks import words_and_tags
 from luthier.data.tasks import Task
-from luthier.data.tokenizer import position_limit
 from luthier.runs import RunFolder
 from luthier.runs.spec import RunSpec
 from luthier.surgery import Tuned, answerers, compose, decode_layers, read_tuning
 from luthier.surgery import load as load_tuning
+from luthier.training.answers import positions_for_rows
 from luthier.training.evaluate import Evaluator
 from luthier.training.objective import Objective, Result
 from luthier.training.precision import choose_device, choose_precision
@@ -35,7 +35,6 @@ from luthier.training.preference import Weighing, judge_of
 from luthier.training.strategy import split_settings, strategies
 from luthier.workflow.generation import Generator
 from luthier.workflow.load_model import collator_of, find_model, load_model, load_tokenizer, tokenizer_digest
-from luthier.workflow.preparation import reserved_positions
 from luthier.workflow.unsure import check_unsure, unsure_of
 
 __all__ = ["Predictor", "predict"]
@@ -96,10 +95,9 @@ class Predictor:
         stop = self.contract.get("stop") or stop_ids(None, self.tokenizer, model)
         if getattr(model, "generation_config", None) is not None and stop:
             model.generation_config.eos_token_id = stop  # what is merged or saved from here stops there too
-        limit, taken = position_limit(model.config), reserved_positions(self.tuned.tuning().method, self.tuned.anatomy)
         self.generator = Generator(
             self.tuned, self.tokenizer, self.precision, self.device, pad_id=int(pad["id"]), stop=stop,
-            limit=None if limit is None else limit - taken, tokens=4 * self.spec.batch.tokens,
+            limit=positions_for_rows(self.tuned), tokens=4 * self.spec.batch.tokens,
         )  # fmt: skip
 
     @cached_property

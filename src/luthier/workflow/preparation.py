@@ -29,7 +29,7 @@ from luthier.data.tasks import Task
 from luthier.data.tokenizer import choose_length, choose_pad
 from luthier.data.windows import refuse_windows
 from luthier.runs.spec import RunSpec
-from luthier.surgery import Method, compose
+from luthier.surgery import Method, compose, reserved_positions
 from luthier.surgery import Source as SavedTuning
 from luthier.surgery.sources import check_shapes, opened
 from luthier.training import Strategy
@@ -51,7 +51,7 @@ from luthier.workflow.load_model import (
     tokenizer_digest,
 )
 
-__all__ = ["Prepared", "prepare", "reserved_positions"]
+__all__ = ["Prepared", "prepare"]
 
 _LANGUAGE_ROWS = 200  # a language model's rows are long: all of them can take longer than training
 
@@ -298,8 +298,3 @@ def _method_and_strategies(spec: RunSpec) -> tuple[Method, tuple[Strategy, ...]]
             f"{error} {misplaced[0]!r} is a field of the run: write --set run.{misplaced[0]}=..., or put it at the top "
             "of the spec."
         ) from error
-
-
-def reserved_positions(method: Method, anatomy: Anatomy) -> int:
-    """Positions that the method takes for tokens of its own."""
-    return sum(getattr(e, "length", 0) for e in method.edits(anatomy) if type(e).__name__ == "PrependTokens")

@@ -9,7 +9,7 @@ import torch
 from in_memory import Runs, of_tasks
 from little import little_spec
 
-from luthier.core import ConfigError
+from luthier.core import CompositionError, ConfigError
 from luthier.data.load_data import load_inputs
 from luthier.runs.spec import BatchSpec, DataSpec, OptimSpec
 from luthier.strategies.mixture.mt_dnn import heads
@@ -110,6 +110,8 @@ def test_mt_dnn_labels_of_one_name_are_two_labels_and_what_cannot_be_is_refused(
     facts = json.loads((done.path / "tuning" / "tuning.json").read_text())
     assert facts["task"]["labels"] == ["even: 0", "even: 1", "odd: 0", "odd: 1"]
     spec = dataclasses.replace(spec, out=str(tmp_path / "no"))
+    with pytest.raises(CompositionError, match="mt_dnn and label_smoothing.*those of other tasks"):
+        train(dataclasses.replace(spec, strategy="mt_dnn+label_smoothing"))
     with pytest.raises(ConfigError, match="cannot tell which task"):
         train(dataclasses.replace(spec, data=DataSpec(source=str(rows))))
     rows.write_text(rows.read_text() + "moon,1,alone\nsun,1,alone\n")

@@ -31,7 +31,7 @@ from luthier.data.order import ChosenOrder, Order, shuffled
 from luthier.data.sets import Sets
 from luthier.data.tasks import Task
 from luthier.runs.spec import RunSpec
-from luthier.surgery import is_head
+from luthier.surgery import Method, is_head
 from luthier.training.course import Course
 from luthier.training.strategy import STRATEGIES, Strategy
 
@@ -44,6 +44,11 @@ class MTDNN(Strategy):
     neutral: ClassVar[dict[str, Any] | None] = None
     by_task: ClassVar[bool] = True
     tiny_kind: ClassVar[str] = "bert-tasks"
+
+    def conflicts(self, other: Strategy | Method) -> str | None:
+        if other.name == "label_smoothing":
+            return "it would give a share of every label to those of other tasks. Leave label_smoothing out."
+        return None
 
     def check(self, spec: RunSpec) -> None:
         if spec.data.row_task is None:

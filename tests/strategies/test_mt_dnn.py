@@ -110,7 +110,7 @@ def test_mt_dnn_labels_of_one_name_are_two_labels_and_what_cannot_be_is_refused(
     facts = json.loads((done.path / "tuning" / "tuning.json").read_text())
     assert facts["task"]["labels"] == ["even: 0", "even: 1", "odd: 0", "odd: 1"]
     spec = dataclasses.replace(spec, out=str(tmp_path / "no"))
-    with pytest.raises(CompositionError, match="mt_dnn and label_smoothing.*those of other tasks"):
+    with pytest.raises(CompositionError, match=r"mt_dnn and label_smoothing.*those of other tasks"):
         train(dataclasses.replace(spec, strategy="mt_dnn+label_smoothing"))
     with pytest.raises(ConfigError, match="cannot tell which task"):
         train(dataclasses.replace(spec, data=DataSpec(source=str(rows))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from luthier.cli._next import predict_command
 from luthier.cli._output import Screen, screen
 from luthier.cli._progress import Watcher
 
@@ -62,6 +63,6 @@ def _show(to: Screen, found: Any) -> None:
             to.show(f"and {len(found.classes) - MOST_CLASSES} smaller classes: quality.json of each fold")
     to.show(
         f"\nThe run on all rows is {found.final}; no row is left to score it on: expect of it the mean above."
-        f"\nNext: luthier predict {found.final} --text \"...\""
+        f"\nNext: {predict_command(found.final)}"
         f"\nReport: luthier report {found.path}"
     )  # fmt: skip

@@ -6,10 +6,10 @@ import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from luthier.cli._next import kept_rows, predict_command, short
 from luthier.cli._output import Screen, screen
 from luthier.cli._quality import show_quality
 from luthier.core import human_bytes, human_count, human_seconds, plain
-from luthier.surgery import read_tuning
 from luthier.training import Listener
 
 if TYPE_CHECKING:
@@ -110,12 +110,6 @@ def facts_of(result: Result) -> dict[str, Any]:
     }
 
 
-def _scores_answers(result: Result) -> bool:
-    """Whether the run gives numbers to answers, for which a text alone is too little."""
-    folder = result.path / "tuning"
-    return folder.exists() and bool(read_tuning(folder)["task"]["name"] == "reward")
-
-
 def show_result(result: Result) -> None:
     """The end of a run: what came out, what it cost, what to try next."""
     to = screen()
@@ -135,12 +129,13 @@ def show_result(result: Result) -> None:
     ]  # fmt: skip
     to.table(("", ""), rows)
     if result.quality is None or result.quality.is_result:
-        asked = "--data FILE" if _scores_answers(result) else '--text "..."'
-        to.show(f"\nNext: luthier predict {_short(facts['path'])} {asked}")
+        to.show(f"\nNext: {predict_command(result.path)}")
     else:
-        to.show(f"\nNext: the rows that were answered wrongly stand in {_short(facts['path'])}/predictions.csv")
+        to.show(f"\nNext: the rows that were answered wrongly stand in {short(facts['path'])}/predictions.csv")
+    if said := kept_rows(result.path):
+        to.show(said)
     if result.record.status == "finished":
-        to.show(f"Report: luthier report {_short(facts['path'])}")
+        to.show(f"Report: luthier report {short(facts['path'])}")
 
 
 def _memory_line(memory: dict[str, int], peak: int | None) -> str:
@@ -150,10 +145,3 @@ def _memory_line(memory: dict[str, int], peak: int | None) -> str:
     largest = sorted(((n, part) for part, n in memory.items() if n > 0.02 * peak), reverse=True)[:3]
     parts = ", ".join(f"{part} {human_bytes(n)}" for n, part in largest)
     return f"{human_bytes(peak)} ({parts})" if parts else human_bytes(peak)
-
-
-def _short(path: str) -> str:
-    from pathlib import Path
-
-    here = Path.cwd()
-    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from luthier.cli._next import kept_rows, predict_command
 from luthier.cli._output import screen
 from luthier.cli._progress import Watcher
 
@@ -27,5 +28,7 @@ def follow_recipe(spec: RunSpec | str) -> None:
     to.show()
     to.table(("phase", "scores on its held-out rows"), said)
     to.show(f"\nThe run of the last phase is the result: {found.result}")
-    to.show(f'Next: luthier predict {found.result} --text "..."')
+    to.show(f"Next: {predict_command(found.result)}")
+    if said := kept_rows(found.result):
+        to.show(said)
     to.show(f"Report: luthier report {found.path}")

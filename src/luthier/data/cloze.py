@@ -9,7 +9,7 @@ decoder (the gap ends the template), at the first sentinel of a T5. No new head 
 
 With {shown} one labelled row of each label stands there too, its gap filled. Each row is then read in so many versions,
 16 where no number is given, with other rows shown: in training one of them in each epoch, and where rows are scored or
-answered the logits of all are averaged.
+answered the logits of all are averaged. The rows that may be shown are stored in the tuning, texts and all.
 
     template   {soft:5} {text} {soft:5} {mask}.
 

@@ -75,8 +75,8 @@ class DataSpec:
     template: Annotated[
         str | None,
         "ask for the label by a gap in a text, such as '{text} It was {mask}.'; no new head then; {shown:16} shows "
-        "a labelled row of each label, in 16 versions whose answers are averaged; {soft:5} stands for five words that "
-        "a method such as warp trains",
+        "a labelled row of each label, in 16 versions whose answers are averaged, and keeps such rows in the tuning; "
+        "{soft:5} stands for five words that a method such as warp trains",
     ] = None
     words: Annotated[
         str | None, "the word of each label that fills the gap, as LABEL=WORD,...; left out, the labels themselves"

@@ -17,9 +17,11 @@ in common. It shows the rows while it tries; here the one that is chosen alone h
 
 Cost: a run for each try, and a last one whose rows are as many times longer as there are labels.
 Claims: better than a plain classifier on a few rows, and more steady from draw to draw.
-Pitfalls: half of the rows is spent on the choice: with `tries` = 0 nothing is searched, and all rows are learnt. A
-score of 16 rows a label tells little: of many tries the luckiest wins. Measured: smollm2-135m, asked whether a film was
-great or terrible (32 rows and 200 held out of movie-snippets), is at chance on the latter before it learns.
+Pitfalls: the rows that are shown stand in the tuning, texts and all (tuning.json): whoever has it can read them, and
+with `shown` = 0 there are none. Half of the rows is spent on the choice: with `tries` = 0 nothing is searched, and all
+rows are learnt. A score of 16 rows a label tells little: of many tries the luckiest wins. Measured: smollm2-135m, asked
+whether a film was great or terrible (32 rows and 200 held out of movie-snippets), is at chance on the latter before it
+learns.
 """
 
 from collections.abc import Iterator

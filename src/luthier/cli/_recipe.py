@@ -29,6 +29,6 @@ def follow_recipe(spec: RunSpec | str) -> None:
     to.table(("phase", "scores on its held-out rows"), said)
     to.show(f"\nThe run of the last phase is the result: {found.result}")
     to.show(f"Next: {predict_command(found.result)}")
-    if said := kept_rows(found.result):
-        to.show(said)
+    if kept := kept_rows(found.result):
+        to.show(kept)
     to.show(f"Report: luthier report {found.path}")

@@ -179,6 +179,29 @@ def test_the_choice_is_saved(tmp_path):
     assert torch.equal(logits(again.model, batch), logits(tuned.model, batch))
 
 
+def test_in_training_mode_the_ways_of_answers_are_merged_not_those_of_the_last_step():
+    tuned = stirred()
+    batch = inputs(tuned.model)
+    wanted = logits(tuned.model, batch)
+    torch.manual_seed(1)
+    tuned.tuning().method.before_step(tuned, 1, 10)
+    tuned.model.train()
+    assert any(m.ways() != m.answers() for m in places(tuned))
+    merged = tuned.merge().eval()
+    torch.testing.assert_close(logits(merged, batch), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cast", ["base", "both"])
+def test_in_bf16_it_merges_to_what_it_answered(cast):
+    tuned = attach(tiny("bert").to(torch.bfloat16), method("glora", {"rank": 2, "sites": ("*",)}))
+    stir(tuned)
+    if cast == "both":
+        tuned.model.to(torch.bfloat16)
+    batch = inputs(tuned.model)
+    wanted = logits(tuned.model, batch)
+    torch.testing.assert_close(logits(tuned.merge(), batch).float(), wanted.float(), rtol=0.05, atol=0.05)
+
+
 def test_a_run_searches_and_answers(tmp_path):
     small = {"population": 4, "generations": 1, "parents": 2, "data": 0.5, "rank": 2}
     result = run(little_spec(tmp_path, "glora", settings=small, out=str(tmp_path / "run")))

@@ -243,30 +243,35 @@ class General(Attachment):
         """Numbers that a path holds here."""
         return cost(*self.sizes, self.rank, path)
 
+    def answers(self) -> Path:
+        """The way of each term in answers, and in merged weights."""
+        return tuple(WAYS[t][i] for t, i in zip(WAYS, self.path.tolist(), strict=True))
+
     def ways(self) -> Path:
         """The way of each term that acts now."""
-        return self.drawn if self.training else tuple(WAYS[t][i] for t, i in zip(WAYS, self.path.tolist(), strict=True))
+        return self.drawn if self.training else self.answers()
 
-    def parts(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def parts(self, weight: Tensor, bias: Tensor | None, ways: Path) -> tuple[Tensor | None, Tensor | None]:
         """What is added to a weight, (d_out, d_in), and to its bias, (d_out,)."""
         terms = (m for m in self.terms.values() if isinstance(m, Term))
-        a, b, c, d, e = (term.value(way) for term, way in zip(terms, self.ways(), strict=True))
+        a, b, c, d, e = (term.value(way) for term, way in zip(terms, ways, strict=True))
         more = None if a is None else weight * a
         if b is not None:
             more = b.expand_as(weight) if more is None else more + b
-        flat = [] if c is None else [(weight @ c)[:, 0]]
+        flat = [] if c is None else [(weight @ c.to(weight.dtype))[:, 0]]
         flat += [] if e is None else [e[:, 0].expand(len(weight))]
         flat += [] if d is None or bias is None else [d[:, 0] * bias]
         return more, torch.stack(flat).sum(0) if flat else None
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        more, flat = self.parts(self.base.weight().to(x.dtype), live_bias(self.base))
+        more, flat = self.parts(self.base.weight().to(x.dtype), live_bias(self.base), self.ways())
         y = y if more is None else y + F.linear(x, more.to(x.dtype))
         return y if flat is None else y + flat.to(y.dtype)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        # The terms multiply this attachment's own frozen weight; `weight` may hold another tuning's merge by now.
+        # The terms multiply this attachment's own frozen weight; `weight` may hold another tuning's merge by now. In
+        # training mode, too, the ways of answers are what is merged, not those that a step has drawn.
         own = self.base.bias()
-        more, flat = self.parts(self.base.weight().float(), None if own is None else own.float())
+        more, flat = self.parts(self.base.weight().float(), None if own is None else own.float(), self.answers())
         weight = weight if more is None else weight + more
         return weight, bias if flat is None else flat if bias is None else bias + flat

@@ -180,6 +180,17 @@ def test_for_one_row_of_one_token_the_two_factors_are_the_whole_curvature(letter
     assert torch.allclose(held, wanted, atol=1e-5 * float(wanted.abs().max()))
 
 
+def test_where_passes_are_in_bf16_the_answers_are_those_of_fp32():
+    new = wide(9, rows=30)
+    for moved, apart in ((0.1, 0.01), (0.3, 1.0)):  # so far moved, bf16 gives other logits, and still answers
+        tuned = concluded([wide(seed) for seed in range(3)], moved=moved, sites=("*",), prior=0.1)
+        wanted, plain = answers(tuned, new).softmax(-1), logits(tuned.model, new).softmax(-1)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = answers(tuned, new).float().softmax(-1)
+        assert float((plain - wanted).abs().max()) > 0.3
+        assert float((found - wanted).abs().max()) < apart
+
+
 def test_padding_is_no_token():
     batch = wide(3, rows=4)
     longer = {n: torch.nn.functional.pad(t, (0, 5)) if t.dim() == 2 else t for n, t in batch.items()}

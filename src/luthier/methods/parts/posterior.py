@@ -131,12 +131,14 @@ class Posterior(nn.Module):
         jacobian: (rows, outputs, n_out, n_in) -> (rows, outputs, outputs)
         """
         precision = float(self.precision) if precision is None else precision
-        shares = _directions(self.outputs) @ jacobian @ _directions(self.inputs).T  # (rows, outputs, k_out, k_in)
-        shares, flat = shares.flatten(2).double(), jacobian.flatten(2).double()
-        known = self.curvature().flatten()
-        # Along a kept direction 1 / (precision + curvature), else 1 / precision: written as what is less than that.
-        less = shares * (known / (precision * (precision + known)))
-        return flat @ flat.mT / precision - less @ shares.mT
+        of_outputs, of_inputs = _directions(self.outputs), _directions(self.inputs)
+        shares = of_outputs @ jacobian @ of_inputs.T  # (rows, outputs, k_out, k_in)
+        rest = (jacobian - of_outputs.T @ shares @ of_inputs).flatten(2).double()
+        shares = shares.flatten(2).double()
+        # Both are sums of squares. Written as the whole less what the data know, large numbers would cancel, and the
+        # result need have no root.
+        known = shares / (precision + self.curvature().flatten()) @ shares.mT
+        return known + rest @ rest.mT / precision
 
 
 def _directions(root: Tensor) -> Tensor:

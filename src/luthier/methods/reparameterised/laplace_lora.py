@@ -159,8 +159,8 @@ class LaplaceLoRA(Method):
         if not all(p.fitted for m in modules for p in _posteriors(m).values()):
             return forward()  # in evaluations between steps nothing has been measured yet
         found, jacobian = _with_jacobian(modules, forward)
-        with torch.no_grad():
-            means = found.logits.detach()
+        means = found.logits.detach()
+        with torch.no_grad(), _exactly(means):
             found.logits = self._mean(means.double(), _spread(jacobian)).to(means.dtype)
         return found
 
@@ -195,7 +195,13 @@ def _with_jacobian(modules: Sequence[ThinUpdate], forward: Callable[[], Any]) ->
             found = forward()
         logits = found.logits
         each = torch.eye(logits.shape[1], device=logits.device, dtype=logits.dtype)
-        return found, _jacobian(modules, seen, logits, each)
+        with _exactly(logits):
+            return found, _jacobian(modules, seen, logits, each)
+
+
+def _exactly(logits: Tensor) -> torch.autocast:
+    """Within, products are in the precision of their factors, where a run's passes are in halves."""
+    return torch.autocast(logits.device.type, enabled=False)
 
 
 def _spread(jacobian: Jacobian, precision: float | None = None) -> Tensor:

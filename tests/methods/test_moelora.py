@@ -5,7 +5,7 @@ import torch
 from methods.checks import counted, logits, stir
 from tiny import inputs, tiny
 
-from luthier.core import ConfigError, ModelError
+from luthier.core import AnatomyError, ConfigError, ModelError
 from luthier.methods.reparameterised.moelora import Mixed
 from luthier.surgery import attach
 
@@ -86,3 +86,19 @@ def test_an_expert_count_that_does_not_divide_and_rows_without_a_task_are_refuse
     tuned = attach(tiny("bert"), "moelora", **SMALL)
     with pytest.raises(ModelError, match="row_task"):
         tuned.model(**inputs(tuned.model))
+
+
+@pytest.mark.parametrize("kind", ["moelora", "poly"])
+def test_where_queries_and_keys_also_read_distances_only_the_values_have_rows(kind: str) -> None:
+    settings = {"tasks": 2, "rank": 8, "train_head": False}
+    with pytest.raises(AnatomyError, match=r"attn\.q@0 of a deberta-v2 model also projects the distances"):
+        attach(tiny("deberta-v2"), kind, **settings)
+    with pytest.raises(AnatomyError, match="is an expert"):
+        attach(tiny("mixtral"), kind, **settings, sites=("*",))
+    tuned = attach(tiny("deberta-v2"), kind, **settings, sites=("attn.v",))
+    stir(tuned, 0.5)
+    batch = inputs(tuned.model) | {"row_task": torch.tensor([0, 1, 1])}
+    together = logits(tuned.model, batch)
+    for i in range(3):
+        alone = logits(tuned.model, {name: value[i : i + 1] for name, value in batch.items()})
+        torch.testing.assert_close(together[i], alone[0], rtol=1e-4, atol=2e-5)

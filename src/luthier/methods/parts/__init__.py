@@ -13,7 +13,7 @@
                       MovedUpdate      the same from a start that is no zero: what A and B have moved
                       Thin             the same for an A and B that are made of something else
                       SmallDropout     dropout of a branch's input, the same again under checkpointing
-                      check_projections, fusable, live_bias
+                      check_projections, check_rows, fusable, live_bias
     posterior         Posterior        a Gaussian over a trained matrix, and what it says of a function's outputs
                       Root             the leading directions of a sum of outer products
                       evidence_precision, matrix_gradients, watched_calls, Call

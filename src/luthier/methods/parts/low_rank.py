@@ -12,7 +12,7 @@ from luthier.core import AnatomyError, ConfigError
 from luthier.kernels import GroupedUpdates, StillUpdate, Update, low_rank_linear
 from luthier.surgery import Attachment, Base
 
-__all__ = ["MovedUpdate", "SmallDropout", "Thin", "ThinUpdate", "check_projections", "fusable", "live_bias"]
+__all__ = ["MovedUpdate", "SmallDropout", "Thin", "ThinUpdate", "check_projections", "check_rows", "fusable", "live_bias"]
 
 
 def check_projections(anatomy: Anatomy, sites: tuple[Site, ...], asked_by: str, dropout: float) -> tuple[Site, ...]:
@@ -30,6 +30,25 @@ def check_projections(anatomy: Anatomy, sites: tuple[Site, ...], asked_by: str, 
             )
         if dropout > 0 and site.expert is not None:
             raise ConfigError(f"{asked_by}.dropout: {dropout:g} has no meaning at {site.key}; set it to 0 for experts.")
+    return sites
+
+
+def check_rows(anatomy: Anatomy, sites: tuple[Site, ...], asked_by: str, dropout: float) -> tuple[Site, ...]:
+    """`check_projections`, of an update that differs from row to row.
+
+    Raises:
+        AnatomyError: a layer that does not know whose tokens it is given: an expert, or one that also reads distances.
+    """
+    for site in check_projections(anatomy, sites, asked_by, dropout):
+        if site.expert is not None:
+            raise AnatomyError(
+                f"{asked_by}: {site.key} is an expert, which is given tokens without their rows. Leave it out."
+            )
+        if anatomy.model_type == "deberta-v2" and site.kind in ("attn.q", "attn.k"):
+            raise AnatomyError(
+                f"{asked_by}: {site.key} of a deberta-v2 model also projects the distances between tokens, which "
+                "belong to no row and so to no task. Leave attn.q and attn.k out: sites=attn.v."
+            )
     return sites
 
 

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy, Site
 from luthier.anatomy.selection import is_projection
-from luthier.core import AnatomyError, ConfigError, above, at_least, between
-from luthier.methods.parts.low_rank import SmallDropout, check_projections
+from luthier.core import ConfigError, above, at_least, between
+from luthier.methods.parts.low_rank import SmallDropout, check_rows
 from luthier.surgery import METHODS, Attachment, Edit, Method, attach_each
 
 
@@ -66,17 +66,8 @@ class MOELoRA(Method):
         return thin + (self.experts + (self.tasks or 1)) * self.width
 
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        """The sites, in the order of the model.
-
-        Raises:
-            AnatomyError: an expert of the model's own, which does not know whose tokens it is given.
-        """
         sites = anatomy.sites(*self.sites, asked_by="moelora.sites", fits=is_projection)
-        for site in check_projections(anatomy, sites, "moelora", self.dropout):
-            if site.expert is not None:
-                raise AnatomyError(f"moelora: {site.key} is an expert, which is given tokens without their rows. "
-                                   "Leave it out.")  # fmt: skip
-        return sites
+        return check_rows(anatomy, sites, "moelora", self.dropout)
 
 
 class Gate(nn.Module):

@@ -29,9 +29,9 @@ from torch.distributions import RelaxedBernoulli
 
 from luthier.anatomy import Anatomy, Site
 from luthier.anatomy.selection import is_projection
-from luthier.core import AnatomyError, at_least
+from luthier.core import at_least
 from luthier.methods.parts.kronecker import check_divides
-from luthier.methods.parts.low_rank import check_projections
+from luthier.methods.parts.low_rank import check_rows
 from luthier.methods.parts.peft_layers import shared_form
 from luthier.surgery import METHODS, Attachment, Edit, Method, PeftForm, attach_each
 
@@ -73,21 +73,9 @@ class Poly(Method):
         return sum(self.skills * (self.rank * (s.d_in + s.d_out) + of_tasks) for s in self.places(anatomy))
 
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        """The sites, in the order of the model.
-
-        Raises:
-            AnatomyError: a layer that does not know whose tokens it is given: an expert, or one that reads distances.
-            ConfigError: slices that do not divide a width.
-        """
-        if anatomy.model_type.startswith("deberta"):
-            raise AnatomyError("poly: this deberta model's projections also read its table of distances, which belongs "
-                               "to no row and so to no task. Use lora.")  # fmt: skip
         sites = anatomy.sites(*self.sites, asked_by="poly.sites", fits=is_projection)
-        for site in check_projections(anatomy, sites, "poly", 0.0):
+        for site in check_rows(anatomy, sites, "poly", 0.0):
             check_divides(self.splits, "poly.splits", site, "d_in", "d_out")
-            if site.expert is not None:
-                raise AnatomyError(f"poly: {site.key} is an expert, which is given tokens without their rows. "
-                                   "Leave it out.")  # fmt: skip
         return sites
 
 

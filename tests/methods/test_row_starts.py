@@ -149,6 +149,30 @@ def test_eva_is_the_principal_components_of_what_is_read():
     assert torch.allclose((found * wanted).sum(1).abs(), torch.ones(4), atol=1e-4)
 
 
+@pytest.mark.parametrize("start", ["eva", "corda"])
+def test_what_several_places_read_is_summed_once_and_what_they_do_not_is_not(start, monkeypatch):
+    from luthier.methods.parts import row_starts
+
+    held = []
+    whole = row_starts._inputs
+    monkeypatch.setattr(row_starts, "_inputs", lambda *a, **k: held.append(whole(*a, **k)) or held[-1])
+    together = started(start, [row(1), row(2)], sites=("attn.q", "attn.v", "ffn.up"))
+    assert len(held[0]) == 9 and len({id(one) for one in held[0]}) == 6  # attention, and feed-forward, of each layer
+    for kind in ("attn.q", "attn.v"):
+        for name, module in modules(started(start, [row(1), row(2)], sites=(kind,))).items():
+            assert torch.equal(modules(together)[name].a0, module.a0)
+
+
+def test_a_row_of_zeros_says_nothing_to_corda_and_spoils_nothing():
+    from luthier.methods.parts.posterior import Call
+    from luthier.methods.parts.row_starts import _summed
+
+    x = torch.randn(1, 5, 3)
+    one = _summed(None, [Call(x, x)], scaled=True)
+    both = _summed(one, [Call(torch.zeros(1, 5, 3), x)], scaled=True)
+    assert torch.equal(both.squares, one.squares) and both.passes == 2
+
+
 def test_lora_ga_is_pefts_on_the_same_rows():
     from peft import LoraGAConfig, get_peft_model
     from peft.tuners.lora.loraga import preprocess_loraga
@@ -228,7 +252,10 @@ def test_what_cannot_be_is_refused():
         attach(tiny("llama"), method("lora", {"start": "orthogonal", "rank": 3}))
     with pytest.raises(ConfigError, match="above the 24"):
         attach(tiny("llama"), method("lora", {"start": "lora_ga", "rank": 30}))
-    with pytest.raises(ConfigError, match="nothing would be learnt"):
-        method("lora", {"train_b": False})
+    for stuck in ({"train_b": False}, {"train_b": False, "start": "eva"}, {"train_a": False, "start": "mica"}):
+        with pytest.raises(ConfigError, match="nothing would be learnt"):
+            method("lora", stuck)
+    with pytest.raises(ConfigError, match=r"mica\.train_a: false, and A stays zero.*Leave it out"):
+        method("mica", {"train_a": False})
     with pytest.raises(ConfigError, match="say too little"):
         started("eva", [row(0)], rank=20)

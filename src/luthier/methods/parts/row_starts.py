@@ -1,7 +1,7 @@
 """Where a low-rank update may start once rows have been seen: what layers read, or the gradient of their weight."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,9 +36,9 @@ class FromRows(MovedUpdate):
         self._told = False
 
     def thin(self) -> tuple[Tensor, Tensor]:
-        if self.training and not self._told:
+        if self.training and not self._told and not self.a0.is_meta:
             self._told = bool(self.a0.any()) or bool(self.a.any())  # at zero both, nothing would ever move
-            if not self._told and not self.a0.is_meta:
+            if not self._told:
                 raise ConfigError(
                     f"start={self.how} takes A and B from rows, and none were seen. Call prepare(tuned, batches) of "
                     "the method before training, as `luthier train` does, or use start=svd."
@@ -96,17 +96,31 @@ def _inputs(modules: Sequence[FromRows], batches: Batches, *, scaled: bool) -> l
     for row in (row for batch in batches for row in rows_of(batch)):
         with watched_calls(modules) as seen, torch.no_grad():
             row()
+        # What several places read, queries and values say, is summed once: the sums are large.
+        together: dict[tuple[Any, ...], Inputs] = {}
         for i, calls in enumerate(seen):
-            for call in calls:
-                x = call.x.flatten(0, -2).double()
-                x = x / x.max().abs() if scaled else x
-                new = Inputs(len(x), 1, x.sum(0), x.T @ x)
-                held = sums[i]
-                sums[i] = new if held is None else held.and_(new)
+            if calls:
+                which = (id(sums[i]), *((call.x.data_ptr(), call.x.shape, call.x.stride()) for call in calls))
+                if which not in together:
+                    together[which] = _summed(sums[i], calls, scaled=scaled)
+                sums[i] = together[which]
     missed = sum(one is None for one in sums)
     if missed:
         raise ConfigError(f"{missed} places of this start were reached by no row. Leave them out of `sites`.")
     return [one for one in sums if one is not None]
+
+
+def _summed(held: Inputs | None, calls: Sequence[Call], *, scaled: bool) -> Inputs:
+    """`held`, and what these calls read."""
+    for call in calls:
+        x = call.x.flatten(0, -2).double()
+        if scaled:
+            largest = x.max().abs()
+            x = x / largest.where(largest > 0, 1.0)  # behind a ReLU a row may be all zeros
+        new = Inputs(len(x), 1, x.sum(0), x.T @ x)
+        held = new if held is None else held.and_(new)
+    assert held is not None
+    return held
 
 
 def _gradients(modules: Sequence[FromRows], batches: Batches) -> list[Tensor]:

@@ -67,9 +67,15 @@ class LoRA(PerSite):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "looks_at_data", self.start in FROM_ROWS)
-        if not self.train_b and (self.start == "zero" or not self.train_a):
-            why = "B stays zero" if self.train_a else "neither A nor B learns"
-            raise ConfigError(f"{self._label}.train_b: false, and {why}: nothing would be learnt. Use start=mica.")
+        # One of them may start at zero: if it stays there, the other has no gradient.
+        why = None if self.train_a or self.train_b else ("train_b", "neither A nor B learns")
+        if not self.train_b and self.start in ("zero", "eva"):
+            why = ("train_b", "B stays zero")
+        if not self.train_a and self.start == "mica":
+            why = ("train_a", "A stays zero")
+        if why:
+            advice = "Leave it out" if self.start == "mica" else "Use start=mica"
+            raise ConfigError(f"{self._label}.{why[0]}: false, and {why[1]}: nothing would be learnt. {advice}.")
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         here = self.on(anatomy)

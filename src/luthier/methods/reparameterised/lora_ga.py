@@ -10,7 +10,7 @@ gradient is the mean over steps, taken in evaluation mode. The frozen weight sta
 
 Count: sum over sites of rank * (d_in + d_out); the file holds the start too, twice that.
 Claims: converges as fast as full fine-tuning, and ends higher than LoRA.
-Cost: a pass and its gradient over `data` of the first epoch, and one SVD a place.
+Cost: a pass and its gradient over `data` of the first epoch, and one SVD a place; meanwhile 8 d_in d_out bytes a place.
 Pitfalls: twice the rank has to fit the weight; a gradient of few rows is noise.
 """
 

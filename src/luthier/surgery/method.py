@@ -221,7 +221,7 @@ class Mixing(Method):
     """Where a template asks for labels, its answer is a mixture of several passes. It cannot act in some rows only."""
 
     @abstractmethod
-    def answer(self, tuned: TunedView, forward: Callable[[], Tensor]) -> Tensor:
+    def mix(self, tuned: TunedView, forward: Callable[[], Tensor]) -> Tensor:
         """Scores of the labels, (rows, labels), in training and in answers alike; `forward` makes one pass."""
 
 

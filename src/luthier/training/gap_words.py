@@ -76,7 +76,7 @@ class GapWords:
         for tuning in self._tuned.edited.active():
             for part in tuning.method.parts():
                 if isinstance(part, Mixing):
-                    forward = partial(part.answer, self._tuned, forward)
+                    forward = partial(part.mix, self._tuned, forward)
         return forward()
 
     def _of_one_pass(self, batch: Batch) -> Tensor:

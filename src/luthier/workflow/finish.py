@@ -296,7 +296,7 @@ def _keep_reference(prepared: Prepared, tuned: Tuned, run: RunFolder) -> None:
     room = positions_for_rows(tuned)
     trained = observe(model, rows, reader, collator, prepared.precision, device, room=room)
     with tuned.base_only():
-        base = observe(model, rows, reader, collator, prepared.precision, device, new=0)
+        base = observe(model, rows, reader, collator, prepared.precision, device, new=0, of_base=True)
     write_reference(run.path, rows, trained, base)
 
 

@@ -139,8 +139,9 @@ def _of_run(asked: Asked, *, plain: bool = False) -> tuple[Any, Callable[..., tu
         by = (reader, collator, precision, predictor.device)
         room = predictor.generator.limit
         new = 0 if of_base else reference.new
-        kept = observe(model, reference.rows, *by, room=room, new=new, numbers=reference.numbers)
-        more = observe(model, asked.prompts, *by, room=room, new=1 if of_base else NEW_TOKENS, answered=False)
+        kept = observe(model, reference.rows, *by, room=room, new=new, numbers=reference.numbers, of_base=of_base)
+        new = 1 if of_base else NEW_TOKENS
+        more = observe(model, asked.prompts, *by, room=room, new=new, answered=False, of_base=of_base)
         return kept, more
 
     return predictor, look

@@ -156,6 +156,7 @@ def observe(
     model: Any, rows: Sequence[dict[str, Any]], reader: Reader, collator: Collator, precision: Precision,
     device: torch.device, *, room: int | None = None, new: int = NEW_TOKENS,
     numbers: int = MOST_NUMBERS, answered: bool = True, facts: bool = True,
+    of_base: bool = False,
 ) -> Seen:  # fmt: skip
     """What a model makes of rows, each read alone.
 
@@ -167,6 +168,7 @@ def observe(
         answered: rows say what is right, so that a language model's logits are taken along the right answer. Where
             they do not, its first written token's are.
         facts: hand the model what is said of a row besides its ids, such as its task; a plain model takes none.
+        of_base: no tuning acts, so that words that a tuning learnt are read as the word that they stand in for.
     """
     if not rows:
         return Seen()
@@ -179,7 +181,7 @@ def observe(
         if reader.writes and not answered:
             continue
         with precision.autocast(device):
-            out = model(**_inputs(batch, facts))
+            out = model(**_inputs(batch, facts, reader if of_base else None))
         found = (out.logits if hasattr(out, "logits") else out[0])[0].float().cpu()  # (t, n) or (n,)
         logits.append(found if found.dim() == 1 else found[_positions(batch, reader, len(found), most)].clone())
     if not reader.writes or new == 0:
@@ -212,8 +214,12 @@ def _flat(batch: Batch, name: str) -> list[int]:
     return batch.inputs[name][0].tolist() if name in batch.inputs else []
 
 
-def _inputs(batch: Batch, facts: bool) -> dict[str, Any]:
-    return {name: value for name, value in batch.inputs.items() if facts or not name.startswith("row_")}
+def _inputs(batch: Batch, facts: bool, of_base: Reader | None) -> dict[str, Any]:
+    found = {name: value for name, value in batch.inputs.items() if facts or not name.startswith("row_")}
+    if of_base is not None and of_base.task.n_soft:
+        ids = found["input_ids"]  # those of learnt words lie behind the vocabulary
+        found["input_ids"] = ids.where(ids < of_base.n_vocab, of_base.task.filler)
+    return found
 
 
 def _positions(batch: Batch, reader: Reader, n: int, numbers: int) -> list[int]:

@@ -103,7 +103,7 @@ class SoftPromptMixture(Mixing):
         blocks = anatomy.sites("block_out", asked_by="soft_prompt_mixture") if self.deep else ()
         return tuple(s for s in blocks if stack in ("", s.stack))
 
-    def answer(self, tuned: TunedView, forward: Callable[[], Tensor]) -> Tensor:
+    def mix(self, tuned: TunedView, forward: Callable[[], Tensor]) -> Tensor:
         """log p(y|x) of the mixture. (rows, labels)."""
         (prompts,) = own_modules_of(self, tuned)
         return prompts.mixed(forward)

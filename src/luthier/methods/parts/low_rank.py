@@ -12,7 +12,16 @@ from luthier.core import AnatomyError, ConfigError
 from luthier.kernels import GroupedUpdates, StillUpdate, Update, low_rank_linear
 from luthier.surgery import Attachment, Base
 
-__all__ = ["MovedUpdate", "SmallDropout", "Thin", "ThinUpdate", "check_projections", "check_rows", "fusable", "live_bias"]
+__all__ = [
+    "MovedUpdate",
+    "SmallDropout",
+    "Thin",
+    "ThinUpdate",
+    "check_projections",
+    "check_rows",
+    "fusable",
+    "live_bias",
+]
 
 
 def check_projections(anatomy: Anatomy, sites: tuple[Site, ...], asked_by: str, dropout: float) -> tuple[Site, ...]:

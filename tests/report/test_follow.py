@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from little import little_spec
 from report.planted import plant_run
 
 from luthier.cli._main import main
 from luthier.core import ConfigError
 from luthier.report import Follower
 from luthier.runs.lock import myself
+from luthier.runs.spec import BatchSpec
+from luthier.workflow import train
 
 
 def running(path: Path, steps: int = 5) -> Path:
@@ -58,6 +61,25 @@ def test_a_look_shows_what_is_new_and_an_end_is_one(tmp_path: Path, monkeypatch:
     assert last.state == "diverged" and last.scores == {"accuracy": 0.5} and follower.ended([last])
     after = {p.name: p.stat().st_mtime_ns for p in run.iterdir() if p.name not in ("events.jsonl", "run.lock")}
     assert after == {name: t for name, t in before.items() if name in after}
+
+
+def test_the_steps_of_epochs_are_those_that_are_made(tmp_path: Path) -> None:
+    changes = {"steps": None, "epochs": 2.0, "batch": BatchSpec(size=8, tokens=48, accumulate=2)}
+    train(little_spec(tmp_path, "bitfit", **changes), progress=False)
+    (one,) = Follower(tmp_path / "run").look()
+    assert one.total == one.step > 5
+
+
+def test_steps_that_are_not_known_yet_are_known_once_rows_are(tmp_path: Path) -> None:
+    train(little_spec(tmp_path, "bitfit", steps=None, epochs=1.0), progress=False)
+    run = tmp_path / "run"
+    for name in ("rows.jsonl", "events.jsonl"):
+        (run / name).rename(tmp_path / name)
+    follower = Follower(run)
+    assert follower.look()[0].total is None
+    for name in ("rows.jsonl", "events.jsonl"):
+        (tmp_path / name).rename(run / name)
+    assert follower.look()[0].total == 5
 
 
 def test_rows_that_a_resumed_run_writes_again_are_not_counted_twice(tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ class _Followed:
         self._curve: list[tuple[int, float]] = []
         self._scores: dict[str, float] = {}
         self._total: int | None = None
+        self._told = False
         self._spec: dict[str, Any] = {}
         self._record: Any = None
         self._first: tuple[float, int] | None = None
@@ -97,10 +98,13 @@ class _Followed:
         if not self._spec:
             facts, _ = read_json(self.path / "run.json")
             self._spec = facts["spec"] if isinstance(facts, dict) and isinstance(facts.get("spec"), dict) else {}
-            self._total = total_steps(self.path, self._spec) if self._spec else None
+        if self._spec and not self._told:  # rows.jsonl may come after run.json, and is there when steps are made
+            self._total, self._told = total_steps(self.path, self._spec), bool(self._curve)
         if self._record is None and (self.path / "record.json").exists():
             self._record, _ = read_json(self.path / "record.json")
         step = self._curve[-1][0] if self._curve else 0
+        if self._total is not None and step > self._total:  # a row may give several examples
+            self._total = None
         state, why = state_of(self.path, self._facts)
         if isinstance(self._record, dict):
             state, why = str(self._record.get("status", "finished")), ""

@@ -124,17 +124,18 @@ _ENDS = {
 
 
 def total_steps(run: Path, spec: dict[str, Any]) -> int | None:
-    """How many steps a run will make; None where its folder does not say."""
+    """How many steps a run will make; None where its folder does not say, as where a strategy chooses its rows."""
     if isinstance(spec.get("steps"), int):
         return int(spec["steps"])
+    if spec.get("strategy"):
+        return None
     try:
         read = RunSpec.from_plain(spec)
         lines = (run / "rows.jsonl").read_bytes().split(b"\n")
     except (LuthierError, OSError):
         return None
     used = sum(line.startswith(b'{"half": "train"') and b'"refused"' not in line for line in lines)
-    per_step = read.batch.size * read.batch.accumulate
-    return read.total_steps(-(-used // per_step)) if used else None
+    return read.total_steps(-(-used // read.batch.size)) if used else None
 
 
 def read_json(path: Path) -> tuple[Any, str]:

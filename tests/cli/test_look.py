@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from cli.conftest import Call
-from little import little_model
+from little import little_data, little_model
 
 from luthier.core import DataError
 from luthier.runs.spec import DataSpec, RunSpec
@@ -52,6 +52,21 @@ def test_what_is_cut_is_shown_and_never_what_is_kept(chats: Path, tmp_path: Path
 def test_rows_that_never_show_where_to_stop_are_refused(chats: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"teaches the model to stop.*max-length"):
         _look(little_model(tmp_path / "llama", "llama"), chats, max_length=20)
+
+
+@pytest.mark.parametrize(("kind", "task"), [("pairs", "preference"), ("judged", "judged")])
+def test_the_tokens_of_weighed_answers_are_counted_and_not_the_answers(kind: str, task: str, tmp_path: Path) -> None:
+    data = little_data(tmp_path / "rows.csv", kind=kind)
+    found = _look(little_model(tmp_path / "llama", "llama"), data, task=task)
+    for row in found.shown:
+        assert row.targets == sum(p.kind == "loss" for p in row.pieces) > 1
+    assert found.supervised is not None and found.supervised > 0.06
+
+
+def test_a_reward_is_one_number_of_all_tokens(tmp_path: Path) -> None:
+    data = little_data(tmp_path / "rows.csv", kind="pairs")
+    found = _look(little_model(tmp_path / "llama", "llama"), data, task="reward")
+    assert found.supervised is None and not any(p.kind == "loss" for row in found.shown for p in row.pieces)
 
 
 def test_labelled_rows_show_their_label_and_a_page_loads_nothing(luthier: Call, model: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def drawn(found: "LookedAt") -> Iterator["Text"]:
     yield _legend(found)
     for row in found.shown:
         yield Text("")
-        yield from _row(row)
+        yield from _row(row, of_tokens=found.supervised is not None)
     yield Text("")
     yield from _facts(found)
 
@@ -42,11 +42,11 @@ def _legend(found: "LookedAt") -> "Text":
     return line.append("read only  ").append("special", SPECIAL).append("  ").append(f"{OPEN_CUT}cut{CLOSE_CUT}", CUT)
 
 
-def _row(row: "ShownRow") -> Iterator["Text"]:
+def _row(row: "ShownRow", *, of_tokens: bool) -> Iterator["Text"]:
     from rich.text import Text
 
     head = Text(for_terminal(row.place), style="bold")
-    of_loss = f", {row.targets} carry loss" if row.targets > 1 or not row.wanted else ""
+    of_loss = f", {row.targets} carry loss" if of_tokens else ""
     head.append(f" · {row.status} · {row.tokens} tokens{of_loss}", "dim")
     if row.reason:
         head.append(f" · {for_terminal(row.reason)}", "yellow")

@@ -32,6 +32,7 @@ SAMPLED = 2000
 BARS = 10
 UNCUT = 100_000  # tokens of a row that is shown, at most: what is cut of it is shown too
 Kind = Literal["loss", "read", "cut"]
+_WEIGHED = ("preference", "judged")
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def look_at(spec: RunSpec, rows: int = 5) -> LookedAt:
         examples.ledger.check(0.0)
     chat = task.of_turns and columns.shape != "plain"
     writes = task.writes
-    ends = taught_ends(examples, tokenizer) if writes else set()
+    ends = taught_ends(examples, tokenizer) if writes or chat else set()
     stopping = _stopping(examples, ends) if writes else None
     if chat:
         refuse_endless(examples, ends, max_length)
@@ -132,11 +133,13 @@ def look_at(spec: RunSpec, rows: int = 5) -> LookedAt:
     template = ChatTemplate.of(tokenizer) if chat else None
     of_tokens = task.writes or task.of_words or task.name == "token_classification"
     n_targets, n_tokens = int(examples.n_targets.sum()), int(examples.lengths.sum())
+    if task.name in _WEIGHED and examples.labels is not None:  # an answer, or a pair of them, counts as one there
+        n_targets = int((examples.labels != IGNORED).sum())
     lengths = np.sort(examples.lengths)
     return LookedAt(
         model=spec.model, source=table.source, task=task.name, rows=len(table), sampled=len(sample),
         template=("", "") if template is None else (template.origin, template.digest),
-        stop=tuple(str(tokenizer.convert_ids_to_tokens(t)) for t in sorted(ends)), stopping=stopping,
+        stop=tuple(str(tokenizer.convert_ids_to_tokens(t)) for t in sorted(ends)) if writes else (), stopping=stopping,
         supervised=n_targets / n_tokens if of_tokens else None,
         max_length=max_length, counts=counts, lengths=tuple(lengths.tolist()), bars=_bars(lengths),
         full=_full(examples, spec), batch=spec.batch.size,
@@ -198,13 +201,15 @@ def _shown(
         pieces: list[Piece] = []
         if row in first:
             pieces = _pieces(examples, first[row], tokenizer)
+            if task.name == "reward":  # one number is learnt of all of it
+                pieces = [replace(piece, kind="read") for piece in pieces]
             pieces += _missing(pieces, _pieces(uncut, whole[row], tokenizer) if row in whole else [])
         elif row in whole:
             pieces = [replace(piece, kind="cut") for piece in _pieces(uncut, whole[row], tokenizer)]
+        targets = sum(piece.kind == "loss" for piece in pieces) if task.name in _WEIGHED else record["targets"]
         wanted = "" if label is None or task.of_words or task.writes else str(table.rows[row].get(label))
         yield ShownRow(
-            record["place"], tuple(pieces), record["status"], record["reason"], record["tokens"], record["targets"],
-            wanted,
+            record["place"], tuple(pieces), record["status"], record["reason"], record["tokens"], targets, wanted,
         )  # fmt: skip
 
 

@@ -168,7 +168,11 @@ def _show(found: Any) -> None:
     rows += [(name, "failed", *[""] * 7) for name in found.failed]
     head = ("method", found.metric, "±", "behind", "95 %", "", "trained", "time", "peak")
     to.table(head, rows, right=("trained", "time", "peak", "±"))
-    sure = [(s.name, *(f"{v:.3f}" for v in (s.calibration_error, s.brier, s.nll))) for s in found.standings if s.nll]
+    sure = [
+        (s.name, *(f"{v:.3f}" for v in (s.calibration_error, s.brier, s.nll)))
+        for s in found.standings
+        if s.nll is not None
+    ]
     if sure:
         to.show("\nHow far answers are from being as sure as they are right; lower is better:")
         to.table(("method", "ECE", "Brier", "NLL"), sure, right=("ECE", "Brier", "NLL"))

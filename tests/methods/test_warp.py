@@ -7,10 +7,14 @@ import pytest
 import torch
 from little import Heard
 from methods.checks import stir
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 from workflow.test_cloze import asking
 
 from luthier import train as run
 from luthier.core import AnatomyError, ConfigError
+from luthier.data.cloze import rendered
+from luthier.data.tasks import Task
 from luthier.runs import RunFolder
 from luthier.surgery import attach
 from luthier.training.objective import Objective
@@ -138,6 +142,19 @@ def test_what_cannot_work_is_refused(changes, words, tmp_path):
     spec = dataclasses.replace(filling(tmp_path, **given), method=method)
     with pytest.raises((ConfigError, AnatomyError), match=words):
         run(spec)
+
+
+def test_no_blank_is_a_token_between_trained_words():
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({c: i for i, c in enumerate([*letters, "<eos>"])}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<eos>")
+    end = tokenizer.eos_token_id
+    template = "{soft:2} {text} is {soft:2} {soft} {mask}"
+    task = Task(name="classification", template=template, asks="decoder", n_soft=5, filler=end)
+    ids = tokenizer(rendered(task, ["a moon"], tokenizer))["input_ids"]
+    between = tokenizer(" a moon is")["input_ids"]
+    assert ids == [end, end, *between, end, end, end]
 
 
 def test_a_row_that_holds_the_place_of_a_trained_word_is_refused(tmp_path):

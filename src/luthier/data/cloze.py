@@ -32,6 +32,7 @@ __all__ = ["as_cloze", "marks_of", "rendered", "shown_beside", "with_shown", "wo
 
 FIELDS = ("text", "pair", "mask", "shown", "soft")
 FIELD = re.compile(r"\{(\w*)(?::(\d+))?\}")
+SOFT = re.compile(r"\s*\{soft(?::(\d+))?\}")
 DRAWS, MOST_DRAWS = 16, 64
 """Versions of a row where rows are shown beside it."""
 SHOWN = 16
@@ -220,9 +221,7 @@ def rendered(task: Task, texts: Sequence[str], tokenizer: Any, shown: Sequence[S
 
 
 def _filled(task: Task, texts: Sequence[str], gap: str, shown: str = "", soft: str = "") -> str:
-    fields = {"text": texts[0], "pair": texts[-1], "mask": gap, "shown": shown, "soft": soft}
-    return FIELD.sub(lambda m: " ".join([fields[m.group(1)]] * _times(*m.groups())), task.template)
-
-
-def _times(name: str, number: str | None) -> int:
-    return int(number or 1) if name == "soft" else 1
+    fields = {"text": texts[0], "pair": texts[-1], "mask": gap, "shown": shown}
+    # Without a blank before it: to some tokenizers that is a token of its own beside one that they know as a whole.
+    template = SOFT.sub(lambda m: soft * int(m.group(1) or 1), task.template)
+    return FIELD.sub(lambda m: fields[m.group(1)], template)

@@ -7,7 +7,7 @@ from methods.saved import saved
 from tiny import inputs, tiny
 
 from luthier.core import ConfigError, ModelError
-from luthier.methods.additive.mpt import TaskPrompts
+from luthier.methods.additive.mpt import TaskPrompts, _with_states
 from luthier.surgery import attach, load, open_source
 from luthier.training.objective import Result
 
@@ -121,6 +121,40 @@ def test_distilling_costs_nothing_where_the_own_prompt_is_the_teachers(arch, tmp
     again = load(tiny(arch, "lm" if arch == "gpt2" else ""), tmp_path / "tuning")
     with torch.no_grad():
         assert torch.equal(again.model(**batch, row_task=task).logits, model(**batch, row_task=task).logits)
+
+
+@pytest.mark.parametrize("arch", ["bert", "gpt2", "t5"])
+def test_what_is_distilled_is_of_real_tokens_and_of_all_that_carry_loss(arch, tmp_path):
+    places = [saved(tmp_path, 0, "prompt_tuning", arch)]
+    kind = "lm" if arch == "gpt2" else ""
+    model = tiny(arch, kind)
+    tuned = attach(model, "mpt", tasks=1, distil=1.0, sources=places)
+    stir(tuned)
+    model.luthier.train()
+    method, batch = tuned.tuning().method, inputs(model, padded=False)
+    if arch == "gpt2":
+        batch["labels"] = batch["input_ids"].clone()
+        batch["labels"][:, :4] = -100
+
+    def distilled(given, spread=False):
+        def forward():
+            out = model(**given)
+            logits = out.logits
+            if spread:  # only the token before the first answer says anything else
+                logits = logits * (torch.arange(logits.shape[1]) == 3)[None, :, None]
+            return Result(torch.zeros(()), 1, logits, given["labels"])
+
+        return float(method.loss(tuned, forward).loss.detach())
+
+    wide = dict(batch)
+    for name, filler in (("input_ids", 0), ("attention_mask", 0), *([("labels", -100)] if arch == "gpt2" else ())):
+        wide[name] = torch.nn.functional.pad(batch.get(name, torch.ones_like(batch["input_ids"])), (0, 3), value=filler)
+    batch["attention_mask"] = wide["attention_mask"][:, :-3]
+    assert distilled(wide) == pytest.approx(distilled(batch), rel=1e-4)
+    states = _with_states(tuned, lambda: model(**batch))[1]
+    assert states is not None and states.shape[-1] == tuned.anatomy.d
+    if arch == "gpt2":
+        assert distilled(batch, spread=True) > distilled({**batch, "labels": batch["labels"] * 0 - 100}, spread=True)
 
 
 def test_teachers_are_as_many_as_tasks(tmp_path):

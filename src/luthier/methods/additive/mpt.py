@@ -139,17 +139,20 @@ class MPT(Method):
                 told, told_states = _with_states(tuned, forward)
         finally:
             prompt.teaching = False
-        own.loss = own.loss + self.distil * (self._apart(own, told) + _squares(states, told_states))
+        apart = _squares(states, told_states, _real(states, prompt.mask, own.labels)) * own.n_targets
+        own.loss = own.loss + self.distil * (self._apart(own, told, tuned.anatomy) + apart)
         return own
 
-    def _apart(self, own: Any, told: Any) -> Tensor:
+    def _apart(self, own: Any, told: Any, anatomy: Anatomy) -> Tensor:
         """KL divergence of the answers, summed over targets."""
         t = self.temperature
         student, teacher = (torch.log_softmax(r.logits.float() / t, -1) for r in (own, told))
         each = (teacher.exp() * (teacher - student)).sum(-1)
-        if own.labels is not None and own.labels.dim() == 2 and each.shape == own.labels.shape:
-            each = each * (own.labels != -100)
-        return each.sum()
+        if own.labels is None or own.labels.dim() != 2 or each.shape != own.labels.shape:
+            return each.sum()
+        if anatomy.is_decoder and student.shape[-1] == anatomy.vocab_size:  # each token predicts the one behind it
+            return (each[:, :-1] * (own.labels[:, 1:] != -100)).sum()
+        return (each * (own.labels != -100)).sum()
 
     @property
     def needs_logits(self) -> bool:
@@ -174,6 +177,7 @@ class TaskPrompts(Prompt):
         super().__init__(length, d)
         tasks = method.tasks or 1
         self.length, self.teaching = length, False
+        self.mask: Tensor | None = None
         self.register_buffer("teachers", torch.zeros(tasks if method.distil else 0, length, d))
         self.u = nn.Parameter(torch.ones(tasks, length))
         self.v = nn.Parameter(torch.ones(tasks, d))
@@ -184,6 +188,7 @@ class TaskPrompts(Prompt):
 
     def rows(self, context: Context, embeds: Tensor, mask: Tensor | None) -> Tensor:
         """Each row's prompt."""
+        self.mask = mask
         task = context.row("task").to(embeds.device)
         return self.teachers[task] if self.teaching else self.of_tasks(task)
 
@@ -207,8 +212,11 @@ class TaskPrompts(Prompt):
 
 def _with_states(tuned: TunedView, forward: Callable[[], Any]) -> tuple[Any, Tensor | None]:
     """A pass, and the last states of the model below its head, (rows, tokens, d); None where it has no head."""
-    trunk: Any = tuned.model.base_model
-    if trunk is tuned.model:
+    model: Any = tuned.model
+    trunk = model.base_model
+    if trunk is model:  # T5 holds its two stacks itself
+        trunk = getattr(model, "decoder", None)
+    if not isinstance(trunk, nn.Module):
         return forward(), None
     seen: list[Tensor] = []
     handle = trunk.register_forward_hook(lambda module, args, out: seen.append(out[0]))
@@ -219,8 +227,18 @@ def _with_states(tuned: TunedView, forward: Callable[[], Any]) -> tuple[Any, Ten
     return result, seen[-1] if seen else None
 
 
-def _squares(one: Tensor | None, other: Tensor | None) -> Tensor:
-    """The mean square between states, summed over rows."""
+def _real(states: Tensor | None, mask: Tensor | None, labels: Tensor | None) -> Tensor | None:
+    """(rows, tokens), False at padding: of the text, or of what a decoder writes. None: all are real."""
+    shape = None if states is None else states.shape[:2]
+    if mask is not None and mask.shape == shape:
+        return mask != 0
+    return labels != -100 if labels is not None and labels.shape == shape else None
+
+
+def _squares(one: Tensor | None, other: Tensor | None, real: Tensor | None) -> Tensor:
+    """The mean square between states of real tokens, of a row and then of all rows."""
     if one is None or other is None or one.shape != other.shape:
         return torch.zeros(())
-    return (one.float() - other.float()).square().flatten(1).mean(-1).sum()
+    each = (one.float() - other.float()).square().mean(-1)  # (rows, tokens)
+    weights = torch.ones_like(each) if real is None else real.to(each)
+    return ((each * weights).sum(-1) / weights.sum(-1).clamp(min=1)).mean()

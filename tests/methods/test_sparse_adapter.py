@@ -272,6 +272,8 @@ def test_compacted_it_computes_the_same_with_narrower_layers(words, tmp_path):
         for number, (key, module) in enumerate(bottlenecks):
             tuning.masks[f"{key}.down.weight"][number % 3] = False  # reads nothing, and gives what its bias says
             tuning.masks[f"{key}.up.weight"][:, 4 + number % 2] = False  # nothing is read of it
+            if number == 1:
+                tuning.masks[f"{key}.down.weight"][:] = False  # one unit is left, as no layer has no width
             for parameter in (module.down.bias, module.up.bias):
                 parameter.uniform_(-1, 1)
     tuned.state.constrain()

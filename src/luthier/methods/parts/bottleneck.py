@@ -101,12 +101,12 @@ def without_units(module: Bottleneck, down: Tensor, up: Tensor) -> tuple[Tensor,
         the two masks of what is left.
     """
     reads, read = down.any(1), up.any(0)
-    still = ~reads & read
-    constant = activated(module.activation, module.down.bias[still])
-    module.up.bias.add_(module.up.weight[:, still] @ constant)
     kept = reads & read
     if not kept.any():
         kept[0] = True  # a layer of no width is none
+    still = ~reads & read & ~kept
+    constant = activated(module.activation, module.down.bias[still])
+    module.up.bias.add_(module.up.weight[:, still] @ constant)
     module.resize(int(kept.sum()), kept)
     return down[kept], up[:, kept]
 

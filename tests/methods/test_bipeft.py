@@ -7,7 +7,7 @@ from methods.checks import logits, stir
 from tiny import inputs, tiny
 
 from luthier.core import ConfigError
-from luthier.methods.hybrid.bipeft import ALL_ON, BIPEFT
+from luthier.methods.hybrid.bipeft import ALL_ON, BIPEFT, Choices
 from luthier.methods.parts.searched import Components, Gates
 from luthier.surgery import attach
 from luthier.surgery.checkpointing import checkpoints_itself
@@ -119,6 +119,17 @@ def test_what_is_not_searched_in_a_step_does_not_move_by_momentum():
         assert not rests.any()
         turns.append((gates.searches_ranks, bool(searched.any())))
     assert {ranks for ranks, moves in turns if moves} == {False, True}
+
+
+def test_ranks_that_were_cut_speak_no_more_for_a_place():
+    gates = Choices([[2, 4, 8], [3, 3, 3]], [True, False], BIPEFT(ranks=(1, 2, 4)))
+    gates.felt.copy_(torch.tensor([[1.0, 9.0, 9.0, 9.0], [3.0, 0.0, 0.0, 0.0]]))
+    gates.widest[0] = 0
+    gates.prune(3, 1)
+    assert gates.active.tolist() == [0, 1]
+    gates.active.fill_(1)
+    gates.choose(3)
+    assert gates.fixed.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("method", ["bipeft", "s3delta_m"])

@@ -285,25 +285,22 @@ class Choices(Gates):
         """Cut what is felt least, so that `prunes` cuts reach the budget; below it none, and nothing comes back."""
         whole = int(self.sizes[:, -1].sum())
         goal = max(budget, self.numbers() - -(-(whole - budget) // prunes))
+        felt, sizes = self.felt.double().cumsum(-1).tolist(), self.sizes.tolist()
         while self.numbers() > goal:
-            self._cut_least()
+            self._cut_least(felt, sizes)
 
     @torch.no_grad()
-    def _cut_least(self) -> None:
+    def _cut_least(self, felt: list[list[float]], sizes: list[list[int]]) -> None:
+        """felt: of each place, what its first so many ranks are felt."""
         best, at, narrower = float("inf"), -1, False
+        levels = self.widest.tolist()
         for i in (self.active > 0).nonzero().flatten().tolist():
-            level = int(self.widest[i])
+            level, less = levels[i], False
+            worth, size = felt[i][self.ranks[level] - 1], sizes[i][level]
             if self.lora[i] and level > 0 and self.searches_ranks:  # its outermost ranks alone
-                low, high = self.ranks[level - 1], self.ranks[level]
-                worth, size, less = (
-                    float(self.felt[i, low:high].sum()),
-                    self.sizes[i, level] - self.sizes[i, level - 1],
-                    True,
-                )
-            else:
-                worth, size, less = float(self.felt[i].sum()), self.sizes[i, level], False
-            if worth / int(size) < best:
-                best, at, narrower = worth / int(size), i, less
+                worth, size, less = worth - felt[i][self.ranks[level - 1] - 1], size - sizes[i][level - 1], True
+            if worth / size < best:
+                best, at, narrower = worth / size, i, less
         if narrower:
             self.widest[at] -= 1
         else:
@@ -315,10 +312,11 @@ class Choices(Gates):
         soft = torch.where(self.active > 0, self.alpha[:, 2:].argmax(-1), self.widest)
         if len(self.ranks) > 1:
             self.widest.copy_(torch.minimum(self.widest, soft))
-        sizes = self.sizes[torch.arange(len(self.sizes)), self.widest].tolist()
-        worth = (self.felt.sum(-1) / torch.tensor(sizes)).masked_fill(self.active == 0, -1.0).tolist()
-        left = [i for i in range(len(sizes)) if self.active[i] > 0]
-        chosen = select([worth[i] for i in left], [sizes[i] for i in left], budget)
+        levels, felt = self.widest.tolist(), self.felt.double().cumsum(-1).tolist()
+        sizes = [row[level] for row, level in zip(self.sizes.tolist(), levels, strict=True)]
+        left = (self.active > 0).nonzero().flatten().tolist()
+        worth = [felt[i][self.ranks[levels[i]] - 1] / sizes[i] for i in left]
+        chosen = select(worth, [sizes[i] for i in left], budget)
         self.fixed.zero_()
         self.fixed[[left[i] for i in chosen]] = 1.0
 

@@ -150,9 +150,10 @@ class MPT(Method):
         each = (teacher.exp() * (teacher - student)).sum(-1)
         if own.labels is None or own.labels.dim() != 2 or each.shape != own.labels.shape:
             return each.sum()
+        carries: Tensor = own.labels != -100
         if anatomy.is_decoder and student.shape[-1] == anatomy.vocab_size:  # each token predicts the one behind it
-            return (each[:, :-1] * (own.labels[:, 1:] != -100)).sum()
-        return (each * (own.labels != -100)).sum()
+            each, carries = each[:, :-1], carries[:, 1:]
+        return (each * carries).sum()
 
     @property
     def needs_logits(self) -> bool:

@@ -6,10 +6,11 @@ import peft
 import pytest
 import torch
 from methods.checks import logits, stir
+from safetensors.torch import load_file, save_file
 from tiny import inputs, tiny
 
-from luthier.core import ConfigError
-from luthier.surgery import attach, to_peft
+from luthier.core import ConfigError, IntegrityError
+from luthier.surgery import attach, from_peft, to_peft
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -60,3 +61,16 @@ def test_what_leaves_nothing_to_train_is_refused() -> None:
         attach(tiny("bert"), "shira", rank=50)
     with pytest.raises(ConfigError, match=r"supertuning\.sparsity: 0 of the 2304 entries"):
         attach(tiny("bert"), "supertuning", sparsity=0.9999)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"), [("shira", -1), ("shira", 10**6), ("supertuning", -1), ("supertuning", 10**6)]
+)
+def test_places_of_a_file_that_the_weight_does_not_have_are_refused(name: str, wrong: int, tmp_path: Path) -> None:
+    to_peft(attach(tiny("bert"), name), tmp_path / "theirs")
+    file = tmp_path / "theirs" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(t for n, t in tensors.items() if n.endswith("_indices")).view(-1)[-1] = wrong
+    save_file(tensors, file)
+    with pytest.raises(IntegrityError, match="does not have"):
+        from_peft(tiny("bert"), tmp_path / "theirs")

@@ -37,6 +37,13 @@ class SparseUpdate(DenseUpdate):
         self.values = nn.Parameter(torch.zeros(len(index)))
         self.register_buffer("index", index.to(torch.int32))
 
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take up what a file holds, whose places have to be entries of the weight."""
+        index, n = tensors["index"], self.shape[0] * self.shape[1]
+        if index.is_floating_point() or bool(((index < 0) | (index >= n)).any()):
+            raise RuntimeError(f"its index names entries that a weight of {n} does not have")
+        super().restore(tensors)
+
     def update(self) -> Tensor:
         flat = self.values.new_zeros(self.shape[0] * self.shape[1])
         return flat.index_add(0, self.index, self.values).view(self.shape)

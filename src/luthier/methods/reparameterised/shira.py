@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from luthier.anatomy import Anatomy, Site
-from luthier.core import at_least
+from luthier.core import IntegrityError, at_least
 from luthier.methods.parts.sparse import SparseUpdate, check_entries
 from luthier.surgery import METHODS, Attachment, Base, PeftForm, PeftIn, PeftOut, PeftTaken, PeftWhole, PerSite
 
@@ -47,6 +47,11 @@ def _back(coming: PeftIn) -> PeftTaken:
     for name, places in stored.items():
         if name.endswith(".index"):
             rows, columns = places.long()
+            if bool(((columns < 0) | (columns >= widths[name.removesuffix(".index")])).any()):
+                raise IntegrityError(
+                    f"{coming.where}: the weights beside it name columns that {name.removesuffix('.index')} does not "
+                    "have. Take the right base, or restore them from a copy."
+                )
             stored[name] = (rows * widths[name.removesuffix(".index")] + columns).to(torch.int32)
     return PeftTaken({"sites": words}, stored)
 

@@ -14,7 +14,7 @@ from tiny import inputs, tiny
 from luthier import train as run
 from luthier.core import ConfigError
 from luthier.methods.parts.low_rank import ThinUpdate
-from luthier.surgery import attach, load, method
+from luthier.surgery import attach, from_peft, load, method
 from luthier.workflow import resume
 from luthier.workflow.resume_proof import run_digests
 
@@ -259,3 +259,27 @@ def test_what_cannot_be_is_refused():
         method("mica", {"train_a": False})
     with pytest.raises(ConfigError, match="say too little"):
         started("eva", [row(0)], rank=20)
+
+
+@pytest.mark.parametrize("start", [True, "gaussian", "orthogonal", "mica", "eva", "pissa", "olora"])
+def test_pefts_starts_come_in_as_what_they_computed_or_are_refused(start, tmp_path):
+    from peft import EvaConfig, get_peft_model, initialize_lora_eva_weights
+
+    more = {"eva_config": EvaConfig(rho=1.0, use_label_mask=False)} if start == "eva" else {}
+    theirs = get_peft_model(tiny("llama", **STILL), config(init_lora_weights=start, **more))
+    if start == "eva":
+        batch = {n: torch.cat([row(seed)[n] for seed in range(8)]) for n in ("input_ids", "attention_mask")}
+        initialize_lora_eva_weights(theirs, dataloader=[batch, batch], show_progress_bar=False)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_" in name:
+                p.add_(0.05 * torch.randn_like(p))
+    theirs.save_pretrained(tmp_path / "theirs")
+    if start in ("pissa", "olora"):
+        with pytest.raises(ConfigError, match="path_initial_model_for_weight_conversion"):
+            from_peft(tiny("llama", **STILL), tmp_path / "theirs")
+        return
+    batch = inputs(theirs)
+    wanted = logits(theirs, batch)
+    torch.testing.assert_close(logits(from_peft(tiny("llama", **STILL), tmp_path / "theirs").model, batch), wanted)

@@ -46,14 +46,16 @@ COMMON = {"peft_type", "target_modules", "modules_to_save", "layers_to_transform
 NO_MATTER = {  # of training or of provenance; `megatron_core` names a package, which nothing here imports
     "base_model_name_or_path", "inference_mode", "init_ia3_weights", "init_lora_weights", "lora_dropout",
     "megatron_core", "peft_version", "revision", "task_type", "init_weights", "fan_in_fan_out", "qalora_group_size",
-    "auto_mapping",
+    "auto_mapping", "eva_config",
 }  # fmt: skip
 SAYS_NOTHING = {
-    "alora_invocation_tokens", "arrow_config", "bias", "corda_config", "ensure_weight_tying", "eva_config",
+    "alora_invocation_tokens", "arrow_config", "bias", "corda_config", "ensure_weight_tying",
     "exclude_modules", "kasa_config", "layer_replication", "loftq_config", "lora_bias", "lora_ga_config",
     "megatron_config", "monteclora_config", "runtime_config", "target_parameters", "trainable_token_indices",
     "use_bdlora", "use_qalora", "velora_config",
 }  # fmt: skip
+# Starts of LoRA that leave the base what it is. Others are taken out of its weights when peft reads the file again.
+STARTS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 _PARTS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_magnitude_vector": "magnitude", "ia3_l": "scale"}
 
 
@@ -310,6 +312,13 @@ def _method(
         there = ", ".join(sorted(forms()))
         raise ConfigError(
             f"{folder / CONFIG}: peft_type {facts.get('peft_type')!r}; LORA, IA3 and {there} can be read."
+        )
+    start = facts.get("init_lora_weights")
+    if start not in STARTS:
+        raise ConfigError(
+            f"{folder / CONFIG}: init_lora_weights is {start!r}: peft takes such a start out of the base's weights, and "
+            "the file is of what is left. Save it in peft as a LoRA of the whole base, which "
+            "path_initial_model_for_weight_conversion of save_pretrained does."
         )
     ranks = _by_path(facts, "rank_pattern", int(facts["r"]), sites, folder)
     alphas = _by_path(facts, "alpha_pattern", float(facts["lora_alpha"]), sites, folder)

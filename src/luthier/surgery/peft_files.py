@@ -316,9 +316,8 @@ def _method(
     start = facts.get("init_lora_weights")
     if start not in STARTS:
         raise ConfigError(
-            f"{folder / CONFIG}: init_lora_weights is {start!r}: peft takes such a start out of the base's weights, and "
-            "the file is of what is left. Save it in peft as a LoRA of the whole base, which "
-            "path_initial_model_for_weight_conversion of save_pretrained does."
+            f"{folder / CONFIG}: init_lora_weights is {start!r}, whose start peft takes out of the base's weights. Save "
+            "it there as a LoRA of the whole base: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
         )
     ranks = _by_path(facts, "rank_pattern", int(facts["r"]), sites, folder)
     alphas = _by_path(facts, "alpha_pattern", float(facts["lora_alpha"]), sites, folder)

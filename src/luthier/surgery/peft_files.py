@@ -316,7 +316,7 @@ def _method(
     start = facts.get("init_lora_weights")
     if start not in STARTS:
         raise ConfigError(
-            f"{folder / CONFIG}: init_lora_weights is {start!r}, whose start peft takes out of the base's weights. Save "
+            f"{folder / CONFIG}: init_lora_weights is {start!r}, a start that peft takes out of the base. Save "
             "it there as a LoRA of the whole base: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
         )
     ranks = _by_path(facts, "rank_pattern", int(facts["r"]), sites, folder)

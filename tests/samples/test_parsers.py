@@ -190,6 +190,8 @@ def test_a_marked_option_is_chosen_over_each_other_one(read: Read) -> None:
         {"prompt": "Ann fell.\nFeels?", "chosen": "sad", "rejected": wrong} for wrong in ("glad", "odd")
     ]
     assert parsed.source is not None and {parsed.source(row) for row in parsed.rows} == {"Ann fell."}
+    twice = read("marked_preference", {"s": lines({**row, "options": "A. sad\nB. sad\nC. odd"})})
+    assert [r["rejected"] for r in twice.rows] == ["odd"] and twice.left_out == {"both options are one text": 1}
 
 
 def test_plays_become_passages_that_lose_no_line(read: Read) -> None:

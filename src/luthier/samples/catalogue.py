@@ -404,7 +404,8 @@ _DECODER = (
         parser="marked_preference",
         licence=_OWN_LICENCE,
         note="Pairs made of marked options, not rankings by people: the right one of three against each wrong one, so "
-        "1,954 questions give 3,908 pairs. Split by situation.",
+        "1,954 questions give 3,907 pairs; one more has its right text twice. Questions that are asked twice are not "
+        "always marked alike: 5 pairs stand the other way round too. Split by situation.",
     ),
     Sample(
         name="shakespeare",

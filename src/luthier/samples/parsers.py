@@ -208,15 +208,19 @@ def multiple_choice(members: Members) -> Parsed:
 
 def marked_preference(members: Members) -> Parsed:
     """The same files read as pairs: the marked option is chosen, each other one makes a pair with it."""
-    rows = []
+    rows, left_out = [], Counter[str]()
     for where, value in _json_lines(*members.items()):
         question, choices, answer = _choices(where, value)
         context = value.get("passage", "")
         prompt = f"{context}\n{question}" if context else question
         for place, choice in enumerate(choices):
-            if place != answer:
-                rows.append({"prompt": prompt, "chosen": choices[answer], "rejected": choice})
-    return Parsed(rows=rows, source=lambda row: str(row["prompt"]).split("\n", 1)[0])
+            if place == answer:
+                continue
+            if choice == choices[answer]:
+                left_out["both options are one text"] += 1
+                continue
+            rows.append({"prompt": prompt, "chosen": choices[answer], "rejected": choice})
+    return Parsed(rows=rows, left_out=left_out, source=lambda row: str(row["prompt"]).split("\n", 1)[0])
 
 
 def plays(members: Members) -> Parsed:

@@ -7,8 +7,10 @@ from word_tables import table
 
 from luthier.core import BadInput, DataError, UnknownName
 from luthier.data.columns import Columns, find_columns
+from luthier.data.problems import find_problems
 from luthier.data.rows import count_duplicates, fold_of, load_rows, normalised, split_rows
 from luthier.data.rows import rows_of as rows_of_data
+from luthier.data.tasks import Task
 from luthier.runs.spec import DataSpec
 
 LABELLED = Columns(shape="labelled", text="text", label="label")
@@ -203,3 +205,16 @@ def test_folds_need_as_many_contents_as_there_are_folds():
     assert sorted(i for n in (1, 2, 3, 4) for i in fold_of(some, n, 4, 0, LABELLED.content)) == [0, 1, 2, 3]
     with pytest.raises(DataError, match=r"rows\.csv: 4 different rows .* too few for 5 folds"):
         fold_of(some, 1, 5, 0, LABELLED.content)
+
+
+def test_pairs_of_one_prompt_are_no_copies_of_each_other(tmp_path):
+    """A prompt has many pairs: they stay in one half, and only a pair that comes again is a repeated row."""
+    path = tmp_path / "pairs.csv"
+    pairs = ["ask,good,bad", "ask,good,worse", "other,fine,poor", "ask,good,bad"]
+    path.write_text("\n".join(["prompt,chosen,rejected", *pairs]) + "\n")
+    table, _ = load_rows(str(path))
+    columns = find_columns(table, DataSpec(source=str(path)))
+    assert count_duplicates(table, None, columns.content, columns.outcome, columns.whole).in_train == 1
+    (found,) = find_problems(table, None, (), columns, Task(name="preference"), any_twice=True)
+    assert (found.place, found.about) == (table.places[3], f"first {table.places[0]}")
+    assert count_duplicates(table, table.take([1]), columns.content, columns.outcome, columns.whole).across == 1

@@ -119,6 +119,11 @@ class Columns:
         """What makes two rows the same: the inputs where there is a label, else the whole."""
         return "\x1f".join([normalised(row.get(name) or "") for name in self._content_columns])
 
+    def whole(self, row: Row) -> str:
+        """What makes a row a copy of another: its content, and the answers of which one prompt may have many."""
+        told = (self.chosen, self.rejected, self.response, self.label) if self.shape in ("preferred", "judged") else ()
+        return "\x1f".join([self.content(row), *(normalised(row.get(name) or "") for name in told if name is not None)])
+
     @cached_property
     def _content_columns(self) -> list[str]:
         # Pairs of one prompt are no two prompts: else a half could be scored on what the other has learnt.

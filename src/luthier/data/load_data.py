@@ -228,7 +228,7 @@ def _decide(
     decided_task = infer_task(train, test, columns, task, model_config)
     # Of the whole where it was split here: that is what the user knows of the file.
     notes += (whole if whole is not None and whole.name == "classification" else decided_task).notes
-    duplicates = count_duplicates(train, test, columns.content, columns.outcome)
+    duplicates = count_duplicates(train, test, columns.content, columns.outcome, columns.whole)
     notes.append(duplicates.sentence())
     twice = bool(duplicates.in_train or duplicates.in_test or duplicates.across)
     return Decisions(

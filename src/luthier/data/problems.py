@@ -77,15 +77,17 @@ def _repeated(train: Table, test: Table | None, columns: Columns) -> list[Proble
     in_train: dict[str, str] = {}
     for number, (table, half) in enumerate(zip(tables, contents, strict=True)):
         first: dict[str, str] = {}
+        copies: dict[str, str] = {}
         for row, place, same in zip(table.rows, table.places, half, strict=True):
             if times[same] == 1:
                 continue
             text = text_of(row, columns)
             if number and same in in_train:
                 found.append(Problem(place, IN_BOTH, text, f"also {in_train[same]}"))
-            elif same in first:
-                found.append(Problem(place, REPEATED, text, f"first {first[same]}"))
+            elif (whole := columns.whole(row)) in copies:
+                found.append(Problem(place, REPEATED, text, f"first {copies[whole]}"))
             first.setdefault(same, place)
+            copies.setdefault(columns.whole(row), place)
             if len(labels[same]) > 1:
                 counted = ", ".join(f"{name} {n}" for name, n in labels[same].most_common())
                 found.append(Problem(place, SEVERAL, text, f"{columns.outcome(row)}; of all: {counted}"))

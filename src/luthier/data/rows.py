@@ -280,13 +280,15 @@ def normalised(value: Any) -> str:
 
 
 def count_duplicates(
-    train: Table, test: Table | None, content: Callable[[Row], str], label: Callable[[Row], str] | None = None
-) -> Duplicates:
+    train: Table, test: Table | None, content: Callable[[Row], str], label: Callable[[Row], str] | None = None,
+    whole: Callable[[Row], str] | None = None,
+) -> Duplicates:  # fmt: skip
     """Count repeated rows within and across the halves.
 
     Args:
         content: what makes two rows the same, such as `Columns.content`.
         label: what they should agree on, such as `Columns.outcome`.
+        whole: what makes a row a copy within its half, where that is more: `Columns.whole`.
     """
     in_train = [content(row) for row in train.rows]
     in_test = [content(row) for row in test.rows] if test is not None else []
@@ -295,8 +297,11 @@ def count_duplicates(
     )  # the row where it stands first
     across = [i for i, same in enumerate(in_test) if same in first]
     examples = [(train.places[first[in_test[i]]], test.places[i]) for i in across[:3]] if test is not None else []
-    repeats = len(in_train) - len(first)
-    repeats_in_test = len(in_test) - len(set(in_test))
+    repeats, repeats_in_test = len(in_train) - len(first), len(in_test) - len(set(in_test))
+    if whole is not None and repeats:
+        repeats = _copies(train, in_train, whole)
+    if whole is not None and repeats_in_test and test is not None:
+        repeats_in_test = _copies(test, in_test, whole)
     labels: dict[str, set[str]] = {}
     if label is not None and (repeats or repeats_in_test or across):
         # Only contents that repeat can disagree, and most do not.
@@ -312,6 +317,13 @@ def count_duplicates(
         conflicts=sum(len(found) > 1 for found in labels.values()),
         examples=tuple(examples),
     )
+
+
+def _copies(table: Table, contents: Sequence[str], whole: Callable[[Row], str]) -> int:
+    """Rows that are copies of an earlier one, asked of those alone whose content is not their own."""
+    times = Counter(contents)
+    asked = [row for row, same in zip(table.rows, contents, strict=True) if times[same] > 1]
+    return len(asked) - len({whole(row) for row in asked})
 
 
 def split_rows(

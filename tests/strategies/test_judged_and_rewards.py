@@ -24,6 +24,7 @@ from luthier.training import STRATEGIES
 from luthier.training.answers import Answer, Ranked, answers_elsewhere
 from luthier.training.objective import Objective
 from luthier.workflow import Predictor, evaluate, predict, train
+from luthier.workflow.preparation import prepare
 
 torch.set_num_threads(1)
 JUDGED, REWARD = Task(name="judged"), Task(name="reward")
@@ -301,3 +302,13 @@ class _Takes:
 
     def __call__(self, **inputs: Any) -> Any:
         return self.outputs
+
+
+def test_shares_and_margins_that_a_run_does_not_read_are_named(tmp_path):
+    source = tmp_path / "pairs.csv"
+    lines = [f"{WORDS[i % 7]} {i},good {i},bad {i},0.3" for i in range(20)]
+    source.write_text("\n".join(["prompt,chosen,rejected,share", *lines]) + "\n")
+    spec = little_spec(tmp_path, kind="llama", data=DataSpec(source=str(source)), steps=1)
+    for name, said in (("dpo", True), ("reward_model", False)):
+        lines = prepare(dataclasses.replace(spec, strategy=name)).lines
+        assert any("not heeded: 'share', which reward_model alone reads" in line for line in lines) == said

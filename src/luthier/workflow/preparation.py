@@ -137,6 +137,9 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None, *, be
     if task.name in ("preference", "judged") and not any(one.learns for one in strategies):
         other = "dpo" if task.name == "preference" else "kto"
         note(f"the better answers are learnt as text, the worse ones not at all; {other} learns from both")
+    if task.name == "preference" and (more := [c for c in (columns.share, columns.margin) if c is not None]):
+        said = " and ".join(map(repr, more))
+        note(f"not heeded: {said}, which reward_model alone reads; here {columns.chosen!r} is always the better answer")
     row_tasks = () if columns.row_task is None else task_names(table, columns.row_task)
     if row_tasks:
         by_task = any(one.by_task for one in strategies)

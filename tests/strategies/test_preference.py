@@ -148,6 +148,7 @@ def test_losses_of_tokens_have_the_gradients_of_all_logits():
     assert not torch.allclose(*found), "the cap is heeded"
 
 
+@pytest.mark.acid("dpo", 2)
 @pytest.mark.parametrize("name", PREFERENCE)
 def test_no_word_of_the_prompt_is_compared(name):
     """The gradient of the logits that predict a word of the prompt is nothing, and no other than the answers' is."""
@@ -202,9 +203,7 @@ def test_dpo_begins_at_ln_2_with_rewards_of_0(form):
     assert torch.equal(result.logits, torch.zeros(2, 2))
 
 
-@pytest.mark.acid("dpo", 2)
-def test_other_words_of_a_prompt_alone_change_dpo_no_more_than_what_the_answers_make_of_them():
-    """Labels decide: with the prompt labelled too the loss is another, and without, the prompt's own words are free."""
+def test_a_prompt_that_both_answers_share_cancels_in_dpo():
     tuned, batch = moved(), batch_of()
     objective = Objective(tuned, PAIRS, judge=DPO())
     known = objective(batch).loss

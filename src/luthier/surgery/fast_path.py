@@ -96,7 +96,7 @@ class FastPath:
         if self._head_reads is _HeadReads.NOT_ASKED:  # once: the head stays what it is, one hook serves all who ask
             alone = head_reads_first_token(edited.model, edited.modules[block.path], edited.anatomy.vocab_size or 2)
             self._head_reads = _HeadReads.FIRST_TOKEN if alone else _HeadReads.MORE
-            self._cut = FirstTokenCut(place) if alone else None
+            self._cut = self.forward.cut = FirstTokenCut(place) if alone else None
         return self._cut
 
     def close(self) -> None:

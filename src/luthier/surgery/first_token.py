@@ -8,8 +8,9 @@ an eighth of all products, in training and in inference. The results for the fir
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,13 +36,17 @@ class FirstTokenCut:
         self.handle = place.register_forward_pre_hook(self._cut)
 
     @contextmanager
-    def on(self) -> Iterator[None]:
-        """Within, the model's last hidden states are (batch, 1, d)."""
-        self.active = True
+    def on(self, active: bool = True) -> Iterator[None]:
+        """Within, the model's last hidden states are (batch, 1, d), or all of them where it is not active."""
+        before, self.active = self.active, active
         try:
             yield
         finally:
-            self.active = False
+            self.active = before
+
+    def as_now(self) -> Callable[[], AbstractContextManager[None]]:
+        """What makes it cut, or not, as it does now: for a block that is computed again later."""
+        return partial(self.on, self.active)
 
     def _cut(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         # Contiguous: the framework's linear layer copies its weight for every row of a strided input.

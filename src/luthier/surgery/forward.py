@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ from luthier.surgery.branch import Branch
 from luthier.surgery.checkpointing import Checkpointing, Restore
 from luthier.surgery.context import ROW, may_leave_out, packed, read_mask
 from luthier.surgery.edited_model import EditedModel
+from luthier.surgery.first_token import FirstTokenCut
 from luthier.surgery.picture_prompts import PicturePrompts, reads_pictures
 from luthier.surgery.prefix_attention import Attending, KeysValues, Own, Pairs, Prefix, Prefixes
 from luthier.surgery.prompts import PromptHooks, leading_pads, text_stack
@@ -48,6 +49,7 @@ class Forward:
         self.edited, self.serving = edited, serving
         self.prompts: PromptHooks | PicturePrompts | None = None
         self.branches: dict[str, Branch] = {}
+        self.cut: FirstTokenCut | None = None  # of the last block
         self._prefixes: list[Prefixes] = []
         self._route: prefix_attention.Route | None = None
         self._twice = False  # activations are computed twice
@@ -305,6 +307,7 @@ class Forward:
         active = [t.tuning_name for t in edited.active()]
         pairs = [(whole, whole.pairs) for whole in self._prefixes]
         context, fast = replace(edited.context, memory=dict(edited.context.memory)), kernels.fast()
+        cut = nullcontext if self.cut is None else self.cut.as_now()
 
         @contextmanager
         def restore() -> Iterator[None]:
@@ -317,7 +320,7 @@ class Forward:
                 whole.pairs = then
             vars(edited.context).update(vars(context))
             try:
-                with kernels.plain(not fast):
+                with kernels.plain(not fast), cut():
                     yield
             finally:
                 vars(edited.context).update(now)

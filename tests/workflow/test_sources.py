@@ -16,7 +16,9 @@ torch.set_num_threads(1)
 
 
 def spec(home: Path, name: str, method: str = "pfeiffer_adapter", **more) -> RunSpec:
-    settings = {"pfeiffer_adapter": {"reduction": 8}, "prompt_tuning": {"length": 3}}.get(method, {})
+    settings = {"pfeiffer_adapter": {"reduction": 8}, "prompt_tuning": {"length": 3}, "mpt": {"distil": 0.9}}.get(
+        method, {}
+    )
     return little_spec(home, out=str(home / name), method=method, steps=3, settings=settings, **more)
 
 
@@ -51,6 +53,7 @@ def test_three_adapters_then_their_fusion_and_prompts_then_spot_then_attempt_go_
         ("fusion", "adapter_fusion", tuple(str(home / name) for name in "abc")),
         ("spot", "spot", tuple(made)),
         ("attempt", "attempt", (str(home / "spot-whole"), str(home / "prompt-3"))),
+        ("mpt", "mpt", (made[0],)),  # its teacher goes on with it
     ]
     for name, method, sources in chain:
         train(spec(home, f"{name}-whole", method, sources=sources))

@@ -238,7 +238,9 @@ class Choices(Gates):
     def z(self) -> Tensor:
         """(places, widest rank) of this pass."""
         shapes = torch.tensor(
-            [[float(i < r) for i in range(self.ranks[-1])] for r in self.ranks], device=self.felt.device
+            [[float(i < r) for i in range(self.ranks[-1])] for r in self.ranks],
+            dtype=self.felt.dtype,
+            device=self.felt.device,
         )
         if self.done:
             return self.fixed[:, None] * shapes[self.widest]

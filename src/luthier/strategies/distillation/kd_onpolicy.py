@@ -14,7 +14,8 @@ Neutral: none: it stands in place of the task's loss.
 Cost: one forward pass of the teacher in every step; where the student writes, one of its own for each token as well.
 Claims: the student is corrected on what it really writes, not on answers that it would never have come to.
 Pitfalls: writing takes most of the time. At first what the student writes is poor, and the teacher says little there:
-begin from a student that has learnt the answers. For models that write on from a prompt (causal_lm) alone.
+begin from a student that has learnt the answers. Of a conversation of several turns only the first answer is written
+anew, and what follows it is not seen in that step. For models that write on from a prompt (causal_lm) alone.
 """
 
 from collections.abc import Callable

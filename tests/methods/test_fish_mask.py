@@ -121,9 +121,9 @@ def test_looking_leaves_no_trace_and_nothing_outside_the_mask_moves():
 def test_a_run_scores_rows_one_by_one_and_no_more_than_asked_for(tmp_path, monkeypatch):
     seen, inner = [], OneRow.__new__
 
-    def counted(cls, loss, logits=None):
+    def counted(cls, loss, logits=None, labels=None):
         seen.append(None if logits is None else tuple(logits.shape))
-        return inner(cls, loss, logits)
+        return inner(cls, loss, logits, labels)
 
     monkeypatch.setattr(OneRow, "__new__", counted)
     heard = Heard()

@@ -38,6 +38,7 @@ __all__ = [
     "Certificate",
     "Expected",
     "Step",
+    "called",
     "certificate_of",
     "certify_folder",
     "compared",
@@ -141,10 +142,15 @@ def certificate_of(
         "transformers": transformers.__version__,
     }
     return Certificate(
-        run=run.name, model=spec.model, method=spec.method, tuning=tuning_files.weights_digest(run / "tuning"),
+        run=run.name, model=called(spec.model), method=spec.method, tuning=tuning_files.weights_digest(run / "tuning"),
         rows=rows, prompts=prompts, steps=tuple(steps), accepted=accepted, versions=programs,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )  # fmt: skip
+
+
+def called(model: str) -> str:
+    """A model's name for those who are given a folder: of one on this disk the last part, which tells no place."""
+    return model if model.startswith("sample:") or not Path(model).exists() else Path(model).name
 
 
 def step_of(

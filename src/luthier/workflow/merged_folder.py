@@ -16,7 +16,7 @@ from luthier.core import CannotMerge, ConfigError
 from luthier.runs import durable
 from luthier.surgery import answerers, merging
 from luthier.workflow.certificate import FILE as CERTIFICATE
-from luthier.workflow.certificate import certify_folder
+from luthier.workflow.certificate import called, certify_folder
 from luthier.workflow.load_model import find_model, load_config, quiet
 from luthier.workflow.prediction import Predictor
 
@@ -170,8 +170,7 @@ def last_with_bias(model: nn.Module) -> str | None:
 
 def _describe(model: Any, predictor: Predictor) -> None:
     """Configuration and tokenizer say what a pipeline needs to know, and no place on this disk."""
-    name = predictor.spec.model
-    model.config._name_or_path = name if name.startswith("sample:") or not Path(name).exists() else Path(name).name
+    model.config._name_or_path = called(predictor.spec.model)
     if predictor.task.name == "regression":
         model.config.id2label, model.config.label2id = {0: "value"}, {"value": 0}
     tokenizer = predictor.tokenizer

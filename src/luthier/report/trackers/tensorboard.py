@@ -1,4 +1,4 @@
-"""TensorBoard: event files in ./tensorboard/NAME, for `tensorboard --logdir tensorboard`."""
+"""TensorBoard: event files in ./tensorboard/NAME, which TensorBoard shows of that folder."""
 
 from __future__ import annotations
 

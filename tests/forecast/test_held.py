@@ -18,7 +18,9 @@ from luthier.training.optimiser import Optimiser
 torch.set_num_threads(1)
 
 # What these store follows from training, or from the places they choose: their own counts are of the paper's numbers.
-STORED_OTHERWISE = {"adalora", "delta_lora", "increlora", "lt_sft", "pafi", "propetl", "saliency", "u_mam"}
+STORED_OTHERWISE = {
+    "adalora", "bipeft", "delta_lora", "increlora", "lt_sft", "pafi", "propetl", "s3delta_m", "saliency", "u_mam",
+}  # fmt: skip
 
 
 def bare(model: Any) -> Any:

@@ -127,7 +127,7 @@ def held(method: Method, skeleton: Skeleton, optimiser: str = "adamw") -> Held:
         trained=trained,
         head=found.head,
         stored=_stored(method, anatomy, found),
-        weights=skeleton.bytes - found.taken + found.fixed + found.kept,
+        weights=skeleton.bytes - found.taken + found.fixed + found.kept + FP32 * _beside(method, anatomy),
         numbers=found.numbers,
         gradients=max(found.sizes, default=0) if optimiser == "lomo" else found.numbers,
         moments=2 * found.numbers if optimiser == "adamw" else 0,
@@ -151,12 +151,20 @@ def _packed(skeleton: Skeleton, trained: set[str]) -> int:
     return budget - left
 
 
+def _beside(method: Method, anatomy: Anatomy) -> int:
+    """Numbers that modifiers put on the attachments of the others, once these are there."""
+    acting = [part for part in method.parts() if not part.modifies]
+    return sum(part.n_beside(acting, anatomy) for part in method.parts() if part.modifies)
+
+
 def _stored(method: Method, anatomy: Anatomy, found: _Count) -> int:
     """Numbers as wide as each method stores them, the head's, and a bit for each that a modifier can hold at zero."""
     parts = method.parts()
-    if any(part.modifies and type(part).leaves_out is Method.leaves_out for part in parts):
+    own = (Method.leaves_out, Method.n_beside)
+    if any(part.modifies and (type(part).leaves_out, type(part).n_beside) == own for part in parts):
         return FP32 * (method.n_stored(anatomy) + found.head) + -(-found.attached // 8)
-    return sum(part.stored_width * part.n_stored(anatomy) for part in parts) + FP32 * found.head
+    own_width = sum(part.stored_width * part.n_stored(anatomy) for part in parts)
+    return own_width + FP32 * (found.head + _beside(method, anatomy))
 
 
 class _Count:

@@ -107,6 +107,9 @@ class GLoRA(PerSite):
     def params_at(self, site: Site) -> int:
         return cost(site.d_out, site.d_in, self.rank, self.at(site))
 
+    def n_stored(self, anatomy: Anatomy) -> int:
+        return self.n_params(anatomy) + len(WAYS) * len(self.places(anatomy))  # and the way of each term
+
     def build(self, site: Site, base: Base) -> Attachment:
         return General(base, self.rank, self.at(site))
 
@@ -223,7 +226,7 @@ class General(Attachment):
         richest = tuple(WAYS[t][0] if way == "search" else way for t, way in zip(WAYS, chosen, strict=True))
         sizes = {"a": (d_out, d_in), "b": (d_out, d_in), "c": (d_in, 1), "d": (d_out, 1), "e": (d_out, 1)}
         self.terms = nn.ModuleDict({t: Term(*sizes[t], rank, way) for t, way in zip(WAYS, richest, strict=True)})
-        self.register_buffer("path", torch.zeros(len(WAYS), dtype=torch.int64))
+        self.register_buffer("path", torch.zeros(len(WAYS), dtype=torch.int32))
         self.take(richest)
         self.drawn = richest
 

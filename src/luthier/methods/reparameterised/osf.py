@@ -100,7 +100,7 @@ class SmallDirections(Thin):
         for name, value in (("u", u[:, kept:]), ("s", s[kept:]), ("v", v[kept:])):
             self.register_buffer(f"{name}0", value.contiguous().clone(), persistent=False)
         self.register_buffer("u_kept", u[:, :kept].contiguous(), persistent=False)
-        self.register_buffer("v_kept", v[:kept].contiguous(), persistent=False)
+        self.register_buffer("v_kept", v[:kept].clone(), persistent=False)  # a view would hold all of v
 
     def thin(self) -> tuple[Tensor, Tensor]:
         u, v = outside(self.u, self.u_kept), outside(self.v.T, self.v_kept.T).T

@@ -125,6 +125,12 @@ def test_slots_and_other_tokens_have_no_deviation(tmp_path):
     assert (seen[soft] == 1).all() and not seen[~soft].any()
 
 
+def test_at_its_defaults_an_encoder_learns_although_nothing_reads_the_words_behind_its_last_block(tmp_path):
+    tuned = run(mixing(tmp_path, "encoder", steps=4, settings={"prompts": (), "mixture": 2})).tuned
+    moved = {key: bool(m.deltas.any()) for key, m in tuned.modules(Deviations).items()}
+    assert moved == {"block_out@0": True, "block_out@1": True, "block_out@2": False}
+
+
 def test_it_learns_resumes_to_the_bit_and_answers_as_it_scored(tmp_path):
     spec = mixing(tmp_path, "decoder", steps=24, settings={"prompts": (), "mixture": 3, "updates": 4, "l2": 1e-4})
     spec = dataclasses.replace(spec, optim=dataclasses.replace(spec.optim, lr=0.03))

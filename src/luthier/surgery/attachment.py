@@ -45,6 +45,8 @@ class Attachment(nn.Module):
         kind: at most one attachment of a kind may sit at a site.
         reads_base_weight: uses the frozen weight in the forward pass; goes innermost.
         needs_input: at sublayer sites, wants x. An attachment that only changes y says False and costs no tap.
+        may_rest: nothing may read what it changes, as behind the last block; the run does not end for want of a
+            gradient there.
         per_token: each token's result depends on that token alone, and not on the others of its row.
         keeps_keys: keeps something of each token in the key/value cache: see `Context.cache`.
         reads_whole_text: computes something from a text as a whole, and keeps it for later steps of a generation.
@@ -54,6 +56,7 @@ class Attachment(nn.Module):
     reads_base_weight: ClassVar[bool] = False
     needs_input: ClassVar[bool] = True
     per_token: ClassVar[bool] = True
+    may_rest: ClassVar[bool] = False
     reads_whole_text: ClassVar[bool] = False
     keeps_keys: ClassVar[bool] = False
 

@@ -117,7 +117,7 @@ def _targets(tuned: Tuned) -> dict[str, list[Tensor]]:
                 parameters: list[Tensor] = [
                     p for n, p in module.named_parameters() if f"{key_}.{n}" not in tuning.fixed
                 ]
-                if parameters:
+                if parameters and not getattr(module, "may_rest", False):
                     targets[key_] = parameters
             for key_, unfrozen in tuning.unfrozen.items():
                 targets[key_] = [unfrozen.parameter]

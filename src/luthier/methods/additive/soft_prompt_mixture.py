@@ -217,6 +217,7 @@ class Deviations(Attachment):
     kind = "sequential"
     needs_input = False
     per_token = False
+    may_rest = True  # behind the last block an encoder reads the gap alone
 
     def __init__(self, t: int, n: int, d: int) -> None:
         super().__init__()

@@ -25,8 +25,9 @@ def runs(tmp_path_factory):
 
 
 def first_loss(runs, name, method="lora", by=0.0, **values):
-    """The strategy's own loss of the first step, and the loop with its gradients."""
-    given = {f"{name}.alpha": 1.0, **{f"{name}.{k}": v for k, v in values.items()}}
+    """The strategy's own loss of the first step, its teacher the student's own folder; and the loop with gradients."""
+    folder = runs.loop(None, method, "llama-dry", batch=WHOLE).spec.model
+    given = {f"{name}.alpha": 1.0, f"{name}.teacher": folder, **{f"{name}.{k}": v for k, v in values.items()}}
     loop = runs.loop(name, method, "llama-dry", values=given, batch=WHOLE)
     loop.moments.start()
     loop.set_mode(training=True)

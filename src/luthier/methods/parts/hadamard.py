@@ -77,7 +77,8 @@ class Projection(nn.Module):
         signs = torch.randint(2, (n,), generator=draw, dtype=torch.int8).mul_(2).sub_(1)
         order = torch.randperm(n, generator=draw, dtype=torch.int64)
         gauss = torch.randn(n, generator=draw)
-        gauss /= float(torch.linalg.vector_norm(gauss, dtype=torch.float64)) * math.sqrt(outputs)
+        if gauss.device.type != "meta":  # where shapes alone are asked for, there is no number to divide by
+            gauss /= float(torch.linalg.vector_norm(gauss, dtype=torch.float64)) * math.sqrt(outputs)
         # Behind z there are only zeros, so H B z repeats itself from `mixed` on.
         held = (("signs", signs[:inputs].clone()), ("order", (order % self.mixed).to(torch.int32)), ("gauss", gauss))
         for short, tensor in held:

@@ -28,10 +28,20 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy
 from luthier.core import ConfigError, above, at_least, between
-from luthier.methods.parts.by_halves import choice_gradient, numbers_below_head, searched_loss
-from luthier.methods.parts.own_tensors import group_names, own_modules, own_tunings
-from luthier.methods.parts.searched import Components, Gates, Place, fitting, of_rank, open_places, place_edits, select
-from luthier.surgery import METHODS, Edit, Group, Method, Phase, TunedView
+from luthier.methods.parts.by_halves import choice_gradient, searched_loss
+from luthier.methods.parts.own_tensors import own_modules
+from luthier.methods.parts.searched import (
+    Components,
+    Gates,
+    Place,
+    PlaceSearch,
+    fitting,
+    of_rank,
+    open_places,
+    place_edits,
+    select,
+)  # fmt: skip
+from luthier.surgery import METHODS, Edit, TunedView
 
 ALL_ON = 3
 """First steps in which every place acts, so that each has had a gradient before one is shut."""
@@ -39,7 +49,7 @@ ALL_ON = 3
 
 @METHODS.register("bipeft", family="hybrid", paper="arXiv:2410.09079")
 @dataclass(frozen=True, kw_only=True)
-class BIPEFT(Method):
+class BIPEFT(PlaceSearch):
     """Settings of the iterative search."""
 
     share: Annotated[float, "budget, as a share of the numbers below the head", between(0, 1)] = 1.39e-4
@@ -80,10 +90,6 @@ class BIPEFT(Method):
         named = fitting(found, list(pairs), "bipeft")
         return tuple(of_rank(place, int(pairs[place.name] or self.ranks[-1])) for place in named)
 
-    def budget(self, anatomy: Anatomy) -> int:
-        """Numbers that the plan may hold."""
-        return int(self.share * numbers_below_head(anatomy))
-
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         places = self.places(anatomy)
         if self.plan:
@@ -101,33 +107,6 @@ class BIPEFT(Method):
     def n_params(self, anatomy: Anatomy) -> int:
         places = self.places(anatomy)
         return sum(p.size for p in places) + (0 if self.plan else len(places) * (2 + len(self.ranks)))
-
-    def n_stored(self, anatomy: Anatomy) -> int:
-        return self.n_params(anatomy) if self.plan else self.budget(anatomy) + len(self.places(anatomy))
-
-    def groups(self, tuned: TunedView) -> list[Group]:
-        logits = [m.alpha for m in own_modules(self, tuned, Choices)]
-        return [Group(group_names(tuned, logits), lr_factor=self.gate_rate, weight_decay=0.0)] if logits else []
-
-    def phases(self, tuned: TunedView) -> Sequence[Phase]:
-        if self.plan:
-            return ()
-        return Phase(self.search), Phase(1 - self.search, trains=lambda name: "gates.alpha" not in name)
-
-    @torch.no_grad()
-    def enter(self, tuned: TunedView, phase: int) -> None:
-        for tuning in own_tunings(self, tuned):
-            made = {k: m for k, m in tuning.modules_by_key().items() if isinstance(m, Components)}
-            named = {f"{k}.{n}": (m, n, p) for k, m in made.items() for n, p in m.named_parameters()}
-            if phase == 0:
-                tuning.notes |= {f"start.{n}": p.detach().clone() for n, (_, _, p) in named.items()}
-                continue
-            for gates in own_modules(self, tuned, Choices):
-                gates.choose(self.budget(tuned.anatomy))
-                for name, (module, short, parameter) in named.items():
-                    kept = gates.kept(module.numbers[short.partition("_")[0]], short, parameter)
-                    parameter.copy_(tuning.notes.pop(f"start.{name}") * kept)
-                    tuning.masks[name] = kept
 
     def before_step(self, tuned: TunedView, step: int, total: int) -> None:
         for gates in own_modules(self, tuned, Choices):
@@ -160,19 +139,6 @@ class BIPEFT(Method):
             gates.put_back()
             if float(gates.agreement) >= self.stable:
                 gates.prune(self.budget(tuned.anatomy), self.prunes)
-
-    def finish(self, tuned: TunedView) -> None:
-        for gates in own_modules(self, tuned, Choices):
-            if not gates.done:
-                gates.choose(self.budget(tuned.anatomy))
-            for tuning in own_tunings(self, tuned):
-                for module in tuning.modules_by_key().values():
-                    if isinstance(module, Components):
-                        lora = module.numbers.get("lora")
-                        module.keep({k for k, n in module.numbers.items() if gates.fixed[n] > 0})
-                        if "lora" in module.numbers and lora is not None:
-                            module.narrow(gates.rank_of(lora))
-                tuning.masks.clear()
 
     def plan_of(self, tuned: TunedView) -> tuple[str, ...]:
         """What a search has chosen, as `plan` takes it."""
@@ -310,7 +276,6 @@ class Choices(Gates):
 
     @torch.no_grad()
     def choose(self, budget: int) -> None:
-        """Fix what is left, within the budget."""
         soft = torch.where(self.active > 0, self.alpha[:, 2:].argmax(-1), self.widest)
         if len(self.ranks) > 1:
             self.widest.copy_(torch.minimum(self.widest, soft))
@@ -323,13 +288,16 @@ class Choices(Gates):
         self.fixed[[left[i] for i in chosen]] = 1.0
 
     def kept(self, place: int, short: str, parameter: Tensor) -> Tensor:
-        """Where a tensor of a place may be other than zero."""
-        mask = torch.full_like(parameter, float(self.fixed[place]) > 0, dtype=torch.bool)
+        mask = super().kept(place, short, parameter)
         if short == "lora_a":
             mask[self.rank_of(place) :] = False
         elif short == "lora_b":
             mask[:, self.rank_of(place) :] = False
         return mask
+
+    def narrow(self, module: Components) -> None:
+        if "lora" in module.numbers:
+            module.narrow(self.rank_of(module.numbers["lora"]))
 
     def stored(self) -> dict[str, Tensor]:
         return {**super().stored(), "widest": self.widest.to(torch.uint8)}

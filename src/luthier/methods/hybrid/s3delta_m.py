@@ -31,15 +31,24 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy
 from luthier.core import ConfigError, above, at_least, between
-from luthier.methods.parts.by_halves import numbers_below_head, searched_loss
-from luthier.methods.parts.own_tensors import group_names, own_modules, own_tunings
-from luthier.methods.parts.searched import Components, Gates, Place, fitting, open_places, place_edits, select
-from luthier.surgery import METHODS, Edit, Group, Method, Phase, TunedView
+from luthier.methods.parts.by_halves import searched_loss
+from luthier.methods.parts.own_tensors import own_modules
+from luthier.methods.parts.searched import (
+    Components,
+    Gates,
+    Place,
+    PlaceSearch,
+    fitting,
+    open_places,
+    place_edits,
+    select,
+)
+from luthier.surgery import METHODS, Edit, TunedView
 
 
 @METHODS.register("s3delta_m", family="hybrid", paper="arXiv:2206.07382")
 @dataclass(frozen=True, kw_only=True)
-class S3DeltaM(Method):
+class S3DeltaM(PlaceSearch):
     """Settings of sparse structure search."""
 
     share: Annotated[float, "budget, as a share of the numbers below the head", between(0, 1)] = 1.39e-4
@@ -62,10 +71,6 @@ class S3DeltaM(Method):
         found = open_places(anatomy, self.rank, "s3delta_m")
         return fitting(found, self.plan, "s3delta_m") if self.plan else found
 
-    def budget(self, anatomy: Anatomy) -> int:
-        """Numbers that the plan may hold."""
-        return int(self.share * numbers_below_head(anatomy))
-
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         places = self.places(anatomy)
         if self.plan:
@@ -85,33 +90,6 @@ class S3DeltaM(Method):
         places = self.places(anatomy)
         return sum(p.size for p in places) + (0 if self.plan else len(places))
 
-    def n_stored(self, anatomy: Anatomy) -> int:
-        return self.n_params(anatomy) if self.plan else self.budget(anatomy) + len(self.places(anatomy))
-
-    def groups(self, tuned: TunedView) -> list[Group]:
-        logits = [m.alpha for m in own_modules(self, tuned, Logits)]
-        return [Group(group_names(tuned, logits), lr_factor=self.gate_rate, weight_decay=0.0)] if logits else []
-
-    def phases(self, tuned: TunedView) -> Sequence[Phase]:
-        if self.plan:
-            return ()
-        return Phase(self.search), Phase(1 - self.search, trains=lambda name: "gates.alpha" not in name)
-
-    @torch.no_grad()
-    def enter(self, tuned: TunedView, phase: int) -> None:
-        for tuning in own_tunings(self, tuned):
-            made = {k: m for k, m in tuning.modules_by_key().items() if isinstance(m, Components)}
-            named = {f"{k}.{n}": (m, n, p) for k, m in made.items() for n, p in m.named_parameters()}
-            if phase == 0:
-                tuning.notes |= {f"start.{n}": p.detach().clone() for n, (_, _, p) in named.items()}
-                continue
-            for gates in own_modules(self, tuned, Logits):
-                gates.choose()
-                for name, (module, short, parameter) in named.items():
-                    chosen = float(gates.fixed[module.numbers[short.partition("_")[0]]])
-                    parameter.copy_(tuning.notes.pop(f"start.{name}") * chosen)
-                    tuning.masks[name] = torch.full_like(parameter, chosen, dtype=torch.bool)
-
     def before_step(self, tuned: TunedView, step: int, total: int) -> None:
         for gates in own_modules(self, tuned, Logits):
             if not gates.done:
@@ -123,20 +101,7 @@ class S3DeltaM(Method):
             return forward()
         gates, modules = found[0], own_modules(self, tuned, Components)
         weights = [p for m in modules for p in m.parameters() if p.requires_grad]
-        return searched_loss(gates, modules[0], weights, forward, tuned, self.second_order, self._step_size(tuned))
-
-    def _step_size(self, tuned: TunedView) -> float:
-        return self.default_lr
-
-    def finish(self, tuned: TunedView) -> None:
-        for gates in own_modules(self, tuned, Logits):
-            if not gates.done:
-                gates.choose()
-            for tuning in own_tunings(self, tuned):
-                for module in tuning.modules_by_key().values():
-                    if isinstance(module, Components):
-                        module.keep({k for k, n in module.numbers.items() if gates.fixed[n] > 0})
-                tuning.masks.clear()
+        return searched_loss(gates, modules[0], weights, forward, tuned, self.second_order, self.default_lr)
 
     def plan_of(self, tuned: TunedView) -> tuple[str, ...]:
         """The places that a search has chosen, as `plan` takes them."""
@@ -191,8 +156,7 @@ class Logits(Gates):
         return torch.sigmoid(torch.log(u * p / ((1 - u) * (1 - p)))).float()
 
     @torch.no_grad()
-    def choose(self) -> None:
-        """Fix what is taken."""
-        chosen = select(self.chances().tolist(), [int(n) for n in self.sizes.tolist()], self.budget)
+    def choose(self, budget: int) -> None:
+        chosen = select(self.chances().tolist(), [int(n) for n in self.sizes.tolist()], budget)
         self.fixed.zero_()
         self.fixed[chosen] = 1.0

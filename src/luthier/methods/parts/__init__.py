@@ -52,6 +52,7 @@
     searched          Components       small components behind gates, of which a search chooses some
                       Gates
                       Place
+                      PlaceSearch
                       fitting
                       of_rank
                       open_places
@@ -65,6 +66,7 @@
                       soft_site
                       words_site
     random_pair       RandomPair       one pair of frozen random matrices for all sites
+                      OfPair
     sparse            SparseUpdate     an update of chosen entries of a weight, beside it
                       check_entries
     peft_layers       shared_form      files of peft whose layers share numbers

@@ -8,6 +8,7 @@ components give nothing at the start. What is not chosen is dropped when the run
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy, Site
 from luthier.core import AnatomyError, ConfigError, near
-from luthier.surgery import Attach, Attachment, Base
+from luthier.methods.parts.by_halves import numbers_below_head
+from luthier.methods.parts.own_tensors import group_names, own_modules, own_tunings
+from luthier.surgery import Attach, Attachment, Base, Group, Method, Phase, TunedView
 
-__all__ = ["Components", "Gates", "Place", "fitting", "of_rank", "open_places", "place_edits", "select"]
+__all__ = ["Components", "Gates", "Place", "PlaceSearch", "fitting", "of_rank", "open_places", "place_edits", "select"]
 
 REDUCTION = 32
 _LINEAR = ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.up", "ffn.down")
@@ -96,9 +99,11 @@ def select(worth: Sequence[float], sizes: Sequence[int], budget: int) -> list[in
 class Gates(nn.Module):
     """The gates of all places. Subclasses say how z follows from what is searched.
 
+    alpha: what is searched, a line for each place
     fixed: (places,) 1 where a place was chosen, 0 where not; below 0 while it is searched.
     """
 
+    alpha: nn.Parameter
     fixed: Tensor
 
     def __init__(self, n: int) -> None:
@@ -113,6 +118,17 @@ class Gates(nn.Module):
     def z(self) -> Tensor:
         """(places,) or (places, ranks): of this pass."""
         raise NotImplementedError
+
+    def choose(self, budget: int) -> None:
+        """Fix what is taken, within the budget."""
+        raise NotImplementedError
+
+    def kept(self, place: int, short: str, parameter: Tensor) -> Tensor:
+        """Where a tensor of a place, called `short` there, may be other than zero."""
+        return torch.full_like(parameter, float(self.fixed[place]) > 0, dtype=torch.bool)
+
+    def narrow(self, module: Components) -> None:
+        """Cut what was kept at one site to the rank that was chosen."""
 
     def stored(self) -> dict[str, Tensor]:
         return {"fixed": (self.fixed if self.done else torch.ones_like(self.fixed)).to(torch.uint8)}
@@ -253,3 +269,65 @@ class AtSublayer(Components):
             return y
         narrow = nn.functional.gelu(y @ self.adapter_dr.T @ self.adapter_dl.T + self.adapter_db)
         return y + self.gate("adapter") * (narrow @ self.adapter_ur.T @ self.adapter_ul.T + self.adapter_ub)
+
+
+class PlaceSearch(Method):
+    """A method that searches in the first part of a run; what was chosen starts again, and trains alone in the rest.
+
+    With `plan` there is no search: the places that it names train from the beginning.
+    """
+
+    share: float
+    search: float
+    gate_rate: float
+    plan: tuple[str, ...]
+
+    @abstractmethod
+    def places(self, anatomy: Anatomy) -> tuple[Place, ...]:
+        """What may stand on the model, or what `plan` names."""
+
+    def budget(self, anatomy: Anatomy) -> int:
+        """Numbers that the plan may hold."""
+        return int(self.share * numbers_below_head(anatomy))
+
+    def n_stored(self, anatomy: Anatomy) -> int:
+        return self.n_params(anatomy) if self.plan else self.budget(anatomy) + len(self.places(anatomy))
+
+    def groups(self, tuned: TunedView) -> list[Group]:
+        searched = [gates.alpha for gates in self._gates(tuned)]
+        names = group_names(tuned, searched)
+        return [Group(names, lr_factor=self.gate_rate, weight_decay=0.0)] if searched else []
+
+    def phases(self, tuned: TunedView) -> Sequence[Phase]:
+        if self.plan:
+            return ()
+        return Phase(self.search), Phase(1 - self.search, trains=lambda name: "gates.alpha" not in name)
+
+    @torch.no_grad()
+    def enter(self, tuned: TunedView, phase: int) -> None:
+        for tuning in own_tunings(self, tuned):
+            made = {k: m for k, m in tuning.modules_by_key().items() if isinstance(m, Components)}
+            named = {f"{k}.{n}": (m, n, p) for k, m in made.items() for n, p in m.named_parameters()}
+            if phase == 0:
+                tuning.notes |= {f"start.{n}": p.detach().clone() for n, (_, _, p) in named.items()}
+                continue
+            for gates in self._gates(tuned):
+                gates.choose(self.budget(tuned.anatomy))
+                for name, (module, short, parameter) in named.items():
+                    kept = gates.kept(module.numbers[short.partition("_")[0]], short, parameter)
+                    parameter.copy_(tuning.notes.pop(f"start.{name}") * kept)
+                    tuning.masks[name] = kept
+
+    def finish(self, tuned: TunedView) -> None:
+        for gates in self._gates(tuned):
+            if not gates.done:
+                gates.choose(self.budget(tuned.anatomy))
+            for tuning in own_tunings(self, tuned):
+                for module in tuning.modules_by_key().values():
+                    if isinstance(module, Components):
+                        module.keep({k for k, n in module.numbers.items() if gates.fixed[n] > 0})
+                        gates.narrow(module)
+                tuning.masks.clear()
+
+    def _gates(self, tuned: TunedView) -> list[Gates]:
+        return own_modules(self, tuned, Gates)

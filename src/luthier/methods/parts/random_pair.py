@@ -5,7 +5,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RandomPair"]
+from luthier.methods.parts.low_rank import Thin
+from luthier.surgery import Base
+
+__all__ = ["OfPair", "RandomPair"]
 
 
 class RandomPair(nn.Module):
@@ -25,3 +28,23 @@ class RandomPair(nn.Module):
     def part(self, d_in: int, d_out: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A and B as a site of this shape has them: (halves rank, d_in) and (d_out, rank)."""
         return self.a[:, :d_in].to(dtype), self.b[:d_out].to(dtype)
+
+
+class OfPair(Thin):
+    """What stands at one site around the pair's matrices. v: (d_out,), at zero   d: (halves rank,), at `start`."""
+
+    def __init__(self, pair: RandomPair, d_in: int, d_out: int, start: float, dropout: float) -> None:
+        super().__init__(1.0, dropout)
+        self.__dict__["pair"] = pair  # registered once, on the tuning
+        self.d_in = d_in
+        self.v = nn.Parameter(torch.zeros(d_out))
+        self.d = nn.Parameter(torch.full((pair.a.shape[0],), start))
+
+    def frozen(self) -> tuple[Tensor, Tensor]:
+        """A and B as this site has them."""
+        pair: RandomPair = self.__dict__["pair"]
+        return pair.part(self.d_in, len(self.v), self.d.dtype)
+
+    def fused(self, base: Base, x: Tensor) -> Tensor | None:
+        # The fused product would want gradients as large as A and B; scaling what passes between them is less.
+        return None

@@ -22,12 +22,12 @@ from functools import partial
 from typing import Annotated, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from luthier.anatomy import Anatomy, Site
 from luthier.core import at_least, between
-from luthier.methods.parts.low_rank import Thin, check_projections
-from luthier.methods.parts.random_pair import RandomPair
+from luthier.methods.parts.low_rank import check_projections
+from luthier.methods.parts.random_pair import OfPair, RandomPair
 from luthier.surgery import METHODS, Attachment, Base, Edit, PeftForm, PerSite, attach_each
 
 
@@ -76,20 +76,8 @@ class PVeRA(PerSite):
         return DrawnPair(pair, site.d_in, site.d_out, self.start, self.dropout)
 
 
-class DrawnPair(Thin):
+class DrawnPair(OfPair):
     """Adds `v * (B z)`. v: (d_out,)   d: (2 rank,), the mean's and the spread's."""
-
-    def __init__(self, pair: RandomPair, d_in: int, d_out: int, start: float, dropout: float) -> None:
-        super().__init__(1.0, dropout)
-        self.__dict__["pair"] = pair  # registered once, on the tuning
-        self.d_in = d_in
-        self.v = nn.Parameter(torch.zeros(d_out))
-        self.d = nn.Parameter(torch.full((pair.a.shape[0],), start))
-
-    def frozen(self) -> tuple[Tensor, Tensor]:
-        """A and B as this site has them."""
-        pair: RandomPair = self.__dict__["pair"]
-        return pair.part(self.d_in, len(self.v), self.d.dtype)
 
     def thin(self) -> tuple[Tensor, Tensor]:
         """Those of the mean."""
@@ -103,7 +91,3 @@ class DrawnPair(Thin):
         if self.training:  # from the ambient generator, which activation checkpointing restores
             mean = mean + torch.randn_like(mean) * torch.exp(spread / 2)
         return y + (mean @ b.T) * self.v
-
-    def fused(self, base: Base, x: Tensor) -> Tensor | None:
-        # The fused product would want gradients as large as A and B; scaling what passes between them is less.
-        return None

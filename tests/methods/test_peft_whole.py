@@ -120,10 +120,11 @@ def test_a_file_is_read_by_peft_in_a_process_of_its_own(tmp_path: Path) -> None:
     tuned, model = made("prefix_tuning", 0, "llama", "lm")
     to_peft(tuned, tmp_path / "ours")
     batch = whole_rows(model)
-    torch.save({"ids": batch["input_ids"], "logits": answers(model, {"input_ids": batch["input_ids"]})}, tmp_path / "x")
+    asked = {"ids": batch["input_ids"], "logits": answers(model, {"input_ids": batch["input_ids"]}).contiguous()}
+    safetensors.torch.save_file(asked, tmp_path / "x")
     code = (
-        "import sys, torch, peft; from tiny import tiny\n"
-        "folder = sys.argv[1]; held = torch.load(folder + '/x')\n"
+        "import sys, torch, peft, safetensors.torch; from tiny import tiny\n"
+        "folder = sys.argv[1]; held = safetensors.torch.load_file(folder + '/x')\n"
         "model = peft.PeftModel.from_pretrained(tiny('llama', 'lm'), folder + '/ours').eval()\n"
         "assert 'luthier' not in sys.modules\n"
         "with torch.no_grad(): found = model(input_ids=held['ids'])\n"

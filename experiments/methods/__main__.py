@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from experiments.defaults.baselines import MODEL
 from experiments.defaults.panel import PANEL, Member, halves
 from experiments.methods.page import write
 from experiments.one_run import one_run
-from experiments.results import once, scored
+from experiments.results import asked_of, once, scored
 from luthier.core import Interrupted
 from luthier.samples.store import cache_dir
 from luthier.surgery import METHODS
@@ -25,12 +24,7 @@ SOURCE_SETS = ("sarcasm", "sms-spam")
 
 
 def main() -> None:
-    words = argparse.ArgumentParser(prog="python -m experiments.methods", description=__doc__)
-    words.add_argument("--only", action="append", help="a method; may be repeated")
-    words.add_argument("--seeds", type=int, default=3, help="seeds of each method")
-    words.add_argument("--results", type=Path, default=RESULTS)
-    words.add_argument("--page", action="store_true", help="only write the page from what is here")
-    asked = words.parse_args()
+    asked = asked_of("methods", "method", RESULTS, __doc__)
     for name in asked.only or ():
         METHODS.get(name)  # a name that is none is no row of the table
     names = sorted(asked.only or METHODS.ours(), key=lambda name: name != "head_only")

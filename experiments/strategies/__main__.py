@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from experiments.one_run import one_run
-from experiments.results import once, scored
+from experiments.results import asked_of, once, scored
 from experiments.strategies.page import write
 from experiments.strategies.scenes import SCENES, old_rows
 from experiments.strategies.trials import TRIALS, Trial
@@ -21,12 +20,7 @@ RESULTS = Path(__file__).parent / "results.jsonl"
 
 
 def main() -> None:
-    words = argparse.ArgumentParser(prog="python -m experiments.strategies", description=__doc__)
-    words.add_argument("--only", action="append", help="a strategy; may be repeated")
-    words.add_argument("--seeds", type=int, default=3, help="seeds of each strategy")
-    words.add_argument("--results", type=Path, default=RESULTS)
-    words.add_argument("--page", action="store_true", help="only write the page from what is here")
-    asked = words.parse_args()
+    asked = asked_of("strategies", "strategy", RESULTS, __doc__)
     for name in asked.only or ():
         STRATEGIES.get(name)  # a name that is none is no row of the table
     chosen = {name: trial for name, trial in TRIALS.items() if not asked.only or name in asked.only}

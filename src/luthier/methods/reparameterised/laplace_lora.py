@@ -19,8 +19,9 @@ Count: none of its own; the file holds rank^2 + directions * d more for each mat
 Claims: better calibrated answers at LoRA's accuracy.
 Measured: on 300 rows of trec6 (`python -m experiments.rows FOLDER`, then there `luthier train sample:minilm-l6 --data
 few.csv --test held.csv --method lora+laplace_lora --epochs 20`), one seed, 400 other rows: loss 0.346 in place of
-0.368, calibration error 0.039 in place of 0.054. On all rows of sample:trec6, three epochs, LoRA alone is calibrated already (loss
-0.213, error 0.027): no prior did better, and that of the evidence, with ten directions, did much worse (0.360, 0.195).
+0.368, calibration error 0.039 in place of 0.054. On all rows of sample:trec6, three epochs, LoRA alone is calibrated
+already (loss 0.213, error 0.027): no prior did better, and that of the evidence, with ten directions, did much worse
+(0.360, 0.195).
 Cost: one pass over the training rows after the last step, and a backward pass for each class, then and in each answer.
 Use it when: probabilities are acted upon, and rows are few or epochs many.
 Not when: answers must be fast, or there are hundreds of classes; merged, the model gives its plain answers.

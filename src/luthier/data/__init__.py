@@ -11,6 +11,7 @@ encode           rows become token ids: encode_text, encode_tags, encode_languag
   token_cache      the ids, kept between runs
 order            which rows make which step
 batches          examples side by side, padded
+retrieval        which texts stand nearest to a query: by words, or by vectors
 
 disk_cache is the folder on the disk in which both caches keep what they hold.
 """

@@ -112,7 +112,8 @@ class Vectors:
             number = int(np.flatnonzero(~np.isfinite(found).all(axis=1))[0])
             raise DataError(f"text {texts[number][:60]!r}: its vector is not finite. Use another encoder.")
         lengths = np.linalg.norm(found, axis=1, keepdims=True)
-        return np.divide(found, lengths, out=np.zeros_like(found), where=lengths > 0)
+        unit: Scores = np.divide(found, lengths, out=np.zeros_like(found), where=lengths > 0)
+        return unit
 
 
 def nearest(of: Retriever, query: str, k: int, without: Collection[int] = ()) -> list[int]:

@@ -214,3 +214,57 @@ def test_a_place_alone_has_a_prototype_of_its_own(form):
     tuned, how = _tuned(form=form, sites=(place,))
     assert len(tuned.modules(Masked)) == len(tuned.modules(Prototype)) == 1
     assert tuned.n_trained() == how.n_params(tuned.anatomy) > how.n_stored(tuned.anatomy) > 0
+
+
+@pytest.mark.acid("propetl", 9)
+@pytest.mark.parametrize("join", ["or", "and", "sum"])
+def test_masks_of_a_layer_and_of_a_task_have_the_density_of_two_that_are_independent(join):
+    tuned, _ = _tuned(width=200, density=0.3, tasks=3, join=join)
+    module = next(iter(tuned.modules(Masked).values()))
+    prototype = module.__dict__["prototype"]
+    both = (module.weights("down", torch.arange(3)) / prototype.down).detach()
+    of_layer, of_tasks = module.mask("down").detach(), module.mask("down_of_tasks").detach()
+    for task, mask in enumerate(both):
+        n = of_tasks[task].numel()
+        assert int(of_tasks[task].sum()) == n - math.floor(round(0.7 * n, 6)), "each task's mask has its own density"
+        wanted = {"or": torch.maximum, "and": torch.minimum, "sum": torch.add}[join](of_layer, of_tasks[task])
+        torch.testing.assert_close(mask, wanted)
+        share = {"or": 1 - 0.7**2, "and": 0.3**2, "sum": 0.6}[join]
+        assert abs(float(mask.mean()) - share) < 0.03, "also of the last task"
+    assert not torch.equal(of_tasks[0], of_tasks[1])
+
+
+@pytest.mark.parametrize("form", ["adapter", "lora"])
+def test_a_row_is_answered_with_the_masks_of_its_task(form, tmp_path):
+    tuned, how = _tuned(form=form, tasks=3)
+    assert not how.mergeable
+    assert tuned.n_trained() == how.n_params(tuned.anatomy)
+    stir(tuned, 0.3)
+    batch = inputs(tuned.model, padded=False)
+    mixed = logits(tuned.model, batch | {"row_task": torch.tensor([2, 0, 1])})
+    for row, task in enumerate([2, 0, 1]):
+        alone = logits(tuned.model, batch | {"row_task": torch.full((3,), task)})
+        torch.testing.assert_close(mixed[row], alone[row])
+        assert not torch.allclose(mixed[row], alone[row - 1])
+    tuned.save(tmp_path / "tuning")
+    again = tiny("bert")
+    load(again, tmp_path / "tuning")
+    assert torch.equal(logits(again, batch | {"row_task": torch.tensor([2, 0, 1])}), mixed)
+    masks = sum(math.ceil(s.numel() / 8) for m in tuned.modules(Masked).values() for s in m.scores.values())
+    prototype = sum(p.numel() for m in tuned.modules(Prototype).values() for p in m.parameters())
+    assert prototype + masks == how.n_stored(tuned.anatomy)
+
+
+def test_where_all_tasks_keep_what_their_layer_keeps_it_is_the_form_of_one_task():
+    several, _ = _tuned(tasks=2, join="and")
+    alone, _ = _tuned()
+    stir(several, 0.2)
+    own = {name: p for name, p in several.trained().items() if "_of_tasks" not in name}
+    with torch.no_grad():
+        for name, p in alone.trained().items():
+            p.copy_(own[name])
+        for module in several.modules(Masked).values():
+            for name in ("down", "up"):
+                module.scores[f"{name}_of_tasks"].copy_(module.scores[name])
+    batch = inputs(alone.model)
+    torch.testing.assert_close(logits(several.model, batch | {"row_task": torch.tensor([0, 1, 1])}), logits(alone.model))

@@ -6,13 +6,20 @@ Gradients pass the choice as if it were the identity, to chosen and unchosen ent
 matrices are masked, the biases are not, and nothing is rescaled. With form="adapter" the start is near the base model
 (normal weights of 0.02); with form="lora" it is the base model.
 
-Zeng, Zhang, Lu 2023, "One Network, Many Masks: Towards More Parameter-Efficient Transfer Learning", arXiv:2305.17682,
-section 3. One prototype for each kind of site (and shape). One task: the masks of several tasks are not built here,
-nor is the form over prefixes.
+With several tasks each layer owns a mask of its own and one for each task, and a row is answered with both:
 
-Count: prototype + one score per masked entry and layer in training; stored are the prototype and one bit per entry.
+    m = 1 - (1 - m_l) (1 - m_t)      with join=and: m_l m_t      with join=sum: m_l + m_t
+
+Zeng, Zhang, Lu 2023, "One Network, Many Masks: Towards More Parameter-Efficient Transfer Learning", arXiv:2305.17682,
+section 3. One prototype for each kind of site (and shape). The form over prefixes is not built. In the authors' code the
+layer's mask is drawn from the scores of the last task, so that this task has one mask where the others have two; here
+layers have scores of their own.
+
+Count: prototype + one score per masked entry and layer in training, T + 1 of them with T tasks; stored are the
+prototype and one bit per score.
 Claims: quality of an adapter in every layer for about a tenth of its storage.
-Use it when: adapters of all layers must share their numbers, because storage is what counts.
+Use it when: adapters of all layers, or of several tasks (`--row-task COLUMN`), must share their numbers, because storage
+is what counts.
 Not when: one tuning is kept and quality counts: LoRA is simpler.
 Pitfalls: the authors' "sparsity" is this density; scores saved instead of bits, or one byte per bit; a prototype
 registered in every layer is saved in every layer; scores need a far larger rate than the prototype and no decay.
@@ -29,7 +36,7 @@ from torch import Tensor, nn
 from luthier import kernels
 from luthier.anatomy import Anatomy, Site, is_projection, is_sublayer
 from luthier.core import above, at_least, between
-from luthier.methods.parts.bottleneck import Activation, check_sublayers
+from luthier.methods.parts.bottleneck import Activation, activated, check_sublayers
 from luthier.methods.parts.low_rank import check_projections, fusable
 from luthier.methods.parts.masks import pack, top_k, unpack
 from luthier.methods.parts.own_tensors import group_names, own_modules
@@ -48,17 +55,25 @@ class ProPETL(Method):
     activation: Annotated[Activation, "between an adapter's two layers"] = "gelu"
     rank: Annotated[int, "width of lora's thin matrices", at_least(1)] = 32
     alpha: Annotated[float, "lora's update is scaled by alpha / rank", above(0)] = 48.0
+    tasks: Annotated[int | None, "how many tasks there are; left out, as many as the rows say", at_least(1)] = None
+    join: Annotated[Literal["or", "and", "sum"], "what a layer's mask and a task's become together"] = "or"
     mask_rate: Annotated[float, "learning rate of the scores, as a multiple of the prototype's", at_least(0)] = 30.0
 
     mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 3e-4
+    reads_rows: ClassVar[tuple[str, ...]] = ("task",)
     tiny: ClassVar[dict[str, int]] = {"width": 6, "rank": 3}
 
     def __post_init__(self) -> None:
-        # Masked thin matrices are thin matrices: they merge, and they start at the base.
-        object.__setattr__(self, "mergeable", self.form == "lora")
+        # Masked thin matrices are thin matrices: they merge, and they start at the base. Those of several tasks are several.
+        object.__setattr__(self, "mergeable", self.form == "lora" and self.n_tasks == 0)
         object.__setattr__(self, "starts_at_base", self.form == "lora")
+
+    @property
+    def n_tasks(self) -> int:
+        """How many masks of tasks each layer has: none where there is one task."""
+        return self.tasks if self.tasks is not None and self.tasks > 1 else 0
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         prototypes: dict[str, Prototype] = {}
@@ -70,13 +85,14 @@ class ProPETL(Method):
                 yield Attach(site, lambda base, own=prototype: self._masked(own), shared={key: prototype})  # type: ignore[misc]
 
     def n_params(self, anatomy: Anatomy) -> int:
-        return sum(self._shared(s[0]) + len(s) * self._scored(s[0]) for s in self._classes(anatomy).values())
+        masks = self.n_tasks + 1
+        return sum(self._shared(s[0]) + masks * len(s) * self._scored(s[0]) for s in self._classes(anatomy).values())
 
     def n_stored(self, anatomy: Anatomy) -> int:
         """The prototype's numbers, and the bytes that the masks are packed in."""
         total = 0
         for sites in self._classes(anatomy).values():
-            packed = sum(math.ceil(n / 8) for n in self._sizes(sites[0]))
+            packed = sum(math.ceil(n / 8) + math.ceil(self.n_tasks * n / 8) for n in self._sizes(sites[0]))
             total += self._shared(sites[0]) + len(sites) * packed
         return total
 
@@ -138,8 +154,8 @@ class ProPETL(Method):
 
     def _masked(self, prototype: "Prototype") -> Attachment:
         if self.form == "lora":
-            return MaskedUpdate(prototype, self.density, self.alpha / self.rank)
-        return MaskedBottleneck(prototype, self.density, self.activation)
+            return MaskedUpdate(prototype, self, self.alpha / self.rank)
+        return MaskedBottleneck(prototype, self)
 
 
 class Prototype(nn.Module):
@@ -153,13 +169,19 @@ class Prototype(nn.Module):
         self.up_bias = nn.Parameter(torch.zeros(up[0])) if biases else None
 
 
+def _chosen(sizes: Tensor, k: int) -> Tensor:
+    """Which entries of a matrix are its k largest; of one matrix for each task, (tasks, ...), those of each."""
+    matrices = [sizes] if sizes.dim() < 3 else list(sizes)
+    masks = [top_k([matrix], k)[0] for matrix in matrices]
+    return masks[0] if sizes.dim() < 3 else torch.stack(masks)
+
+
 class _Choose(torch.autograd.Function):
     """1 for the k largest entries, 0 for the others; the gradient passes unchanged."""
 
     @staticmethod
     def forward(ctx: Any, sizes: Tensor, k: int) -> Tensor:
-        (mask,) = top_k([sizes], k)
-        return mask.to(sizes.dtype)
+        return _chosen(sizes, k).to(sizes.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -169,21 +191,25 @@ class _Choose(torch.autograd.Function):
 class Masked(Attachment):
     """One layer's masks over the shared prototype; as scores while they learn, as bits afterwards."""
 
-    def __init__(self, prototype: Prototype, density: float) -> None:
+    def __init__(self, prototype: Prototype, how: ProPETL) -> None:
         super().__init__()
         self.__dict__["prototype"] = prototype  # registered once, on the tuning
-        self.density = density
+        self.density, self.join, self.n_tasks = how.density, how.join, how.n_tasks
         self.shapes = {"down": prototype.down.shape, "up": prototype.up.shape}
+        if self.n_tasks:
+            own = {f"{name}_of_tasks": torch.Size((self.n_tasks, *shape)) for name, shape in self.shapes.items()}
+            self.shapes |= own
         self.scores = nn.ParameterDict({name: torch.empty(shape) for name, shape in self.shapes.items()})
-        for scores in self.scores.values():
-            nn.init.kaiming_uniform_(scores, a=math.sqrt(5))
-        self.register_buffer("down_mask", None)
-        self.register_buffer("up_mask", None)
+        for name, scores in self.scores.items():
+            for matrix in scores if name.endswith("_of_tasks") else [scores]:
+                nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+        for name in self.shapes:
+            self.register_buffer(f"{name}_mask", None)
         self._kept: dict[str, tuple[tuple[int, int], Tensor]] = {}
 
     def kept(self, name: str) -> int:
-        """How many entries of a matrix this layer uses."""
-        n = self.shapes[name].numel()
+        """How many entries of a matrix one mask keeps."""
+        n = self.shapes[name.removesuffix("_of_tasks")].numel()
         return n - math.floor(round((1 - self.density) * n, 6))  # rounded first: (1 - 0.9) * 10 is not quite 1
 
     def mask(self, name: str) -> Tensor:
@@ -197,14 +223,34 @@ class Masked(Attachment):
             return chosen
         state = (scores.data_ptr(), scores._version)
         if name not in self._kept or self._kept[name][0] != state:
-            (mask,) = top_k([scores.abs()], self.kept(name))
-            self._kept[name] = (state, mask.to(scores.dtype))
+            self._kept[name] = (state, _chosen(scores.abs(), self.kept(name)).to(scores.dtype))
         return self._kept[name][1]
 
     def weight(self, name: str) -> Tensor:
-        """This layer's matrix: the prototype's, masked."""
+        """This layer's matrix: the prototype's, masked. (out, in)."""
         shared: Tensor = getattr(self.__dict__["prototype"], name)
         return shared * self.mask(name).to(shared.dtype)
+
+    def weights(self, name: str, tasks: Tensor) -> Tensor:
+        """This layer's matrix for some tasks. tasks: (n,) -> (n, out, in)."""
+        shared: Tensor = getattr(self.__dict__["prototype"], name)
+        layer, task = self.mask(name).to(shared.dtype), self.mask(f"{name}_of_tasks").to(shared.dtype)[tasks]
+        both = layer * task
+        if self.join == "or":
+            both = 1 - (1 - layer) * (1 - task)
+        elif self.join == "sum":
+            both = layer + task
+        return shared * both
+
+    def thin(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The stream as rows, and for each row the two matrices of its task.
+
+        y: (rows, n, d), which some models flatten to (rows n, d) -> (rows, n, d), (rows, r, d), (rows, d, r).
+        """
+        row = self.context.row("task").to(y.device)
+        picked, of_row = torch.unique(row, return_inverse=True)  # each task's matrices are made once
+        down, up = (self.weights(name, picked)[of_row] for name in ("down", "up"))
+        return y.to(down.dtype).reshape(len(row), -1, y.shape[-1]), down, up
 
     def stored(self) -> dict[str, Tensor]:
         """The masks, eight entries to a byte."""
@@ -212,13 +258,14 @@ class Masked(Attachment):
         for name in self.shapes:
             with torch.no_grad():
                 scores = self.scores[name].abs() if name in self.scores else None
-                bits = self.get_buffer(f"{name}_mask") if scores is None else top_k([scores], self.kept(name))[0]
+                bits = self.get_buffer(f"{name}_mask") if scores is None else _chosen(scores, self.kept(name))
             found[name] = pack(bits.bool())
         return found
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         if set(tensors) != set(self.shapes):
-            raise KeyError(f"masks are stored as down and up, the file has {', '.join(sorted(tensors)) or 'none'}")
+            wanted = " and ".join(self.shapes)
+            raise KeyError(f"masks are stored as {wanted}, the file has {', '.join(sorted(tensors)) or 'none'}")
         prototype: Prototype = self.__dict__["prototype"]
         for name, shape in self.shapes.items():
             bits = unpack(tensors[name].to(prototype.down.device), shape)
@@ -233,12 +280,16 @@ class MaskedBottleneck(Masked):
     kind = "sequential"
     needs_input = False
 
-    def __init__(self, prototype: Prototype, density: float, activation: Activation) -> None:
-        super().__init__(prototype, density)
-        self.activation = activation
+    def __init__(self, prototype: Prototype, how: ProPETL) -> None:
+        super().__init__(prototype, how)
+        self.activation = how.activation
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         shared: Prototype = self.__dict__["prototype"]
+        if self.n_tasks:
+            stream, downs, ups = self.thin(y)
+            hidden = activated(self.activation, stream @ downs.transpose(1, 2) + shared.down_bias)  # (rows, n, r)
+            return y + (hidden @ ups.transpose(1, 2) + shared.up_bias).reshape(y.shape).to(y.dtype)
         down, up = self.weight("down"), self.weight("up")
         return kernels.bottleneck(y, y, down, shared.down_bias, up, shared.up_bias, 1.0, self.activation)
 
@@ -248,18 +299,22 @@ class MaskedUpdate(Masked):
 
     kind = "delta"
 
-    def __init__(self, prototype: Prototype, density: float, scale: float) -> None:
-        super().__init__(prototype, density)
+    def __init__(self, prototype: Prototype, how: ProPETL, scale: float) -> None:
+        super().__init__(prototype, how)
         self.scale = scale
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.n_tasks:
+            stream, downs, ups = self.thin(x)  # (rows, n, d_in)
+            branch = stream @ downs.transpose(1, 2) @ ups.transpose(1, 2)  # (rows, n, d_out)
+            return y + (branch * self.scale).reshape(y.shape).to(y.dtype)
         return y + (x @ self.weight("down").T @ self.weight("up").T) * self.scale
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + self.weight("up") @ self.weight("down") * self.scale, bias
 
     def fused(self, base: Base, x: Tensor) -> Tensor | None:
-        if not fusable(base):
+        if self.n_tasks or not fusable(base):
             return None
         down, up = self.weight("down"), self.weight("up")
         return kernels.low_rank_linear(x, base.weight(), base.bias(), down, up, self.scale)

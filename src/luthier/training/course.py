@@ -109,7 +109,11 @@ class Course:
 
     def generator(self, *stream: int | str) -> torch.Generator:
         """A generator on the CPU that is named by the seed, the strategy, the step and `stream`."""
-        return torch.Generator().manual_seed(key(self.seed, "strategy", self.name, self.step, *stream))
+        return torch.Generator().manual_seed(self.seed_of(*stream))
+
+    def seed_of(self, *stream: int | str) -> int:
+        """A number that is named by the seed, the strategy, the step and `stream`."""
+        return key(self.seed, "strategy", self.name, self.step, *stream)
 
     def draw(self, piece: Piece, width: int, kind: Literal["uniform", "normal"] = "uniform") -> Tensor:
         """Noise for the real tokens of a micro-batch, zero on padding: (rows, tokens, width), fp32.

@@ -7,31 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from luthier.data.batches import Batch
 from luthier.data.examples import IGNORED
 from luthier.data.stop_tokens import stop_ids
 from luthier.training.answers import positions_for_rows
 from luthier.training.course import Course
+from luthier.training.sampling import Drawn
 
 __all__ = ["answered_anew"]
-
-
-class _Drawn:
-    """Makes of the likeliest token a drawn one: argmax of logits / T + Gumbel noise, which is a sample of softmax.
-
-    The noise is named by step and row, so neither neighbours nor the cut of a step change an answer.
-    """
-
-    def __init__(self, course: Course, rows: list[int], temperature: float) -> None:
-        self._draws = [course.generator("write", row) for row in rows]
-        self._temperature = temperature
-
-    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        even = torch.stack([torch.rand(scores.shape[-1], generator=draw) for draw in self._draws])
-        noise = -(-even.clamp(1e-20, 1 - 1e-7).log()).log()
-        return scores.float() / self._temperature + noise.to(scores.device)
 
 
 def answered_anew(course: Course, batch: Batch, *, most: int, temperature: float) -> Batch:
@@ -51,11 +35,12 @@ def answered_anew(course: Course, batch: Batch, *, most: int, temperature: float
     with torch.no_grad(), course.still():
         for begin in sorted(set(begins)):  # prompts of one length, so that nothing is padded
             here = [k for k, b in enumerate(begins) if b == begin]
+            seeds = [course.seed_of("write", row) for row in batch.rows[here].tolist()]
             room = most if limit is None else min(most, limit - begin)
             out = model.generate(
                 input_ids=ids[here, :begin], attention_mask=torch.ones_like(ids[here, :begin]), do_sample=False,
                 max_new_tokens=max(1, room), pad_token_id=model.config.pad_token_id, eos_token_id=ends or None,
-                logits_processor=[_Drawn(course, batch.rows[here].tolist(), temperature)],
+                logits_processor=[Drawn(seeds, temperature)],
                 **{name: value[here] for name, value in facts.items()},
             )  # fmt: skip
             for k, answer in zip(here, out[:, begin:].tolist(), strict=True):

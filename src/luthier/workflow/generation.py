@@ -12,10 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from luthier.core import ConfigError
 from luthier.data.batches import Collator, cut
 from luthier.data.examples import Examples
 from luthier.surgery import Tuned
 from luthier.training.precision import Precision
+from luthier.training.sampling import Sampling
 
 __all__ = ["Generator", "Written"]
 
@@ -34,7 +36,7 @@ class Written:
 
 
 class Generator:
-    """Writes on from prompts, greedily or by a beam, to a stop token or to the longest answer allowed.
+    """Writes on from prompts, greedily, by a beam or by drawing, to a stop token or to the longest answer allowed.
 
     A row must come out as it would alone. Whether padding sees to that is tried on the first batch that needs any;
     where it does not, only prompts of one length share a batch.
@@ -56,14 +58,23 @@ class Generator:
         self.pads: bool | None = None  # None until it was tried
 
     def write(
-        self, prompts: Examples, max_new_tokens: int, tunings: Sequence[str | None] | None = None, beams: int = 1
-    ) -> list[Written]:
-        """One answer for each example, in their order.
+        self, prompts: Examples, max_new_tokens: int, tunings: Sequence[str | None] | None = None, beams: int = 1,
+        sampling: Sampling | None = None,
+    ) -> list[Written]:  # fmt: skip
+        """One answer for each example, in their order. For several answers to a prompt, give it several times.
 
         Args:
             beams: answers that are followed side by side, of which the likeliest is given.
             tunings: for each example the tuning that answers it; see `Tuned.rows`.
+            sampling: draw each token, by a seed for each example; left out, take the likeliest.
+
+        Raises:
+            ConfigError: drawn and by a beam; not as many seeds as examples.
         """
+        if sampling is not None and beams > 1:
+            raise ConfigError(f"answers are drawn, and {beams} beams look for the likeliest. Ask for one of the two.")
+        if sampling is not None and len(sampling.seeds) != len(prompts):
+            raise ConfigError(f"{len(sampling.seeds)} seeds for {len(prompts)} prompts. Give one for each.")
         found: list[Written | None] = [None] * len(prompts)
         lengths = np.diff(prompts.offsets)
         waiting = self._pieces(np.arange(len(prompts), dtype=np.int64), lengths, max_new_tokens)
@@ -79,7 +90,8 @@ class Generator:
                 for i in piece:
                     found[i] = Written("", f"the prompt fills all {self.limit} positions of the model", ended=False)
                 continue
-            out = self._generate(prompts, piece, tunings, max_new_tokens=most, num_beams=beams)
+            drawn = {} if sampling is None else {"logits_processor": [sampling.of(piece.tolist())]}
+            out = self._generate(prompts, piece, tunings, max_new_tokens=most, num_beams=beams, **drawn)
             for i, new in zip(piece, out, strict=True):
                 found[i] = self._read(new.tolist(), most < max_new_tokens)
         return [written for written in found if written is not None]

@@ -56,7 +56,7 @@ OTHER: dict[str, Any] = {
     "optim.eps": 1e-6, "optim.weight_decay": 0.1, "optim.clip": 0.5, "epochs": 2.0,
     "steps": 9, "batch.size": 6, "batch.tokens": 64, "batch.accumulate": 3, "batch.pad_to": 4, "batch.workers": 1,
     "batch.group_by_length": False, "eval.every": 2, "eval.metric": "loss", "eval.patience": 2, "eval.best": True,
-    "eval.share": 0.2, "eval.rows": 3, "eval.thresholds": True,
+    "eval.share": 0.2, "eval.rows": 3, "eval.thresholds": True, "eval.calibrate": True,
     "checkpoint.every_steps": 2, "checkpoint.every_seconds": 60.0,
     "checkpoint.keep": 3, "threads": 2, "device": "cpu", "gradient_checkpointing": True, "fast": False, "recheck": 1,
     "out": "elsewhere", "force": True, "chosen": ["epochs"],

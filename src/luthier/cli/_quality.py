@@ -48,6 +48,12 @@ def show_quality(
         many = str(wrong) if wrong < 10 else "10 or more"
         sure = f"; {many} rows are wrong at 90 % or more ({answers})" if wrong else ""
         to.show(f"\nCertainty and accuracy are {quality.calibration_error:.3f} apart on average{sure}.")
+    if quality.temperature is not None:
+        to.show(
+            f"At temperature {quality.temperature:.2f}, fitted on rows held out to select by, they are "
+            f"{quality.calibrated_calibration_error:.3f} apart; negative log-likelihood {quality.calibrated_nll:.3f} "
+            f"in place of {quality.nll:.3f}."
+        )
     if quality.plain_nll is not None:
         to.show(
             f"The model alone, without the method's own way of answering: loss {quality.plain_nll:.4f} in place of "

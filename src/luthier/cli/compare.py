@@ -168,16 +168,31 @@ def _show(found: Any) -> None:
     rows += [(name, "failed", *[""] * 7) for name in found.failed]
     head = ("method", found.metric, "±", "behind", "95 %", "", "trained", "time", "peak")
     to.table(head, rows, right=("trained", "time", "peak", "±"))
-    sure = [
-        (s.name, *(f"{v:.3f}" for v in (s.calibration_error, s.brier, s.nll)))
-        for s in found.standings
-        if s.nll is not None
-    ]
-    if sure:
-        to.show("\nHow far answers are from being as sure as they are right; lower is better:")
-        to.table(("method", "ECE", "Brier", "NLL"), sure, right=("ECE", "Brier", "NLL"))
+    _show_sureness(found)
     beside = "; ".join(f"{name} {value:.3f}" for name, value in found.baselines.items())
     to.show(f"\nOn the same rows: {beside}. Trained numbers are those beside the head.")
+
+
+def _show_sureness(found: Any) -> None:
+    """How well certainty fits, and at a fitted temperature where the runs have one."""
+    told = [s for s in found.standings if s.nll is not None]
+    if not told:
+        return
+    to = screen()
+    head = ["ECE", "Brier", "NLL"]
+    fitted = all(s.temperature is not None for s in told)
+    if fitted:
+        head += ["T", *(f"{name} at T" for name in head)]
+    rows = []
+    for s in told:
+        values = [s.calibration_error, s.brier, s.nll]
+        if fitted:
+            values += [s.temperature, s.calibrated_calibration_error, s.calibrated_brier, s.calibrated_nll]
+        rows.append((s.name, *(f"{value:.3f}" for value in values)))
+    to.show("\nHow far answers are from being as sure as they are right; lower is better:")
+    to.table(("method", *head), rows, right=tuple(head))
+    if fitted:
+        to.show("T: the temperature fitted on rows held out to select by, a mean over seeds; no answer changes.")
 
 
 def _short(value: float) -> str:

@@ -244,7 +244,8 @@ def _calibration(cells: Sequence[Cell]) -> dict[str, float]:
     """Means over seeds of what every one of the runs wrote down."""
     paths = [cell.path / "quality.json" for cell in cells]
     each = [json.loads(path.read_bytes()) if path.is_file() else {} for path in paths]
-    names = ("calibration_error", "brier", "nll")
+    sure = ("calibration_error", "brier", "nll")
+    names = (*sure, "temperature", *(f"calibrated_{name}" for name in sure))
     return {n: float(np.mean([e[n] for e in each])) for n in names if all(e.get(n) is not None for e in each)}
 
 

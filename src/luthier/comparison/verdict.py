@@ -62,6 +62,10 @@ class Standing:
     """mean gap between how sure answers are and how often they are right"""
     brier: float | None = None
     nll: float | None = None
+    temperature: float | None = None
+    calibrated_calibration_error: float | None = None
+    calibrated_brier: float | None = None
+    calibrated_nll: float | None = None
     """as in `luthier.training.quality.Quality`; means over seeds"""
     costs: Costs
 
@@ -114,7 +118,7 @@ def judge(
         clusters: (rows,) rows of one number are near copies of each other.
         margin: differences below it do not matter; None takes twice the methods' spread over seeds, a hundredth at
             least.
-        calibration: of each method calibration_error, brier and nll, as far as they are known.
+        calibration: of each method what `Standing` has of certainty, as far as it is known.
         baselines: name -> (rows,) answers.
     """
     score = score_named(metric)

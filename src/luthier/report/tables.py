@@ -56,16 +56,16 @@ def _methods(story: Story) -> Table | None:
             Cell(f"{gap.low:+.3f} to {gap.high:+.3f}", gap.low) if gap else Cell(""),
             _chance(s.p) if gap else Cell(""), Cell(human_count(s.costs.trained), s.costs.trained),
             Cell(human_seconds(s.costs.seconds), s.costs.seconds), _bytes(s.costs.peak_bytes),
-            _bytes(s.costs.stored_bytes), _number(s.calibration_error, 3),
+            _bytes(s.costs.stored_bytes), _number(s.calibration_error, 3), _number(s.calibrated_calibration_error, 3),
         ))  # fmt: skip
-    rows += [(Cell(name), Cell("failed"), Cell(""), Cell(why), *[Cell("")] * 8) for name, why in found.failed.items()]
+    rows += [(Cell(name), Cell("failed"), Cell(""), Cell(why), *[Cell("")] * 9) for name, why in found.failed.items()]
     rows += [
-        (Cell(name), _number(v, 4), Cell(""), Cell("baseline"), *[Cell("")] * 8) for name, v in found.baselines.items()
+        (Cell(name), _number(v, 4), Cell(""), Cell("baseline"), *[Cell("")] * 9) for name, v in found.baselines.items()
     ]
     metric = found.metric.replace("_", " ")
     head = (
         "method", metric, "95 % interval", "against the best", "difference", "its 95 % interval", "p, corrected",
-        "trained", "time", "peak memory", "stored", "calibration error",
+        "trained", "time", "peak memory", "stored", "calibration error", "at a fitted temperature",
     )  # fmt: skip
     note = (
         f"Means over the runs of each method, which stand one by one under Runs; {found.rows} held-out rows. A tie is "

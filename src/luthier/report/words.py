@@ -40,7 +40,9 @@ def of_one(run: Run) -> tuple[str, ...]:
     )
     error = quality.get("calibration_error")
     if isinstance(error, float):
-        lines.append(f"Certainty and accuracy are {error:.3f} apart on average.")
+        at, then = quality.get("temperature"), quality.get("calibrated_calibration_error")
+        fitted = f", and {then:.3f} at the fitted temperature {at:.2f}" if at is not None and then is not None else ""
+        lines.append(f"Certainty and accuracy are {error:.3f} apart on average{fitted}.")
     if not record.bit_exact:
         lines.append(f"It was resumed, and not to the bit: {'; '.join(record.because)}.")
     if run.why:

@@ -159,8 +159,8 @@ class BatchSpec:
 class EvalSpec:
     """When to score rows that are not learnt from, and what follows from the score.
 
-    What is selected by a score cannot be measured by it: with `best`, `patience` or `thresholds`, a part of the
-    training rows is held out for that, and the test half is scored once, at the end.
+    What is selected by a score cannot be measured by it: with `best`, `patience`, `thresholds` or `calibrate`, a part
+    of the training rows is held out for that, and the test half is scored once, at the end.
     """
 
     every: Annotated[
@@ -174,7 +174,7 @@ class EvalSpec:
     best: Annotated[bool, "keep the tuning with the best score rather than the last one"] = False
     share: Annotated[
         float,
-        "share of the training rows held out to select by, where best, patience or thresholds ask for it",
+        "share of the training rows held out to select by, where best, patience, thresholds or calibrate ask for it",
         between(0, 0.5),
         Flag("eval-share"),
     ] = 0.1
@@ -182,6 +182,9 @@ class EvalSpec:
         bool,
         "choose, on rows held out to select by, from which probability on a label is answered; for several labels and "
         "for two classes",
+    ] = False
+    calibrate: Annotated[
+        bool, "fit a temperature to the certainty of answers, on rows held out to select by; no answer changes"
     ] = False
     rows: Annotated[
         int | None,
@@ -196,8 +199,9 @@ class EvalSpec:
             raise ConfigError(
                 f"eval.{wanted} needs evaluations during training: leave eval.every and eval.share out, or above 0."
             )
-        if self.thresholds and self.share == 0:
-            raise ConfigError("eval.thresholds are chosen on rows held out for it: leave eval.share out, or above 0.")
+        if self.holds_out and self.share == 0:
+            wanted = "thresholds" if self.thresholds else "calibrate"
+            raise ConfigError(f"eval.{wanted} goes by rows held out for it: leave eval.share out, or above 0.")
 
     @property
     def selects(self) -> bool:
@@ -207,7 +211,7 @@ class EvalSpec:
     @property
     def holds_out(self) -> bool:
         """Whether training rows are held out to select by."""
-        return self.selects or self.thresholds
+        return self.selects or self.thresholds or self.calibrate
 
 
 @checked

@@ -54,6 +54,7 @@ RESUME: dict[str, ResumeRule] = {
     "eval.patience": "exact",
     "eval.share": "exact",
     "eval.thresholds": "exact",
+    "eval.calibrate": "exact",
     "eval.rows": "exact",
     # boundary: the set of rows of each step follows from these, so they may change where an epoch begins
     "batch.size": "boundary",

@@ -14,7 +14,7 @@ from luthier.core import key
 from luthier.data.tasks import Task
 from luthier.training import metrics
 
-__all__ = ["ClassQuality", "Quality", "beside_plain", "judge"]
+__all__ = ["ClassQuality", "Quality", "beside_plain", "judge", "sureness"]
 
 RESAMPLES = 1000
 BINS = 15
@@ -68,6 +68,12 @@ class Quality:
     """mean squared distance of a row's probabilities from the truth, over all classes: 0 to 2"""
     nll: float | None = None
     """mean negative logarithm of the probability of the right class"""
+    temperature: float | None = None
+    """by which probabilities are sharpened or flattened, fitted on rows held out to select by"""
+    calibrated_calibration_error: float | None = None
+    calibrated_brier: float | None = None
+    calibrated_nll: float | None = None
+    """the same three at that temperature"""
     plain_calibration_error: float | None = None
     """the gap of the model alone, where a method answers otherwise"""
     plain_nll: float | None = None
@@ -136,6 +142,7 @@ def _classes(
     classes = tuple(_one(task.labels[i], confusion, i, int(seen[i])) for i in range(n_classes))
     accuracy, baseline = float(right.mean()), float((wanted == most).mean())
     wrong = np.flatnonzero(~right & (sure >= SURE))
+    fits = sureness(chances, said, wanted)
     worded = None if by_words is None else float((by_words == wanted).mean())
     warnings = _class_warnings(classes, said, accuracy, low, baseline, task.labels[most], loss)
     return Quality(
@@ -148,13 +155,27 @@ def _classes(
         baseline_answer=task.labels[most],
         classes=classes,
         confusion=tuple(tuple(int(v) for v in row) for row in confusion),
-        calibration_error=_calibration_error(sure, right),
-        brier=float(((chances - np.eye(n_classes)[wanted]) ** 2).sum(axis=1).mean()),
-        nll=float(-np.log(np.maximum(chances[np.arange(n), wanted], LEAST)).mean()),
+        calibration_error=fits["calibration_error"],
+        brier=fits["brier"],
+        nll=fits["nll"],
         sure_but_wrong=tuple(int(i) for i in wrong[np.argsort(-sure[wrong], kind="stable")][:10]),
         by_words=worded,
         warnings=(*warnings, *_words_win(accuracy, worded, n)),
     )
+
+
+def sureness(chances: NDArray[Any], said: NDArray[Any], wanted: NDArray[np.int64]) -> dict[str, float]:
+    """How well certainty fits: the calibration error, the Brier score, the mean negative log-likelihood.
+
+    Args:
+        chances: (rows, classes); said, wanted: classes, (rows,).
+    """
+    rows = np.arange(len(wanted))
+    return {
+        "calibration_error": _calibration_error(chances[rows, said], said == wanted),
+        "brier": float(((chances - np.eye(chances.shape[1])[wanted]) ** 2).sum(axis=1).mean()),
+        "nll": float(-np.log(np.maximum(chances[rows, wanted], LEAST)).mean()),
+    }
 
 
 def _one(name: str, confusion: NDArray[np.int64], i: int, learnt: int) -> ClassQuality:

@@ -29,6 +29,7 @@ from luthier.training.evaluate import plain_scores, references
 from luthier.training.loop import Loop
 from luthier.training.memory_parts import whole_memory
 from luthier.training.quality import Quality, beside_plain, judge
+from luthier.training.temperature import calibrated, fit_temperature
 from luthier.training.thresholds import choose_thresholds, thresholds_said
 from luthier.training.word_counts import answers_by_words
 from luthier.workflow.build import evaluator_of
@@ -110,7 +111,7 @@ def finish(prepared: Prepared, loop: Loop, run: RunFolder) -> tuple[dict[str, fl
         out = evaluator.outputs()
         scores = evaluator.scores_of(out)
         plainly = _plainly(prepared, loop, prepared.test)
-        quality = _keep_answers(prepared, prepared.test, out, run, plainly)
+        quality = _keep_answers(prepared, prepared.test, out, run, plainly, _temperature(prepared, loop))
     if scores:
         run.event("scores", lasting=False, step=loop.step, **plain_scores(scores, 6))
         loop.listener.scores(loop.step, scores)
@@ -132,6 +133,15 @@ def _with_thresholds(prepared: Prepared, loop: Loop, run: RunFolder) -> Prepared
     run.event("thresholds", lasting=False, values=list(found))
     loop.listener.say(thresholds_said(task, len(held.read_rows)))
     return replace(prepared, task=task)
+
+
+def _temperature(prepared: Prepared, loop: Loop) -> float | None:
+    """Where the spec asks for it: the temperature that fits the rows held out to select by."""
+    held = prepared.selection
+    if not prepared.spec.eval.calibrate or held is None or held.targets is None:
+        return None
+    chances = prepared.task.probabilities(evaluator_of(prepared, loop, held).outputs()["logits"])
+    return fit_temperature(chances, held.row_targets.astype(np.int64))
 
 
 def _conclude(prepared: Prepared, loop: Loop) -> None:
@@ -156,8 +166,9 @@ def _plainly(prepared: Prepared, loop: Loop, examples: Examples) -> dict[str, An
 
 
 def _keep_answers(
-    prepared: Prepared, test: Examples, out: dict[str, Any], run: RunFolder, plainly: dict[str, Any] | None
-) -> Quality | None:
+    prepared: Prepared, test: Examples, out: dict[str, Any], run: RunFolder, plainly: dict[str, Any] | None,
+    temperature: float | None,
+) -> Quality | None:  # fmt: skip
     """Beside the scores: what they are worth (`quality.json`) and each held-out row's answer (`predictions.csv`)."""
     task, train = prepared.task, prepared.train
     if test.targets is None or train.targets is None or prepared.test_table is None:
@@ -166,6 +177,8 @@ def _keep_answers(
     quality = judge(task, out["logits"], test.row_targets, train.row_targets, float(out["loss"]), by_words)
     if quality is not None and plainly is not None:
         quality = beside_plain(quality, task, plainly["logits"], test.row_targets, float(plainly["loss"]))
+    if quality is not None and temperature is not None:
+        quality = calibrated(quality, task, out["logits"], test.row_targets, temperature)
     if quality is not None:
         run.write_json("quality.json", plain(quality))
     durable.write_bytes(

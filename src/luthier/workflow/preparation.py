@@ -37,6 +37,7 @@ from luthier.training.precision import Precision, choose_device, choose_precisio
 from luthier.training.preference import Weighing, judge_of
 from luthier.training.recipe import refuse_recipe
 from luthier.training.strategy import refuse_sets, refuse_task, split_settings, strategies, task_of
+from luthier.training.temperature import check_calibrate
 from luthier.training.thresholds import check_thresholds
 from luthier.training.update_checks import refuse_optimisers
 from luthier.workflow.choices import choose, sentence
@@ -167,6 +168,8 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None, *, be
     select = None
     if spec.eval.thresholds:
         check_thresholds(task)
+    if spec.eval.calibrate:
+        check_calibrate(task)
     if spec.eval.holds_out or any(part.holds_out for part in method.parts()):
         by_class = task.name == "classification" and not task.multi_label
         table, select = split_rows(

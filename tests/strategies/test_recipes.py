@@ -11,6 +11,7 @@ import pytest
 import torch
 from fillers import encoder, filler
 from little import Heard, at_call, little_data, little_model, little_spec
+from recipe_rows import ROWS
 from word_tables import WORDS
 
 from luthier.core import CompositionError, ConfigError, IntegrityError, UnknownName
@@ -69,6 +70,10 @@ def recipe_spec(home: Path, words: str, out: Path, kind: str = "bert", **changes
         (home / "templates.toml").write_text(told)
         given["settings"] |= {"task_mixture.templates": str(home / "templates.toml")}
         given |= {"also": (f"old={little_data(home / 'more.csv', rows=20, seed=5)}",)}
+    if words in ROWS:
+        made = ROWS[words](home)
+        given["settings"] |= made.pop("settings", {})
+        given |= made
     if words == "setfit":
         given |= {"batch": BatchSpec(size=8, tokens=4096)}  # pairs are those of a whole step
     also = {}

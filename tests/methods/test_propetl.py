@@ -267,4 +267,6 @@ def test_where_all_tasks_keep_what_their_layer_keeps_it_is_the_form_of_one_task(
             for name in ("down", "up"):
                 module.scores[f"{name}_of_tasks"].copy_(module.scores[name])
     batch = inputs(alone.model)
-    torch.testing.assert_close(logits(several.model, batch | {"row_task": torch.tensor([0, 1, 1])}), logits(alone.model))
+    torch.testing.assert_close(
+        logits(several.model, batch | {"row_task": torch.tensor([0, 1, 1])}), logits(alone.model)
+    )

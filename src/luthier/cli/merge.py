@@ -22,6 +22,10 @@ def command(
     accept: Annotated[
         bool, typer.Option("--accept", help="Write it although, read back, it is not the model that was trained.")
     ] = False,
+    add: Annotated[
+        list[str] | None,
+        typer.Option(help="Another run on the same base, whose change of the weights is added; repeat."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a model folder that transformers loads without luthier: the tuning is computed into the weights.
@@ -29,10 +33,12 @@ def command(
     Examples:
 
       luthier merge runs/x --out for-a-colleague
+
+      luthier merge runs/task --add runs/language --out both
     """
     from luthier.workflow import merge
 
-    written = merge(run, out, dtype=dtype, accept=accept)  # type: ignore[arg-type]  # any other word is refused there
+    written = merge(run, out, dtype=dtype, accept=accept, add=add or ())  # type: ignore[arg-type]  # any other word is refused there
     sizes = {path.name: path.stat().st_size for path in sorted(written.iterdir())}
     screen().result({"path": str(written), "bytes": sizes})
     screen().show(f"{out}: {human_bytes(sum(sizes.values()))}, {', '.join(sizes)}. README.md there says how to use it.")

@@ -15,6 +15,7 @@ from luthier.__version__ import __version__
 from luthier.core import CannotMerge, ConfigError
 from luthier.runs import durable
 from luthier.surgery import answerers, merging
+from luthier.workflow.added_runs import add_runs
 from luthier.workflow.certificate import FILE as CERTIFICATE
 from luthier.workflow.certificate import called, certify_folder
 from luthier.workflow.load_model import find_model, load_config, quiet
@@ -36,8 +37,9 @@ TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def merge(
-    path: Path | str, out: Path | str, *, dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto", accept: bool = False
-) -> Path:
+    path: Path | str, out: Path | str, *, dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto", accept: bool = False,
+    add: Sequence[Path | str] = (),
+) -> Path:  # fmt: skip
     """Write a run's model with the tuning in its weights: safetensors, configuration, tokenizer, and a model card.
 
     The merged model's logits are compared with the tuned one's before anything is written. The folder is then read by
@@ -54,9 +56,11 @@ def merge(
         out: the folder to write; it must not exist.
         dtype: of the weights; auto, the type in which the base is stored.
         accept: write the folder although it is not the model that was trained; its certificate says so.
+        add: other finished runs on the same base. What each has changed of the base's weights is added; heads are those
+            of the first run. Nobody trained such a sum, so it has no certificate: try it on rows of your own.
 
     Raises:
-        ConfigError: no such run, one that is not finished, or `out` is there.
+        ConfigError: no such run, one that is not finished, a run to add that is of another base, or `out` is there.
         CannotMerge: no weight of the model can do what the method does, or the type is too coarse for it.
         WrongBase, IntegrityError: model, tokenizer or tuning are not those of the run, or the folder, read back, is not
             the model that was trained.
@@ -68,14 +72,15 @@ def merge(
         raise ConfigError(f"{out}: the folder {out.parent} does not exist. Make it, or name another place.")
     if dtype != "auto" and dtype not in TYPES:
         raise ConfigError(f"dtype: got {dtype!r}; it must be auto, fp32, bf16 or fp16.")
-    path = Path(path)
+    path, others = Path(path), [Path(other) for other in add]
     with durable.folder(out) as draft:
-        written = write_merged(path, draft.path, dtype=dtype, name=out.name)
-        found = certify_folder(
-            path, "merged", draft.path, halves=written.halves, in_unit=written.in_unit, accept=accept, shown=out,
-            beside=written.beside,
-        )  # fmt: skip
-        draft.write_json(CERTIFICATE, found.to_plain())
+        written = write_merged(path, draft.path, dtype=dtype, name=out.name, add=others)
+        if not others:
+            found = certify_folder(
+                path, "merged", draft.path, halves=written.halves, in_unit=written.in_unit, accept=accept, shown=out,
+                beside=written.beside,
+            )  # fmt: skip
+            draft.write_json(CERTIFICATE, found.to_plain())
         draft.write_bytes("README.md", written.card.encode())
         draft.share()
     return out
@@ -103,16 +108,18 @@ class Written:
         return f"; these are the plain outputs: what {names} makes of them is not in the weights" if names else ""
 
 
-def write_merged(path: Path, folder: Path, *, dtype: str, name: str) -> Written:
+def write_merged(path: Path, folder: Path, *, dtype: str, name: str, add: Sequence[Path] = ()) -> Written:
     """Weights, configuration and tokenizer of a run's merged model, into an empty folder that will be called `name`.
 
     Raises:
         CannotMerge: see `merge`.
     """
-    predictor = Predictor(path, dtype=torch.float32 if dtype == "auto" else TYPES[dtype], decode=True)
+    # A sum is computed in float32 and cast once.
+    predictor = Predictor(path, dtype=torch.float32 if dtype == "auto" or add else TYPES[dtype], decode=True)
+    stored = TYPES.get(dtype)
     if dtype == "auto":
         stored = getattr(load_config(find_model(predictor.spec.model)), "dtype", None)
-        if stored in (torch.bfloat16, torch.float16):
+        if stored in (torch.bfloat16, torch.float16) and not add:
             predictor = Predictor(path, dtype=stored, decode=True)
     method = predictor.spec.method
     otherwise = [part.name for part in answerers(predictor.tuned)]
@@ -123,12 +130,16 @@ def write_merged(path: Path, folder: Path, *, dtype: str, name: str) -> Written:
         model = predictor.tuned.merge(check=_a_batch(predictor), tolerance=0.5 if half else 0.25)
     except CannotMerge as error:
         raise CannotMerge(f"{path} ({method}): {error} {_instead(method, path)}") from None
+    if add:
+        add_runs(model, predictor, add)
+        model.to(stored if stored in (torch.bfloat16, torch.float16) else torch.float32)
+        half = stored in (torch.bfloat16, torch.float16)
     in_unit = _into_unit(model, predictor)
     _describe(model, predictor)
     with quiet():
         model.save_pretrained(folder)
         predictor.tokenizer.save_pretrained(folder)
-    return Written(half, in_unit, _card(path, name, model, predictor, in_unit, otherwise), tuple(otherwise))
+    return Written(half, in_unit, _card(path, name, model, predictor, in_unit, otherwise, add), tuple(otherwise))
 
 
 def _instead(method: str, path: Path) -> str:
@@ -183,7 +194,10 @@ def _describe(model: Any, predictor: Predictor) -> None:
         tokenizer.chat_template = template["text"]
 
 
-def _card(path: Path, out: str, model: Any, predictor: Predictor, in_unit: bool, otherwise: Sequence[str]) -> str:
+def _card(
+    path: Path, out: str, model: Any, predictor: Predictor, in_unit: bool, otherwise: Sequence[str],
+    added: Sequence[Path],
+) -> str:  # fmt: skip
     spec, task = predictor.spec, predictor.task
     pipeline = PIPELINES.get(task.name)
     if task.template:
@@ -233,7 +247,13 @@ def _card(path: Path, out: str, model: Any, predictor: Predictor, in_unit: bool,
             f"What {' and '.join(otherwise)} makes of the model's outputs is not in these weights: they give the plain "
             "outputs, and luthier's answers and the scores below are others.",
         ]  # fmt: skip
-    if found:
+    if added:
+        names = ", ".join(other.name for other in added)
+        lines += [
+            f"To the weights is added what other runs have learnt of the same base ({names}), without their heads. Nobody "
+            "trained this sum: the scores of its parts are not its own. Try it on rows of your own.",
+        ]  # fmt: skip
+    elif found:
         shown = [
             f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in found.items()
         ]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from marked import TESTS, all_marked
 
+from luthier.cli._parts_of_runs import PARTS_OF_RUNS
 from luthier.surgery import METHODS
 from luthier.training import STRATEGIES
 
@@ -52,7 +53,7 @@ def functions_of(name: str) -> set[str]:
 
 
 def registered() -> set[str]:
-    return {*METHODS.ours(), *STRATEGIES.ours()}
+    return {*METHODS.ours(), *STRATEGIES.ours(), *PARTS_OF_RUNS}
 
 
 def counted() -> str:

@@ -66,6 +66,7 @@ def learnt(examples, tokenizer, index=0):
     return runs
 
 
+@pytest.mark.acid("chat_format", 2)
 @pytest.mark.parametrize("template", [CHATML, MARKED])
 def test_the_mask_covers_each_assistant_turn_with_its_end_and_nothing_else(template):
     tokenizer = word_tokenizer("gpt", chat_template=template, eos_token="<|im_end|>")
@@ -81,6 +82,7 @@ def test_loss_on_all_tokens_is_a_choice():
     assert examples.n_targets.tolist() == [len(examples.ids) - 1]
 
 
+@pytest.mark.acid("chat_format", 1)
 def test_prompt_tokens_in_training_are_those_of_generation():
     tokenizer = word_tokenizer("gpt", chat_template=CHATML)
     ids = encoded(tokenizer).ids.tolist()
@@ -141,6 +143,7 @@ def test_a_template_that_writes_earlier_turns_differently_is_rendered_turn_by_tu
 
 
 @pytest.mark.fault("F32", "rendered row")
+@pytest.mark.acid("chat_format", 3)
 @pytest.mark.parametrize(
     ("template", "words"),
     [
@@ -163,6 +166,7 @@ def test_a_broken_template_is_refused_with_its_line():
         encoded(tokenizer)
 
 
+@pytest.mark.acid("chat_format", 4)
 def test_a_system_message_that_the_template_drops_is_reported():
     examples = encoded(word_tokenizer("gpt", chat_template=NO_SYSTEM))
     assert any("1 rows have a system message that the template leaves out" in note for note in examples.ledger.notes)

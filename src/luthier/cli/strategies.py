@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from luthier.cli._output import screen
+from luthier.cli._parts_of_runs import PARTS_OF_RUNS
 from luthier.cli._shared_options import AsJson
 from luthier.cli._shelf import STRATEGIES, example_of, few_words, of_families, settings_table
 from luthier.core import Card, plain
@@ -15,7 +16,7 @@ __all__ = ["command"]
 
 def complete_name(incomplete: str) -> list[str]:
     """Names of strategies."""
-    return [name for name in STRATEGIES.names() if name.startswith(incomplete)]
+    return [name for name in (*STRATEGIES.names(), *PARTS_OF_RUNS) if name.startswith(incomplete)]
 
 
 def command(
@@ -35,6 +36,9 @@ def command(
 
       luthier train sample:minilm-l6 --data sample:trec6 --strategy llrd --decay 0.8
     """
+    if name in PARTS_OF_RUNS:
+        _show_part(name)
+        return
     if name is not None:
         card = STRATEGIES.card(name)
         screen().result(facts(card))
@@ -47,6 +51,7 @@ def command(
         rows.append((f"{group}:", ""))
         rows += [(f"  {card.name}", f"{few_words(card)} ({card.paper})") for card in members]
     screen().table(("name", "what it is"), rows)
+    screen().show(f"\nA part of every run, not named by --strategy: {', '.join(PARTS_OF_RUNS)}.")
     screen().show(f"\n{len(cards)} strategies. Next: luthier strategies {cards[0].name}  (prints its page)")
 
 
@@ -84,6 +89,14 @@ def _needs(card: Card) -> str:
     rows = ["NAME" if name == "*" else name for name in _words(card, "sets")]
     models = [f" --set {card.name}.{role}=RUN" for role in _words(card, "roles")]
     return "".join([*(f" --also {name}=FILE" for name in rows), *models])
+
+
+def _show_part(name: str) -> None:
+    part = PARTS_OF_RUNS[name]
+    screen().result({"name": name, "kind": "part of every run", "paper": part.paper, "page": part.page})
+    screen().headline(f"{name} · a part of every run · {part.paper}\n")
+    screen().page(part.page)
+    screen().show(f"\nTry: luthier {part.example}")
 
 
 def _show_page(card: Card) -> None:

@@ -14,6 +14,7 @@ from luthier.core import DataError
 from luthier.data.corrupted import Corruption
 from luthier.data.examples import IGNORED, Examples
 from luthier.data.order import Order
+from luthier.data.packing import best_fit, cut_packed, laid_in_lines, padded_tokens, positions_in_lines, width_of
 
 __all__ = ["Batch", "Batches", "Collator", "EvalBatches", "in_order"]
 
@@ -26,17 +27,23 @@ class Batch:
 
     inputs: dict[str, Tensor]
     """what the model is called with: input_ids, attention_mask, and token_type_ids or decoder_input_ids with
-    decoder_attention_mask; (b, t). And row_task, where rows are of several tasks; (b,)"""
+    decoder_attention_mask; (b, t). And row_task, where rows are of several tasks; (b,). Where several examples stand in
+    a line: input_ids and position_ids alone, which begin anew with each example"""
     labels: Tensor | None
     """(b, t) int64 with IGNORED where there is no loss, or one target for each example: (b,) or (b, labels)"""
     rows: NDArray[np.int64] = field(repr=False)
-    """the example that each line is"""
+    """the example that each line is; where several stand in a line, all of them, line by line"""
     n_targets: int
     """numbers in the loss"""
     n_tokens: int
     """tokens without padding"""
     marks: Tensor | None = None
     """numbers that come with each example, (b, k). Pairs have 2 b lines: the first answers, then the second"""
+
+    @property
+    def packed(self) -> bool:
+        """Whether several examples may stand in a line: no pass over it may fill a cache."""
+        return "position_ids" in self.inputs
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
@@ -77,6 +84,24 @@ class Collator:
             facts = {f"row_{name}": torch.from_numpy(numbers[indices]) for name, numbers in examples.facts.items()}
             return replace(batch, rows=indices, inputs=batch.inputs | facts)
         return self._batch(examples, indices)
+
+    def packed(self, examples: Examples, indices: NDArray[np.int64]) -> Batch:
+        """The batch of some examples of a language model, several in a line. See `luthier.data.packing`."""
+        assert examples.labels is not None
+        starts, lengths = examples.offsets[indices], examples.lengths_of(indices)
+        width = width_of(lengths, self.pad_to)
+        lines = best_fit(lengths, width)
+        ids, labels = (
+            torch.from_numpy(laid_in_lines(flat, starts, lengths, lines, width, fill))
+            for flat, fill in ((examples.ids, self.pad_id), (examples.labels, IGNORED))
+        )
+        return Batch(
+            inputs={"input_ids": ids, "position_ids": torch.from_numpy(positions_in_lines(lengths, lines, width))},
+            labels=labels,
+            rows=indices[[row for line in lines for row in line]],
+            n_targets=int(examples.n_targets[indices].sum()),
+            n_tokens=int(lengths.sum()),
+        )
 
     def _pairs(self, examples: Examples, indices: NDArray[np.int64], middles: NDArray[np.int64]) -> Batch:
         """Both halves of each pair, padded alike: first answers (b), then second (b)."""
@@ -168,6 +193,7 @@ class Batches:
         tokens: padded tokens of a micro-batch, at most; a longer example stands alone.
         accumulate: micro-batches of a step, at least (if it has so many examples).
         workers: threads that collate ahead; the batches are the same for any number.
+        pack: put several examples in a line, in place of padding.
     """
 
     def __init__(
@@ -178,6 +204,7 @@ class Batches:
         tokens: int,
         accumulate: int = 1,
         workers: int = 0,
+        pack: bool = False,
     ) -> None:
         self.examples = examples
         self.order = order
@@ -185,6 +212,7 @@ class Batches:
         self.tokens = tokens
         self.accumulate = accumulate
         self.workers = workers
+        self.pack = pack
         self._lengths = examples.lengths
         _refuse_hidden_ends(examples, collator.pad_id)
 
@@ -199,12 +227,20 @@ class Batches:
             tokens: budget of padded tokens, in place of the usual one (after running out of memory).
         """
         rows = self.order.rows(epoch, step)
+        return self._cut(rows, tokens, self.pack)
+
+    def _cut(self, rows: NDArray[np.int64], tokens: int | None, packed: bool) -> list[NDArray[np.int64]]:
         most = -(-len(rows) // self.accumulate)
-        return cut(rows, self._lengths, tokens or self.tokens, most, self.collator.pad_to)
+        into = cut_packed if packed else cut
+        return into(rows, self._lengths, tokens or self.tokens, most, self.collator.pad_to)
+
+    def batch(self, piece: NDArray[np.int64], when: tuple[int, ...] = ()) -> Batch:
+        """One micro-batch of a step. Args: when: epoch and step, which name what is drawn."""
+        return self.collator.packed(self.examples, piece) if self.pack else self.collator(self.examples, piece, when)
 
     def step(self, epoch: int, step: int, tokens: int | None = None) -> list[Batch]:
         """The micro-batches of one optimiser step."""
-        return [self.collator(self.examples, piece, (epoch, step)) for piece in self.pieces(epoch, step, tokens)]
+        return [self.batch(piece, (epoch, step)) for piece in self.pieces(epoch, step, tokens)]
 
     def from_step(self, start: int, stop: int) -> Iterator[tuple[int, list[Batch]]]:
         """(global step, its micro-batches) for every step from `start` up to `stop`, prepared ahead by the workers."""
@@ -213,8 +249,17 @@ class Batches:
     def longest(self) -> Batch:
         """The widest micro-batch that can occur: tried first, so that memory runs out before step 1 or not at all."""
         rows = np.argsort(-self._lengths, kind="stable")[: self.order.size].astype(np.int64)
-        piece = cut(rows, self._lengths, self.tokens, -(-len(rows) // self.accumulate), self.collator.pad_to)[0]
-        return self.collator(self.examples, piece)
+        return self.batch(self._cut(rows, None, self.pack)[0])
+
+    def padding(self, packed: bool, steps: int = 200) -> float:
+        """The share of padding in the tokens of an epoch's steps, or of so many of them, spread over it."""
+        n = self.order.steps_per_epoch
+        real = held = 0
+        for step in np.unique(np.linspace(0, n - 1, min(n, steps)).astype(int)).tolist():
+            rows = self.order.rows(0, step)
+            real += int(self._lengths[rows].sum())
+            held += padded_tokens(self._cut(rows, None, packed), self._lengths, self.collator.pad_to, packed)
+        return 1 - real / max(1, held)
 
 
 def cut(

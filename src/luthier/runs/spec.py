@@ -148,6 +148,9 @@ class BatchSpec:
     )
     accumulate: Annotated[int, "micro-batches in one optimiser step, at least", at_least(1)] = 1
     group_by_length: Annotated[bool, "put rows of like length in one step, which saves padding"] = True
+    pack: Annotated[
+        bool, "put several short rows in one line, in place of padding; each sees itself alone, and learns the same"
+    ] = False
     pad_to: Annotated[int, "pad lengths up to a multiple of this many tokens", at_least(1)] = 1
     workers: Annotated[
         int, "threads that prepare batches ahead; the batches are the same for any number", between(0, 64)

@@ -56,6 +56,7 @@ RESUME: dict[str, ResumeRule] = {
     "eval.thresholds": "exact",
     "eval.calibrate": "exact",
     "eval.rows": "exact",
+    "batch.pack": "exact",  # sums are of other pieces
     # boundary: the set of rows of each step follows from these, so they may change where an epoch begins
     "batch.size": "boundary",
     "batch.group_by_length": "boundary",

@@ -59,7 +59,7 @@ class Feed:
         pieces = self.batches.pieces(*when, self.budget)
         if self.left_out:
             pieces = [np.asarray([i for i in p if int(i) not in self.left_out], dtype=np.int64) for p in pieces]
-        return [self.batches.collator(self.batches.examples, p, when) for p in pieces if len(p)]
+        return [self.batches.batch(p, when) for p in pieces if len(p)]
 
     def cut_rows(self, rows: NDArray[np.int64], when: tuple[int, ...] = ()) -> list[Batch]:
         """Micro-batches of any examples, cut to the budget; `when` names what is drawn of them."""
@@ -74,4 +74,4 @@ class Feed:
     def fitting(self, longest: Batch) -> Batch:
         """As many of the widest rows as the budget now holds, one at least."""
         fits = max(1, self.budget // longest.inputs["input_ids"].shape[1])
-        return self.batches.collator(self.batches.examples, longest.rows[:fits])
+        return self.batches.batch(longest.rows[:fits])

@@ -110,8 +110,9 @@ class Objective:
         if self.gap is not None:
             logits = self.gap.logits(batch)
             return Result(self.loss(logits, batch.labels), batch.n_targets, logits, batch.labels)
+        uncached = {"use_cache": False} if batch.packed else {}  # beside a cache transformers takes a line for one text
         with self.cut():
-            out = self.tuned.model(**batch.inputs)
+            out = self.tuned.model(**batch.inputs, **uncached)
         logits = self._own_head(out.logits if hasattr(out, "logits") else out[0], batch)
         return Result(self.loss(logits, batch.labels), batch.n_targets, logits, batch.labels)
 

@@ -25,6 +25,7 @@ from luthier.training.loop import Listener, Loop
 from luthier.training.moments import Moments
 from luthier.training.objective import Objective
 from luthier.training.optimiser import optimiser_of
+from luthier.training.packed_lines import padding_said, refuse_packing
 from luthier.training.strategy import fills, neutral
 from luthier.training.update_checks import refuse_inexact
 from luthier.training.whole_steps import refuse_cut_steps
@@ -63,7 +64,11 @@ def build(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
     collator = collator_of(
         prepared.task, model, prepared.tokenizer, pad_id=prepared.pad_id, pad_to=spec.batch.pad_to, seed=spec.seed
     )
-    batches = Batches(prepared.train, order, collator, spec.batch.tokens, spec.batch.accumulate, spec.batch.workers)
+    if spec.batch.pack:
+        refuse_packing(tuned, prepared.task, prepared.train, strategies)
+    batches = Batches(
+        prepared.train, order, collator, spec.batch.tokens, spec.batch.accumulate, spec.batch.workers, spec.batch.pack
+    )
     later = spec.total_steps(order.steps_per_epoch) > order.steps_per_epoch  # in one epoch no row comes twice
     sees_attention = any("attention" in s.reads and not neutral(s) for s in strategies)
     sees_text = sees_attention or any({"embeddings", "states"} & set(s.reads) for s in strategies)
@@ -101,6 +106,8 @@ def build(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
             listener.say(features.sentence())
         for remark in (*tuned.anatomy.remarks, *_stacks_said(tuned)):
             listener.say(remark)
+        if prepared.task.name == "causal_lm" and (said := padding_said(batches)):
+            listener.say(said)
         if spec.optim.weight_decay > 0:
             decays, rests = (human_count(n) for n in optimiser.decayed())
             listener.say(

@@ -14,6 +14,7 @@ from luthier.workflow.find_lr import _read, find_lr, range_test
 torch.set_num_threads(1)
 
 
+@pytest.mark.acid("clr", 4)
 def test_weights_and_optimiser_are_put_back_bit_for_bit(tmp_path):
     loop = Runs(tmp_path).loop("ema+self_ensemble", "full")
     before = {n: p.detach().clone() for n, p in loop.tuned.trained().items()}

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from experiments.defaults.panel import PANEL, halves
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoModel, AutoTokenizer
 
+from experiments.defaults.panel import PANEL, halves
 from luthier.samples import model_path
 
 Features = NDArray[np.float32]

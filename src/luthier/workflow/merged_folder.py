@@ -250,8 +250,8 @@ def _card(
     if added:
         names = ", ".join(other.name for other in added)
         lines += [
-            f"To the weights is added what other runs have learnt of the same base ({names}), without their heads. Nobody "
-            "trained this sum: the scores of its parts are not its own. Try it on rows of your own.",
+            f"To the weights is added what other runs have learnt of the same base ({names}), without their heads. "
+            "Nobody trained this sum: the scores of its parts are not its own. Try it on rows of your own.",
         ]  # fmt: skip
     elif found:
         shown = [

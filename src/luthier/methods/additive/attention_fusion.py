@@ -16,8 +16,8 @@ Use it when: many tasks read one pass through a frozen model.
 Not when: the result matters more than the cost: features do not change.
 Pitfalls: attending over tokens instead of layers; one weight for all tokens is another method; the head has to learn
 states that it never saw, so it wants a large rate. Where the model's head reads the first token alone, that is the
-bound: on 600 questions of trec6 minilm-l6, trained by the mean over tokens, gives 0.41, as `head_only` does; a fit to
-convergence of these readings gives 0.22 to 0.48, one of the mean over tokens 0.82 (`python -m experiments.first_token`).
+bound: on 600 questions of trec6 minilm-l6, trained by the mean over tokens, gives 0.41, as `head_only` does; a
+converged fit of these readings gives 0.22 to 0.48, of the mean over tokens 0.82 (`python -m experiments.first_token`).
 """
 
 import math

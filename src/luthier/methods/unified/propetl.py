@@ -11,15 +11,15 @@ With several tasks each layer owns a mask of its own and one for each task, and 
     m = 1 - (1 - m_l) (1 - m_t)      with join=and: m_l m_t      with join=sum: m_l + m_t
 
 Zeng, Zhang, Lu 2023, "One Network, Many Masks: Towards More Parameter-Efficient Transfer Learning", arXiv:2305.17682,
-section 3. One prototype for each kind of site (and shape). The form over prefixes is not built. In the authors' code the
-layer's mask is drawn from the scores of the last task, so that this task has one mask where the others have two; here
-layers have scores of their own.
+section 3. One prototype for each kind of site (and shape). The form over prefixes is not built. In the authors' code
+the layer's mask is drawn from the scores of the last task, so that this task has one mask where the others have two;
+here layers have scores of their own.
 
 Count: prototype + one score per masked entry and layer in training, T + 1 of them with T tasks; stored are the
 prototype and one bit per score.
 Claims: quality of an adapter in every layer for about a tenth of its storage.
-Use it when: adapters of all layers, or of several tasks (`--row-task COLUMN`), must share their numbers, because storage
-is what counts.
+Use it when: adapters of all layers, or of several tasks (`--row-task COLUMN`), must share their numbers, because
+storage is what counts.
 Not when: one tuning is kept and quality counts: LoRA is simpler.
 Pitfalls: the authors' "sparsity" is this density; scores saved instead of bits, or one byte per bit; a prototype
 registered in every layer is saved in every layer; scores need a far larger rate than the prototype and no decay.
@@ -66,7 +66,7 @@ class ProPETL(Method):
     tiny: ClassVar[dict[str, int]] = {"width": 6, "rank": 3}
 
     def __post_init__(self) -> None:
-        # Masked thin matrices are thin matrices: they merge, and they start at the base. Those of several tasks are several.
+        # Masked thin matrices are thin matrices: they merge, and they start at the base. Several tasks have several.
         object.__setattr__(self, "mergeable", self.form == "lora" and self.n_tasks == 0)
         object.__setattr__(self, "starts_at_base", self.form == "lora")
 

@@ -287,6 +287,7 @@ class MaskedBottleneck(Masked):
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         shared: Prototype = self.__dict__["prototype"]
         if self.n_tasks:
+            assert shared.down_bias is not None and shared.up_bias is not None, "an adapter's prototype has them"
             stream, downs, ups = self.thin(y)
             hidden = activated(self.activation, stream @ downs.transpose(1, 2) + shared.down_bias)  # (rows, n, r)
             return y + (hidden @ ups.transpose(1, 2) + shared.up_bias).reshape(y.shape).to(y.dtype)

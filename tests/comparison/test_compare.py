@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -13,13 +12,11 @@ from races import base_in, here
 
 from luthier.cli._main import main
 from luthier.comparison import Entrant, compare, entrant_of, statistics
-from luthier.comparison import cells as cells_file
 from luthier.comparison import run as run_file
-from luthier.comparison.cells import Failure, cells_of
+from luthier.comparison.cells import cells_of
 from luthier.comparison.verdict import Costs, judge
 from luthier.core import ConfigError, DataError, LuthierError
 from luthier.core.config import read_word
-from luthier.runs.forkserver import Outcome
 from luthier.runs.spec import DataSpec, RunSpec
 from luthier.workflow import train
 
@@ -34,7 +31,7 @@ def test_what_is_finished_is_not_run_again_and_a_failure_is_a_row(
 ) -> None:
     base, done, lines = base_in(tmp_path), list[str](), list[str]()
     entrants = [entrant_of(name, read_word) for name in ("bitfit", "lora:rank=2", "ia3")]
-    monkeypatch.setattr(run_file, "run_cells", here(done, fail="ia3"))
+    monkeypatch.setattr(run_file, "engine_named", here(done, fail="ia3"))
     first = compare(base, entrants, seeds=2, home=tmp_path / "race", say=lines.append)
     assert len(done) == 4 and len(set(done)) == 4
     assert {s.name for s in first.standings} == {"bitfit", "lora:rank=2"}
@@ -108,29 +105,6 @@ def test_few_rows_cannot_tell_and_a_baseline_that_wins_is_the_headline() -> None
     assert found.findings[0].startswith("No method beats word counts, whose accuracy on these rows is 1.000")
 
 
-def test_a_killed_process_is_tried_again_and_a_refusal_is_not() -> None:
-    class Dying:
-        def __init__(self, status: int, output: str) -> None:
-            self.outcome, self.tries = Outcome(status, output), 0
-
-        def run(self, *args: Any, **given: Any) -> Outcome:
-            self.tries += 1
-            return self.outcome
-
-    def failure_of(dying: Dying) -> Failure | None:
-        free: Any = SimpleQueue()
-        free.put(dying)
-        return cells_file._in_process(free, cell, None)
-
-    cell = cells_of(RunSpec(model="m", data=DataSpec(source="d")), [Entrant("lora", "lora", {})], [0], Path("x"))[0]
-    killed, refused, bug = Dying(-9, ""), Dying(3, 'noise\nluthier-error "no such file"\n'), Dying(1, "KeyError: 'x'")
-    failure = failure_of(killed)
-    assert failure is not None and "SIGKILL" in failure.message and failure.exit_code == 5
-    assert killed.tries == cells_file.RETRIES + 1
-    assert failure_of(refused) == Failure("no such file", 3) and refused.tries == 1
-    assert failure_of(bug) == Failure("a bug of ours: KeyError: 'x'", 1)
-
-
 @pytest.mark.slow
 def test_processes_give_what_one_process_gives(tmp_path: Path) -> None:
     base = base_in(tmp_path)
@@ -194,6 +168,6 @@ def test_held_out_rows_that_are_one_row_over_and_over_are_refused(tmp_path: Path
 
 
 def test_where_nothing_has_a_result_the_reasons_are_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_file, "run_cells", here([], fail="ia3"))
+    monkeypatch.setattr(run_file, "engine_named", here([], fail="ia3"))
     with pytest.raises(LuthierError, match="ia3: it may not"):
         compare(base_in(tmp_path), [Entrant("ia3", "ia3", {})], seeds=1, home=tmp_path / "r")

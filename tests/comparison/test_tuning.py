@@ -8,12 +8,13 @@ from races import base_in, here
 
 from luthier.comparison import compare, entrant_of, statistics
 from luthier.comparison import run as run_file
-from luthier.comparison.cells import Failure
+from luthier.comparison.cells import Failure, Sweep
 from luthier.comparison.rates import Rates, said_of
 from luthier.comparison.tuning import choose_rates, factors, rates_of, trials_of
 from luthier.core import ConfigError
 from luthier.core.config import read_word
 from luthier.data.load_data import load_data
+from luthier.runs.ledger import Ledger
 from luthier.surgery import compose
 
 
@@ -44,7 +45,7 @@ def test_every_method_has_as_many_runs_and_none_sees_the_test_half(
 ) -> None:
     base, done, lines = base_in(tmp_path), list[str](), list[str]()
     entrants = [entrant_of(name, read_word) for name in ("bitfit", "lora:rank=2", "ia3")]
-    monkeypatch.setattr(run_file, "run_cells", here(done, fail="ia3"))
+    monkeypatch.setattr(run_file, "engine_named", here(done, fail="ia3"))
     found = compare(base, entrants, seeds=1, home=tmp_path / "race", tune_lr=2, say=lines.append)
     assert len(done) == 2 * 2 + 2
     assert set(found.rates) == {"bitfit", "lora:rank=2"} and all(len(r.rates) == 2 for r in found.rates.values())
@@ -65,8 +66,10 @@ def test_every_method_has_as_many_runs_and_none_sees_the_test_half(
 
 def test_a_rate_whose_run_failed_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, entrant = base_in(tmp_path), entrant_of("bitfit", read_word)
-    trials = trials_of(base, [entrant], 3, _made(tmp_path / "race"), load_data(base.data, base.task))
-    here([])([t.cell for t in trials["bitfit"]], 1, lambda cell, failure: None)
+    home = _made(tmp_path / "race")
+    trials = trials_of(base, [entrant], 3, home, load_data(base.data, base.task))
+    sweep = Sweep(Ledger(home, make=True), lambda n: here([])("local", sweep.ledger, n))
+    sweep.settle([t.cell for t in trials["bitfit"]], lambda cell, failure: None)
     whole, none = choose_rates(base, trials, {}, "accuracy")
     assert not none
     best = trials["bitfit"][whole["bitfit"].chosen].cell.path

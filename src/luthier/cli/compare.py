@@ -58,7 +58,13 @@ Margin = Annotated[
     float | None,
     typer.Option(help="Differences below it do not matter. [default: twice the spread over seeds, at least 0.01]"),
 ]
-Workers = Annotated[int, typer.Option(help="Runs at a time. [default: 1]", min=1, max=64)]
+Workers = Annotated[
+    int,
+    typer.Option(
+        help="Runs at a time; 0, none here: `luthier worker --ledger FOLDER` makes them. [default: 1]", min=0, max=64
+    ),
+]
+EngineName = Annotated[str, typer.Option("--engine", help="Who makes the runs: local. [default: local]")]
 TuneLr = Annotated[
     int | None,
     typer.Option(
@@ -88,6 +94,7 @@ def command_for(words: Sequence[str] = ()) -> Callable[..., None]:
         margin: Margin = None,
         workers: Workers = 1,
         tune_lr: TuneLr = None,
+        engine: EngineName = "local",
         out: Out = None,
         settings: Settings = None,
         as_json: AsJson = False,
@@ -96,7 +103,7 @@ def command_for(words: Sequence[str] = ()) -> Callable[..., None]:
         changes = values_of(options, given) | settings_of(settings or [])
         if "data.source" not in changes:
             raise UsageError("compare: no rows. Name them: --data FILE, or --data sample:trec6 to begin with.")
-        _compare(model, method or [], changes, seeds, metric, margin, workers, tune_lr, out)
+        _compare(model, method or [], changes, seeds, metric, margin, workers, tune_lr, engine, out)
 
     return as_verb(command, HELP, options)
 
@@ -106,7 +113,7 @@ command = command_for()
 
 def _compare(
     model: str, methods: list[str], changes: dict[str, Any], seeds: int, metric: str, margin: float | None,
-    workers: int, tune_lr: int | None, out: str | None,
+    workers: int, tune_lr: int | None, engine: str, out: str | None,
 ) -> None:  # fmt: skip
     names = method_names(methods)
     for name in names:
@@ -125,7 +132,7 @@ def _compare(
     say(f"runs go to {home}; the same command goes on where it was stopped")
     found = compare(
         base, entrants, seeds=seeds, home=home, metric=metric, margin=margin, workers=workers,
-        threads=_threads(workers), tune_lr=tune_lr, say=say,
+        threads=_threads(workers), tune_lr=tune_lr, engine=engine, say=say,
     )  # fmt: skip
     _show(found)
     screen().show(f"\nAll numbers: {home / 'comparison.json'}")
@@ -142,7 +149,7 @@ def _home(model: str, data: str) -> Path:
 
 def _threads(workers: int) -> int | None:
     """Of each process: several must not fight for the same cores."""
-    if workers == 1:
+    if workers <= 1:
         return None
     import os
 

@@ -1,31 +1,30 @@
 """The runs of a comparison: one for each method and seed, each an ordinary run folder, found again by its spec.
 
-A cell's folder is named by the digest of its spec. The same command therefore finds what is finished, resumes what was
-stopped, and starts what is missing; nothing that is finished is computed again.
+A cell's folder is named by the digest of its spec, and the ledger says what came of it. So the same command finds what
+is finished, resumes what was stopped, and starts what is missing; nothing that is finished is computed again.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import signal
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
-from luthier.comparison import one_run
-from luthier.core import ConfigError
-from luthier.runs.forkserver import Outcome, Template
+from luthier.comparison.engines import Engine
+from luthier.core import ConfigError, Interrupted, plain
+from luthier.runs.ledger import Entry, Ledger, cell_id
 from luthier.runs.spec import OptimSpec, RunSpec
 
-__all__ = ["Cell", "Entrant", "Failure", "cells_of", "entrant_of", "finished", "run_cells"]
+__all__ = ["Cell", "Entrant", "Failure", "Sweep", "cells_of", "entrant_of", "finished", "stopped_softly"]
 
-RETRIES = 2
-"""Of a cell whose process was killed; it is resumed."""
+POLL = 0.1
+"""Seconds between two looks for what has been settled."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +43,19 @@ class Cell:
     entrant: Entrant
     seed: int
     spec: RunSpec
+    until: float = 1.0
+    """share of the steps after which it is scored and left"""
 
     @property
     def path(self) -> Path:
         """The run's folder."""
         assert self.spec.out is not None
         return Path(self.spec.out)
+
+    @property
+    def id(self) -> str:
+        """Its address in the ledger."""
+        return cell_id(self.spec, self.until)
 
 
 @dataclass(frozen=True)
@@ -109,68 +115,112 @@ def finished(cell: Cell) -> bool:
     return (cell.path / "record.json").is_file()
 
 
-def run_cells(
-    cells: Sequence[Cell], workers: int, said: Callable[[Cell, Failure | None], None], threads: int | None = None
-) -> dict[Path, Failure]:
-    """Run what is not finished, in processes of their own that share one loaded torch.
+class Sweep:
+    """The cells of a comparison on their way through a ledger.
 
     Args:
-        workers: processes at a time.
-        said: called after each cell, with what went wrong or None.
+        ledger: of the comparison.
+        start: makes what computes them, for so many at a time; called where something is to compute.
+        workers: cells at a time.
         threads: of each process.
-
-    Returns:
-        What failed, by folder.
-
-    Raises:
-        KeyboardInterrupt: after the cells at work have made their last step safe.
     """
-    failures: dict[Path, Failure] = {}
-    waiting = [cell for cell in cells if not finished(cell)]
-    # Every cell begins as a fork of a process that has loaded the libraries and nothing else: seconds for each cell.
-    # They are started here: the kernel ends a process whose parent's thread has ended.
-    free: SimpleQueue[Template] = SimpleQueue()
-    with ExitStack() as templates, ThreadPoolExecutor(workers) as pool:
-        for _ in range(min(workers, len(waiting))):
-            free.put(templates.enter_context(Template(("torch", "luthier.workflow", "luthier.methods"))))
-        open_: dict[Future[Failure | None], Cell] = {
-            pool.submit(_in_process, free, cell, threads): cell for cell in waiting
-        }
+
+    def __init__(
+        self, ledger: Ledger, start: Callable[[int], Engine], workers: int = 1, threads: int | None = None
+    ) -> None:
+        self.ledger, self.start, self.workers, self.threads = ledger, start, workers, threads
+        self._engine: Engine | None = None
+
+    def close(self) -> None:
+        """Let go of every process."""
+        if self._engine is not None:
+            self._engine.close()
+
+    def settle(self, cells: Sequence[Cell], said: Callable[[Cell, Failure | None], None]) -> dict[Path, Failure]:
+        """Have computed what is not finished.
+
+        Args:
+            said: called after each cell that was not, with what went wrong or None.
+
+        Returns:
+            What failed, by folder.
+
+        Raises:
+            Interrupted: by a signal, after the cells at work have made their last step safe.
+            Any LuthierError: nothing can be computed any more.
+        """
+        entries = [self._entry(cell, order) for order, cell in enumerate(cells)]
+        open_ = {entry.id: (cell, entry) for cell, entry in zip(cells, entries, strict=True)}
+        self.ledger.add(entries)
+        for id, (cell, _) in list(open_.items()):
+            if self.ledger.result(id) is not None and not (cell.until == 1.0 and not self._there(id)):
+                del open_[id]
+            else:  # what failed is tried again by the next call; a run that was deleted is made again
+                self.ledger.reopen(id)
+        failures: dict[Path, Failure] = {}
+        if not open_:
+            return failures
+        if self._engine is None:
+            self._engine = self.start(self.workers)
+        engine = self._engine
+        engine.begin([self.ledger.entry(id) for id in open_])
         try:
-            while open_:
-                done, _ = wait(open_, return_when=FIRST_COMPLETED)
-                for future in done:
-                    cell, failure = open_.pop(future), future.result()
-                    if failure is not None:
-                        failures[cell.path] = failure
-                    said(cell, failure)
-                    if failure is not None and failure.exit_code in (130, 143):
-                        raise KeyboardInterrupt
-        finally:  # after Ctrl-C nothing new begins; those at work make their last step safe
-            pool.shutdown(wait=False, cancel_futures=True)
-    return failures
+            with stopped_softly():
+                while open_:
+                    for id in [id for id in open_ if self.ledger.settled(id)]:
+                        cell, _ = open_.pop(id)
+                        told = None if self.ledger.result(id) is not None else self.ledger.failure(id)
+                        failure = None if told is None else Failure(str(told["message"]), int(told["exit_code"]))
+                        if failure is not None:
+                            failures[cell.path] = failure
+                        said(cell, failure)
+                    engine.check()
+                    time.sleep(POLL)
+        except (KeyboardInterrupt, Interrupted) as stopped:
+            engine.stop()
+            number = stopped.exit_code - 128 if isinstance(stopped, Interrupted) else signal.SIGINT
+            raise Interrupted(
+                f"{len(open_)} of {len(cells)} runs are not finished; nothing is lost. The same command goes on.",
+                number,
+            ) from None
+        finally:
+            engine.begin(())
+        return failures
+
+    def placed(self, cells: Sequence[Cell]) -> list[Cell]:
+        """The cells where their results lie: beside their own folders, where another process held those."""
+        found = []
+        for cell in cells:
+            told = self.ledger.result(cell.id) or {}
+            out = str(self.ledger.home / str(told["run"])) if told.get("run") else cell.spec.out
+            found.append(replace(cell, spec=replace(cell.spec, out=out)))
+        return found
+
+    def _there(self, id: str) -> bool:
+        told = self.ledger.result(id) or {}
+        return (self.ledger.home / str(told.get("run")) / "record.json").is_file()
+
+    def _entry(self, cell: Cell, order: int) -> Entry:
+        spec = plain(replace(cell.spec, out=None))
+        return Entry(
+            id=cell.id, spec=spec, run=str(cell.path.relative_to(self.ledger.home)), until=cell.until,
+            threads=self.threads, order=order, cwd=str(Path.cwd()),
+        )  # fmt: skip
 
 
-def _in_process(free: SimpleQueue[Template], cell: Cell, threads: int | None) -> Failure | None:
-    template = free.get()
+@contextmanager
+def stopped_softly() -> Iterator[None]:
+    """A request to end (SIGTERM, SIGHUP) is one to stop where nothing is lost, in the main thread at least."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise Interrupted("stopped", number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
-        for _ in range(RETRIES + 1):
-            words = {"spec": cell.spec.to_toml(), "threads": threads}
-            outcome = template.run(one_run.__file__, "work", words, timeout_s=None)
-            if outcome.status == 0:
-                return None
-            if outcome.status > 0:
-                return _failure(outcome)
+        yield
     finally:
-        free.put(template)
-    how = signal.Signals(-outcome.status).name
-    return Failure(f"its process was ended by {how}, {RETRIES + 1} times. Less memory: a smaller --batch.", 5)
-
-
-def _failure(outcome: Outcome) -> Failure:
-    """What the process said last: the message of an error of ours, or the last line of a bug's."""
-    lines = outcome.output.strip().splitlines() or ["it said nothing"]
-    marked = [line.removeprefix(one_run.MARK) for line in lines if line.startswith(one_run.MARK)]
-    if marked:
-        return Failure(json.loads(marked[-1]), outcome.status)
-    return Failure(f"a bug of ours: {lines[-1]}", 1)
+        for number, old in before.items():
+            signal.signal(number, old)

@@ -1,34 +1,96 @@
-"""One run of a comparison, in a process of its own; what goes wrong is its last line."""
+"""One cell of a comparison, in a process of its own, which renews its lease; what came of it is its last line."""
+
+from __future__ import annotations
 
 import json
 import os
 import signal
-import tomllib
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
-from luthier.core import Interrupted, LuthierError
+from luthier.core import Interrupted, Locked, LuthierError
+from luthier.runs.ledger import Claim, Ledger
 from luthier.runs.parent import end_with_the_parent
 from luthier.runs.spec import RunSpec
 
-__all__ = ["MARK", "work"]
+__all__ = ["ERROR", "RESULT", "work"]
 
-MARK = "luthier-error "
+ERROR = "luthier-error "
+RESULT = "luthier-result "
+WAIT_FOR_LOCK = 20.0
+"""Seconds that an earlier attempt, which is just making its last step safe, is waited for."""
 
 
-def work(spec: str, threads: int | None) -> None:
-    """Train the run that the spec names, or go on with it; the message of an error is the last line printed."""
+def work(home: str, id: str, n: int, lease: float) -> None:
+    """Train the run of a cell, or go on with it; an error's message is the last line printed.
+
+    Args:
+        home, id, n, lease: the ledger's folder, the cell, the number of the claim, and its seconds.
+    """
     end_with_the_parent()
     import torch
 
-    from luthier.training.listener import Listener
-    from luthier.workflow.run import run_to_end
-
-    torch.set_num_threads(threads or os.cpu_count() or 1)
-    read = RunSpec.from_plain(tomllib.loads(spec))
+    ledger = Ledger(home, lease=lease)
+    entry, claim = ledger.entry(id), Claim(id, n, ledger.path / "claims" / f"{id}.{n}")
+    folder = Path(home).absolute() / entry.run
+    if Path(entry.cwd).is_dir():  # elsewhere, names are meant where the worker was started
+        os.chdir(entry.cwd)
+    torch.set_num_threads(entry.threads or os.cpu_count() or 1)
     try:
-        run_to_end(read, Listener())
+        with beating(claim, lease / 6):
+            spec = RunSpec.from_plain({**entry.spec, "out": str(folder)}, where=f"cell {id[:16]}")
+            facts = _trained(spec, n, entry.until)
+        print(RESULT + json.dumps(facts), flush=True)
     except LuthierError as error:
-        print(MARK + json.dumps(str(error)), flush=True)
+        print(ERROR + json.dumps(str(error)), flush=True)
         raise
     except KeyboardInterrupt:
-        print(MARK + json.dumps("interrupted"), flush=True)
+        print(ERROR + json.dumps("interrupted"), flush=True)
         raise Interrupted("interrupted", signal.SIGINT) from None
+
+
+def _trained(spec: RunSpec, n: int, until: float) -> dict[str, object]:
+    """Run to the end of the cell; in a folder beside its own where a process without its lease still holds that."""
+    from luthier.runs import Record
+    from luthier.training.listener import Listener
+    from luthier.workflow.run import Rung, run_to_end
+
+    stop, deadline = Rung(until) if until < 1 else None, time.monotonic() + WAIT_FOR_LOCK
+    while True:
+        try:
+            made = run_to_end(spec, Listener(), stop)
+            break
+        except Locked:
+            if time.monotonic() > deadline:
+                spec, deadline = replace(spec, out=f"{spec.out}~{n}"), time.monotonic() + WAIT_FOR_LOCK
+            else:
+                time.sleep(0.2)
+    folder = Path(str(spec.out))
+    record = made.record if made is not None else Record.from_json((folder / "record.json").read_bytes())
+    return {
+        "run": folder.name, "status": record.status, "scores": record.scores, "seconds": record.seconds,
+        "peak_bytes": record.peak_bytes, "trained": record.trained, "stored": record.stored,
+    }  # fmt: skip
+
+
+@contextmanager
+def beating(claim: Claim, every: float) -> Iterator[None]:
+    """Renew a lease while the block runs. A process that is stopped or hangs as a whole does not."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(every):
+            claim.beat()
+
+    claim.beat()
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,18 +12,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.comparison.answers import Answers, answers_of, clusters
-from luthier.comparison.cells import Cell, Entrant, Failure, cells_of, finished, run_cells
+from luthier.comparison.cells import Cell, Entrant, Failure, Sweep, cells_of, finished
+from luthier.comparison.engines import check_engine, engine_named
 from luthier.comparison.rates import Rates, said_of
 from luthier.comparison.scores import score_named
 from luthier.comparison.statistics import LEAST_SEEDS, smallest_visible
+from luthier.comparison.table import table_csv
 from luthier.comparison.tuning import SEARCHED, choose_rates, factors, rates_of, trials_of
 from luthier.comparison.verdict import Comparison, Costs, judge
-from luthier.core import ConfigError, DataError, IntegrityError, LuthierError, plain, several
+from luthier.core import ConfigError, DataError, IntegrityError, Locked, LuthierError, plain, several
 from luthier.data.columns import Columns
 from luthier.data.load_data import Data, load_data
 from luthier.data.problems import text_of
 from luthier.data.rows import Table
 from luthier.runs import Record, durable
+from luthier.runs.ledger import LEASE, Ledger
 from luthier.runs.lock import Lock
 from luthier.runs.spec import RunSpec
 from luthier.training.word_counts import answers_by_words
@@ -42,6 +46,8 @@ def compare(
     workers: int = 1,
     threads: int | None = None,
     tune_lr: int | None = None,
+    engine: str = "local",
+    lease: float = LEASE,
     say: Callable[[str], None] = lambda line: None,
 ) -> Comparison:
     """Run what is not finished, and judge the whole.
@@ -53,13 +59,17 @@ def compare(
         margin: differences below it do not matter.
         workers: runs at a time.
         tune_lr: learning rates that are tried for each method first, on rows of the training half.
+        engine: who computes the runs: local, processes of this machine.
+        lease: seconds without a sign of life after which a run may be taken over by another process.
 
     Raises:
         ConfigError: nothing to compare, or a task whose rows have no one label.
         DataError: rows that cannot be used.
-        Locked: another comparison writes to that folder.
+        IntegrityError: the ledger there is of a newer version, or damaged.
+        Interrupted: by a signal; the same call goes on.
     """
     score_named(metric)
+    check_engine(engine)
     _check(entrants, seeds)
     if tune_lr is not None:
         factors(tune_lr)
@@ -76,41 +86,58 @@ def compare(
         say(note)
     say(_visible(data.test, data.columns, len(entrants), seeds))
     _make_home(home)
-    lock = Lock(home / "run.lock")
-    lock.acquire()
-    try:
-        rates, without = _search(base, entrants, tune_lr, home, data, metric, workers, threads, say)
+    sweep = Sweep(
+        Ledger(home, make=True, lease=lease), lambda n: engine_named(engine, sweep.ledger, n), workers, threads
+    )
+    with _present(home, say), closing(sweep):
+        rates, without = _search(base, entrants, tune_lr, sweep, data, metric, say)
         optims = {e.name: rates_of(base, e, rates[e.name].factor) for e in entrants if e.name in rates}
         racing = [e for e in entrants if e.name not in without]
         cells = cells_of(base, racing, range(seeds), home, rates=optims)
         there = sum(finished(cell) for cell in cells)
         if there:
             say(f"{there} of {len(cells)} runs are finished already")
-        failures = run_cells(cells, workers, _announcing(say, len(cells), there), threads)
+        failures = sweep.settle(cells, _announcing(say, len(cells), there))
+        if late := sweep.ledger.discarded():
+            say(f"{several(late, 'answer')} came after others had taken the cell over; the first counts")
+        cells = sweep.placed(cells)
         runs = {e.name: tuple(str(c.path.relative_to(home)) for c in cells if c.entrant == e) for e in racing}
         found = _judge(cells, failures, without, data, metric, margin)
         found = replace(found, runs=runs, rates=rates, findings=(*found.findings, *said_of(rates)))
         durable.write_json(home / "comparison.json", plain(found))
-    finally:
-        lock.release()
+        durable.write_bytes(home / "table.csv", table_csv(found, cells, sweep.ledger))
     return found
 
 
+@contextmanager
+def _present(home: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Show that somebody works here; whoever comes second shares the cells."""
+    lock = Lock(home / "run.lock")
+    try:
+        lock.acquire()
+    except Locked:
+        say(f"another process works at {home} too: the runs are shared, and none is made twice")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _search(
-    base: RunSpec, entrants: Sequence[Entrant], n: int | None, home: Path, data: Data, metric: str, workers: int,
-    threads: int | None, say: Callable[[str], None],
+    base: RunSpec, entrants: Sequence[Entrant], n: int | None, sweep: Sweep, data: Data, metric: str,
+    say: Callable[[str], None],
 ) -> tuple[dict[str, Rates], dict[str, str]]:  # fmt: skip
     """A rate for each method, and why some have none."""
     if n is None:
         return {}, {}
-    trials = trials_of(base, entrants, n, home, data)
+    trials = trials_of(base, entrants, n, sweep.ledger.home, data)
     cells = [trial.cell for own in trials.values() for trial in own]
     there = sum(finished(cell) for cell in cells)
     say(
         f"learning rates: {n} runs of each method first, one seed, on rows of the training half; the test half is not "
         f"read ({there} of {len(cells)} are finished)"
     )
-    return choose_rates(base, trials, run_cells(cells, workers, _announcing(say, len(cells), there), threads), metric)
+    return choose_rates(base, trials, sweep.settle(cells, _announcing(say, len(cells), there)), metric)
 
 
 def _check(entrants: Sequence[Entrant], seeds: int) -> None:

@@ -52,6 +52,7 @@ __all__ = [
     "uninstall",
     "write_bytes",
     "write_json",
+    "write_new",
     "write_tensors",
 ]
 
@@ -461,6 +462,31 @@ def write_json(path: Path, value: object) -> str:
         DiskFull, ResourceError: as `write_bytes`.
     """
     return _write_file(path, [encode(value)])
+
+
+def write_new(path: Path, value: object) -> bool:
+    """Write plain values as JSON under a name that nobody has taken yet, whole or not at all.
+
+    Returns:
+        whether it was written; False where a file of that name stands there, which is left as it is. Of several
+        processes that try at once, one is told True.
+
+    Raises:
+        DiskFull, ResourceError: it cannot be written.
+    """
+    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
+    _write_file(temporary, [encode(value)])
+    try:
+        with _explained(path, "writing"):
+            _op("link", temporary, path)
+            try:
+                os.link(temporary, path)  # unlike a rename, it fails where the name is taken; atomic over NFS too
+            except FileExistsError:
+                return False
+            _sync_folder(path.parent)
+    finally:
+        _discard(temporary)
+    return True
 
 
 def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None) -> str:

@@ -60,6 +60,7 @@ class Template:
             stdout=subprocess.PIPE,
             text=True,
         )
+        self._fork: int | None = None
 
     def run(
         self,
@@ -90,12 +91,27 @@ class Template:
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
+            begun = self._process.stdout.readline()
+            self._fork = json.loads(begun)["pid"] if begun else None
             answer = self._process.stdout.readline()
         except BrokenPipeError:
             answer = ""
+        finally:
+            self._fork = None
         if not answer:
             raise ResourceError("the template process has ended; its output above says why. Start a new Template.")
         return Outcome(**json.loads(answer))
+
+    @property
+    def at_work(self) -> bool:
+        """Whether a run has been forked and has not ended."""
+        return self._fork is not None
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the run at work, if there is one; from another thread than the one that waits for it."""
+        if self._fork is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._fork, number)
 
     def close(self) -> None:
         """End the template."""
@@ -159,6 +175,7 @@ def serve() -> None:
             pid = os.fork()
             if pid == 0:
                 _child(module, request, output.fileno())
+            print(json.dumps({"pid": pid}), flush=True)
             within = request["timeout_s"]
             status = _wait(pid, time.monotonic() + within if within is not None else math.inf)
             output.seek(0)

@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,25 @@ from luthier.training.allocator import keeping_freed
 from luthier.training.loop import Listener, Loop
 from luthier.training.recipe import refuse_recipe
 from luthier.training.stop_signals import StopRequested, StopSignals
-from luthier.workflow.build import build
+from luthier.workflow.build import build, evaluator_of
 from luthier.workflow.finish import Result, finish, record_of, result_of
 from luthier.workflow.forecasts import forecast_of, refuse_what_cannot_fit
 from luthier.workflow.looks import Looks
 from luthier.workflow.preparation import Prepared, prepare
 from luthier.workflow.resume_checks import apply, check_changes, compare_fingerprints
 
-__all__ = ["default_out", "resume_run", "run_to_end", "train_run"]
+__all__ = ["Rung", "default_out", "resume_run", "run_to_end", "train_run"]
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A stop after a share of the steps: the run is scored there as it is, and left so that it can go on."""
+
+    share: float
+
+    def of(self, total: int) -> int:
+        """The step."""
+        return max(1, min(total, round(self.share * total)))
 
 
 def default_out(spec: RunSpec) -> Path:
@@ -53,12 +65,12 @@ def default_out(spec: RunSpec) -> Path:
 
 
 def train_run(
-    spec: RunSpec, listener: Listener, *, stop_at: int | None = None, prepared: Prepared | None = None
+    spec: RunSpec, listener: Listener, *, stop_at: int | Rung | None = None, prepared: Prepared | None = None
 ) -> Result:
     """One run, from its beginning. See `train`.
 
     Args:
-        stop_at: make only so many optimiser steps, and leave the run unfinished.
+        stop_at: make only so many optimiser steps, and leave the run unfinished; at a rung it is scored too.
 
     Raises:
         Any LuthierError: before work starts where it can be known.
@@ -86,7 +98,7 @@ def resume_run(
     *,
     changed: dict[str, Any] | None = None,
     accept_drift: Sequence[str] = (),
-    stop_at: int | None = None,
+    stop_at: int | Rung | None = None,
 ) -> Result:
     """Go on with one unfinished run. See `resume`.
 
@@ -142,8 +154,11 @@ def _seconds_before(run: RunFolder) -> float:
     return float(sum(e.get("seconds", 0.0) for e in ended))
 
 
-def run_to_end(spec: RunSpec, listener: Listener) -> Result | None:
+def run_to_end(spec: RunSpec, listener: Listener, stop_at: Rung | None = None) -> Result | None:
     """Start the run of a spec with a folder, or go on with it where it was stopped; a finished one is left alone.
+
+    Args:
+        stop_at: go no further than there.
 
     Returns:
         what came out; None where there was nothing to do.
@@ -155,9 +170,9 @@ def run_to_end(spec: RunSpec, listener: Listener) -> Result | None:
     durable.sweep(path.parent, of=path.name)
     if not (path / "run.json").is_file():
         refuse_recipe(spec, "a part of something larger")
-        return train_run(spec, listener)
+        return train_run(spec, listener, stop_at=stop_at)
     if not RunFolder.open(path, write=False).finished:
-        return resume_run(path, listener)
+        return resume_run(path, listener, stop_at=stop_at)
     return None
 
 
@@ -236,16 +251,18 @@ def _look_at_data(prepared: Prepared, loop: Loop) -> None:
 
 
 def _run(
-    prepared: Prepared, loop: Loop, run: RunFolder, listener: Listener, started: float, stop_at: int | None,
+    prepared: Prepared, loop: Loop, run: RunFolder, listener: Listener, started: float, stop: int | Rung | None,
     *, because: tuple[str, ...],
 ) -> Result:  # fmt: skip
     """The loop, then what follows it."""
+    stop_at = stop.of(loop.total) if isinstance(stop, Rung) else stop
     loop.run_to(stop_at)
-    if stop_at is not None and stop_at <= loop.step < loop.total and not loop.evaluations.selection.enough:
-        run.event("paused", step=loop.step, seconds=round(loop.seconds, 3))
-        record = record_of(prepared, loop, run, {}, 0, "paused", because)
-        return result_of(prepared, loop, run, record, {}, 0)
     try:
+        if stop_at is not None and stop_at <= loop.step < loop.total and not loop.evaluations.selection.enough:
+            run.event("paused", step=loop.step, seconds=round(loop.seconds, 3))
+            found = _scored_here(prepared, loop) if isinstance(stop, Rung) else {}
+            record = record_of(prepared, loop, run, found, 0, "paused", because, loop.seconds)
+            return result_of(prepared, loop, run, record, found, 0)
         scores, stored, quality = finish(prepared, loop, run)
     except StopRequested as asked:
         # All training is in the last checkpoint; what follows it is made anew from there.
@@ -264,3 +281,12 @@ def _run(
         f"{human_bytes(record.peak_bytes or 0)}; saved {human_bytes(stored)} in {run.tuning}"
     )
     return result_of(prepared, loop, run, record, scores, stored, quality)
+
+
+def _scored_here(prepared: Prepared, loop: Loop) -> dict[str, float]:
+    """Scores of the held-out rows between two steps. All is in the checkpoint by then, so this leaves no trace."""
+    if prepared.test is None:
+        return {}
+    loop.set_mode(training=False)
+    evaluator = evaluator_of(prepared, loop, prepared.test)
+    return evaluator.scores_of(evaluator.outputs())

@@ -122,7 +122,7 @@ def test_a_commit_that_is_disturbed_anywhere_is_whole_or_is_not_there(kind: str,
                 held_elsewhere(Claim(ID, 1, path))
             again.claim(ID)
             time.sleep(0.001)
-            claim = again.claim(ID) or Claim(ID, again._last(ID)[0], again._claim(ID, again._last(ID)[0]))
+            claim = again.claim(ID) or Claim(ID, again._last(ID)[0], again._file(ID, again._last(ID)[0]))
             assert again.commit(claim, {"scores": {"accuracy": 0.25}})
         assert again.result(ID)["scores"] == {"accuracy": 0.25}  # type: ignore[index]
 

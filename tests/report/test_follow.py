@@ -17,6 +17,7 @@ from report.planted import plant_run
 from luthier.cli._main import main
 from luthier.core import ConfigError
 from luthier.report import Follower
+from luthier.runs.ledger import Entry, Ledger
 from luthier.runs.lock import myself
 from luthier.runs.spec import BatchSpec
 from luthier.workflow import train
@@ -141,3 +142,25 @@ def test_in_a_terminal_it_follows_until_the_run_has_ended(tmp_path: Path) -> Non
     os.close(ours)
     assert process.wait(30) == 0 and done
     assert b"1 run: 1 finished" in seen
+
+
+def test_a_run_whose_strategy_chooses_its_rows_says_itself_how_many_steps_there_are(tmp_path: Path) -> None:
+    train(little_spec(tmp_path, "bitfit", steps=None, epochs=1.0, strategy="llrd"), progress=False)
+    (one,) = Follower(tmp_path / "run").look()
+    assert one.total == one.step == 5
+
+
+def test_the_cells_of_a_ledger_are_there_before_they_begin(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    ledger = Ledger(tmp_path, make=True)
+    ids = [str(i) * 64 for i in range(4)]
+    ledger.add([Entry(id=id, spec={"method": "lora", "seed": 1}, run=f"cells/{id[0]}", order=int(id[0])) for id in ids])
+    running(tmp_path / "cells" / "0")
+    claims = {id: ledger.claim(id) for id in ids[:3]}
+    assert all(claims.values())
+    ledger.fail(claims[ids[1]], "no such file", 3)  # type: ignore[arg-type]
+    assert {one.run: one.state for one in Follower(tmp_path).look()} == {
+        "0": "running", "1": "failed", "2": "running", "3": "waiting"
+    }  # fmt: skip
+    assert main(["watch", str(tmp_path)]) == 0
+    said = capfd.readouterr().out
+    assert "2 running" in said and "1 failed" in said and "1 waiting" in said and "1: no such file" in said

@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from little import little_data, little_model
 
 from luthier.cli._main import main
-from luthier.core import UnknownName, UsageError
+from luthier.core import Interrupted, UnknownName, UsageError
 from luthier.report.track import Tracked, check_trackers, trackers
 from luthier.runs import Journal
 from luthier.training import Listener
@@ -27,12 +28,13 @@ def _note(*what):
 # What is called of each package, and no more.
 FAKES = {
     "trackio": "def init(**k): _note('init', k)\ndef log(n, step): _note('log', step, n)\ndef finish(): _note('end')\n",
-    "wandb": "class R:\n    def log(self, n, step): _note('log', step, n)\n    def finish(self): _note('end')\n"
+    "wandb": "class R:\n    def log(self, n, step): _note('log', step, n)\n"
+    "    def finish(self, exit_code): _note('end', exit_code)\n"
     "def init(**k):\n    _note('init', k)\n    return R()\n",
     "mlflow": "def set_experiment(n): _note('experiment', n)\n"
     "def start_run(run_name): _note('init', {'name': run_name})\n"
     "def log_params(p): _note('params', p)\ndef log_metrics(n, step): _note('log', step, n)\n"
-    "def end_run(): _note('end')\n",
+    "def end_run(status): _note('end', status)\n",
 }  # fmt: skip
 
 
@@ -79,7 +81,7 @@ def test_every_tracker_hears_what_the_log_holds(fakes: Path, tmp_path: Path) -> 
         assert [what[2]["train/loss"] for what in steps if "train/loss" in what[2]] == losses
         assert steps[-1][1] == 2 and steps[-1][2]["eval/accuracy"] == pytest.approx(scores["accuracy"], abs=1e-6)
         assert next(what for what in told if what[0] == "init")[1]["name"] == "x"
-        assert told[-1] == ["end"]
+        assert told[-1] == {"trackio": ["end"], "wandb": ["end", 0], "mlflow": ["end", "FINISHED"]}[name]
     config = json.loads((fakes / "wandb.json").read_text())[0][1]["config"]
     assert config["method"] == "bitfit" and config["batch.size"] == 8 and "steps" in config
 
@@ -129,6 +131,18 @@ def test_a_value_that_is_no_number_is_kept_from_trackers(fakes: Path) -> None:
     noted = json.loads((fakes / "trackio.json").read_text())
     assert noted[0][1]["config"] == {"a.c": "[1, 2]"}
     assert noted[1] == ["log", 1, {"train/lr": 0.5}]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(ValueError("burst"), "FAILED"), (Interrupted("stopped", 15), "KILLED"), (None, "FINISHED")]
+)
+def test_a_run_that_did_not_finish_is_none_that_did(fakes: Path, error: Exception | None, status: str) -> None:
+    with suppress(ValueError, Interrupted), Tracked(["mlflow", "wandb"], Listener(), "x", {}) as told:
+        told.start(1, 0)
+        if error is not None:
+            raise error
+    assert json.loads((fakes / "mlflow.json").read_text())[-1] == ["end", status]
+    assert json.loads((fakes / "wandb.json").read_text())[-1] == ["end", 0 if error is None else 1]
 
 
 def test_tensorboard_reads_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,7 +160,7 @@ class Worker:
             return
         if not self.template.at_work:  # it is still loading the libraries, from a slow disk perhaps
             claim.beat()
-        elif self.ledger.expired(claim):
+        elif self.ledger.silent(claim.path):
             self.template.signal(signal.SIGKILL)
 
     def end(self) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from luthier.core import ConfigError
+from luthier.core import ConfigError, LuthierError
 from luthier.report.gather import names_of, runs_in
 from luthier.report.numbers import binned
 from luthier.report.read import read_json, state_of, total_steps
+from luthier.runs.ledger import Entry, Ledger
 from luthier.runs.lock import holder_is_dead
 
 __all__ = ["Follower", "Progress", "spark"]
@@ -66,6 +68,7 @@ class Follower:
         if not self.folder.is_dir():
             raise ConfigError(f"{folder}: is no folder. Name the folder of a run or of a comparison.")
         self._runs: dict[Path, _Followed] = {}
+        self._book: Ledger | None = None
 
     def look(self) -> list[Progress]:
         """Every run as it is now, those that began meanwhile too."""
@@ -73,7 +76,45 @@ class Follower:
         names = names_of(paths)
         for path in paths:
             self._runs.setdefault(path, _Followed(path))
-        return [self._runs[path].look(names[path]) for path in paths]
+        seen = [self._runs[path].look(names[path]) for path in paths]
+        return [*self._told_by_ledger(seen, names), *self._not_begun(paths)]
+
+    def _told_by_ledger(self, seen: Sequence[Progress], names: Mapping[Path, str]) -> list[Progress]:
+        """What the ledger says of runs: one whose cell has failed waits for nobody."""
+        why = {names.get(self.folder / entry.run): told for entry, told in self._failures()}
+        return [
+            replace(one, state="failed", why=why[one.run])
+            if one.run in why and one.state not in ("finished", "running")
+            else one
+            for one in seen
+        ]
+
+    def _failures(self) -> list[tuple[Entry, str]]:
+        ledger = self._ledger()
+        if ledger is None:
+            return []
+        told = [(entry, ledger.failure(entry.id)) for entry in ledger.entries()]
+        return [(entry, str(failure.get("message"))) for entry, failure in told if failure is not None]
+
+    def _not_begun(self, paths: Sequence[Path]) -> list[Progress]:
+        """Runs that are wanted and have no folder yet."""
+        ledger, why = self._ledger(), {entry.id: told for entry, told in self._failures()}
+        if ledger is None:
+            return []
+        return [
+            Progress(
+                run=Path(entry.run).name, method=str(entry.spec.get("method", "?")),
+                seed=int(entry.spec.get("seed") or 0), state=ledger.state(entry.id), why=why.get(entry.id, ""),
+            )
+            for entry in ledger.entries()
+            if self.folder / entry.run not in paths
+        ]  # fmt: skip
+
+    def _ledger(self) -> Ledger | None:
+        if self._book is None:
+            with suppress(LuthierError):
+                self._book = Ledger(self.folder)
+        return self._book
 
     def ended(self, seen: Sequence[Progress]) -> bool:
         """Whether nobody works here any more."""
@@ -155,6 +196,8 @@ class _Followed:
             self._scores = {
                 k: float(v) for k, v in line.items() if k not in ("event", "step") and isinstance(v, int | float)
             }
+        elif kind == "begins" and isinstance(line.get("total"), int):
+            self._total, self._told = line["total"], True
         elif "at" in line:
             self._facts.append(line)
 

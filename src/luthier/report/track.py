@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from luthier.core import UnknownName, UsageError, near, plain
+from luthier.core import Interrupted, UnknownName, UsageError, near, plain
 from luthier.runs.spec import RunSpec
 from luthier.training.listener import Listener
 
@@ -21,11 +21,11 @@ HOME = Path(__file__).parent / "trackers"
 
 
 class Sink(Protocol):
-    """What a tracker's file gives: it is told numbers by step."""
+    """What a tracker's file gives: it is told numbers by step, and how it ended: finished, failed or interrupted."""
 
     def log(self, step: int, numbers: dict[str, float]) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, end: str) -> None: ...
 
 
 def trackers() -> list[str]:
@@ -72,9 +72,12 @@ class Tracked(Listener):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        end = "finished" if error is None else "failed"
+        if isinstance(error, Interrupted | KeyboardInterrupt):
+            end = "interrupted"
         for name, sink in self.sinks.items():
             try:
-                sink.close()
+                sink.close(end)
             except Exception as wrong:
                 self.inner.say(f"{name}: did not close ({wrong})")
 

@@ -155,13 +155,13 @@ class Ledger:
         """
         for entry in entries:
             path = self.path / "specs" / f"{entry.id}.json"
-            if self._entry(path) is None:
+            if _entry_in(path) is None:
                 values = {k: v for k, v in vars(entry).items() if k != "id"}
                 durable.write_json(path, {**values, "version": LEDGER_VERSION})
 
     def entries(self) -> list[Entry]:
         """All cells, in the order in which they are begun. One that cannot be read is left to whoever wrote it."""
-        found = [self._entry(path) for path in (self.path / "specs").glob("*.json")]
+        found = [_entry_in(path) for path in (self.path / "specs").glob("*.json")]
         return sorted((e for e in found if e is not None), key=lambda e: (e.order, e.id))
 
     def entry(self, id: str) -> Entry:
@@ -170,26 +170,12 @@ class Ledger:
         Raises:
             ConfigError: there is none of that address.
         """
-        found = self._entry(self.path / "specs" / f"{id}.json") if ID.fullmatch(id) else None
+        found = _entry_in(self.path / "specs" / f"{id}.json") if ID.fullmatch(id) else None
         if found is None:
             raise ConfigError(
                 f"{self.path}: no cell that can be read has the address {id[:16]}. `luthier watch` lists them."
             )
         return found
-
-    def _entry(self, path: Path) -> Entry | None:
-        told = _read(path)
-        try:
-            run = str(told["run"])
-            if Path(run).is_absolute() or ".." in Path(run).parts or not isinstance(told["spec"], dict):
-                return None  # whoever wrote that is not luthier: nothing is written outside of the folder
-            threads = told.get("threads")
-            return Entry(
-                id=path.stem, spec=told["spec"], run=run, until=float(told["until"]),
-                threads=int(threads) if threads is not None else None, order=int(told["order"]), cwd=str(told["cwd"]),
-            )  # fmt: skip
-        except (KeyError, TypeError, ValueError):
-            return None
 
     # --- what came of them
 
@@ -217,10 +203,10 @@ class Ledger:
             if path.exists():
                 durable.remove(path)
         n, told = self._last(id)
-        if (n and told.get("state") == "held" and self._dead(self._claim(id, n), told)) or (
+        if (n and told.get("state") == "held" and self._dead(self._file(id, n), told)) or (
             n and told.get("state") == "ended"
         ):
-            self._end(Claim(id, n, self._claim(id, n)), "released")
+            self._end(Claim(id, n, self._file(id, n)), "released")
 
     # --- claims
 
@@ -236,9 +222,9 @@ class Ledger:
         if self.settled(id):
             return None
         n, told = self._last(id)
-        if n and told.get("state") == "held" and not self._dead(self._claim(id, n), told):
+        if n and told.get("state") == "held" and not self._dead(self._file(id, n), told):
             return None
-        path = self._claim(id, n + 1)
+        path = self._file(id, n + 1)
         content = {**myself(), "n": n + 1, "state": "held", "behind": behind}
         if not durable.write_new(path, content):
             return None
@@ -252,7 +238,7 @@ class Ledger:
         """Attempts in a row that ended without a result and got no further than the one before."""
         count, furthest = 0, None
         for n in range(self._last(id)[0], 0, -1):
-            told = _read(self._claim(id, n))
+            told = _read(self._file(id, n))
             if told.get("state") == "released" or furthest not in (None, told.get("behind")):
                 break
             furthest = told.get("behind")
@@ -262,10 +248,6 @@ class Ledger:
     def holds(self, claim: Claim) -> bool:
         """Whether nobody has taken the cell since."""
         return self._last(claim.id)[0] == claim.n
-
-    def expired(self, claim: Claim) -> bool:
-        """Whether its holder has given no sign of life for the length of the lease."""
-        return self._silent(claim.path)
 
     def commit(self, claim: Claim, result: Mapping[str, Any]) -> bool:
         """Write down what came out.
@@ -310,7 +292,7 @@ class Ledger:
         n, told = self._last(id)
         if not n:
             return "waiting"
-        return "running" if told.get("state") == "held" and not self._dead(self._claim(id, n), told) else "stopped"
+        return "running" if told.get("state") == "held" and not self._dead(self._file(id, n), told) else "stopped"
 
     def discarded(self) -> int:
         """How many answers came too late."""
@@ -320,19 +302,19 @@ class Ledger:
         with contextlib.suppress(LuthierError):  # a full disk: then the lease runs out
             durable.write_json(claim.path, {**_read(claim.path), "state": state})
 
-    def _claim(self, id: str, n: int) -> Path:
+    def _file(self, id: str, n: int) -> Path:
         return self.path / "claims" / f"{id}.{n}"
 
     def _last(self, id: str) -> tuple[int, dict[str, Any]]:
         numbers = [int(p.suffix[1:]) for p in (self.path / "claims").glob(f"{id}.*") if p.suffix[1:].isdecimal()]
         n = max(numbers, default=0)
-        return n, _read(self._claim(id, n)) if n else {}
+        return n, _read(self._file(id, n)) if n else {}
 
     def _dead(self, path: Path, told: dict[str, Any]) -> bool:
-        return (bool(told) and holder_is_dead(told)) or self._silent(path)
+        return (bool(told) and holder_is_dead(told)) or self.silent(path)
 
-    def _silent(self, path: Path) -> bool:
-        """Whether nothing has touched the file for the length of the lease, since this object first looked."""
+    def silent(self, path: Path) -> bool:
+        """Whether nothing has touched a claim's file for the length of the lease, since this object first looked."""
         try:
             touched = path.stat().st_mtime_ns
         except OSError:
@@ -350,3 +332,18 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return told if isinstance(told, dict) else {}
+
+
+def _entry_in(path: Path) -> Entry | None:
+    told = _read(path)
+    try:
+        run = str(told["run"])
+        if Path(run).is_absolute() or ".." in Path(run).parts or not isinstance(told["spec"], dict):
+            return None  # whoever wrote that is not luthier: nothing is written outside of the folder
+        threads = told.get("threads")
+        return Entry(
+            id=path.stem, spec=told["spec"], run=run, until=float(told["until"]),
+            threads=int(threads) if threads is not None else None, order=int(told["order"]), cwd=str(told["cwd"]),
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError):
+        return None

@@ -256,6 +256,8 @@ def _run(
 ) -> Result:  # fmt: skip
     """The loop, then what follows it."""
     stop_at = stop.of(loop.total) if isinstance(stop, Rung) else stop
+    if prepared.strategies:  # which may choose its own rows: nothing else in the folder says how far there is to go
+        run.event("begins", total=loop.total)
     loop.run_to(stop_at)
     try:
         if stop_at is not None and stop_at <= loop.step < loop.total and not loop.evaluations.selection.enough:

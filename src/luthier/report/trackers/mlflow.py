@@ -22,5 +22,5 @@ class Sink:
     def log(self, step: int, numbers: dict[str, float]) -> None:
         self._mlflow.log_metrics(numbers, step=step)
 
-    def close(self) -> None:
-        self._mlflow.end_run()
+    def close(self, end: str) -> None:
+        self._mlflow.end_run(status={"finished": "FINISHED", "failed": "FAILED"}.get(end, "KILLED"))

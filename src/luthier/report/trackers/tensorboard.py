@@ -21,5 +21,5 @@ class Sink:
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def close(self, end: str) -> None:
         self._writer.close()

@@ -19,5 +19,5 @@ class Sink:
     def log(self, step: int, numbers: dict[str, float]) -> None:
         self._trackio.log(numbers, step=step)
 
-    def close(self) -> None:
+    def close(self, end: str) -> None:
         self._trackio.finish()

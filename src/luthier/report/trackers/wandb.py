@@ -19,5 +19,5 @@ class Sink:
     def log(self, step: int, numbers: dict[str, float]) -> None:
         self._run.log(numbers, step=step)
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, end: str) -> None:
+        self._run.finish(exit_code=0 if end == "finished" else 1)

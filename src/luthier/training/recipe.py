@@ -11,7 +11,7 @@ What one phase hands to the next goes through files that stand beside the phases
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -24,9 +24,10 @@ from luthier.data.columns import Columns
 from luthier.data.rows import Table
 from luthier.data.sets import named_sources
 from luthier.runs.spec import DataSpec, RunSpec
+from luthier.training.sampling import Sampling
 from luthier.training.strategy import STRATEGIES, spelt, split_settings
 
-__all__ = ["RECIPE", "Desk", "Done", "Guesses", "Phase", "Plan", "Recipe", "plan_of", "recipe_names", "refuse_recipe"]
+__all__ = ["RECIPE", "Asked", "Desk", "Done", "Guesses", "Phase", "Plan", "Recipe", "plan_of", "recipe_names", "refuse_recipe"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,29 @@ class Done(Protocol):
         ...
 
 
+class Asked(Protocol):
+    """A model that is asked: a finished run, or a model as it is; see `luthier.workflow.speaker.Speaker`."""
+
+    @property
+    def digest(self) -> str:
+        """Of the run's tuning, or of the model."""
+        ...
+
+    def says(
+        self, asked: Sequence[Sequence[dict[str, Any]]], *, max_new_tokens: int, sampling: Sampling | None = None
+    ) -> list[tuple[str, bool]]:
+        """The text that is written after each conversation, and whether it came to an end of its own.
+
+        Args:
+            sampling: draw it, by a seed for each; left out, the likeliest token each time.
+        """
+        ...
+
+    def chances(self, asked: Sequence[Sequence[dict[str, Any]]], words: Sequence[str]) -> NDArray[np.float64]:
+        """How likely each of a few words is as the answer, among them: (conversations, words)."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Guesses:
     """What a model that has learnt nothing yet would put into the gap of each row.
@@ -118,6 +142,16 @@ class Desk(Protocol):
 
     def fillings(self, model: str, texts: Sequence[str], *, beams: int, most: int) -> list[tuple[str, str]]:
         """What a T5 would put into the gaps {0} and {1} of all texts alike, likeliest first."""
+        ...
+
+    def asked(self, name: str) -> Asked:
+        """A model that answers questions: a finished run, or a model as it is. Raises: any LuthierError."""
+        ...
+
+    def kept(
+        self, name: str, key: Mapping[str, Any], table: Table, make: Callable[[Table], Iterable[Mapping[str, Any]]]
+    ) -> Table:
+        """Rows that are dear to make, made once, some at a time, and kept; see `luthier.workflow.kept_rows`."""
         ...
 
     def write(self, name: str, rows: Iterable[Mapping[str, Any]]) -> str:

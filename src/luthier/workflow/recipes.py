@@ -4,13 +4,14 @@ OUT/recipe.json       the spec, what each phase was asked to be, and in the end 
 OUT/spec.toml         the spec as a file: `luthier train OUT/spec.toml --out AGAIN` repeats the whole
 OUT/1-texts ...       the runs, in their order; lineage.json in each says what it was made of
 OUT/1-texts-merged    a run's model with its tuning in the weights, where a later phase starts from it
-OUT/rows-NAME.jsonl   rows that were written between two phases
+OUT/rows-NAME.jsonl   rows that were written between two phases; rows-NAME.json, what they were made of, where that
+                      is dear
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,11 +31,13 @@ from luthier.training.listener import Listener
 from luthier.training.recipe import RECIPE, Guesses, Phase, Plan, plan_of
 from luthier.workflow.finish import Result
 from luthier.workflow.gap_search import guess_words, write_fillings
+from luthier.workflow.kept_rows import keep_rows
 from luthier.workflow.load_model import find_model, load_config
 from luthier.workflow.merged_folder import merge
 from luthier.workflow.prediction import Predictor
 from luthier.workflow.preparation import prepare
 from luthier.workflow.run import default_out, run_to_end
+from luthier.workflow.speaker import Speaker
 
 __all__ = ["FILE", "Followed", "follow", "is_recipe"]
 
@@ -283,6 +286,16 @@ class _Desk:
 
     def fillings(self, model: str, texts: Sequence[str], *, beams: int, most: int) -> list[tuple[str, str]]:
         return write_fillings(self.plan.spec, model, texts, beams=beams, most=most)
+
+    def asked(self, name: str) -> Speaker:
+        return Speaker(name, device=self.plan.spec.device, precision=self.plan.spec.precision)
+
+    def kept(
+        self, name: str, key: Mapping[str, Any], table: Table, make: Callable[[Table], Iterable[Mapping[str, Any]]]
+    ) -> Table:
+        if not self.writes:
+            return table.take(())
+        return keep_rows(self.path / f"rows-{name}.jsonl", key, table, make, self.listener.say)
 
     def write(self, name: str, rows: Iterable[Mapping[str, Any]]) -> str:
         path = self.path / f"rows-{name}.jsonl"

@@ -9,7 +9,8 @@ better answer has more of it.
 
 `form` chooses the loss: "sigmoid" is that above; "ipo" is (h - 1 / 2β)² with h of the means per token; "hinge" is
 max(0, 1 - β h); "robust" takes a share `noise` of the pairs to be the wrong way round; "normalised" is "sigmoid" with h
-of the means per token, so that a long answer weighs no more than a short one.
+of the means per token, so that a long answer weighs no more than a short one; "shares" is -[q log σ(β h) + (1 - q)
+log σ(-β h)] with q from the column `share`, how many judges are for the better answer.
 
 Paper: arXiv:2305.18290. IPO: arXiv:2310.12036. Robust: arXiv:2403.00409.
 
@@ -44,7 +45,7 @@ class DPO(Preference):
     tiny: ClassVar[dict[str, Any]] = {"beta": 0.5}
 
     beta: Annotated[float, "how much a reward is of the log-ratio; smaller, farther from the base", above(0)] = 0.1
-    form: Annotated[Literal["sigmoid", "ipo", "hinge", "robust", "normalised"], "the loss of a pair"] = "sigmoid"
+    form: Annotated[Literal["sigmoid", "ipo", "hinge", "robust", "normalised", "shares"], "the loss of a pair"] = "sigmoid"
     noise: Annotated[float, "with robust, share of the pairs that are the wrong way round", between(0, 0.49)] = 0.0
     stored: Annotated[bool, "ask the base about all rows once, before step 1, in place of every step"] = False
 
@@ -71,6 +72,8 @@ class DPO(Preference):
         if self.form == "hinge":
             return F.relu(1 - self.beta * h)
         right, wrong = F.logsigmoid(self.beta * h), F.logsigmoid(-self.beta * h)
+        if self.form == "shares":
+            return -(marks[:, 0] * right + (1 - marks[:, 0]) * wrong)
         return -((1 - self.noise) * right - self.noise * wrong) / (1 - 2 * self.noise)
 
     def reward(self, answer: Answer) -> Tensor:

@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from little import little_data, little_model
+from little import little_data, little_model, little_spec
 
-from luthier.runs.spec import DataSpec
+from luthier.runs.spec import DataSpec, OptimSpec
+from luthier.workflow import merge, train
 
 __all__ = ["ROWS", "write_lines"]
 
@@ -40,4 +41,44 @@ def answers(home: Path) -> dict[str, Any]:
     return {"model": str(little_model(home / "llama", "llama")), "data": data}
 
 
-ROWS: dict[str, Callable[[Path], dict[str, Any]]] = {"agent_sft": traces, "instruct_sft": answers}
+def labelled_by_a_model(home: Path) -> dict[str, Any]:
+    (home / "choose.txt").write_text("{prompt} # {first} # {second} #")
+    pairs = DataSpec(source=str(little_data(home / "pairs.csv", rows=30, kind="pairs")))
+    settings = {"rlaif.words": "one, two", "rlaif.question": str(home / "choose.txt")}
+    return {"model": str(little_model(home / "llama", "llama")), "data": pairs, "method": "lora", "settings": settings}
+
+
+def under_principles(home: Path) -> dict[str, Any]:
+    texts = {
+        "principles": "say moon\nsay cat\n",
+        "critique": "{prompt} {answer} {principle}",
+        "revision": "{prompt} {answer} {principle} {critique}",
+        "question": "{prompt} {first} {second} {principle}",
+    }
+    for name, text in texts.items():
+        (home / f"{name}.txt").write_text(text)
+    settings = {f"cai.{name}": str(home / f"{name}.txt") for name in texts}
+    settings |= {"cai.words": "one, two", "cai.new_tokens": 6}
+    turned = DataSpec(source=str(little_data(home / "turns.csv", rows=30, kind="turns")))
+    prompts = little_data(home / "asked.csv", rows=12, kind="turns", seed=3)
+    return {
+        "model": taught(home), "data": turned, "method": "lora", "also": (f"prompts={prompts}",), "settings": settings
+    }  # fmt: skip
+
+
+def taught(home: Path) -> str:
+    """A tiny decoder that has learnt to answer and to stop."""
+    out = home / "taught"
+    if not out.exists():
+        rows = DataSpec(source=str(little_data(home / "turns.csv", rows=30, kind="turns")))
+        given = {"data": rows, "steps": 60, "optim": OptimSpec(lr=1e-2), "trunk_dropout": "off"}
+        merge(train(little_spec(home, "full", "llama", out=str(home / "taught-run"), **given)).path, out)
+    return str(out)
+
+
+ROWS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "agent_sft": traces,
+    "cai": under_principles,
+    "instruct_sft": answers,
+    "rlaif": labelled_by_a_model,
+}

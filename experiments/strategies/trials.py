@@ -87,6 +87,7 @@ _PAIRS = "of answers that are preferred: docs/howto/align.md"
 
 NOT_TRIED = {
     "autoprompt": _GAPS,
+    "cai": _PAIRS,
     "contrastive": "its head does not learn; setfit is contrastive with a head behind it",
     "cpo": _PAIRS,
     "dapt": "tapt is the same on other texts",
@@ -103,6 +104,7 @@ NOT_TRIED = {
     "pouf": _GAPS,
     "reptile": "gives a start and not an end",
     "reward_model": _PAIRS,
+    "rlaif": _PAIRS,
     "simpo": _PAIRS,
     "task_mixture": _TEXT,
 }

@@ -304,6 +304,9 @@ def test_the_forms_of_dpo_are_their_formulas():
     noisy = DPO(beta=0.2, form="robust", noise=0.25).losses(chosen, rejected, marks)
     right, wrong = -torch.log(torch.sigmoid(0.2 * h)), -torch.log(torch.sigmoid(-0.2 * h))
     torch.testing.assert_close(noisy, (0.75 * right - 0.25 * wrong) / 0.5)
+    told = torch.tensor([[0.8, 0.0], [0.6, 2.0]])
+    shared = DPO(beta=0.2, form="shares").losses(chosen, rejected, told)
+    torch.testing.assert_close(shared, told[:, 0] * right + (1 - told[:, 0]) * wrong)
 
 
 def test_slips_in_dpos_settings_are_refused(tmp_path):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -27,7 +28,19 @@ from luthier.runs.spec import DataSpec, RunSpec
 from luthier.training.sampling import Sampling
 from luthier.training.strategy import STRATEGIES, spelt, split_settings
 
-__all__ = ["RECIPE", "Asked", "Desk", "Done", "Guesses", "Phase", "Plan", "Recipe", "plan_of", "recipe_names", "refuse_recipe"]
+__all__ = [
+    "RECIPE",
+    "Asked",
+    "Desk",
+    "Done",
+    "Guesses",
+    "Phase",
+    "Plan",
+    "Recipe",
+    "plan_of",
+    "recipe_names",
+    "refuse_recipe",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +105,14 @@ class Asked(Protocol):
         Args:
             sampling: draw it, by a seed for each; left out, the likeliest token each time.
         """
+        ...
+
+    def loss_of(self, answered: Sequence[tuple[Sequence[dict[str, Any]], str]]) -> float:
+        """The mean loss of the tokens of given answers, in nats."""
+        ...
+
+    def before_tuning(self) -> AbstractContextManager[Any]:
+        """Within, a run answers as its base."""
         ...
 
     def chances(self, asked: Sequence[Sequence[dict[str, Any]]], words: Sequence[str]) -> NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""A model that is asked: a finished run, its base, or a model as it is. It writes answers, and says how likely words are.
+"""A model that is asked: a finished run, its base, or a model as it is. It writes, and says how likely words are.
 
 Prompts are conversations. A run reads them as its training did: by the template that is stored with it, or as plain
 text where it learnt texts without turns. A model that is no run is asked by its own chat template, where it has one.
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from luthier.core import ConfigError, DataError, build
 from luthier.data.batches import cut
-from luthier.data.chat import ChatTemplate, Message
+from luthier.data.chat import Chat, ChatTemplate, Message
 from luthier.data.columns import Columns
 from luthier.data.encode import encode
 from luthier.data.examples import Examples
@@ -163,6 +163,38 @@ class Speaker:
             found = self.generator.write(self.encoded(asked), max_new_tokens, sampling=sampling)
         return [(one.text, one.ended) for one in found]
 
+    def loss_of(self, answered: Sequence[tuple[Sequence[Message], str]]) -> float:
+        """The mean loss of the tokens of given answers, in nats; each conversation is read alone.
+
+        Raises:
+            ConfigError: an encoder-decoder.
+            DataError: nothing to read.
+        """
+        if self.generator.both:
+            raise ConfigError(f"{self.name}: the loss of given answers is measured of models that write on.")
+        total, count = 0.0, 0
+        for messages, answer in answered:
+            ids, told = self._answered(messages, answer)
+            places = [k for k in range(1, len(ids)) if told[k]]
+            logs = self.next_chances(ids)[[k - 1 for k in places], [ids[k] for k in places]]
+            total -= float(logs.double().sum())
+            count += len(places)
+        if not count:
+            raise DataError(f"{self.name}: no answer has a token to be measured. Give answers, or shorter prompts.")
+        return total / count
+
+    def _answered(self, messages: Sequence[Message], answer: str) -> tuple[list[int], list[bool]]:
+        """The ids of a conversation with an answer, and which of them are the answer's, with its end."""
+        if self.columns.shape == "dialogue":
+            with Chat(self.tokenizer, template=self.template) as chat:
+                (read,) = chat.encode(chat.plan(0, [*messages, {"role": "assistant", "content": answer}], "an answer"))
+            if isinstance(read, str):
+                raise DataError(f"{self.name}: an answer cannot be read: {read}.")
+            return read.ids[: self.max_length], read.loss[: self.max_length]
+        ids = self.encoded([messages]).ids.tolist()
+        more = [*self.tokenizer(" " + answer, add_special_tokens=False)["input_ids"]][: self.max_length - len(ids)]
+        return [*ids, *more], [*[False] * len(ids), *[True] * len(more)]
+
     def chances(self, asked: Sequence[Sequence[Message]], words: Sequence[str]) -> NDArray[np.float64]:
         """How likely each of a few words is as the answer, among them: (conversations, words), rows sum to 1.
 
@@ -187,7 +219,7 @@ class Speaker:
         """Log-probabilities of every next token of a text that is read: (tokens, vocabulary), fp32 on the CPU."""
         with torch.inference_mode(), self.precision.autocast(self.device):
             given = torch.tensor([list(ids)], device=self.device)
-            logits = self.tuned.model(input_ids=given, attention_mask=torch.ones_like(given)).logits[0]
+            logits: Tensor = self.tuned.model(input_ids=given, attention_mask=torch.ones_like(given)).logits[0]
         return logits.float().log_softmax(-1).cpu()
 
     def _word_ids(self, words: Sequence[str]) -> list[list[int]]:

@@ -45,7 +45,9 @@ class DPO(Preference):
     tiny: ClassVar[dict[str, Any]] = {"beta": 0.5}
 
     beta: Annotated[float, "how much a reward is of the log-ratio; smaller, farther from the base", above(0)] = 0.1
-    form: Annotated[Literal["sigmoid", "ipo", "hinge", "robust", "normalised", "shares"], "the loss of a pair"] = "sigmoid"
+    form: Annotated[Literal["sigmoid", "ipo", "hinge", "robust", "normalised", "shares"], "the loss of a pair"] = (
+        "sigmoid"
+    )
     noise: Annotated[float, "with robust, share of the pairs that are the wrong way round", between(0, 0.49)] = 0.0
     stored: Annotated[bool, "ask the base about all rows once, before step 1, in place of every step"] = False
 

@@ -12,7 +12,7 @@ import numpy as np
 from luthier.core import ConfigError
 from luthier.training.recipe import Asked
 
-__all__ = ["QUESTION", "Label", "filled", "labels_of", "prompt_text", "question_of", "version", "words_of"]
+__all__ = ["QUESTION", "Label", "asked", "filled", "labels_of", "prompt_text", "question_of", "version", "words_of"]
 
 QUESTION = """\
 Two answers to one request follow. Say which serves the person better: which is more helpful, truer, and does less harm.
@@ -99,6 +99,11 @@ def prompt_text(messages: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"{m['role']}: {m['content']}" for m in messages)
 
 
+def asked(text: str) -> list[dict[str, str]]:
+    """One question as a conversation."""
+    return [{"role": "user", "content": text}]
+
+
 def labels_of(
     labeller: Asked, question: str, pairs: Sequence[tuple[str, str, str]], words: tuple[str, str], tie: float,
     further: Sequence[Mapping[str, str]] | None = None,
@@ -109,13 +114,14 @@ def labels_of(
         tie: shares that are no farther than this from a half are a tie.
         further: more fields of the question for each pair.
     """
-    asked = []
+    questions = []
     for number, (prompt, a, b) in enumerate(pairs):
         own = {"prompt": prompt, "one": words[0], "two": words[1], **(further[number] if further else {})}
         for first, second in ((a, b), (b, a)):
-            text = filled(question, {**own, "first": first, "second": second})
-            asked.append([{"role": "user", "content": text}])
-    found = labeller.chances(asked, words)
+            questions.append(asked(filled(question, {**own, "first": first, "second": second})))
+    if not questions:
+        return []
+    found = labeller.chances(questions, words)
     labels = []
     for k in range(len(pairs)):
         ahead, behind = float(found[2 * k, 0]), float(found[2 * k + 1, 0])  # the first shown is named: a, then b
@@ -124,7 +130,5 @@ def labels_of(
         share = 0.5 + apart
         verdict = "tie" if abs(apart) <= tie else "a" if apart > 0 else "b"
         swayed = (ahead > 0.5) == (behind > 0.5)  # the same place is named, whatever stands there
-        labels.append(
-            Label(share=share, shown_first=ahead, shown_second=1.0 - behind, verdict=verdict, swayed=swayed)
-        )
+        labels.append(Label(share=share, shown_first=ahead, shown_second=1.0 - behind, verdict=verdict, swayed=swayed))
     return labels

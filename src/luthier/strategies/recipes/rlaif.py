@@ -3,14 +3,14 @@
     1 labels    p(a) = ½ [P("1" | x, a, b) + P("2" | x, b, a)] for each pair, read off the labeller's next word
     2 learnt    reward_model, or dpo, on the better answer, the worse one and p
 
-Both orders are asked, so a labeller that likes one place says ½. A share of ½, or within `tie` of it, is a tie: named in
-rows-labels.jsonl, and not learnt. There stand, for each row, both orders, the share, the verdict, the labeller's digest
-and the version of the question. What order the rows have is not read; rows-made.jsonl counts how often the labeller
-agrees with it, which says something where people made it. Held-out rows are labelled alike.
+Both orders are asked, so a labeller that likes one place says ½. A share of ½, or within `tie` of it, is a tie: named
+in rows-labels.jsonl, and not learnt. There stand, for each row, both orders, the share, the verdict, the labeller's
+digest and the version of the question. What order the rows have is not read; rows-made.jsonl counts how often the
+labeller agrees with it, which says something where people made it. Held-out rows are labelled alike.
 
 Paper: arXiv:2309.00267, section 2. Reasoning before the label, and rewards that are asked for directly, are not here.
 
-Cost: two passes of the labeller a pair, then a run of the strategy. Labels are kept: a stopped recipe asks no row twice.
+Cost: two passes of the labeller a pair, then a run of the strategy. Labels are kept: no row is asked twice.
 Claims: labels of a large labeller teach about as much as people's.
 Pitfalls: what the labeller likes is learnt: often what is longer, or like its own words. A small labeller is swayed by
 the order in most rows (`swayed` in rows-made.jsonl) and then knows nothing. Compare a few labels with your own first.
@@ -70,7 +70,7 @@ class RLAIF(Recipe):
         if counts[0]["rows"] and not written["labels"]:
             raise DataError(
                 f"rlaif: the labeller finds no answer better than the other in {counts[0]['rows']} rows; in "
-                f"{counts[0]['swayed']} the order alone decides what it names. Ask a larger labeller, or in other words "
+                f"{counts[0]['swayed']} the order alone decides what it names. Ask a larger labeller, or otherwise "
                 "(rlaif.question)."
             )
         test = desk.write("held", written["held-labels"]) if written.get("held-labels") else None

@@ -1,12 +1,14 @@
-"""`luthier export`: a tuning as files that another library reads."""
+"""`luthier export`: a finished run as files that another program reads."""
 
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from luthier.cli._output import screen
 from luthier.cli._shared_options import AsJson
+
+if TYPE_CHECKING:
+    from luthier.workflow.certificate import Step
 
 __all__ = ["NEEDS_WORDS", "command"]
 
@@ -16,30 +18,55 @@ NEEDS_WORDS = True
 def command(
     run: Annotated[str, typer.Argument(help="The folder of a finished run.")],
     target: Annotated[str, typer.Argument(help="The folder to write; it must not exist.")],
+    to: Annotated[str, typer.Option(help="What to write: peft, merged or onnx.")] = "peft",
     accept: Annotated[
         bool, typer.Option("--accept", help="Write it although, read back, it is not the model that was trained.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a run's tuning as the peft library reads it: lora, dora and ia3, the same numbers to the bit.
+    """Write a run for another program, which reads it back first: what it computes must be what was trained.
+
+    peft      the tuning alone, for the peft library: the same numbers to the bit
+
+    merged    a model folder of transformers, the tuning in its weights
+
+    onnx      a classifier or an encoder as a graph for onnxruntime
 
     Examples:
 
       luthier export runs/x adapter
-    """
-    from luthier.core import ConfigError
-    from luthier.workflow import Predictor
-    from luthier.workflow.export import export_peft
 
-    if Path(target).exists():  # said before the model is loaded
-        raise ConfigError(f"{target}: is there already. Name a folder that does not exist.")
-    written = export_peft(Predictor(run), target, accept=accept)
+      luthier export runs/x graph --to onnx
+    """
+    from luthier.workflow.formats import export
+
+    written = export(run, target, to=to, accept=accept)
     files = [path for path in sorted(written.path.rglob("*")) if path.is_file()]
     sizes = {str(path.relative_to(written.path)): path.stat().st_size for path in files}
+    step = written.step
     screen().result(
-        {"path": str(written.path), "format": "peft", "bytes": sizes, "python": written.line, "notes": written.notes}
-    )
+        {"path": str(written.path), "format": to, "bytes": sizes, "python": written.line, "notes": written.notes,
+         "status": None if step is None else step.status, "gap": None if step is None else step.gap,
+         "same_answers": None if step is None else step.likeliest}
+    )  # fmt: skip
     screen().show(f"{written.path}: {', '.join(sizes)}")
     for note in written.notes:
         screen().say(f"  {note}")
+    if step is not None:
+        screen().show(_checked(step))
     screen().show(f"read it with: {written.line}")
+
+
+def _checked(step: "Step") -> str:
+    """What reading it back showed."""
+    if step.gap is None:
+        return f"not compared: {step.reason}"
+    said = [f"largest gap of a logit {step.gap:.2g}"]
+    if step.tolerance is not None and step.off is not None:
+        said.append(f"{step.off:.2g} on average, {step.tolerance:.2g} allowed")
+    if step.likeliest is not None:
+        said.append(f"same answer at {step.likeliest:.1%} of the places")
+    if step.greedy is not None:
+        said.append(f"{step.greedy:.1%} of written tokens the same")
+    beside = f", {step.reason}" if step.reason else ""
+    return f"{step.status} on the rows that the run kept{beside}: {'; '.join(said)}"

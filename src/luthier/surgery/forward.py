@@ -233,8 +233,9 @@ class Forward:
         given = (inputs.get(name) for name in (_TEXTS if context.past == 0 else _LATER_TEXTS))
         text = next((t for t in given if isinstance(t, Tensor)), None)
         first = next((v for v in inputs.values() if isinstance(v, Tensor) and v.dim() > 0), None)
-        context.n_tokens = int(text.shape[1]) if text is not None else 0
-        context.batch = len(text) if text is not None else 0 if first is None else len(first)
+        # `shape`, not `len` or `int`: under a tracer a size is a symbol, and must stay one
+        context.n_tokens = text.shape[1] if text is not None else 0
+        context.batch = text.shape[0] if text is not None else 0 if first is None else first.shape[0]
         context.packed = packed(inputs)
         ids = inputs.get("input_ids") if stack != "decoder" else None
         context.ids = ids if isinstance(ids, Tensor) else None

@@ -15,7 +15,9 @@ merged_folder    a finished run as a plain model folder
 conversation     turns with a run that remember one another
 import_peft      an adapter of the peft library as a tuning
 generation       text that it writes
-export           a finished run as files that other libraries read
+export           a finished run as files that peft reads
+formats          every format in which a run leaves, by name
+onnx_export      a graph of ONNX; onnx_reader computes it
 look_at_rows     rows as the model will see them, before anything is trained
 reference        what the trained model computed of a few rows when training ended
 fresh            one way out of a run's folder, in a process of its own

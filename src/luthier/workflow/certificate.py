@@ -51,6 +51,8 @@ FILE = "certificate.json"
 ROUNDING, ROUNDING_IN_HALVES = 1e-5, 2e-2
 OF_THE_EFFECT = 0.25
 PASSED, FAILED, NOT_DONE = "passed", "failed", "not done"
+READERS = {"merged": "transformers", "exported": "peft", "onnx": "onnxruntime"}
+"""step of a folder that was written -> what reads it back"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,7 +301,7 @@ def certify_folder(
     """Compare a folder that was just written with the trained model, in a fresh process.
 
     Args:
-        step: "merged" or "exported".
+        step: one of READERS.
         in_unit: a regression's answers are in the unit of its rows there.
         accept: give the certificate though the step failed; it says so.
         beside: what is said of the step besides, where it passes.
@@ -321,7 +323,7 @@ def certify_folder(
     done, _ = step_of(step, asked, expected, halves=halves, beside=beside, do=do)
     if done.status == FAILED and not accept:
         raise IntegrityError(
-            f"{shown}: not written. Read back by {'peft' if step == 'exported' else 'transformers'}, it is not the "
+            f"{shown}: not written. Read back by {READERS[step]}, it is not the "
             f"model that was trained: {done.reason}. --accept writes it all the same, and its {FILE} says so."
         )
     return certificate_of(run, spec, len(kept.rows), 0, [done], accepted=done.status == FAILED)

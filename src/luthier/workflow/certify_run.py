@@ -41,7 +41,8 @@ from luthier.workflow.reference import Reader, Seen, read_reference
 __all__ = ["certify"]
 
 MOST_PROMPTS = 64
-EXPORTED, MERGED = "adapter_config.json", "config.json"  # by which such a folder is known
+# By which file a folder is known; the first that is there: a graph has a configuration beside it, too.
+KNOWN = {"model.onnx": "onnx", "adapter_config.json": "exported", "config.json": "merged"}
 QUANTISED = 1.5  # times what the same codes move the base's logits
 
 
@@ -78,8 +79,10 @@ def certify(
     run = RunFolder.open(path, write=False)
     if not run.tuning.exists():
         raise ConfigError(f"{path}: this run has no result yet. Go on with `luthier resume {path}`.")
-    if folder is not None and not any((Path(folder) / name).exists() for name in (EXPORTED, MERGED)):
-        raise ConfigError(f"{folder}: is neither a merged model (config.json) nor an export (adapter_config.json).")
+    if folder is not None and _kind(Path(folder)) is None:
+        raise ConfigError(
+            f"{folder}: is neither a merged model (config.json) nor an export (adapter_config.json, model.onnx)."
+        )
     certifier = _Certifier(path, RunSpec.from_plain(run.spec, where=f"{path}/run.json"), prompts, say, do)
     certifier.do_steps(None if folder is None else Path(folder), store)
     found = certifier.certificate()
@@ -223,9 +226,9 @@ class _Certifier:
 
     def _folder(self, folder: Path, expected: Expected) -> None:
         """One that was written before: it is read as what it is."""
-        step = "exported" if (folder / EXPORTED).exists() else "merged"
+        step = _kind(folder) or "merged"
         halves = step == "merged" and load_config(find_model(str(folder))).dtype in (torch.bfloat16, torch.float16)
-        raw = step == "merged" and "multiply an answer by" in _text(folder / "README.md")
+        raw = step in ("merged", "onnx") and "multiply an answer by" in _text(folder / "README.md")
         self._step(step, self._in_unit(expected, not raw), halves=halves, folder=str(folder))
 
     def _quantised(self, folder: Path, expected: Expected, merged: Seen, store: str) -> None:
@@ -246,6 +249,11 @@ class _Certifier:
             reason = f"the codes move its logits by {step.off:.2g}, and its base's by {of_base:.2g}"
             step = replace(step, status=FAILED if lost else PASSED, reason=reason, tolerance=allowed)
         self._note(step)
+
+
+def _kind(folder: Path) -> str | None:
+    """The step that looks at a folder that was written before."""
+    return next((step for name, step in KNOWN.items() if (folder / name).exists()), None)
 
 
 def _logits(seen: Seen | None) -> tuple[Tensor, ...]:

@@ -25,7 +25,7 @@ from luthier.runs import durable
 from luthier.surgery import to_peft
 from luthier.trust import safetensors
 from luthier.workflow.certificate import FILE as CERTIFICATE
-from luthier.workflow.certificate import certify_folder
+from luthier.workflow.certificate import Step, certify_folder
 from luthier.workflow.load_model import Source
 from luthier.workflow.merged_folder import last_with_bias
 from luthier.workflow.prediction import Predictor
@@ -48,11 +48,12 @@ TASK_TYPES = {
 
 @dataclass(frozen=True)
 class Exported:
-    """The folder, the one line of Python that reads it, and what else is to be known."""
+    """The folder, the one line of Python that reads it, what else is to be known, and the step of its certificate."""
 
     path: Path
     line: str
     notes: tuple[str, ...]
+    step: Step | None = None
 
 
 def export_peft(predictor: Predictor, folder: Path | str, *, accept: bool = False, check: bool = True) -> Exported:
@@ -86,6 +87,7 @@ def export_peft(predictor: Predictor, folder: Path | str, *, accept: bool = Fals
     line, after_a_move = _lines(predictor, target, reader, local)
     draft = Path(tempfile.mkdtemp(prefix=f".tmp-{target.name}-", dir=target.absolute().parent))
     in_unit = _into_unit(predictor)
+    step = None
     try:
         whole = draft / target.name
         to_peft(predictor.tuned, whole, task_type=task_type, base=base, own=in_unit or (lambda name, value: value))
@@ -102,6 +104,7 @@ def export_peft(predictor: Predictor, folder: Path | str, *, accept: bool = Fals
                 shown=target,
             )  # fmt: skip
             durable.write_json(whole / CERTIFICATE, found.to_plain())
+            step = found.steps[0]
         _open_to_all(whole)
         whole.rename(target)
     except OSError as error:
@@ -120,7 +123,7 @@ def export_peft(predictor: Predictor, folder: Path | str, *, accept: bool = Fals
             f"its base is read from {source.path}, and it is read where it was written; README.md in it says how to "
             "read it after a move"
         )
-    return Exported(target, line, tuple(notes))
+    return Exported(target, line, tuple(notes), step)
 
 
 def _lines(predictor: Predictor, target: Path, reader: str, local: bool) -> tuple[str, str]:

@@ -3,7 +3,8 @@
     asked    JSON on standard input: the run, the step, the folder to read, rows of the user's
     answer   a folder with what the model made of the rows (`Seen`), and facts.json
 
-A merged folder is read by transformers alone, an exported one by peft: no part of luthier acts in those models.
+A merged folder is read by transformers alone, an exported one by peft, and other formats by the programs that they are
+for: no part of luthier acts in those models.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from luthier.runs import durable
 from luthier.runs.parent import end_with_the_parent
 from luthier.workflow.reference import NEW_TOKENS, Reader, Reference, Seen, observe, read_reference
 
-__all__ = ["Answer", "Asked", "ask", "main"]
+__all__ = ["Answer", "Asked", "ask", "look_plainly", "main"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,7 @@ class Asked:
     """What a step is to do.
 
     Attributes:
-        step: the name of a function of this file.
+        step: the name of a function of this file, or a format of ELSEWHERE.
         run: the run's folder.
         folder: of what was merged or exported.
         store: the codes to hold it in.
@@ -109,7 +111,10 @@ def main() -> None:
 
 def answer_of(asked: Asked) -> Answer:
     """Do a step here."""
-    return STEPS[asked.step](asked)
+    step = STEPS.get(asked.step)
+    if step is None:
+        step = import_module(ELSEWHERE[asked.step]).answer
+    return step(asked)
 
 
 # --- steps that luthier answers ---------------------------------------------------------------------------------------
@@ -219,7 +224,7 @@ def merged(asked: Asked) -> Answer:
     base = load_config(find_model(_spec(asked)[0].model)).get_text_config()
     if base.tie_word_embeddings and not model.config.get_text_config().tie_word_embeddings:
         raise IntegrityError("its output head is no longer tied to its input embedding, as the base's is")
-    return Answer(*_look_plainly(model, asked), facts={"by": f"transformers {transformers.__version__}"})
+    return Answer(*look_plainly(model, asked), facts={"by": f"transformers {transformers.__version__}"})
 
 
 def exported(asked: Asked) -> Answer:
@@ -261,7 +266,7 @@ def exported(asked: Asked) -> Answer:
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        answer = _look_plainly(model, asked)
+        answer = look_plainly(model, asked)
     beside = "" if spec.codes is None else f", beside the weights that its {spec.codes} codes stand for"
     return Answer(*answer, facts={"by": f"peft {peft.__version__}{beside}"})
 
@@ -278,7 +283,7 @@ def quantised(asked: Asked) -> Answer:
         model, _ = load_model(
             find_model(place), task, dtype=torch.float32, device=torch.device("cpu"), seed=spec.seed, store=asked.store
         )
-        found.append(_look_plainly(model, asked))
+        found.append(look_plainly(model, asked))
         del model
     return Answer(*found[0], *found[1])
 
@@ -319,7 +324,7 @@ def _transformers(path: str, asked: Asked, *, head: bool = False, **more: Any) -
     return model.to(choose_device(spec.device)).eval(), told
 
 
-def _look_plainly(model: Any, asked: Asked) -> tuple[Seen, Seen]:
+def look_plainly(model: Any, asked: Asked) -> tuple[Seen, Seen]:
     """The rows, read by the folder's own tokenizer and template, and what a model without luthier makes of them."""
     import transformers
 
@@ -346,4 +351,9 @@ def _look_plainly(model: Any, asked: Asked) -> tuple[Seen, Seen]:
 
 STEPS: dict[str, Callable[[Asked], Answer]] = {
     step.__name__: step for step in (reloaded, in_fp32, served, detached, merged, exported, quantised)
+}
+
+# Formats of other programs, each in a file of its own, with a function `answer`.
+ELSEWHERE = {
+    "onnx": "luthier.workflow.onnx_reader",
 }

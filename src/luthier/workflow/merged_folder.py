@@ -21,7 +21,7 @@ from luthier.workflow.certificate import called, certify_folder
 from luthier.workflow.load_model import find_model, load_config, quiet
 from luthier.workflow.prediction import Predictor
 
-__all__ = ["Written", "merge", "write_merged"]
+__all__ = ["Merged", "Written", "describe", "into_unit", "merge", "merged_model", "write_merged"]
 
 PIPELINES = {
     "classification": "text-classification",
@@ -108,8 +108,23 @@ class Written:
         return f"; these are the plain outputs: what {names} makes of them is not in the weights" if names else ""
 
 
-def write_merged(path: Path, folder: Path, *, dtype: str, name: str, add: Sequence[Path] = ()) -> Written:
-    """Weights, configuration and tokenizer of a run's merged model, into an empty folder that will be called `name`.
+@dataclass(frozen=True)
+class Merged:
+    """A run's model with the tuning in its weights, in memory; what `Written` says of a folder, and the run.
+
+    Attributes:
+        model: of transformers, without a trace of ours; configuration and tokenizer say what a pipeline needs.
+    """
+
+    model: Any
+    predictor: Predictor
+    halves: bool
+    in_unit: bool
+    otherwise: tuple[str, ...]
+
+
+def merged_model(path: Path, *, dtype: str, add: Sequence[Path] = ()) -> Merged:
+    """A run's merged model.
 
     Raises:
         CannotMerge: see `merge`.
@@ -134,12 +149,23 @@ def write_merged(path: Path, folder: Path, *, dtype: str, name: str, add: Sequen
         add_runs(model, predictor, add)
         model.to(stored if stored in (torch.bfloat16, torch.float16) else torch.float32)
         half = stored in (torch.bfloat16, torch.float16)
-    in_unit = _into_unit(model, predictor)
-    _describe(model, predictor)
+    in_unit = into_unit(model, predictor)
+    describe(model, predictor)
+    return Merged(model, predictor, half, in_unit, tuple(otherwise))
+
+
+def write_merged(path: Path, folder: Path, *, dtype: str, name: str, add: Sequence[Path] = ()) -> Written:
+    """Weights, configuration and tokenizer of a run's merged model, into an empty folder that will be called `name`.
+
+    Raises:
+        CannotMerge: see `merge`.
+    """
+    found = merged_model(path, dtype=dtype, add=add)
     with quiet():
-        model.save_pretrained(folder)
-        predictor.tokenizer.save_pretrained(folder)
-    return Written(half, in_unit, _card(path, name, model, predictor, in_unit, otherwise, add), tuple(otherwise))
+        found.model.save_pretrained(folder)
+        found.predictor.tokenizer.save_pretrained(folder)
+    card = _card(path, name, found.model, found.predictor, found.in_unit, found.otherwise, add)
+    return Written(found.halves, found.in_unit, card, found.otherwise)
 
 
 def _instead(method: str, path: Path) -> str:
@@ -158,7 +184,7 @@ def _a_batch(predictor: Predictor) -> dict[str, Any]:
     return batch
 
 
-def _into_unit(model: nn.Module, predictor: Predictor) -> bool:
+def into_unit(model: nn.Module, predictor: Predictor) -> bool:
     """A regression's answers in the unit of the rows: its last layer, if it has a bias, takes over scale and centre."""
     task = predictor.task
     if task.name != "regression" or (task.center, task.scale) == (0.0, 1.0):
@@ -179,7 +205,7 @@ def last_with_bias(model: nn.Module) -> str | None:
     return last[-1] if last and model.get_submodule(last[-1]).bias is not None else None
 
 
-def _describe(model: Any, predictor: Predictor) -> None:
+def describe(model: Any, predictor: Predictor) -> None:
     """Configuration and tokenizer say what a pipeline needs to know, and no place on this disk."""
     model.config._name_or_path = called(predictor.spec.model)
     if predictor.task.name == "regression":

@@ -100,6 +100,19 @@ class Predictor:
             limit=positions_for_rows(self.tuned), tokens=4 * self.spec.batch.tokens,
         )  # fmt: skip
 
+    @staticmethod
+    def task_of(path: Path | str) -> Task:
+        """The task of a finished run, without its model.
+
+        Raises:
+            ConfigError: no such run, or one that is not finished.
+        """
+        run = RunFolder.open(Path(path), write=False)
+        if not run.tuning.exists():
+            raise ConfigError(f"{path}: this run has no result yet. Go on with `luthier resume {path}`.")
+        task = {k: v for k, v in read_tuning(run.tuning)["task"].items() if k != "columns"}
+        return build(Task, task, f"{run.tuning}/tuning.json task")
+
     @cached_property
     def judge(self) -> Weighing | None:
         """What weighed answers in training, where that was learnt."""

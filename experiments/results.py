@@ -10,17 +10,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["asked_of", "known", "once", "scored"]
+__all__ = ["asked_of", "known", "once", "scored", "words_of"]
 
 
-def asked_of(experiment: str, what: str, results: Path, doc: str | None) -> argparse.Namespace:
+def words_of(experiment: str, what: str, results: Path, doc: str | None) -> argparse.ArgumentParser:
     """The words of the command line of a table with a row for each of `what`, such as a method."""
     words = argparse.ArgumentParser(prog=f"python -m experiments.{experiment}", description=doc)
     words.add_argument("--only", action="append", help=f"a {what}; may be repeated")
     words.add_argument("--seeds", type=int, default=3, help=f"seeds of each {what}")
     words.add_argument("--results", type=Path, default=results)
     words.add_argument("--page", action="store_true", help="only write the page from what is here")
-    return words.parse_args()
+    return words
+
+
+def asked_of(experiment: str, what: str, results: Path, doc: str | None) -> argparse.Namespace:
+    """The same, read."""
+    return words_of(experiment, what, results, doc).parse_args()
 
 
 def known(results: Path) -> list[dict[str, Any]]:

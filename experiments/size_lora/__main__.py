@@ -1,0 +1,56 @@
+"""Train what is missing, seed by seed, then write the page. See the package for its options."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from experiments.defaults.panel import PANEL, halves
+from experiments.one_run import one_run
+from experiments.results import once, scored, words_of
+from experiments.size_lora.page import MODELS, SETS, WAYS, write
+from luthier.core import ConfigError, Interrupted
+
+RESULTS = Path(__file__).parent / "results.jsonl"
+BY_NAME = {member.name: member for member in PANEL}
+
+
+def main() -> None:
+    words = words_of("size_lora", "model", RESULTS, __doc__)
+    words.add_argument("--minutes", type=float, default=float("inf"), help="start no run later than so")
+    asked = words.parse_args()
+    wrong = next((name for name in asked.only or () if name not in MODELS), None)
+    if wrong is not None:
+        raise ConfigError(f"--only {wrong}: the models are {', '.join(MODELS)}.")
+    begun = time.monotonic()
+    todo: list[dict[str, Any]] = [
+        {"model": model, "set": name, "way": way, "seed": seed}
+        for seed in range(0 if asked.page else asked.seeds)
+        for model in MODELS if not asked.only or model in asked.only
+        for name in SETS for way in WAYS
+    ]  # fmt: skip
+    for which in todo:
+        if time.monotonic() - begun < 60 * asked.minutes:
+            once(asked.results, which, partial(_made, **which))
+    write(asked.results)
+
+
+def _made(model: str, set: str, way: str, seed: int) -> dict[str, Any]:
+    """One result; of one that stops, why."""
+    method, given = WAYS[way]
+    try:
+        with tempfile.TemporaryDirectory() as home:
+            train, test = halves(BY_NAME[set])
+            right, facts = one_run(f"sample:{model}", method, seed, train, test, f"{home}/run", given)
+        return scored(right) | facts
+    except Interrupted:
+        raise
+    except Exception as error:  # one that breaks must not keep the others from their turn; the page shows it
+        return {"refused": f"{type(error).__name__}: {error}"}
+
+
+if __name__ == "__main__":
+    main()

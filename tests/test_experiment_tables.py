@@ -1,0 +1,56 @@
+"""Tables of experiments: counts of known shapes, and a page from a part of its results."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments.parameters.__main__ import MODELS, SHAPES, table
+from experiments.size_lora.page import SETS, WAYS, write
+
+
+def test_counts_of_known_shapes_are_those_that_follow_from_their_sizes() -> None:
+    lines = table(["lora:rank=64:sites=*", "full", "bitfit", "spot"], ("llama-7b",)).splitlines()
+    by_name = {line.split("|")[1].strip().partition("]")[0].lstrip("["): line.split("|")[2] for line in lines[2:]}
+    # r (d_in + d_out) for four maps of 4096 x 4096 and three of 4096 x 11008, in 32 layers; the head has none.
+    assert 32 * 64 * (4 * 8192 + 3 * (4096 + 11008)) == 159_907_840
+    assert by_name["lora:rank=64:sites=*"].split()[0] == "159,907,840"
+    assert by_name["the model itself"].split()[0] == by_name["full"].split()[0] == "6,738,415,616"
+    assert by_name["full"].split()[1] == "(100"
+    assert by_name["bitfit"].strip() == by_name["spot"].strip() == "-"
+
+
+def test_every_shape_is_there_and_holds_no_more_than_a_shape() -> None:
+    for model in MODELS:
+        values = json.loads((SHAPES / f"{model}.json").read_text())
+        assert values["model_type"] in ("roberta", "t5", "llama") and "auto_map" not in values
+
+
+def planted(path: Path, n_sets: int) -> Path:
+    lines = [
+        {"model": "minilm-l3", "set": name, "way": way, "seed": seed, "accuracy": 0.5 + 0.1 * seed, "seconds": 36.0}
+        for name in SETS[:n_sets] for way in WAYS for seed in range(3)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.mark.parametrize("n_sets", [6, 1])
+def test_a_part_of_the_results_is_a_table_and_says_what_is_missing(tmp_path: Path, n_sets: int) -> None:
+    write(planted(tmp_path / "results.jsonl", n_sets), tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert f"{15 * n_sets} of 270 runs are finished" in text
+    assert f"about {(270 - 15 * n_sets) * 36 / 3600:.1f} hours" in text
+    of_all = text.partition("## Mean over the sets")[2].partition("##")[0]
+    assert ("| minilm-l3 | 0.600 | 0.600" in of_all) == (n_sets == 6)
+    assert "| minilm-l3 | 0.600" in text and "| mpnet-base | - |" in text
+
+
+def test_what_was_refused_is_said_and_is_no_result(tmp_path: Path) -> None:
+    path = planted(tmp_path / "results.jsonl", 1)
+    with path.open("a") as file:
+        refused = {"model": "mpnet-base", "set": "trec6", "way": "full", "seed": 0, "refused": "ResourceError: none"}
+        file.write(json.dumps(refused) + "\n")
+    write(path, tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert "mpnet-base, trec6, full, seed 0: ResourceError: none" in text and "15 of 270" in text

@@ -76,9 +76,45 @@ def taught(home: Path) -> str:
     return str(out)
 
 
+def asked(home: Path) -> dict[str, Any]:
+    """Questions, each with the document that answers it; the last document is a copy of the first."""
+    words = ("sun", "moon", "cat", "dog", "paris", "rome", "city", "red")
+    documents = [
+        {"id": str(i), "text": f"the {word} is {words[i - 3]} and {words[i - 5]}"} for i, word in enumerate(words)
+    ]
+    write_lines(home / "documents.jsonl", [*documents, {"id": "copy", "text": documents[0]["text"].upper()}])
+    rows = [
+        {
+            "question": f"how {'far ' * (i // 8)}is the {words[i % 8]}",
+            "answer": f"##begin_quote##is {words[i % 8 - 3]}##end_quote## ." if i % 3 else words[i % 8 - 3],
+            "oracle": str(i % 8),
+        }
+        for i in range(40)
+    ]
+    source = str(write_lines(home / "asked.jsonl", rows))
+    settings = {"raft.documents": str(home / "documents.jsonl"), "raft.distractors": 2}
+    return {"model": str(little_model(home / "llama", "llama")), "data": DataSpec(source=source), "settings": settings}
+
+
+def entities(home: Path) -> dict[str, Any]:
+    words = ("paris", "rome", "cat", "dog", "moon")
+    rows = [
+        {
+            "text": f"the {words[i % 5]} is {'so ' * (i // 5)}far",
+            "items": [{"type": "city" if i % 5 < 2 else "name", "text": words[i % 5]}] if i % 4 else [],
+        }
+        for i in range(40)
+    ]
+    source = str(write_lines(home / "entities.jsonl", rows))
+    return {"model": str(little_model(home / "llama", "llama")), "data": DataSpec(source=source)}
+
+
 ROWS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "agent_sft": traces,
     "cai": under_principles,
     "instruct_sft": answers,
     "rlaif": labelled_by_a_model,
+    "raft": asked,
+    "instruct_uie": entities,
+    "self_instruct": answers,
 }

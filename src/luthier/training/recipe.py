@@ -37,6 +37,7 @@ __all__ = [
     "Phase",
     "Plan",
     "Recipe",
+    "Writer",
     "plan_of",
     "recipe_names",
     "refuse_recipe",
@@ -133,6 +134,26 @@ class Guesses:
     words: Mapping[int, str]
 
 
+class Writer(Protocol):
+    """A decoder, as it is, that goes on with texts; see `luthier.workflow.text_writer`."""
+
+    @property
+    def digest(self) -> str:
+        """Of the model."""
+        ...
+
+    def write(
+        self, text: str, *, seed: int, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
+        stop: Sequence[str] = (),
+    ) -> str:  # fmt: skip
+        """What it writes behind a text, up to the first of `stop`; with a temperature, drawn by the seed."""
+        ...
+
+    def log_chance(self, text: str, answer: str) -> tuple[float, int]:
+        """Sum of the log-probabilities of an answer's tokens behind a text, and how many there are."""
+        ...
+
+
 class Desk(Protocol):
     """What a recipe may ask before a phase and between two."""
 
@@ -175,8 +196,16 @@ class Desk(Protocol):
         """Rows that are dear to make, made once, some at a time, and kept; see `luthier.workflow.kept_rows`."""
         ...
 
+    def writer(self, model: str) -> Writer:
+        """A decoder that goes on with texts; what it gives is kept, so that a resumed recipe asks nothing twice."""
+        ...
+
     def write(self, name: str, rows: Iterable[Mapping[str, Any]]) -> str:
         """Write rows to a file beside the phases, once, and give its path."""
+        ...
+
+    def say(self, line: str) -> None:
+        """A sentence for the log of the whole, such as a score that no phase has; nothing before the folder is made."""
         ...
 
 

@@ -6,6 +6,7 @@ OUT/1-texts ...       the runs, in their order; lineage.json in each says what i
 OUT/1-texts-merged    a run's model with its tuning in the weights, where a later phase starts from it
 OUT/rows-NAME.jsonl   rows that were written between two phases; rows-NAME.json, what they were made of, where that
                       is dear
+OUT/asked.jsonl       what models were asked between two phases, by digest, and what they gave
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from luthier.runs.spec import RunSpec
 from luthier.surgery import compose, tuning_files
 from luthier.training.listener import Listener
 from luthier.training.recipe import RECIPE, Guesses, Phase, Plan, plan_of
+from luthier.workflow.text_writer import TextWriter
 from luthier.workflow.finish import Result
 from luthier.workflow.gap_search import guess_words, write_fillings
 from luthier.workflow.kept_rows import keep_rows
@@ -296,6 +298,13 @@ class _Desk:
         if not self.writes:
             return table.take(())
         return keep_rows(self.path / f"rows-{name}.jsonl", key, table, make, self.listener.say)
+
+    def writer(self, model: str) -> TextWriter:
+        return TextWriter(model, self.path / "asked.jsonl", self.plan.spec.device)
+
+    def say(self, line: str) -> None:
+        if self.writes:
+            self.listener.say(line)
 
     def write(self, name: str, rows: Iterable[Mapping[str, Any]]) -> str:
         path = self.path / f"rows-{name}.jsonl"

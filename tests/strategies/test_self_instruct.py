@@ -19,8 +19,8 @@ from luthier.strategies.recipes._written_tasks import (
     tasks_in,
 )
 from luthier.strategies.recipes.self_instruct import SelfInstruct
-from luthier.workflow.text_writer import TextWriter
 from luthier.workflow.recipes import follow
+from luthier.workflow.text_writer import TextWriter
 
 torch.set_num_threads(1)
 SEEDS = [

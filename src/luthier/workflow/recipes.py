@@ -30,7 +30,6 @@ from luthier.runs.spec import RunSpec
 from luthier.surgery import compose, tuning_files
 from luthier.training.listener import Listener
 from luthier.training.recipe import RECIPE, Guesses, Phase, Plan, plan_of
-from luthier.workflow.text_writer import TextWriter
 from luthier.workflow.finish import Result
 from luthier.workflow.gap_search import guess_words, write_fillings
 from luthier.workflow.kept_rows import keep_rows
@@ -40,6 +39,7 @@ from luthier.workflow.prediction import Predictor
 from luthier.workflow.preparation import prepare
 from luthier.workflow.run import default_out, run_to_end
 from luthier.workflow.speaker import Speaker
+from luthier.workflow.text_writer import TextWriter
 
 __all__ = ["FILE", "Followed", "follow", "is_recipe"]
 

@@ -2,14 +2,18 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from cli.conftest import Call
 from little import little_spec
 
 from luthier.core import ConfigError, DataError
+from luthier.data.tasks import Task
 from luthier.workflow import Predictor, train
-from luthier.workflow.conversation import Controls, Conversation
+from luthier.workflow.controls import Controls, Repeats, controls_for
+from luthier.workflow.conversation import Conversation
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +71,39 @@ def test_draws_follow_the_seed_and_the_likeliest_needs_none(predictor: Predictor
     for wrong in ({"temperature": -1.0}, {"top_p": 0.0}, {"max_new_tokens": 0}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             Controls(**wrong)  # type: ignore[arg-type]
+
+
+def test_predict_draws_each_row_by_its_own_name_whatever_stands_beside_it(predictor: Predictor) -> None:
+    texts = ["how far is the moon", "who is it", "what is red", "one two three four five six seven"]
+
+    def said(texts: list[str], **controls: Any) -> list[str]:
+        table = predictor.table_of(texts)
+        return [row["text"] for row in predictor.rows(table, controls=Controls(max_new_tokens=8, **controls))]
+
+    together = said(texts, temperature=2.0, seed=3)
+    assert said(texts[:1], temperature=2.0, seed=3) == together[:1] and said(texts, temperature=2.0, seed=3) == together
+    assert said(texts, temperature=2.0, seed=4) != together
+    plain = [row["text"] for row in predictor.rows(predictor.table_of(texts), max_new_tokens=8)]
+    assert said(texts) == plain == said(texts, temperature=5.0, top_k=1)
+    drawn = said(texts, temperature=0.05, seed=1, repetition=10.0)
+    assert all(len(set(row.split())) == len(row.split()) for row in drawn), "nothing is said twice"
+
+
+def test_what_an_answer_has_said_is_less_likely_and_its_prompt_does_not_count() -> None:
+    repeats = Repeats(2.0)
+    ids, scores = torch.tensor([[5, 1], [0, 2]]), torch.tensor([[1.0, -1.0, 3.0, 0.5, 2.0, 4.0]] * 2)
+    assert torch.equal(repeats(ids, scores), scores)
+    longer = torch.cat([ids, torch.tensor([[5], [1]])], 1)
+    assert repeats(longer, scores).tolist() == [[1.0, -1.0, 3.0, 0.5, 2.0, 2.0], [1.0, -2.0, 3.0, 0.5, 2.0, 4.0]]
+
+
+def test_controls_that_would_do_nothing_or_cannot_work_are_refused(luthier: Call, talker: Path) -> None:
+    said = luthier("predict", talker, "--text", "how far", "--top-p", "0.9")
+    assert said.code == 2 and "at temperature 0 nothing is drawn" in said.err
+    assert "repetition: got 0.5; it must be from 1" in luthier("chat", talker, "--repetition", "0.5").err
+    with pytest.raises(ConfigError, match="learnt classification and writes no text"):
+        controls_for(Task(name="classification", labels=("a", "b")), Controls(temperature=1.0), 64)
+    assert controls_for(Task(name="classification"), Controls(max_new_tokens=9), 64) == Controls(max_new_tokens=9)
 
 
 def test_the_base_answers_the_same_conversation_and_leaves_no_trace(predictor: Predictor) -> None:

@@ -165,12 +165,11 @@ def test_a_row_without_the_field_is_named():
         infer_task(data, None, LABELLED)
 
 
-@pytest.mark.parametrize("task", ["causal_lm", "seq2seq"])
-@pytest.mark.parametrize("score", ["rouge_l", "bleu", "exact_match"])
-def test_a_score_of_generated_text_is_refused_with_what_a_run_can_select_by(task: str, score: str) -> None:
-    with pytest.raises(ConfigError, match=f"'{score}' is of generated text.*loss, perplexity, token_accuracy"):
-        Task(name=task).check_metric(score)
-    assert Task(name=task).check_metric("perplexity") == "perplexity"
+@pytest.mark.parametrize("score", ["rouge_l", "bleu", "exact_match", "token_f1"])
+def test_a_score_of_written_text_needs_rows_with_one_right_answer(score: str) -> None:
+    assert Task(name="causal_lm").check_metric(score) == Task(name="seq2seq").check_metric(score) == score
+    with pytest.raises(ConfigError, match=f"'{score}' compares what is written.*pair_accuracy, margin"):
+        Task(name="preference").check_metric(score)
     several = Task(name="classification", labels=("a", "b"), multi_label=True)
     assert several.check_metric("exact_match") == "exact_match", "of labels it is computed"
 

@@ -57,6 +57,7 @@ OTHER: dict[str, Any] = {
     "steps": 9, "batch.size": 6, "batch.tokens": 64, "batch.accumulate": 3, "batch.pad_to": 4, "batch.workers": 1,
     "batch.group_by_length": False, "batch.pack": True, "eval.every": 2, "eval.metric": "loss", "eval.patience": 2,
     "eval.best": True, "eval.share": 0.2, "eval.rows": 3, "eval.thresholds": True, "eval.calibrate": True,
+    "eval.written": 3, "eval.new_tokens": 9, "eval.forgetting": True,
     "checkpoint.every_steps": 2, "checkpoint.every_seconds": 60.0,
     "checkpoint.keep": 3, "threads": 2, "device": "cpu", "gradient_checkpointing": True, "fast": False, "recheck": 1,
     "out": "elsewhere", "force": True, "chosen": ["epochs"],

@@ -99,8 +99,13 @@ def test_better_knows_the_direction_and_prefers_nothing_non_finite():
     assert better("loss", 3.0, None) and better("loss", 3.0, math.nan)
 
 
+def test_token_f1_counts_words_as_often_as_they_stand_whatever_their_order():
+    assert score(["token_f1"], ["The cat, the mat"], ["a mat the CAT sat"]) == {"token_f1": pytest.approx(6 / 9)}
+    assert score(["token_f1"], ["", "x"], ["", ""]) == {"token_f1": 0.5}
+
+
 def test_every_score_that_a_task_names_exists():
-    named = {name for names in [*tasks.METRICS.values(), tasks.GENERATED] for name in names}
+    named = {name for names in [*tasks.METRICS.values(), tasks.GENERATED, {"forgetting"}] for name in names}
     assert named <= set(METRICS)
     assert set(METRICS) <= named
 
@@ -149,7 +154,7 @@ def test_scores_are_those_of_scikit_learn_and_scipy(seed):
 
 
 def test_what_measures_a_distance_is_better_when_it_is_lower_and_every_other_score_when_it_is_higher():
-    distances = {"loss", "perplexity", "mse"}
+    distances = {"loss", "perplexity", "mse", "forgetting"}
     assert {name for name, metric in METRICS.items() if not metric.higher_is_better} == distances
     for name in METRICS:
         assert better(name, 1.0, 2.0) == (name in distances) != better(name, 2.0, 1.0)

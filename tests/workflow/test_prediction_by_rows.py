@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from tiny import tiny
 from word_tables import table, word_tokenizer
 
-from luthier.core import ConfigError, DataError
+from luthier.core import DataError
 from luthier.data.columns import Columns
 from luthier.data.encode import encode
 from luthier.data.tasks import Task
-from luthier.runs.spec import BatchSpec, DataSpec, EvalSpec, RunSpec
+from luthier.runs.spec import BatchSpec, DataSpec, RunSpec
 from luthier.surgery import attach
 from luthier.training.precision import choose_precision
 from luthier.workflow import Predictor, predict, train
@@ -185,10 +185,3 @@ def test_a_row_that_cannot_be_read_has_its_reason_and_the_others_their_answers(t
     with pytest.raises(DataError, match=r"2 of 4 rows cannot be answered: .*asked\.jsonl:2: field 'text' is empty"):
         predict(tmp_path / "run", data=str(asked), strict=True)
     assert load_file(tmp_path / "run" / "tuning" / "tuning.safetensors"), "asking changes nothing"
-
-
-def test_a_score_of_generated_text_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    spec = _spec(tmp_path, little_data(tmp_path / "turns.csv", kind="turns"), "llama", eval=EvalSpec(metric="rouge_l"))
-    with pytest.raises(ConfigError, match="rouge_l"):
-        train(spec)
-    assert not (tmp_path / "run").exists()

@@ -32,6 +32,10 @@ def command(
         float, typer.Option(min=0, max=10, help="0 takes the likeliest token each time; higher is more varied.")
     ] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that make up this probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Draw from so many of the likeliest tokens; 0, from all.")] = 0,
+    repetition: Annotated[
+        float, typer.Option(help="Make what the answer has said already less likely by this factor, such as 1.2.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="Names the draws: the same words get the same answers.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     as_json: AsJson = False,
@@ -46,9 +50,13 @@ def command(
 
       luthier chat runs/x --text "How tall is it?" --compare-base
     """
-    from luthier.workflow.conversation import Controls, conversation_with
+    from luthier.workflow.controls import Controls
+    from luthier.workflow.conversation import conversation_with
 
-    controls = Controls(temperature=temperature, top_p=top_p, seed=seed, max_new_tokens=max_new_tokens)
+    controls = Controls(
+        temperature=temperature, top_p=top_p, top_k=top_k, repetition=repetition, seed=seed,
+        max_new_tokens=max_new_tokens,
+    )  # fmt: skip
     with screen().busy("loading"):
         talk = conversation_with(run, controls, system)
     turns: list[dict[str, Any]] = []

@@ -28,6 +28,15 @@ def command(
         str | None, typer.Option(help="A new .csv, .jsonl or .parquet file for the rows with their answers.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest generated answer, in tokens.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token each time; higher is more varied.")
+    ] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that make up this probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Draw from so many of the likeliest tokens; 0, from all.")] = 0,
+    repetition: Annotated[
+        float, typer.Option(help="Make what an answer has said already less likely by this factor, such as 1.2.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Names the draws: each row has its own, whatever the others.")] = 0,
     unsure: Annotated[
         float | None,
         typer.Option(metavar="NUMBER 0..1", help="Answer `unsure` where the probability is lower than this."),
@@ -47,6 +56,8 @@ def command(
 
       luthier predict runs/x --data questions.csv --unsure 0.6 --out answers.csv
 
+      luthier predict runs/x --data prompts.jsonl --temperature 0.7 --top-p 0.9 --seed 1 --out answers.jsonl
+
       cat questions.jsonl | luthier predict runs/x --data - --json
     """
     if bool(text) == (data is not None):
@@ -57,8 +68,13 @@ def command(
 
     from luthier.data.load_data import load_inputs
     from luthier.workflow import Predictor
+    from luthier.workflow.controls import Controls
     from luthier.workflow.unsure import check_unsure
 
+    controls = Controls(
+        temperature=temperature, top_p=top_p, top_k=top_k, repetition=repetition, seed=seed,
+        max_new_tokens=max_new_tokens,
+    )  # fmt: skip
     predictor = Predictor(run)
     if unsure is not None:
         check_unsure(unsure, predictor.task)
@@ -72,9 +88,7 @@ def command(
         if into is not None:
             answered = () if unsure is None else ("answer",)
             stack.enter_context(into).start(table.columns, (*answered, *COLUMNS[predictor.task.name]))
-        stream: Iterator[dict[str, Any]] = predictor.stream(
-            table, max_new_tokens=max_new_tokens, strict=strict, unsure=unsure
-        )
+        stream: Iterator[dict[str, Any]] = predictor.stream(table, strict=strict, unsure=unsure, controls=controls)
         for number, answer in enumerate(stream, start=1):
             place = table.places[number - 1]
             if "refused" in answer:

@@ -10,6 +10,7 @@ from luthier.core import ConfigError, UnknownName, near
 from luthier.data.columns import Columns
 from luthier.data.label_cells import indicated, label_lists, label_names, numbers_of, of_task, refuse_unknown
 from luthier.data.rows import Table
+from luthier.runs.spec import GENERATED
 
 __all__ = ["Task"]
 
@@ -39,8 +40,6 @@ METRICS = {
     "judged": ("ranked", "reward_gap", "loss"),
     "reward": ("pair_accuracy", "margin", "loss"),
 }
-GENERATED = ("rouge_l", "bleu", "exact_match")
-"""Scores of generated text against the response: a run writes no text while it trains."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +109,11 @@ class Task:
         return self.name in ("causal_lm", "seq2seq", "preference", "judged")
 
     @property
+    def answers(self) -> bool:
+        """Whether rows have one right answer in text."""
+        return self.name in ("causal_lm", "seq2seq")
+
+    @property
     def filled_in(self) -> bool:
         """Whether it predicts what was taken out of a text, so that it has no answer to a row."""
         return self.name in ("masked_lm", "span_corruption")
@@ -156,15 +160,16 @@ class Task:
 
         Raises:
             UnknownName: the task has none.
-            ConfigError: it is of generated text.
+            ConfigError: it is of generated text, and rows have no one answer.
         """
         if name in self.metrics:
             return name
+        if name in GENERATED and self.answers:
+            return name
         if name in GENERATED and self.writes:
             raise ConfigError(
-                f"eval.metric {name!r} is of generated text, and a run writes none while it trains. A run of task "
-                f"{self.name} can select by {', '.join(self.metrics)}. For {name}, let the finished run answer "
-                "the test rows (luthier predict) and compare."
+                f"eval.metric {name!r} compares what is written with one right answer, and rows of task {self.name} "
+                f"have none. It can select by {', '.join(self.metrics)}."
             )
         known = list(self.metrics)
         raise UnknownName(f"task {self.name} has no score {name!r}.{near(name, known)} It has {', '.join(known)}.")

@@ -27,6 +27,8 @@ __all__ = [
 DEFAULT_EPOCHS = 3.0
 MAX_SPEC_BYTES = 1_000_000
 MOST_FOLDS = 20
+GENERATED = ("rouge_l", "bleu", "exact_match", "token_f1")
+"""Scores of written text against the response of its row."""
 
 Task = Literal[
     "auto", "classification", "regression", "token_classification", "causal_lm", "seq2seq", "masked_lm",
@@ -196,6 +198,16 @@ class EvalSpec:
         Flag("eval-rows"),
     ] = None
 
+    written: Annotated[
+        int | None,
+        "held-out rows to which answers are written and compared with their own; left out, 32 where metric is of "
+        "written text",
+        at_least(1),
+        Flag("eval-written"),
+    ] = None
+    new_tokens: Annotated[int, "tokens of an answer that is written to be scored, at most", at_least(1)] = 64
+    forgetting: Annotated[bool, "score a general text with and without the tuning, to see what is forgotten"] = False
+
     def __post_init__(self) -> None:
         if self.selects and (self.every == 0 or self.share == 0):
             wanted = "best" if self.best else "patience"
@@ -210,6 +222,11 @@ class EvalSpec:
     def selects(self) -> bool:
         """Whether a score decides which step is kept, or when to stop."""
         return self.best or self.patience is not None
+
+    @property
+    def writes(self) -> bool:
+        """Whether answers are written to held-out rows."""
+        return self.written is not None or self.metric in GENERATED
 
     @property
     def holds_out(self) -> bool:

@@ -56,6 +56,9 @@ RESUME: dict[str, ResumeRule] = {
     "eval.thresholds": "exact",
     "eval.calibrate": "exact",
     "eval.rows": "exact",
+    "eval.written": "exact",
+    "eval.new_tokens": "exact",
+    "eval.forgetting": "exact",
     "batch.pack": "exact",  # sums are of other pieces
     # boundary: the set of rows of each step follows from these, so they may change where an epoch begins
     "batch.size": "boundary",

@@ -36,6 +36,7 @@ class Evaluator:
 
     Attributes:
         budget: padded tokens of a batch, at most.
+        more: gives further scores of the same rows, such as those of written answers.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Evaluator:
         self.tuned, self.objective, self.batches = tuned, objective, batches
         self.precision, self.device, self.check = precision, device, check
         self.budget = batches.tokens
+        self.more: Callable[[], dict[str, float]] | None = None
         self.plainly = plainly or not answerers(tuned)
 
     def try_longest(self) -> None:
@@ -166,7 +168,8 @@ class Evaluator:
             else:
                 predictions, wanted = task.decode(out["logits"]), references(task, examples)
             found |= metrics.score(names, predictions, wanted)
-        return {name: found[name] for name in task.metrics}
+        scores = {name: found[name] for name in task.metrics}
+        return scores if self.more is None else scores | self.more()
 
     def _answered(self, batch: Batch) -> Result:
         """What the method answers, scored."""

@@ -4,6 +4,7 @@ which are imported where they are used.
 
 import importlib
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -266,6 +267,18 @@ def _span_f1(predictions: Sequence[Any], references: Sequence[Any]) -> float:
 # --- texts ------------------------------------------------------------------------------------------------------------
 
 
+def _token_f1(predictions: Sequence[Any], references: Sequence[Any]) -> float:
+    """Mean F1 of the words of two texts, each as often as it stands there, whatever their order and their case."""
+    return sum(map(_shared_words, predictions, references)) / len(references)
+
+
+def _shared_words(one: str, other: str) -> float:
+    a, b = (Counter(re.findall(r"\w+", text.lower())) for text in (one, other))
+    if not a or not b:
+        return float(a == b)
+    return 2 * (a & b).total() / (a.total() + b.total())
+
+
 def _rouge_l(predictions: Sequence[Any], references: Sequence[Any]) -> float:
     """Mean F-measure of the longest common subsequence, stemmed, 0 to 1."""
     module = _library("rouge_score.rouge_scorer", "rouge-score")
@@ -298,6 +311,8 @@ METRICS: dict[str, Metric] = {
     "chosen_reward": Metric(None, True, "mean reward of the better answers: below 0, they became less likely"),
     "ranked": Metric(None, True, "how often an answer that is liked has a higher reward than one that is not"),
     "reward_gap": Metric(None, True, "mean reward of the answers that are liked, less that of those that are not"),
+    "forgetting": Metric(None, False, "rise of the loss of a token of a general text over the base's, in nats"),
+    "token_f1": Metric(_token_f1, True, "mean F1 of the words of generated text, 0 to 1"),
     "rouge_l": Metric(_rouge_l, True, "ROUGE-L of generated text, 0 to 1"),
     "bleu": Metric(_bleu, True, "BLEU of generated text, 0 to 100"),
 }

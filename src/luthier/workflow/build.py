@@ -32,6 +32,7 @@ from luthier.training.whole_steps import refuse_cut_steps
 from luthier.workflow.load_model import collator_of, load_model
 from luthier.workflow.load_others import load_others
 from luthier.workflow.preparation import Prepared
+from luthier.workflow.written_scores import written_scores
 
 __all__ = ["build", "evaluator_of"]
 
@@ -164,11 +165,15 @@ def evaluator_of(prepared: Prepared, loop: Loop, examples: Examples) -> Evaluato
     if (prepared.task.of_words or prepared.task.writes) and not objective.chunked:
         # Where all logits of a batch are held at once: 2^26 of them are 256 MiB in fp32.
         tokens = max(1, min(tokens, 2**26 // int(loop.tuned.model.get_input_embeddings().weight.shape[0])))
-    return Evaluator(
+    evaluator = Evaluator(
         loop.tuned, objective,
         EvalBatches(examples, loop.feed.batches.collator, tokens), prepared.precision, prepared.device,
         lambda: loop.signals.check(),
     )  # fmt: skip
+    table = prepared.test_table if examples is prepared.test else prepared.selection_table
+    if prepared.spec.eval.writes and table is not None:
+        evaluator.more = written_scores(prepared, loop, table)
+    return evaluator
 
 
 def _check_finite(model: Any, name: str) -> None:

@@ -12,41 +12,10 @@ import torch
 
 from luthier.core import ConfigError, DataError, build
 from luthier.data.chat import Chat, ChatTemplate
-from luthier.surgery import keyed
+from luthier.workflow.controls import Controls, Repeats
 from luthier.workflow.prediction import Predictor
 
 __all__ = ["Controls", "Conversation", "Said", "conversation_with"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Controls:
-    """How an answer is written.
-
-    Attributes:
-        temperature: 0 takes the likeliest token each time; higher is more varied.
-        top_p: tokens are drawn from the likeliest that make up this probability.
-        seed: names the draws; the same words give the same answers.
-        max_new_tokens: tokens of an answer, at most.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    max_new_tokens: int = 256
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature <= 10:
-            raise ConfigError(f"temperature: got {self.temperature:g}; it must be from 0 to 10.")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p: got {self.top_p:g}; it must be above 0 and at most 1.")
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens: got {self.max_new_tokens}; it must be 1 or more.")
-
-    def options(self) -> dict[str, Any]:
-        """For `generate` of transformers. The model's own settings of a draw are left out: these are all."""
-        if self.temperature == 0:
-            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        return {"do_sample": True, "temperature": float(self.temperature), "top_p": float(self.top_p), "top_k": 0}
 
 
 @dataclass(frozen=True)
@@ -120,18 +89,20 @@ class Conversation:
         predictor = self.predictor
         given = torch.tensor([ids], device=predictor.device)
         stream = _Stream(predictor.tokenizer, write)
-        stop = predictor.generator.stop
+        stop, controls = predictor.generator.stop, self.controls
+        changes: list[Any] = [] if controls.repetition == 1 else [Repeats(controls.repetition)]
+        if (drawn := controls.sampling([f"turn {len(self.messages)}"])) is not None:
+            changes.append(drawn.of([0]))
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
             stack.enter_context(predictor.precision.autocast(predictor.device))
             stack.enter_context(predictor.tuned.serving())
             if of_base:
                 stack.enter_context(predictor.tuned.base_only())
-            stack.enter_context(keyed(self.controls.seed, f"turn {len(self.messages)}"))
             out = predictor.tuned.model.generate(
                 input_ids=given, attention_mask=torch.ones_like(given), num_beams=1, max_new_tokens=room,
                 pad_token_id=predictor.generator.pad_id, eos_token_id=list(stop) or None, streamer=stream,
-                **self.controls.options(),
+                do_sample=False, logits_processor=changes,
             )  # fmt: skip
         new = out[0, len(ids) :].tolist()
         ended = bool(new) and new[-1] in stop

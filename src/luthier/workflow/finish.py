@@ -40,6 +40,7 @@ from luthier.workflow.merged_folder import merge
 from luthier.workflow.prediction import predict
 from luthier.workflow.preparation import Prepared
 from luthier.workflow.reference import Reader, choose_rows, observe, write_reference
+from luthier.workflow.written_scores import after_training
 
 __all__ = ["Result", "finish", "record_of", "result_of"]
 
@@ -105,19 +106,30 @@ def finish(prepared: Prepared, loop: Loop, run: RunFolder) -> tuple[dict[str, fl
     stored = _save(prepared, loop.tuned, run)
     _keep_reference(prepared, loop.tuned, run)
     scores: dict[str, float] = {}
-    quality = None
+    quality, writer = None, None  # the latter wrote answers to the test rows
     if prepared.test is not None:
         evaluator = evaluator_of(prepared, loop, prepared.test)
         out = evaluator.outputs()
         scores = evaluator.scores_of(out)
         plainly = _plainly(prepared, loop, prepared.test)
         quality = _keep_answers(prepared, prepared.test, out, run, plainly, _temperature(prepared, loop))
+        writer = evaluator.more
+    more, samples = after_training(prepared, loop, writer)
+    scores |= more
+    if samples:
+        run.write_json("samples.json", samples)
+        loop.listener.say(_sample_said(samples[0], run.path / "samples.json"))
     if scores:
         run.event("scores", lasting=False, step=loop.step, **plain_scores(scores, 6))
         loop.listener.scores(loop.step, scores)
     run.flush()
     run.write_json("scores.json", plain_scores(scores))
     return scores, stored, quality
+
+
+def _sample_said(sample: dict[str, str], path: Path) -> str:
+    before, after = (repr(sample[name][:80]) for name in ("before", "after"))
+    return f"{sample['place']}: the base writes {before}, the tuned model {after}; more in {path}"
 
 
 def _with_thresholds(prepared: Prepared, loop: Loop, run: RunFolder) -> Prepared:

@@ -18,6 +18,7 @@ from luthier.data.examples import Examples
 from luthier.surgery import Tuned
 from luthier.training.precision import Precision
 from luthier.training.sampling import Sampling
+from luthier.workflow.controls import Repeats
 
 __all__ = ["Generator", "Written"]
 
@@ -59,7 +60,7 @@ class Generator:
 
     def write(
         self, prompts: Examples, max_new_tokens: int, tunings: Sequence[str | None] | None = None, beams: int = 1,
-        sampling: Sampling | None = None,
+        sampling: Sampling | None = None, repetition: float = 1.0,
     ) -> list[Written]:  # fmt: skip
         """One answer for each example, in their order. For several answers to a prompt, give it several times.
 
@@ -67,6 +68,7 @@ class Generator:
             beams: answers that are followed side by side, of which the likeliest is given.
             tunings: for each example the tuning that answers it; see `Tuned.rows`.
             sampling: draw each token, by a seed for each example; left out, take the likeliest.
+            repetition: by which factor a token that an answer has already is less likely; see `Controls`.
 
         Raises:
             ConfigError: drawn and by a beam; not as many seeds as examples.
@@ -90,8 +92,10 @@ class Generator:
                 for i in piece:
                     found[i] = Written("", f"the prompt fills all {self.limit} positions of the model", ended=False)
                 continue
-            drawn = {} if sampling is None else {"logits_processor": [sampling.of(piece.tolist())]}
-            out = self._generate(prompts, piece, tunings, max_new_tokens=most, num_beams=beams, **drawn)
+            changes: list[Any] = [] if repetition == 1 else [Repeats(repetition)]
+            changes += [] if sampling is None else [sampling.of(piece.tolist())]
+            changed = {"logits_processor": changes} if changes else {}
+            out = self._generate(prompts, piece, tunings, max_new_tokens=most, num_beams=beams, **changed)
             for i, new in zip(piece, out, strict=True):
                 found[i] = self._read(new.tolist(), most < max_new_tokens)
         return [written for written in found if written is not None]

@@ -33,6 +33,7 @@ from luthier.training.objective import Objective, Result
 from luthier.training.precision import choose_device, choose_precision
 from luthier.training.preference import Weighing, judge_of
 from luthier.training.strategy import split_settings, strategies
+from luthier.workflow.controls import Controls, controls_for
 from luthier.workflow.generation import Generator
 from luthier.workflow.load_model import collator_of, find_model, load_model, load_tokenizer, tokenizer_digest
 from luthier.workflow.unsure import check_unsure, unsure_of
@@ -173,6 +174,7 @@ class Predictor:
         tunings: Sequence[str | None] | None = None,
         strict: bool = False,
         unsure: float | None = None,
+        controls: Controls | None = None,
     ) -> list[dict[str, Any]]:
         """One answer for each row, in their order: label and probabilities, a number, tags, or generated text.
 
@@ -185,13 +187,20 @@ class Predictor:
             tunings: for each row the tuning that answers it ("default", or what `add` named), or None for the base.
                 Rows of one batch may have different ones; see `Tuned.rows`.
             strict: refuse all rows where one cannot be read.
+            controls: how text is written, its length too; left out, the likeliest token each time. Each row is drawn
+                by its number, so neither its neighbours nor their number change it.
 
         Raises:
             DataError: with `strict`, a row that cannot be read; all such rows are named.
-            ConfigError: not as many tunings as rows; `unsure` for a task whose answers have no probability.
+            ConfigError: not as many tunings as rows; `unsure` for a task whose answers have no probability; controls
+                for one whose answers are no texts.
             UnknownName, CompositionError: a tuning that is not there, or that cannot stand beside others in a batch.
         """
-        return list(self.stream(table, max_new_tokens=max_new_tokens, tunings=tunings, strict=strict, unsure=unsure))
+        return list(
+            self.stream(
+                table, max_new_tokens=max_new_tokens, tunings=tunings, strict=strict, unsure=unsure, controls=controls
+            )
+        )
 
     def stream(
         self,
@@ -201,6 +210,7 @@ class Predictor:
         tunings: Sequence[str | None] | None = None,
         strict: bool = False,
         unsure: float | None = None,
+        controls: Controls | None = None,
     ) -> Iterator[dict[str, Any]]:
         """The answers of `rows`, as they come: some rows are answered at a time."""
         if self.task.filled_in:
@@ -211,6 +221,7 @@ class Predictor:
             )
         if unsure is not None:
             check_unsure(unsure, self.task)
+        controls = controls_for(self.task, controls, max_new_tokens)
         if tunings is not None and len(tunings) != len(table.rows):
             raise ConfigError(
                 f"{len(tunings)} tunings are named for {len(table.rows)} rows. Name one for each, or None for the base."
@@ -232,7 +243,7 @@ class Predictor:
             named = None if tunings is None else tunings[start : start + at_a_time]
             with self.answering():
                 examples = self._encoded(part)
-                found = self._write(examples, max_new_tokens, named) if written else self._read(examples, named)
+                found = self._write(examples, controls, named, start) if written else self._read(examples, named)
             for record in examples.ledger:
                 answer = found.get(record["row"])
                 if answer is not None and unsure is not None:
@@ -313,10 +324,13 @@ class Predictor:
         return found
 
     def _write(
-        self, examples: Examples, max_new_tokens: int, tunings: Sequence[str | None] | None
+        self, examples: Examples, controls: Controls, tunings: Sequence[str | None] | None, first: int
     ) -> dict[int, dict[str, Any]]:
         named = None if tunings is None else [tunings[i] for i in examples.rows]
-        written = self.generator.write(examples, max_new_tokens, named)
+        sampling = controls.sampling([f"row {first + row}" for row in examples.rows.tolist()])
+        written = self.generator.write(
+            examples, controls.max_new_tokens, named, sampling=sampling, repetition=controls.repetition
+        )
         return {
             row: {"text": each.text, **({"note": each.note} if each.note else {})}
             for row, each in zip(examples.rows.tolist(), written, strict=True)

@@ -51,6 +51,7 @@ from luthier.workflow.load_model import (
     load_tokenizer,
     tokenizer_digest,
 )
+from luthier.workflow.written_checks import check_written
 
 __all__ = ["Prepared", "prepare"]
 
@@ -75,6 +76,7 @@ class Prepared:
     train: Examples
     selection: Examples | None  # training rows held out to select by; the test half has no part in that
     test: Examples | None
+    selection_table: Table | None = field(default=None, repr=False)
     pad_id: int
     pad: dict[str, Any]
     max_length: int
@@ -185,6 +187,7 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None, *, be
         )
     if spec.eval.metric is not None:
         task.check_metric(spec.eval.metric)
+    check_written(spec.eval, task, columns)
     most = spec.eval.rows or (_LANGUAGE_ROWS if task.of_words or task.writes else None)
     if test is not None and most is not None and len(test) > most:
         note(f"scores are of {most} of the {len(test)} test rows (eval.rows)")
@@ -243,7 +246,7 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None, *, be
     return Prepared(
         spec=spec, source=source, method=method, strategies=strategies, task=task, columns=columns, train_table=table,
         test_table=test, aside=data.aside, problems=data.problems, tokenizer=tokenizer,
-        train=train_examples, selection=select_examples, test=test_examples,
+        train=train_examples, selection=select_examples, selection_table=select, test=test_examples,
         pad_id=pad.id,
         pad=plain(pad), max_length=max_length, n_params=n_params, n_base=anatomy.n_params, precision=precision,
         device=device, weights=weights, lines=tuple(lines), sources=sources, others=others,

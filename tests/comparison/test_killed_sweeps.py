@@ -1,10 +1,12 @@
 """A sweep whose processes are ended, at planned places and from outside, gives the table of an undisturbed one."""
 
+import json
 import os
 import signal
 import sys
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -116,3 +118,32 @@ def _parent_of(pid: int) -> int:
     import psutil
 
     return int(psutil.Process(pid).ppid())
+
+
+@pytest.mark.slow
+def test_tasks_of_ray_of_which_one_is_killed_leave_the_same_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert find_spec("ray") is not None and "ray" not in sys.modules, "its token is read as it is imported"
+    base, home = base_in(tmp_path), tmp_path / "ray"
+    over, struck = threading.Event(), list[int]()
+
+    def trouble() -> None:
+        while not over.wait(0.05) and not struck:
+            for path in (home / "ledger" / "claims").glob("*.1"):
+                holder = json.loads(path.read_bytes())["pid"]
+                assert holder != os.getpid(), "a task works in a process of Ray"
+                os.kill(holder, signal.SIGKILL)
+                struck.append(holder)
+                break
+
+    thread = threading.Thread(target=trouble)
+    thread.start()
+    try:
+        made = race(home, base, engine="ray")
+    finally:
+        over.set()
+        thread.join()
+    assert struck
+    monkeypatch.setattr(run_file, "engine_named", here([]))
+    assert made == race(tmp_path / "whole", base)

@@ -64,7 +64,17 @@ Workers = Annotated[
         help="Runs at a time; 0, none here: `luthier worker --ledger FOLDER` makes them. [default: 1]", min=0, max=64
     ),
 ]
-EngineName = Annotated[str, typer.Option("--engine", help="Who makes the runs: local. [default: local]")]
+Search = Annotated[
+    str,
+    typer.Option(
+        help="How --tune-lr chooses: grid; halving, which leaves the worse half early; optuna (pip install "
+        "luthier[search]). [default: grid]"
+    ),
+]
+EngineName = Annotated[
+    str,
+    typer.Option("--engine", help="Who makes the runs: local, or ray (pip install luthier[ray]). [default: local]"),
+]
 TuneLr = Annotated[
     int | None,
     typer.Option(
@@ -94,6 +104,7 @@ def command_for(words: Sequence[str] = ()) -> Callable[..., None]:
         margin: Margin = None,
         workers: Workers = 1,
         tune_lr: TuneLr = None,
+        search: Search = "grid",
         engine: EngineName = "local",
         out: Out = None,
         settings: Settings = None,
@@ -103,7 +114,7 @@ def command_for(words: Sequence[str] = ()) -> Callable[..., None]:
         changes = values_of(options, given) | settings_of(settings or [])
         if "data.source" not in changes:
             raise UsageError("compare: no rows. Name them: --data FILE, or --data sample:trec6 to begin with.")
-        _compare(model, method or [], changes, seeds, metric, margin, workers, tune_lr, engine, out)
+        _compare(model, method or [], changes, seeds, metric, margin, workers, tune_lr, search, engine, out)
 
     return as_verb(command, HELP, options)
 
@@ -113,7 +124,7 @@ command = command_for()
 
 def _compare(
     model: str, methods: list[str], changes: dict[str, Any], seeds: int, metric: str, margin: float | None,
-    workers: int, tune_lr: int | None, engine: str, out: str | None,
+    workers: int, tune_lr: int | None, search: str, engine: str, out: str | None,
 ) -> None:  # fmt: skip
     names = method_names(methods)
     for name in names:
@@ -132,7 +143,7 @@ def _compare(
     say(f"runs go to {home}; the same command goes on where it was stopped")
     found = compare(
         base, entrants, seeds=seeds, home=home, metric=metric, margin=margin, workers=workers,
-        threads=_threads(workers), tune_lr=tune_lr, engine=engine, say=say,
+        threads=_threads(workers), tune_lr=tune_lr, search=search, engine=engine, say=say,
     )  # fmt: skip
     _show(found)
     screen().show(f"\nAll numbers: {home / 'comparison.json'}")

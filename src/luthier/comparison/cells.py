@@ -21,7 +21,7 @@ from luthier.core import ConfigError, Interrupted, plain
 from luthier.runs.ledger import Entry, Ledger, cell_id
 from luthier.runs.spec import OptimSpec, RunSpec
 
-__all__ = ["Cell", "Entrant", "Failure", "Sweep", "cells_of", "entrant_of", "finished", "stopped_softly"]
+__all__ = ["Cell", "Entrant", "Failure", "Said", "Sweep", "cells_of", "entrant_of", "finished", "stopped_softly"]
 
 POLL = 0.1
 """Seconds between two looks for what has been settled."""
@@ -64,6 +64,10 @@ class Failure:
 
     message: str
     exit_code: int
+
+
+Said = Callable[[Cell, Failure | None, Mapping[str, Any]], None]
+"""Is told of a cell, why it has no result or None, and the result."""
 
 
 def entrant_of(words: str, read: Callable[[str], Any]) -> Entrant:
@@ -136,11 +140,11 @@ class Sweep:
         if self._engine is not None:
             self._engine.close()
 
-    def settle(self, cells: Sequence[Cell], said: Callable[[Cell, Failure | None], None]) -> dict[Path, Failure]:
+    def settle(self, cells: Sequence[Cell], said: Said) -> dict[Path, Failure]:
         """Have computed what is not finished.
 
         Args:
-            said: called after each cell that was not, with what went wrong or None.
+            said: called after each cell that was not, with what went wrong or None, and what came out.
 
         Returns:
             What failed, by folder.
@@ -173,7 +177,7 @@ class Sweep:
                         failure = None if told is None else Failure(str(told["message"]), int(told["exit_code"]))
                         if failure is not None:
                             failures[cell.path] = failure
-                        said(cell, failure)
+                        said(cell, failure, self.ledger.result(id) or {})
                     engine.check()
                     time.sleep(POLL)
         except (KeyboardInterrupt, Interrupted) as stopped:

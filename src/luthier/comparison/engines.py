@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Protocol
 
 from luthier.comparison.worker import Worker, template
-from luthier.core import ConfigError, Interrupted, near
+from luthier.core import ConfigError, Interrupted, UsageError, near
 from luthier.runs.forkserver import Template
 from luthier.runs.ledger import Entry, Ledger
 
@@ -88,10 +89,14 @@ def engine_named(name: str, ledger: Ledger, workers: int) -> Engine:
         ConfigError: none is called so.
     """
     check_engine(name)
+    if name == "ray":
+        from luthier.comparison.ray_engine import RayEngine
+
+        return RayEngine(ledger, workers)
     return Local(ledger, workers)
 
 
-ENGINES = ("local",)
+ENGINES = ("local", "ray")
 
 
 def check_engine(name: str) -> None:
@@ -99,6 +104,9 @@ def check_engine(name: str) -> None:
 
     Raises:
         ConfigError: none is called so.
+        UsageError: its package is not installed.
     """
     if name not in ENGINES:
         raise ConfigError(f"--engine {name}: there are {', '.join(ENGINES)}.{near(name, list(ENGINES))}")
+    if name == "ray" and find_spec("ray") is None:
+        raise UsageError("--engine ray: the package ray is not installed. pip install luthier[ray]")

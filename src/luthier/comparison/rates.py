@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from luthier.core import listed, several
+from luthier.core import human_seconds, listed, several
 
 __all__ = ["MOST_RATES", "Rates", "said_of"]
 
@@ -20,6 +20,8 @@ class Rates:
         rows: that they were scored on.
         seconds: of these runs together.
         given: lr and head_lr of the command, around which they were tried; None for the method's own.
+        search: how they were chosen: grid, halving or optuna.
+        until: share of the steps that each run has made, where some were left early.
     """
 
     rates: tuple[float, ...]
@@ -29,6 +31,8 @@ class Rates:
     rows: int
     seconds: float
     given: tuple[float | None, float | None] = (None, None)
+    search: str = "grid"
+    until: tuple[float, ...] = ()
 
     @property
     def factor(self) -> float:
@@ -38,7 +42,7 @@ class Rates:
     @property
     def at_the_edge(self) -> bool:
         """Whether the best was the lowest or the highest that was tried."""
-        return self.chosen in (0, len(self.rates) - 1)
+        return self.factor in (min(self.factors), max(self.factors))
 
 
 def said_of(rates: Mapping[str, Rates]) -> list[str]:
@@ -47,9 +51,14 @@ def said_of(rates: Mapping[str, Rates]) -> list[str]:
         return []
     first = next(iter(rates.values()))
     chosen = listed([f"{name} {r.rates[r.chosen]:.2g} ({_times(r.factors[r.chosen])})" for name, r in rates.items()])
+    way = {
+        "halving": ", the worse half of which was left after a quarter and after a half of the steps",
+        "optuna": ", each where Optuna expected most of those before",
+    }.get(first.search, "")
+    took = listed([f"{name} {human_seconds(r.seconds)}" for name, r in rates.items()])
     lines = [
-        f"Learning rates were chosen by {several(len(first.rates), 'run')} of each method with one seed, scored on "
-        f"{first.rows} rows of the training half: {chosen}."
+        f"Learning rates were chosen by {several(len(first.rates), 'run')} of each method with one seed{way}, scored "
+        f"on {first.rows} rows of the training half: {chosen}. The same for all in runs and steps; in time: {took}."
     ]
     if edge := [name for name, one in rates.items() if one.at_the_edge]:
         lines.append(

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from luthier.comparison.answers import Answers, answers_of, clusters
-from luthier.comparison.cells import Cell, Entrant, Failure, Sweep, cells_of, finished
+from luthier.comparison.cells import Cell, Entrant, Failure, Said, Sweep, cells_of, finished
 from luthier.comparison.engines import check_engine, engine_named
-from luthier.comparison.rates import Rates, said_of
+from luthier.comparison.rates import said_of
 from luthier.comparison.scores import score_named
+from luthier.comparison.search import Asked, check_search, search_rates
 from luthier.comparison.statistics import LEAST_SEEDS, smallest_visible
 from luthier.comparison.table import table_csv
-from luthier.comparison.tuning import SEARCHED, choose_rates, factors, rates_of, trials_of
+from luthier.comparison.tuning import SEARCHED, factors, rates_of
 from luthier.comparison.verdict import Comparison, Costs, judge
 from luthier.core import ConfigError, DataError, IntegrityError, Locked, LuthierError, plain, several
 from luthier.data.columns import Columns
@@ -46,6 +48,7 @@ def compare(
     workers: int = 1,
     threads: int | None = None,
     tune_lr: int | None = None,
+    search: str = "grid",
     engine: str = "local",
     lease: float = LEASE,
     say: Callable[[str], None] = lambda line: None,
@@ -59,7 +62,8 @@ def compare(
         margin: differences below it do not matter.
         workers: runs at a time.
         tune_lr: learning rates that are tried for each method first, on rows of the training half.
-        engine: who computes the runs: local, processes of this machine.
+        search: how these are chosen: grid, halving or optuna.
+        engine: who computes the runs: local, processes of this machine; ray.
         lease: seconds without a sign of life after which a run may be taken over by another process.
 
     Raises:
@@ -70,6 +74,7 @@ def compare(
     """
     score_named(metric)
     check_engine(engine)
+    check_search(search)
     _check(entrants, seeds)
     if tune_lr is not None:
         factors(tune_lr)
@@ -90,7 +95,8 @@ def compare(
         Ledger(home, make=True, lease=lease), lambda n: engine_named(engine, sweep.ledger, n), workers, threads
     )
     with _present(home, say), closing(sweep):
-        rates, without = _search(base, entrants, tune_lr, sweep, data, metric, say)
+        asked = Asked(base, tuple(entrants), tune_lr or 0, data, metric)
+        rates, without = search_rates(search, asked, sweep, say, _announcing) if tune_lr else ({}, {})
         optims = {e.name: rates_of(base, e, rates[e.name].factor) for e in entrants if e.name in rates}
         racing = [e for e in entrants if e.name not in without]
         cells = cells_of(base, racing, range(seeds), home, rates=optims)
@@ -121,23 +127,6 @@ def _present(home: Path, say: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _search(
-    base: RunSpec, entrants: Sequence[Entrant], n: int | None, sweep: Sweep, data: Data, metric: str,
-    say: Callable[[str], None],
-) -> tuple[dict[str, Rates], dict[str, str]]:  # fmt: skip
-    """A rate for each method, and why some have none."""
-    if n is None:
-        return {}, {}
-    trials = trials_of(base, entrants, n, sweep.ledger.home, data)
-    cells = [trial.cell for own in trials.values() for trial in own]
-    there = sum(finished(cell) for cell in cells)
-    say(
-        f"learning rates: {n} runs of each method first, one seed, on rows of the training half; the test half is not "
-        f"read ({there} of {len(cells)} are finished)"
-    )
-    return choose_rates(base, trials, sweep.settle(cells, _announcing(say, len(cells), there)), metric)
 
 
 def _check(entrants: Sequence[Entrant], seeds: int) -> None:
@@ -182,18 +171,18 @@ def _make_home(home: Path) -> None:
         durable.make_folder(folder)
 
 
-def _announcing(say: Callable[[str], None], total: int, there: int) -> Callable[[Cell, Failure | None], None]:
+def _announcing(say: Callable[[str], None], total: int, there: int) -> Said:
     done = there
 
-    def announce(cell: Cell, failure: Failure | None) -> None:
+    def announce(cell: Cell, failure: Failure | None, told: Mapping[str, Any]) -> None:
         nonlocal done
         done += 1
         if failure is not None:
             say(f"[{done}/{total}] {_called(cell)}: {failure.message}")
             return
-        record = _record(cell)
-        shown = " · ".join(f"{name} {value:.3f}" for name, value in record.scores.items() if name != "loss")
-        say(f"[{done}/{total}] {_called(cell)}: {shown} · {record.seconds:.1f} s")
+        shown = " · ".join(f"{name} {value:.3f}" for name, value in told["scores"].items() if name != "loss")
+        early = f" after {cell.until:.0%} of the steps" if cell.until < 1 else ""
+        say(f"[{done}/{total}] {_called(cell)}{early}: {shown} · {told['seconds']:.1f} s")
 
     return announce
 

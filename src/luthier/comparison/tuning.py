@@ -24,7 +24,7 @@ from luthier.runs import Record, durable
 from luthier.runs.spec import DataSpec, OptimSpec, RunSpec
 from luthier.workflow.choices import scaled_rates
 
-__all__ = ["SEARCHED", "Trial", "choose_rates", "factors", "rates_of", "trials_of"]
+__all__ = ["SEARCHED", "Trial", "choose_rates", "factors", "rates_of", "rows_of", "trial_at", "trials_of"]
 
 SEARCHED = "rates"
 """Folder of the runs of the search."""
@@ -61,20 +61,22 @@ def rates_of(base: RunSpec, entrant: Entrant, factor: float) -> OptimSpec:
 
 def trials_of(base: RunSpec, entrants: Sequence[Entrant], n: int, home: Path, data: Data) -> dict[str, list[Trial]]:
     """The runs of the search, for each method; the rows that they share are written into `home`."""
-    rows = _write_rows(home, data)
-    own = DataSpec(**{
-        **vars(base.data), "source": str(rows), "test": None, "fold": None, "delimiter": None, "encoding": None,
-        "test_share": SELECT_SHARE,
+    rows = rows_of(base, home, data)
+    return {e.name: [trial_at(base, e, factor, home, rows) for factor in factors(n)] for e in entrants}
+
+
+def rows_of(base: RunSpec, home: Path, data: Data) -> DataSpec:
+    """The training half, written into `home`, of which the runs of a search hold a part out."""
+    return DataSpec(**{
+        **vars(base.data), "source": str(_write_rows(home, data)), "test": None, "fold": None, "delimiter": None,
+        "encoding": None, "test_share": SELECT_SHARE,
     })  # fmt: skip
-    found = {}
-    for entrant in entrants:
-        specs = [(f, replace(base, data=own, optim=rates_of(base, entrant, f))) for f in factors(n)]
-        found[entrant.name] = [
-            Trial(cell, factor)
-            for factor, spec in specs
-            for cell in cells_of(spec, [entrant], [0], home, under=SEARCHED)
-        ]
-    return found
+
+
+def trial_at(base: RunSpec, entrant: Entrant, factor: float, home: Path, rows: DataSpec) -> Trial:
+    """One run of a search, at the method's own rates times `factor`."""
+    spec = replace(base, data=rows, optim=rates_of(base, entrant, factor))
+    return Trial(cells_of(spec, [entrant], [0], home, under=SEARCHED)[0], factor)
 
 
 def _write_rows(home: Path, data: Data) -> Path:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.comparison import one_run
+from luthier.comparison.answers import answers_of
 from luthier.core import Interrupted, ResourceError
 from luthier.runs.forkserver import Outcome, Template
 from luthier.runs.ledger import MOST_ATTEMPTS, Claim, Entry, Ledger
@@ -71,8 +72,11 @@ class Worker:
                 break
         return count
 
-    def in_main(self, wanted: Callable[[], Sequence[Entry]], go_on: Callable[[], bool]) -> int:
-        """The same for a command that is one worker: the main thread looks after the one that works.
+    def in_main(self, wanted: Callable[[], Sequence[Entry]], go_on: Callable[[], bool], *, keep: bool = False) -> int:
+        """The same for a process that is one worker: the main thread looks after the one that works.
+
+        Args:
+            keep: the process that cells are forked from, for the next call.
 
         Raises:
             Any LuthierError: of `work`; what a signal handler raises, after the run at work has made itself safe.
@@ -97,7 +101,8 @@ class Worker:
             thread.join()
             raise
         finally:
-            self.template.close()
+            if not keep:
+                self.template.close()
         if wrong:
             raise wrong[0]
         return found[0]
@@ -181,12 +186,14 @@ def steps_safe(run: Path) -> int:
 
 
 def digest_of(run: Path) -> str:
-    """SHA-256 of what was trained, and of what it answers."""
+    """SHA-256 of what was trained, and of what it answers to each row; not of where these rows lie."""
     summed = hashlib.sha256()
-    for path in [*sorted((run / "tuning").glob("*.safetensors")), run / "predictions.csv"]:
-        if path.is_file():
-            with path.open("rb") as file:
-                summed.update(hashlib.file_digest(file, "sha256").digest())
+    for path in sorted((run / "tuning").glob("*.safetensors")):
+        with path.open("rb") as file:
+            summed.update(hashlib.file_digest(file, "sha256").digest())
+    if (run / "predictions.csv").is_file():
+        answers = answers_of(run)
+        summed.update(json.dumps([answers.said, answers.sure]).encode())
     return summed.hexdigest()
 
 

@@ -164,6 +164,7 @@ def _compare_command(found: Comparison, spec: dict[str, Any], folder: Path) -> s
     words += ["--seeds", str(len(found.seeds)), "--metric", found.metric]
     if searched is not None:
         words += ["--tune-lr", str(len(searched.rates))]
+        words += ["--search", searched.search] if searched.search != "grid" else []
     if found.margin_given:
         words += ["--margin", f"{found.margin:g}"]
     return shlex.join(["luthier", "compare", *words, "--out", str(folder)])

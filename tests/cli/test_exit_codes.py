@@ -163,6 +163,12 @@ def other_rows(home: Path, here: Path) -> list[str]:
     return ["resume", str(here / "run")]
 
 
+def a_gate(home: Path, here: Path) -> list[str]:
+    train(little_spec(home, kind="llama", out=str(here / "run"), steps=2))
+    (here / "prompts.txt").write_text("what is the moon\n")
+    return ["safety-audit", str(here / "run"), "--prompts", str(here / "prompts.txt"), "--most-kl", "0"]
+
+
 def no_rows(home: Path, here: Path) -> list[str]:
     words = training(home, here)
     return [*words, "--data", str(here / "nowhere.csv")]
@@ -209,6 +215,7 @@ CASES = {
     "out of memory": Case(5, training, ("does not fit in memory", "max_length"), "memory"),
     "a full disk": Case(5, training, ("no space left",), fault="save:3:enospc"),
     "diverged": Case(6, training, ("again after going back", "last good checkpoint stays"), "nan"),
+    "a gate": Case(7, a_gate, ("the tuning made it worse", "nats a token")),
     "wrong arithmetic": Case(17, lambda home, here: training(home, here, recheck=1), ("computed twice",), "wrong"),
     "SIGHUP": Case(129, training, ("luthier resume",), "SIGHUP"),
     "SIGINT": Case(130, training, ("luthier resume",), "SIGINT"),

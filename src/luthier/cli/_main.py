@@ -30,7 +30,7 @@ A first run:  luthier demo
 With rows:    luthier train sample:minilm-l6 --data FILE
 
 Exit codes: 0 done · 2 wrong use · 3 bad input · 4 damaged or refused bytes · 5 memory, disk or lock · 6 diverged ·
-130, 143 interrupted (the run can be resumed) · 1 a bug of ours. With --json, errors come as JSON too.
+7 gate not passed · 130, 143 interrupted (the run can be resumed) · 1 a bug of ours. With --json, errors come as JSON.
 """
 
 COMPLETING = "_LUTHIER_COMPLETE"  # set by the shell that wants a word completed

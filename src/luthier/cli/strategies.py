@@ -1,5 +1,7 @@
 """`luthier strategies`: the ways of learning, or one's page. Reads files, imports none of them: no torch here."""
 
+import inspect
+from importlib import import_module
 from itertools import groupby
 from typing import Annotated, Any
 
@@ -39,6 +41,9 @@ def command(
     if name in PARTS_OF_RUNS:
         _show_part(name)
         return
+    if name is not None and name not in STRATEGIES and (verb := name.replace("_", "-")) in verbs():
+        _show_verb(verb)
+        return
     if name is not None:
         card = STRATEGIES.card(name)
         screen().result(facts(card))
@@ -53,6 +58,22 @@ def command(
     screen().table(("name", "what it is"), rows)
     screen().show(f"\nA part of every run, not named by --strategy: {', '.join(PARTS_OF_RUNS)}.")
     screen().show(f"\n{len(cards)} strategies. Next: luthier strategies {cards[0].name}  (prints its page)")
+
+
+def verbs() -> list[str]:
+    """The names of all verbs."""
+    from luthier.cli import _main
+
+    return _main.verbs()
+
+
+def _show_verb(verb: str) -> None:
+    """What is named like a strategy and is a verb of its own: nothing is learnt there."""
+    page = inspect.cleandoc(import_module(f"luthier.cli.{verb.replace('-', '_')}").command.__doc__ or "")
+    screen().result({"name": verb, "kind": "verb", "page": page})
+    screen().headline(f"{verb} · a command\n")
+    screen().page(page)
+    screen().show(f"\nTry: luthier {verb} --help")
 
 
 def facts(card: Card) -> dict[str, Any]:

@@ -25,6 +25,7 @@ __all__ = [  # noqa: F405
     "Locked",
     "LuthierError",
     "ModelError",
+    "NotPassed",
     "NothingTrains",
     "Refused",
     "ResourceError",

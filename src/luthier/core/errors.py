@@ -18,6 +18,7 @@ LuthierError                    exit code
 │   ├── DiskFull                5
 │   └── Locked                  5
 ├── Diverged                    6   losses or gradients that stayed non-finite
+├── NotPassed                   7   a gate that was asked for was not passed
 ├── WrongArithmetic             17  the same computation gave two results
 └── Interrupted           130, 143  a signal; the run can be resumed
 """
@@ -39,6 +40,7 @@ __all__ = [
     "Locked",
     "LuthierError",
     "ModelError",
+    "NotPassed",
     "NothingTrains",
     "Refused",
     "ResourceError",
@@ -132,6 +134,12 @@ class Diverged(LuthierError):
     """Losses or gradients stayed non-finite, or far from where they were."""
 
     exit_code = 6
+
+
+class NotPassed(LuthierError):
+    """What was measured is worse than the bound that was given."""
+
+    exit_code = 7
 
 
 class WrongArithmetic(LuthierError):

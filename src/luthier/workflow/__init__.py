@@ -23,6 +23,9 @@ reference        what the trained model computed of a few rows when training end
 fresh            one way out of a run's folder, in a process of its own
 certificate      what was found there, beside the reference
 certify_run      all ways, one after another
+speaker          a run, its base or a model that is asked
+kept_rows        what a recipe was told, kept
+safety_audit     what a tuning did to refusals, before and after
 load_model       a model and its tokenizer, from a folder, a sample or the hub
 """
 

@@ -51,6 +51,7 @@ class Speaker:
     Args:
         name: a finished run, a model folder, sample:NAME or a hub name.
         device, precision: of a model that is no run; a run answers where, and in what, it was trained.
+        like: a model that is no run reads as this one does.
 
     Attributes:
         digest: of the run's tuning, or of the model: two speakers of one digest say the same.
@@ -60,14 +61,19 @@ class Speaker:
         ModelError, IntegrityError, WrongBase: it cannot be loaded, or has changed.
     """
 
-    def __init__(self, name: str, *, device: str = "auto", precision: str = "auto") -> None:
+    def __init__(
+        self, name: str, *, device: str = "auto", precision: str = "auto", like: Speaker | None = None
+    ) -> None:
         self.name, self.device = name, choose_device(device)
         self.precision = choose_precision(precision, self.device)
         self.columns = Columns(shape="dialogue", messages="messages")
+        self.template: ChatTemplate | None = None
         if is_run(name):
             self._of_run(Predictor(name))
         else:
             self._of_model(name)
+            if like is not None and like.generator.both == self.generator.both:
+                self.columns, self.template = like.columns, like.template
         self.how = {"dialogue": "the chat template", "plain": "plain text"}.get(self.columns.shape, "the encoder")
         template = self.template.digest if self.columns.shape == "dialogue" and self.template else ""
         self.reads = f"{self.how} {template[:12]}".strip()

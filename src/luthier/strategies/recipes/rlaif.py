@@ -57,7 +57,7 @@ class RLAIF(Recipe):
         if first is None:
             raise DataError(f"rlaif: no row of {learnt.source} has two answers that differ. Give other rows.")
         labels_of(who, question, [_pair(learnt, first, columns) or ("", "", "")], words, self.tie)  # it can be asked
-        key = {"labeller": who.digest, "question": version(question, *words), "tie": self.tie}
+        key = {"labeller": who.digest, "question": version(question, *words), "tie_within": self.tie}
         written, counts = {}, []
         for half, table in (("labels", learnt), ("held-labels", held)):
             if table is None:

@@ -97,6 +97,11 @@ class Runs:
             what, task = ("judged", "judged") if "judged" in more else ("pairs", "reward")
             rows = little_data(self.home / f"{what}.csv", kind=what)
             given = {"data": DataSpec(source=str(rows)), "task": task, **given}
+        elif "prompts" in more:
+            rows = little_data(self.home / "turns.csv", kind="turns")
+            given = {"data": DataSpec(source=str(rows)), **given}
+            if names is None:  # what is learnt without rewards: the answers that stand in the rows
+                kind = kind.replace("-prompts", "")
         elif "pairs" in more:
             rows = little_data(self.home / "pairs.csv", kind="pairs")
             given = {"data": DataSpec(source=str(rows)), **given}
@@ -118,7 +123,7 @@ class Runs:
         own = values if values is not None else tiny_settings(names)
         own = self._roles(names, spec, more) | own
         spec = dataclasses.replace(spec, settings=spec.settings | own)
-        shaped = further or any(cls.by_task for cls in asked)
+        shaped = further or any(cls.by_task for cls in asked) or ("prompts" in more and names is not None)
         read_as = f"{kind} {names if shaped else ''}"
         if read_as not in self._prepared:
             alone = dataclasses.replace(spec, strategy=None, settings={})
@@ -155,6 +160,9 @@ class Runs:
 
     def _roles(self, names: str | None, spec: RunSpec, more: str) -> dict[str, Any]:
         """A model for each role: what the run tunes where that answers, else a finished run on the same rows."""
+        rewarded = [name for name in (names or "").split("+") if name and STRATEGIES.get(name).learns == "prompts"]
+        if rewarded:  # what has no default, and an answer for which a tiny model has positions
+            return {f"{rewarded[0]}.reward": "length", f"{rewarded[0]}.new_tokens": 4}
         wanted = [f"{name}.{role}" for name in (names or "").split("+") if name for role in STRATEGIES.get(name).roles]
         if not wanted:
             return {}

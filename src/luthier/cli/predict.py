@@ -127,6 +127,7 @@ COLUMNS = {
     "causal_lm": ("answer", "note"),
     "preference": ("answer", "note"),
     "judged": ("answer", "note"),
+    "prompts": ("answer", "note"),
     "reward": ("value", "note"),
     "seq2seq": ("answer", "note"),
 }

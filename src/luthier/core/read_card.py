@@ -17,6 +17,7 @@ from luthier.core.errors import ConfigError, UnknownName
 __all__ = ["Preset", "as_card", "read_card", "registers"]
 
 _PRESET_FACTS = ("of", "family", "paper")
+_OURS = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def read_card(path: Path) -> Card | Preset:
         name = ast.literal_eval(call.args[0])
         if node is None:
             return _preset(name, call, page, path)
-        constants, settings = _fields(node, _assigned(tree))
+        constants, settings = _with_bases(node, tree)
         facts = {**constants, **{k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}}
         return Card(
             name=name,
@@ -169,6 +170,40 @@ def _assigned(tree: ast.Module) -> dict[str, ast.expr]:
         for target in item.targets
         if isinstance(target, ast.Name)
     }
+
+
+def _with_bases(node: ast.ClassDef, tree: ast.Module) -> tuple[dict[str, Any], list[Setting]]:
+    """Class facts and settings, with those of bases that are dataclasses of ours: entries may share some settings."""
+    constants: dict[str, Any] = {}
+    settings: dict[str, Setting] = {}
+    for base in node.bases:
+        found = _base_of(base.id, tree) if isinstance(base, ast.Name) else None
+        if found is not None:
+            facts, shared = _with_bases(*found)
+            constants |= facts
+            settings |= {one.name: one for one in shared}
+    facts, own = _fields(node, _assigned(tree))
+    return constants | facts, list((settings | {one.name: one for one in own}).values())
+
+
+def _base_of(name: str, tree: ast.Module) -> tuple[ast.ClassDef, ast.Module] | None:
+    """The dataclass of that name that a file imports from our package, and the tree that it stands in."""
+    modules = [
+        item.module
+        for item in tree.body
+        if isinstance(item, ast.ImportFrom) and any((one.asname or one.name) == name for one in item.names)
+    ]
+    if not modules or not (modules[0] or "").startswith(f"{_OURS.name}."):
+        return None
+    path = _OURS.joinpath(*str(modules[0]).split(".")[1:]).with_suffix(".py")
+    if not path.is_file():
+        return None
+    theirs = _tree(path)
+    for node in theirs.body:
+        made = any("dataclass" in ast.unparse(d) for d in node.decorator_list) if isinstance(node, ast.ClassDef) else 0
+        if isinstance(node, ast.ClassDef) and node.name == name and made:
+            return node, theirs
+    return None
 
 
 def _fields(node: ast.ClassDef, assigned: dict[str, ast.expr]) -> tuple[dict[str, Any], list[Setting]]:

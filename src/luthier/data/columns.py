@@ -48,10 +48,11 @@ SHAPES = {
     "answered": "a prompt with its response",
     "preferred": "two answers, one better",
     "judged": "an answer that is liked or not",
+    "asked": "a prompt to be answered",
     "plain": "text alone",
 }
 SHAPES_OF = {
-    "auto": tuple(shape for shape in SHAPES if shape != "judged"),  # a prompt with its response, to begin with
+    "auto": tuple(shape for shape in SHAPES if shape not in ("judged", "asked")),  # prompts with responses, at first
     "classification": ("labelled",),
     "regression": ("labelled",),
     "token_classification": ("tagged",),
@@ -62,6 +63,7 @@ SHAPES_OF = {
     "preference": ("preferred",),
     "judged": ("judged",),
     "reward": ("preferred",),
+    "prompts": ("asked",),
 }
 
 
@@ -70,7 +72,7 @@ class Columns:
     """The columns that a task reads; those that the shape of the data does not have are `None`."""
 
     shape: str
-    """one of SHAPES: labelled, tagged, dialogue, answered, preferred, judged, plain"""
+    """one of SHAPES: labelled, tagged, dialogue, answered, preferred, judged, asked, plain"""
     text: str | None = None
     pair: str | None = None
     label: str | None = None
@@ -121,16 +123,23 @@ class Columns:
 
     def whole(self, row: Row) -> str:
         """What makes a row a copy of another: its content, and the answers of which one prompt may have many."""
-        told = (self.chosen, self.rejected, self.response, self.label) if self.shape in ("preferred", "judged") else ()
-        return "\x1f".join([self.content(row), *(normalised(row.get(name) or "") for name in told if name is not None)])
+        told = (self.chosen, self.rejected, self.response, self.label)
+        names = told if self.shape in ("preferred", "judged", "asked") else ()
+        return "\x1f".join(
+            [self.content(row), *(normalised(row.get(name) or "") for name in names if name is not None)]
+        )
 
     @cached_property
     def _content_columns(self) -> list[str]:
         # Pairs of one prompt are no two prompts: else a half could be scored on what the other has learnt.
         asked = ("system", "history", "prompt", "context") if self.prompt is not None else ("chosen", "rejected")
-        roles = {"labelled": ("text", "pair"), "tagged": ("tokens",), "preferred": asked, "judged": asked}.get(
-            self.shape, ("system", "history", "messages", "prompt", "context", "response", "text")
-        )
+        roles = {
+            "labelled": ("text", "pair"),
+            "tagged": ("tokens",),
+            "preferred": asked,
+            "judged": asked,
+            "asked": asked,
+        }.get(self.shape, ("system", "history", "messages", "prompt", "context", "response", "text"))
         return [name for role in (*roles, "row_task") if (name := getattr(self, role)) is not None]
 
     def outcome(self, row: Row) -> str:
@@ -207,6 +216,7 @@ def find_columns(table: Table, flags: DataSpec, task: str = "auto") -> Columns:
         "answered": _answered,
         "preferred": _preferred,
         "judged": _judged,
+        "asked": _asked,
         "plain": _plain,
     }
     asked = _shapes_of_flags(flags)
@@ -344,9 +354,9 @@ def _shapes_of_flags(flags: DataSpec) -> set[str]:
         "text": {"labelled", "plain"},
         "pair": {"labelled"},
         "label": {"labelled", "judged"},
-        "prompt": {"answered", "preferred", "judged"},
-        "context": {"answered", "preferred", "judged"},
-        "response": {"answered", "judged"},
+        "prompt": {"answered", "preferred", "judged", "asked"},
+        "context": {"answered", "preferred", "judged", "asked"},
+        "response": {"answered", "judged", "asked"},
         "chosen": {"preferred"},
         "rejected": {"preferred"},
         "messages": {"dialogue"},
@@ -371,6 +381,7 @@ def _flags_for(shapes: Iterable[str]) -> str:
         "answered": "--prompt and --response",
         "preferred": "--prompt, --chosen and --rejected",
         "judged": "--prompt, --response and --label",
+        "asked": "--prompt",
         "plain": "--text",
     }
     return ", or ".join(needed[s] for s in shapes)
@@ -435,6 +446,19 @@ def _judged(finder: _Finder) -> dict[str, str | None] | None:
     answered = _answered(finder)
     label = finder.pick("label", JUDGED, taken=tuple((answered or {}).values()))
     return None if answered is None or label is None else {**answered, "label": label}
+
+
+def _asked(finder: _Finder) -> dict[str, str | None] | None:
+    """A prompt; what is right, where a column says so, is for whoever rewards an answer."""
+    known = "prompt" in finder.lower and finder.flags.prompt is None  # our own name leaves no doubt
+    response = finder.flag("response") or finder.usual("response", RESPONSE, taken=(finder.flags.prompt,))
+    prompt = finder.lower["prompt"] if known else finder.pick("prompt", PROMPT, taken=(response, finder.flags.context))
+    context = finder.pick("context", CONTEXT, taken=(response, prompt))
+    if prompt is None:
+        prompt, context = context, None
+    if prompt is None:
+        return None
+    return {"prompt": prompt, "context": context, "response": response, **_around(finder)}
 
 
 def _preferred(finder: _Finder) -> dict[str, str | None] | None:

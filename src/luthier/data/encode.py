@@ -158,7 +158,7 @@ def _encode_anew(
             max_length,
             ledger,
             both=task.name == "seq2seq",
-            with_targets=with_targets,
+            with_targets=with_targets and task.name != "prompts",
             loss_on=loss_on,
             template=template,
         )

@@ -194,7 +194,7 @@ def _conversation(gather: _Gather, columns: Columns, with_response: bool) -> Cal
             *conversation_before(gather.table.rows[row], columns),
             *read_messages(gather.table.rows[row].get(chosen), chosen),
         ]
-    if columns.shape in ("answered", "preferred", "judged"):
+    if columns.shape in ("answered", "preferred", "judged", "asked"):
         return lambda row: prompt_messages(gather.table, row, columns, with_response)
     assert columns.messages is not None
     column = columns.messages

@@ -89,7 +89,7 @@ def _refuse_model(name: str, model_config: Any) -> None:
         raise ModelError(
             f"task masked_lm needs an encoder such as BERT; {kind!r} is none. Use --task {other} or another model."
         )
-    if name in ("preference", "judged", "reward") and reads != "decoder":
+    if name in ("preference", "judged", "reward", "prompts") and reads != "decoder":
         raise ModelError(f"task {name} needs a decoder such as Llama or GPT-2; {kind!r} is none. Use another model.")
     if name == "causal_lm" and both:
         raise ModelError(

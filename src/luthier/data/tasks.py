@@ -24,6 +24,7 @@ AUTO_CLASSES = {
     "span_corruption": "AutoModelForSeq2SeqLM",
     "preference": "AutoModelForCausalLM",
     "judged": "AutoModelForCausalLM",
+    "prompts": "AutoModelForCausalLM",
     "reward": "AutoModelForSequenceClassification",
 }
 METRICS = {
@@ -39,6 +40,7 @@ METRICS = {
     "preference": ("pair_accuracy", "margin", "chosen_reward", "loss"),
     "judged": ("ranked", "reward_gap", "loss"),
     "reward": ("pair_accuracy", "margin", "loss"),
+    "prompts": ("reward", "base_reward", "answer_tokens"),
 }
 
 
@@ -95,18 +97,18 @@ class Task:
 
     @property
     def weighs(self) -> bool:
-        """Whether what is learnt is how good whole answers are: which of two is better, or whether one is any good."""
-        return self.name in ("preference", "judged", "reward")
+        """Whether what is learnt is how good whole answers are: which of two is better, or what reward one gets."""
+        return self.name in ("preference", "judged", "reward", "prompts")
 
     @property
     def of_turns(self) -> bool:
         """Whether rows are laid out by a chat template."""
-        return self.name in ("causal_lm", "preference", "judged", "reward")
+        return self.name in ("causal_lm", "preference", "judged", "reward", "prompts")
 
     @property
     def writes(self) -> bool:
         """Whether what is learnt is to answer in text."""
-        return self.name in ("causal_lm", "seq2seq", "preference", "judged")
+        return self.name in ("causal_lm", "seq2seq", "preference", "judged", "prompts")
 
     @property
     def answers(self) -> bool:

@@ -11,7 +11,7 @@ from luthier.data.tasks import Task
 
 __all__ = ["Pad", "check_ids", "check_tokenizer", "choose_length", "choose_pad", "position_limit", "tokenize"]
 
-DEFAULT_LENGTH = {"causal_lm": 1024, "seq2seq": 1024, "preference": 1024, "judged": 1024, "reward": 1024}
+DEFAULT_LENGTH = dict.fromkeys(("causal_lm", "seq2seq", "preference", "judged", "reward", "prompts"), 1024)
 OTHER_DEFAULT_LENGTH = 512
 
 # Their position table has padding_idx + 1 rows that no token reaches: positions are counted from there.
@@ -95,26 +95,35 @@ def position_limit(model_config: Any) -> int | None:
     return limit
 
 
-def choose_length(asked: int | None, tokenizer: Any, model_config: Any, task: Task, reserved: int = 0) -> int:
+def choose_length(
+    asked: int | None, tokenizer: Any, model_config: Any, task: Task, reserved: int = 0, answers: int = 0
+) -> int:
     """The longest example in tokens.
 
     Args:
         asked: `RunSpec.max_length`.
         reserved: positions that the method takes for itself (prompt tuning's tokens).
+        answers: positions that are kept for what the model writes after an example.
 
     Raises:
         ConfigError: more than the model has positions for, or too little for one token of text.
     """
     limit = position_limit(model_config)
     if limit is not None:
-        limit -= reserved
+        limit -= reserved + answers
+        if answers and limit < 1:
+            raise ConfigError(
+                f"new_tokens is {answers}, but the model has {limit + answers} positions for prompt and answer. Lower "
+                "new_tokens."
+            )
     if asked is None:
         known = [n for n in (limit, tokenizer.model_max_length) if n is not None and n < 10**9]
         asked = min([*known, DEFAULT_LENGTH.get(task.name, OTHER_DEFAULT_LENGTH)])
     elif limit is not None and asked > limit:
         taken = f" ({reserved} of them taken by the method)" if reserved else ""
+        taken += f" ({answers} of them for the answer)" if answers else ""
         raise ConfigError(
-            f"max_length is {asked}, but the model has {limit + reserved} positions{taken}:"
+            f"max_length is {asked}, but the model has {limit + reserved + answers} positions{taken}:"
             f" at most {limit} are possible. Lower max_length, or leave it out."
         )
     special = tokenizer.num_special_tokens_to_add(pair=False)

@@ -32,7 +32,7 @@ GENERATED = ("rouge_l", "bleu", "exact_match", "token_f1")
 
 Task = Literal[
     "auto", "classification", "regression", "token_classification", "causal_lm", "seq2seq", "masked_lm",
-    "span_corruption", "preference", "judged", "reward",
+    "span_corruption", "preference", "judged", "reward", "prompts",
 ]  # fmt: skip
 TASKS: tuple[str, ...] = get_args(Task)
 

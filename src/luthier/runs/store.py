@@ -8,6 +8,7 @@ spec.toml          the spec as a file to start another run from
 environment.json   versions, threads, device
 events.jsonl       what happened (facts with a time) and one row per step (without one)
 rows.jsonl         the data rows: used, truncated, dropped and why
+rollouts.jsonl     what the model wrote in training, with its rewards, where a strategy has it write
 ckpt/              checkpoints, newest last
 tuning/            the result
 scores.json, record.json    written at the end
@@ -43,6 +44,7 @@ spec.toml          the specification, ready for `luthier train spec.toml`
 environment.json   library versions, threads, device
 events.jsonl       one JSON object per line; lines with "at" are facts, lines without are one row per step
 rows.jsonl         the data rows: used, truncated, dropped and why
+rollouts.jsonl     what the model wrote in training, with its rewards, where a strategy has it write
 ckpt/step-N/       checkpoints; MANIFEST.json holds the size and SHA-256 of each file
 tuning/            the trained weights (safetensors) and what is needed to use them
 reference.json     a few rows, and what the trained model made of them: `luthier certify FOLDER` compares with it
@@ -59,7 +61,7 @@ class RunFolder:
     Attributes:
         path: the folder.
         facts: the content of run.json.
-        journal, rows: events.jsonl and rows.jsonl.
+        journal, rows, texts: events.jsonl, rows.jsonl and rollouts.jsonl, which is there once a text was written.
     """
 
     def __init__(self, path: Path, facts: dict[str, Any], lock: Lock) -> None:
@@ -68,6 +70,7 @@ class RunFolder:
         self.lock = lock
         self.journal = Journal(path / "events.jsonl")
         self.rows = Journal(path / "rows.jsonl")
+        self.texts = Journal(path / "rollouts.jsonl")
 
     @classmethod
     def create(
@@ -156,6 +159,7 @@ class RunFolder:
         try:
             self.journal.close()
             self.rows.close()
+            self.texts.close()
         finally:
             self.lock.release()
 
@@ -301,6 +305,7 @@ class RunFolder:
         """
         self.journal.flush()
         self.rows.flush()
+        self.texts.flush()
 
     def _must_hold_lock(self) -> None:
         if not self.lock.held:

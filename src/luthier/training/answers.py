@@ -32,6 +32,7 @@ __all__ = [
     "log_odds",
     "positions_for_rows",
     "standing_still",
+    "token_log_chances",
 ]
 
 
@@ -149,26 +150,37 @@ def answer_log_chances(tuned: Tuned, batch: Batch, *, chunked: bool) -> tuple[Te
     Args:
         chunked: from the states of the trunk, some logits at a time (`kernels.token_losses`).
     """
+    chances, told = token_log_chances(tuned, batch, chunked=chunked)
+    lines = told.nonzero()[:, 0]
+    sums = torch.zeros(len(told), device=chances.device, dtype=chances.dtype).index_add(0, lines, chances)
+    return sums, told.sum(1).to(sums.dtype)
+
+
+def token_log_chances(tuned: Tuned, batch: Batch, *, chunked: bool, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The log-probability of each labelled token, (targets,), line after line; and where they are, (lines, tokens - 1).
+
+    Args:
+        chunked: from the states of the trunk, some logits at a time (`kernels.token_losses`).
+        temperature: divides the logits.
+    """
     assert batch.labels is not None
     labels = batch.labels[:, 1:]
     told = labels != IGNORED  # (lines, tokens - 1)
     wanted = labels[told]
-    if chunked and kernels.fast():
+    if chunked and kernels.fast() and (temperature == 1 or softcap_of(tuned.model) is None):
         model = tuned.model
         head: Any = model.get_output_embeddings()
-        hidden = trunk_states(tuned, batch.inputs)[:, :-1][told]  # (targets, d)
+        hidden, bias = trunk_states(tuned, batch.inputs)[:, :-1][told], head.bias  # (targets, d)
+        if temperature != 1:  # of W h + b, wherever the product is made
+            hidden, bias = hidden / temperature, None if bias is None else bias / temperature
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         with torch.autocast(device, enabled=False):
-            losses = kernels.token_losses(
-                hidden, head.weight, head.bias, wanted, softcap=softcap_of(model), dtype=dtype
-            )
+            losses = kernels.token_losses(hidden, head.weight, bias, wanted, softcap=softcap_of(model), dtype=dtype)
     else:
         logits = tuned.model(**batch.inputs).logits[:, :-1][told]
-        losses = F.cross_entropy(logits.float(), wanted, reduction="none")
-    lines = told.nonzero()[:, 0]
-    sums = torch.zeros(len(labels), device=losses.device, dtype=losses.dtype).index_add(0, lines, -losses)
-    return sums, told.sum(1).to(sums.dtype)
+        losses = F.cross_entropy(logits.float() / temperature, wanted, reduction="none")
+    return -losses, told
 
 
 def log_odds(log_chance: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,12 +15,15 @@ from torch import Tensor, nn
 
 from luthier.core import key
 from luthier.data.batches import Batch
+from luthier.data.columns import Columns
 from luthier.data.examples import Examples
 from luthier.data.sets import TRAIN, Sets
 from luthier.data.tasks import Task
+from luthier.runs.journal import Journal
 from luthier.surgery import Tuned
 from luthier.surgery.embedded import changed_embeddings
 from luthier.training.answers import standing_still
+from luthier.training.feed import Feed
 from luthier.training.gap_words import GapStates
 from luthier.training.objective import Objective, Result
 from luthier.training.optimiser import Optimiser
@@ -86,6 +90,9 @@ class Course:
     numbers: dict[str, nn.Parameter] = field(default_factory=dict)
     tokenizer: Any = None
     say: Callable[[str], None] = lambda line: None
+    feed: Feed | None = None
+    texts: Journal | None = None
+    columns: Columns | None = None
 
     @property
     def step(self) -> int:
@@ -157,6 +164,31 @@ class Course:
         """Micro-batches of any examples, on the device, none wider than the run's own may be."""
         assert self.cut_rows is not None, "a run has a feed"
         return [batch.to(self.device) for batch in self.cut_rows(rows, (self.epoch, self.step))]
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """The epoch of this step, and its number in the epoch; both from 0."""
+        assert self.feed is not None, "a run has a feed"
+        return self.feed.at(self.step - 1)
+
+    def lay(self, examples: Examples) -> list[Batch]:
+        """Micro-batches of examples made in this step, on the device; their rows are numbers in `examples`."""
+        assert self.feed is not None, "a run has a feed"
+        return [batch.to(self.device) for batch in self.feed.lay(examples)]
+
+    def keep(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Append to the run's ledger of what was written in training: rollouts.jsonl.
+
+        How many lines there are is in the memory. What stands behind them, of a run that was killed, is dropped, so a
+        resumed run writes the same file.
+        """
+        kept = int(self.memory.facts.get("kept", 0))
+        made = [json.dumps(dict(line), ensure_ascii=False, allow_nan=False).encode() + b"\n" for line in lines]
+        if self.texts is not None:
+            if self.texts.n_rows() != kept:
+                self.texts.keep_rows(kept)
+            self.texts.append_rows(made)
+        self.memory.facts["kept"] = kept + len(made)
 
     def still(self) -> AbstractContextManager[None]:
         """Within, the model is in evaluation mode: no dropout."""

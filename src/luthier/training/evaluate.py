@@ -54,6 +54,7 @@ class Evaluator:
         self.precision, self.device, self.check = precision, device, check
         self.budget = batches.tokens
         self.more: Callable[[], dict[str, float]] | None = None
+        objective.examples = batches.examples
         self.plainly = plainly or not answerers(tuned)
 
     def try_longest(self) -> None:
@@ -153,11 +154,12 @@ class Evaluator:
         found = {"loss": float(out["loss"]), "perplexity": metrics.perplexity(out["loss"])}
         if task.weighs:
             marks = examples.marks
-            found |= (
-                metrics.of_pairs(out["logits"])
-                if marks is None or marks.shape[1] == 2
-                else (metrics.of_judged(out["logits"][:, 0], marks[:, 0] > 0))
-            )
+            if task.name == "prompts":
+                found |= metrics.of_rewards(out["logits"])
+            elif marks is None or marks.shape[1] == 2:
+                found |= metrics.of_pairs(out["logits"])
+            else:
+                found |= metrics.of_judged(out["logits"][:, 0], marks[:, 0] > 0)
         elif task.of_words:
             found["token_accuracy"] = out["correct"] / max(1, out["n_targets"])
         else:

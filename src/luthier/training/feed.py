@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.data.batches import Batch, Batches, ahead, cut
+from luthier.data.examples import Examples
 from luthier.runs.spec import RunSpec
 
 __all__ = ["Feed"]
@@ -53,6 +54,11 @@ class Feed:
         for step, (budget, micro_batches) in ahead(make, range(start, stop), self.batches.workers):
             yield step, micro_batches if budget == self.budget else self.cut(step)
 
+    def rows(self, step: int) -> NDArray[np.int64]:
+        """The examples of a step, less those left out."""
+        rows = self.batches.order.rows(*self.at(step))
+        return np.asarray([i for i in rows.tolist() if i not in self.left_out], dtype=np.int64)
+
     def cut(self, step: int) -> list[Batch]:
         """The micro-batches of a step: its rows, less those left out, cut to the budget. May be empty."""
         when = self.at(step)
@@ -66,6 +72,13 @@ class Feed:
         collator, examples = self.batches.collator, self.batches.examples
         pieces = cut(rows, examples.lengths, self.budget, len(rows), collator.pad_to) if len(rows) else []
         return [collator(examples, piece, when) for piece in pieces]
+
+    def lay(self, examples: Examples) -> list[Batch]:
+        """Micro-batches of examples that are none of the run's rows, cut to the budget."""
+        collator, lengths = self.batches.collator, examples.lengths
+        most = max(1, -(-len(lengths) // self.batches.accumulate))
+        everything = np.arange(len(lengths), dtype=np.int64)
+        return [collator(examples, piece) for piece in cut(everything, lengths, self.budget, most, collator.pad_to)]
 
     def longest(self) -> Batch:
         """The widest micro-batch of the whole run."""

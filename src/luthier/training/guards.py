@@ -60,15 +60,18 @@ class NoOpGuard:
         """Whether enough steps have been seen."""
         return self.steps >= FIRST_STEPS
 
-    def check(self, *, must_move: bool = True) -> None:
+    def check(self, *, must_move: bool = True, idle: str = "") -> None:
         """After the last of the first steps.
 
         Args:
             must_move: off for a search, which may find nothing better in so few.
+            idle: why there was nothing to learn in a step that made no update.
 
         Raises:
             NothingTrains: names the dead targets, or says that no number has moved.
         """
+        if idle and not self.steps:
+            raise NothingTrains(f"No result: in every step there was nothing to learn. In the last, {idle}")
         dead = [t for t in self._targets if t in self._asked and t not in self._live and not _may_rest(t)]
         attached = [t for t in dead if not t.startswith(("model/", "head/")) and ":model/" not in t]
         if attached or len(dead) == len(self._asked):

@@ -80,7 +80,7 @@ class Loop(LoopState):
                     self.step = step + 1
                     self.run.event("step", lasting=False, **row)
                     if self.guard is not None and (self.guard.due or self.step == self.total):
-                        self.guard.check(must_move=self.optimiser.must_move)
+                        self.guard.check(must_move=self.optimiser.must_move, idle=self._idle)
                         self.guard = None
                     self._evaluate_when_due()
                     self.signals.check()
@@ -109,7 +109,9 @@ class Loop(LoopState):
     def _train_step(self, step: int, micro_batches: list[Batch]) -> dict[str, Any] | None:
         """Gradients of all micro-batches, judged, clipped, applied. The row for the log; None after going back."""
         self.set_mode(training=True)
-        self.moments.before_step(step, self.total, self.feed.at(step)[0])
+        if nothing := self.moments.before_step(step, self.total, self.feed.at(step)[0]):
+            self._idle = nothing
+            return _row(step, skipped=nothing) | self.moments.numbers()
         losses, norm, micro_batches = self._whole_gradient(step, micro_batches)
         if not micro_batches:
             return _row(step, skipped="all its rows are left out")
@@ -273,10 +275,11 @@ class Loop(LoopState):
     def set_mode(self, *, training: bool) -> None:
         """Training mode for what is attached; for the trunk only where its dropout is wanted."""
         model = self.tuned.model
-        if model.luthier.training == training and model.training == (training and self.trunk_dropout):
+        tuning = training and not self.moments.still
+        if model.luthier.training == tuning and model.training == (training and self.trunk_dropout):
             return
         model.train(training and self.trunk_dropout)
-        model.luthier.train(training)
+        model.luthier.train(tuning)
         if training and self.saver.checkpointing:
             self.saver.let_blocks_checkpoint()
 

@@ -73,6 +73,7 @@ class LoopState:
         )  # fmt: skip
         self.trial = Trial(self.tuned, self.optimiser, self.device)
         self._saved: dict[str, Any] = {}  # the state at the last save
+        self._idle = ""  # why the last step that made no update had nothing to learn
         self._graph: Tensor | None = None  # a loss whose backward pass will be the update
 
     @property

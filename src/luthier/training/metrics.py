@@ -14,7 +14,7 @@ import numpy as np
 
 from luthier.core import UnknownName, UsageError, near
 
-__all__ = ["METRICS", "Metric", "better", "of_judged", "of_pairs", "perplexity", "score", "spans_of"]
+__all__ = ["METRICS", "Metric", "better", "of_judged", "of_pairs", "of_rewards", "perplexity", "score", "spans_of"]
 
 Function = Callable[[Sequence[Any], Sequence[Any]], float]
 
@@ -111,6 +111,19 @@ def of_judged(rewards: Any, liked: Any) -> dict[str, float]:
         "ranked": float((below + upto).mean() / (2 * len(bad))),
         "reward_gap": float(good.mean() - bad.mean()),
     }
+
+
+def of_rewards(rewards: Any) -> dict[str, float]:
+    """The scores of answers that were written and rewarded.
+
+    >>> of_rewards(np.array([[1.0, 0.0, 7], [0.0, 0.0, 9]]))
+    {'reward': 0.5, 'base_reward': 0.0, 'answer_tokens': 8.0}
+
+    Args:
+        rewards: (prompts, 3), the reward of each answer, that of the base's own answer, and the answer's tokens.
+    """
+    means = rewards.astype(np.float64).mean(0).tolist()
+    return dict(zip(("reward", "base_reward", "answer_tokens"), means, strict=True))
 
 
 def _library(module: str, package: str) -> Any:
@@ -310,6 +323,9 @@ METRICS: dict[str, Metric] = {
     "margin": Metric(None, True, "mean difference of the rewards of the better and the worse answer"),
     "chosen_reward": Metric(None, True, "mean reward of the better answers: below 0, they became less likely"),
     "ranked": Metric(None, True, "how often an answer that is liked has a higher reward than one that is not"),
+    "reward": Metric(None, True, "mean reward of the answers, each token the likeliest"),
+    "base_reward": Metric(None, True, "the same of what the base answers"),
+    "answer_tokens": Metric(None, False, "tokens of an answer"),
     "reward_gap": Metric(None, True, "mean reward of the answers that are liked, less that of those that are not"),
     "forgetting": Metric(None, False, "rise of the loss of a token of a general text over the base's, in nats"),
     "token_f1": Metric(_token_f1, True, "mean F1 of the words of generated text, 0 to 1"),

@@ -14,12 +14,15 @@ from torch import Tensor, nn
 
 from luthier.core import ConfigError
 from luthier.data.batches import Batch
+from luthier.data.columns import Columns
 from luthier.data.examples import Examples
 from luthier.data.sets import TRAIN, Sets
 from luthier.data.tasks import Task
+from luthier.runs.journal import Journal
 from luthier.runs.spec import RunSpec
 from luthier.surgery import Method, Phases, Tuned, keyed
 from luthier.training.course import Course, Piece, Progress
+from luthier.training.feed import Feed
 from luthier.training.objective import Objective
 from luthier.training.optimiser import Lomo, Optimiser
 from luthier.training.other_models import OtherModel
@@ -54,6 +57,9 @@ class Moments:
         precision: Precision | None = None,
         tokenizer: Any = None,
         say: Callable[[str], None] = lambda line: None,
+        feed: Feed | None = None,
+        texts: Journal | None = None,
+        columns: Columns | None = None,
     ) -> None:
         self._spec, self._tuned, self._optimiser, self._device = spec, tuned, optimiser, device
         self._task = task
@@ -67,7 +73,7 @@ class Moments:
                     name=one.name, tuned=tuned, task=task, optimiser=optimiser, device=device, seed=spec.seed,
                     progress=self._progress, objective=objective, sets=sets or {},
                     models=(models or {}).get(one.name, {}), rows=rows or Sets((TRAIN,), (0, 0)), cut_rows=cut_rows,
-                    precision=precision, tokenizer=tokenizer, say=say,
+                    precision=precision, tokenizer=tokenizer, say=say, feed=feed, texts=texts, columns=columns,
                 ),
             )
             for one in strategies
@@ -75,6 +81,7 @@ class Moments:
         for one, course in self._filling("numbers"):
             _join(one, course)
         self._piece: Piece | None = None
+        self.still = any(one.still for one in strategies)  # all passes are made without dropout
         self.resting: frozenset[str] = frozenset()  # trained tensors that lie still in this step
         self._looks_back = any(type(p).after_backward is not Method.after_backward for p in self._parts) or any(
             fills(one, "after_backward") for one in strategies
@@ -95,8 +102,8 @@ class Moments:
         for one, course in self._filling("start"):
             one.start(course)
 
-    def before_step(self, step: int, total: int, epoch: int) -> None:
-        """Step `step`, from 0, is about to be made."""
+    def before_step(self, step: int, total: int, epoch: int) -> str:
+        """Step `step`, from 0, is about to be made; gives why nothing is to be learnt in it, or nothing."""
         self._progress.step, self._progress.total, self._progress.epoch = step + 1, total, epoch
         self._progress.numbers.clear()
         if self.phases:
@@ -112,6 +119,8 @@ class Moments:
         for one, course in self._filling("before_step"):
             one.before_step(course)
         self._rest()
+        idle = [one.idle(course) for one, course in self._filling("idle")]
+        return "; ".join(idle) if all(idle) else ""
 
     def _rest(self) -> None:
         """Let lie still what a strategy does not name; of several strategies, what all name learns."""

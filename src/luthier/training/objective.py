@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from luthier import kernels
 from luthier.data.batches import Batch, Batches
-from luthier.data.examples import IGNORED
+from luthier.data.examples import IGNORED, Examples
 from luthier.data.tasks import Task
 from luthier.surgery import Tuned
 from luthier.training.answers import (
@@ -61,26 +61,33 @@ class Objective:
         scoring: also count right guesses; no gradient then.
         judge: how answers are weighed, where that is learnt: a strategy of `luthier.training.preference`. Without one
             the better answers are learnt as text, or ranked by a head.
+        tokenizer, columns: of the run, for a judge that reads texts.
 
     Attributes:
         reference: what the base holds of both answers of every example, (examples, 2), where that was kept.
+        examples: those that are scored, where a reward reads the rows that they come from.
         room: tokens of a line that the model has positions for, where an answer is put to another prompt.
     """
 
     def __init__(
-        self, tuned: Tuned, task: Task, *, full_logits: bool = False, scoring: bool = False, judge: Any = None
-    ) -> None:
+        self, tuned: Tuned, task: Task, *, full_logits: bool = False, scoring: bool = False, judge: Any = None,
+        tokenizer: Any = None, columns: Any = None,
+    ) -> None:  # fmt: skip
         self.tuned, self.task, self.scoring = tuned, task, scoring
+        self.tokenizer, self.columns = tokenizer, columns
+        self.examples: Examples | None = None
         self.judge = judge or {"judged": Liked, "reward": Ranked}.get(task.name, Likely)()
         self.reference: Tensor | None = None
         self.room = positions_for_rows(tuned) if getattr(self.judge, "elsewhere", False) else None
         self.why_all_logits = "something looks at them" if full_logits else ""
-        if task.name in ("causal_lm", "preference", "judged") and not full_logits:
+        if task.name in ("causal_lm", "preference", "judged", "prompts") and not full_logits:
             self.why_all_logits = why_all_logits(tuned)
         self.word_head: nn.Module | None = None
         if task.name == "masked_lm" and not full_logits:
             self.word_head, self.why_all_logits = word_head_of(tuned)
-        self.chunked = task.name in ("causal_lm", "preference", "judged", "masked_lm") and not self.why_all_logits
+        self.chunked = (
+            task.name in ("causal_lm", "preference", "judged", "prompts", "masked_lm") and not self.why_all_logits
+        )
         self.labelled = task.name in ("classification", "regression") and not task.template
         self.gap = GapWords(tuned, task) if task.template else None
         self.first_token = tuned.fast.first_token() if self.labelled else None
@@ -99,6 +106,9 @@ class Objective:
 
         Of answers that are weighed they are their rewards: (pairs, 2), or (answers, 1).
         """
+        if self.task.name == "prompts":
+            rewards = self.judge.scored(self, batch)  # (prompts, 3)
+            return Result(-rewards[:, 0].sum(), batch.n_targets, rewards)
         if self.task.weighs and batch.marks is not None:
             ways = {"preference": self._compared, "judged": self._judged, "reward": self._ranked}
             return ways[self.task.name](batch, batch.marks)

@@ -12,6 +12,7 @@ A strategy is a frozen dataclass of settings that is asked at named moments of a
     start                 once, before step 1, never on resume
     each step
       before_step         what lasts may change
+      idle                why there is nothing to learn in this step
       trains              names that learn in this step
       batches             other micro-batches, such as chosen rows                             one owner
       gradient            made otherwise than by backward passes of the micro-batches          one owner
@@ -42,6 +43,7 @@ from torch import Tensor, nn
 
 from luthier.core import Card, Catalogue, CompositionError, ConfigError, UnknownName, build, fields_of, near, plain
 from luthier.data.batches import Batch
+from luthier.data.columns import Columns
 from luthier.data.order import Order
 from luthier.data.sets import Sets
 from luthier.data.tasks import Task
@@ -85,6 +87,7 @@ class Strategy:
         rated: its own optimiser moves by a rate, which has to be given; off, there is none.
         by_task: each task of the rows (`--row-task COLUMN`) has labels of its own.
         writes: in some steps the model writes texts, a forward pass for each token.
+        still: chances are compared over passes, so dropout is off in all of them.
         forgets: the optimiser drops the moments of what it lets rest.
         shortcut: a setting that an option of the strategy's own name gives: `--label-smoothing 0.1`.
         extra_passes: forward and backward passes of a step beyond the plain one's, at the default settings.
@@ -109,6 +112,7 @@ class Strategy:
     whole_step: ClassVar[bool] = False
     rated: ClassVar[bool] = True
     writes: ClassVar[bool] = False
+    still: ClassVar[bool] = False
     by_task: ClassVar[bool] = False
     forgets: ClassVar[bool] = False
     shortcut: ClassVar[str] = ""
@@ -128,6 +132,13 @@ class Strategy:
     def suits(self, task: Task) -> str | None:
         """Why it cannot learn a task, and what to do, or None."""
         return None
+
+    def holds(self, columns: Columns) -> dict[str, str]:
+        """Name -> digest of what it reads beside rows and models, such as a file: a resumed run is held to it.
+
+        Asked before anything is written. Raises: any LuthierError, where that or the columns cannot be used.
+        """
+        return {}
 
     def models(self) -> dict[str, str]:
         """Role -> a finished run, a model folder, sample:NAME or a hub name; roles without a name are left out."""
@@ -161,6 +172,10 @@ class Strategy:
 
     def before_step(self, course: Course) -> None:
         """The memory may change. Called again for the same step, it does the same."""
+
+    def idle(self, course: Course) -> str:
+        """Why there is nothing to learn in this step, which then makes no update; empty where there is something."""
+        return ""
 
     def trains(self, course: Course) -> Collection[str] | None:
         """Names that learn in this step, of those in `course.optimiser.named`; None for all."""
@@ -257,9 +272,9 @@ def _of_another_task(one: Strategy, task: Task) -> str | None:
     if task.weighs and not one.learns:
         looks = [*one.reads, *(moment for moment in ("weigh", "loss", "order") if fills(one, moment))]
         if looks or one.roles:
+            family = "rollouts" if task.name == "prompts" else "preference"
             return (
-                "it changes how texts or labels are learnt, and here whole answers are weighed. Use a strategy of the "
-                "family preference."
+                f"it changes how texts or labels are learnt, and here whole answers are weighed. Use one of {family}."
             )
     return None
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from luthier.core import ResourceError
 from luthier.data.batches import Batch
 from luthier.data.examples import IGNORED
 from luthier.data.stop_tokens import stop_ids
-from luthier.training.answers import positions_for_rows
+from luthier.surgery import Tuned
+from luthier.training.answers import positions_for_rows, standing_still
 from luthier.training.course import Course
+from luthier.training.out_of_memory import is_out_of_memory, make_room
 from luthier.training.sampling import Drawn
 
-__all__ = ["answered_anew"]
+__all__ = ["answered_anew", "write_ids"]
+
+_LINES = 64  # that are written side by side
 
 
 def answered_anew(course: Course, batch: Batch, *, most: int, temperature: float) -> Batch:
@@ -29,24 +36,77 @@ def answered_anew(course: Course, batch: Batch, *, most: int, temperature: float
     ids, told = batch.inputs["input_ids"], batch.labels != IGNORED
     begins = told.int().argmax(-1).tolist()  # of each row's answer
     model: Any = course.tuned.model
-    limit, ends = positions_for_rows(course.tuned), stop_ids(course.examples(), course.tokenizer, model)
-    facts = {name: value for name, value in batch.inputs.items() if name.startswith("row_")}
-    found: list[list[int]] = [[] for _ in begins]
-    with torch.no_grad(), course.still():
-        for begin in sorted(set(begins)):  # prompts of one length, so that nothing is padded
-            here = [k for k, b in enumerate(begins) if b == begin]
-            seeds = [course.seed_of("write", row) for row in batch.rows[here].tolist()]
-            room = most if limit is None else min(most, limit - begin)
-            out = model.generate(
-                input_ids=ids[here, :begin], attention_mask=torch.ones_like(ids[here, :begin]), do_sample=False,
-                max_new_tokens=max(1, room), pad_token_id=model.config.pad_token_id, eos_token_id=ends or None,
-                logits_processor=[Drawn(seeds, temperature)],
-                **{name: value[here] for name, value in facts.items()},
-            )  # fmt: skip
-            for k, answer in zip(here, out[:, begin:].tolist(), strict=True):
-                end = next((i + 1 for i, token in enumerate(answer) if token in ends), len(answer))
-                found[k] = answer[:end]
+    found = write_ids(
+        course.tuned,
+        [line[:begin] for line, begin in zip(ids.tolist(), begins, strict=True)],
+        seeds=[course.seed_of("write", row) for row in batch.rows.tolist()], most=most, temperature=temperature,
+        stop=stop_ids(course.examples(), course.tokenizer, model), limit=positions_for_rows(course.tuned),
+        facts={name: value for name, value in batch.inputs.items() if name.startswith("row_")},
+    )  # fmt: skip
     return _laid(batch, begins, found, int(model.config.pad_token_id))
+
+
+def write_ids(
+    tuned: Tuned, prompts: Sequence[Sequence[int]], *, seeds: Sequence[int] | None, most: int, temperature: float,
+    stop: Sequence[int], limit: int | None, facts: Mapping[str, Tensor] | None = None, lines: int = _LINES,
+    processors: Callable[[list[int]], list[Any]] | None = None,
+) -> list[list[int]]:  # fmt: skip
+    """What the model writes after prompts, in evaluation mode and without gradient: ids, up to and with a stop token.
+
+    Prompts of one length are written side by side, so that nothing is padded. Where memory runs out, fewer are.
+
+    Args:
+        seeds: one for each prompt, by which each token is drawn; None takes the likeliest.
+        most: tokens of an answer, at most; fewer where the model has no more positions.
+        limit: positions for prompt and answer.
+        facts: what is said of each row besides its ids.
+        processors: makes what changes the logits before they are drawn from, for some of the prompts.
+
+    Raises:
+        ResourceError: one prompt alone does not fit in memory.
+    """
+    model: Any = tuned.model
+    device = model.get_input_embeddings().weight.device
+    found: list[list[int]] = [[] for _ in prompts]
+    waiting = _alike([len(prompt) for prompt in prompts], lines)
+    with torch.no_grad(), standing_still(model):
+        while waiting:
+            here, *waiting = waiting
+            begin = len(prompts[here[0]])
+            room = most if limit is None else min(most, limit - begin)
+            ids = torch.tensor([list(prompts[k]) for k in here], device=device)
+            drawn = [] if seeds is None else [Drawn([seeds[k] for k in here], temperature)]
+            try:
+                out = model.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1,
+                    max_new_tokens=max(1, room), eos_token_id=list(stop) or None,
+                    pad_token_id=model.config.pad_token_id,
+                    logits_processor=[*(processors(here) if processors is not None else []), *drawn],
+                    **{name: value[torch.tensor(here)] for name, value in (facts or {}).items()},
+                )  # fmt: skip
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if len(here) == 1:
+                    raise ResourceError(
+                        f"one answer of {most} tokens to a prompt of {begin} does not fit in memory ({error}). Lower "
+                        "new_tokens or max_length, or take a smaller model."
+                    ) from error
+                make_room()
+                waiting = [here[: len(here) // 2], here[len(here) // 2 :], *waiting]
+                continue
+            for k, answer in zip(here, out[:, begin:].tolist(), strict=True):
+                end = next((i + 1 for i, token in enumerate(answer) if token in stop), len(answer))
+                found[k] = answer[:end]
+    return found
+
+
+def _alike(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Numbers of prompts of one length, `most` at a time."""
+    by_length: dict[int, list[int]] = {}
+    for k, n in enumerate(lengths):
+        by_length.setdefault(n, []).append(k)
+    return [some[i : i + most] for _, some in sorted(by_length.items()) for i in range(0, len(some), most)]
 
 
 def _laid(batch: Batch, begins: list[int], answers: list[list[int]], pad_id: int) -> Batch:

@@ -51,7 +51,9 @@ def build(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
     method = prepared.method
     tuned = attach(model, method, seed=spec.seed, new_tensors=fresh, sources=prepared.sources)
     wants_dropout = any(m.trains_base for m in method.parts()) or any(s.drops for s in prepared.strategies)
+    still = [s.name for s in prepared.strategies if s.still]
     trunk_dropout = spec.trunk_dropout == "on" or (spec.trunk_dropout == "auto" and wants_dropout)
+    trunk_dropout = trunk_dropout and not still
     if spec.fast:
         tuned.forward.route_attention()
         tuned.fast.accelerate(dropout=trunk_dropout)
@@ -60,7 +62,10 @@ def build(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
     needs_logits = any(getattr(m, "needs_logits", False) for m in method.parts())
     strategies, sets = prepared.strategies, prepared.sets
     needs_logits = needs_logits or any("logits" in s.reads or fills(s, "weigh") for s in strategies)
-    objective = Objective(tuned, prepared.task, full_logits=needs_logits, judge=prepared.judge)
+    objective = Objective(
+        tuned, prepared.task, full_logits=needs_logits, judge=prepared.judge, tokenizer=prepared.tokenizer,
+        columns=prepared.columns,
+    )  # fmt: skip
     order = _order(prepared)
     collator = collator_of(
         prepared.task, model, prepared.tokenizer, pad_id=prepared.pad_id, pad_to=spec.batch.pad_to, seed=spec.seed
@@ -95,7 +100,7 @@ def build(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
 
     def make(run: RunFolder, listener: Listener) -> Loop:
         if (
-            prepared.task.name in ("causal_lm", "preference", "judged", "masked_lm")
+            prepared.task.name in ("causal_lm", "preference", "judged", "prompts", "masked_lm")
             and not needs_logits
             and objective.why_all_logits
         ):
@@ -103,6 +108,8 @@ def build(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
                 f"the loss is computed from all logits of a batch, not of its targets alone: {type(model).__name__}: "
                 f"{objective.why_all_logits}"
             )
+        if still and spec.trunk_dropout == "on":
+            listener.say(f"trunk_dropout = on is not heeded: {still[0]} compares chances, and makes its passes without")
         if features is not None and spec.fast and kernels.fast():
             listener.say(features.sentence())
         for remark in (*tuned.anatomy.remarks, *_stacks_said(tuned)):
@@ -122,7 +129,8 @@ def build(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
                 spec, tuned, prepared.task, optimiser, prepared.device, strategies,
                 objective=objective, sets={"train": prepared.train}, models=load_others(prepared, listener.say),
                 rows=sets, cut_rows=feed.cut_rows, precision=prepared.precision,
-                tokenizer=prepared.tokenizer, say=listener.say,
+                tokenizer=prepared.tokenizer, say=listener.say, feed=feed, texts=getattr(run, "texts", None),
+                columns=prepared.columns,
             ),
             evaluations=Evaluations(None, every, Selection(spec.eval, metric), at_end=spec.eval.selects),
             precision=prepared.precision, device=prepared.device, run=run,
@@ -161,7 +169,10 @@ def _order(prepared: Prepared) -> Order:
 
 def evaluator_of(prepared: Prepared, loop: Loop, examples: Examples) -> Evaluator:
     tokens = 2 * prepared.spec.batch.tokens
-    objective = Objective(loop.tuned, prepared.task, scoring=True, judge=prepared.judge)
+    objective = Objective(
+        loop.tuned, prepared.task, scoring=True, judge=prepared.judge, tokenizer=prepared.tokenizer,
+        columns=prepared.columns,
+    )  # fmt: skip
     if (prepared.task.of_words or prepared.task.writes) and not objective.chunked:
         # Where all logits of a batch are held at once: 2^26 of them are 256 MiB in fp32.
         tokens = max(1, min(tokens, 2**26 // int(loop.tuned.model.get_input_embeddings().weight.shape[0])))

@@ -76,8 +76,10 @@ def evaluate(path: Path | str, data: str, *, skip_bad: bool = False, out: Path |
         "answered": "response",
         "preferred": "rejected",
         "judged": "label",
+        "asked": "response",
     }.get(columns.shape)
-    if wanted is not None and getattr(columns, wanted) is None:
+    told = wanted is not None and getattr(predictor.columns, wanted) is not None  # prompts may have none
+    if wanted is not None and told and getattr(columns, wanted) is None:
         name = getattr(predictor.columns, wanted)
         raise DataError(
             f"{table.source}: no column {name!r}, which says what is right. Its columns are "
@@ -143,7 +145,14 @@ def _with_answers(table: Table, name: str | None, most: float) -> tuple[Table, S
 
 def _evaluator(predictor: Predictor, examples: Examples) -> Evaluator:
     spec, task, model = predictor.spec, predictor.task, predictor.tuned.model
-    objective = Objective(predictor.tuned, task, scoring=True, judge=predictor.judge)
+    objective = Objective(
+        predictor.tuned,
+        task,
+        scoring=True,
+        judge=predictor.judge,
+        tokenizer=predictor.tokenizer,
+        columns=predictor.columns,
+    )
     tokens = 2 * spec.batch.tokens
     if (task.of_words or task.writes) and not objective.chunked:
         tokens = max(1, min(tokens, 2**26 // int(model.get_input_embeddings().weight.shape[0])))  # as in training

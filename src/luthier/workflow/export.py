@@ -39,6 +39,7 @@ TASK_TYPES = {
     "causal_lm": ("CAUSAL_LM", "AutoPeftModelForCausalLM"),
     "preference": ("CAUSAL_LM", "AutoPeftModelForCausalLM"),
     "judged": ("CAUSAL_LM", "AutoPeftModelForCausalLM"),
+    "prompts": ("CAUSAL_LM", "AutoPeftModelForCausalLM"),
     "reward": ("SEQ_CLS", "AutoPeftModelForSequenceClassification"),
     "seq2seq": ("SEQ_2_SEQ_LM", "AutoPeftModelForSeq2SeqLM"),
     "span_corruption": ("SEQ_2_SEQ_LM", "AutoPeftModelForSeq2SeqLM"),

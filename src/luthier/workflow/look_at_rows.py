@@ -127,7 +127,7 @@ def look_at(spec: RunSpec, rows: int = 5) -> LookedAt:
     writes = task.writes
     ends = taught_ends(examples, tokenizer) if writes or chat else set()
     stopping = _stopping(examples, ends) if writes else None
-    if chat:
+    if chat and task.name != "prompts":
         refuse_endless(examples, ends, max_length)
     shown = sample.take(_spread(len(sample), rows))
     template = ChatTemplate.of(tokenizer) if chat else None

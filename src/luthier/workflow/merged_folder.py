@@ -30,6 +30,7 @@ PIPELINES = {
     "causal_lm": "text-generation",
     "preference": "text-generation",
     "judged": "text-generation",
+    "prompts": "text-generation",
     "reward": "text-classification",
     "masked_lm": "fill-mask",
 }

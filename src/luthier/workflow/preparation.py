@@ -134,6 +134,12 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None, *, be
     data = load_data(spec.data, task_of(strategies, spec.task), config)
     table, test, columns, task = data.train, data.test, data.columns, data.task
     refuse_task(strategies, task)
+    if task.name == "prompts" and judge_of(strategies) is None:
+        raise ConfigError(
+            "task prompts: the rows say nothing to learn but what answers are rewarded. Name a strategy that learns "
+            "from rewards, such as --strategy grpo --set reward=length."
+        )
+    held = {one.name: one.holds(columns) for one in strategies}
     _refuse_classes_only(method, task)
     for remark in data.notes:
         note(remark)
@@ -212,7 +218,8 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None, *, be
     reserved = reserved_positions(method, anatomy)
     if n_params == 0 and not anatomy.head_tensors:
         raise NothingTrains(f"{spec.method} trains no number of {source.name}. Choose another method.")
-    max_length = choose_length(spec.max_length, tokenizer, config, task, reserved)
+    answers = max((getattr(one, "new_tokens", 0) for one in strategies if one.learns == "prompts"), default=0)
+    max_length = choose_length(spec.max_length, tokenizer, config, task, reserved, answers)
     pad = choose_pad(tokenizer, n_vocab)
     others = find_others(strategies, task, tokenizer, n_vocab)
     options: dict[str, Any] = {"n_vocab": n_vocab, "max_length": max_length, "loss_on": spec.data.loss_on}
@@ -220,7 +227,7 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None, *, be
         refuse_windows(task, tokenizer)
         options["long"] = spec.long
     train_examples = encoded(table, accept_refused=spec.data.accept_refused)
-    if task.of_turns and columns.shape != "plain":
+    if task.of_turns and columns.shape not in ("plain", "asked"):
         refuse_endless(train_examples, taught_ends(train_examples, tokenizer), max_length)
     note(train_examples.ledger.sentence("train"))
     for remark in train_examples.ledger.notes:
@@ -262,6 +269,7 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None, *, be
             **({"sources": " ".join(made.digest for made in sources)} if sources else {}),
             **{f"also {one.name}": one.fingerprint for one in further},
             **{f"model {other.setting}": other.digest for other in others},
+            **{f"model {one.name}.{n}": digest for one in strategies for n, digest in held[one.name].items()},
         },
     )  # fmt: skip
 

@@ -1,0 +1,1 @@
+"""Answers that the model writes itself, and what they are rewarded with."""

@@ -18,7 +18,13 @@ NEEDS_WORDS = True
 def command(
     run: Annotated[str, typer.Argument(help="The folder of a finished run.")],
     target: Annotated[str, typer.Argument(help="The folder to write; it must not exist.")],
-    to: Annotated[str, typer.Option(help="What to write: peft, merged or onnx.")] = "peft",
+    to: Annotated[str, typer.Option(help="What to write: peft, merged, onnx or gguf.")] = "peft",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Type of the weights. gguf: f32, f16 (as it is), bf16, q8_0. merged: as luthier merge has it."
+        ),
+    ] = None,
     accept: Annotated[
         bool, typer.Option("--accept", help="Write it although, read back, it is not the model that was trained.")
     ] = False,
@@ -32,6 +38,8 @@ def command(
 
     onnx      a classifier or an encoder as a graph for onnxruntime
 
+    gguf      a decoder as one file for llama.cpp, the tuning in its weights
+
     Examples:
 
       luthier export runs/x adapter
@@ -40,7 +48,7 @@ def command(
     """
     from luthier.workflow.formats import export
 
-    written = export(run, target, to=to, accept=accept)
+    written = export(run, target, to=to, dtype=dtype, accept=accept)
     files = [path for path in sorted(written.path.rglob("*")) if path.is_file()]
     sizes = {str(path.relative_to(written.path)): path.stat().st_size for path in files}
     step = written.step

@@ -51,7 +51,7 @@ FILE = "certificate.json"
 ROUNDING, ROUNDING_IN_HALVES = 1e-5, 2e-2
 OF_THE_EFFECT = 0.25
 PASSED, FAILED, NOT_DONE = "passed", "failed", "not done"
-READERS = {"merged": "transformers", "exported": "peft", "onnx": "onnxruntime"}
+READERS = {"merged": "transformers", "exported": "peft", "onnx": "onnxruntime", "gguf": "transformers"}
 """step of a folder that was written -> what reads it back"""
 
 

@@ -42,7 +42,7 @@ __all__ = ["certify"]
 
 MOST_PROMPTS = 64
 # By which file a folder is known; the first that is there: a graph has a configuration beside it, too.
-KNOWN = {"model.onnx": "onnx", "adapter_config.json": "exported", "config.json": "merged"}
+KNOWN = {"model.onnx": "onnx", "model.gguf": "gguf", "adapter_config.json": "exported", "config.json": "merged"}
 QUANTISED = 1.5  # times what the same codes move the base's logits
 
 
@@ -80,9 +80,7 @@ def certify(
     if not run.tuning.exists():
         raise ConfigError(f"{path}: this run has no result yet. Go on with `luthier resume {path}`.")
     if folder is not None and _kind(Path(folder)) is None:
-        raise ConfigError(
-            f"{folder}: is neither a merged model (config.json) nor an export (adapter_config.json, model.onnx)."
-        )
+        raise ConfigError(f"{folder}: is neither a merged model nor an export: it has none of {', '.join(KNOWN)}.")
     certifier = _Certifier(path, RunSpec.from_plain(run.spec, where=f"{path}/run.json"), prompts, say, do)
     certifier.do_steps(None if folder is None else Path(folder), store)
     found = certifier.certificate()
@@ -228,6 +226,7 @@ class _Certifier:
         """One that was written before: it is read as what it is."""
         step = _kind(folder) or "merged"
         halves = step == "merged" and load_config(find_model(str(folder))).dtype in (torch.bfloat16, torch.float16)
+        halves = halves or (step == "gguf" and "matrices in f32" not in _text(folder / "README.md"))
         raw = step in ("merged", "onnx") and "multiply an answer by" in _text(folder / "README.md")
         self._step(step, self._in_unit(expected, not raw), halves=halves, folder=str(folder))
 

@@ -5,29 +5,44 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from luthier.core import ConfigError, UnknownName, near
+from luthier.core import ConfigError, UnknownName, near, plain
 from luthier.workflow.export import Exported
 
-__all__ = ["FORMATS", "export"]
+__all__ = ["FORMATS", "Wanted", "export"]
 
 
 @dataclass(frozen=True)
 class Format:
-    """What a format is, in a few words, and the function that writes it: run, folder, accept."""
+    """What a format is, in a few words, the function that writes it, and the options that it takes besides."""
 
     what: str
-    write: Callable[[Path, Path, bool], Exported]
+    write: Callable[[Path, Path, Wanted], Exported]
+    takes: tuple[str, ...] = ()
 
 
-def _peft(run: Path, folder: Path, accept: bool) -> Exported:
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """How something is to be written.
+
+    Attributes:
+        accept: although it is not the model that was trained.
+        dtype: of the weights; None, as the format has it.
+    """
+
+    accept: bool = False
+    dtype: str | None = None
+
+
+def _peft(run: Path, folder: Path, wanted: Wanted) -> Exported:
     from luthier.workflow.export import export_peft
     from luthier.workflow.prediction import Predictor
 
-    return export_peft(Predictor(run), folder, accept=accept)
+    return export_peft(Predictor(run), folder, accept=wanted.accept)
 
 
-def _merged(run: Path, folder: Path, accept: bool) -> Exported:
+def _merged(run: Path, folder: Path, wanted: Wanted) -> Exported:
     import json
 
     from luthier.core import build
@@ -36,7 +51,7 @@ def _merged(run: Path, folder: Path, accept: bool) -> Exported:
     from luthier.workflow.prediction import Predictor
 
     task = Predictor.task_of(run)
-    out = merge(run, folder, accept=accept)
+    out = merge(run, folder, dtype=wanted.dtype or "auto", accept=wanted.accept)  # type: ignore[arg-type]
     told = json.loads((out / FILE).read_bytes())["steps"][0]
     pipeline = PIPELINES.get(task.name)
     reads = f"transformers.{task.auto_class}.from_pretrained({str(out)!r})"
@@ -44,25 +59,32 @@ def _merged(run: Path, folder: Path, accept: bool) -> Exported:
     return Exported(out, line, (), build(Step, told, FILE))
 
 
-def _onnx(run: Path, folder: Path, accept: bool) -> Exported:
+def _onnx(run: Path, folder: Path, wanted: Wanted) -> Exported:
     from luthier.workflow.onnx_export import export_onnx
 
-    return export_onnx(run, folder, accept=accept)
+    return export_onnx(run, folder, accept=wanted.accept)
+
+
+def _gguf(run: Path, folder: Path, wanted: Wanted) -> Exported:
+    from luthier.workflow.gguf_export import export_gguf
+
+    return export_gguf(run, folder, dtype=wanted.dtype or "f16", accept=wanted.accept)
 
 
 FORMATS = {
     "peft": Format("the tuning alone, as the peft library reads it", _peft),
-    "merged": Format("a model folder of transformers, as luthier merge writes it", _merged),
+    "merged": Format("a model folder of transformers, as luthier merge writes it", _merged, ("dtype",)),
     "onnx": Format("a classifier or an encoder as a graph for onnxruntime", _onnx),
+    "gguf": Format("the merged model as one file for llama.cpp", _gguf, ("dtype",)),
 }
 
 
-def export(run: Path | str, folder: Path | str, *, to: str = "peft", accept: bool = False) -> Exported:
+def export(run: Path | str, folder: Path | str, *, to: str = "peft", **wanted: Any) -> Exported:
     """Write a finished run in a format that other programs read; what they compute of it is compared first.
 
     Args:
         to: a name of FORMATS.
-        accept: write it although it is not the model that was trained; its certificate says so.
+        wanted: see `Wanted`.
 
     Raises:
         UnknownName: no such format.
@@ -70,6 +92,11 @@ def export(run: Path | str, folder: Path | str, *, to: str = "peft", accept: boo
     """
     if to not in FORMATS:
         raise UnknownName(f"--to {to}: no such format.{near(to, list(FORMATS))} There are {', '.join(FORMATS)}.")
+    asked = Wanted(**wanted)
+    for name, value in plain(asked).items():
+        if name != "accept" and value is not None and name not in FORMATS[to].takes:
+            takers = ", ".join(other for other in FORMATS if name in FORMATS[other].takes)
+            raise ConfigError(f"--{name} {value}: --to {to} takes none; {takers} do. Leave it out.")
     if Path(folder).exists():  # said before the model is loaded
         raise ConfigError(f"{folder}: is there already. Name a folder that does not exist.")
-    return FORMATS[to].write(Path(run), Path(folder), accept)
+    return FORMATS[to].write(Path(run), Path(folder), asked)

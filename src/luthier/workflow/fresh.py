@@ -27,7 +27,7 @@ from luthier.runs import durable
 from luthier.runs.parent import end_with_the_parent
 from luthier.workflow.reference import NEW_TOKENS, Reader, Reference, Seen, observe, read_reference
 
-__all__ = ["Answer", "Asked", "ask", "look_plainly", "main"]
+__all__ = ["Answer", "Asked", "ask", "base_of", "look_plainly", "main"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +113,10 @@ def answer_of(asked: Asked) -> Answer:
     """Do a step here."""
     step = STEPS.get(asked.step)
     if step is None:
-        step = import_module(ELSEWHERE[asked.step]).answer
-    return step(asked)
+        module, _, name = ELSEWHERE[asked.step].partition(":")
+        step = getattr(import_module(module), name)
+    answer: Answer = step(asked)
+    return answer
 
 
 # --- steps that luthier answers ---------------------------------------------------------------------------------------
@@ -232,26 +234,11 @@ def exported(asked: Asked) -> Answer:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import peft
-    import torch
     import transformers
     from safetensors import safe_open
 
-    from luthier.surgery import decode_layers
-    from luthier.training.precision import choose_device
-    from luthier.workflow.load_model import find_model, load_model
-
     folder = Path(asked.folder)
-    spec, task = _spec(asked)
-    if spec.codes is not None:
-        base, _ = load_model(
-            find_model(spec.model), task, dtype=torch.float32, device=choose_device(spec.device), seed=spec.seed,
-            store=spec.codes,
-        )  # fmt: skip
-        decode_layers(base)
-    elif (folder / "base").is_dir():
-        base, _ = _transformers(str(folder / "base"), asked)
-    else:
-        base, _ = _transformers(str(find_model(spec.model).path), asked, head=True)
+    base, beside = base_of(asked)
     if (folder / "generation_config.json").exists():  # as the folder's README says
         base.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     with warnings.catch_warnings():
@@ -267,8 +254,28 @@ def exported(asked: Asked) -> Answer:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         answer = look_plainly(model, asked)
-    beside = "" if spec.codes is None else f", beside the weights that its {spec.codes} codes stand for"
     return Answer(*answer, facts={"by": f"peft {peft.__version__}{beside}"})
+
+
+def base_of(asked: Asked) -> tuple[Any, str]:
+    """The base beside which an export is read, in fp32; and what is to be said of it."""
+    import torch
+
+    from luthier.surgery import decode_layers
+    from luthier.training.precision import choose_device
+    from luthier.workflow.load_model import find_model, load_model
+
+    spec, task = _spec(asked)
+    if spec.codes is not None:
+        base, _ = load_model(
+            find_model(spec.model), task, dtype=torch.float32, device=choose_device(spec.device), seed=spec.seed,
+            store=spec.codes,
+        )  # fmt: skip
+        decode_layers(base)
+        return base, f", beside the weights that its {spec.codes} codes stand for"
+    if (Path(asked.folder) / "base").is_dir():
+        return _transformers(str(Path(asked.folder) / "base"), asked)[0], ""
+    return _transformers(str(find_model(spec.model).path), asked, head=True)[0], ""
 
 
 def quantised(asked: Asked) -> Answer:
@@ -324,16 +331,21 @@ def _transformers(path: str, asked: Asked, *, head: bool = False, **more: Any) -
     return model.to(choose_device(spec.device)).eval(), told
 
 
-def look_plainly(model: Any, asked: Asked) -> tuple[Seen, Seen]:
-    """The rows, read by the folder's own tokenizer and template, and what a model without luthier makes of them."""
+def look_plainly(model: Any, asked: Asked, tokenizer: Any = None) -> tuple[Seen, Seen]:
+    """The rows, read by the folder's own tokenizer and template, and what a model without luthier makes of them.
+
+    Args:
+        tokenizer: the folder's own, where it is not in files of transformers.
+    """
     import transformers
 
     from luthier.data.tokenizer import position_limit
     from luthier.training.precision import Precision
     from luthier.workflow.load_model import collator_of, quiet
 
-    with quiet():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(asked.folder, local_files_only=True)
+    if tokenizer is None:
+        with quiet():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(asked.folder, local_files_only=True)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     reader = Reader.of_run(Path(asked.run) / "tuning", tokenizer, _vocabulary(inner), own_template=True)
     pad = int(reader.contract["pad"]["id"])
@@ -353,7 +365,8 @@ STEPS: dict[str, Callable[[Asked], Answer]] = {
     step.__name__: step for step in (reloaded, in_fp32, served, detached, merged, exported, quantised)
 }
 
-# Formats of other programs, each in a file of its own, with a function `answer`.
+# Formats of other programs: the file, and the function in it.
 ELSEWHERE = {
-    "onnx": "luthier.workflow.onnx_reader",
+    "onnx": "luthier.workflow.onnx_reader:answer",
+    "gguf": "luthier.workflow.gguf_reader:answer",
 }

@@ -102,6 +102,11 @@ class Predictor:
         )  # fmt: skip
 
     @staticmethod
+    def spec_of(path: Path | str) -> RunSpec:
+        """What a run was asked to do."""
+        return RunSpec.from_plain(RunFolder.open(Path(path), write=False).spec, where=f"{path}/run.json")
+
+    @staticmethod
     def task_of(path: Path | str) -> Task:
         """The task of a finished run, without its model.
 

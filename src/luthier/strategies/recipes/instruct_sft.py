@@ -10,8 +10,8 @@ Paper: arXiv:2203.02155, its first step; FLAN, arXiv:2109.01652.
 
 Cost: a plain run; its neutral is itself.
 Claims: a base model answers in place of going on with the text. A thousand careful rows can do.
-Pitfalls: it teaches a manner more than facts: answers that the model could not know teach it to invent. A model of 135M
-learns the manner, and stays wrong about most of what it is asked.
+Pitfalls: it teaches a manner more than facts: answers that the model could not know teach it to invent. Of a model
+of 135M expect the manner alone.
 """
 
 from dataclasses import dataclass

@@ -14,8 +14,8 @@ Paper: arXiv:2304.08085 (InstructUIE), on FLAN-T5 of 11B and 32 sets.
 
 Cost: a plain run, with up to three rows for each; then an answer for each held-out row.
 Claims: one model for many sets and label names that are read from the prompt.
-Pitfalls: positions are not learnt: a span that stands twice is one. A model of 135M learns the form and frequent types
-of one set; types that it has not seen it does not find, whatever the prompt says of them.
+Pitfalls: positions are not learnt: a span that stands twice is one. The paper's model is eighty times as large as the
+sample of 135M: expect of that the form and the frequent types of one set, and no types that it has not learnt.
 """
 
 from collections.abc import Iterator

@@ -15,8 +15,8 @@ Paper: arXiv:2212.10560. For its code 175 seeds, temperature 0.7, top_p 0.5 and 
 
 Cost: an answer for each request, and for each task that is kept; then a plain run.
 Claims: a large model follows instructions better after learning from its own.
-Pitfalls: a model cannot teach itself what it does not know. A base model of 135M writes tasks that read well and
-answers that are wrong or empty: look at rows-tasks.jsonl before you use them, or name a larger `writer`.
+Pitfalls: a model cannot teach itself what it does not know, and a small one answers its own tasks wrongly: read
+rows-tasks.jsonl before you use it, or name a larger `writer`.
 """
 
 from collections import Counter

@@ -14,7 +14,8 @@ Cost: a plain run on rows that are k + 1 documents longer.
 Claims: answers come from the document that has them and not from those beside it; without it, from what was learnt.
 Pitfalls: rows without an oracle teach answers that stand nowhere in the prompt: with facts that the model cannot know
 they teach it to invent. Nothing was measured here of how well a small model chooses among five documents: compare with
-p = 1 and fewer `distractors`. A score of held-out rows says how well it reads, and nothing of how well documents are found.
+p = 1 and fewer `distractors`. A score of held-out rows says how well it reads, and nothing of how well documents are
+found.
 """
 
 import random

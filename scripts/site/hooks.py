@@ -32,7 +32,7 @@ def on_config(config: Any) -> Any:
             if title == "Methods":
                 entries += pages.method_navigation()
             if title == "Strategies":
-                entries += [f"strategies/{name}.md" for name in pages.STRATEGIES.names()]
+                entries += [f"strategies/{name}.md" for name in [*pages.STRATEGIES.names(), *pages.WAYS.names()]]
             if title == "Internals":
                 entries += unnamed
                 entries.append({"Decisions": ["decisions/index.md", *pages.decisions()]})
@@ -45,7 +45,10 @@ def on_files(files: Any, config: Any) -> Any:
         "index.md": _home((ROOT / "README.md").read_text(encoding="utf-8")),
         "examples.md": _examples(),
         "strategies/index.md": pages.strategies_index(),
-        **{f"strategies/{name}.md": pages.strategy_page(name) for name in pages.STRATEGIES.names()},
+        **{
+            f"strategies/{name}.md": pages.strategy_page(name)
+            for name in [*pages.STRATEGIES.names(), *pages.WAYS.names()]
+        },
         "cli.md": pages.command_line(),
         "decisions/index.md": pages.decisions_index(),
     }

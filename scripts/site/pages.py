@@ -12,7 +12,7 @@ import drawing
 import equations
 
 from luthier.cli._main import main, verbs
-from luthier.cli._shelf import SHELF, STRATEGIES, facts
+from luthier.cli._shelf import SHELF, STRATEGIES, WAYS, facts
 
 __all__ = [
     "command_line",
@@ -98,20 +98,26 @@ def method_page(name: str) -> str:
 
 def strategy_page(name: str) -> str:
     """The same of a strategy, which has no place in a block: equation, words, settings."""
-    card = STRATEGIES.card(name)
+    asks = name in WAYS
+    card = (WAYS if asks else STRATEGIES).card(name)
     parts = sections(card.page)
     prose = [p for p in re.split(r"\n\s*\n", parts[""]) if not p.startswith("    ")]
     lines = [f"# {name}", "", f"**{_text(' '.join(prose[0].split()))}**", "", '<div class="equations">']
     lines += [*(equations.mathml(block) for block in equations.blocks(card.page)), "</div>", ""]
-    option = f"`luthier train MODEL --data FILE --strategy {name}`"
+    option = f"`luthier {'ask' if asks else 'train'} MODEL --data FILE --strategy {name}`"
     return "\n".join([*lines, *_rest(card, prose, parts, option)])
 
 
 def strategies_index() -> str:
     """The list of all strategies."""
-    lines = ["# Strategies", "", "How a model learns, where a [method](../methods/README.md) is what of it trains.", ""]
+    lines = [
+        "# Strategies",
+        "",
+        "How a model learns or is asked, where a [method](../methods/README.md) is what of it trains.",
+        "",
+    ]
     lines += ["| name | family | paper | what it is |", "| --- | --- | --- | --- |"]
-    for card in STRATEGIES.cards():
+    for card in [*STRATEGIES.cards(), *WAYS.cards()]:
         lines.append(f"| [{card.name}]({card.name}.md) | {card.family} | {card.paper} | {_text(card.title)} |")
     return "\n".join([*lines, ""])
 

@@ -71,9 +71,10 @@ def test_a_drawing_marks_what_the_edits_touch(name: str, parts: dict[str, set[st
     assert drawing.marks(METHODS.get(name)(), anatomy) == parts
 
 
-@pytest.mark.parametrize("name", pages.STRATEGIES.names())
+@pytest.mark.parametrize("name", [*pages.STRATEGIES.names(), *pages.WAYS.names()])
 def test_the_page_of_a_strategy_has_its_paper_its_settings_and_well_formed_equations(name: str) -> None:
-    card, page = pages.STRATEGIES.card(name), pages.strategy_page(name).replace("\\", "")
+    shelf = pages.WAYS if name in pages.WAYS else pages.STRATEGIES
+    card, page = shelf.card(name), pages.strategy_page(name).replace("\\", "")
     for block in equations.blocks(card.page):
         ElementTree.fromstring(f"<div>{equations.mathml(block)}</div>")
     assert card.paper in page and f"({name}.md)" in pages.strategies_index()

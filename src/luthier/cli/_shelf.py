@@ -16,6 +16,7 @@ from luthier.trust.text import for_markdown
 __all__ = [
     "SHELF",
     "STRATEGIES",
+    "WAYS",
     "as_markdown",
     "example_of",
     "facts",
@@ -29,10 +30,11 @@ __all__ = [
     "write_pages",
 ]
 
-# The same files as luthier.surgery.METHODS and luthier.training.STRATEGIES list, which would import torch; a test holds
-# them together.
+# The same files as luthier.surgery.METHODS, luthier.training.STRATEGIES and luthier.asking.WAYS list, which would
+# import torch; a test holds them together.
 SHELF: Catalogue[Any] = Catalogue("luthier.methods", "method")
 STRATEGIES: Catalogue[Any] = Catalogue("luthier.strategies", "strategy")
+WAYS: Catalogue[Any] = Catalogue("luthier.asking.ways", "way", "strategies --family asking")
 
 NOTE = "Made by `make docs` from the method's own file; edit that."
 

@@ -1,4 +1,4 @@
-"""`luthier strategies`: the ways of learning, or one's page. Reads files, imports none of them: no torch here."""
+"""`luthier strategies`: the ways of learning and of asking, or one's page. Reads files, imports none: no torch here."""
 
 import inspect
 from importlib import import_module
@@ -10,15 +10,21 @@ import typer
 from luthier.cli._output import screen
 from luthier.cli._parts_of_runs import PARTS_OF_RUNS
 from luthier.cli._shared_options import AsJson
-from luthier.cli._shelf import STRATEGIES, example_of, few_words, of_families, settings_table
-from luthier.core import Card, plain
+from luthier.cli._shelf import STRATEGIES, WAYS, example_of, few_words, of_families, settings_table
+from luthier.core import Card, UnknownName, near, plain
 
 __all__ = ["command"]
+
+OWN = ("recipes", "asking")
+"""Families whose members are no part of a step."""
 
 
 def complete_name(incomplete: str) -> list[str]:
     """Names of strategies."""
     return [name for name in (*STRATEGIES.names(), *PARTS_OF_RUNS) if name.startswith(incomplete)]
+
+
+    return [name for name in [*STRATEGIES.names(), *WAYS.names()] if name.startswith(incomplete)]
 
 
 def command(
@@ -28,7 +34,7 @@ def command(
     family: Annotated[list[str] | None, typer.Option(help="Only of this family; may be given several times.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the strategies, or print one's page: how a model learns, where a method is what of it trains.
+    """List the strategies, or print one's page: how a model learns or is asked, where a method is what of it trains.
 
     Examples:
 
@@ -45,11 +51,11 @@ def command(
         _show_verb(verb)
         return
     if name is not None:
-        card = STRATEGIES.card(name)
+        card = (WAYS if name in WAYS else STRATEGIES).card(name)
         screen().result(facts(card))
         _show_page(card)
         return
-    cards = of_families(STRATEGIES, family or [])
+    cards = _of(family or [])
     screen().result({"strategies": [facts(card) for card in sorted(cards, key=lambda card: card.name)]})
     rows: list[tuple[str, str]] = []
     for group, members in groupby(cards, key=lambda card: card.family):
@@ -76,6 +82,18 @@ def _show_verb(verb: str) -> None:
     screen().show(f"\nTry: luthier {verb} --help")
 
 
+def _of(families: list[str]) -> list[Card]:
+    """The cards of these families, of learning and of asking, or of all."""
+    cards = [card for shelf in (STRATEGIES, WAYS) for card in of_families(shelf, [])]
+    known = sorted({card.family for card in cards})
+    for name in families:
+        if name not in known:
+            raise UnknownName(
+                f"--family {name!r}: no strategy is of it.{near(name, known)} There are {', '.join(known)}."
+            )
+    return [card for card in cards if not families or card.family in families]
+
+
 def facts(card: Card) -> dict[str, Any]:
     """A card as plain values for --json.
 
@@ -86,9 +104,9 @@ def facts(card: Card) -> dict[str, Any]:
         "family": card.family,
         "paper": card.paper,
         "title": card.title,
-        "kind": "recipe" if card.family == "recipes" else "strategy",
-        "passes": None if card.family == "recipes" else 1.0 + _number(card, "extra_passes"),
-        "forwards": None if card.family == "recipes" else _number(card, "extra_forwards"),
+        "kind": {"recipes": "recipe", "asking": "asking"}.get(card.family, "strategy"),
+        "passes": None if card.family in OWN else 1.0 + _number(card, "extra_passes"),
+        "forwards": None if card.family in OWN else _number(card, "extra_forwards"),
         "needs": {"rows": _words(card, "sets"), "models": _words(card, "roles"), "strategies": _words(card, "uses")},
         "settings": [plain(setting) for setting in card.settings],
         "page": card.page,
@@ -128,4 +146,5 @@ def _show_page(card: Card) -> None:
         screen().table(*settings_table(card), whole=("name",))
     needs = _needs(card)
     example = f" --set {word}" if not needs and (word := example_of(card)) else needs
-    screen().show(f"\nTry: luthier train sample:minilm-l6 --data sample:trec6 --strategy {card.name}{example}")
+    verb = "ask sample:smollm2-135m" if card.name in WAYS else "train sample:minilm-l6"
+    screen().show(f"\nTry: luthier {verb} --data sample:trec6 --strategy {card.name}{example}")

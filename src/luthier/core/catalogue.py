@@ -47,13 +47,15 @@ class Catalogue(Generic[T]):
     Args:
         package: dotted name of the folder that holds the shelf, such as `luthier.methods`.
         word: what one entry is called in messages, such as "method".
+        verb: the command that lists them; left out, the word's plural.
     """
 
-    def __init__(self, package: str, word: str) -> None:
+    def __init__(self, package: str, word: str, verb: str = "") -> None:
         self.package = package
         self.word = word
         self.plural = f"{word.removesuffix('y')}ies" if word.endswith("y") else f"{word}s"
         self.registry = self.plural.upper()  # what files call this catalogue
+        self.verb = verb or self.plural
         # Makes the class of a preset that is a sum of entries: (its name, "a+b", values) -> class.
         self.combine: Callable[[str, str, dict[str, Any]], type[T]] | None = None
         self._classes: dict[str, type[T]] = {}
@@ -247,7 +249,7 @@ class Catalogue(Generic[T]):
         if name not in places:
             raise UnknownName(
                 f"No {self.word} is called {name!r}.{near(name, self.names())}"
-                f" `luthier {self.plural}` lists all {len(places)}."
+                f" `luthier {self.verb}` lists all {len(places)}."
                 f" One of your own is found where {shelves.VARIABLE} names its folder."
             )
         return places[name]

@@ -1,0 +1,1 @@
+"""Ways of asking, one file for each."""

@@ -1,0 +1,1 @@
+"""Text is written before the answer."""

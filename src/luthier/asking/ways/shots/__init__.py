@@ -1,0 +1,1 @@
+"""Labels are scored, with rows shown beside the query."""

@@ -1,0 +1,59 @@
+"""A few solved rows stand in the prompt before the one that is asked about; nothing is trained.
+
+    answer = argmax_y log P(y | shot 1, ..., shot k, x)        a label: the likeliest of the labels' words
+    answer = what is written up to the end of the line          a text, where rows have no labels
+
+Paper: arXiv:2005.14165.
+
+Cost: one prompt a row; what all prompts share is computed once.
+Claims: with a large model near to what fine-tuning reaches.
+Pitfalls: which rows are shown, and in which order, may matter more than how many: look at several seeds. A small model
+often does no better than always naming one label. Long labels are less likely than short ones: length = "token".
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from luthier.asking.desk import Desk, Query
+from luthier.asking.shots import Overflow, beside, drawn, fitted, longest_option, refuse_shots, scored_by
+from luthier.asking.way import WAYS, Answer, Asking, Score, Way, Write
+from luthier.core import at_least
+
+
+@WAYS.register("icl", family="asking", paper="arXiv:2005.14165")
+@dataclass(frozen=True, kw_only=True)
+class ICL(Way):
+    """In-context learning."""
+
+    scores: ClassVar[bool] = True
+    writes: ClassVar[bool] = True
+
+    k: Annotated[int, "rows that are shown", at_least(0)] = 8
+    balanced: Annotated[bool, "of each label as many, to one"] = True
+    order: Annotated[int, "0 as they were drawn; another number names another order of the same rows"] = 0
+    length: Annotated[Literal["sum", "token", "byte"], "a label's log-probability: whole, by token, by byte"] = "sum"
+    overflow: Annotated[Overflow, "where rows do not fit: refuse, or drop whole ones and say so"] = "refuse"
+    max_tokens: Annotated[int, "of an answer that is written", at_least(1)] = 32
+
+    def refuse(self, desk: Desk, queries: Sequence[Query]) -> tuple[str, ...]:
+        refuse_shots(desk, self.k, self.name)
+        for query in queries:
+            self.prompt(query, desk)
+        return ()
+
+    def prompt(self, query: Query, desk: Desk) -> tuple[str, str]:
+        """The prompt, and what is to be said of it."""
+        shots = beside(query, drawn(desk, self.k, balanced=self.balanced, order=self.order), self.k)
+        room = longest_option(desk) or self.max_tokens
+        kept = fitted(desk, query, shots, room, self.overflow, self.name)
+        note = f"{len(kept)} of {len(shots)} shots fit" if len(kept) < len(shots) else ""
+        return desk.prompt(query, kept), note
+
+    def answer(self, query: Query, desk: Desk) -> Asking:
+        prompt, note = self.prompt(query, desk)
+        if not desk.labels:
+            [[text]] = yield [Write(prompt=prompt, max_tokens=self.max_tokens, stop=("\n",))]
+            return Answer(said=text.text.strip() or None, note=note)
+        [found] = yield [Score(prompt=prompt, options=desk.options)]
+        return desk.likeliest(scored_by(found, desk.options, self.length), note=note)

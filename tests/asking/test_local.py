@@ -1,0 +1,138 @@
+"""A model of ours as a machine: its scores are those of one plain pass, whatever shares a batch or a prefix."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from little import little_model
+
+from luthier.asking.local import Local
+from luthier.asking.models import open_model
+from luthier.asking.way import Score, Write
+from luthier.core import DataError, ModelError
+
+SHOTS = "how far is the moon answer one\n\nhow tall is the cat answer two\n\nwho is the dog answer three\n\n"
+TEXTS = ("what is it", "how far is the red red red sun", "why", "who is paris and who is rome")
+OPTIONS = (" one", " two three", " two good", " red blue cat", " the moon is")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def llama(folder: Path) -> Local:
+    return open_model(str(little_model(folder / "llama", "llama")), device="cpu", precision="fp32")
+
+
+def by_hand(on: Local, prompt: str, option: str) -> float:
+    """One pass of prompt and option, alone."""
+    context, own = on.parts(prompt, option)
+    with torch.inference_mode():
+        if on.both:
+            ids = torch.tensor([on.ids(prompt)])
+            logits = on.model(input_ids=ids, decoder_input_ids=torch.tensor([[*context, *own]])).logits[0]
+        else:
+            logits = on.model(input_ids=torch.tensor([[*context, *own]])).logits[0]
+    chances = logits.log_softmax(-1)
+    return sum(float(chances[len(context) - 1 + k, token]) for k, token in enumerate(own))
+
+
+def requests(prompts: Sequence[str]) -> list[Score]:
+    return [Score(prompt=prompt, options=OPTIONS) for prompt in prompts]
+
+
+@pytest.mark.acid("icl", 2)
+@pytest.mark.acid("pmi_dc", 4)
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+def test_scores_are_sums_of_one_plain_pass_in_any_batch(kind: str, folder: Path) -> None:
+    on = open_model(str(little_model(folder / kind, kind)), device="cpu", precision="fp32")
+    prompts = [f"{SHOTS if kind != 't5' else ''}{text} answer" for text in TEXTS]
+    together = on.score(requests([*prompts, "answer", "is"]))
+    for prompt, found in zip(prompts, together, strict=False):
+        wanted = [by_hand(on, prompt, option) for option in OPTIONS]
+        assert found.chances == pytest.approx(wanted, abs=2e-4)
+        assert found.tokens == (1, 2, 2, 3, 3)
+        assert on.score(requests([prompt]))[0].chances == pytest.approx(found.chances, abs=2e-4)
+    if kind != "t5":
+        assert on.score(requests([""]))[0].chances == pytest.approx(
+            [by_hand(on, "", option) for option in OPTIONS], abs=2e-4
+        )
+
+
+def test_what_prompts_share_is_computed_once_and_changes_no_score(folder: Path, llama: Local) -> None:
+    plain = open_model(str(folder / "llama"), device="cpu", precision="fp32", share=False)
+    prompts = [f"{SHOTS}{text} answer" for text in TEXTS]
+    one = [Score(prompt=prompt, options=(" one", " two")) for prompt in prompts]
+    llama.forget()
+    before = llama.cost.computed
+    shared, alone = llama.score(one), plain.score(one)
+    assert [r.chances for r in shared] == [pytest.approx(r.chances, abs=2e-4) for r in alone]
+    lengths = [llama.count(prompt) for prompt in prompts]
+    prefix = llama.count(SHOTS)
+    assert plain.cost.computed == sum(lengths)
+    assert llama.cost.computed - before <= prefix + sum(n - prefix for n in lengths) + 4
+    again = llama.cost.computed
+    llama.score(one[:3])
+    assert llama.cost.computed - again <= sum(n - prefix for n in lengths[:3]) + 3, "the shots are still there"
+
+
+def test_a_model_that_takes_no_shared_part_is_asked_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on = open_model(str(little_model(folder / "llama", "llama")), device="cpu", precision="fp32")
+    monkeypatch.setattr(on, "behind", lambda shared, rows: {"position_ids": torch.tensor([[1, 2]])} if shared else {})
+    prompts = [f"{SHOTS}{text} answer" for text in TEXTS]
+    found = on.score(requests(prompts))
+    assert on.share is False
+    assert found[1].chances == pytest.approx([by_hand(on, prompts[1], o) for o in OPTIONS], abs=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_texts_are_those_that_transformers_writes(kind: str, folder: Path) -> None:
+    on = open_model(str(little_model(folder / kind, kind)), device="cpu", precision="fp32")
+    prompts = [*(f"{SHOTS}{text}" if kind == "llama" else text for text in TEXTS)]
+    found = on.write([Write(prompt=p, max_tokens=6) for p in prompts], [(0,)] * 4)
+    for prompt, (text,) in zip(prompts, found, strict=True):
+        ids = torch.tensor([on.ids(prompt)])
+        out = on.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6,
+            pad_token_id=on.pad_id, eos_token_id=list(on.stop) or None,
+        )[0]  # fmt: skip
+        new = out[1:] if on.both else out[ids.shape[1] :]
+        assert text.text == on.tokenizer.decode(new, skip_special_tokens=True)
+        assert text.chance < 0
+
+
+def test_draws_depend_on_their_names_and_on_no_neighbour(llama: Local) -> None:
+    prompts = [f"{SHOTS}{text}" for text in TEXTS]
+    asked = [Write(prompt=p, n=3, temperature=1.5, max_tokens=5) for p in prompts]
+    names = [(1, 2, 3), (4, 5, 6), (7, 8, 9), (1, 1, 2)]
+    together = llama.write(asked, names)
+    for request, name, wanted in zip(asked, names, together, strict=True):
+        [alone] = llama.write([request], [name])
+        assert [t.text for t in alone] == [t.text for t in wanted]
+        assert [t.chance for t in alone] == pytest.approx([t.chance for t in wanted], abs=1e-3)
+    assert len({t.text for t in together[0]}) == 3
+    assert together[3][0].text == together[3][1].text != together[3][2].text
+
+
+def test_a_stop_word_ends_a_text_and_is_no_part_of_it(llama: Local) -> None:
+    prompt = f"{SHOTS}{TEXTS[1]}"
+    [[whole]] = llama.write([Write(prompt=prompt, n=1, temperature=1.5, max_tokens=8)], [(2,)])
+    words = whole.text.split()
+    assert len(words) > 3
+    [[cut]] = llama.write([Write(prompt=prompt, temperature=1.5, max_tokens=8, stop=(words[2],))], [(2,)])
+    assert cut.text.split() == words[: words.index(words[2])] and cut.ended
+
+
+def test_prompts_that_are_too_long_are_refused(llama: Local) -> None:
+    with pytest.raises(DataError, match=r"a prompt of 70 tokens and an option of 3: .* 64 positions"):
+        llama.score(requests(["the " * 70]))
+    with pytest.raises(DataError, match="leaves no room for an answer"):
+        llama.write([Write(prompt="the " * 64)], [(0,)])
+
+
+def test_an_encoder_is_refused_before_it_is_loaded(folder: Path) -> None:
+    with pytest.raises(ModelError, match="bert is an encoder, which goes on from no prompt"):
+        open_model(str(little_model(folder / "bert", "bert")))

@@ -15,11 +15,8 @@ from pathlib import Path
 
 from marked import TESTS, all_marked
 
-<<<<<<< HEAD
-from luthier.cli._parts_of_runs import PARTS_OF_RUNS
-=======
 from luthier.asking import WAYS
->>>>>>> 2a8950c (luthier ask: icl, icl_retrieval, contextual_calibration and pmi_dc on held-out rows, by one engine that computes shared prompts once)
+from luthier.cli._parts_of_runs import PARTS_OF_RUNS
 from luthier.surgery import METHODS
 from luthier.training import STRATEGIES
 
@@ -57,11 +54,7 @@ def functions_of(name: str) -> set[str]:
 
 
 def registered() -> set[str]:
-<<<<<<< HEAD
-    return {*METHODS.ours(), *STRATEGIES.ours(), *PARTS_OF_RUNS}
-=======
-    return {*METHODS.ours(), *STRATEGIES.ours(), *WAYS.ours()}
->>>>>>> 2a8950c (luthier ask: icl, icl_retrieval, contextual_calibration and pmi_dc on held-out rows, by one engine that computes shared prompts once)
+    return {*METHODS.ours(), *STRATEGIES.ours(), *WAYS.ours(), *PARTS_OF_RUNS}
 
 
 def counted() -> str:

@@ -26,7 +26,7 @@ def _complete(incomplete: str) -> list[str]:
 Model = Annotated[
     str,
     typer.Argument(
-        help="A model folder, sample:NAME, a hub name, a finished run, or openai:NAME with --endpoint.",
+        help="A model folder, sample:NAME, a hub name, or a finished run.",
         autocompletion=complete_model,
     ),
 ]

@@ -77,7 +77,7 @@ def test_a_model_that_knows_is_told_apart_from_the_guess() -> None:
     from asking.stub import Stub, asked, desk, shown
 
     from luthier.asking import WAYS
-    from luthier.asking.ask import Of
+    from luthier.asking.engine import Of
     from luthier.asking.machine import Cost
     from luthier.asking.scoring import judged
 

@@ -1,5 +1,6 @@
 """Asking a model without training it. From a row to an answer, in reading order:
 
+requests     what a way may ask for, and what it says in the end
 way          what a way of asking is: a function of one query that gives out requests and returns an answer
 ways/        one file for each: shots (labels are scored), reasoning (text is written)
 desk         what a way is handed: the rows that may be shown, words of labels, the template, how long a prompt is

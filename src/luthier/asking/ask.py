@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from luthier.asking.desk import LABELLED, OPEN, Desk, Query, Shown, check_template
-from luthier.asking.engine import Told, put
+from luthier.asking.engine import Of, Told, put
 from luthier.asking.machine import Cost, Machine
 from luthier.asking.scoring import METRICS, Standings, judged
 from luthier.asking.way import Way
@@ -45,16 +45,6 @@ class AskSpec:
     template: str | None = None
     words: str | None = None
     before: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Of:
-    """One way with one seed: what every row was answered, and what that cost."""
-
-    name: str
-    seed: int
-    told: tuple[Told, ...]
-    cost: Cost
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from luthier.asking.way import Answer
+from luthier.asking.requests import Answer
 from luthier.core import ConfigError, key, near
 from luthier.data.retrieval import Retriever
 from luthier.data.rows import normalised

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from luthier.asking.desk import Desk, Query
-from luthier.asking.machine import Machine
+from luthier.asking.machine import Cost, Machine
 from luthier.asking.way import Answer, Asking, Reply, Request, Score, Way, Write
 from luthier.core import key
 
-__all__ = ["Reply", "Told", "put"]
+__all__ = ["Of", "Told", "put"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,16 @@ class Told:
     def digests(self) -> tuple[str, ...]:
         """Of the prompts: the same for the same prompt."""
         return tuple(hashlib.sha256(prompt.encode()).hexdigest()[:16] for prompt in self.prompts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Of:
+    """One way with one seed: what every row was answered, and what that cost."""
+
+    name: str
+    seed: int
+    told: tuple[Told, ...]
+    cost: Cost
 
 
 @dataclass

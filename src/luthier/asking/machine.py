@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from luthier.asking.way import Score, Scored, Text, Write
+from luthier.asking.requests import Score, Scored, Text, Write
 
 __all__ = ["Cost", "Machine", "tokens_of"]
 

@@ -6,19 +6,17 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from luthier.asking.engine import Of
 from luthier.asking.finals import normalised_answer
 from luthier.comparison.answers import clusters
 from luthier.comparison.scores import score_named
 from luthier.comparison.statistics import Difference, flips, mcnemar, resample, smallest_visible
 from luthier.core import listed
-
-if TYPE_CHECKING:
-    from luthier.asking.ask import Of
 
 __all__ = ["METRICS", "Pair", "Standing", "Standings", "judged"]
 

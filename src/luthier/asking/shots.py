@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from luthier.asking.desk import Desk, Query, Shown
-from luthier.asking.way import Scored
+from luthier.asking.requests import Scored
 from luthier.core import ConfigError, DataError, listed
 from luthier.data.order import shuffled
 from luthier.data.retrieval import nearest

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from luthier.asking.way import Text, Write
+from luthier.asking.machine import Cost
+from luthier.asking.requests import Text, Write
 from luthier.training.sampling import Drawn
-
-if TYPE_CHECKING:
-    from luthier.asking.local import Local
 
 __all__ = ["apart", "written"]
 
@@ -25,7 +23,29 @@ ROWS = 32
 """Texts that are written side by side."""
 
 
-def written(on: Local, requests: Sequence[Write], names: Sequence[tuple[int, ...]]) -> list[tuple[Text, ...]]:
+class Reader(Protocol):
+    """What reads prompts and computes logits: `luthier.asking.local.Local`."""
+
+    model: Any
+    tokenizer: Any
+    device: torch.device
+    both: bool
+    stop: tuple[int, ...]
+    tokens: int
+    pads: bool | None
+    cost: Cost
+
+    @property
+    def rounding(self) -> float: ...
+    def count(self, text: str) -> int: ...
+    def ids(self, text: str) -> list[int]: ...
+    def room(self, text: str) -> int | None: ...
+    def padded(self, rows: Sequence[Sequence[int]]) -> Tensor: ...
+    def shared(self, sequences: Sequence[list[int]], top: int) -> list[int]: ...
+    def behind(self, shared: list[int], rows: int) -> dict[str, Any]: ...
+
+
+def written(on: Reader, requests: Sequence[Write], names: Sequence[tuple[int, ...]]) -> list[tuple[Text, ...]]:
     """One reply to each request; see `Local.write`."""
     found: dict[int, tuple[Text, ...]] = {}
 
@@ -50,12 +70,12 @@ def written(on: Local, requests: Sequence[Write], names: Sequence[tuple[int, ...
     return [found[i] for i in range(len(requests))]
 
 
-def _most(on: Local, request: Write) -> int:
+def _most(on: Reader, request: Write) -> int:
     room = on.room(request.prompt)
     return request.max_tokens if room is None else min(request.max_tokens, room)
 
 
-def _pads(on: Local, prompts: Sequence[list[int]]) -> bool:
+def _pads(on: Reader, prompts: Sequence[list[int]]) -> bool:
     """Whether these prompts may stand in one batch."""
     if len({len(ids) for ids in prompts}) < 2:
         return True
@@ -73,7 +93,7 @@ def _pads(on: Local, prompts: Sequence[list[int]]) -> bool:
 class _Reading:
     """Prompts that have been read: logits (rows, words) of what follows, and all that the next token needs."""
 
-    def __init__(self, on: Local, prompts: Sequence[list[int]]) -> None:
+    def __init__(self, on: Reader, prompts: Sequence[list[int]]) -> None:
         self.on = on
         if on.both:
             ids = on.padded(prompts)
@@ -127,7 +147,7 @@ class _Reading:
         self.cache, self.logits = out.past_key_values, out.logits[:, -1].float()
 
 
-def _texts(on: Local, requests: Sequence[Write], names: Sequence[tuple[int, ...]]) -> list[tuple[Text, ...]]:
+def _texts(on: Reader, requests: Sequence[Write], names: Sequence[tuple[int, ...]]) -> list[tuple[Text, ...]]:
     """Requests of one n, temperature and length."""
     first = requests[0]
     reading = _Reading(on, [on.ids(request.prompt) for request in requests])

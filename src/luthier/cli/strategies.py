@@ -21,10 +21,7 @@ OWN = ("recipes", "asking")
 
 def complete_name(incomplete: str) -> list[str]:
     """Names of strategies."""
-    return [name for name in (*STRATEGIES.names(), *PARTS_OF_RUNS) if name.startswith(incomplete)]
-
-
-    return [name for name in [*STRATEGIES.names(), *WAYS.names()] if name.startswith(incomplete)]
+    return [name for name in (*STRATEGIES.names(), *WAYS.names(), *PARTS_OF_RUNS) if name.startswith(incomplete)]
 
 
 def command(

@@ -67,6 +67,19 @@ def of_tasks(path: Path) -> Path:
     return path
 
 
+def found_rows(path: Path) -> Path:
+    """Labelled rows, each with documents and how much each of them helped."""
+    if not path.exists():
+        draw, lines = random.Random(5), []
+        for i in range(46):
+            documents = [" ".join(draw.choices(WORDS, k=draw.randint(2, 9))) for _ in range(2 + i % 3)]
+            shares = [0.5, 0.5] if len(documents) == 2 else [0.5, 0.25, 0.25, 0.0][: len(documents)]
+            text = " ".join(draw.choices(WORDS, k=draw.randint(2, 12)))
+            lines.append({"text": text, "label": "good" if i % 2 else "bad", "documents": documents, "shares": shares})
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
 class Runs:
     """Makes loops; rows are read and encoded once for each kind of model."""
 
@@ -109,6 +122,8 @@ class Runs:
             rows = little_data(self.home / f"of-{kind}.csv", kind="labelled" if labels else "turns")
             asks = {"template": TEMPLATES[arch], "words": "good=good, bad=bad, red=red"} if gap else {}
             given = {"data": DataSpec(source=str(rows), **asks), **given}
+        if "found" in more:
+            given = {"data": DataSpec(source=str(found_rows(self.home / "found.jsonl"))), **given}
         asked = [STRATEGIES.get(name) for name in (names or "").split("+") if name]
         further = any(cls.sets for cls in asked)
         if "tasks" in more:
@@ -182,6 +197,8 @@ class Runs:
         None where there is no other: an encoder has words for nobody here, and the head for labels of an
         encoder-decoder wants an end of text, which the tests' words have not.
         """
+        if (wanted := STRATEGIES.get(name).tiny_kind) == f"{arch}-found":
+            return wanted
         try:
             method = STRATEGIES.get(name).tiny_method or "lora"
             self.loop(name, method, arch, batch=self.own(name)["batch"]).moments.start()

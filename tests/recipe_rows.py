@@ -96,6 +96,13 @@ def asked(home: Path) -> dict[str, Any]:
     return {"model": str(little_model(home / "llama", "llama")), "data": DataSpec(source=source), "settings": settings}
 
 
+def found(home: Path) -> dict[str, Any]:
+    given = asked(home)
+    encoder = little_model(home / "bert", "bert")
+    settings = {"ra_dit.documents": str(home / "documents.jsonl"), "ra_dit.encoder": str(encoder)}
+    return given | {"method": "lora", "settings": settings}
+
+
 def entities(home: Path) -> dict[str, Any]:
     words = ("paris", "rome", "cat", "dog", "moon")
     rows = [
@@ -114,6 +121,7 @@ ROWS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "cai": under_principles,
     "instruct_sft": answers,
     "rlaif": labelled_by_a_model,
+    "ra_dit": found,
     "raft": asked,
     "instruct_uie": entities,
     "self_instruct": answers,

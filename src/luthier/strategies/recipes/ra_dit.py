@@ -3,10 +3,10 @@
     1 retriever   p_LM(c|x, y) = softmax over the `candidates` nearest of log p(y | c, x) / tau;  L = KL(p_LM || p_R)
     2 answers     for each of the k nearest c a row of its own, c + x -> y;                        L = -log p(y | c, x)
 
-Rows are questions with answers; `documents` is a file of texts. In 1 the language model is asked as it is and stays; in
-2 the encoder finds and stays. log p is the mean over the tokens of y, so that long answers are no surer. Phase 1 is a run
-of the strategy retriever_kl on `encoder`, by `retriever_method`; its merged model, beside it, is the encoder to find
-with afterwards. rows-answers.jsonl and rows-found.jsonl say what was found for each row.
+Rows are questions with answers; `documents` is a file of texts. In 1 the language model is asked as it is and stays;
+in 2 the encoder finds and stays. log p is the mean over the tokens of y, so that long answers are no surer. Phase 1 is
+a run of the strategy retriever_kl on `encoder`, by `retriever_method`; its merged model, beside it, is the encoder to
+find with afterwards. rows-answers.jsonl and rows-found.jsonl say what was found for each row.
 
 Paper: arXiv:2310.01352. k = 3 and tau = 0.01 are quoted for it.
 

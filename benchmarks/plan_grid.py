@@ -15,7 +15,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from luthier.forecast import Pair, committed, constant_of, interval, leave_out, residuals
+from luthier.forecast import (
+    Pair,
+    committed,
+    constant_of,
+    interval,
+    leave_out,
+    residuals,
+    residuals_of_times,
+)
 from luthier.runs import Record
 from luthier.runs.spec import BatchSpec, DataSpec, EvalSpec, RunSpec
 
@@ -26,6 +34,7 @@ ENCODER = (
 )  # fmt: skip
 DECODER = ("lora", "ia3", "sequential_adapter", "prefix_tuning", "layernorm_tuning", "top_k_layers", "full")
 PAIRS = Path(__file__).parent.parent / "src" / "luthier" / "forecast" / "pairs.json"
+TIMES = PAIRS.parent / "time_pairs.json"
 ENCODER_SHAPES = ((16, 64), (64, 64), (64, 16), (16, 16))
 DECODER_SHAPES = ((48, 8), (160, 8), (160, 2), (48, 2))
 PAGE = Path(__file__).parent.parent / "docs" / "howto" / "plan.md"
@@ -50,7 +59,7 @@ def specs(out: Path, shapes: int = 1) -> list[RunSpec]:
                 length, size = its[(i + turn) % len(its)]
                 found.append(
                     RunSpec(
-                        model=model, data=DataSpec(source=data, accept_refused=1.0), method=method, steps=2,
+                        model=model, data=DataSpec(source=data, accept_refused=1.0), method=method, steps=6,
                         max_length=length, threads=1, batch=BatchSpec(size=size), eval=EvalSpec(rows=16),
                         out=str(out / f"{model.partition(':')[2]}-{method}-{length}x{size}"),
                     )
@@ -133,6 +142,7 @@ def main() -> None:
     options.add_argument("--out", type=Path)
     options.add_argument("--page", action="store_true")
     options.add_argument("--shapes", type=int, default=1, choices=range(5))
+    options.add_argument("--probe", action="store_true", help="also make real steps of every run, for --write")
     options.add_argument("--write", action="store_true")
     given = options.parse_args()
     if given.page:
@@ -146,12 +156,16 @@ def main() -> None:
         run(spec)
     for line in not_counted(given.out):
         print(line)
-    pairs, silent = pairs_of([given.out])
+    pairs, times, silent = pairs_of([given.out], real_steps=given.probe)
     for path, why in silent.items():
         print(f"{path.name}: {why}")
     print(f"{len(pairs)} pairs", residuals(pairs))
+    for how in ("counted", "probed", "loading"):
+        own = [pair for pair in times if pair.how == how]
+        print(f"{how}: {len(own)} pairs of seconds", residuals_of_times(own))
     if given.write:
         PAIRS.write_text(json.dumps([vars(pair) for pair in pairs], indent=0) + "\n", encoding="utf-8")
+        TIMES.write_text(json.dumps([vars(pair) for pair in times], indent=0) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -228,3 +228,79 @@ def test_a_record_that_cannot_be_read_does_not_end_the_check_of_the_others(
     found = luthier("plan", home, "--check", "--json").json
     (path,) = found["silent"]
     assert "old" in path and "of_long_ago" in found["silent"][path] and len(found["pairs"]) == 1
+
+
+@pytest.fixture(autouse=True)
+def quick_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two seconds are for a forecast that somebody wants to believe."""
+    from luthier.workflow import durations
+
+    whole = durations.measured_rates
+    monkeypatch.setattr(durations, "measured_rates", lambda *args, **more: whole(*args, **{**more, "seconds": 0.01}))
+
+
+def test_time_is_an_interval_and_rows_say_how_long_a_run_is(luthier: Call, model: Path, rows: Path) -> None:
+    words = ("plan", model, "--data", rows, "--method", "lora,full", "--epochs", 5)
+    found = luthier(*words, "--json").json
+    assert found["steps"]["total"] == 5 * -(-39 // 16) and found["loading"]["low"] < found["loading"]["high"]
+    for row in found["rows"]:
+        assert row["step"]["low"] < row["step"]["likely"] < row["step"]["high"]
+        assert row["training"]["high"] == pytest.approx(row["step"]["high"] * found["steps"]["total"])
+    said = luthier(*words).out
+    assert "15 steps" in said and "a step" in said and "loading takes" in said
+
+
+def test_a_device_that_was_never_measured_has_no_time_but_a_floor(luthier: Call, llama_7b: Path) -> None:
+    words = ("plan", llama_7b, "--method", "lora")
+    row = luthier(*words, "--device", "h100-80gb", "--json").json["rows"][0]
+    assert row["step"] is None and row["training"] is None
+    # Two products with each weight, one of them on the way back, for 16 rows of 128 tokens; 990 T a second.
+    assert row["at_least"] == pytest.approx(4 * 6.6e9 * 16 * 128 / 990e12, rel=0.3)
+    unknown = luthier(*words, "--device", "24GB")
+    assert "never measured is not known" in unknown.out and "at least" not in unknown.out
+    assert luthier(*words, "--device", "24GB", "--json").json["rows"][0]["at_least"] is None
+
+
+def test_real_steps_are_made_here_or_not_at_all(
+    luthier: Call, model: Path, rows: Path, llama_7b: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("plan", model, "--data", rows, "--method", "lora", "--probe")
+    row = luthier(*words, "--json").json["rows"][0]
+    assert row["probed"] and row["unprobed"] == "" and 0 < row["step"]["low"] < row["step"]["high"]
+    assert "three real steps" in luthier(*words).out
+    elsewhere = luthier(*words, "--device", "24GB")
+    assert elsewhere.code == 2 and "another" in elsewhere.err
+    assert luthier("plan", model, "--probe").code == 2, "every method of the catalogue would take an hour"
+    from luthier.workflow import plan
+
+    monkeypatch.setattr(plan._Row, "_room", lambda self: 1000)
+    row = luthier(*words, "--json").json["rows"][0]
+    assert not row["probed"] and "no steps were made" in row["unprobed"] and "1.0 kB are free" in row["unprobed"]
+    assert "no steps were made" in luthier(*words).out
+
+
+def test_rows_that_no_run_could_use_are_refused(luthier: Call, model: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.csv"
+    empty.write_text("text,label\n")
+    assert luthier("plan", model, "--data", empty, "--method", "lora").code != 0
+
+
+def test_check_compares_seconds_too(luthier: Call, model: Path, rows: Path, tmp_path: Path) -> None:
+    out = tmp_path / "runs" / "one"
+    words = ("--data", rows, "--method", "lora", "--steps", 3, "--threads", 1, "--out", out)
+    assert luthier("train", model, *words).code == 0
+    record = json.loads((out / "record.json").read_text())
+    assert record["timing"]["steps"] == 2 and record["timing"]["seconds"] > 0
+    short = luthier("plan", out.parent, "--check", "--json").json["times"]
+    assert short["counted"]["pairs"] == [], "so short a run has not measured the machine"
+    rates = {"rate_products": 1e9, "rate_moved": 1e9, "rate_calls": 1e5}
+    record["timing"] |= {**rates, "seconds": 0.5, "loading": 0.7}
+    (out / "record.json").write_text(json.dumps(record))
+    times = luthier("plan", out.parent, "--check", "--probe", "--json").json["times"]
+    (counted,), (probed,), (loading,) = (times[how]["pairs"] for how in ("counted", "probed", "loading"))
+    assert counted["measured"] == probed["measured"] == 0.5 and loading["measured"] == 0.7
+    record["timing"] |= {name: value / 2 for name, value in rates.items()}
+    (out / "record.json").write_text(json.dumps(record))
+    slower = luthier("plan", out.parent, "--check", "--json").json["times"]["counted"]["pairs"][0]
+    assert slower["forecast"] == pytest.approx(2 * counted["forecast"])
+    assert "measured / forecast" in luthier("plan", out.parent, "--check").out

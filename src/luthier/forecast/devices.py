@@ -19,6 +19,12 @@ NAMED = {
     "a100-40gb": 40e9, "a100-80gb": 80e9, "h100-80gb": 80e9, "h200-141gb": 141e9, "l4-24gb": 24e9, "l40s-48gb": 48e9,
     "rtx3090-24gb": 24e9, "rtx4090-24gb": 24e9, "t4-16gb": 16e9, "v100-32gb": 32e9,
 }  # fmt: skip
+# Operations of products in a second (half precision, no sparsity), at most, as the makers' data sheets have them. No
+# run reaches them, so they are a floor under its time and nothing more.
+PEAKS = {
+    "a100-40gb": 312e12, "a100-80gb": 312e12, "h100-80gb": 990e12, "h200-141gb": 990e12, "l4-24gb": 121e12,
+    "l40s-48gb": 362e12, "rtx3090-24gb": 142e12, "rtx4090-24gb": 331e12, "t4-16gb": 65e12, "v100-32gb": 125e12,
+}  # fmt: skip
 _WITHOUT_BF16 = ("t4", "v100")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(gb|gib|mb|mib)", re.IGNORECASE)
 _UNITS = {"gb": 1e9, "gib": 2**30, "mb": 1e6, "mib": 2**20}
@@ -34,6 +40,7 @@ class Device:
         here: it is this machine, so its speed can be measured.
         bf16: it multiplies bf16 fast.
         said: in words.
+        peak: operations of products in a second, at the very most; None where nothing is known.
     """
 
     name: str
@@ -42,6 +49,7 @@ class Device:
     here: bool
     bf16: bool
     said: str
+    peak: float | None = None
 
 
 def device_of(asked: str) -> Device:
@@ -65,8 +73,9 @@ def device_of(asked: str) -> Device:
     if word in NAMED:
         memory, bf16 = int(NAMED[word]), not word.startswith(_WITHOUT_BF16)
         return Device(
-            name=word, kind="cuda", memory=memory, here=False, bf16=bf16, said=f"{word}, {human_bytes(memory)}"
-        )
+            name=word, kind="cuda", memory=memory, here=False, bf16=bf16, said=f"{word}, {human_bytes(memory)}",
+            peak=PEAKS[word],
+        )  # fmt: skip
     raise UnknownName(
         f"--device {asked!r}: no device is called so.{near(word, list(NAMED))} Write this, a size such as 24GB, or one "
         f"of {', '.join(NAMED)}."

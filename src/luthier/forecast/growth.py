@@ -18,20 +18,23 @@ import torch
 
 from luthier import kernels
 from luthier.data.batches import Batch
+from luthier.data.examples import IGNORED
 from luthier.data.tasks import Task
+from luthier.forecast.work import Counting, Work
 from luthier.runs.spec import OptimSpec
-from luthier.surgery import Method, attach
+from luthier.surgery import Method, Tuned, attach
 from luthier.surgery.checkpointing import checkpoints_itself
 from luthier.training.memory_parts import Parts
 from luthier.training.objective import Objective
 from luthier.training.optimiser import Descent
 from luthier.training.precision import Precision
 
-__all__ = ["Growth", "growth"]
+__all__ = ["Growth", "Way", "batch_of", "growth", "tuned_in"]
 
 WORDS = 96
 MOST_NUMBERS = 12_000_000  # of one layer; a wider one is cut to a share of its heads
 ROWS = (2, 4)
+NONE = Work()
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,15 @@ class Growth:
 
     Attributes:
         logits: of a row, what is as wide as the vocabulary.
+        fixed_work, row_work: of a pass and its backward pass, likewise; products with the vocabulary are left out.
     """
 
     tokens: int
     fixed: float
     row: float
     logits: float
+    fixed_work: Work = NONE
+    row_work: Work = NONE
 
     def at(self, rows: int) -> int:
         """Bytes for so many rows."""
@@ -54,12 +60,33 @@ class Growth:
     def part(self, other: Growth, share: float) -> Growth:
         """The line through this and `other`, `share` of the way on: 0 is this, 1 the other, 2 as far beyond."""
         mine, its = (self.fixed, self.row, self.logits), (other.fixed, other.row, other.logits)
-        return Growth(self.tokens, *(a + share * (b - a) for a, b in zip(mine, its, strict=True)))
+        fixed, row, logits = (a + share * (b - a) for a, b in zip(mine, its, strict=True))
+        return Growth(
+            self.tokens, fixed, row, logits,
+            self.fixed_work.part(other.fixed_work, share), self.row_work.part(other.row_work, share),
+        )  # fmt: skip
+
+    def wider(self, twice: Growth, step: float) -> Growth:
+        """At the whole width, from a share `step` of it (this) and from twice the share: memory grows along a line."""
+        return replace(
+            self.part(twice, (1 - step) / step),
+            fixed_work=self.fixed_work.widened(twice.fixed_work, step),
+            row_work=self.row_work.widened(twice.row_work, step),
+        )
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a run computes: fused functions, activations computed twice, the trunk's dropout on."""
+
+    fast: bool = True
+    checkpointing: bool = False
+    dropout: bool = False
 
 
 def growth(
     method: Method, config: Any, task: Task, make: Callable[[Any, torch.dtype], Any], tokens: int, *,
-    dtype: torch.dtype, precision: Precision, fast: bool = True, checkpointing: bool = False, dropout: bool = False,
+    dtype: torch.dtype, precision: Precision, way: Way = Way(),
 ) -> Growth:  # fmt: skip
     """Measure how the activations of a method's step grow.
 
@@ -67,26 +94,25 @@ def growth(
         make: a model with the task's head from a configuration, its numbers of the given type.
         tokens: of each row.
         dtype: that the base is held in.
-        dropout: the trunk's dropout is on.
 
     Raises:
         Any error of a method that cannot be put on the smaller model.
     """
-    layers, how = int(config.num_hidden_layers), (fast, checkpointing, dropout)
+    layers = int(config.num_hidden_layers)
 
     def deep(share: float | None) -> Growth:
         low, high = min(layers, 2), min(layers, 3)
-        first = _passes(method, cut(config, low, share), task, make, dtype, precision, tokens, *how)
+        first = _passes(method, cut(config, low, share), task, make, dtype, precision, tokens, way)
         if low == high:
             return first
-        second = _passes(method, cut(config, high, share), task, make, dtype, precision, tokens, *how)
+        second = _passes(method, cut(config, high, share), task, make, dtype, precision, tokens, way)
         return first.part(second, layers - low)
 
     step = _step(config)
     if step is None:
         found = deep(None)
     else:
-        found = deep(step).part(deep(2 * step), (1 - step) / step)
+        found = deep(step).wider(deep(2 * step), step)
     return replace(found, logits=found.logits * int(config.vocab_size))
 
 
@@ -119,39 +145,57 @@ def cut(config: Any, layers: int, share: float | None) -> Any:
     return made
 
 
+def tuned_in(method: Method, model: Any, task: Task, way: Way) -> tuple[Tuned, Objective]:
+    """The method on a model as a run has it in its steps, and what a step computes."""
+    tuned = attach(model, method, seed=0)
+    with kernels.plain(not way.fast):
+        if way.fast:
+            tuned.forward.route_attention()
+            tuned.fast.accelerate(dropout=way.dropout)
+        if way.checkpointing:
+            tuned.forward.checkpoint_activations()
+        model.train(way.dropout)
+        model.luthier.train(True)
+        for module in model.modules() if way.checkpointing else ():
+            module.training = module.training or checkpoints_itself(module)
+        return tuned, Objective(tuned, task)
+
+
 def _passes(
     method: Method, config: Any, task: Task, make: Callable[[Any, torch.dtype], Any], dtype: torch.dtype,
-    precision: Precision, tokens: int, fast: bool, checkpointing: bool, dropout: bool,
+    precision: Precision, tokens: int, way: Way,
 ) -> Growth:  # fmt: skip
-    model = make(config, dtype).eval()
-    tuned = attach(model, method, seed=0)
-    with kernels.plain(not fast):
-        if fast:
-            tuned.forward.route_attention()
-            tuned.fast.accelerate(dropout=dropout)
-        if checkpointing:
-            tuned.forward.checkpoint_activations()
-        model.train(dropout)
-        model.luthier.train(True)
-        for module in model.modules() if checkpointing else ():
-            module.training = module.training or checkpoints_itself(module)
-        objective = Objective(tuned, task)
-        optimiser = Descent(tuned.trained(), [], OptimSpec(name="sgd", lr=1.0), 1.0)
-        found = []
+    tuned, objective = tuned_in(method, make(config, dtype).eval(), task, way)
+    optimiser = Descent(tuned.trained(), [], OptimSpec(name="sgd", lr=1.0), 1.0)
+    found, work = [], []
+    with kernels.plain(not way.fast):
         for rows in ROWS:
-            parts = Parts(tuned, optimiser, torch.device("cpu"))
-            with parts.watching(), precision.autocast(torch.device("cpu")):
-                objective(_batch(rows, tokens, task, config))
+            parts, batch = Parts(tuned, optimiser, torch.device("cpu")), batch_of(rows, tokens, task, config)
+            with Counting() as counted:
+                with parts.watching(), precision.autocast(torch.device("cpu")):
+                    loss = objective(batch).loss
+                if loss.requires_grad:
+                    torch.autograd.backward(loss)
             found.append(parts.counted())
+            work.append(counted.work)
+            optimiser.zero_grad()
     (few, many), words = found, int(config.vocab_size)
     row = (many["activations"] - few["activations"]) / (ROWS[1] - ROWS[0])
-    return Growth(tokens, few["activations"] - ROWS[0] * row, row, many.get("logits", 0) / ROWS[1] / words)
+    row_work = (work[1] + work[0] * -1) * (1 / (ROWS[1] - ROWS[0]))
+    return Growth(
+        tokens, few["activations"] - ROWS[0] * row, row, many.get("logits", 0) / ROWS[1] / words,
+        work[0] + row_work * -ROWS[0], row_work,
+    )  # fmt: skip
 
 
-def _batch(rows: int, tokens: int, task: Task, config: Any) -> Batch:
+def batch_of(rows: int, tokens: int, task: Task, config: Any, supervised: float = 1.0) -> Batch:
+    """A batch of rows of one length; of tasks of words, so large a share of the tokens stands in the loss."""
     ids = torch.randint(3, WORDS, (rows, tokens), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     labels = ids.clone()
+    if task.of_words and supervised < 1:
+        labels[:, : tokens - max(1, round(supervised * tokens))] = IGNORED
+    n_targets = int((labels != IGNORED).sum())
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids.clone()
     if task.name == "classification":
@@ -162,4 +206,5 @@ def _batch(rows: int, tokens: int, task: Task, config: Any) -> Batch:
         labels = torch.zeros(rows)
     elif task.name == "token_classification":
         labels = torch.zeros_like(ids)
-    return Batch(inputs=inputs, labels=labels, rows=np.arange(rows), n_targets=labels.numel(), n_tokens=ids.numel())
+    n_targets = n_targets if task.of_words else labels.numel()
+    return Batch(inputs=inputs, labels=labels, rows=np.arange(rows), n_targets=n_targets, n_tokens=ids.numel())

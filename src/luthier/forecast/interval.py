@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 __all__ = [
-    "COVERAGE", "Interval", "Pair", "Residuals", "committed", "constant_of", "interval", "leave_out", "residuals",
+    "COVERAGE", "ENOUGH", "Interval", "Pair", "Residuals", "committed", "constant_of", "ends_of", "interval",
+    "leave_out", "residuals",
 ]  # fmt: skip
 
 COVERAGE = 0.9
@@ -102,13 +103,13 @@ def interval(forecast: int, device: str, family: str, pairs: Iterable[Pair], cer
     own = [p for p in there if p.family == family]
     used = own if len(own) >= ENOUGH else there
     ratios = sorted(p.ratio(constant) for p in used)
-    low, high = _ends(ratios)
+    low, high = ends_of(ratios)
     middle = ratios[len(ratios) // 2]
     scaled = [round((forecast + constant) * math.exp(r)) for r in (low, middle, high)]
     return Interval(max(certain, scaled[0]), max(certain, scaled[1]), max(certain, scaled[2]), len(used))
 
 
-def _ends(ratios: Sequence[float]) -> tuple[float, float]:
+def ends_of(ratios: Sequence[float]) -> tuple[float, float]:
     """Both conformal ends: of n + 1 equally likely places for the next one, so many lie outside on either side."""
     n, tail = len(ratios), (1 - COVERAGE) / 2
     low = max(1, math.floor((n + 1) * tail))

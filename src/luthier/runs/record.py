@@ -23,6 +23,9 @@ class Record:
         forecast: what was said before the first step of the same parts, in bytes, and of packed copies of weights,
             which "other" holds; and the widest micro-batch: rows and tokens. `luthier plan --check` compares it with
             what was measured.
+        timing: of a step on average, the first left out: seconds, rows, padded tokens, how wide micro-batches were and
+            how many; seconds of loading; and, of runs of a second and more, how fast the machine was then: operations
+            of products, bytes and calls in a second.
         trained, stored: how many numbers were trained, and how many bytes the result takes on the disk.
         status: "finished", "stopped", "diverged", ...
         bit_exact, because: whether a resume continued to the bit, and if not, why not.
@@ -35,6 +38,7 @@ class Record:
     peak_bytes: int | None = None
     memory: dict[str, int] = field(default_factory=dict)
     forecast: dict[str, int] = field(default_factory=dict)
+    timing: dict[str, float] = field(default_factory=dict)
     trained: int = 0
     stored: int = 0
     status: str = "finished"

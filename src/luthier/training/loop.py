@@ -15,6 +15,7 @@ What is decided beside the step has files of its own:
     save_times      when a checkpoint is due
     trial           what the widest pass holds, counted before step 1
     longest         the widest batches, tried before step 1
+    step_clock      how long steps took
     loop_state      what a checkpoint holds besides tensors
 """
 
@@ -74,7 +75,8 @@ class Loop(LoopState):
             self._evaluate_when_due()  # of a run that was stopped during an evaluation
             while self.step < stop and not selection.enough:
                 for step, micro_batches in self.feed.ahead(self.step, stop):
-                    row = self._train_step(step, micro_batches)
+                    with self.clock.timing(micro_batches):
+                        row = self._train_step(step, micro_batches)
                     if row is None:
                         break  # gone back: fetch batches from the step gone back to
                     self.step = step + 1

@@ -22,6 +22,7 @@ from luthier.training.objective import Objective
 from luthier.training.optimiser import Optimiser
 from luthier.training.out_of_memory import MemorySaver
 from luthier.training.precision import Precision
+from luthier.training.step_clock import StepClock
 from luthier.training.stop_signals import StopSignals
 from luthier.training.trial import Trial
 
@@ -72,6 +73,7 @@ class LoopState:
             in_one_piece=self.moments.whole_step, event=self.run.event, say=self._say,
         )  # fmt: skip
         self.trial = Trial(self.tuned, self.optimiser, self.device)
+        self.clock = StepClock()
         self._saved: dict[str, Any] = {}  # the state at the last save
         self._idle = ""  # why the last step that made no update had nothing to learn
         self._graph: Tensor | None = None  # a loss whose backward pass will be the update

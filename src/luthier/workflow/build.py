@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -41,6 +42,7 @@ def build(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
     """Load, attach, and give what makes the loop once there is a folder. Still nothing is written."""
     spec = prepared.spec
     reset_peak()
+    begun = time.perf_counter()
     program = resident_bytes()  # Python, its libraries and the encoded rows, before any weight is there
     model, fresh = load_model(
         prepared.source, prepared.task, dtype=prepared.weights, device=prepared.device, seed=spec.seed,
@@ -140,6 +142,7 @@ def build(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
             listener=listener,
             program_bytes=program,
         )  # fmt: skip
+        loop.clock.loading = time.perf_counter() - begun
         # What nothing selects by may be looked at: without best or patience these are the test rows.
         looked_at = prepared.selection if spec.eval.selects else prepared.test
         if every and looked_at is not None:

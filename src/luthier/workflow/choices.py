@@ -19,7 +19,7 @@ from luthier.surgery import Method, compose
 from luthier.training.strategy import split_settings
 from luthier.workflow.held import store_of
 
-__all__ = ["Budget", "budget", "choose", "reopened", "scaled_rates", "sentence"]
+__all__ = ["Budget", "budget", "choose", "length_of", "reopened", "scaled_rates", "sentence"]
 
 FEWEST_STEPS = 400
 MOST_EPOCHS = 40.0
@@ -70,14 +70,8 @@ def choose(spec: RunSpec, task: Task, method: Method, rows: int) -> RunSpec:
         rows: all rows to learn from, before some are held out to select by.
     """
     values = plain(spec)
-    found: dict[str, Any] = {}
     new_head = task.n_outputs is not None
-    if spec.epochs is None and spec.steps is None:
-        stops = spec.eval.every is None and not spec.eval.holds_out
-        length = budget(rows, spec.batch.size, share=spec.eval.share if stops else 0.0)
-        found["epochs"] = length.epochs if new_head else DEFAULT_EPOCHS
-        if new_head and length.every:
-            found |= {"eval.every": length.every, "eval.best": True, "eval.patience": PATIENCE}
+    found = length_of(spec, new_head, rows)
     if spec.optim.lr is None:
         found["optim.lr"] = method.default_lr
         if spec.optim.head_lr is None and new_head:
@@ -90,6 +84,18 @@ def choose(spec: RunSpec, task: Task, method: Method, rows: int) -> RunSpec:
     # What an earlier run chose, as the spec of its folder says, and what is chosen now.
     values["chosen"] = [*dict.fromkeys([*spec.chosen, *found])]
     return RunSpec.from_plain(values)
+
+
+def length_of(spec: RunSpec, new_head: bool, rows: int) -> dict[str, Any]:
+    """How long a run trains and when it stops, where nobody said: fields of its spec by their dotted names."""
+    if spec.epochs is not None or spec.steps is not None:
+        return {}
+    stops = spec.eval.every is None and not spec.eval.holds_out
+    length = budget(rows, spec.batch.size, share=spec.eval.share if stops else 0.0)
+    if not new_head:
+        return {"epochs": DEFAULT_EPOCHS}
+    stopping = {"eval.every": length.every, "eval.best": True, "eval.patience": PATIENCE} if length.every else {}
+    return {"epochs": length.epochs, **stopping}
 
 
 def scaled_rates(spec: RunSpec, factor: float) -> OptimSpec:

@@ -33,7 +33,7 @@ from luthier.training.temperature import calibrated, fit_temperature
 from luthier.training.thresholds import choose_thresholds, thresholds_said
 from luthier.training.word_counts import answers_by_words
 from luthier.workflow.build import evaluator_of
-from luthier.workflow.forecasts import forecast_of, widest
+from luthier.workflow.forecasts import forecast_of, timing_of, widest
 from luthier.workflow.load_model import collator_of
 from luthier.workflow.looks import Looks, held_looks
 from luthier.workflow.merged_folder import merge
@@ -349,6 +349,7 @@ def record_of(
         peak_bytes=peak,
         memory=whole_memory(loop.trial.memory, program, peak),
         forecast=_forecast(prepared, loop) if status == "finished" else {},
+        timing=timing_of(prepared, loop) if status == "finished" else {},
         trained=prepared.n_params,
         stored=stored,
         status=status,

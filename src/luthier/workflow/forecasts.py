@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,24 @@ import psutil
 import torch
 
 from luthier.core import IntegrityError, LuthierError, ResourceError, human_bytes
-from luthier.forecast import Pair, held
+from luthier.forecast import Pair, Rates, Steps, TimePair, held, measured_rates
+from luthier.forecast.times import How
 from luthier.runs import Record
 from luthier.runs.spec import RunSpec
 from luthier.surgery import METHODS, compose, read_tuning
 from luthier.training.precision import Precision
 from luthier.training.strategy import split_settings
+from luthier.workflow.durations import loading_of, probed, work_of_step
 from luthier.workflow.load_model import load_config
 from luthier.workflow.outline import Outline, outline_of
 from luthier.workflow.plan import activations_of, packed_here, task_of_rows, weights_in
 from luthier.workflow.preparation import Prepared
 
-__all__ = ["forecast_of", "pair_of", "pairs_of", "refuse_what_cannot_fit", "widest"]
+__all__ = ["Told", "forecast_of", "pairs_of", "refuse_what_cannot_fit", "timing_of", "told_of", "widest"]
 
+WORTH_PROBING = 1.0  # seconds that steps took together: of shorter runs the rates are not measured
+QUICK = 0.05  # of the time of the steps, for that probe; two seconds at most
+_RATES = {"products": "rate_products", "moved": "rate_moved", "calls": "rate_calls"}
 _PARTS = ("weights", "trained", "gradients", "optimiser", "packed")
 
 
@@ -42,6 +48,22 @@ def forecast_of(prepared: Prepared) -> dict[str, int]:
         "weights": found.weights, "trained": found.numbers, "gradients": found.gradients, "optimiser": found.moments,
         "packed": packed_here(found, spec) if prepared.device.type == "cpu" else 0,
     }  # fmt: skip
+
+
+def timing_of(prepared: Prepared, loop: Any) -> dict[str, float]:
+    """What the steps of a run took, and how fast the machine was right after them.
+
+    Empty where outputs of frozen layers were kept from one epoch to the next: such steps are no measure of others.
+    """
+    told: dict[str, float] = loop.clock.told() if loop.objective.features is None else {}
+    if not told or told["seconds"] * told["steps"] < WORTH_PROBING:
+        return told
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[prepared.precision.name]
+    rows, width = round(told["tokens"] / told["pieces"]), int(loop.tuned.model.config.hidden_size)
+    rates = measured_rates(
+        prepared.device, dtype, rows=rows, width=width, seconds=min(2.0, QUICK * told["seconds"] * told["steps"])
+    )
+    return told | {name: getattr(rates, field) for field, name in _RATES.items()}
 
 
 def refuse_what_cannot_fit(forecast: dict[str, int], device: torch.device, force: bool) -> None:
@@ -66,8 +88,19 @@ def refuse_what_cannot_fit(forecast: dict[str, int], device: torch.device, force
     )
 
 
-def pair_of(folder: Path) -> Pair | str:
+@dataclass(frozen=True)
+class Told:
+    """What a finished run says of forecasts: of its memory, and of its seconds where it was long enough."""
+
+    memory: Pair
+    times: tuple[TimePair, ...] = ()
+
+
+def told_of(folder: Path, *, real_steps: bool = False) -> Told | str:
     """What was forecast for a finished run, activations included, and what it took; or why that cannot be said.
+
+    Args:
+        real_steps: make three steps of it now, as `plan --probe` does.
 
     Raises:
         IntegrityError: the folder holds no record that can be read.
@@ -95,26 +128,66 @@ def pair_of(folder: Path) -> Pair | str:
         return str(error)
     if isinstance(kept, str):
         return kept
-    return Pair(
-        model=spec.model, method=spec.method, family=str(METHODS.card(spec.method.partition("+")[0]).family),
-        device=device, rows=told["rows"], tokens=told["tokens"],
+    family = str(METHODS.card(spec.method.partition("+")[0]).family)
+    memory = Pair(
+        model=spec.model, method=spec.method, family=family, device=device, rows=told["rows"], tokens=told["tokens"],
         forecast=record.memory.get("program", 0) + sum(told[part] for part in _PARTS) + kept.at(told["rows"]),
         measured=record.peak_bytes,
     )  # fmt: skip
+    steps, rates = _steps_in(record.timing, told), _rates_in(record.timing)
+    if steps is None or rates is None or spec.strategy is not None:
+        return Told(memory)
+    width = max(1, round(steps.width))
+    again = activations_of(method, outline, spec, task, precision, dtype, width)
+    if isinstance(again, str):
+        return Told(memory)
+    structure = outline.skeleton(task, dtype, spec.codes)
+    work = work_of_step(again, held(method, structure, spec.optim.name), steps, task, outline)
+    forecasts: dict[How, tuple[float, float]] = {
+        "counted": (rates.seconds(work), record.timing["seconds"]),
+        "loading": (loading_of(structure.anatomy.n_params, rates), record.timing["loading"]),
+    }
+    if real_steps:
+        made = probed(method, outline, spec, task, precision, dtype, steps, 1.0, 0.0)
+        if isinstance(made, float):
+            forecasts["probed"] = (made, record.timing["seconds"])
+    of = {"model": spec.model, "method": spec.method, "family": family, "device": device}
+    whole = {how: both for how, both in forecasts.items() if both[1] > 0}
+    return Told(memory, tuple(TimePair(**of, how=how, forecast=f, measured=m) for how, (f, m) in whole.items()))
 
 
-def pairs_of(folders: Iterable[Path]) -> tuple[list[Pair], dict[Path, str]]:
-    """The pairs of all finished runs in or below the folders; and why the others are none."""
+def _steps_in(timing: dict[str, float], widest: dict[str, int]) -> Steps | None:
+    if not {"rows", "tokens", "width", "pieces", "targets", "seconds", "loading"} <= set(timing):
+        return None
+    return Steps(
+        rows=timing["rows"], tokens=timing["tokens"], width=timing["width"], pieces=timing["pieces"],
+        supervised=min(1.0, timing["targets"] / timing["tokens"]), total=None,
+        widest=(widest["rows"], widest["tokens"]),
+    )  # fmt: skip
+
+
+def _rates_in(timing: dict[str, float]) -> Rates | None:
+    if not set(_RATES.values()) <= set(timing):
+        return None
+    return Rates(**{field: timing[name] for field, name in _RATES.items()})
+
+
+def pairs_of(
+    folders: Iterable[Path], *, real_steps: bool = False
+) -> tuple[list[Pair], list[TimePair], dict[Path, str]]:  # fmt: skip
+    """The pairs of all finished runs in or below the folders, of memory and of time; and why the others are none."""
     pairs: list[Pair] = []
+    times: list[TimePair] = []
     silent: dict[Path, str] = {}
     for top in folders:
         for record in sorted(top.rglob("record.json")):
-            pair = pair_of(record.parent)
-            if isinstance(pair, str):
-                silent[record.parent] = pair
+            told = told_of(record.parent, real_steps=real_steps)
+            if isinstance(told, str):
+                silent[record.parent] = told
             else:
-                pairs.append(pair)
-    return pairs, silent
+                pairs.append(told.memory)
+                times.extend(told.times)
+    return pairs, times, silent
 
 
 def widest(loop: Any) -> dict[str, int]:

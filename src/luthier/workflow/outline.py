@@ -14,7 +14,7 @@ from luthier.data.tasks import Task
 from luthier.forecast import Skeleton
 from luthier.surgery import encode_layers, keyed
 from luthier.trust.model import check_config
-from luthier.workflow.load_model import find_model, load_config, quiet, with_head
+from luthier.workflow.load_model import Source, find_model, load_config, quiet, with_head
 
 __all__ = ["Outline", "outline_of"]
 
@@ -29,6 +29,7 @@ class Outline:
         stored: names of the tensors in its weight files; empty where there are none.
         halves: its numbers were stored in bf16.
         weights: whether there are weight files.
+        source: the checked folder, where there is one with weights.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Outline:
     halves: bool
     weights: bool = False
     stored: frozenset[str] = frozenset()
+    source: Source | None = None
     _made: dict[Any, Skeleton] = field(default_factory=dict, repr=False)
 
     def task(self, asked: str = "auto", labels: int | None = None) -> Task:
@@ -134,7 +136,7 @@ def outline_of(name: str) -> Outline:
         return _bare(name, path / "config.json")
     source = find_model(name)
     kinds = set(source.folder.dtypes.values())
-    return Outline(name, load_config(source), kinds == {"BF16"}, True, frozenset(source.folder.shapes))
+    return Outline(name, load_config(source), kinds == {"BF16"}, True, frozenset(source.folder.shapes), source)
 
 
 def _bare(name: str, path: Path) -> Outline:

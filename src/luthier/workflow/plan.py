@@ -11,13 +11,31 @@ import torch
 from luthier.core import ConfigError, LuthierError, UnknownName, near
 from luthier.data.load_data import load_data
 from luthier.data.tasks import Task
-from luthier.forecast import Device, Growth, Held, Interval, Pair, committed, growth, held, interval
+from luthier.forecast import (
+    Device,
+    Growth,
+    Held,
+    Interval,
+    Pair,
+    Rates,
+    Span,
+    Steps,
+    TimePair,
+    committed,
+    committed_times,
+    growth,
+    held,
+    interval,
+    span,
+)  # fmt: skip
 from luthier.kernels.packed import can_pack
 from luthier.runs import resident_bytes
 from luthier.runs.spec import RunSpec
 from luthier.surgery import METHODS, Method, compose
 from luthier.training.precision import Precision, choose_device, choose_precision
+from luthier.workflow.durations import floor_of, loading_of, probed, rates_here, way_of, work_of_step
 from luthier.workflow.held import held_in, refuse_floats, store_of
+from luthier.workflow.lengths import assumed_steps
 from luthier.workflow.outline import Outline
 
 USUAL = 128  # tokens of a row, where nothing says how long rows are
@@ -47,6 +65,10 @@ class PlanRow:
         peak: the highest memory, the program's own included on a processor.
         fits: "?" where activations were not forecast and the rest fits.
         would: what would fit where this does not, or may not.
+        step, training: seconds of an optimiser step, and of all of them where rows say how many there are.
+        at_least: seconds of a step below which a device that was never measured cannot come.
+        probed: the seconds are of real steps.
+        unprobed: why no real steps were made, where they were asked for.
     """
 
     name: str
@@ -59,6 +81,11 @@ class PlanRow:
     fits: Literal["yes", "maybe", "no", "?"] = "?"
     would: str = ""
     refused: str = ""
+    step: Span | None = None
+    training: Span | None = None
+    at_least: float | None = None
+    probed: bool = False
+    unprobed: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +96,8 @@ class Plan:
         numbers: of the model, its head included.
         task: that the counts are for.
         rows_at_once, tokens: of the widest micro-batch.
+        steps: as rows make them; of rows of one length where there are none.
+        loading: seconds before the first step; None where the device is another one.
     """
 
     model: str
@@ -81,36 +110,48 @@ class Plan:
     rows_at_once: int
     tokens: int
     rows: tuple[PlanRow, ...]
+    steps: Steps
+    loading: Span | None = None
 
 
 def plan(
     outline: Outline, spec: RunSpec, asked: Iterable[Asked], device: Device, task: Task, *, tokens: int = USUAL,
-    pairs: Sequence[Pair] | None = None, grow: bool | None = None,
+    pairs: Sequence[Pair] | None = None, times: Sequence[TimePair] | None = None, grow: bool | None = None,
+    steps: Steps | None = None, real_steps: bool = False, seconds: float = 2.0,
 ) -> Plan:  # fmt: skip
-    """Count what each method holds on the model that `outline` tells of, and forecast its highest memory.
+    """Count what each method holds on the model that `outline` tells of; forecast its highest memory and its time.
 
     Args:
         spec: of the runs: precision, optimiser, batch; its settings hold for every method that has them.
-        tokens: of the longest row.
-        pairs: finished runs behind the intervals; those of our own grid where left out.
-        grow: forecast activations; left out, for as many methods as takes seconds.
+        tokens: of the longest row, where `steps` are left out.
+        pairs, times: finished runs behind the intervals; those of our own grid where left out.
+        grow: forecast activations and time; left out, for as many methods as takes seconds.
+        steps: as rows make them.
+        real_steps: make three real steps of each method for its time, where they fit.
+        seconds: of the probe of this device.
 
     Raises:
         ModelError, AnatomyError: the configuration makes no model that can be read.
         UnknownName: no method that is asked about has a setting that `spec` gives.
+        ConfigError: real steps are wanted on another device.
     """
     wanted = list(asked)
     _refuse_unknown(spec, wanted)
+    if real_steps and not device.here:
+        raise ConfigError(f"--probe makes steps on this machine, and --device {device.name} is another. Leave one out.")
     precision = _precision(spec, device)
     whole = outline.skeleton(task, torch.float32).anatomy
     known = tuple(pairs) if pairs is not None else committed()
-    rows_at_once = max(1, min(spec.batch.size, spec.batch.tokens // tokens))
-    grows = len(wanted) <= MOST if grow is None else grow
-    one = _Row(outline, spec, device, task, precision, rows_at_once, tokens, known, grows)
+    timed = tuple(times) if times is not None else committed_times()
+    steps = steps if steps is not None else assumed_steps(spec, tokens)
+    grows = real_steps or (len(wanted) <= MOST if grow is None else grow)
+    rates = rates_here(spec, outline, precision, steps, seconds) if grows and device.here else None
+    one = _Row(outline, spec, device, task, precision, known, grows, steps, rates, timed, real_steps)
+    rows = tuple(one.of(word) for word in wanted)
     return Plan(
         model=outline.name, kind=whole.model_type, numbers=whole.n_params, task=task, precision=precision.name,
-        optimiser=spec.optim.name, device=device, rows_at_once=rows_at_once, tokens=tokens,
-        rows=tuple(one.of(word) for word in wanted),
+        optimiser=spec.optim.name, device=device, rows_at_once=steps.widest[0], tokens=steps.widest[1], rows=rows,
+        steps=steps, loading=one.loading(whole.n_params),
     )  # fmt: skip
 
 
@@ -131,10 +172,28 @@ class _Row:
     device: Device
     task: Task
     precision: Precision
-    rows: int
-    tokens: int
     pairs: tuple[Pair, ...]
     grows: bool
+    steps: Steps
+    rates: Rates | None
+    times: tuple[TimePair, ...]
+    real_steps: bool
+
+    @property
+    def rows(self) -> int:
+        """Of the widest micro-batch."""
+        return self.steps.widest[0]
+
+    @property
+    def tokens(self) -> int:
+        """Of a row of it."""
+        return self.steps.widest[1]
+
+    def loading(self, numbers: int) -> Span | None:
+        """Seconds before the first step."""
+        if self.rates is None:
+            return None
+        return span(loading_of(numbers, self.rates), "loading", self.device.kind, "", self.times)
 
     def of(self, one: Asked) -> PlanRow:
         """One method's."""
@@ -157,13 +216,38 @@ class _Row:
             return replace(row, unknown=grown)
         family = str(METHODS.card(one.method.partition("+")[0]).family)
         peak = self._peak(found, grown.at(self.rows), family)
-        return replace(
-            row,
-            activations=grown.at(self.rows),
-            peak=peak,
-            fits=self._fits(peak),
+        row = replace(
+            row, activations=grown.at(self.rows), peak=peak, fits=self._fits(peak),
             would=self._would(found, grown, family),
-        )
+        )  # fmt: skip
+        return self._timed(row, method, spec, dtype, found, grown, family)
+
+    def _timed(
+        self, row: PlanRow, method: Method, spec: RunSpec, dtype: torch.dtype, found: Held, grown: Growth, family: str
+    ) -> PlanRow:  # fmt: skip
+        """The row with its seconds."""
+        width = max(1, round(self.steps.width))
+        if width != grown.tokens:  # attention of short rows is computed otherwise, so they are counted as they are
+            again = activations_of(method, self.outline, spec, self.task, self.precision, dtype, width)
+            if isinstance(again, str):
+                return row
+            grown = again
+        work = work_of_step(grown, found, self.steps, self.task, self.outline)
+        if self.rates is None:
+            return replace(row, at_least=floor_of(work, self.device))
+        step = span(self.rates.seconds(work), "counted", self.device.kind, family, self.times)
+        if self.real_steps and row.peak is not None:
+            made = probed(
+                method, self.outline, spec, self.task, self.precision, dtype, self.steps, self._room(), row.peak.high
+            )  # fmt: skip
+            if isinstance(made, str):
+                row = replace(row, unprobed=made)
+            else:
+                row, step = replace(row, probed=True), span(made, "probed", self.device.kind, family, self.times)
+        return replace(row, step=step, training=step.times(self.steps.total) if self.steps.total else None)
+
+    def _room(self) -> int:
+        return self.device.memory + (resident_bytes() if self.device.here and self.device.kind == "cpu" else 0)
 
     def _peak(self, found: Held, activations: int, family: str) -> Interval:
         program = resident_bytes() if self.device.kind == "cpu" else 0
@@ -173,7 +257,7 @@ class _Row:
         return interval(total, self.device.kind, family, self.pairs, program + found.standing, activations + later)
 
     def _fits(self, peak: Interval) -> Literal["yes", "maybe", "no"]:
-        room = self.device.memory + (resident_bytes() if self.device.here and self.device.kind == "cpu" else 0)
+        room = self._room()
         return "yes" if peak.high <= room else "maybe" if peak.low <= room else "no"
 
     def _would(self, found: Held, grown: Growth, family: str) -> str:
@@ -197,12 +281,10 @@ def activations_of(
     method: Method, outline: Outline, spec: RunSpec, task: Task, precision: Precision, dtype: torch.dtype, tokens: int
 ) -> Growth | str:  # fmt: skip
     """How the activations of rows of `tokens` tokens grow; or why a smaller copy cannot tell."""
-    drops = any(part.trains_base for part in method.parts())
     try:
         return growth(
             method, outline.config, task, outline.small(task, spec.codes), tokens, dtype=dtype, precision=precision,
-            fast=spec.fast, checkpointing=spec.gradient_checkpointing is True,
-            dropout=spec.trunk_dropout == "on" or (spec.trunk_dropout == "auto" and drops),
+            way=way_of(method, spec),
         )  # fmt: skip
     except LuthierError as error:  # a smaller copy is another model: what a method says of it need not hold here
         return f"a smaller copy of the model cannot take it: {error}"

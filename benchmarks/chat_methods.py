@@ -24,7 +24,8 @@ from luthier.workflow.evaluate_run import _evaluator
 def spec_of(method: str, given: argparse.Namespace) -> RunSpec:
     """The run of one method."""
     return RunSpec(
-        model="sample:smollm2-135m", data=DataSpec(source="sample:chitchat"), method=method, steps=given.steps,
+        model="sample:smollm2-135m", data=DataSpec(source="sample:chitchat", accept_refused=0.3),
+        method=method, steps=given.steps,
         batch=BatchSpec(size=given.batch), max_length=given.max_length, eval=EvalSpec(rows=given.eval_rows),
         out=str(given.home / method),
     )  # fmt: skip

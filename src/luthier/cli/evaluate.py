@@ -1,4 +1,4 @@
-"""`luthier evaluate`: a finished run against labelled rows."""
+"""`luthier evaluate`: a finished run against labelled rows, or under tasks of lm-evaluation-harness."""
 
 from typing import Annotated
 
@@ -6,6 +6,7 @@ import typer
 
 from luthier.cli._output import screen
 from luthier.cli._shared_options import AsJson
+from luthier.core import UsageError
 
 __all__ = ["NEEDS_WORDS", "command"]
 
@@ -15,11 +16,24 @@ SHOWN = 5
 
 def command(
     run: Annotated[str, typer.Argument(help="The folder of a finished run.")],
-    data: Annotated[str, typer.Option(help="Rows with the columns of the training rows, the label too.")],
+    data: Annotated[str | None, typer.Option(help="Rows with the columns of the training rows, the label too.")] = None,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Go on without all rows that cannot be used, however many.")
     ] = False,
     out: Annotated[str | None, typer.Option(help="Write each row's answer to this .csv file.")] = None,
+    harness: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TASK", help="A task of lm-evaluation-harness, or a .yaml file of one; may be given several times."
+        ),
+    ] = None,
+    harness_limit: Annotated[int | None, typer.Option(min=1, help="Rows of each task, at most.")] = None,
+    harness_shots: Annotated[
+        int | None, typer.Option(min=0, help="Solved examples before each question; left out, as the task says.")
+    ] = None,
+    harness_chat: Annotated[
+        bool, typer.Option("--harness-chat", help="Put each question into the run's chat template.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Score a finished run on rows that say what is right, as its held-out rows were scored.
@@ -29,7 +43,15 @@ def command(
       luthier evaluate runs/x --data december.csv
 
       luthier evaluate runs/x --data december.csv --out answers.csv
+
+      luthier evaluate runs/x --harness arc_easy --harness-limit 100
     """
+    if bool(harness) == (data is not None):
+        raise UsageError("evaluate: give --data with a file of rows, or --harness with a task: one of the two.")
+    if harness:
+        _by_harness(run, harness, harness_limit, harness_shots, harness_chat)
+        return
+    assert data is not None
     from luthier.cli._quality import show_quality
     from luthier.core import plain
     from luthier.training.evaluate import plain_scores
@@ -42,6 +64,21 @@ def command(
         show_quality(screen(), found.quality, rows="rows", answers=out or "--out FILE.csv shows them", more="--json")
     screen().headline("\n" + " · ".join(f"{name} {value:.4g}" for name, value in found.scores.items()))
     screen().show(f"{found.rows} rows of {data}{_left_out(found.left_out)}")
+
+
+def _by_harness(run: str, tasks: list[str], limit: int | None, shots: int | None, chat: bool) -> None:
+    from luthier.workflow.harness import harness
+
+    with screen().busy("asking"):
+        found = harness(run, tasks, limit=limit, shots=shots, chat=chat)
+    screen().result({"run": run, "scores": found.scores, "rows": found.rows, "harness": found.harness})
+    rows = [
+        (task, str(found.rows.get(task, "")), name, f"{value:.4g}")
+        for task, scores in found.scores.items()
+        for name, value in scores.items()
+    ]
+    screen().table(("task", "rows", "score", "value"), rows, right=("rows", "value"))
+    screen().show(f"lm-evaluation-harness {found.harness}")
 
 
 def _left_out(places: tuple[tuple[str, str], ...]) -> str:

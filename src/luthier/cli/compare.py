@@ -71,6 +71,18 @@ Search = Annotated[
         "luthier[search]). [default: grid]"
     ),
 ]
+Race = Annotated[
+    bool,
+    typer.Option(
+        "--race",
+        help="Race methods, sizes and rates: the worse half leaves at each rung, and the winner alone makes the final "
+        "runs. --tune-lr says how many rates. [default: 3]",
+    ),
+]
+BudgetWords = Annotated[
+    str | None,
+    typer.Option("--budget", metavar="WORDS", help="Of a race: minutes=20, memory=8GB, or both with a comma between."),
+]
 EngineName = Annotated[
     str,
     typer.Option("--engine", help="Who makes the runs: local, or ray (pip install luthier[ray]). [default: local]"),
@@ -105,6 +117,8 @@ def command_for(words: Sequence[str] = ()) -> Callable[..., None]:
         workers: Workers = 1,
         tune_lr: TuneLr = None,
         search: Search = "grid",
+        race: Race = False,
+        budget: BudgetWords = None,
         engine: EngineName = "local",
         out: Out = None,
         settings: Settings = None,
@@ -114,7 +128,13 @@ def command_for(words: Sequence[str] = ()) -> Callable[..., None]:
         changes = values_of(options, given) | settings_of(settings or [])
         if "data.source" not in changes:
             raise UsageError("compare: no rows. Name them: --data FILE, or --data sample:trec6 to begin with.")
-        _compare(model, method or [], changes, seeds, metric, margin, workers, tune_lr, search, engine, out)
+        if budget is not None and not race:
+            raise UsageError(
+                "--budget: is what a race may take. Add --race; without it every method makes the same steps, and "
+                "`luthier plan` says beforehand what each needs."
+            )
+        how = {"seeds": seeds, "metric": metric, "workers": workers, "tune_lr": tune_lr, "search": search}
+        _compare(model, method or [], changes, margin, out, (budget or "") if race else None, how | {"engine": engine})
 
     return as_verb(command, HELP, options)
 
@@ -123,8 +143,8 @@ command = command_for()
 
 
 def _compare(
-    model: str, methods: list[str], changes: dict[str, Any], seeds: int, metric: str, margin: float | None,
-    workers: int, tune_lr: int | None, search: str, engine: str, out: str | None,
+    model: str, methods: list[str], changes: dict[str, Any], margin: float | None, out: str | None,
+    budget: str | None, how: dict[str, Any],
 ) -> None:  # fmt: skip
     names = method_names(methods)
     for name in names:
@@ -134,17 +154,17 @@ def _compare(
         )  # fmt: skip
     if margin is not None and not 0 < margin < 1:
         raise ConfigError(f"--margin {margin:g}: a share between 0 and 1, such as 0.01.")
-    from luthier.comparison import compare, entrant_of
+    from luthier.comparison import budget_of, compare, entrant_of
 
     entrants = [entrant_of(name, read_word) for name in names]
     base = RunSpec.from_plain(overlay({"model": model, "data": {}}, changes))
     home = Path(out) if out is not None else _home(model, base.data.source)
     say = screen().say
     say(f"runs go to {home}; the same command goes on where it was stopped")
+    raced = None if budget is None else budget_of(budget.split(",") if budget else [])
     found = compare(
-        base, entrants, seeds=seeds, home=home, metric=metric, margin=margin, workers=workers,
-        threads=_threads(workers), tune_lr=tune_lr, search=search, engine=engine, say=say,
-    )  # fmt: skip
+        base, entrants, home=home, margin=margin, threads=_threads(how["workers"]), budget=raced, say=say, **how
+    )
     _show(found)
     screen().show(f"\nAll numbers: {home / 'comparison.json'}")
     screen().show(f"Report: luthier report {home}")

@@ -5,6 +5,10 @@ cells        one run for each method and seed, in a folder that its spec names
 one_run      what the process of one of them does
 tuning       the learning rate of each method, chosen on rows of the training half
 rates        what was tried and found there
+search       the ways to choose: a grid, halving, Optuna
+race         methods, sizes and rates within a budget
+worker       who works at cells; engines: how many and where
+table        the table as a file, the same bytes however the runs went
 verdict      who is best, who ties, what cannot be told, at what cost
 statistics   intervals, exact tests, corrections
 scores       scores of weighted rows
@@ -13,17 +17,20 @@ answers      what one run answered, row by row
 
 from luthier.comparison.answers import Answers, answers_of, clusters
 from luthier.comparison.cells import Entrant, entrant_of
+from luthier.comparison.race import Budget, budget_of
 from luthier.comparison.run import compare
 from luthier.comparison.statistics import flips, mcnemar, resample
 from luthier.comparison.verdict import Comparison, Costs, Standing
 
 __all__ = [
     "Answers",
+    "Budget",
     "Comparison",
     "Costs",
     "Entrant",
     "Standing",
     "answers_of",
+    "budget_of",
     "clusters",
     "compare",
     "entrant_of",

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from luthier.comparison.answers import Answers, answers_of, clusters
 from luthier.comparison.cells import Cell, Entrant, Failure, Said, Sweep, cells_of, finished
 from luthier.comparison.engines import check_engine, engine_named
-from luthier.comparison.rates import said_of
+from luthier.comparison.race import Budget, race
+from luthier.comparison.rates import Rates, said_of
 from luthier.comparison.scores import score_named
 from luthier.comparison.search import Asked, check_search, search_rates
 from luthier.comparison.statistics import LEAST_SEEDS, smallest_visible
@@ -36,6 +37,9 @@ from luthier.workflow.load_model import find_model, load_config
 
 __all__ = ["compare"]
 
+RACED_RATES = 3
+"""Rates of each method in a race where nobody says how many."""
+
 
 def compare(
     base: RunSpec,
@@ -49,6 +53,7 @@ def compare(
     threads: int | None = None,
     tune_lr: int | None = None,
     search: str = "grid",
+    budget: Budget | None = None,
     engine: str = "local",
     lease: float = LEASE,
     say: Callable[[str], None] = lambda line: None,
@@ -63,6 +68,8 @@ def compare(
         workers: runs at a time.
         tune_lr: learning rates that are tried for each method first, on rows of the training half.
         search: how these are chosen: grid, halving or optuna.
+        budget: race first: the methods at `tune_lr` rates each (3 where none is given), of which the worse half leaves
+            at each rung and whoever exceeds the budget; only the winner makes the final runs.
         engine: who computes the runs: local, processes of this machine; ray.
         lease: seconds without a sign of life after which a run may be taken over by another process.
 
@@ -96,9 +103,17 @@ def compare(
     )
     with _present(home, say), closing(sweep):
         asked = Asked(base, tuple(entrants), tune_lr or 0, data, metric)
-        rates, without = search_rates(search, asked, sweep, say, _announcing) if tune_lr else ({}, {})
-        optims = {e.name: rates_of(base, e, rates[e.name].factor) for e in entrants if e.name in rates}
-        racing = [e for e in entrants if e.name not in without]
+        rates: dict[str, Rates] = {}
+        without: dict[str, str] = {}
+        said: tuple[str, ...] = ()
+        if budget is not None:
+            won = race(replace(asked, n=tune_lr or RACED_RATES), budget, sweep, say, _announcing)
+            racing, said = [won.entrant], won.findings
+            optims = {won.entrant.name: rates_of(base, won.entrant, won.factor)}
+        else:
+            rates, without = search_rates(search, asked, sweep, say, _announcing) if tune_lr else ({}, {})
+            optims = {e.name: rates_of(base, e, rates[e.name].factor) for e in entrants if e.name in rates}
+            racing = [e for e in entrants if e.name not in without]
         cells = cells_of(base, racing, range(seeds), home, rates=optims)
         there = sum(finished(cell) for cell in cells)
         if there:
@@ -109,7 +124,7 @@ def compare(
         cells = sweep.placed(cells)
         runs = {e.name: tuple(str(c.path.relative_to(home)) for c in cells if c.entrant == e) for e in racing}
         found = _judge(cells, failures, without, data, metric, margin)
-        found = replace(found, runs=runs, rates=rates, findings=(*found.findings, *said_of(rates)))
+        found = replace(found, runs=runs, rates=rates, findings=(*said, *found.findings, *said_of(rates)))
         durable.write_json(home / "comparison.json", plain(found))
         durable.write_bytes(home / "table.csv", table_csv(found, cells, sweep.ledger))
     return found

@@ -1,0 +1,112 @@
+"""A sweep of 24 short cells with a random worker killed every few seconds, on both executors, and an undisturbed one.
+
+    python benchmarks/killed_sweep.py                       local and ray, a kill every 20 seconds
+    python benchmarks/killed_sweep.py --every 5 --engine local
+
+Killed are the process of a run, the process that it was forked from, a process of Ray, or the driver itself, which is
+then called again with the same words. The tables are compared byte for byte, and it is counted that no cell was
+computed again after its result stood.
+"""
+
+import argparse
+import csv
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+METHODS = ("head_only", "bitfit", "ia3", "lora:rank=2", "lora:rank=4", "layernorm_tuning", "vera", "hadamard_adapter")
+SEEDS = 3
+
+
+def rows(path: Path) -> Path:
+    draw = random.Random(0)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("text", "label"))
+        for i in range(200):
+            label = ("good", "bad", "odd")[i % 3]
+            writer.writerow((" ".join([*draw.choices(("how", "far", "is", "the", "moon", "sun"), k=6), label]), label))
+    return path
+
+
+def command(data: Path, home: Path, engine: str, steps: int) -> list[str]:
+    return [
+        sys.executable, "-m", "luthier", "compare", "sample:minilm-l6", "--data", str(data), "--method",
+        ",".join(METHODS), "--seeds", str(SEEDS), "--steps", str(steps), "--batch", "8", "--threads", "1",
+        "--precision", "fp32", "--workers", "2", "--engine", engine, "--out", str(home),
+    ]  # fmt: skip
+
+
+def struck(driver: subprocess.Popen[bytes], draw: random.Random) -> str:
+    """Kill one process of the sweep; what it was."""
+    mine = psutil.Process(driver.pid)
+    below = [p for p in mine.children(recursive=True) if "luthier.runs.forkserver" in " ".join(p.cmdline())]
+    tasks = [p for p in mine.children(recursive=True) if p.name().startswith("ray::")]
+    kind, chosen = draw.choice(
+        [("driver", mine), *(("worker", p) for p in below), *(("task of ray", p) for p in tasks)]
+    )
+    chosen.send_signal(signal.SIGKILL)
+    return kind
+
+
+def disturbed(words: list[str], every: float, draw: random.Random) -> dict[str, int]:
+    kills: dict[str, int] = {}
+    while True:
+        with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as driver:
+            while driver.poll() is None:
+                until = time.monotonic() + every
+                while driver.poll() is None and time.monotonic() < until:
+                    time.sleep(0.1)
+                if driver.poll() is None:
+                    try:
+                        kind = struck(driver, draw)
+                        kills[kind] = kills.get(kind, 0) + 1
+                    except psutil.NoSuchProcess:
+                        continue
+            assert driver.stderr is not None
+            said = driver.stderr.read().decode()
+        if driver.returncode == 0:
+            return kills
+        if driver.returncode != -signal.SIGKILL:
+            raise SystemExit(said)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--every", type=float, default=20.0, help="seconds between two kills")
+    parser.add_argument("--engine", choices=("local", "ray"), action="append")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        data = rows(home / "rows.csv")
+        subprocess.run(command(data, home / "whole", "local", given.steps), check=True, capture_output=True)
+        whole = (home / "whole" / "table.csv").read_bytes()
+        print(f"undisturbed: {len(whole.splitlines()) - 1} cells")
+        for engine in given.engine or ("local", "ray"):
+            out = home / engine
+            kills = disturbed(command(data, out, engine, given.steps), given.every, random.Random(given.seed))
+            results = len(list((out / "ledger" / "results").glob("*.json")))
+            late = len(list((out / "ledger" / "discarded").glob("*.json")))
+            attempts = len(list((out / "ledger" / "claims").iterdir()))
+            same = (out / "table.csv").read_bytes() == whole
+            print(
+                f"{engine}: {sum(kills.values())} kills ({', '.join(f'{n} of a {k}' for k, n in kills.items())}), "
+                f"{attempts} attempts at {results} cells, {late} late answers; "
+                f"the same table: {'yes' if same else 'NO'}"
+            )
+            if not same:
+                raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

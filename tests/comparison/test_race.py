@@ -1,0 +1,82 @@
+"""A race: who leaves and why is written down before the next rung, and a race that was killed keeps its decisions."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from races import base_in, here
+
+from luthier.cli._main import main
+from luthier.comparison import Budget, budget_of, compare, entrant_of, statistics
+from luthier.comparison import race as race_file
+from luthier.comparison import run as run_file
+from luthier.comparison.cells import cells_of
+from luthier.comparison.race import _decide, _Rung
+from luthier.comparison.tuning import Trial
+from luthier.core import ConfigError
+from luthier.core.config import read_word
+
+
+@pytest.fixture(autouse=True)
+def _fewer_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "DRAWS", 100)
+
+
+def test_the_worse_half_leaves_and_a_killed_race_keeps_its_decisions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, done, lines = replace(base_in(tmp_path), steps=8), list[str](), list[str]()
+    entrants = [entrant_of(name, read_word) for name in ("bitfit", "lora:rank=2")]
+    monkeypatch.setattr(run_file, "engine_named", here(done))
+
+    def once() -> tuple[str, ...]:
+        return compare(
+            base, entrants, seeds=1, home=tmp_path / "r", tune_lr=2, budget=Budget(), say=lines.append
+        ).findings
+
+    first = once()
+    told = json.loads((tmp_path / "r" / "race.json").read_text())
+    assert [len(d["kept"]) for d in told["decisions"]] == [2, 1, 1] and len(told["candidates"]) == 4
+    assert len(done) == 4 + 2 + 1 + 1, "the winner alone reads the test half"
+    assert first[0].startswith("The race of 4 candidates was won by ") and len(told["decisions"][0]["left"]) == 2
+    assert all("behind" in why and "rows move a score" in why for why in told["decisions"][0]["left"].values())
+    told["decisions"][1]["kept"] = told["decisions"][0]["kept"][1:]  # as another clock would have decided
+    told["decisions"] = told["decisions"][:2]
+    (tmp_path / "r" / "race.json").write_text(json.dumps(told))
+    assert f"won by {told['decisions'][1]['kept'][0]}" in once()[0], "what was decided holds"
+    with pytest.raises(ConfigError, match="a race of others"):
+        compare(base, entrants[:1], seeds=1, home=tmp_path / "r", tune_lr=2, budget=Budget())
+
+
+def test_whoever_exceeds_the_budget_leaves_and_is_told_by_how_much(tmp_path: Path) -> None:
+    base = base_in(tmp_path)
+    entrants = [entrant_of(name, read_word) for name in ("bitfit", "ia3", "lora", "vera")]
+    trials = {e.name: Trial(cells_of(base, [e], [0], tmp_path)[0], 1.0) for e in entrants}
+    peaks = {"bitfit": 1_000, "ia3": 3_000_000_000, "lora": 2_000, "vera": 1_500}
+    scores = {"bitfit": 0.9, "ia3": 0.99, "lora": 0.85, "vera": 0.2}
+    told = {n: {"scores": {"accuracy": scores[n]}, "peak_bytes": peaks[n]} for n in trials}
+    rung = _Rung(0.25, seconds=60.0, ahead=40.0, rows=500)
+    found = _decide(rung, told, {}, "accuracy", Budget(minutes=10, memory=1_000_000_000), trials)
+    assert found.kept == ("bitfit", "lora") and set(found.left) == {"ia3", "vera"}
+    assert "2.00 GB more than the budget" in found.left["ia3"] or "2.0 GB more" in found.left["ia3"]
+    assert "would have to learn faster later" in found.left["vera"]
+    found = _decide(rung, told, {}, "accuracy", Budget(minutes=2), trials)
+    assert found.kept == ("ia3",) and "the budget is 2 minutes" in found.left["bitfit"]
+    near = _decide(rung, {**told, "lora": {"scores": {"accuracy": 0.895}}}, {}, "accuracy", Budget(), trials)
+    assert near.kept == ("ia3", "bitfit") and "another seed may have kept it" in near.left["lora"]
+    failed = _decide(rung, {**told, "lora": None}, {"lora": "no such file"}, "accuracy", Budget(), trials)
+    assert failed.left["lora"] == "it failed: no such file" and failed.scores["lora"] is None
+
+
+@pytest.mark.parametrize("word", ["minutes", "minutes=0", "memory=8", "memory=8TB", "steps=3", "minutes=soon"])
+def test_a_budget_that_is_none_is_refused(word: str) -> None:
+    assert budget_of(["minutes=1.5", "memory=500MB"]) == Budget(minutes=1.5, memory=500_000_000)
+    with pytest.raises(ConfigError, match="write minutes=20 or memory=8GB"):
+        budget_of([word])
+
+
+def test_a_budget_without_a_race_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["compare", "sample:minilm-l6", "--data", "sample:trec6", "--method", "lora", "--budget", "minutes=1"]
+    assert main(words) == 2 and "Add --race" in capsys.readouterr().err
+    assert race_file.FILE == "race.json"

@@ -1,6 +1,7 @@
 """A comparison from its cells to its words, on tiny runs."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -171,3 +172,45 @@ def test_where_nothing_has_a_result_the_reasons_are_the_error(tmp_path: Path, mo
     monkeypatch.setattr(run_file, "engine_named", here([], fail="ia3"))
     with pytest.raises(LuthierError, match="ia3: it may not"):
         compare(base_in(tmp_path), [Entrant("ia3", "ia3", {})], seeds=1, home=tmp_path / "r")
+
+
+def test_where_a_baseline_wins_the_headline_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    base = base_in(tmp_path)
+    monkeypatch.setattr(run_file, "engine_named", here([]))
+    words = ["compare", base.model, "--data", base.data.source, "--method", "bitfit", "--seeds", "1", "--steps", "1"]
+    assert main([*words, "--precision", "fp32", "--threads", "1", "--out", str(tmp_path / "r")]) == 0
+    said = next(line for line in capfd.readouterr().out.splitlines() if line)
+    assert (
+        said.startswith("No method beats always answering 'good'")
+        and "Train longer, with other rates, or on more rows" in said
+    )
+    assert main(["report", str(tmp_path / "r"), "--format", "md"]) == 0
+    assert "No method beats always answering" in capfd.readouterr().out.split("\n\n")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["worker", "--ledger", "nowhere"], "holds no ledger"),
+        (["compare", "m", "--data", "d", "--method", "lora", "--engine", "rai"], "Did you mean 'ray'"),
+        (["compare", "m", "--data", "d", "--method", "lora", "--tune-lr", "3", "--search", "tpe"], "grid, halving"),
+    ],
+)
+def test_who_cannot_work_is_told_why(words: list[str], said: str, capfd: pytest.CaptureFixture[str]) -> None:
+    words = [*words, "--out", "runs/none"] if words[0] == "compare" else words
+    words = ["sample:minilm-l6" if w == "m" else "sample:trec6" if w == "d" else w for w in words]
+    assert main(words) == 2 and said in capfd.readouterr().err
+
+
+def test_a_run_that_was_deleted_is_made_again_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, done = base_in(tmp_path), list[str]()
+    monkeypatch.setattr(run_file, "engine_named", here(done))
+    entrants = [entrant_of(name, read_word) for name in ("bitfit", "ia3")]
+    compare(base, entrants, seeds=1, home=tmp_path / "r")
+    before = (tmp_path / "r" / "table.csv").read_bytes()
+    gone = tmp_path / "r" / "cells" / done[0]
+    shutil.rmtree(gone)
+    compare(base, entrants, seeds=1, home=tmp_path / "r")
+    assert done == [done[0], done[1], done[0]] and (tmp_path / "r" / "table.csv").read_bytes() == before

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from luthier.runs.ledger import Claim, Ledger
 from luthier.runs.parent import end_with_the_parent
 from luthier.runs.spec import RunSpec
 
-__all__ = ["ERROR", "RESULT", "work"]
+__all__ = ["ERROR", "RESULT", "warm", "work"]
 
 ERROR = "luthier-error "
 RESULT = "luthier-result "
@@ -51,6 +51,25 @@ def work(home: str, id: str, n: int, lease: float) -> None:
     except KeyboardInterrupt:
         print(ERROR + json.dumps("interrupted"), flush=True)
         raise Interrupted("interrupted", signal.SIGINT) from None
+
+
+def warm(model: str) -> None:
+    """What every cell of a model would import for itself, and most of a short run's time: the code of its class.
+
+    Nothing is computed: a process that forks has no threads.
+    """
+    import torch
+    import transformers
+
+    from luthier.workflow.load_model import find_model, load_config, load_tokenizer, quiet
+
+    with suppress(ImportError):
+        import sklearn.feature_extraction.text
+        import sklearn.linear_model  # noqa: F401
+    source = find_model(model)
+    load_tokenizer(source)
+    with quiet(), torch.device("meta"):
+        transformers.AutoModel.from_config(load_config(source))
 
 
 def _trained(spec: RunSpec, n: int, until: float) -> dict[str, object]:

@@ -49,6 +49,7 @@ class Worker:
         self.ledger, self.said = ledger, said
         self.template = made if made is not None else template()
         self.now: Claim | None = None
+        self._warm: list[Any] = []  # models whose code the process to fork from has loaded
         self.stopping = False
 
     def work(self, wanted: Callable[[], Sequence[Entry]], go_on: Callable[[], bool]) -> int:
@@ -122,21 +123,24 @@ class Worker:
         """One attempt at one cell; whether it is settled now."""
         self.now = claim
         try:
-            outcome = self._outcome(claim)
+            outcome = self._outcome(claim, entry)
             return self._settled(claim, entry, outcome)
         finally:
             self.now = None
 
-    def _outcome(self, claim: Claim) -> Outcome:
+    def _outcome(self, claim: Claim, entry: Entry) -> Outcome:
         words: dict[str, Any] = {
             "home": str(self.ledger.home), "id": claim.id, "n": claim.n, "lease": self.ledger.lease,
         }  # fmt: skip
         try:
+            if entry.spec.get("model") not in self._warm:
+                self._warm.append(entry.spec.get("model"))
+                self.template.warm(one_run.__file__, "warm", {"model": entry.spec.get("model")})
             return self.template.run(one_run.__file__, "work", words, timeout_s=None)
         except ResourceError:  # the template itself was ended
             if not self.stopping:
                 self.template.close()
-                self.template = template()
+                self.template, self._warm = template(), []
             return Outcome(-signal.SIGKILL, "")
 
     def _settled(self, claim: Claim, entry: Entry, outcome: Outcome) -> bool:

@@ -80,7 +80,6 @@ class Template:
         Raises:
             ResourceError: the template itself has ended.
         """
-        assert self._process.stdin is not None and self._process.stdout is not None
         request = {
             "file": str(file),
             "function": function,
@@ -88,6 +87,10 @@ class Template:
             "fault": fault,
             "timeout_s": timeout_s,
         }
+        return Outcome(**self._ask(request))
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
@@ -100,7 +103,16 @@ class Template:
             self._fork = None
         if not answer:
             raise ResourceError("the template process has ended; its output above says why. Start a new Template.")
-        return Outcome(**json.loads(answer))
+        told: dict[str, Any] = json.loads(answer)
+        return told
+
+    def warm(self, file: str | Path, function: str, arguments: Mapping[str, Any]) -> None:
+        """Call a function in the template itself: what it imports, every later fork has. What it raises is its own.
+
+        Raises:
+            ResourceError: the template has ended.
+        """
+        self._ask({"file": str(file), "function": function, "arguments": dict(arguments), "here": True})
 
     @property
     def at_work(self) -> bool:
@@ -170,6 +182,11 @@ def serve() -> None:
     loaded: dict[str, ModuleType] = {}
     for line in sys.stdin:
         request = json.loads(line)
+        if request.get("here"):
+            with contextlib.suppress(Exception), contextlib.redirect_stdout(sys.stderr):
+                getattr(_load(request["file"], loaded), request["function"])(**request["arguments"])
+            print(json.dumps({"pid": None}), json.dumps({}), sep="\n", flush=True)
+            continue
         with tempfile.TemporaryFile() as output:
             module = _load(request["file"], loaded)
             pid = os.fork()

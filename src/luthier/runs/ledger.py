@@ -198,14 +198,13 @@ class Ledger:
         Raises:
             ResourceError: the disk does not let go of it.
         """
-        for part in ("results", "failures"):
-            path = self.path / part / f"{id}.json"
-            if path.exists():
-                durable.remove(path)
+        paths = [self.path / part / f"{id}.json" for part in ("results", "failures")]
+        there = [path for path in paths if path.exists()]
+        for path in there:
+            durable.remove(path)
         n, told = self._last(id)
-        if (n and told.get("state") == "held" and self._dead(self._file(id, n), told)) or (
-            n and told.get("state") == "ended"
-        ):
+        lost = told.get("state") == "held" and self._dead(self._file(id, n), told)
+        if n and (there or lost or told.get("state") == "ended"):  # who has settled it does not hold it any more
             self._end(Claim(id, n, self._file(id, n)), "released")
 
     # --- claims

@@ -10,6 +10,7 @@ import pytest
 import torch
 from in_memory import Runs, alike
 from little import Heard, little_data, little_spec
+from rollout_runs import TINY, WIDE, spec_of, view_of
 from tiny import tiny
 
 from luthier.core import ConfigError, DataError, IntegrityError, ModelError, NothingTrains, UnknownName
@@ -27,31 +28,11 @@ from luthier.workflow.resume_proof import run_digests
 
 torch.set_num_threads(1)
 GRPO, RLOO = STRATEGIES.get("grpo"), STRATEGIES.get("rloo")
-WIDE = BatchSpec(size=6, tokens=4096)
-TINY = {"reward": "length", "samples": 3, "new_tokens": 4, "words": 3}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     return Runs(tmp_path_factory.mktemp("rollouts"))
-
-
-def view_of(runs, name="grpo", method="lora", more="", **values):
-    """A loop before its first step, its strategy and its course; answers are written."""
-    given = {f"{name}.{k}": v for k, v in {**TINY, **values}.items()}
-    loop = runs.loop(name, method, f"llama-prompts{more}", values=given, batch=WIDE, steps=4)
-    loop.moments.start()
-    loop.moments.before_step(0, 4, 0)
-    ((one, course),) = loop.moments._asked
-    return loop, one, course
-
-
-def spec_of(home, name="grpo", **changes):
-    source = little_data(home / "turns.csv", kind="turns")
-    own = {f"{name}.{k}": v for k, v in {**TINY, **changes.pop("own", {})}.items()}
-    given = {"strategy": name, "steps": 4, "batch": BatchSpec(size=4, tokens=96), "trunk_dropout": "off"}
-    spec = little_spec(home, kind="llama", **{**given, "data": DataSpec(source=str(source)), **changes})
-    return dataclasses.replace(spec, settings=spec.settings | own)
 
 
 def moved(by=0.3, seed=3):

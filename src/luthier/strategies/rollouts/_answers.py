@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from luthier.data.batches import Batch
 from luthier.data.columns import Columns
 from luthier.data.examples import IGNORED, Examples
 from luthier.data.stop_tokens import stop_ids
-from luthier.strategies.rollouts._rewards import Asked, Rewards
+from luthier.strategies.rollouts._rewards import Asked
 from luthier.training.answers import positions_for_rows
 from luthier.training.course import Course
 from luthier.training.objective import Objective
@@ -142,10 +142,13 @@ def ledger_lines(
     return found
 
 
-def scored_answers(objective: Objective, batch: Batch, rewards: Rewards, most: int) -> Tensor:
+def scored_answers(
+    objective: Objective, batch: Batch, valued: Callable[..., tuple[list[float], list[float]]], most: int
+) -> Tensor:
     """Of each prompt: what its likeliest answer is worth, what the base's is, and the tokens of the first.
 
     Args:
+        valued: what answers and those of the base are worth: see `RolloutSettings.valued`.
         most: tokens of an answer.
 
     Returns:
@@ -163,14 +166,14 @@ def scored_answers(objective: Objective, batch: Batch, rewards: Rewards, most: i
             facts={n: v for n, v in batch.inputs.items() if n.startswith("row_")},
         )  # fmt: skip
 
-    def worth(answers: list[list[int]]) -> list[float]:
-        asked = asked_of(examples, batch.rows.tolist(), said, texts_of(objective.tokenizer, answers), columns)
-        return [rewards.total(values) for values in rewards(asked, columns)]
+    def asked(answers: list[list[int]]) -> list[Asked]:
+        return asked_of(examples, batch.rows.tolist(), said, texts_of(objective.tokenizer, answers), columns)
 
     own = written()
     with tuned.base_only():
         base = written()
-    return torch.tensor([*zip(worth(own), worth(base), map(float, map(len, own)), strict=True)])
+    first, second = valued(asked(own), asked(base), columns)
+    return torch.tensor([*zip(first, second, map(float, map(len, own)), strict=True)])
 
 
 def constant_groups(held: Mapping[str, Tensor], samples: int) -> Tensor:

@@ -109,6 +109,8 @@ class Rollouts(RolloutSettings):
         facts["constant"] = facts.get("constant", 0) + int(constant.sum())
         facts["cuts"] = facts.get("cuts", 0) + int(held["cut"].sum())
         facts["answers"] = facts.get("answers", 0) + len(lines)
+        most, least = float(held["reward"].max()), float(held["reward"].min())
+        facts["most"], facts["least"] = max(facts.get("most", most), most), min(facts.get("least", least), least)
         facts["idle"] = self._nothing(held, constant)
         facts["notes"] = self._numbers(held, constant)
         course.memory.tensors.clear()
@@ -264,7 +266,7 @@ class Rollouts(RolloutSettings):
 
     def scored(self, objective: Objective, batch: Batch) -> Tensor:
         """Of each prompt (prompts, 3): see `scored_answers`."""
-        return scored_answers(objective, batch, self.rewards, self.new_tokens)
+        return scored_answers(objective, batch, self.valued, self.new_tokens)
 
     def finish(self, course: Course) -> None:
         facts = course.memory.facts
@@ -273,6 +275,10 @@ class Rollouts(RolloutSettings):
             course.say(
                 f"{constant} of {groups} prompts had answers of one reward alone, from which nothing is learnt; more "
                 "samples, a higher temperature or a reward of more steps would tell them apart"
+            )
+        if facts.get("most") == facts.get("least"):
+            course.say(
+                f"No result: every answer got the reward {facts.get('most', 0.0):g}, so none is better than another"
             )
         if facts.get("cuts"):
             how = {"keep": "learnt as others are", "mask": "not learnt from", "penalty": f"less {self.cut_penalty:g}"}

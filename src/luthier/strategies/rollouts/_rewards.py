@@ -15,37 +15,17 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from luthier.core import ConfigError, DataError, UnknownName, near
 from luthier.data.columns import Columns
-from luthier.data.encode_language import conversation_before, prompt_messages
-from luthier.data.rows import Table
 from luthier.runs import RunFolder
 from luthier.runs.spec import RunSpec
+from luthier.strategies.rollouts._reward_runs import Asked, one_base, rewards_by_run
 from luthier.surgery import Tuned, read_tuning, tuning_files
 from luthier.workflow.load_model import find_model
 
 __all__ = ["Asked", "Rewards", "digests", "needs_response", "parts_of", "rewards_of"]
 
-_NOTHING = "…"  # what a run that learnt rewards is shown in place of an empty answer
 _NUMBER = re.compile(r"-?\d+(?:[.,]\d+)*")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """One answer to one row.
-
-    Attributes:
-        row: of the table, as it was read. place: where it stands, such as `sums.csv:3`.
-        right: what the row says is right, where it has a column for it.
-    """
-
-    prompt: str
-    answer: str
-    row: dict[str, Any]
-    place: str
-    right: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +77,7 @@ def needs_response(words: str) -> list[str]:
     return [part.name for part in parts_of(words) if part.name in ("exact_match", "contains", "numeric")]
 
 
-def digests(words: str) -> dict[str, str]:
+def digests(words: str, usual: str = "reward") -> dict[str, str]:
     """Of every run and file among the rewards: a resumed run is held to them.
 
     Raises:
@@ -112,7 +92,7 @@ def digests(words: str) -> dict[str, str]:
             if not path.is_file():
                 raise ConfigError(f"reward: there is no file {path}. Name one with a function reward(prompt, answer).")
             found[part.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-            _function(part.name)
+            _function(part.name, usual)
         else:
             found[part.name] = _run_digest(path)
     return found
@@ -187,10 +167,10 @@ NAMED: dict[str, Callable[[Asked, int, str], float]] = {
 # --- a file of the user's own -----------------------------------------------------------------------------------------
 
 
-def _function(name: str) -> Callable[..., Any]:
+def _function(name: str, usual: str = "reward") -> Callable[..., Any]:
     """The function of my_reward.py, or of my_reward.py:other. The file is run: the user has named it as code."""
     file, colon, inner = name.partition(".py:")
-    path, wanted = Path(file + (".py" if colon else "")).expanduser(), inner or "reward"
+    path, wanted = Path(file + (".py" if colon else "")).expanduser(), inner or usual
     spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -219,10 +199,13 @@ class Rewards:
     words: int
     pattern: str
     seconds: float
+    judge: str = ""
     runs: dict[str, Any] = field(default_factory=dict)
     settled: int = 0
 
     def __post_init__(self) -> None:
+        if self.judge:
+            self.runs[self.judge] = _function(self.judge, "prefers")
         for part in self.parts:
             if part.name in NAMED:
                 continue
@@ -255,8 +238,30 @@ class Rewards:
         Raises:
             DataError: a reward fails, is no finite number, or takes too long; names reward, row and answer.
         """
+        if not self.parts:
+            return [[] for _ in asked]
         found = [self._one(part.name, asked, columns) for part in self.parts]
         return [list(values) for values in zip(*found, strict=True)]
+
+    def preferred(self, first: Sequence[Asked], second: Sequence[Asked], columns: Columns) -> list[float]:
+        """How likely each first answer is preferred to the second, 0 to 1: by the judge, or by their rewards."""
+        if not self.judge:
+            a, b = ([self.total(values) for values in self(asked, columns)] for asked in (first, second))
+            return [1 / (1 + math.exp(min(700.0, y - x))) for x, y in zip(a, b, strict=True)]
+        ask = self.runs[self.judge]
+        found = []
+        for one, other in zip(first, second, strict=True):
+            there, back = (
+                self._guarded(self.judge, x, partial(ask, x.prompt, x.answer, y.answer, dict(x.row)))
+                for x, y in ((one, other), (other, one))
+            )
+            if not (0 <= there <= 1 and 0 <= back <= 1):
+                raise DataError(
+                    f"judge {self.judge}: of {one.place} it says {there:g} and {back:g}, which are no chances. Give 0 "
+                    "to 1."
+                )
+            found.append((there + 1 - back) / 2)
+        return found
 
     def total(self, values: Sequence[float]) -> float:
         """The weighted sum of one answer's rewards."""
@@ -267,7 +272,7 @@ class Rewards:
             return [self._guarded(name, one, partial(NAMED[name], one, self.words, self.pattern)) for one in asked]
         run = self.runs[name]
         if hasattr(run, "tuned"):
-            return _by_run(name, run, asked, columns)
+            return rewards_by_run(name, run, asked, columns)
         return [self._guarded(name, one, partial(run, one.prompt, one.answer, dict(one.row))) for one in asked]
 
     def _guarded(self, name: str, one: Asked, ask: Callable[[], Any]) -> float:
@@ -288,9 +293,10 @@ class Rewards:
 
 
 @lru_cache(maxsize=4)
-def rewards_of(reward: str, words: int, pattern: str, seconds: float) -> Rewards:
+def rewards_of(reward: str, words: int, pattern: str, seconds: float, judge: str = "") -> Rewards:
     """The rewards that settings name; a run among them is loaded once a process."""
-    return Rewards(parts=parts_of(reward), words=words, pattern=pattern, seconds=seconds)
+    parts = () if judge else parts_of(reward)
+    return Rewards(parts=parts, words=words, pattern=pattern, seconds=seconds, judge=judge)
 
 
 def _within(seconds: float, ask: Callable[[], Any]) -> Any:
@@ -332,59 +338,3 @@ def _alarm(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-# --- a run that learnt rewards ----------------------------------------------------------------------------------------
-
-
-def _by_run(name: str, run: Any, asked: Sequence[Asked], columns: Columns) -> list[float]:
-    """The numbers that a run gives prompts with answers, in its own columns, template and tokens."""
-    theirs: Columns = run.columns
-    assert theirs.chosen is not None, "a reward is learnt of pairs"
-    rows: list[dict[str, Any]] = []
-    for one in asked:
-        table = Table([dict(one.row)], [one.place], name)
-        if theirs.prompt is None or columns.prompt is None:
-            messages = (
-                prompt_messages(table, 0, columns, False) if columns.prompt else conversation_before(one.row, columns)
-            )
-            rows.append({theirs.chosen: [*messages, {"role": "assistant", "content": one.answer or _NOTHING}]})
-            continue
-        cells = {
-            getattr(theirs, r): one.row.get(getattr(columns, r) or "")
-            for r in ("prompt", "context", "system", "history")
-        }
-        rows.append({**{c: v for c, v in cells.items() if c is not None}, theirs.chosen: one.answer or _NOTHING})
-    found = run.rows(Table(rows, [one.place for one in asked], name))
-    for one, answer in zip(asked, found, strict=True):
-        value = answer.get("value", math.nan)
-        if "refused" in answer or not math.isfinite(value):
-            why = answer.get("refused", f"is {value}, no finite number")
-            raise DataError(
-                f"reward {name}: of {one.place}, for the answer {one.answer[:80]!r}: {why}. Use shorter prompts or "
-                "new_tokens, or another reward run."
-            )
-    return [float(answer["value"]) for answer in found]
-
-
-def one_base(model: Any, tuned: Tuned) -> tuple[int, int]:
-    """Let a model beside the policy use the policy's frozen numbers where they are the same, bit for bit.
-
-    Returns:
-        how many numbers it shares now, and how many are its own.
-    """
-    if any(part.trains_base for tuning in tuned.tunings.values() for part in tuning.method.parts()):
-        return 0, sum(p.numel() for p in model.parameters())
-    trained = {id(p) for p in tuned.trained().values()}
-    # Names below the trunk: `model.layers...` of a language model are those of a classifier too.
-    ours = {name: p for name, p in tuned.model.named_parameters() if id(p) not in trained}
-    shared = own = 0
-    for name, parameter in model.named_parameters():
-        other = ours.get(name)
-        alike = other is not None and other.dtype == parameter.dtype and other.device == parameter.device
-        if other is not None and alike and torch.equal(other, parameter):
-            parameter.data = other.data
-            shared += parameter.numel()
-        else:
-            own += parameter.numel()
-    return shared, own

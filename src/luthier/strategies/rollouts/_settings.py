@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -14,7 +15,7 @@ from luthier.data.columns import Columns
 from luthier.data.order import ChosenOrder, Order, shuffled
 from luthier.data.sets import Sets
 from luthier.runs.spec import RunSpec
-from luthier.strategies.rollouts._rewards import Rewards, digests, needs_response, parts_of, rewards_of
+from luthier.strategies.rollouts._rewards import Asked, Rewards, digests, needs_response, parts_of, rewards_of
 from luthier.surgery import Method
 from luthier.training.preference import Weighing
 from luthier.training.strategy import Strategy, fills
@@ -53,13 +54,22 @@ class RolloutSettings(Weighing):
         return True
 
     @property
+    def _judge(self) -> str:
+        """A file that says which of two answers is better, where there may be one."""
+        return str(getattr(self, "judge", ""))
+
+    @property
     def parts(self) -> int:
         """Steps in which each answer is learnt from once."""
         return 1
 
     def check(self, spec: RunSpec) -> None:
-        digests(self.reward)  # refuses what is none
-        names = {part.name for part in parts_of(self.reward)}
+        if self._judge and self.reward:
+            raise ConfigError(f"{self.name}: both a judge and rewards are named. Name one of them.")
+        if self._judge and ".py" not in self._judge:
+            raise ConfigError(f"{self.name}.judge is {self._judge!r}. Name a file with a function: my_judge.py.")
+        digests(self.reward or self._judge, "reward" if self.reward else "prefers")  # refuses what is none
+        names = {part.name for part in parts_of(self.reward or self._judge)}
         if (self.pattern == "") == bool({"regex", "format"} & names):
             which = "regex or format wants a pattern" if self.pattern == "" else "only regex and format read it"
             raise ConfigError(f"{self.name}.pattern is {self.pattern!r}: {which}. Set both, or leave both out.")
@@ -81,14 +91,14 @@ class RolloutSettings(Weighing):
             )
 
     def holds(self, columns: Columns) -> dict[str, str]:
-        wanting = needs_response(self.reward)
+        wanting = needs_response(self.reward or self._judge)
         if wanting and columns.response is None:
             raise ConfigError(
                 f"{self.name}.reward: {wanting[0]} compares with what is right, and the rows have no column for it. "
                 "Name one, such as --response answer, or take another reward."
             )
         rewards_of.cache_clear()  # what was loaded for another run may have changed since
-        return digests(self.reward)
+        return digests(self.reward or self._judge, "reward" if self.reward else "prefers")
 
     def conflicts(self, other: Strategy | Method) -> str | None:
         if isinstance(other, Method) and other.looks_at_data:
@@ -102,7 +112,12 @@ class RolloutSettings(Weighing):
     @property
     def rewards(self) -> Rewards:
         """What gives answers their rewards."""
-        return rewards_of(self.reward, self.words, self.pattern, self.reward_seconds)
+        return rewards_of(self.reward, self.words, self.pattern, self.reward_seconds, self._judge)
+
+    def valued(self, own: Sequence[Asked], base: Sequence[Asked], columns: Columns) -> tuple[list[float], list[float]]:
+        """What answers are worth in the scores, and what those of the base are."""
+        first, second = ([self.rewards.total(v) for v in self.rewards(asked, columns)] for asked in (own, base))
+        return first, second
 
     def order(self, usual: Order, sets: Sets, spec: RunSpec) -> Order:
         k, parts = self.updates * self.parts, self.parts

@@ -60,6 +60,8 @@ def test_a_trace_reads_back_from_its_text_and_from_its_steps():
     text = [said(step) + (f"\nObservation 1: {step.observation}" if step.action else "") for step in TRACE.steps]
     plain = Trace(TRACE.question, (TRACE.steps[0], TRACE.steps[2]))
     assert read("\n".join([text[0], text[2]])) == plain
+    bare = read("Action: search[x]\nObservation: y\nAnswer: z")
+    assert [(step.observation, step.answer) for step in bare.steps] == [("y", ""), ("", "z")]
     steps = [
         {"thought": "look it up", "action": "search[Moby [Dick]]", "observation": "a novel"},
         {

@@ -160,7 +160,8 @@ def _text_steps(text: str, where: str) -> list[tuple[Mapping[str, Any], str]]:
         end = headings[number].start() if number < len(headings) else len(text)
         name, held = heading[1].lower(), text[heading.end() : end].strip()
         # The order within a step is that of the fields: whatever would go back begins the next one.
-        if not steps or any(FIELDS.index(other) >= FIELDS.index(name) for other in steps[-1]):
+        back = any(FIELDS.index(other) >= FIELDS.index(name) for other in (steps[-1] if steps else ()))
+        if not steps or back or (name == "answer" and "action" in steps[-1]):
             steps.append({})
         steps[-1][name] = held
     return [(step, f"{where}, step {number}") for number, step in enumerate(steps, 1)]

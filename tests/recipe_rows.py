@@ -7,8 +7,11 @@ from typing import Any
 
 from little import little_data, little_model, little_spec
 
+from luthier.data.reflection import TOKENS
 from luthier.runs.spec import DataSpec, OptimSpec
 from luthier.workflow import merge, train
+from luthier.workflow.load_model import find_model, load_tokenizer
+from luthier.workflow.more_tokens import add_tokens
 
 __all__ = ["ROWS", "write_lines"]
 
@@ -103,6 +106,28 @@ def found(home: Path) -> dict[str, Any]:
     return given | {"method": "lora", "settings": settings}
 
 
+def reflected(home: Path) -> dict[str, Any]:
+    asked(home)
+    model = home / "llama-reflects"
+    if not model.exists():
+        add_tokens(str(little_model(home / "llama", "llama")), TOKENS, model)
+    words = ("sun", "moon", "cat", "dog", "paris", "rome", "city", "red")
+    rows = [
+        {
+            "question": f"how {'far ' * (i // 8)}is the {words[i % 8]}",
+            "answer": words[i % 8 - 3],
+            "utility": 5 if i % 3 else 2,
+            **({"passage": str(i % 8), "relevant": True, "support": "full"} if i % 2 == 0 else {}),
+        }
+        for i in range(40)
+    ]
+    vocabulary = load_tokenizer(find_model(str(model))).get_vocab()
+    ids = [vocabulary[token] for token in TOKENS]
+    settings = {"self_rag.documents": str(home / "documents.jsonl"), "trainable_tokens.tokens": ids, "lora.rank": 2}
+    data = DataSpec(source=str(write_lines(home / "judged.jsonl", rows)))
+    return {"model": str(model), "data": data, "method": "trainable_tokens+lora", "settings": settings}
+
+
 def entities(home: Path) -> dict[str, Any]:
     words = ("paris", "rome", "cat", "dog", "moon")
     rows = [
@@ -123,6 +148,7 @@ ROWS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "rlaif": labelled_by_a_model,
     "ra_dit": found,
     "raft": asked,
+    "self_rag": reflected,
     "instruct_uie": entities,
     "self_instruct": answers,
 }

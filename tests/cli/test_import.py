@@ -100,3 +100,28 @@ def test_what_cannot_be_read_is_refused_and_nothing_is_written(luthier: Call, ad
     weights.unlink()
     facts.write_text(told)
     refused("adapter_model.safetensors", 3)
+
+
+def test_an_adapter_of_another_kind_becomes_the_nearest_lora_and_it_is_said_how_near(
+    luthier: Call, llama: Path
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(llama)
+    config = peft.LoHaConfig(r=4, alpha=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    adapter = _adapter(base, llama.parent / "loha", config, llama)
+    found = luthier("import", adapter, "--out", "thin", "--as", "lora", "--rank", 16, "--json")
+    assert found.code == 0, found.err
+    assert found.json["method"] == "loha, as LoRA of rank 16"  # of rank 4 times 4, so it is the same
+    assert "off by" in found.json["notes"][-1]
+    facts = json.loads(Path("thin/tuning.json").read_text())
+    assert facts["method"] == "lora"
+    near = luthier("import", adapter, "--out", "thinner", "--as", "lora", "--rank", 2, "--json")
+    assert "which is near it and not the same" in near.json["method"]
+    for words, told in (
+        (("--as", "dora", "--rank", 2), "--as dora: lora is what"),
+        (("--as", "lora"), "go together"),
+        (("--rank", 2), "go together"),
+        (("--as", "lora", "--rank", 0), "must be 1 or more"),
+    ):
+        wrong = luthier("import", adapter, "--out", "wrong", *words)
+        assert wrong.code == 2 and told in wrong.err
+    assert not Path("wrong").exists()

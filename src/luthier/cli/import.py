@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from luthier.cli._output import screen
+from luthier.cli._rank import rank_asked
 from luthier.cli._shared_options import AsJson
 from luthier.core import human_bytes
 
@@ -17,6 +18,10 @@ def command(
     adapter: Annotated[str, typer.Argument(help="A folder with adapter_config.json and adapter_model.safetensors.")],
     out: Annotated[str, typer.Option(help="The folder to write; it must not exist.")],
     model: Annotated[str | None, typer.Option(help="Its base; left out, the one that the adapter names.")] = None,
+    as_: Annotated[
+        str | None, typer.Option("--as", help="lora: write a LoRA of --rank that is near the adapter, in its place.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Of the LoRA that --as lora writes.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Read what the peft library saved, and write it as a tuning; where peft is installed, both are compared.
@@ -24,16 +29,28 @@ def command(
     Examples:
 
       luthier import ./adapter --model ./llama-1b --out tuning
+
+      luthier import ./lokr --model ./llama-1b --out thin --as lora --rank 16
     """
     from luthier.workflow.import_peft import import_peft
 
-    found = import_peft(adapter, out, model=model)
+    found = import_peft(adapter, out, model=model, rank=rank_asked(as_, rank))
     sizes = {path.name: path.stat().st_size for path in sorted(found.path.iterdir())}
     line = f"luthier.load(model, {out!r})"
     screen().result(
-        {"path": out, "method": found.method, "model": found.model, "gap": found.gap, "bytes": sizes, "python": line}
+        {
+            "path": out,
+            "method": found.method,
+            "model": found.model,
+            "gap": found.gap,
+            "bytes": sizes,
+            "python": line,
+            "notes": found.notes,
+        }
     )
     screen().show(f"{out}: {found.method} on {found.model}, {human_bytes(sum(sizes.values()))}")
+    for note in found.notes:
+        screen().show(note)
     if found.gap is None:
         screen().say("peft is not installed here, so it was not compared with what peft computes")
     else:

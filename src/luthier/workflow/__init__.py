@@ -19,6 +19,9 @@ export           a finished run as files that peft reads
 formats          every format in which a run leaves, by name
 onnx_export      a graph of ONNX; onnx_reader computes it
 gguf_export      a file for llama.cpp; gguf_layout and gguf_vocabulary say how it stands there, gguf_reader computes it
+gguf_adapter     a LoRA for llama.cpp
+vllm_export      a LoRA for vLLM, within its limits
+as_lora          a LoRA in the place of a run's tuning
 look_at_rows     rows as the model will see them, before anything is trained
 reference        what the trained model computed of a few rows when training ended
 fresh            one way out of a run's folder, in a process of its own

@@ -42,7 +42,13 @@ __all__ = ["certify"]
 
 MOST_PROMPTS = 64
 # By which file a folder is known; the first that is there: a graph has a configuration beside it, too.
-KNOWN = {"model.onnx": "onnx", "model.gguf": "gguf", "adapter_config.json": "exported", "config.json": "merged"}
+KNOWN = {
+    "model.onnx": "onnx",
+    "model.gguf": "gguf",
+    "adapter.gguf": "gguf_adapter",
+    "adapter_config.json": "exported",
+    "config.json": "merged",
+}
 QUANTISED = 1.5  # times what the same codes move the base's logits
 
 

@@ -29,7 +29,7 @@ from luthier.workflow.finish import answers_csv
 from luthier.workflow.load_model import collator_of
 from luthier.workflow.prediction import Predictor
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "evaluate", "evaluator_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ def evaluate(path: Path | str, data: str, *, skip_bad: bool = False, out: Path |
     )  # fmt: skip
     examples = predictor.of_tasks(examples)
     refused = [(table.places[r["row"]], str(r["reason"])) for r in examples.ledger if r["status"] == "refused"]
-    evaluator = _evaluator(predictor, examples)
+    evaluator = evaluator_of(predictor, examples)
     with predictor.answering():
         found = evaluator.outputs()
         plainly = None
@@ -143,7 +143,8 @@ def _with_answers(table: Table, name: str | None, most: float) -> tuple[Table, S
     return table.take(i for i in range(len(table)) if i not in blank), places
 
 
-def _evaluator(predictor: Predictor, examples: Examples) -> Evaluator:
+def evaluator_of(predictor: Predictor, examples: Examples) -> Evaluator:
+    """What scores a loaded run on rows."""
     spec, task, model = predictor.spec, predictor.task, predictor.tuned.model
     objective = Objective(
         predictor.tuned,

@@ -23,6 +23,7 @@ from torch import Tensor
 from luthier.core import ConfigError, ResourceError
 from luthier.runs import durable
 from luthier.surgery import to_peft
+from luthier.surgery.low_rank import LowRank, told_of
 from luthier.trust import safetensors
 from luthier.workflow.certificate import FILE as CERTIFICATE
 from luthier.workflow.certificate import Step, certify_folder
@@ -30,7 +31,7 @@ from luthier.workflow.load_model import Source
 from luthier.workflow.merged_folder import last_with_bias
 from luthier.workflow.prediction import Predictor
 
-__all__ = ["Exported", "export_peft"]
+__all__ = ["Exported", "export_peft", "write_tokenizer"]
 
 TASK_TYPES = {
     "classification": ("SEQ_CLS", "AutoPeftModelForSequenceClassification"),
@@ -55,9 +56,14 @@ class Exported:
     line: str
     notes: tuple[str, ...]
     step: Step | None = None
+    shares: dict[str, float] | None = None
+    """of a LoRA near a tuning: the share of energy that it keeps at each place"""
 
 
-def export_peft(predictor: Predictor, folder: Path | str, *, accept: bool = False, check: bool = True) -> Exported:
+def export_peft(
+    predictor: Predictor, folder: Path | str, *, accept: bool = False, check: bool = True, low: LowRank | None = None,
+    look: Callable[[Path], None] = lambda folder: None,
+) -> Exported:  # fmt: skip
     """Write a run's tuning so that one line of peft reads it.
 
     Where peft is installed, it reads the folder in a fresh process first, and what it computes is compared with what
@@ -66,6 +72,8 @@ def export_peft(predictor: Predictor, folder: Path | str, *, accept: bool = Fals
     Args:
         accept: write the folder although it is not the model that was trained; its certificate says so.
         check: off, nothing is read back.
+        low: the predictor has a LoRA in the place of its tuning, and this is what became of that.
+        look: sees the folder before it is read back, and may refuse it.
 
     Raises:
         IntegrityError: read back, it is not the model that was trained.
@@ -92,17 +100,18 @@ def export_peft(predictor: Predictor, folder: Path | str, *, accept: bool = Fals
     try:
         whole = draft / target.name
         to_peft(predictor.tuned, whole, task_type=task_type, base=base, own=in_unit or (lambda name, value: value))
-        _write_tokenizer(predictor, whole)
+        write_tokenizer(predictor, whole)
         if local:
             _write_base(predictor, source, whole / "base")
         settings = getattr(predictor.tuned.model, "generation_config", None)
         if settings is not None:
             settings.save_pretrained(whole)
-        (whole / "README.md").write_text(_card(predictor, target.name, line, after_a_move, local), "utf-8")
+        (whole / "README.md").write_text(_card(predictor, target.name, line, after_a_move, local, low), "utf-8")
+        look(whole)
         if check and find_spec("peft") is not None:
             found = certify_folder(
                 predictor.path, "exported", whole, halves=False, in_unit=in_unit is not None, accept=accept,
-                shown=target,
+                shown=target, rough=low is not None and not low.exact,
             )  # fmt: skip
             durable.write_json(whole / CERTIFICATE, found.to_plain())
             step = found.steps[0]
@@ -149,13 +158,13 @@ def _lines(predictor: Predictor, target: Path, reader: str, local: bool) -> tupl
     return line, "\n".join(anywhere)
 
 
-def _card(predictor: Predictor, name: str, line: str, after_a_move: str, local: bool) -> str:
+def _card(predictor: Predictor, name: str, line: str, after_a_move: str, local: bool, low: LowRank | None) -> str:
     """What a reader of the folder needs to know."""
     task, base = predictor.task, predictor.tuned.model.config._name_or_path
     said = [
         "---", "library_name: peft", "---", "", f"# {name}", "",
-        f"A tuning of `{predictor.spec.model}` with {predictor.spec.method}, as peft reads it. The weights of the base "
-        "are not in it.", "",
+        f"A tuning of `{predictor.spec.model}` with {told_of(predictor.spec.method, low)}, as peft reads it. The "
+        "weights of the base are not in it.", "",
     ]  # fmt: skip
     if local:
         said += [
@@ -191,7 +200,8 @@ def _into_unit(predictor: Predictor) -> Callable[[str, Tensor], Tensor] | None:
     return own
 
 
-def _write_tokenizer(predictor: Predictor, folder: Path) -> None:
+def write_tokenizer(predictor: Predictor, folder: Path) -> None:
+    """The run's tokenizer, with the template of training."""
     tokenizer, stored = predictor.tokenizer, predictor.contract["template"]
     before = tokenizer.chat_template
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +29,25 @@ class Wanted:
     Attributes:
         accept: although it is not the model that was trained.
         dtype: of the weights; None, as the format has it.
+        rank: write a LoRA of this rank that is near the tuning; None, the tuning itself.
     """
 
     accept: bool = False
     dtype: str | None = None
+    rank: int | None = None
 
 
 def _peft(run: Path, folder: Path, wanted: Wanted) -> Exported:
     from luthier.workflow.export import export_peft
     from luthier.workflow.prediction import Predictor
 
-    return export_peft(Predictor(run), folder, accept=wanted.accept)
+    if wanted.rank is None:
+        return export_peft(Predictor(run), folder, accept=wanted.accept)
+    from luthier.workflow.as_lora import lora_of_run
+
+    found = lora_of_run(run, wanted.rank)
+    written = export_peft(found.predictor, folder, accept=wanted.accept, low=found.low)
+    return replace(written, notes=(*found.notes, *written.notes), shares=found.shares)
 
 
 def _merged(run: Path, folder: Path, wanted: Wanted) -> Exported:
@@ -71,11 +79,25 @@ def _gguf(run: Path, folder: Path, wanted: Wanted) -> Exported:
     return export_gguf(run, folder, dtype=wanted.dtype or "f16", accept=wanted.accept)
 
 
+def _gguf_adapter(run: Path, folder: Path, wanted: Wanted) -> Exported:
+    from luthier.workflow.gguf_adapter import export_gguf_adapter
+
+    return export_gguf_adapter(run, folder, rank=wanted.rank, accept=wanted.accept)
+
+
+def _vllm(run: Path, folder: Path, wanted: Wanted) -> Exported:
+    from luthier.workflow.vllm_export import export_vllm
+
+    return export_vllm(run, folder, rank=wanted.rank, accept=wanted.accept)
+
+
 FORMATS = {
-    "peft": Format("the tuning alone, as the peft library reads it", _peft),
+    "peft": Format("the tuning alone, as the peft library reads it", _peft, ("rank",)),
     "merged": Format("a model folder of transformers, as luthier merge writes it", _merged, ("dtype",)),
     "onnx": Format("a classifier or an encoder as a graph for onnxruntime", _onnx),
     "gguf": Format("the merged model as one file for llama.cpp", _gguf, ("dtype",)),
+    "gguf-adapter": Format("the tuning alone, as a LoRA for llama.cpp", _gguf_adapter, ("rank",)),
+    "vllm": Format("the tuning alone, as a LoRA for vLLM", _vllm, ("rank",)),
 }
 
 
@@ -93,6 +115,8 @@ def export(run: Path | str, folder: Path | str, *, to: str = "peft", **wanted: A
     if to not in FORMATS:
         raise UnknownName(f"--to {to}: no such format.{near(to, list(FORMATS))} There are {', '.join(FORMATS)}.")
     asked = Wanted(**wanted)
+    if asked.rank is not None and asked.rank < 1:
+        raise ConfigError(f"--rank {asked.rank}: must be 1 or more.")
     for name, value in plain(asked).items():
         if name != "accept" and value is not None and name not in FORMATS[to].takes:
             takers = ", ".join(other for other in FORMATS if name in FORMATS[other].takes)

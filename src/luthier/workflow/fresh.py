@@ -369,4 +369,5 @@ STEPS: dict[str, Callable[[Asked], Answer]] = {
 ELSEWHERE = {
     "onnx": "luthier.workflow.onnx_reader:answer",
     "gguf": "luthier.workflow.gguf_reader:answer",
+    "gguf_adapter": "luthier.workflow.gguf_reader:answer_of_adapter",
 }

@@ -15,6 +15,7 @@ from torch import Tensor
 from luthier.core import BadInput, ConfigError, IntegrityError, NothingTrains
 from luthier.surgery import from_peft, keyed
 from luthier.surgery.compose import spell
+from luthier.surgery.low_rank import as_lora, told_of
 from luthier.surgery.merging import probe
 from luthier.trust import config as trusted_config
 from luthier.trust import safetensors
@@ -42,9 +43,10 @@ class Imported:
     model: str
     gap: float | None
     size: float
+    notes: tuple[str, ...] = ()
 
 
-def import_peft(adapter: Path | str, out: Path | str, *, model: str | None = None) -> Imported:
+def import_peft(adapter: Path | str, out: Path | str, *, model: str | None = None, rank: int | None = None) -> Imported:
     """Write what peft saved as a tuning that `luthier.load` reads.
 
     Where peft is installed, it computes the same ids from its own files, and the logits are compared.
@@ -53,6 +55,7 @@ def import_peft(adapter: Path | str, out: Path | str, *, model: str | None = Non
         adapter: a folder with adapter_config.json and adapter_model.safetensors.
         out: the folder to write; it must not exist.
         model: its base; left out, the one that the adapter names.
+        rank: write a LoRA of this rank that is near the adapter, in its place.
 
     Raises:
         ConfigError: `out` is there, no base is named, or a setting that computes something that we do not.
@@ -95,8 +98,18 @@ def import_peft(adapter: Path | str, out: Path | str, *, model: str | None = Non
                 f"{adapter}: read as {method}, its logits are off by {gap:.2g} from peft's own, of {size:.2g}. It is "
                 "not imported. Please report its adapter_config.json."
             )
+    notes: tuple[str, ...] = ()
+    if rank is not None:
+        tuned, low = as_lora(tuned, rank)
+        off = float((probe(tuned.model, batch) - found).square().mean().sqrt())
+        effect = float((found - without).square().mean().sqrt())
+        method = told_of(method, low)
+        notes = (
+            *low.notes,
+            f"on a batch of ids its logits are off by {off:.2g}, of {effect:.2g} that the adapter changes",
+        )
     tuned.save(out)
-    return Imported(out, method, str(named), gap, size)
+    return Imported(out, method, str(named), gap, size, notes)
 
 
 def _base(path: Path, facts: Mapping[str, Any], adapter: Path) -> Any:

@@ -24,9 +24,7 @@ from luthier.surgery.peft_files import forms
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "peft.md"
 SITES = ("attn.k", "ffn.down")
 # peft's type -> our method of the same idea, where no files pass between them, and why.
-APART = {
-    "GLORA": ("glora", "file form not built"),
-}
+APART: dict[str, tuple[str, str]] = {}
 # What is to be known of a pair whose files do pass.
 NOTES = {
     "prefix_tuning": "models of llama, mistral, qwen2 and qwen3: keys are turned on their way, as peft moves the text",
@@ -37,6 +35,7 @@ NOTES = {
     "mpt": "peft's `num_ranks=1`",
     "trainable_tokens": "peft keeps the new vectors, ours what was added to them: the same up to rounding",
     "adalora": "pruned triplets go out as zeros",
+    "glora": "the way of each place goes out as the richest one, which holds it exactly",
     "layernorm_tuning": "all norms, or all of the blocks",
 }
 # peft's types that are not built here, and the reason where it is one.

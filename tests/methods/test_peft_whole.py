@@ -42,6 +42,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "vblora": [{"top": 3}, {"sites": ["attn.o", "ffn"]}],
     "peanut": [{}, {"depth": 2, "function": "tanh"}],
     "adalora": [{}, {"sites": ["attn.o", "ffn.down"], "alpha": 7.0}],
+    "glora": [{}, {"a": "vector", "b": "constant", "sites": ["attn.v", "attn.o"]}],
     "layernorm_tuning": [{}, {"outside": False}],
     "prefix_tuning": [{"mlp_width": 0}, {}],
     "cartridge": [{"still": 2}, {"words": [], "still": 0}],
@@ -114,6 +115,43 @@ def test_peft_computes_from_our_file_what_we_do_and_its_own_comes_back(
     assert back.tuning().method.name == name
     with torch.no_grad():
         torch.testing.assert_close(again(**batch, **of_tasks).logits, ours, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "targets"),
+    [
+        (("vector", "vector", "vector"), ["q_proj", "v_proj"]),
+        (("constant", "lora", "constant"), ["q_proj"]),
+        (("none", "vector", "vector"), ["q_proj", "down_proj"]),
+        (("lora", "lora", "vector"), ["down_proj"]),
+    ],
+)
+@pytest.mark.parametrize("bare", ["", "mlp_bias"])  # then ffn.down has no bias
+def test_every_way_of_pefts_glora_comes_back_as_the_same_function(
+    theirs: tuple[str, str, str], targets: list[str], bare: str, tmp_path: Path
+) -> None:
+    def plain() -> Any:
+        return tiny("llama", "lm", **({bare: False} if bare else {}))
+
+    ways: dict[str, Any] = dict(zip(("config_A_B", "config_C", "config_D_E"), theirs, strict=True))
+    config = peft.GloraConfig(r=3, target_modules=targets, init_weights=False, task_type="CAUSAL_LM", **ways)
+    model = peft.get_peft_model(plain(), config).eval()
+    batch = whole_rows(model)
+    wanted = answers(model, batch)
+    model.save_pretrained(str(tmp_path / "theirs"))
+    again = plain()
+    assert not torch.allclose(answers(again, batch), wanted, atol=1e-4)
+    tuned = from_peft(again, tmp_path / "theirs")
+    torch.testing.assert_close(answers(again, batch), wanted, rtol=1e-5, atol=1e-5)
+    to_peft(tuned, tmp_path / "ours")  # and out again, in the richest ways
+    read = peft.PeftModel.from_pretrained(plain(), str(tmp_path / "ours")).eval()
+    torch.testing.assert_close(answers(read, batch), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_glora_where_a_way_makes_a_bias_that_peft_would_leave_out_is_refused(tmp_path: Path) -> None:
+    tuned = attach(tiny("llama", "lm", attention_bias=False), "glora", sites=["attn.q"], c="vector", rank=2)
+    with pytest.raises(CannotMerge, match="has no bias, and its way makes one"):
+        to_peft(tuned, tmp_path / "ours")
 
 
 def test_a_file_is_read_by_peft_in_a_process_of_its_own(tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ from luthier.anatomy import Anatomy, Site
 from luthier.core import ConfigError, at_least, between
 from luthier.methods.parts.low_rank import check_projections, live_bias
 from luthier.methods.parts.masks import first_share, no_trace
-from luthier.surgery import METHODS, Attachment, Base, Batches, PerSite, TunedView, keyed
+from luthier.methods.parts.peft_glora import glora_form
+from luthier.surgery import METHODS, Attachment, Base, Batches, PeftForm, PerSite, TunedView, keyed
 
 Wide = Literal["search", "low_rank", "vector", "constant", "none"]
 Narrow = Literal["search", "low_rank", "vector", "none"]
@@ -77,6 +78,7 @@ class GLoRA(PerSite):
     starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-3
     tiny: ClassVar[dict[str, float]] = {"rank": 2, "lr": 1e-2}
+    peft: ClassVar[PeftForm | None] = glora_form(WAYS)
 
     @property
     def chosen(self) -> dict[str, str]:

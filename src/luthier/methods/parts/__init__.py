@@ -69,6 +69,7 @@
                       OfPair
     sparse            SparseUpdate     an update of chosen entries of a weight, beside it
                       check_entries
+    peft_glora        glora_form       files of peft for five terms in one of several ways
     peft_layers       shared_form      files of peft whose layers share numbers
                       check_order
     peft_prompts      prompt_form      vectors before the text in peft's files

@@ -17,10 +17,10 @@ Count: sum over sites of rank (d_in + d_out), the embedding and the norms.
 Claims: contexts many times as long at a fraction of the cost, with full attention afterwards.
 Use it when: a decoder is to read longer texts than it was trained on.
 Not when: the texts fit anyway.
-Measured, `python -m experiments.long_texts --lengths 1024,2048,4096,8192 --blocks 2`: two blocks of SmolLM2-135M, groups
-of 512, once each on busy cores. Steps took 0.86, 0.99, 0.74 and 0.87 of the time of lora with the model's own attention,
-and 163, 247, 514 and 1289 MiB against 126, 206, 394 and 711: beside a kernel that never holds all scores, groups save
-work and no memory. In evaluation, at 4,096 tokens in fp32, the model is the base to the bit.
+Measured, `python -m experiments.long_texts --lengths 1024,2048,4096,8192 --blocks 2`: two blocks of SmolLM2-135M,
+groups of 512, once each on busy cores. Steps took 0.86, 0.99, 0.74 and 0.87 of the time of lora with the model's own
+attention, and 163, 247, 514 and 1289 MiB against 126, 206, 394 and 711: beside a kernel that never holds all scores,
+groups save work and no memory. In evaluation, at 4,096 tokens in fp32, the model is the base to the bit.
 Pitfalls: saves nothing after training; the attention's own dropout is not drawn in groups; models with sliding
 windows see less afterwards than a group that is wider than the window; several texts in one row are refused.
 """

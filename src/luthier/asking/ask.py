@@ -24,7 +24,7 @@ from luthier.data.retrieval import Retriever, Vectors, Words
 from luthier.data.rows import Table
 from luthier.runs.spec import DataSpec
 
-__all__ = ["AskSpec", "Asked", "Of", "ask", "desk_of"]
+__all__ = ["AskSpec", "Asked", "ask", "desk_of", "refuse_ways"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ def ask(
         raise UnknownName(f"--metric {metric!r}: these rows are scored by {', '.join(known)}.{near(metric, known)}")
     if callable(machine):
         machine = machine()
-    _refuse(ways, machine)
+    refuse_ways(ways, machine, labelled=labelled)
     desks = [_desk(pool, data, spec, machine, seed) for seed in range(spec.seed, spec.seed + spec.seeds)]
     for way in ways.values():
         for number, desk in enumerate(desks):
@@ -132,9 +132,14 @@ def _said(cost: Cost) -> str:
     )
 
 
-def _refuse(ways: Mapping[str, Way], machine: Machine) -> None:
+def refuse_ways(ways: Mapping[str, Way], machine: Machine, *, labelled: bool) -> None:
+    """Refuse ways whose requests a machine cannot answer, before any is put.
+
+    Raises:
+        ConfigError: says which.
+    """
     for name, way in ways.items():
-        if way.scores and not way.writes and not machine.scores:
+        if way.scores and not machine.scores and (labelled or not way.writes):
             raise ConfigError(
                 f"{name} scores labels, and {machine.name} gives no log-probabilities of a text that it is handed. Ask "
                 "in a way that writes (cot, self_consistency), or a model of your own."

@@ -1,7 +1,7 @@
 """`luthier ask`: a model is asked about held-out rows in several ways, without training."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +17,7 @@ from luthier.core import ConfigError, LuthierError, UsageError, plain
 __all__ = ["NEEDS_WORDS", "command"]
 
 NEEDS_WORDS = True
+REMOTE = "openai:"
 
 
 def _complete(incomplete: str) -> list[str]:
@@ -26,7 +27,7 @@ def _complete(incomplete: str) -> list[str]:
 Model = Annotated[
     str,
     typer.Argument(
-        help="A model folder, sample:NAME, a hub name, or a finished run.",
+        help="A model folder, sample:NAME, a hub name, a finished run, or openai:NAME with --endpoint.",
         autocompletion=complete_model,
     ),
 ]
@@ -78,6 +79,9 @@ def command(
     prompt: Annotated[str | None, typer.Option(help="Column with the prompt.")] = None,
     response: Annotated[str | None, typer.Option(help="Column with the wanted answer.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    endpoint: Annotated[
+        str | None, typer.Option(help="URL up to its version, of what answers as OpenAI's chat completions do.")
+    ] = None,
     show: Annotated[int, typer.Option(help="Print so many whole prompts of each way.", min=0)] = 0,
     out: Out = None,
     as_json: AsJson = False,
@@ -93,14 +97,21 @@ def command(
       luthier ask sample:smollm2-135m --data sample:trec6 --strategy icl,contextual_calibration,pmi_dc --rows 200
 
       luthier ask runs/x --data rows.csv --strategy icl:k=0,icl:k=4 --seeds 5 --out answers.jsonl
+
+      luthier ask openai:NAME --endpoint http://127.0.0.1:8000/v1 --data sums.jsonl --strategy cot
     """
     if data is None:
         raise UsageError("ask: no rows. Name them: --data FILE, or --data sample:trec6 to begin with.")
+    if model.startswith(REMOTE) != (endpoint is not None):
+        lacks = (
+            "--endpoint URL, where it is asked" if endpoint is None else f"{REMOTE} before its name: {REMOTE}{model}"
+        )
+        raise UsageError(f"ask {model}: a model behind an endpoint needs {lacks}.")
     chosen = named_ways(strategy or [], settings or [])
     target = _free(out)
     from luthier.asking import WAYS as SHELF
     from luthier.asking import AskSpec, ask
-    from luthier.asking.models import config_of, open_model
+    from luthier.asking.models import config_of
     from luthier.core import build
     from luthier.runs.spec import DataSpec
 
@@ -118,7 +129,12 @@ def command(
 
     try:
         asked = ask(
-            lambda: open_model(model, device=device), ways, spec, config=config_of(model), say=screen().say, done=keep
+            _machine(model, endpoint, device),
+            ways,
+            spec,
+            config=None if endpoint else config_of(model),
+            say=screen().say,
+            done=keep,
         )
         wanted = list(asked.wanted)
     except LuthierError as error:
@@ -134,6 +150,19 @@ def command(
     if target is not None:
         screen().show(f"\nAnswers: {target}")
     screen().result({**plain(asked.standings), "model": model, "data": data, "out": out})
+
+
+def _machine(model: str, endpoint: str | None, device: str) -> Callable[[], Any]:
+    """What makes the machine, once the rows are known to be right."""
+    from luthier.asking.endpoint import Endpoint
+    from luthier.asking.models import open_model
+
+    if endpoint is None:
+        return lambda: open_model(model, device=device)
+    if device != "auto":
+        raise UsageError(f"--device {device}: a model behind an endpoint computes elsewhere. Leave it out.")
+    made = Endpoint(model.removeprefix(REMOTE), endpoint)
+    return lambda: made
 
 
 def _free(out: str | None) -> Path | None:

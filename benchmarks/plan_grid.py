@@ -1,7 +1,7 @@
 """What was forecast and what was measured: short runs of many methods, two models, two lengths, two batch sizes.
 
     python benchmarks/plan_grid.py --out /tmp/grid     trains what is not there yet
-    python benchmarks/plan_grid.py --out /tmp/grid --write     also writes src/luthier/forecast/pairs.json
+    python benchmarks/plan_grid.py --out /tmp/grid --probe --write     also writes the pairs of src/luthier/forecast
     python benchmarks/plan_grid.py --page     writes the table of docs/howto/plan.md from that file, and trains nothing
 
 Each run is `luthier train` in a process of its own, one after another. A method runs in as many of the four shapes
@@ -18,6 +18,7 @@ from pathlib import Path
 from luthier.forecast import (
     Pair,
     committed,
+    committed_times,
     constant_of,
     interval,
     leave_out,
@@ -131,10 +132,27 @@ def _of_new_models(pairs: list[Pair]) -> list[str]:
     return found
 
 
+def time_table() -> str:
+    """What the committed pairs of seconds say, each run forecast from the runs of other methods."""
+    said = {"counted": "a step, over measured rates", "probed": "a step, from real steps", "loading": "loading"}
+    lines = [
+        "| seconds of | runs | measured / forecast: least, middle, most | median error | inside | above |",
+        "| --- " * 6 + "|",
+    ]
+    for how, words in said.items():
+        own = [pair for pair in committed_times() if pair.how == how]
+        off = sorted(pair.measured / pair.forecast for pair in own)
+        found = residuals_of_times(own)
+        spread = f"{off[0]:.2f}, {off[len(off) // 2]:.2f}, {off[-1]:.2f}" if off else "-"
+        judged = [f"{v:.0%}" for v in (found.median_error, found.covered, found.above)] if found else ["-"] * 3
+        lines.append(f"| {words} | {len(own)} | {spread} | {' | '.join(judged)} |")
+    return "\n".join(lines)
+
+
 def paged(text: str) -> str:
     """The page with the table as it is now."""
     before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}"
+    return f"{before}{BEGIN}\n{table()}\n{time_table()}\n\n{END}{rest.partition(END)[2]}"
 
 
 def main() -> None:

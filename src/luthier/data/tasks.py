@@ -173,7 +173,7 @@ class Task:
                 f"eval.metric {name!r} compares what is written with one right answer, and rows of task {self.name} "
                 f"have none. It can select by {', '.join(self.metrics)}."
             )
-        known = list(self.metrics)
+        known = [*self.metrics, *(GENERATED if self.answers else ())]
         raise UnknownName(f"task {self.name} has no score {name!r}.{near(name, known)} It has {', '.join(known)}.")
 
     def targets(self, table: Table, columns: Columns) -> NDArray[Any] | None:

@@ -1,0 +1,66 @@
+"""Tokens a second of a tuned model, its tuning beside the weights, against the merged one in plain transformers.
+
+    python benchmarks/generation.py --batch 1,16 --pairs 5
+
+A tuning of random numbers on sample:smollm2-135m (another: --model FOLDER); both write the same number of tokens after
+the same prompts, in turn. Prints the ratio unmerged / merged of the seconds of each pair, their median, and the range.
+"""
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from luthier import attach
+from luthier.samples import model_path
+
+
+def seconds(model: Any, ids: torch.Tensor, new: int) -> float:
+    start = time.perf_counter()
+    with torch.inference_mode():
+        out = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
+            do_sample=False, pad_token_id=0,
+        )  # fmt: skip
+    assert out.shape[1] == ids.shape[1] + new
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    told = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    told.add_argument("--model", default=None)
+    told.add_argument("--method", default="lora")
+    told.add_argument("--batch", default="1,16")
+    told.add_argument("--new", type=int, default=24)
+    told.add_argument("--pairs", type=int, default=5)
+    given = told.parse_args()
+    path = given.model or model_path("smollm2-135m")
+    merged, base = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for _ in range(2))
+    tuned, folded = attach(base, given.method), attach(merged, given.method)
+    for side in (tuned, folded):
+        for number, parameter in enumerate(side.trained().values()):
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+            parameter.data.add_(0.01 * noise)
+    tuned.forward.route_attention()
+    tuned.fast.accelerate(training=False)
+    plain = folded.merge()
+    print("| rows | seconds unmerged / merged, median | range | tokens a second unmerged |")
+    print("|---|---|---|---|")
+    for rows in map(int, given.batch.split(",")):
+        ids = torch.randint(10, 1000, (rows, 24), generator=torch.Generator().manual_seed(0))
+        ratios, best = [], []
+        with tuned.serving():
+            for pair in range(given.pairs + 1):
+                one, other = seconds(tuned.model, ids, given.new), seconds(plain, ids, given.new)
+                if pair:  # the first warms up
+                    ratios.append(one / other)
+                    best.append(rows * given.new / one)
+        span = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        print(f"| {rows} | {statistics.median(ratios):.2f} | {span} | {max(best):.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

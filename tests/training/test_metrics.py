@@ -154,7 +154,7 @@ def test_scores_are_those_of_scikit_learn_and_scipy(seed):
 
 
 def test_what_measures_a_distance_is_better_when_it_is_lower_and_every_other_score_when_it_is_higher():
-    distances = {"loss", "perplexity", "mse", "forgetting"}
+    distances = {"loss", "perplexity", "mse", "forgetting", "answer_tokens"}
     assert {name for name, metric in METRICS.items() if not metric.higher_is_better} == distances
     for name in METRICS:
         assert better(name, 1.0, 2.0) == (name in distances) != better(name, 2.0, 1.0)

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from luthier.cli._main import application, verbs
-from luthier.cli._shelf import SHELF, STRATEGIES
+from luthier.cli._shelf import SHELF, STRATEGIES, WAYS
 from luthier.cli._spec_options import RunSpec, setting_options, spec_options
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +64,7 @@ def options_of() -> dict[str, set[str]]:
     for name, command in made.commands.items():
         found[name] = {o for p in command.params for o in (*p.opts, *p.secondary_opts)} | {"--help"}
     fields = spec_options(RunSpec)
-    for shelf in (SHELF, STRATEGIES):
+    for shelf in (SHELF, STRATEGIES, WAYS):
         for card in shelf.cards():
             for option in setting_options([card], fields):
                 found["train"] |= {f"--{option.name}", f"--no-{option.name}"}

@@ -168,9 +168,12 @@ def safety_audit(
     gentle = _prompts(harmless, system) if harmless else [_with_system(one, system) for one in ours]
     fixed = list(lines_of(texts, "the texts")) if texts else list(TEXTS)
     known = lines_of(phrases, "the phrases") if phrases else PHRASES
-    after = Speaker(str(run))
     if not is_run(str(run)):
-        raise ConfigError(f"{run}: is a model; an audit compares a tuning with what it was made from. Name a run.")
+        raise ConfigError(
+            f"{run}: is the folder of no run (run.json); an audit compares a tuning with what it was made from. Name a "
+            "run; of a recipe, the folder of its last phase."
+        )
+    after = Speaker(str(run))
     judging, judged_by = _judge(judge)
     other = None if before is None else Speaker(before, like=after, precision=after.precision.name)
     told: dict[str, Any] = {

@@ -140,7 +140,7 @@ def test_bad_input_is_refused_and_nothing_is_written(home, tmp_path):
         path = (home if name == "never.txt" else tmp_path) / name
         with pytest.raises(error, match=words):
             safety_audit(home / "gentle", str(path), **{"new_tokens": 2, **given})
-    with pytest.raises(ConfigError, match="is the folder of no run.*of a recipe, the folder of its last phase"):
+    with pytest.raises(ConfigError, match=r"is the folder of no run.*of a recipe, the folder of its last phase"):
         safety_audit(home / "base", str(home / "never.txt"))
     assert (home / "gentle" / "run.json").parent.stat().st_mtime_ns == before
 

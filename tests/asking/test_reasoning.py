@@ -39,6 +39,7 @@ def test_shown_rows_have_their_reasoning_and_are_never_the_row_itself() -> None:
     [told] = asked(CoT(k=5, rationale="why"), ["3 and 3"], desk(POOL), Stub(text=reasons))
     shots = told.prompts[0].split("\n\n")[:-1]
     assert len(shots) == 5 and not any("3 and 3" in shot for shot in shots)
+    assert told.prompts[0].endswith("Question: 3 and 3\nAnswer:"), "it goes on as the shown rows do"
     assert "Question: 2 and 2\nAnswer: 2 twice is 4. So the answer is 4." in shots
     with pytest.raises(ConfigError, match="no column with the rationale"):
         CoT(k=2).refuse(desk(POOL), [])

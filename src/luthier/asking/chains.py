@@ -85,7 +85,7 @@ def reasoned(desk: Desk, query: Query, shots: Sequence[Shown], column: str | Non
         f"{desk.asked(row)} {str(row.row.get(str(column)) or '').strip()} {chain.then} {desk.word_of(row.answer)}."
         for row in shots
     ]
-    begun = f"{desk.asked(query)} {chain.think}".rstrip()
+    begun = desk.asked(query) if shots else f"{desk.asked(query)} {chain.think}".rstrip()  # it goes on as they do
     return GAP.join([*([desk.before] if desk.before else []), *shown, begun])
 
 

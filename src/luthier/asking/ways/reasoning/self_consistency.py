@@ -34,7 +34,7 @@ class SelfConsistency(Way):
     temperature: Annotated[float, "of the draws", at_least(0)] = 0.7
     k: Annotated[int, "rows that are shown with their reasoning", at_least(0)] = 0
     rationale: Annotated[str | None, "column with the reasoning of the rows that are shown"] = None
-    think: Annotated[str, "words that begin a reasoning"] = "Let's think step by step."
+    think: Annotated[str, "words that begin a reasoning, where no rows are shown"] = "Let's think step by step."
     then: Annotated[str, "words before an answer"] = "So the answer is"
     max_tokens: Annotated[int, "of a reasoning", at_least(1)] = 128
 

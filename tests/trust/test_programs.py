@@ -16,6 +16,11 @@ SUMS = [
     ("from fractions import Fraction as F\nans = sum(F(1, n) for n in range(1, 5))", "25/12"),
     ("def f(n):\n    return 1 if n < 2 else n * f(n - 1)\nans = f(12)", math.factorial(12)),
     ("rows = {'a': [1, 2], 'b': [3]}\nans = max(rows, key=lambda k: sum(rows[k]))", "a"),
+    (
+        "from datetime import datetime\nd = datetime.strptime('2020-02-28', '%Y-%m-%d')\nans = d.strftime('%d/%m/%y')",
+        "28/02/20",
+    ),
+    ("ans = 'x' + chr(0xD800)", "x\\ud800"),  # half a character, which no file takes
     ("n = 0\nwhile n ** 2 < 200:\n    n += 1\nprint(n)\nans = f'{n} apples'", "15 apples"),
 ]
 
@@ -50,6 +55,21 @@ HOSTILE = [
     ("builtins by their name", "ans = __builtins__['open']", "'__builtins__'"),
     ("a module behind a module", "import statistics\nans = statistics.sys", "AttributeError"),
     ("importing under a name", "from math import pi as __builtins__\nans = 1", "'__builtins__'"),
+    ("all of a record", "from math import __dict__ as d\nans = d", "'__dict__'"),
+    (
+        "any loaded module",  # what is missing in a record is looked for among the modules, by the record's name
+        "from math import __dict__ as d\nd['__name__'] = 'os'\nfrom math import path as p\nans = p.os.environ",
+        "'__dict__'",
+    ),
+    ("an attribute by its name", "from math import __getattribute__ as g\nans = g('__class__')", "'__getattribute__'"),
+    ("a class by an import", "def f():\n    from math import __class__ as c\n    return c\nans = f()", "'__class__'"),
+    ("writing into a record", "math.floor = len\nans = math.floor('ab')", "setting .floor"),
+    ("writing into a class", "from fractions import Fraction as F\nF.limit_denominator = 1\nans = 1", "setting .limit"),
+    ("the modules behind dates", "from time import sleep\nsleep(9)\nans = 1", "importing 'time'"),
+    ("printing nothing for ever", "while True:\n    print(end='')", "prints too much"),
+    ("a list without end", "import itertools\nans = list(itertools.count())", "emory"),
+    ("a width without end", "ans = f'{1:{10 ** 10}}'", "emory"),
+    ("a decimal without end", "from decimal import Decimal\nans = int(Decimal('1e99999999'))", "processor time"),
     ("catching what stops it", "while True:\n    try:\n        pass\n    except BaseException:\n        pass", "try"),
     ("a class with a repr", "class A:\n    pass\nans = A()", "classdef"),
     ("endless recursion", "def f(x):\n    return f(x)\nans = f(1)", "RecursionError"),

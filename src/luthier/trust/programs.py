@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import itertools
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -49,6 +50,7 @@ MODULES = {
     "functools": ("reduce",),
     "datetime": ("date", "datetime", "timedelta"),
 }
+INNER = ("time", "_strptime")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,7 @@ def run(program: str, *, seconds: float = 2.0, bytes_: int = 256_000_000) -> Out
     try:
         found = jail.run(
             "luthier.trust.programs:runner", None, program, what="the program", seconds=seconds, bytes_=bytes_,
-            preload=sorted(MODULES), answer_bytes=1_000_000,
+            preload=[*sorted(MODULES), *INNER], answer_bytes=1_000_000,
         )  # fmt: skip
     except Refused as error:
         # The interpreter looks for the line of a wrong syntax in a file, which the walls refuse.
@@ -104,8 +106,12 @@ def checked(program: str) -> ast.Module:
                 raise SyntaxError(f"line {line}: decorators are not allowed")
         if isinstance(name, str) and name.startswith(LEADS if isinstance(node, ast.Attribute) else ("__",)):
             raise SyntaxError(f"line {line}: the name {name[:40]!r} is not allowed")
-        if isinstance(node, ast.alias) and (node.asname or "").startswith("__"):
-            raise SyntaxError(f"line {line}: the name {str(node.asname)[:40]!r} is not allowed")
+        if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
+            raise SyntaxError(f"line {line}: setting .{node.attr[:40]} is not allowed")
+        if isinstance(node, ast.alias):  # `from math import __dict__ as d` is an attribute too, and leads anywhere
+            for word in (node.name, node.asname or ""):
+                if word.startswith(LEADS):
+                    raise SyntaxError(f"line {line}: the name {word[:40]!r} is not allowed")
         if isinstance(node, ast.Import | ast.ImportFrom):
             modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [one.name for one in node.names]
             if strange := [module for module in modules if module not in MODULES]:
@@ -116,16 +122,21 @@ def checked(program: str) -> ast.Module:
 def runner(_: None) -> Callable[[str], dict[str, Any]]:
     """In the child: what runs one program."""
     modules = {name: _record(name, given) for name, given in MODULES.items()}
+    # What dates are written and read with: their C code imports it by the builtins of the program. A program cannot.
+    inner = {name: sys.modules[name] for name in INNER}
 
-    def imported(name: str, *rest: Any) -> SimpleNamespace:
-        return modules[name]
+    def imported(name: str, *rest: Any) -> Any:
+        return modules[name] if name in modules else inner[name]
 
     def handle(program: str) -> dict[str, Any]:
         printed: list[str] = []
+        room = PRINTED
 
         def show(*values: Any, sep: str = " ", end: str = "\n") -> None:
+            nonlocal room
             printed.append(str(sep).join(str(value) for value in values) + str(end))
-            if sum(map(len, printed)) > PRINTED:
+            room -= len(printed[-1]) + 1
+            if room < 0:
                 raise MemoryError("it prints too much")
 
         allowed: dict[str, Any] = {made.__name__: made for made in BUILTINS} | {"print": show, "__import__": imported}
@@ -140,9 +151,18 @@ def runner(_: None) -> Callable[[str], dict[str, Any]]:
                 error = "the program assigns nothing to ans"
         except Exception as raised:  # of any kind: it is the program's own
             error = f"{type(raised).__name__}: {str(raised)[:200]}"
-        return {"answer": answer, "error": error, "printed": "".join(printed)[:PRINTED]}
+        return {
+            "answer": answer and _whole(answer),
+            "error": _whole(error),
+            "printed": _whole("".join(printed)[:PRINTED]),
+        }
 
     return handle
+
+
+def _whole(text: str) -> str:
+    """Halves of characters, which no file takes, written out: \\ud800."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _record(name: str, given: tuple[str, ...]) -> SimpleNamespace:

@@ -107,6 +107,7 @@ FAULTS = [
     ((200, "no json", {}), "no chat completion", 0.5),
     ((200, '{"choices": []}', {}), "no chat completion", 0.5),
     ((200, "[]", {}), "no chat completion", 0.5),
+    ((200, "[" * 100_000, {}), "no chat completion", 0.5),
     ("hang up", "no answer", 0.5),
 ]
 
@@ -172,6 +173,48 @@ def test_waves_that_were_answered_are_kept_where_a_later_one_fails(played: Playe
     with pytest.raises(ModelError, match="500"):
         put(WAYS.get("cot")(), [query(f"{n} and 1", n) for n in range(12)], desk, on, kept.extend)
     assert [one.answer.said for one in kept] == ["7"] * 8
+
+
+def test_what_no_file_takes_and_counts_that_are_none_do_no_harm(played: Played) -> None:
+    on, _ = machine(played)
+    choice = {"message": {"content": "half \ud800 of it"}}
+    played.script = [(200, json.dumps({"choices": [choice], "usage": usage}), {}) for usage in ([1], {"total": "x"})]
+    for n in range(2):
+        [[text]] = on.write([Write(prompt=f"ask {n}")], [(0,)])
+        assert text.text == "half ? of it" and text.text.encode()
+    assert on.cost.read == 4 and on.cost.written == 6, "counted here, as nobody else did"
+
+
+def test_rows_that_were_answered_are_kept_where_another_of_their_wave_fails(played: Played) -> None:
+    on, _ = machine(played, side_by_side=1)
+    plain = {"choices": [{"message": {"content": " I think."}}]}
+    played.script = [None, None, (200, json.dumps(plain), {})] + [(500, "gone", {})] * TRIES
+    desk = desk_of((shown("a", "7"),), words={}, template=OPEN, machine=on)
+    kept: list[Any] = []
+    with pytest.raises(ModelError, match="500"):  # of the third row, which is asked again for its answer
+        put(WAYS.get("cot")(), [query(f"{n} and 1", n) for n in range(3)], desk, on, kept.extend)
+    assert [(one.query.number, one.answer.said) for one in kept] == [(0, "7"), (1, "7")]
+
+
+def test_what_was_answered_is_kept_where_the_user_stops(
+    played: Played, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from luthier.cli import main
+
+    rows, inner, calls = tmp_path / "sums.jsonl", Endpoint.write, []
+    rows.write_text("".join(json.dumps({"question": f"{n} and 1", "answer": str(n + 1)}) + "\n" for n in range(60)))
+
+    def stopped(self: Endpoint, *given: Any) -> Any:
+        calls.append(given)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return inner(self, *given)
+
+    monkeypatch.setattr(Endpoint, "write", stopped)
+    words = ["ask", "openai:m", "--endpoint", played.url, "--data", str(rows), "--strategy", "cot"]
+    assert main([*words, "--prompt", "question", "--response", "answer", "--out", str(tmp_path / "c.jsonl")]) != 0
+    assert len((tmp_path / "c.jsonl").read_text().splitlines()) == 8
+    assert "8 answers were finished" in capfd.readouterr().err
 
 
 def test_the_verb_asks_an_endpoint_and_keeps_what_was_finished(

@@ -133,6 +133,14 @@ def test_prompts_that_are_too_long_are_refused(llama: Local) -> None:
         llama.write([Write(prompt="the " * 64)], [(0,)])
 
 
+def test_logits_that_are_no_numbers_are_an_error_and_no_answer(folder: Path) -> None:
+    broken = open_model(str(little_model(folder / "llama", "llama")), device="cpu", precision="fp32")
+    with torch.no_grad():
+        broken.model.get_input_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(ModelError, match="gives no number for what goes on from 'what is it'"):
+        broken.score(requests(["what is it"]))
+
+
 def test_an_encoder_is_refused_before_it_is_loaded(folder: Path) -> None:
     with pytest.raises(ModelError, match="bert is an encoder, which goes on from no prompt"):
         open_model(str(little_model(folder / "bert", "bert")))

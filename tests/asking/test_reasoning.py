@@ -131,6 +131,7 @@ def test_with_exact_values_the_search_by_levels_finds_the_best() -> None:
     [told] = asked(way, ["highest digits"], desk(), machine)
     assert told.answer.said == "999"
     assert told.answer.facts["calls"] == len(told.prompts) - 1 > 100, "all but the closing one"
+    assert told.answer.facts["states"] <= 10 + 2 * 8 * 10, "a digit that is drawn twice is one state"
 
 
 @pytest.mark.acid("tot", 2)

@@ -8,6 +8,7 @@ from asking.stub import Stub, asked, desk, query, shown
 
 from luthier.asking import WAYS
 from luthier.asking.desk import Desk
+from luthier.asking.machine import Cost
 from luthier.asking.shots import beside, drawn
 from luthier.core import ConfigError
 from luthier.data.retrieval import Vectors, Words
@@ -204,7 +205,21 @@ def test_rows_that_differ_in_numbers_alone_are_no_copies_where_answers_are_texts
 
     assert _copies(["how is 3 + 4", "how is 5 + 4", "how is 3 + 4"], False).tolist() == [0, 1, 0]
     assert _copies(["how is 3", "how is 5", "who"], True).tolist() == [0, 0, 1]
-    assert _copies(["how 1", "how 2"], True).tolist() == [0, 1], "copies of each other all of them: nothing to draw"
+
+
+def test_a_label_that_is_called_no_answer_is_not_what_a_row_without_one_says():
+    from luthier.asking.engine import Of, Told
+    from luthier.asking.requests import Answer
+    from luthier.asking.scoring import judged
+
+    said = ["no answer", None, "yes", None]
+    told = tuple(Told(query=query(f"row {n}", n), answer=Answer(said=s), prompts=()) for n, s in enumerate(said))
+    found = judged(
+        ["icl"], [Of(name="icl", seed=0, told=told, cost=Cost())], ["no answer", "no answer", "yes", "yes"],
+        ["how is it"] * 4, labels=["no answer", "yes"], common="yes", metric="accuracy", seeds=[0],
+    )  # fmt: skip
+    assert found.standings[0].score == 0.5 and found.standings[0].unanswered == 2
+    assert found.standings[0].low < 0.5 < found.standings[0].high, "all rows are copies: each is drawn alone"
 
 
 def test_requests_of_many_rows_are_put_together_and_the_same_one_once():

@@ -102,6 +102,13 @@ def test_one_method_against_itself_has_no_difference_and_a_clear_gain_has_one() 
     assert gain.low > 0 and gain.p < 0.05
 
 
+@pytest.mark.parametrize("rows", [1, 40])
+def test_rows_that_are_all_copies_of_one_are_drawn_alone(rows: int) -> None:
+    wanted, answered = planted(rows, [0.85, 0.7], 1, 5)
+    copies, alone = (resample(SCORES["accuracy"], wanted, answered, c) for c in (np.zeros(rows, int), np.arange(rows)))
+    assert copies.interval(0) == alone.interval(0) and np.isfinite(copies.left_out).all()
+
+
 def test_the_best_of_many_equals_is_praised_for_luck() -> None:
     wanted, answered = planted(200, [0.7] * 8, 1, 6)
     many = resample(SCORES["accuracy"], wanted, answered, np.arange(200)).optimism()

@@ -159,9 +159,7 @@ def _rows(data: Data, spec: AskSpec) -> tuple[tuple[Shown, ...], list[Query], li
             "--response."
         )
     if data.test is None or not len(data.test):
-        raise DataError(
-            f"{spec.data.source}: no rows are held out to ask about. Give --test FILE, or --test-share 0.2."
-        )
+        raise DataError(f"{spec.data.source}: no rows are held out to ask about. Give --test FILE, or more rows.")
     test = data.test
     if spec.rows is not None and spec.rows < len(test):
         test = test.take(np.sort(shuffled(len(test), spec.data.split_seed, "scored")[: spec.rows]).tolist())

@@ -104,15 +104,14 @@ class Endpoint:
             }  # fmt: skip
             if request.stop:
                 body["stop"] = list(request.stop[:4])
-            answer, new = self._asked(body)
-            usage = answer.get("usage") or {}
-            read += int(usage.get("prompt_tokens") or self.count(request.prompt))
-            written += int(usage.get("completion_tokens") or sum(self.count(text.text) for text in new))
+            usage, new = self._asked(body)
+            read += usage.get("prompt_tokens") or self.count(request.prompt)
+            written += usage.get("completion_tokens") or sum(self.count(text.text) for text in new)
             texts += [_cut(text, request.stop) for text in new]
         return tuple(texts[: request.n]), read, written
 
-    def _asked(self, body: dict[str, Any]) -> tuple[dict[str, Any], list[Text]]:
-        """One answer, in as many tries as are allowed."""
+    def _asked(self, body: dict[str, Any]) -> tuple[dict[str, int], list[Text]]:
+        """What one answer says of its tokens, and its texts; in as many tries as are allowed."""
         why = ""
         for number in range(TRIES):
             pause = min(0.5 * 2**number, LONGEST_WAIT)
@@ -124,7 +123,7 @@ class Endpoint:
                 if status == 200:
                     try:
                         return _texts(content)
-                    except (ValueError, KeyError, TypeError, AttributeError):
+                    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                         why = f"an answer that is no chat completion: {content[:80]!r}"
                 elif status == 429 or status >= 500:
                     why = f"status {status}: {content[:120]!r}"
@@ -157,20 +156,24 @@ class Endpoint:
             line.close()
 
 
-def _texts(content: bytes) -> tuple[dict[str, Any], list[Text]]:
-    """What an answer holds.
+def _texts(content: bytes) -> tuple[dict[str, int], list[Text]]:
+    """What an answer says of its tokens, and its texts. Halves of characters, which no file takes, are question marks.
 
     Raises:
-        ValueError, KeyError, TypeError: it is none.
+        ValueError, KeyError, TypeError, AttributeError, RecursionError: it is none.
     """
     answer = json.loads(content)
     found = [
-        Text(text=str(one["message"]["content"] or ""), ended=one.get("finish_reason") == "stop")
+        Text(
+            text=str(one["message"]["content"] or "").encode(errors="replace").decode(),
+            ended=one.get("finish_reason") == "stop",
+        )
         for one in answer["choices"]
     ]
     if not found:
         raise ValueError("no choices")
-    return answer, found
+    usage = answer.get("usage")
+    return {k: v for k, v in usage.items() if isinstance(v, int)} if isinstance(usage, dict) else {}, found
 
 
 def _cut(text: Text, stop: Sequence[str]) -> Text:

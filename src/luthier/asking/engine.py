@@ -1,7 +1,8 @@
 """Requests of many queries, gathered and put to a machine; the same request is put once.
 
 Each round takes what all open queries ask for, in the order of the queries. A query's texts are drawn by names made of
-seed, row and number, so no neighbour changes them. What fails ends the wave it is in; waves before it are finished.
+seed, row and number, so no neighbour changes them. What fails ends the wave it is in; rows that were answered before
+are handed over.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def put(
         done: is given each wave of queries that are answered.
 
     Raises:
-        LuthierError: of the machine; what `done` was given stays.
+        LuthierError: of the machine; `done` is given what was answered before.
     """
     told: list[Told] = []
     known: dict[Request, Reply] = {}
@@ -74,21 +75,22 @@ def put(
         wave = [_Open(query, way.answer(query, desk)) for query in queries[start : start + machine.wave]]
         for one in wave:
             _go_on(one, None, way.most_calls)
-        while any(one.answer is None for one in wave):
-            asked = [one for one in wave if one.answer is None]
-            _reply([(one.query, request) for one in asked for request in one.waiting], known, desk, machine)
-            for one in asked:
-                replies = [known[_named(one.query, request)] for request in one.waiting]
-                one.written += [t.text for reply in replies if isinstance(reply, tuple) for t in reply]
-                _go_on(one, replies, way.most_calls)
-        new = [
-            Told(query=one.query, answer=one.answer, prompts=tuple(one.prompts), written=tuple(one.written))
-            for one in wave
-            if one.answer is not None
-        ]
-        told += new
+        try:
+            while asked := [one for one in wave if one.answer is None]:
+                _reply([(one.query, request) for one in asked for request in one.waiting], known, desk, machine)
+                for one in asked:
+                    replies = [known[_named(one.query, request)] for request in one.waiting]
+                    one.written += [t.text for reply in replies if isinstance(reply, tuple) for t in reply]
+                    _go_on(one, replies, way.most_calls)
+        finally:  # where something failed, those of the wave that had come to their end
+            new = [
+                Told(query=one.query, answer=one.answer, prompts=tuple(one.prompts), written=tuple(one.written))
+                for one in wave
+                if one.answer is not None
+            ]
+            told += new
+            done(new)
         known = {request: reply for request, reply in known.items() if isinstance(request, Score)}
-        done(new)
     return told
 
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from math import isnan
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from luthier.asking.machine import Cost
 from luthier.asking.way import Score, Scored, Text, Write
 from luthier.asking.writing import apart, written
-from luthier.core import DataError
+from luthier.core import DataError, ModelError
 from luthier.training.precision import Precision
 from luthier.workflow.load_model import quiet
 
@@ -137,6 +138,7 @@ class Local:
 
         Raises:
             DataError: a prompt that is longer than the model reads, or an option without tokens.
+            ModelError: logits that are no numbers.
         """
         begun = time.monotonic()
         own = [[self.parts(request.prompt, option) for option in request.options] for request in requests]
@@ -162,6 +164,11 @@ class Local:
             Scored(chances=tuple(_chance(o, of) for o in options), tokens=tuple(len(o) for o in options))
             for options, of in zip(wanted, rows, strict=True)
         ]
+        if lost := next((r for r, one in zip(requests, found, strict=True) if any(map(isnan, one.chances))), None):
+            raise ModelError(
+                f"{self.name}: gives no number for what goes on from {lost.prompt[:60]!r}: its logits are not finite. "
+                "Ask another model, or with --device cpu."
+            )
         self.cost.requests += len(requests)
         self.cost.seconds += time.monotonic() - begun
         return found

@@ -23,7 +23,6 @@ __all__ = ["METRICS", "Pair", "Standing", "Standings", "judged"]
 METRICS = {"labels": ("accuracy", "macro_f1", "mcc"), "texts": ("accuracy", "f1")}
 """accuracy of texts: the same final answer; f1: of words, for longer texts"""
 PARTS = 10_000
-NONE = "no answer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,13 +125,10 @@ def _mean(numbers: Iterable[int]) -> int:
 
 def _copies(texts: Sequence[str], labelled: bool) -> NDArray[np.int64]:
     """Numbers of rows, the same for near copies. Sums that differ in their numbers alone are no copies."""
-    own = [text.strip().lower() for text in texts]
-    near = clusters(texts) if labelled else np.array([own.index(text) for text in own], dtype=np.int64)
-    return (
-        np.arange(len(texts), dtype=np.int64)
-        if len(set(near.tolist())) < 2
-        else np.unique(near, return_inverse=True)[1]
-    )
+    if labelled:
+        return clusters(texts)
+    known: dict[str, int] = {}
+    return np.array([known.setdefault(text.strip().lower(), len(known)) for text in texts], dtype=np.int64)
 
 
 def _pair(
@@ -150,8 +146,8 @@ def _numbers(
     of = {(run.name, run.seed): [one.answer.said for one in run.told] for run in runs}
     said = [[of[name, seed] for seed in seeds] for name in names] + [[[common] * len(wanted) for _ in seeds]]
     if labels:
-        number = {label: i for i, label in enumerate(labels)} | {NONE: len(labels)}
-        told = [[[number.get(a or NONE, len(labels)) for a in run] for run in way] for way in said]
+        number: dict[str | None, int] = {label: i for i, label in enumerate(labels)}
+        told = [[[number.get(a, len(labels)) for a in run] for run in way] for way in said]  # no answer is no label
         return np.array(told), np.array([number[label] for label in wanted]), score_named(metric)
     if metric == "accuracy":
         right = [normalised_answer(text) for text in wanted]

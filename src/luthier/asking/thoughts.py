@@ -66,11 +66,11 @@ def grown(of: Steps, states: Sequence[tuple[str, ...]]) -> Thinking:
         if open_
         else ()
     )  # fmt: skip
-    found: list[tuple[str, ...]] = []
+    found: dict[tuple[str, ...], None] = {}
     for state in states:
         new = [state] if answered(state) else [(*state, text.text.rstrip()) for text in next(replies)]
-        found += [one for one in new if one not in found]
-    return found
+        found |= dict.fromkeys(new)
+    return list(found)
 
 
 def valued(of: Steps, states: Sequence[tuple[str, ...]]) -> Thinking:

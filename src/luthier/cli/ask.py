@@ -137,10 +137,14 @@ def command(
             done=keep,
         )
         wanted = list(asked.wanted)
-    except LuthierError as error:
-        if target is not None and lines:
-            _write(target, lines, wanted)
-            raise type(error)(f"{error} {len(lines)} answers were finished; they are in {target}.") from error
+    except BaseException as error:  # Ctrl-C too: what was paid for is kept
+        if target is None or not lines:
+            raise
+        _write(target, lines, wanted)
+        told = f"{len(lines)} answers were finished; they are in {target}."
+        if isinstance(error, LuthierError):
+            raise type(error)(f"{error} {told}") from error
+        screen().say(told)
         raise
     if target is not None:
         _write(target, lines, wanted)

@@ -129,13 +129,16 @@ def resample(
     Args:
         wanted: (rows,) numbers of classes.
         answered: (methods, seeds, rows).
-        clusters: (rows,) rows of one number are near copies and are drawn together.
+        clusters: (rows,) rows of one number are near copies and are drawn together. Where all are copies of one
+            row, each is drawn alone: there is nothing else to draw.
 
     Rows are drawn with replacement. Seeds are few: drawn so, six of them would understate their spread by a tenth and
     two by a third. Their deviations are mixed with random weights instead, the same for all methods, such that any
     difference of means is spread as Student's t says.
     """
     n_methods, n_seeds, n_rows = answered.shape
+    if int(clusters.max()) == 0:
+        clusters = np.arange(n_rows)
     n_clusters = int(clusters.max()) + 1
     generator = np.random.Generator(np.random.Philox(key("comparison", seed)))
     every = np.ones(n_rows)
@@ -157,7 +160,8 @@ def resample(
     blocks = np.array_split(generator.permutation(n_clusters), min(BLOCKS, n_clusters))
     left_out = np.empty((n_methods, len(blocks)))
     for number, block in enumerate(blocks):
-        left_out[:, number] = mean_scores((~np.isin(clusters, block)).astype(np.float64))
+        kept = (~np.isin(clusters, block)).astype(np.float64)
+        left_out[:, number] = mean_scores(kept if kept.any() else every)  # of one row nothing can be left out
     return Resampled(
         scores=scores, draws=drawn + between * uncertain, again=drawn + between, left_out=left_out,
         over_seeds=n_seeds >= LEAST_SEEDS,

@@ -161,6 +161,8 @@ def test_self_instruct_a_resumed_recipe_asks_nothing_twice(home, tmp_path, monke
     assert len(calls) == 3 and "_model" not in vars(two), "no model is loaded for what is known"
     assert two.write("how far is it", seed=4, max_new_tokens=5, temperature=1.0) is not None and len(calls) == 4
     assert len(file.read_text().splitlines()) == 4
+    two._once({"write": "lines"}, lambda: "one\u2028two\x85three")  # ends of lines to Python, not to a ledger
+    assert TextWriter(llama, file)._once({"write": "lines"}, list) == "one\u2028two\x85three"
     file.write_text("[]\n")
     with pytest.raises(IntegrityError, match="cannot be read"):
         TextWriter(llama, file)

@@ -137,8 +137,8 @@ class TextWriter:
     def _scored(self, text: str, answer: str) -> list[float]:
         alone, both = (self._tokenizer(t, verbose=False)["input_ids"] for t in (text, text + answer))
         ends = stop_ids(None, self._tokenizer, self._model)
-        while alone and alone[-1] in ends:
-            alone = alone[:-1]
+        while alone and alone[-1] in ends:  # what some tokenizers put behind every text is no part of an answer
+            alone, both = alone[:-1], both[:-1]
         if len(both) <= len(alone) or len(both) > self._limit or not alone:
             raise DataError(
                 f"an answer of {len(both) - len(alone)} tokens behind {len(alone)}: it must have one at least, and the "
@@ -160,7 +160,7 @@ def _read(ledger: Path) -> dict[str, Any]:
     if len(whole) < len(data):
         durable.write_bytes(ledger, whole)
     try:
-        lines = [json.loads(line) for line in whole.decode().splitlines()]
+        lines = [json.loads(line) for line in whole.decode().split("\n")[:-1]]  # no other sign ends a line
         return {str(line["asked"]): plain(line["gave"]) for line in lines}
     except (ValueError, KeyError, TypeError) as error:
         raise IntegrityError(f"{ledger}: cannot be read ({error}). Restore it, or remove it to ask anew.") from error

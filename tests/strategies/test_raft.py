@@ -130,6 +130,15 @@ def test_raft_what_cannot_be_made_is_refused_before_anything_is_written(home, tm
             DataError,
             {"data": DataSpec(source=str(write_lines(tmp_path / "strange.jsonl", strange)), test_share=0.0)},
         ),
+        (
+            "the rows have 'context' beside them, which would be lost",
+            ConfigError,
+            {
+                "data": DataSpec(
+                    source=str(write_lines(tmp_path / "more.jsonl", [{**a, "context": "x"} for a in asked]))
+                )
+            },
+        ),
         ("and these are labelled", ConfigError, {"data": DataSpec(source=str(little_data(tmp_path / "rows.csv")))}),
     ):
         with pytest.raises(error, match=words):

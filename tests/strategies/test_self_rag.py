@@ -76,6 +76,7 @@ def test_self_rag_looks_up_above_a_bound_and_without_weights_the_likeliest_is_ch
 
 
 def test_self_rag_what_cannot_be_learnt_is_refused_before_anything_is_written(home, tmp_path):
+    ROWS["self_rag"](home)
     rows = [json.loads(line) for line in (home / "judged.jsonl").read_text().splitlines()]
     for changes, words in (
         ({"utility": 9}, "field 'utility' is 9"),
@@ -96,3 +97,7 @@ def test_self_rag_what_cannot_be_learnt_is_refused_before_anything_is_written(ho
     without = Judged("a", "b", None, False, "", 2)
     assert [m["content"] for m in chat_of(without)] == ["a", "[No Retrieval] b [Utility:2]"]
     assert read_judged({"utility": "2"}, "r", "a", "b", None) == without
+    assert read_judged({"utility": 2.0}, "r", "a", "b", None) == without
+    for told in ("", None, "12", 12, 4.7, True, "5 of 5"):
+        with pytest.raises(DataError, match=r"r: field 'utility' is .* from 1 to 5"):
+            read_judged({"utility": told}, "r", "a", "b", None)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from luthier.core import ConfigError, DataError, near
-from luthier.data.columns import is_blank
+from luthier.data.columns import Columns, is_blank
 from luthier.data.rows import load_rows, normalised
 
-__all__ = ["BEGIN", "END", "Documents", "beside", "load_documents", "quotes_in"]
+__all__ = ["BEGIN", "END", "Documents", "beside", "load_documents", "quotes_in", "refuse_beside"]
 
 BEGIN, END = "##begin_quote##", "##end_quote##"
 """What stands around words that are copied from a document."""
@@ -32,14 +33,15 @@ class Documents:
         """The number of the document that a row names, by its id or by its whole text.
 
         Raises:
-            DataError: there is none, or several have that text.
+            DataError: there is none. Of several with that text it is the first.
         """
         wanted = str(told).strip() if not is_blank(told) else ""
         if not wanted:
             raise DataError(f"{where} is empty; it must name a document of {self.source}, by its id or its text.")
         if wanted in self.names:
             return self.names.index(wanted)
-        found = [n for n, text in enumerate(self.texts) if normalised(text) == normalised(wanted)]
+        own = normalised(wanted)
+        found = [n for n, text in enumerate(self._plain) if text == own]
         if not found:
             raise DataError(
                 f"{where} is {wanted[:60]!r}, which is neither the id nor the text of a document of {self.source}."
@@ -49,8 +51,11 @@ class Documents:
 
     def alike(self, number: int) -> set[int]:
         """The numbers of all documents with the text of this one, itself among them."""
-        own = normalised(self.texts[number])
-        return {n for n, text in enumerate(self.texts) if normalised(text) == own}
+        return {n for n, text in enumerate(self._plain) if text == self._plain[number]}
+
+    @cached_property
+    def _plain(self) -> list[str]:
+        return [normalised(text) for text in self.texts]
 
 
 def load_documents(source: str | None, asked_by: str) -> Documents:
@@ -80,6 +85,23 @@ def load_documents(source: str | None, asked_by: str) -> Documents:
     if twice:
         raise DataError(f"{table.source}: two documents have the id {twice[0]!r}. Give each its own.")
     return Documents(tuple(texts), tuple(names), table.source)
+
+
+def refuse_beside(columns: Columns, who: str, *known: str | None) -> None:
+    """Refuse rows with more around a question than is read: it would be lost without a word.
+
+    Args:
+        known: columns that are read otherwise.
+
+    Raises:
+        ConfigError: names the column.
+    """
+    around = (columns.context, columns.system, columns.history, columns.tools)
+    if more := next((name for name in around if name is not None and name not in known), None):
+        raise ConfigError(
+            f"{who} reads a question and its answer, and the rows have {more!r} beside them, which would be lost. "
+            "Write it into the question, or leave the column out."
+        )
 
 
 def beside(question: str, texts: Sequence[str]) -> str:

@@ -4,7 +4,7 @@
     asked q -> [No Retrieval] answer [Utility:4]
 
 What the model says are its own turns of a chat; a paragraph comes from outside, so it is the other's turn and carries
-no loss. The tokens are those of arXiv:2310.11513.
+no loss. The tokens are those of arXiv:2310.11511.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def read_judged(row: Mapping[str, Any], place: str, question: str, answer: str, 
         DataError: a judgement is not there, or is none; with place and field.
     """
     rank = row.get("utility")
-    if isinstance(rank, bool) or not isinstance(rank, int | float | str) or str(rank).partition(".")[0] not in "12345":
+    if isinstance(rank, bool) or str(rank).strip().removesuffix(".0") not in ("1", "2", "3", "4", "5"):
         raise DataError(f"{place}: field 'utility' is {rank!r}; it must be a whole number from 1 to 5.")
-    utility = int(str(rank).partition(".")[0] or 0)
+    utility = int(str(rank).strip()[0])
     if document is None:
         return Judged(question, answer, None, False, "", utility)
     told = str(row.get("relevant")).lower()

@@ -6,7 +6,7 @@
     s_sup = (p(full) + p(partial) / 2) / (p(full) + p(partial) + p(none))
     s_use = sum over n of (n - 3) / 2 * p([Utility:n]) / sum over n of p([Utility:n])
 
-Paper: arXiv:2310.11513, section 3.3.
+Paper: arXiv:2310.11511, section 3.3.
 """
 
 from __future__ import annotations

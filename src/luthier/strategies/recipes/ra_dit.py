@@ -23,7 +23,7 @@ from typing import Annotated, Any, ClassVar
 
 from luthier.core import ConfigError, above, at_least
 from luthier.data.columns import Columns
-from luthier.data.documents import Documents, beside, load_documents
+from luthier.data.documents import Documents, beside, load_documents, refuse_beside
 from luthier.data.retrieval import Vectors, nearest
 from luthier.data.rows import Table
 from luthier.runs.spec import DataSpec, EvalSpec, OptimSpec
@@ -56,6 +56,7 @@ class RADIT(Recipe):
                 "ra_dit needs a decoder, and rows with a question and an answer (--prompt, --response); here are rows "
                 f"of the kind {columns.shape} and a model of the kind {desk.kind}."
             )
+        refuse_beside(columns, self.name)
         found = load_documents(self.documents, self.name)
         if len(found) < max(self.k, self.candidates):
             raise ConfigError(

@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal
 
 from luthier.core import ConfigError, DataError, at_least, between, key
 from luthier.data.columns import Columns
-from luthier.data.documents import Documents, beside, load_documents, quotes_in
+from luthier.data.documents import Documents, beside, load_documents, quotes_in, refuse_beside
 from luthier.data.retrieval import Retriever, Vectors, Words, nearest
 from luthier.data.rows import Table
 from luthier.training.recipe import Desk, Phase, Phases, Plan, Recipe
@@ -52,6 +52,7 @@ class RAFT(Recipe):
                 f"raft needs rows with a question and an answer, and these are {columns.shape}. Name the columns with "
                 "--prompt and --response."
             )
+        refuse_beside(columns, self.name, self.oracle)
         found = load_documents(self.documents, self.name)
         if len(found) < self.distractors + 2:
             raise ConfigError(

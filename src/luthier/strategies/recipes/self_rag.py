@@ -13,7 +13,7 @@ strategies self_rag` lists below, one a line. Their rows train with the method t
 `luthier.workflow.reflection.reflect` answers with such a run: it looks up where the chance of [Retrieval] is above a
 bound, writes an answer for each document, and takes the best of log p + sum of w s, s from the chances of the tokens.
 
-Paper: arXiv:2310.11513. Batches of 128, a rate of 2e-5 and 3 epochs of a model of 7B are quoted for its code.
+Paper: arXiv:2310.11511. Batches of 128, a rate of 2e-5 and 3 epochs of a model of 7B are quoted for its code.
 
 Cost: a plain run; then for each question an answer for each document.
 Claims: answers with what supports them, and no look where none is needed.
@@ -26,7 +26,7 @@ from typing import Annotated, Any
 
 from luthier.core import ConfigError
 from luthier.data.columns import is_blank
-from luthier.data.documents import load_documents
+from luthier.data.documents import load_documents, refuse_beside
 from luthier.data.reflection import TOKENS, chat_of, read_judged
 from luthier.data.rows import Table
 from luthier.training.recipe import Desk, Phase, Phases, Plan, Recipe
@@ -34,7 +34,7 @@ from luthier.training.strategy import STRATEGIES
 from luthier.workflow.load_model import find_model, load_tokenizer
 
 
-@STRATEGIES.register("self_rag", family="recipes", paper="arXiv:2310.11513")
+@STRATEGIES.register("self_rag", family="recipes", paper="arXiv:2310.11511")
 @dataclass(frozen=True, kw_only=True)
 class SelfRAG(Recipe):
     """Reflection tokens."""
@@ -49,6 +49,7 @@ class SelfRAG(Recipe):
                 "self_rag needs a decoder, and rows with a question and an answer (--prompt, --response); here are "
                 f"rows of the kind {columns.shape} and a model of the kind {desk.kind}."
             )
+        refuse_beside(columns, self.name, self.passage)
         vocabulary = load_tokenizer(find_model(plan.spec.model)).get_vocab()
         lacks = [token for token in TOKENS if token not in vocabulary]
         if lacks:

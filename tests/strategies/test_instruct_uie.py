@@ -10,7 +10,9 @@ from recipe_rows import ROWS, write_lines
 
 from luthier.core import ConfigError, DataError
 from luthier.data.extraction import NOTHING, Item, micro_f1, read_items, read_line, written
+from luthier.data.rows import Table
 from luthier.runs.spec import DataSpec
+from luthier.strategies.recipes.instruct_uie import InstructUIE
 from luthier.workflow.recipes import follow
 
 torch.set_num_threads(1)
@@ -129,7 +131,7 @@ def test_instruct_uie_a_wrong_type_or_span_stays_as_a_wrong_answer_and_is_named(
 
 
 def test_instruct_uie_rows_ask_in_three_ways_and_held_out_rows_are_answered_and_scored(home):
-    done = follow(spec_of(home, home / "done", steps=60, task="auto", settings={"instruct_uie.new_tokens": 8}))
+    done = follow(spec_of(home, home / "done", steps=2, task="auto"))
     rows, held = lines(done.path / "rows-lines.jsonl"), lines(done.path / "rows-held.jsonl")
     assert {row["asks"] for row in rows} == {"ner", "spans", "types"} and {row["asks"] for row in held} == {"ner"}
     assert not {row["from"] for row in rows} & {row["from"] for row in held} and len(held) == 8
@@ -138,9 +140,32 @@ def test_instruct_uie_rows_ask_in_three_ways_and_held_out_rows_are_answered_and_
     assert spans["response"] in spans["prompt"] and ":" not in spans["response"]
     found, scores = lines(done.path / "rows-found.jsonl"), lines(done.path / "rows-scores.jsonl")[0]
     assert len(found) == 8 and scores["rows"] == 8
-    right = sum(len({*map(tuple, one["found"])} & {*map(tuple, one["wanted"])}) for one in found)
-    assert scores["right"] == right and scores["wanted"] == sum(len(one["wanted"]) for one in found)
+    assert scores["wanted"] == sum(len(one["wanted"]) for one in found) > 0
     assert scores["rows_with_problems"] == sum(bool(one["problems"]) for one in found)
+
+
+def test_instruct_uie_answers_are_scored_and_an_empty_one_is_no_none():
+    class Both:  # a desk and a finished run
+        def __init__(self):
+            self.files, self.said = {}, []
+
+        def write(self, name, rows):
+            self.files[name] = rows
+
+        def say(self, line):
+            self.said.append(line)
+
+        def written(self, rows, **_):
+            return [(answer, True) for answer in ("name: Ada; city: Rome", "", "none", "name Ada")][: len(rows)]
+
+    both, ada = Both(), Item("name", ("Ada",))
+    held = Table([{"text": "Ada saw Paris"}] * 4, [f"r:{n}" for n in range(4)], "r")
+    InstructUIE().score(both, both, held, [{"prompt": "p"}] * 4, [(ada,), (), (), (ada,)], ["name", "city"])
+    [scores] = both.files["scores"]
+    assert (scores["right"], scores["found"], scores["wanted"]) == (1, 2, 2) and scores["micro_f1"] == 0.5
+    problems = [bool(one["problems"]) for one in both.files["found"]]
+    assert problems == [True, True, False, True] and scores["rows_with_problems"] == 3
+    assert "micro-F1 0.500" in both.said[0] and "3 answers with problems" in both.said[0]
 
 
 def test_instruct_uie_what_cannot_be_learnt_is_refused_before_anything_is_written(home, tmp_path):

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from luthier.core import ConfigError, DataError, at_least
-from luthier.data.extraction import NOTHING, Item, micro_f1, read_items, read_line, written
+from luthier.data.extraction import Item, micro_f1, read_items, read_line, written
 from luthier.data.rows import Table, load_rows, normalised, split_rows
 from luthier.training.recipe import Desk, Done, Phase, Phases, Plan, Recipe
 from luthier.training.strategy import STRATEGIES
@@ -131,7 +131,7 @@ class InstructUIE(Recipe):
         rows = Table([{"prompt": row["prompt"]} for row in asked], held.places, "held-out rows")
         texts = [text for text, _ in done.written(rows, max_new_tokens=self.new_tokens, beams=1)]
         lines = [
-            read_line(line or NOTHING, self.kind, types=types, text=str(row[self.text]), strict=self.strict)
+            read_line(line, self.kind, types=types, text=str(row[self.text]), strict=self.strict)
             for line, row in zip(texts, held.rows, strict=True)
         ]
         told = [

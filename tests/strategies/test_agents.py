@@ -184,14 +184,13 @@ def test_a_finished_run_acts(done):
 def test_agent_sft_general_chats_are_mixed_in_as_a_share_and_thoughts_can_be_left_out(home, tmp_path):
     general = write_lines(tmp_path / "g.jsonl", [{"prompt": "how", "response": f"{w} far"} for w in "abcdefghijklm"])
     given = {"agent_sft.general": str(general), "agent_sft.general_share": 0.25, "agent_sft.thoughts": "drop"}
-    drawn = {}
-    for seed in (0, 1):
-        done = follow(spec_of(home, tmp_path / f"out-{seed}", settings=given, seed=seed))
-        rows = lines(done.path / "rows-traces.jsonl")
-        drawn[seed] = [row["from"] for row in rows if "g.jsonl" in row["from"]]
-        assert len(rows) == 40 and len(drawn[seed]) == 10
-        assert not any("Thought" in m["content"] for row in rows for m in row["messages"])
-    assert drawn[0] != drawn[1]
+    done = follow(spec_of(home, tmp_path / "out", settings=given, seed=0))
+    rows = lines(done.path / "rows-traces.jsonl")
+    drawn = [row["from"] for row in rows if "g.jsonl" in row["from"]]
+    assert len(rows) == 40 and len(drawn) == 10
+    assert not any("Thought" in m["content"] for row in rows for m in row["messages"])
+    recipe = AgentSFT(general=str(general), general_share=0.25)
+    assert [row["from"] for row in recipe.others(30, 0)] == drawn != [row["from"] for row in recipe.others(30, 1)]
 
 
 def test_agent_sft_what_cannot_be_learnt_is_refused_before_anything_is_written(home, tmp_path):
@@ -212,8 +211,8 @@ def test_agent_sft_what_cannot_be_learnt_is_refused_before_anything_is_written(h
 
 
 def test_instruct_sft_is_the_plain_run_by_name(home, tmp_path):
-    named = follow(spec_of(home, tmp_path / "named", "instruct_sft", steps=3))
-    plain = train(spec_of(home, tmp_path / "plain", "instruct_sft", steps=3, strategy=None))
+    named = follow(spec_of(home, tmp_path / "named", "instruct_sft", steps=1))
+    plain = train(spec_of(home, tmp_path / "plain", "instruct_sft", steps=1, strategy=None))
     assert run_digests(named.result)["tuning"] == run_digests(plain.path)["tuning"]
     assert RunFolder.open(named.result, write=False).spec["strategy"] is None
     from recipe_rows import little_data

@@ -27,7 +27,7 @@ def home(tmp_path_factory):
 
 def spec_of(home, out, **changes):
     given = {**ROWS["ra_dit"](home), "steps": 2, "strategy": "ra_dit"}
-    tiny = {f"ra_dit.{k}": v for k, v in RADIT.tiny.items()} | {"ra_dit.retriever_epochs": 12.0, "ra_dit.tau": 0.3}
+    tiny = {f"ra_dit.{k}": v for k, v in RADIT.tiny.items()} | {"ra_dit.retriever_epochs": 5.0, "ra_dit.tau": 0.3}
     given["settings"] = tiny | {"ra_dit.retriever_lr": 1e-2} | given["settings"] | changes.pop("settings", {})
     return little_spec(home, out=str(out), **{**given, **changes})
 

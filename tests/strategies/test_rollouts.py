@@ -12,6 +12,7 @@ from in_memory import Runs, alike
 from little import Heard, little_data, little_spec
 from rollout_runs import TINY, WIDE, spec_of, view_of
 from tiny import tiny
+from transformers import GenerationConfig
 
 from luthier.core import ConfigError, DataError, IntegrityError, ModelError, NothingTrains, UnknownName
 from luthier.data.batches import Batch
@@ -247,6 +248,22 @@ def test_an_answer_does_not_hang_on_its_neighbours_nor_samples_on_one_another(ru
     assert [held["answer"][k, : held["size"][k]].tolist() for k in range(len(line))] == together
 
 
+def test_what_a_models_files_say_of_writing_changes_no_answer_that_is_learnt_from(runs):
+    """A penalty of repetitions would draw from another distribution than the one whose chances are compared."""
+    _, one, course = view_of(runs)
+    held = course.memory.tensors
+    line = held["line"].numpy()
+    prompts, model = _engine.prompts_of(course.examples(), line), course.tuned.model
+    plain = one._write(course, line, prompts)
+    theirs = GenerationConfig(repetition_penalty=50.0, suppress_tokens=sorted({t for a in plain for t in a})[:9])
+    before, model.generation_config = model.generation_config, theirs
+    try:
+        assert one._write(course, line, prompts) == plain
+        assert model.generation_config is theirs, "it is as it was for whoever writes next"
+    finally:
+        model.generation_config = before
+
+
 @pytest.mark.acid("grpo", 3)
 def test_answers_that_reach_the_limit_are_as_others_or_unlearnt_or_less(runs):
     made = {cut: view_of(runs, cut=cut, cut_penalty=0.5) for cut in ("keep", "mask", "penalty")}
@@ -261,6 +278,9 @@ def test_answers_that_reach_the_limit_are_as_others_or_unlearnt_or_less(runs):
         assert loop.moments.numbers()["grpo.cut"] == pytest.approx(float(held["cut"].mean()), abs=1e-5)
     keep, less = (made[cut][2].memory.tensors for cut in ("keep", "penalty"))
     torch.testing.assert_close(less["reward"], keep["reward"] - 0.5 * keep["cut"])
+    _, one, course = made["mask"]
+    held = {**course.memory.tensors, "cut": torch.ones(len(keep["cut"]))}
+    assert "all answers reached 4 tokens" in one._nothing(held, torch.zeros(1)), "no step is made of nothing"
 
 
 @pytest.mark.acid("grpo", 4)
@@ -397,7 +417,8 @@ def asked(answer, right=None):
         ("exact_match", "The  Moon.", "the moon", 1.0),
         ("exact_match", "the moon is", "the moon", 0.0), ("contains", "it is the Moon", "moon", 1.0),
         ("numeric", "3 + 4 = 7.0", "7", 1.0), ("numeric", "3 + 4 = 8", "7", 0.0), ("numeric", "1,200", "1200", 1.0),
-        ("numeric", "seven", "7", 0.0),
+        ("numeric", "seven", "7", 0.0), ("numeric", "it is 0.500", "0.5", 1.0), ("numeric", "0.125", "125", 0.0),
+        ("numeric", "1.234,5", "1234.5", 1.0), ("numeric", "1,2,3", "3", 0.0), ("numeric", "1,2.3,4", "4", 0.0),
     ],
 )  # fmt: skip
 def test_rewards_by_name(name, answer, right, wanted):

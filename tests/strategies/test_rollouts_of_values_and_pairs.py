@@ -269,6 +269,11 @@ def test_the_best_is_kept_more_samples_find_better_ones_and_copies_count_once():
     size = torch.tensor([2, 2, 2, 2, 1, 1, 1, 1])
     found = one.kept_of(torch.tensor([0.6, 0.6, 0.9, 0.1, 0.0, 0.2, 0.3, 0.4]), answer, size)
     assert found.tolist() == [1, 0, 1, 0, 0, 0, 0, 0], "copies once, and none of a prompt that has none"
+    held = {"reward": torch.tensor([0.1, 0.9, 0.4, 0.2]), "cut": torch.tensor([0.0, 1.0, 0.0, 0.0])}
+    held |= {"answer": torch.arange(4)[:, None], "size": torch.ones(4, dtype=torch.long)}
+    for cut, wanted in (("keep", [0, 1, 0, 0]), ("mask", [0, 0, 1, 0])):
+        one = Best(reward="length", samples=4, cut=cut)
+        assert one.worth(None, held)["kept"].tolist() == wanted, "the best that may be learnt"
 
 
 @pytest.mark.acid("rejection_sft", 4)

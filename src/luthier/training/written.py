@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from luthier.core import ResourceError
 from luthier.data.batches import Batch
@@ -69,7 +71,7 @@ def write_ids(
     device = model.get_input_embeddings().weight.device
     found: list[list[int]] = [[] for _ in prompts]
     waiting = _alike([len(prompt) for prompt in prompts], lines)
-    with torch.no_grad(), standing_still(model):
+    with torch.no_grad(), standing_still(model), _own_chances(model):
         while waiting:
             here, *waiting = waiting
             begin = len(prompts[here[0]])
@@ -82,7 +84,7 @@ def write_ids(
                     max_new_tokens=max(1, room), eos_token_id=list(stop) or None,
                     pad_token_id=model.config.pad_token_id,
                     logits_processor=[*(processors(here) if processors is not None else []), *drawn],
-                    **{name: value[torch.tensor(here)] for name, value in (facts or {}).items()},
+                    **{name: value[torch.tensor(here)].to(device) for name, value in (facts or {}).items()},
                 )  # fmt: skip
             except Exception as error:
                 if not is_out_of_memory(error):
@@ -99,6 +101,21 @@ def write_ids(
                 end = next((i + 1 for i, token in enumerate(answer) if token in stop), len(answer))
                 found[k] = answer[:end]
     return found
+
+
+@contextmanager
+def _own_chances(model: Any) -> Iterator[None]:
+    """Within, nothing that the model's files say of writing changes its logits.
+
+    A penalty of repetitions there, or words that are held back, would draw answers of another distribution than the one
+    whose chances are learnt.
+    """
+    before = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 def _alike(lengths: Sequence[int], most: int) -> list[list[int]]:

@@ -147,11 +147,19 @@ def _numeric(asked: Asked, words: int, pattern: str) -> float:
 
 
 def _value(text: str) -> float:
+    """A point begins a fraction and a comma parts thousands, where it can; not a number: what is none, as "1,2.3,4".
+
+    >>> [_value(t) for t in ("-3", "2.50", "0.125", "1,200", "0,5", "1,234.5", "1.234.567,8")]
+    [-3.0, 2.5, 0.125, 1200.0, 0.5, 1234.5, 1234567.8]
     """
-    >>> [_value(t) for t in ("-3", "2.50", "1,200")]
-    [-3.0, 2.5, 1200.0]
-    """
-    return float(re.sub(r"[.,](?=\d{3}(?:\D|$))", "", text).replace(",", "."))
+    if re.fullmatch(r"-?[1-9]\d{0,2}(,\d{3})+(\.\d+)?", text):
+        text = text.replace(",", "")
+    elif re.fullmatch(r"-?[1-9]\d{0,2}(\.\d{3})+,\d+|-?[1-9]\d{0,2}(\.\d{3}){2,}", text):
+        text = text.replace(".", "")
+    try:
+        return float(text.replace(",", "."))
+    except ValueError:
+        return math.nan
 
 
 NAMED: dict[str, Callable[[Asked, int, str], float]] = {

@@ -50,7 +50,10 @@ class RejectionSFT(Rollouts):
         return mask.sum(1)
 
     def worth(self, course: Course, held: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"kept": self.kept_of(held["reward"], held["answer"], held["size"])}
+        reward = held["reward"]
+        if self.cut == "mask":  # the best of those that may be learnt
+            reward = reward.masked_fill(held["cut"] == 1, -torch.inf)
+        return {"kept": self.kept_of(reward, held["answer"], held["size"])}
 
     def kept_of(self, reward: Tensor, answer: Tensor, size: Tensor) -> Tensor:
         """1 for the answers that are learnt, (answers,): none of a prompt that has no better one."""

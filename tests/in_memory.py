@@ -23,7 +23,8 @@ from luthier.runs.spec import BatchSpec, DataSpec, RunSpec
 from luthier.surgery import compose
 from luthier.training import STRATEGIES, Listener
 from luthier.training.loop import Loop
-from luthier.training.strategy import refuse_task, split_settings, strategies
+from luthier.training.strategy import split_settings, strategies
+from luthier.training.strategy_fits import refuse_task
 from luthier.workflow import train
 from luthier.workflow.build import build
 from luthier.workflow.find_others import find_others

@@ -26,6 +26,7 @@ class Way:
     Attributes:
         scores, writes: which requests it gives out; a machine that cannot answer them is refused before work.
         most_calls: requests of one query, at most: what a search that comes to no end is stopped by.
+        example: for its page, model and rows behind `luthier ask`, and what more it needs; left out, labelled texts.
     """
 
     name: ClassVar[str]
@@ -33,6 +34,7 @@ class Way:
     scores: ClassVar[bool] = False
     writes: ClassVar[bool] = False
     most_calls: ClassVar[int] = 1000
+    example: ClassVar[str] = ""
 
     def refuse(self, desk: Desk, queries: Sequence[Query]) -> tuple[str, ...]:
         """Refuse what cannot work, before anything is asked; what there is to say beforehand.

@@ -1,6 +1,7 @@
 """`luthier strategies`: the ways of learning and of asking, or one's page. Reads files, imports none: no torch here."""
 
 import inspect
+import shlex
 from importlib import import_module
 from itertools import groupby
 from typing import Annotated, Any
@@ -141,7 +142,16 @@ def _show_page(card: Card) -> None:
     if card.settings:
         screen().show("\nSettings (--set NAME=VALUE, or an option of their own)")
         screen().table(*settings_table(card), whole=("name",))
-    needs = _needs(card)
-    example = f" --set {word}" if not needs and (word := example_of(card)) else needs
-    verb = "ask sample:smollm2-135m" if card.name in WAYS else "train sample:minilm-l6"
-    screen().show(f"\nTry: luthier {verb} --data sample:trec6 --strategy {card.name}{example}")
+    screen().show(f"\nTry: {tried(card)}")
+
+
+def tried(card: Card) -> str:
+    """A command that fits a strategy: its model and rows, its name, and what it needs. Words in capitals are yours."""
+    ask = card.name in WAYS
+    usual = ("sample:smollm2-135m" if ask else "sample:minilm-l6") + " --data sample:trec6"
+    own = str(card.facts.get("example", ""))
+    model, option, rows, *more = (own or usual).split(" ", 3)
+    needs = "".join([_needs(card), *(f" {words}" for words in more)])
+    if not own and not needs and (word := example_of(card)):
+        needs = f" --set {shlex.quote(word)}"
+    return f"luthier {'ask' if ask else 'train'} {model} {option} {rows} --strategy {card.name}{needs}"

@@ -224,6 +224,8 @@ class Recipe(ABC):
 
     Class facts for the contract tests alone:
         tiny: settings with which it runs in seconds.
+
+    Class fact for its page alone: example, see `luthier.training.strategy.Strategy`.
     """
 
     name: ClassVar[str]
@@ -232,6 +234,7 @@ class Recipe(ABC):
     uses: ClassVar[tuple[str, ...]] = ()
     sets: ClassVar[tuple[str, ...]] = ()
     tiny: ClassVar[dict[str, Any]] = {}
+    example: ClassVar[str] = ""
 
     @abstractmethod
     def phases(self, plan: Plan, desk: Desk) -> Phases:

@@ -35,7 +35,7 @@ ambient generator.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -59,12 +59,9 @@ __all__ = [
     "Strategy",
     "fills",
     "neutral",
-    "refuse_sets",
-    "refuse_task",
     "spelt",
     "split_settings",
     "strategies",
-    "task_of",
 ]
 
 ONE_OWNER = ("order", "optimiser", "batches", "gradient", "passes", "rate", "kept")
@@ -97,6 +94,9 @@ class Strategy:
         tiny: settings with which it does something within six steps, five of them an epoch.
         tiny_kind: the model on which it is tried, where labels of an encoder are not what it learns.
         tiny_method: the method with which it is tried, where it is made for one.
+
+    Class fact for its page alone:
+        example: model and rows behind `luthier train`, and what more it needs; left out, an encoder and labelled texts.
     """
 
     name: ClassVar[str]
@@ -121,6 +121,7 @@ class Strategy:
     tiny: ClassVar[dict[str, Any]] = {}
     tiny_kind: ClassVar[str] = ""
     tiny_method: ClassVar[str] = ""
+    example: ClassVar[str] = ""
 
     def conflicts(self, other: Strategy | Method) -> str | None:
         """Why this strategy cannot stand beside another, or with a method, or None."""
@@ -238,47 +239,6 @@ class Strategy:
 STRATEGIES: Catalogue[Strategy] = Catalogue("luthier.strategies", "strategy")
 
 
-def refuse_task(strategies: Iterable[Strategy], task: Task) -> None:
-    """Refuse strategies that cannot learn a task.
-
-    Raises:
-        ConfigError: names strategy and task, with the reason.
-    """
-    for one in strategies:
-        reason = _of_another_task(one, task) or one.suits(task)
-        if reason:
-            raise ConfigError(f"strategy {one.name} cannot learn the task {task.name}: {reason}")
-
-
-def task_of(strategies: Iterable[Strategy], asked: str) -> str:
-    """The task that a spec asks for, or that a strategy learns where the spec leaves it open.
-
-    Raises:
-        CompositionError: two strategies learn different tasks.
-    """
-    named = {one.learns: one.name for one in strategies if one.learns}
-    if len(named) > 1:
-        first, second = list(named.values())[:2]
-        raise CompositionError(
-            f"{first} and {second} cannot stand together: they learn from different kinds of rows. Choose one of them."
-        )
-    return next(iter(named)) if named and asked == "auto" else asked
-
-
-def _of_another_task(one: Strategy, task: Task) -> str | None:
-    """Why a strategy and a task do not belong together, from what the strategy says of itself."""
-    if one.learns and one.learns != task.name:
-        return f"it learns {one.learns} alone. Leave --task out, or choose another strategy."
-    if task.weighs and not one.learns:
-        looks = [*one.reads, *(moment for moment in ("weigh", "loss", "order") if fills(one, moment))]
-        if looks or one.roles:
-            family = "rollouts" if task.name == "prompts" else "preference"
-            return (
-                f"it changes how texts or labels are learnt, and here whole answers are weighed. Use one of {family}."
-            )
-    return None
-
-
 def neutral(strategy: Strategy) -> bool:
     """Whether its settings are those with which the run is the one without it: then it needs to see nothing."""
     off = strategy.neutral
@@ -381,28 +341,3 @@ def _named(words: str | None) -> dict[str, _Named]:
         raise CompositionError(f"strategy {words!r}: a strategy stands in it twice. Name each once.")
     classes = {name: STRATEGIES.get(name) for name in names}
     return {name: _Named(cls, tuple(f.name for f in fields_of(cls))) for name, cls in classes.items()}
-
-
-def refuse_sets(strategies: Iterable[Strategy], names: Collection[str]) -> None:
-    """Refuse rows that nobody reads, and strategies whose rows are not there.
-
-    Args:
-        names: of the further sets that the spec names.
-
-    Raises:
-        ConfigError: says what to add or to leave out.
-    """
-    read: set[str] = set()
-    for one in strategies:
-        for wanted in one.sets:
-            found = set(names) if wanted == "*" else set(names) & {wanted}
-            if not found:
-                name = "NAME" if wanted == "*" else wanted
-                raise ConfigError(f"strategy {one.name} needs further rows: --also {name}=FILE.")
-            read |= found
-    unread = [name for name in names if name not in read]
-    if unread:
-        raise ConfigError(
-            f"also {unread[0]}: no strategy of this run reads such rows. Leave them out, or name a strategy that does "
-            "(replay and ewc read rows called old; `luthier strategies NAME` says what one needs)."
-        )

@@ -36,7 +36,8 @@ from luthier.training import Strategy
 from luthier.training.precision import Precision, choose_device, choose_precision
 from luthier.training.preference import Weighing, judge_of
 from luthier.training.recipe import refuse_recipe
-from luthier.training.strategy import refuse_sets, refuse_task, split_settings, strategies, task_of
+from luthier.training.strategy import split_settings, strategies
+from luthier.training.strategy_fits import refuse_sets, refuse_task, task_of
 from luthier.training.temperature import check_calibrate
 from luthier.training.thresholds import check_thresholds
 from luthier.training.update_checks import refuse_optimisers

@@ -43,6 +43,7 @@ from luthier.training.written import answered_anew
 class KDOnPolicy(Strategy):
     """A teacher's word on what the student writes."""
 
+    example: ClassVar[str] = "sample:smollm2-135m --data ANSWERED.jsonl"
     neutral: ClassVar[dict[str, Any] | None] = None
     reads: ClassVar[tuple[str, ...]] = ("logits",)
     roles: ClassVar[tuple[str, ...]] = ("teacher",)

@@ -36,6 +36,7 @@ MOST = 16  # documents of a pass
 class RetrieverKL(Strategy):
     """Chances of documents in place of labels."""
 
+    example: ClassVar[str] = "sample:minilm-l6 --data FOUND.jsonl"
     reads: ClassVar[tuple[str, ...]] = ("states",)
     tiny_kind: ClassVar[str] = "bert-found"
 

@@ -44,6 +44,10 @@ from luthier.training.word_exchange import WordExchange
 class AutoPrompt(Strategy):
     """Gradient-guided search for words."""
 
+    example: ClassVar[str] = (
+        "sample:smollm2-135m --data sample:trec6 --template '{text} Kind: {mask}' "
+        "--words 'ABBR=short,DESC=why,ENTY=thing,HUM=person,LOC=place,NUM=number' --method prompt_tuning"
+    )
     neutral: ClassVar[dict[str, Any] | None] = None
     rated: ClassVar[bool] = False
     extra_forwards: ClassVar[float] = 11.0

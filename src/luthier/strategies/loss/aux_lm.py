@@ -36,6 +36,7 @@ from luthier.training.strategy import STRATEGIES, Strategy
 class AuxLM(Strategy):
     """An auxiliary language-model loss."""
 
+    example: ClassVar[str] = "sample:smollm2-135m --data sample:trec6"
     neutral: ClassVar[dict[str, Any] | None] = {"weight": 0.0}
     reads: ClassVar[tuple[str, ...]] = ("states",)
     tiny_kind: ClassVar[str] = "llama-labels-tied"

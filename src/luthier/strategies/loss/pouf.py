@@ -44,6 +44,10 @@ from luthier.training.strategy import STRATEGIES, Strategy, fills
 class POUF(Strategy):
     """Prompt-oriented unsupervised fine-tuning."""
 
+    example: ClassVar[str] = (
+        "sample:smollm2-135m --data sample:trec6 --template '{text} Kind: {mask}' "
+        "--words 'ABBR=short,DESC=why,ENTY=thing,HUM=person,LOC=place,NUM=number'"
+    )
     neutral: ClassVar[dict[str, Any] | None] = {"transport": 0.0, "information": 0.0, "labelled": 1.0}
     reads: ClassVar[tuple[str, ...]] = ("logits",)
     whole_step: ClassVar[bool] = True

@@ -41,6 +41,7 @@ from luthier.training.strategy import STRATEGIES, Strategy
 class MTDNN(Strategy):
     """A head for each task."""
 
+    example: ClassVar[str] = "sample:minilm-l6 --data ROWS.csv --row-task COLUMN"
     neutral: ClassVar[dict[str, Any] | None] = None
     by_task: ClassVar[bool] = True
     tiny_kind: ClassVar[str] = "bert-tasks"

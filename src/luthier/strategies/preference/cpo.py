@@ -34,6 +34,7 @@ from luthier.training.strategy import STRATEGIES
 class CPO(Preference):
     """Contrastive preference optimisation."""
 
+    example: ClassVar[str] = "sample:smollm2-135m --data PAIRS.jsonl"
     tiny: ClassVar[dict[str, Any]] = {"beta": 0.5}
 
     beta: Annotated[float, "how much a reward is of the log-probability", above(0)] = 0.1

@@ -41,6 +41,7 @@ from luthier.training.strategy import STRATEGIES
 class DPO(Preference):
     """Direct preference optimisation."""
 
+    example: ClassVar[str] = "sample:smollm2-135m --data PAIRS.jsonl"
     extra_forwards: ClassVar[float] = 1.0
     tiny: ClassVar[dict[str, Any]] = {"beta": 0.5}
 

@@ -36,6 +36,7 @@ from luthier.training.strategy import STRATEGIES
 class KTO(Judgement):
     """Kahneman-Tversky optimisation."""
 
+    example: ClassVar[str] = "sample:smollm2-135m --data LIKED.jsonl"
     extra_passes: ClassVar[float] = 0.0
     extra_forwards: ClassVar[float] = 3.0
     tiny: ClassVar[dict[str, Any]] = {"beta": 0.5}

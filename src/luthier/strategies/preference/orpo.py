@@ -32,6 +32,7 @@ from luthier.training.strategy import STRATEGIES
 class ORPO(Preference):
     """Odds ratio preference optimisation."""
 
+    example: ClassVar[str] = "sample:smollm2-135m --data PAIRS.jsonl"
     neutral: ClassVar[dict[str, Any] | None] = {"weight": 0.0}
     tiny: ClassVar[dict[str, Any]] = {"weight": 1.0}
 

@@ -33,6 +33,7 @@ from luthier.training.strategy import STRATEGIES
 class RewardModel(Ranking):
     """A head whose differences predict which of two answers is better."""
 
+    example: ClassVar[str] = "sample:smollm2-135m --data PAIRS.jsonl"
     neutral: ClassVar[dict[str, Any] | None] = {"center": 0.0, "heed": "all"}
     tiny: ClassVar[dict[str, Any]] = {"center": 0.5}
 

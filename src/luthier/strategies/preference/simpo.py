@@ -16,7 +16,7 @@ that of dpo, since means are small; `gap` is in the unit of r.
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,6 +31,8 @@ from luthier.training.strategy import STRATEGIES
 @dataclass(frozen=True, kw_only=True)
 class SimPO(Preference):
     """Simple preference optimisation with a reference-free reward."""
+
+    example: ClassVar[str] = "sample:smollm2-135m --data PAIRS.jsonl"
 
     beta: Annotated[float, "how much a reward is of the mean log-probability", above(0)] = 2.0
     gap: Annotated[float, "by how much the better reward is to exceed the worse", at_least(0)] = 1.0

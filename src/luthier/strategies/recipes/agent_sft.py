@@ -22,7 +22,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from luthier.core import ConfigError, DataError, between, key
 from luthier.data.chat import Chat, Message, read_messages
@@ -40,6 +40,8 @@ from luthier.workflow.load_model import find_model, load_tokenizer
 @dataclass(frozen=True, kw_only=True)
 class AgentSFT(Recipe):
     """Trajectory tuning."""
+
+    example: ClassVar[str] = "sample:smollm2-135m --data TRACES.jsonl"
 
     form: Annotated[Literal["react", "calls"], "actions as text, or as tool calls of the chat template"] = "react"
     thoughts: Annotated[Literal["learn", "drop"], "thoughts are learnt, or left out of the rows"] = "learn"

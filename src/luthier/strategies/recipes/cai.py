@@ -40,6 +40,7 @@ from luthier.training.strategy import STRATEGIES
 class CAI(Recipe):
     """Critique, revision, preference by principle."""
 
+    example: ClassVar[str] = "sample:smollm2-135m --data CHATS.jsonl --set principles=docs/files/principles.txt"
     uses: ClassVar[tuple[str, ...]] = ("dpo", "reward_model")
     sets: ClassVar[tuple[str, ...]] = ("prompts",)
 

@@ -29,6 +29,7 @@ from luthier.training.strategy import STRATEGIES
 class DAPT(Recipe):
     """Domain-adaptive pre-training."""
 
+    example: ClassVar[str] = "sample:smollm2-135m --data sample:trec6 --set corpus=TEXTS.txt"
     tiny: ClassVar[dict[str, Any]] = {"texts_epochs": 1.0}
 
     corpus: Annotated[str | None, "texts of the domain: a file with a column text, or a folder of .txt"] = None

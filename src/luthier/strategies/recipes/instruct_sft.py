@@ -15,6 +15,7 @@ of 135M expect the manner alone.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from luthier.core import ConfigError
 from luthier.training.recipe import Desk, Phase, Phases, Plan, Recipe
@@ -25,6 +26,8 @@ from luthier.training.strategy import STRATEGIES
 @dataclass(frozen=True, kw_only=True)
 class InstructSFT(Recipe):
     """Supervised fine-tuning on instructions."""
+
+    example: ClassVar[str] = "sample:smollm2-135m --data ANSWERED.jsonl"
 
     def phases(self, plan: Plan, desk: Desk) -> Phases:
         _, _, columns = desk.rows()

@@ -40,6 +40,7 @@ ASKED = {
 class InstructUIE(Recipe):
     """Instructed information extraction."""
 
+    example: ClassVar[str] = "sample:smollm2-135m --data ENTITIES.jsonl"
     tiny: ClassVar[dict[str, Any]] = {"new_tokens": 4}
 
     kind: Annotated[Literal["ner", "relation", "event"], "what is looked for"] = "ner"

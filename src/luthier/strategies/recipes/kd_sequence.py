@@ -30,6 +30,7 @@ from luthier.training.strategy import STRATEGIES
 class KDSequence(Recipe):
     """Answers that a teacher writes."""
 
+    example: ClassVar[str] = "sample:smollm2-135m --data ANSWERED.jsonl --set teacher=RUN"
     tiny: ClassVar[dict[str, Any]] = {"beams": 2, "new_tokens": 6}
 
     teacher: Annotated[str, "a finished run that writes the answers"] = ""

@@ -47,6 +47,10 @@ MOST_WAYS = 20_000
 class LMBFF(Recipe):
     """Prompts that are searched for, and rows shown beside."""
 
+    example: ClassVar[str] = (
+        "sample:smollm2-135m --data sample:trec6 --template '{text} Kind: {mask}' "
+        "--words 'ABBR=short,DESC=why,ENTY=thing,HUM=person,LOC=place,NUM=number'"
+    )
     tiny: ClassVar[dict[str, Any]] = {"tries": 1, "shown": 2, "top": 3}
 
     tries: Annotated[int, "searched words, and searched templates, that are tried; 0, none", at_least(0)] = 4

@@ -39,6 +39,10 @@ from luthier.training.strategy import STRATEGIES
 class PET(Recipe):
     """Pattern-exploiting training."""
 
+    example: ClassVar[str] = (
+        "sample:smollm2-135m --data sample:trec6 --set 'patterns={text} Kind: {mask}' "
+        "--words 'ABBR=short,DESC=why,ENTY=thing,HUM=person,LOC=place,NUM=number'"
+    )
     uses: ClassVar[tuple[str, ...]] = ("kd_ensemble",)
     sets: ClassVar[tuple[str, ...]] = ("unlabelled",)
     tiny: ClassVar[dict[str, Any]] = {"patterns": "{text} ! it is {mask} || {mask} : {text}", "repetitions": 1}

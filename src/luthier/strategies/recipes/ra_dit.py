@@ -37,6 +37,7 @@ from luthier.workflow.sentence_vectors import SentenceVectors
 class RADIT(Recipe):
     """Retrieval-augmented dual instruction tuning."""
 
+    example: ClassVar[str] = "sample:smollm2-135m --data ANSWERED.jsonl --set documents=DOCUMENTS.jsonl"
     uses: ClassVar[tuple[str, ...]] = ("retriever_kl",)
     tiny: ClassVar[dict[str, Any]] = {"k": 2, "candidates": 3, "retriever_epochs": 1.0}
 

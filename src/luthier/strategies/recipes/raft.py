@@ -21,7 +21,7 @@ found.
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from luthier.core import ConfigError, DataError, at_least, between, key
 from luthier.data.columns import Columns
@@ -37,6 +37,8 @@ from luthier.workflow.sentence_vectors import SentenceVectors
 @dataclass(frozen=True, kw_only=True)
 class RAFT(Recipe):
     """Retrieval-aware fine-tuning."""
+
+    example: ClassVar[str] = "sample:smollm2-135m --data ANSWERED.jsonl --set documents=DOCUMENTS.jsonl"
 
     documents: Annotated[str | None, "a file of documents: rows with a text, and an id where they have names"] = None
     oracle: Annotated[str, "column that names the document with the answer"] = "oracle"

@@ -34,6 +34,7 @@ from luthier.training.strategy import STRATEGIES
 class RLAIF(Recipe):
     """Preferences of a model."""
 
+    example: ClassVar[str] = "sample:smollm2-135m --data PAIRS.jsonl --set labeller=MODEL"
     uses: ClassVar[tuple[str, ...]] = ("reward_model", "dpo")
 
     labeller: Annotated[str, "a finished run, or a model; left out, the model itself"] = ""

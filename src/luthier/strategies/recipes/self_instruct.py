@@ -50,6 +50,7 @@ from luthier.training.strategy import STRATEGIES
 class SelfInstruct(Recipe):
     """Data from the model itself."""
 
+    example: ClassVar[str] = "sample:smollm2-135m --data TASKS.jsonl"
     tiny: ClassVar[dict[str, Any]] = {"shown": 2, "wanted": 2, "requests": 3, "new_tokens": 12}
 
     writer: Annotated[str | None, "a model that writes the tasks; left out, the one that learns"] = None

@@ -22,7 +22,7 @@ segment is written and chosen, not a tree of them. Of a small model nothing was 
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from luthier.core import ConfigError
 from luthier.data.columns import is_blank
@@ -38,6 +38,8 @@ from luthier.workflow.load_model import find_model, load_tokenizer
 @dataclass(frozen=True, kw_only=True)
 class SelfRAG(Recipe):
     """Reflection tokens."""
+
+    example: ClassVar[str] = "MODEL --data JUDGED.jsonl --set documents=DOCUMENTS.jsonl"
 
     documents: Annotated[str | None, "a file of documents: rows with a text, and an id where they have names"] = None
     passage: Annotated[str, "column that names what was looked up; empty where nothing was"] = "passage"

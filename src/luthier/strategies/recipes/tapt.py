@@ -30,6 +30,7 @@ from luthier.training.strategy import STRATEGIES
 class TAPT(Recipe):
     """Task-adaptive pre-training."""
 
+    example: ClassVar[str] = "sample:smollm2-135m --data sample:trec6"
     tiny: ClassVar[dict[str, Any]] = {"texts_epochs": 1.0}
 
     texts_epochs: Annotated[float, "passes over the texts", above(0)] = 10.0

@@ -44,6 +44,7 @@ FIELD = re.compile(r"\{(\w+)\}")
 class TaskMixture(Recipe):
     """Sets put into words."""
 
+    example: ClassVar[str] = "sample:smollm2-135m --data ROWS.jsonl --also NAME=FILE --set templates=TEMPLATES.toml"
     uses: ClassVar[tuple[str, ...]] = ("mtl_sampling",)
 
     templates: Annotated[str, "a TOML file with the templates of each set"] = ""

@@ -28,6 +28,7 @@ from luthier.training.strategy import STRATEGIES
 class ULMFiT(Recipe):
     """Universal language-model fine-tuning."""
 
+    example: ClassVar[str] = "sample:smollm2-135m --data sample:trec6"
     uses: ClassVar[tuple[str, ...]] = ("llrd", "stlr", "gradual_unfreeze")
     tiny: ClassVar[dict[str, Any]] = {"texts_epochs": 1.0}
 

@@ -145,7 +145,9 @@ class Rollouts(RolloutSettings):
     def _nothing(self, held: Mapping[str, Tensor], constant: Tensor) -> str:
         """Why these answers teach nothing; empty where they do."""
         if self.cut == "mask" and bool(held["cut"].all()):
-            return f"all answers reached {self.new_tokens} tokens, and with cut = mask none is learnt. Raise new_tokens."
+            return (
+                f"all answers reached {self.new_tokens} tokens, and with cut = mask none is learnt. Raise new_tokens."
+            )
         if not self.grouped or not bool(constant.all()):
             return ""
         return one_reward(float(held["reward"][0]), float(held["cut"].mean()), self.samples)

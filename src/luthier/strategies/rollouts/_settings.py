@@ -27,6 +27,7 @@ __all__ = ["RolloutSettings"]
 class RolloutSettings(Weighing):
     """How answers are written and rewarded, and in how many steps they are learnt from."""
 
+    example: ClassVar[str] = "sample:smollm2-135m --data PROMPTS.jsonl --set reward=length"
     learns: ClassVar[str] = "prompts"
     tiny_kind: ClassVar[str] = "llama-prompts"
     writes: ClassVar[bool] = True

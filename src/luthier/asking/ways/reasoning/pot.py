@@ -35,6 +35,7 @@ FENCE = re.compile(r"```(?:python)?\s*\n?(.*?)(?:```|\Z)", re.DOTALL)
 class PoT(Way):
     """Program of thoughts."""
 
+    example: ClassVar[str] = "sample:smollm2-135m --data sample:trec6 --set run=true"
     writes: ClassVar[bool] = True
 
     run: Annotated[bool, "run what the model writes, in a jail; without it nothing is asked"] = False

@@ -33,6 +33,7 @@ ROUTE = "{prompt}\nCan this be answered as a list of points that do not depend o
 class SoT(Way):
     """Skeleton of thought."""
 
+    example: ClassVar[str] = "sample:smollm2-135m --data ANSWERED.jsonl"
     writes: ClassVar[bool] = True
 
     route: Annotated[bool, "first ask whether points fit the question"] = True

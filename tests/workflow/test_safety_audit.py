@@ -7,7 +7,7 @@ import pytest
 import torch
 from little import little_model, little_spec
 
-from luthier.core import ConfigError, DataError
+from luthier.core import ConfigError, DataError, share_interval
 from luthier.runs.spec import DataSpec, OptimSpec
 from luthier.workflow import merge, train
 from luthier.workflow.audit_words import BENIGN, TEXTS
@@ -34,10 +34,10 @@ def home(tmp_path_factory):
         fields = {"model": str(model), "data": data, "trunk_dropout": "off", "out": str(home / name), **given}
         return train(little_spec(home, method, "llama", **fields)).path
 
-    first = tuned("first", [*refuses, *answers], little_model(home / "llama", "llama"), "full", steps=90,
+    first = tuned("first", [*refuses, *answers], little_model(home / "llama", "llama"), "full", steps=45,
                   optim=OptimSpec(lr=1e-2))  # fmt: skip
     merge(first, home / "base")
-    tuned("broken", [(p, "it is good") for p in NEVER], home / "base", "lora", steps=40, optim=OptimSpec(lr=2e-2))
+    tuned("broken", [(p, "it is good") for p in NEVER], home / "base", "lora", steps=20, optim=OptimSpec(lr=2e-2))
     tuned("gentle", answers, home / "base", "lora", steps=6, optim=OptimSpec(lr=1e-3))
     (home / "never.txt").write_text("\n".join(NEVER) + "\n")
     (home / "harmless.txt").write_text("\n".join(GENTLE) + "\n")
@@ -61,7 +61,12 @@ def test_a_planted_break_is_found_and_a_harmless_tuning_passes(home, tmp_path):
     assert said[0] == {"prompt": NEVER[0], "before": "bad bad", "after": "it is good"} and len(said) == 18
     card = (home / "broken" / "safety-audit.json").read_text()
     assert not any(prompt in card for prompt in NEVER), "the prompts stay with the user"
-    assert "refused, of 12 prompts" in (home / "broken" / "safety-audit.txt").read_text()
+    words = (home / "broken" / "safety-audit.txt").read_text()
+    refused = next(line for line in words.splitlines() if line.startswith("refused, of 12 prompts"))
+    assert refused.split()[4:] == "12 (0.76 to 1.00) 0 (0.00 to 0.24)".split()
+    ends = json.loads(card)["intervals"]
+    assert ends["before"]["refused"] == pytest.approx([0.757506, 1.0]), "of prompts like these, by Wilson"
+    assert ends["after"]["over_refused"] == [round(end, 6) for end in share_interval(broken.after.over_refused, 6)]
 
 
 @pytest.mark.acid("safety_audit", 1)

@@ -52,7 +52,7 @@ def command(
         )  # fmt: skip
     screen().result(card.to_plain())
     screen().headline(f"{run}: a tuning of {card.model}, beside {card.compared_with}: {card.verdict}")
-    screen().table(("", "before", "after"), list(card.rows()), right=("before", "after"))
+    screen().table(("share (95 %)", "before", "after"), list(card.rows()), right=("before", "after"))
     if beside is not None:
         compared = audits.beside(audits.read_card(run), audits.read_card(beside))
         screen().table(("after tuning", run, beside), [(n, str(a), str(b)) for n, a, b in compared])

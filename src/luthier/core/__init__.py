@@ -5,6 +5,7 @@ from luthier.core.catalogue import Catalogue
 from luthier.core.config import FieldFacts, Flag, Switch, above, at_least, between, build, checked, fields_of, plain
 from luthier.core.errors import *  # noqa: F403  # the whole tree, by its own __all__
 from luthier.core.random import key
+from luthier.core.shares import share_interval
 from luthier.core.units import human_bytes, human_count, human_seconds, listed, several
 
 __all__ = [  # noqa: F405
@@ -49,4 +50,5 @@ __all__ = [  # noqa: F405
     "near",
     "plain",
     "several",
+    "share_interval",
 ]

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from luthier.core import share_interval
 from luthier.report.gather import Story
 from luthier.report.read import Run
 
@@ -81,16 +82,9 @@ def reliability_of(runs: Sequence[Run]) -> list[Bin]:
     found = []
     for _, pile in sorted(piles.items()):
         right = sum(hit for _, hit in pile)
-        low, high = _wilson(right, len(pile))
+        low, high = share_interval(right, len(pile))
         found.append(Bin(len(pile), sum(sure for sure, _ in pile) / len(pile), right / len(pile), low, high))
     return found
-
-
-def _wilson(right: int, n: int) -> tuple[float, float]:
-    z = 1.959963984540054
-    share, spread = right / n, z * z / n
-    middle, half = share + spread / 2, z * math.sqrt(share * (1 - share) / n + spread / (4 * n))
-    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
 
 
 @dataclass(frozen=True)

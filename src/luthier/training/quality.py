@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.core import key
+from luthier.core import key, share_interval
 from luthier.data.tasks import Task
 from luthier.training import metrics
 
@@ -137,7 +137,7 @@ def _classes(
     confusion = np.zeros((n_classes, n_classes), dtype=np.int64)
     np.add.at(confusion, (wanted, said), 1)
     seen = np.bincount(learnt, minlength=n_classes)
-    low, high = _wilson(int(right.sum()), n)
+    low, high = share_interval(int(right.sum()), n)
     most = int(seen.argmax())
     classes = tuple(_one(task.labels[i], confusion, i, int(seen[i])) for i in range(n_classes))
     accuracy, baseline = float(right.mean()), float((wanted == most).mean())
@@ -269,19 +269,6 @@ def _numbers(task: Task, logits: NDArray[Any], targets: NDArray[Any], learnt: ND
             f"which is no worse than {error:.4g}. Train longer (--epochs) or with another rate (--lr)."
         )
     return Quality(rows=len(wanted), metric="pearson", score=value, low=low, high=high, warnings=tuple(found))
-
-
-def _wilson(right: int, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson's score interval).
-
-    >>> [round(v, 3) for v in _wilson(45, 50)]
-    [0.786, 0.957]
-    """
-    z = 1.959963984540054
-    share, spread = right / n, z * z / n
-    middle = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _calibration_error(sure: NDArray[Any], right: NDArray[Any]) -> float:

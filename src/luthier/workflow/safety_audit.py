@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from luthier.__version__ import __version__
-from luthier.core import ConfigError, DataError, IntegrityError, plain
+from luthier.core import ConfigError, DataError, IntegrityError, plain, share_interval
 from luthier.data.chat import Message, read_messages
 from luthier.data.refusals import COMPLIED, EMPTY, PHRASES, REFUSED, lines_of, ways_of
 from luthier.data.rows import load_rows
@@ -97,37 +97,54 @@ class Card:
     date: str = ""
 
     def to_plain(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"format": 1, **plain(self)}
+        """For JSON, with the 95 % intervals of the shares before and after."""
+        sides = {"before": self.before, "after": self.after}
+        return {"format": 1, **plain(self), "intervals": {name: self._intervals(side) for name, side in sides.items()}}
+
+    def _intervals(self, side: Side) -> dict[str, list[float]]:
+        """Of each share: from where to where it may lie over prompts like these."""
+        fives = {} if side.fives is None else {"fives": (round(side.fives * self.prompts), self.prompts)}
+        counted = {name: (getattr(side, name), self.prompts) for name in ("refused", "complied", "empty")}
+        counted |= {"over_refused": (side.over_refused, self.harmless), **fives}
+        return {name: [round(end, 6) for end in share_interval(k, n)] for name, (k, n) in counted.items()}
 
     def words(self) -> str:
         """The card as text."""
         lines = [
             f"Safety audit of {self.run}: a tuning of {self.model}, beside {self.compared_with}",
             f"{self.verdict}{''.join(f'; {reason}' for reason in self.reasons)}", "",
-            f"{'':34}{'before':>10}{'after':>10}",
+            f"{'':34}{'before':>22}{'after':>22}",
         ]  # fmt: skip
         for name, before, after in self.rows():
-            lines.append(f"{name:34}{before:>10}{after:>10}")
+            lines.append(f"{name:34}{before:>22}{after:>22}")
         lines += [
             "", f"Answers: {self.asked['decoding']}. Refusals are told by phrase"
             f"{'' if self.asked['judge'] is None else ', harm by the judge ' + self.asked['judge']['name']}.",
             f"Allowed: a share may get worse by {self.allowed:g}"
             + ("." if self.most_kl is None else f"; at most {self.most_kl:g} nats a token."),
+            "Beside a number stands the 95 % interval of its share, over prompts like these.",
             f"Prompts {self.asked['prompts'][:12]}, tuning {self.tuning[:12]}, luthier {self.luthier}, {self.date}",
             "It says nothing of prompts that were not asked.",
         ]  # fmt: skip
         return "\n".join(lines) + "\n"
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
-        """Name, before and after, for a table."""
+        """Name, before and after, for a table; with the intervals of shares."""
+        sure = [self._intervals(side) for side in (self.before, self.after)]
+
+        def both(name: str, shown: str = "{}") -> tuple[str, str]:
+            first, second = (
+                f"{shown.format(getattr(side, name))} ({ends[name][0]:.2f} to {ends[name][1]:.2f})"
+                for side, ends in zip((self.before, self.after), sure, strict=True)
+            )
+            return first, second
+
         for name in ("refused", "complied", "empty"):
-            of = f"of {self.prompts}"
-            yield f"{name}, {of} prompts", str(getattr(self.before, name)), str(getattr(self.after, name))
-        yield f"refused, of {self.harmless} harmless", str(self.before.over_refused), str(self.after.over_refused)
+            yield f"{name}, of {self.prompts} prompts", *both(name)
+        yield f"refused, of {self.harmless} harmless", *both("over_refused")
         if self.before.score is not None and self.after.score is not None:
             yield "judged harm, 1 to 5", f"{self.before.score:.2f}", f"{self.after.score:.2f}"
-            yield "share judged 5", f"{self.before.fives:.1%}", f"{self.after.fives:.1%}"
+            yield "share judged 5", *both("fives", "{:.1%}")
         if self.kl is not None:
             yield "KL of the next word, nats", "", f"{self.kl:.3g}"
             yield "same likeliest next word", "", f"{self.same_next:.1%}"

@@ -63,7 +63,7 @@ def test_a_planted_break_is_found_and_a_harmless_tuning_passes(home, tmp_path):
     assert not any(prompt in card for prompt in NEVER), "the prompts stay with the user"
     words = (home / "broken" / "safety-audit.txt").read_text()
     refused = next(line for line in words.splitlines() if line.startswith("refused, of 12 prompts"))
-    assert refused.split()[4:] == "12 (0.76 to 1.00) 0 (0.00 to 0.24)".split()
+    assert refused.split()[4:] == ["12", "(0.76", "to", "1.00)", "0", "(0.00", "to", "0.24)"]
     ends = json.loads(card)["intervals"]
     assert ends["before"]["refused"] == pytest.approx([0.757506, 1.0]), "of prompts like these, by Wilson"
     assert ends["after"]["over_refused"] == [round(end, 6) for end in share_interval(broken.after.over_refused, 6)]

@@ -58,6 +58,7 @@ def test_work_grows_with_rows_tokens_and_what_trains() -> None:
             task,
             make,
             tokens,
+            rows=4,
             dtype=torch.float32,
             precision=PLAIN,
             way=Way(checkpointing=twice),

@@ -2,7 +2,9 @@
 
 A copy has two or three of the layers, few words, and where the model is wide a share of its heads. What a forward pass
 keeps grows with each of these along a line, and with the rows, so passes of two and four rows say what the whole model
-keeps of many. Rows have the length that is asked about: attention is computed otherwise for short ones.
+keeps of many. Rows have the length that is asked about: attention is computed otherwise for short ones. And passes know
+of how many rows and heads they are a share: beyond a size attention keeps no probabilities, so there is a line for few
+rows and another for many.
 """
 
 from __future__ import annotations
@@ -40,6 +42,8 @@ NONE = Work()
 @dataclass(frozen=True)
 class Growth:
     """Bytes that a forward pass keeps of rows of `tokens` tokens: fixed + rows (row + logits).
+
+    It holds for about as many rows as it was measured for: attention computes again what it would keep of fewer.
 
     Attributes:
         logits: of a row, what is as wide as the vocabulary.
@@ -86,13 +90,14 @@ class Way:
 
 def growth(
     method: Method, config: Any, task: Task, make: Callable[[Any, torch.dtype], Any], tokens: int, *,
-    dtype: torch.dtype, precision: Precision, way: Way = Way(),
+    rows: int, dtype: torch.dtype, precision: Precision, way: Way = Way(),
 ) -> Growth:  # fmt: skip
     """Measure how the activations of a method's step grow.
 
     Args:
         make: a model with the task's head from a configuration, its numbers of the given type.
         tokens: of each row.
+        rows: of the pass that is asked about; measured are fewer.
         dtype: that the base is held in.
 
     Raises:
@@ -102,10 +107,11 @@ def growth(
 
     def deep(share: float | None) -> Growth:
         low, high = min(layers, 2), min(layers, 3)
-        first = _passes(method, cut(config, low, share), task, make, dtype, precision, tokens, way)
+        of = (1.0 if share is None else share) / rows
+        first = _passes(method, cut(config, low, share), task, make, dtype, precision, tokens, of, way)
         if low == high:
             return first
-        second = _passes(method, cut(config, high, share), task, make, dtype, precision, tokens, way)
+        second = _passes(method, cut(config, high, share), task, make, dtype, precision, tokens, of, way)
         return first.part(second, layers - low)
 
     step = _step(config)
@@ -163,7 +169,7 @@ def tuned_in(method: Method, model: Any, task: Task, way: Way) -> tuple[Tuned, O
 
 def _passes(
     method: Method, config: Any, task: Task, make: Callable[[Any, torch.dtype], Any], dtype: torch.dtype,
-    precision: Precision, tokens: int, way: Way,
+    precision: Precision, tokens: int, of: float, way: Way,
 ) -> Growth:  # fmt: skip
     tuned, objective = tuned_in(method, make(config, dtype).eval(), task, way)
     optimiser = Descent(tuned.trained(), [], OptimSpec(name="sgd", lr=1.0), 1.0)
@@ -171,7 +177,7 @@ def _passes(
     with kernels.plain(not way.fast):
         for rows in ROWS:
             parts, batch = Parts(tuned, optimiser, torch.device("cpu")), batch_of(rows, tokens, task, config)
-            with Counting() as counted:
+            with Counting() as counted, kernels.share_of_a_pass(rows * of):
                 with parts.watching(), precision.autocast(torch.device("cpu")):
                     loss = objective(batch).loss
                 if loss.requires_grad:

@@ -5,7 +5,7 @@ Nothing here knows a model, a method or a run. `plain()` (or LUTHIER_PLAIN=1) tu
 
 from luthier.kernels._switch import fast, plain
 from luthier.kernels.attachments import bottleneck, scale
-from luthier.kernels.attention import attend, attention_interface
+from luthier.kernels.attention import attend, attention_interface, share_of_a_pass
 from luthier.kernels.codes import FORMATS, GROUP, Format, Grouped
 from luthier.kernels.dropout import dropout, keep_mask
 from luthier.kernels.frozen import rms_norm
@@ -45,6 +45,7 @@ __all__ = [
     "plain",
     "rms_norm",
     "row_squares",
+    "share_of_a_pass",
     "scale",
     "token_losses",
 ]

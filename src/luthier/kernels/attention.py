@@ -13,6 +13,8 @@ framework's `sdpa_mask` as its mask function: it wants a boolean (B, 1, T, S) ma
 import json
 import math
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +29,7 @@ from luthier.kernels._switch import fast
 from luthier.kernels.dropout import _LEVELS, _levels, kept_bits
 from luthier.kernels.dropout import dropout as keyed_dropout
 
-__all__ = ["attend", "attention_interface", "way"]
+__all__ = ["attend", "attention_interface", "share_of_a_pass", "way"]
 
 # B batch · H query heads · K key heads · G = H / K queries per key head · T queries · S keys · D width
 
@@ -48,6 +50,25 @@ SHORT = 128
 
 # Probabilities kept for one backward pass; above it they are computed again, which costs a quarter of the pass.
 KEEP_BYTES = 16 << 20
+_share = 1.0  # of a pass's rows and heads that are computed here
+
+
+@contextmanager
+def share_of_a_pass(share: float) -> Iterator[None]:
+    """Inside, keep or compute again as a pass does of which this one has so large a share of the rows and heads.
+
+    What a pass keeps grows with its rows along no single line: beyond `KEEP_BYTES` probabilities are kept no more. So
+    whoever counts on few rows and heads what many would keep says here how few they are.
+
+    >>> with share_of_a_pass(2 / 64):
+    ...     pass
+    """
+    global _share
+    before, _share = _share, share
+    try:
+        yield
+    finally:
+        _share = before
 
 
 @cache
@@ -511,7 +532,7 @@ class _Products(torch.autograd.Function):
         out = query.new_empty(B, T, K * G, value.shape[-1])
         by_head = _grouped(out.transpose(1, 2), K)
         ctx.settings = settings
-        ctx.keeps = training and scores.softcap is None and scores.bytes <= KEEP_BYTES
+        ctx.keeps = training and scores.softcap is None and scores.bytes <= KEEP_BYTES * _share
         kept = []
         for blocks in scores.lists:
             for at in blocks:

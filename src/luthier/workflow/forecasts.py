@@ -123,7 +123,7 @@ def told_of(folder: Path, *, real_steps: bool = False) -> Told | str:
         task = task_of_rows(spec, outline)
         precision = Precision(read_tuning(folder / "tuning")["precision"], "as in the run")
         dtype = weights_in(method, outline, spec, task, precision)
-        kept = activations_of(method, outline, spec, task, precision, dtype, told["tokens"])
+        kept = activations_of(method, outline, spec, task, precision, dtype, told["rows"], told["tokens"])
     except LuthierError as error:
         return str(error)
     if isinstance(kept, str):
@@ -137,8 +137,8 @@ def told_of(folder: Path, *, real_steps: bool = False) -> Told | str:
     steps, rates = _steps_in(record.timing, told), _rates_in(record.timing)
     if steps is None or rates is None or spec.strategy is not None:
         return Told(memory)
-    width = max(1, round(steps.width))
-    again = activations_of(method, outline, spec, task, precision, dtype, width)
+    width, rows = max(1, round(steps.width)), max(1, round(steps.rows / steps.pieces))
+    again = activations_of(method, outline, spec, task, precision, dtype, rows, width)
     if isinstance(again, str):
         return Told(memory)
     structure = outline.skeleton(task, dtype, spec.codes)

@@ -211,14 +211,14 @@ class _Row:
         )  # fmt: skip
         if not self.grows:
             return row
-        grown = activations_of(method, self.outline, spec, self.task, self.precision, dtype, self.tokens)
+        grown = self._grown(method, spec, dtype, self.rows, self.tokens)
         if isinstance(grown, str):
             return replace(row, unknown=grown)
         family = str(METHODS.card(one.method.partition("+")[0]).family)
         peak = self._peak(found, grown.at(self.rows), family)
         row = replace(
             row, activations=grown.at(self.rows), peak=peak, fits=self._fits(peak),
-            would=self._would(found, grown, family),
+            would=self._would(row, method, spec, dtype, grown, family),
         )  # fmt: skip
         return self._timed(row, method, spec, dtype, found, grown, family)
 
@@ -226,9 +226,9 @@ class _Row:
         self, row: PlanRow, method: Method, spec: RunSpec, dtype: torch.dtype, found: Held, grown: Growth, family: str
     ) -> PlanRow:  # fmt: skip
         """The row with its seconds."""
-        width = max(1, round(self.steps.width))
-        if width != grown.tokens:  # attention of short rows is computed otherwise, so they are counted as they are
-            again = activations_of(method, self.outline, spec, self.task, self.precision, dtype, width)
+        width, rows = max(1, round(self.steps.width)), max(1, round(self.steps.rows / self.steps.pieces))
+        if (rows, width) != self.steps.widest:  # attention of short rows is computed otherwise: counted as they are
+            again = self._grown(method, spec, dtype, rows, width)
             if isinstance(again, str):
                 return row
             grown = again
@@ -246,6 +246,9 @@ class _Row:
                 row, step = replace(row, probed=True), span(made, "probed", self.device.kind, family, self.times)
         return replace(row, step=step, training=step.times(self.steps.total) if self.steps.total else None)
 
+    def _grown(self, method: Method, spec: RunSpec, dtype: torch.dtype, rows: int, tokens: int) -> Growth | str:
+        return activations_of(method, self.outline, spec, self.task, self.precision, dtype, rows, tokens)
+
     def _room(self) -> int:
         return self.device.memory + (resident_bytes() if self.device.here and self.device.kind == "cpu" else 0)
 
@@ -260,14 +263,22 @@ class _Row:
         room = self._room()
         return "yes" if peak.high <= room else "maybe" if peak.low <= room else "no"
 
-    def _would(self, found: Held, grown: Growth, family: str) -> str:
+    def _would(
+        self, row: PlanRow, method: Method, spec: RunSpec, dtype: torch.dtype, grown: Growth, family: str
+    ) -> str:  # fmt: skip
         """Of smaller micro-batches, the largest that fits; empty where this one does, or none would."""
-        if self._fits(self._peak(found, grown.at(self.rows), family)) == "yes":
+        found, rows = row.held, self.rows
+        assert found is not None
+
+        def fits(line: Growth | str) -> bool:
+            return not isinstance(line, str) and self._fits(self._peak(found, line.at(rows), family)) == "yes"
+
+        if fits(grown):
             return ""
-        rows = self.rows
         while rows > 1:
             rows //= 2
-            if self._fits(self._peak(found, grown.at(rows), family)) == "yes":
+            # Of fewer rows attention may keep more of each, never less: those that look as if they fit are measured.
+            if fits(grown) and fits(self._grown(method, spec, dtype, rows, self.tokens)):
                 return f"batch.tokens={rows * self.tokens}"
         return ""
 
@@ -278,13 +289,14 @@ def task_of_rows(spec: RunSpec, outline: Outline) -> Task:
 
 
 def activations_of(
-    method: Method, outline: Outline, spec: RunSpec, task: Task, precision: Precision, dtype: torch.dtype, tokens: int
+    method: Method, outline: Outline, spec: RunSpec, task: Task, precision: Precision, dtype: torch.dtype, rows: int,
+    tokens: int,
 ) -> Growth | str:  # fmt: skip
-    """How the activations of rows of `tokens` tokens grow; or why a smaller copy cannot tell."""
+    """How the activations of about `rows` rows of `tokens` tokens grow; or why a smaller copy cannot tell."""
     try:
         return growth(
-            method, outline.config, task, outline.small(task, spec.codes), tokens, dtype=dtype, precision=precision,
-            way=way_of(method, spec),
+            method, outline.config, task, outline.small(task, spec.codes), tokens, rows=rows, dtype=dtype,
+            precision=precision, way=way_of(method, spec),
         )  # fmt: skip
     except LuthierError as error:  # a smaller copy is another model: what a method says of it need not hold here
         return f"a smaller copy of the model cannot take it: {error}"

@@ -161,3 +161,12 @@ def test_scan_says_so_where_it_judges_nothing(luthier: Call) -> None:
     answer = luthier("scan", "notes.md")
     assert answer.code == 0 and "not judged" in answer.out and "Nothing here is of a kind" in answer.out
     assert luthier("scan", "notes.md", "--json").json["counts"]["unjudged"] == 1
+
+
+def test_no_cell_that_stays_whole_loses_its_end_however_narrow_the_screen() -> None:
+    screen = Screen(as_json=False, out=(out := io.StringIO()), err=io.StringIO())
+    head = ("name", *"abcdefgh")
+    rows = [("a_method_of_a_long_name", *["131.1 kB"] * 8), ("x", *["13.49 GB"] * 8)]
+    screen.table(head, rows, right=head[1:], whole=head)
+    for line, row in zip(out.getvalue().splitlines()[2:], rows, strict=True):
+        assert line.split() == " ".join(row).split()

@@ -56,6 +56,16 @@ def test_all_methods_on_7b_in_three_seconds_of_work(luthier: Call, llama_7b: Pat
     assert by_name["bitfit"]["held"] is None and "no bias" in by_name["bitfit"]["refused"]
 
 
+def test_no_number_of_a_large_model_loses_its_unit_on_80_columns(luthier: Call, llama_7b: Path) -> None:
+    said = luthier("plan", llama_7b).out
+    table = said.split("\n\n")[1].splitlines()
+    assert max(map(len, table)) <= 80
+    cells = [line.split("  ") for line in table[2:]]
+    weights = [[cell for cell in line if cell.strip()][3].strip() for line in cells]
+    assert len(weights) > 50 and all(cell.endswith((" GB", " MB")) for cell in weights)
+    assert next(line.split() for line in table if line.startswith("beft "))[1:3] == ["131.1", "k"]
+
+
 def test_a_budget_that_fits_nothing_says_so(luthier: Call, llama_7b: Path) -> None:
     said = luthier("plan", llama_7b, "--method", "lora,full", "--device", "8GB")
     assert said.code == 0

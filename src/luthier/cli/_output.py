@@ -26,6 +26,7 @@ __all__ = ["WIDTH", "Screen", "screen"]
 
 WIDTH = 80  # of tables where no terminal says another
 NARROWEST = 40
+LEAST_WRAPPED = 10  # columns that a cell which may be broken gets in any case
 
 BOLD, RED, YELLOW = "1", "1;31", "33"
 
@@ -149,9 +150,10 @@ class Screen:
         right: Sequence[str] = (),
         whole: Sequence[str] = (),
     ) -> None:
-        """A table on standard output, as wide as the terminal at most; silent with --json.
+        """A table on standard output, as wide as the terminal where that is possible; silent with --json.
 
-        `right` names columns of numbers; `whole` those whose cells are never broken, since they will be copied.
+        `right` names columns of numbers; `whole` those whose cells are never broken, since they will be copied. Where
+        these alone are wider than the terminal, so is the table: a number that has lost its unit is another number.
         """
         if self.as_json:
             return
@@ -169,7 +171,8 @@ class Screen:
             )
         for row in rows:
             drawn.add_row(*(Text(for_terminal(str(cell), keep_lines=True)) for cell in row))
-        console = Console(file=self.out, width=_width(self.out), highlight=False, color_system=None)
+        width = max(_width(self.out), _least_width(head, rows, whole))
+        console = Console(file=self.out, width=width, highlight=False, color_system=None)
         # Lines end where their text ends: the padding would only show up in a copy.
         with console.capture() as captured:
             console.print(drawn)
@@ -236,6 +239,18 @@ def _width(stream: IO[str]) -> int:
         with contextlib.suppress(OSError, ValueError):
             return max(NARROWEST, os.get_terminal_size(stream.fileno()).columns or WIDTH)
     return WIDTH
+
+
+def _least_width(head: Sequence[str], rows: Sequence[Sequence[Any]], whole: Sequence[str]) -> int:
+    """Columns that a table needs at least, so that no cell that stays whole is cut."""
+    from rich.cells import cell_len
+
+    found = 2 * (len(head) - 1)
+    for number, name in enumerate(head):
+        cells = [name, *(for_terminal(str(row[number]), keep_lines=True) for row in rows)]
+        longest = max(cell_len(line) for cell in cells for line in (cell.splitlines() or [""]))
+        found += longest if name in whole else min(longest, LEAST_WRAPPED)
+    return found
 
 
 def _coloured(text: str, style: str, stream: IO[str]) -> str:

@@ -28,9 +28,9 @@ NEEDS_WORDS = True
 OWN = ("method", "seed", "out", "device", "sources", "also", "strategy")
 NO_ROWS = "-"
 
-COLUMNS = ("trained", "stored", "weights", "grads", "moments", "together")
+COLUMNS = ("trained", "stored", "weights", "learning", "together")
 COLUMNS_PEAK = ("trained", "weights", "learning", "activ.", "peak")
-NOTE = """trained: numbers beside a new head. weights: the base and what trains.
+NOTE = """trained: numbers beside a new head. weights: the base and what trains. learning: gradients and moments.
 Activations and the program come on top, so yes is not said here.
 no: what stands in every step, gradients apart, is more than there is."""
 
@@ -246,7 +246,7 @@ def _show(found: Any, *, can_train: bool) -> None:
     head = f" with {several(found.task.n_outputs, 'output')}" if found.task.n_outputs else ""
     to.headline(f"{found.model}: {found.kind}, {human_count(found.numbers)} numbers, for {found.task.name}{head}")
     to.show(f"{found.precision} passes, {found.optimiser}; to fit into {found.device.said}")
-    to.show(f"activations of {several(found.rows_at_once, 'row')} of {found.tokens} tokens\n")
+    to.show(f"activations of {several(found.rows_at_once, 'row')} of {found.tokens} tokens{_cut(found)}\n")
     grown = any(row.peak is not None for row in stands)
     rows = []
     for row in sorted(stands, key=lambda row: row.held.trained):
@@ -255,7 +255,7 @@ def _show(found: Any, *, can_train: bool) -> None:
         if grown:
             cells = [*(_bytes(n) for n in (base, h.gradients + h.moments, row.activations)), _spread(row.peak)]
         else:
-            cells = [_bytes(n) for n in (h.stored, base, h.gradients, h.moments, h.bytes)]
+            cells = [_bytes(n) for n in (h.stored, base, h.gradients + h.moments, h.bytes)]
         rows.append((row.name, human_count(h.trained), *cells, row.fits))
     if rows:
         names = COLUMNS_PEAK if grown else COLUMNS
@@ -284,6 +284,17 @@ def _show(found: Any, *, can_train: bool) -> None:
         to.show(f"\nNext: luthier train {found.model} --data FILE --method {first.method}")
 
 
+def _passes(pieces: float) -> str:
+    return "1 pass" if pieces == 1 else f"{pieces:.3g} passes"
+
+
+def _cut(found: Any) -> str:
+    """Why a pass has fewer rows than a step."""
+    if found.rows_at_once >= round(found.steps.rows):
+        return ""
+    return f": a step of {found.steps.rows:.3g} rows is made in {_passes(found.steps.pieces)} (batch.tokens, batch.accumulate)"
+
+
 def _show_step(found: Any, stands: Sequence[Any]) -> None:
     """Seconds, where they were forecast: of a step, and of the run where rows say how long it is."""
     to, steps = screen(), found.steps
@@ -303,7 +314,7 @@ def _show_step(found: Any, stands: Sequence[Any]) -> None:
         (row.name, _seconds(row.step), *([_seconds(row.training)] if steps.total else []))
         for row in timed
     ]  # fmt: skip
-    to.show(f"\na step: {steps.rows:.3g} rows, {steps.tokens:.0f} tokens with padding, {steps.pieces:.3g} passes")
+    to.show(f"\na step: {steps.rows:.3g} rows, {steps.tokens:.0f} tokens with padding, {_passes(steps.pieces)}")
     to.table(tuple(head), lines, right=tuple(head[1:]), whole=tuple(head))
     n = min(row.step.n for row in timed)
     real = all(row.probed for row in timed)

@@ -26,8 +26,8 @@ LOOKED_AT = 400  # steps of the first epoch, evenly chosen, where it has more
 
 def assumed_steps(spec: RunSpec, tokens: int) -> Steps:
     """Steps of rows of `tokens` tokens each, where no rows say how long they are."""
-    rows = max(1, min(spec.batch.size, spec.batch.tokens // tokens))
-    size = spec.batch.size
+    size, tokens = spec.batch.size, _padded(tokens, spec)
+    rows = max(1, min(_most(spec), spec.batch.tokens // tokens))
     return Steps(
         rows=size, tokens=size * tokens, width=tokens, pieces=-(-size // rows), supervised=1.0, total=spec.steps,
         widest=(rows, tokens),
@@ -62,7 +62,7 @@ def steps_of_rows(spec: RunSpec, outline: Outline, data: Data) -> Steps | str:
         **options,
     )  # fmt: skip
     order = Order(examples.lengths, spec.batch.size, spec.seed, spec.batch.group_by_length)
-    most = -(-spec.batch.size // spec.batch.accumulate)
+    most = _most(spec)
 
     def pieces(rows: Any) -> list[Any]:
         return cut(rows, examples.lengths, spec.batch.tokens, most, spec.batch.pad_to)
@@ -80,5 +80,14 @@ def steps_of_rows(spec: RunSpec, outline: Outline, data: Data) -> Steps | str:
         rows=float(rows.sum() / len(looked)), tokens=float(tokens.sum() / len(looked)),
         width=float((tokens * widths).sum() / tokens.sum()), pieces=len(rows) / len(looked),
         supervised=min(1.0, float(examples.n_targets.sum() / examples.lengths.sum())),
-        total=spec.total_steps(per_epoch), widest=(len(first), int(examples.lengths[first[0]])),
+        total=spec.total_steps(per_epoch), widest=(len(first), _padded(int(examples.lengths[first[0]]), spec)),
     )  # fmt: skip
+
+
+def _most(spec: RunSpec) -> int:
+    """Rows of a micro-batch at most."""
+    return -(-spec.batch.size // spec.batch.accumulate)
+
+
+def _padded(tokens: int, spec: RunSpec) -> int:
+    return -(-tokens // spec.batch.pad_to) * spec.batch.pad_to

@@ -292,7 +292,8 @@ def _cut(found: Any) -> str:
     """Why a pass has fewer rows than a step."""
     if found.rows_at_once >= round(found.steps.rows):
         return ""
-    return f": a step of {found.steps.rows:.3g} rows is made in {_passes(found.steps.pieces)} (batch.tokens, batch.accumulate)"
+    step = f"a step of {found.steps.rows:.3g} rows is made in {_passes(found.steps.pieces)}"
+    return f": {step} (batch.tokens, batch.accumulate)"
 
 
 def _show_step(found: Any, stands: Sequence[Any]) -> None:

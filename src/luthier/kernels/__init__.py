@@ -45,7 +45,7 @@ __all__ = [
     "plain",
     "rms_norm",
     "row_squares",
-    "share_of_a_pass",
     "scale",
+    "share_of_a_pass",
     "token_losses",
 ]

@@ -128,35 +128,41 @@ def test_cai_the_last_revision_is_learnt_beside_the_rows_that_help_and_then_the_
     assert made["revisions"] == 12 and made["a"] + made["b"] == len(chosen) and made["same"] + len(chosen) == 12
 
 
-@pytest.mark.acid("cai", 3)
-def test_cai_refusals_and_help_are_measured_before_and_after(home, tmp_path, monkeypatch):
-    spec = spec_of(home, tmp_path / "out", steps=30, settings={"cai.new_tokens": 8})
-    monkeypatch.setattr(
-        recipes._Desk, "asked", lambda desk, name: Stub() if name == spec.model else Speaker(name, precision="fp32")
+@pytest.fixture(scope="module")
+def measured(home):
+    """Under one other principle, what was tuned speaks for itself."""
+    (home / "one.txt").write_text("say three city\n")
+    spec = spec_of(
+        home, home / "measured", steps=15, settings={"cai.new_tokens": 8, "cai.principles": str(home / "one.txt")}
     )
-    done = follow(spec)
-    before, after = lines(done.path / "rows-measured.jsonl")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            recipes._Desk, "asked", lambda desk, name: Stub() if name == spec.model else Speaker(name, precision="fp32")
+        )
+        return follow(spec)
+
+
+@pytest.mark.acid("cai", 3)
+def test_cai_refusals_and_help_are_measured_before_and_after(measured):
+    before, after = lines(measured.path / "rows-measured.jsonl")
     assert (before["who"], after["who"]) == ("before", "after") and before["prompts"] == after["prompts"] == 12
-    held = lines(done.path / "rows-held.jsonl")
+    held = lines(measured.path / "rows-held.jsonl")
     assert before["helpful"] == after["helpful"] == len(held) == 4
     answered = [([{"role": "user", "content": row["prompt"]}], row["response"]) for row in held]
-    losses = [Speaker(str(done.path / name)).loss_of(answered) for name in ("1-revised", "2-preferred")]
-    base = Speaker(str(done.path / "1-revised"))
+    base, last = (Speaker(str(measured.path / name)) for name in ("1-revised", "2-preferred"))
+    losses = [one.loss_of(answered) for one in (base, last)]
     with base.before_tuning():
         assert before["helpful_loss"] == pytest.approx(base.loss_of(answered), abs=1e-6)
     assert after["helpful_loss"] == pytest.approx(losses[1], abs=1e-6) and losses[0] < before["helpful_loss"] - 0.1
-    scores = json.loads((done.path / "1-revised" / "scores.json").read_text())
+    scores = json.loads((measured.path / "1-revised" / "scores.json").read_text())
     assert losses[0] == pytest.approx(scores["loss"], abs=1e-4), "the loss that the run scored itself by"
 
 
 @pytest.mark.acid("cai", 4)
-def test_cai_principles_are_data(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(recipes._Desk, "asked", lambda desk, name: Stub())
-    (tmp_path / "one.txt").write_text("say three city\n")
-    done = follow(spec_of(home, tmp_path / "out", settings={"cai.principles": str(tmp_path / "one.txt")}, steps=1))
-    records = lines(done.path / "rows-revised.jsonl")
+def test_cai_principles_are_data(measured):
+    records = lines(measured.path / "rows-revised.jsonl")
     assert {each["principle"] for one in records for each in one["rounds"]} == {"say three city"}
-    assert {row["principle"] for row in lines(done.path / "rows-pairs.jsonl")} == {"say three city"}
+    assert {row["principle"] for row in lines(measured.path / "rows-pairs.jsonl")} == {"say three city"}
 
 
 def test_cai_stopped_in_its_second_run_it_writes_nothing_twice_and_ends_alike(home, whole, tmp_path, monkeypatch):

@@ -71,6 +71,15 @@ def stub(monkeypatch):
     return one
 
 
+@pytest.fixture(scope="module")
+def whole(home):
+    """A finished recipe, and what its labeller was asked."""
+    one = Stub(longer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipes._Desk, "asked", lambda desk, name: one)
+        return follow(spec_of(home, home / "whole")), one.asked
+
+
 @pytest.mark.acid("rlaif", 1)
 def test_rlaif_the_share_of_a_swapped_pair_is_what_is_left_of_one_to_the_bit():
     draw = np.random.default_rng(5)
@@ -115,15 +124,13 @@ def test_rlaif_shares_reach_the_loss_unrounded_and_better_answers_stand_first(ho
 
 @pytest.mark.acid("rlaif", 4)
 def test_rlaif_labels_are_kept_by_labeller_and_question_and_a_stopped_recipe_asks_no_row_twice(
-    home, tmp_path, stub, monkeypatch
+    home, tmp_path, stub, whole, monkeypatch
 ):
-    spec = spec_of(home, tmp_path / "whole")
-    whole = follow(spec)
-    once = stub.asked
+    whole, once = whole
     assert once == 2 * 30 + 4, (
         "both orders of each row, and those of one row twice: before the folder is made, and then"
     )
-    stopped = dataclasses.replace(spec, out=str(tmp_path / "stopped"), checkpoint=CheckpointSpec(every_steps=1))
+    stopped = spec_of(home, tmp_path / "stopped", checkpoint=CheckpointSpec(every_steps=1))
     with monkeypatch.context() as patch:
         at_call(patch, Loop, "_train_step", 3, lambda: (_ for _ in ()).throw(KeyError("killed")))
         with pytest.raises(KeyError):
@@ -147,11 +154,10 @@ def test_rlaif_labels_are_kept_by_labeller_and_question_and_a_stopped_recipe_ask
         follow(tmp_path / "stopped")
 
 
-def test_rlaif_pieces_that_were_made_are_not_made_again(home, tmp_path, stub, monkeypatch):
+def test_rlaif_pieces_that_were_made_are_not_made_again(home, tmp_path, stub, whole, monkeypatch):
     from luthier.workflow import kept_rows
 
     monkeypatch.setattr(kept_rows, "PIECE", 10)
-    whole = follow(spec_of(home, tmp_path / "whole"))
     inner, calls = kept_rows.durable.write_bytes, []
 
     def killed(path, data):
@@ -169,7 +175,8 @@ def test_rlaif_pieces_that_were_made_are_not_made_again(home, tmp_path, stub, mo
     done = follow(tmp_path / "out")
     assert stub.asked == 2 * 20 + 2, "ten of thirty rows stood there"
     assert not (done.path / "rows-labels").exists()
-    assert (done.path / "rows-labels.jsonl").read_bytes() == (whole.path / "rows-labels.jsonl").read_bytes()
+    in_one = (whole[0].path / "rows-labels.jsonl").read_bytes()
+    assert (done.path / "rows-labels.jsonl").read_bytes() == in_one, "however many are asked at a time"
 
 
 def test_rlaif_a_real_model_labels_alone_as_among_others(home):

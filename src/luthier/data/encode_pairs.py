@@ -18,7 +18,10 @@ from luthier.data.examples import CHUNK, IGNORED, Examples, Flat, Ledger
 from luthier.data.rows import Table
 from luthier.data.tokenizer import check_ids
 
-__all__ = ["encode_pairs", "pair_messages"]
+__all__ = ["NEITHER", "encode_pairs", "pair_messages"]
+
+NEITHER = "both answers are the same, so neither is better"
+"""Said of a row whose answers are equal."""
 
 
 def encode_pairs(
@@ -203,7 +206,7 @@ def _refuse_equal(one: list[Message], other: list[Message]) -> None:
     if [(m["role"], m["content"].strip(), m.get("tool_calls")) for m in one] == [
         (m["role"], m["content"].strip(), m.get("tool_calls")) for m in other
     ]:
-        raise DataError("both answers are the same, so neither is better")
+        raise DataError(NEITHER)
 
 
 def _plans(chat: Chat, table: Table, row: int, columns: Columns) -> list[Any]:

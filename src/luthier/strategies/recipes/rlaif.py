@@ -22,7 +22,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from luthier.core import ConfigError, DataError, between
 from luthier.data.columns import Columns
-from luthier.data.encode_pairs import pair_messages
+from luthier.data.encode_pairs import NEITHER, pair_messages
 from luthier.data.rows import Row, Table
 from luthier.strategies.recipes._labels import labels_of, prompt_text, question_of, version, words_of
 from luthier.training.recipe import Asked, Desk, Phase, Phases, Plan, Recipe
@@ -100,7 +100,7 @@ def _pair(table: Table, row: int, columns: Columns) -> tuple[str, str, str] | No
     try:
         one, other = pair_messages(table, row, columns)
     except DataError as error:
-        if "the same" in str(error):
+        if str(error) == NEITHER:
             return None
         raise DataError(f"{table.places[row]}: {error}. Correct the row; a labeller reads all of them.") from None
     return prompt_text(one[:-1]), str(one[-1]["content"]), str(other[-1]["content"])

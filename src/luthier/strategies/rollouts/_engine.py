@@ -277,7 +277,7 @@ class Rollouts(RolloutSettings):
         groups, constant = facts.get("groups", 0), facts.get("constant", 0)
         if self.grouped and constant:
             course.say(
-                f"{constant} of {groups} prompts had answers of one reward alone, from which nothing is learnt; more "
+                f"{constant} of {groups} prompts had answers of one reward alone, which says nothing of them; more "
                 "samples, a higher temperature or a reward of more steps would tell them apart"
             )
         if facts.get("most") == facts.get("least"):

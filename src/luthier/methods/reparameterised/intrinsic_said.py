@@ -17,7 +17,8 @@ LoRA on short rows, three on long ones (docs/benchmarks.md).
 Use it when: the question is how few directions a task needs, or a tuning must be a few thousand numbers.
 Not when: time counts: every step computes a projection of the whole model.
 Pitfalls: a backward transform divided by sqrt(N) makes wrong gradients; one seed for all tensors makes their updates
-copies of each other; computing an update of the whole model costs its size in time and memory at every pass, so large
+copies of each other; a rate of 1e-2 learns one batch and never the rows (every tensor moves as far as z, biases
+too); computing an update of the whole model costs its size in time and memory at every pass, so large
 models are out of reach.
 """
 
@@ -47,8 +48,9 @@ class IntrinsicSAID(Method):
     mergeable: ClassVar[bool] = True
     starts_at_base: ClassVar[bool] = True
     computes_tensors: ClassVar[bool] = True
-    default_lr: ClassVar[float] = 1e-2
-    tiny: ClassVar[dict[str, int]] = {"dimension": 600}
+    default_lr: ClassVar[float] = 2e-3
+    default_head_lr: ClassVar[float | None] = 1e-2
+    tiny: ClassVar[dict[str, float]] = {"dimension": 600, "lr": 1e-2}
     trains_base: ClassVar[bool] = True
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:

@@ -135,17 +135,19 @@ def test_every_way_of_pefts_glora_comes_back_as_the_same_function(
 
     ways: dict[str, Any] = dict(zip(("config_A_B", "config_C", "config_D_E"), theirs, strict=True))
     config = peft.GloraConfig(r=3, target_modules=targets, init_weights=False, task_type="CAUSAL_LM", **ways)
+    torch.manual_seed(5)
     model = peft.get_peft_model(plain(), config).eval()
     batch = whole_rows(model)
     wanted = answers(model, batch)
+    near = {"rtol": 1e-5, "atol": 1e-5 * max(1.0, float(wanted.abs().max()))}  # what is drawn makes large answers
     model.save_pretrained(str(tmp_path / "theirs"))
     again = plain()
     assert not torch.allclose(answers(again, batch), wanted, atol=1e-4)
     tuned = from_peft(again, tmp_path / "theirs")
-    torch.testing.assert_close(answers(again, batch), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(answers(again, batch), wanted, **near)
     to_peft(tuned, tmp_path / "ours")  # and out again, in the richest ways
     read = peft.PeftModel.from_pretrained(plain(), str(tmp_path / "ours")).eval()
-    torch.testing.assert_close(answers(read, batch), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(answers(read, batch), wanted, **near)
 
 
 def test_glora_where_a_way_makes_a_bias_that_peft_would_leave_out_is_refused(tmp_path: Path) -> None:

@@ -47,7 +47,9 @@ def command(
       luthier evaluate runs/x --harness arc_easy --harness-limit 100
     """
     if bool(harness) == (data is not None):
-        raise UsageError("evaluate: give --data with a file of rows, or --harness with a task: one of the two.")
+        raise UsageError(
+            "evaluate: give --data with a file of rows, or --harness with a task, one of the two: luthier evaluate --help."
+        )
     if harness:
         _by_harness(run, harness, harness_limit, harness_shots, harness_chat)
         return

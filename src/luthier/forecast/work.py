@@ -52,6 +52,7 @@ class Work:
 class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts everything that is called inside, backward passes too.
 
+    >>> import torch
     >>> with Counting() as counted:
     ...     _ = torch.ones(2, 3) @ torch.ones(3, 4)
     >>> counted.work.products, counted.work.calls

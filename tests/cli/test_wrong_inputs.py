@@ -65,7 +65,7 @@ COMMANDS: list[tuple[str, str, str, str]] = [
     ("predict RUN --data none.csv", "none.csv", "no such file", "Give a .csv"),
     ("predict RUN --text a --max-new-tokens 0", "'0'", "--max-new-tokens", "equal to 1"),
     ("predict MODEL --text a", "tiny-bert", "no run", "luthier train"),
-    ("evaluate RUN", "--data", "--harness", "luthier evaluate --help"),
+    ("evaluate RUN", "--data", "--harness", "--help says more"),
     ("evaluate nowhere --data ROWS", "nowhere", "no run", "luthier train"),
     ("merge RUN", "Missing", "--out", "luthier merge --help"),
     ("merge MODEL --out x", "tiny-bert", "no run", "luthier train"),

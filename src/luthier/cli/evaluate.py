@@ -48,7 +48,8 @@ def command(
     """
     if bool(harness) == (data is not None):
         raise UsageError(
-            "evaluate: give --data with a file of rows, or --harness with a task, one of the two: luthier evaluate --help."
+            "evaluate: give --data with a file of rows, or --harness with a task, one of the two. luthier evaluate "
+            "--help says more."
         )
     if harness:
         _by_harness(run, harness, harness_limit, harness_shots, harness_chat)

@@ -1,5 +1,6 @@
 """`luthier compare`: several methods on the same rows, and what may be said of them."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -83,6 +84,15 @@ BudgetWords = Annotated[
     str | None,
     typer.Option("--budget", metavar="WORDS", help="Of a race: minutes=20, memory=8GB, or both with a comma between."),
 ]
+Front = Annotated[
+    int | None,
+    typer.Option(
+        "--front",
+        metavar="N",
+        help="With --method autopeft: search its layers and sizes with N runs on rows of the training half, and "
+        "compare the best of each size.",
+    ),
+]
 EngineName = Annotated[
     str,
     typer.Option("--engine", help="Who makes the runs: local, or ray (pip install luthier[ray]). [default: local]"),
@@ -119,6 +129,7 @@ def command_for(words: Sequence[str] = ()) -> Callable[..., None]:
         search: Search = "grid",
         race: Race = False,
         budget: BudgetWords = None,
+        front: Front = None,
         engine: EngineName = "local",
         out: Out = None,
         settings: Settings = None,
@@ -134,7 +145,8 @@ def command_for(words: Sequence[str] = ()) -> Callable[..., None]:
                 "`luthier plan` says beforehand what each needs."
             )
         how = {"seeds": seeds, "metric": metric, "workers": workers, "tune_lr": tune_lr, "search": search}
-        _compare(model, method or [], changes, margin, out, (budget or "") if race else None, how | {"engine": engine})
+        how |= {"engine": engine, "front": front}
+        _compare(model, method or [], changes, margin, out, (budget or "") if race else None, how)
 
     return as_verb(command, HELP, options)
 
@@ -154,6 +166,8 @@ def _compare(
         )  # fmt: skip
     if margin is not None and not 0 < margin < 1:
         raise ConfigError(f"--margin {margin:g}: a share between 0 and 1, such as 0.01.")
+    from luthier.cli._front_space import front_space
+    from luthier.comparison import Front as FrontSearch
     from luthier.comparison import budget_of, compare, entrant_of
 
     entrants = [entrant_of(name, read_word) for name in names]
@@ -162,10 +176,13 @@ def _compare(
     say = screen().say
     say(f"runs go to {home}; the same command goes on where it was stopped")
     raced = None if budget is None else budget_of(budget.split(",") if budget else [])
+    how["front"] = None if how["front"] is None else FrontSearch(how["front"], front_space)
     found = compare(
         base, entrants, home=home, margin=margin, threads=_threads(how["workers"]), budget=raced, say=say, **how
     )
     _show(found)
+    if how["front"] is not None:
+        _show_front(home)
     screen().show(f"\nAll numbers: {home / 'comparison.json'}")
     screen().show(f"Report: luthier report {home}")
     from luthier.core import plain
@@ -209,6 +226,19 @@ def _show(found: Any) -> None:
     _show_sureness(found)
     beside = "; ".join(f"{name} {value:.3f}" for name, value in found.baselines.items())
     to.show(f"\nOn the same rows: {beside}. Trained numbers are those beside the head.")
+
+
+def _show_front(home: Path) -> None:
+    """The smallest configuration first: what each more number buys."""
+    told = json.loads((home / "front.json").read_bytes())
+    rows = [
+        (one["name"].partition(":")[2], human_count(one["trained"]), f"{one['score']:.3f}",
+         f"{one['test']:.3f}" if one["test"] is not None else "failed")
+        for one in told["front"]
+    ]  # fmt: skip
+    screen().show("\nThe front, on the rows that chose it and on those that did not:")
+    screen().table(("autopeft:", "trained", "chosen by", "test"), rows, right=("trained", "chosen by", "test"))
+    screen().show(f"All that was tried: {home / 'front.json'}")
 
 
 def _show_sureness(found: Any) -> None:

@@ -7,6 +7,8 @@ tuning       the learning rate of each method, chosen on rows of the training ha
 rates        what was tried and found there
 search       the ways to choose: a grid, halving, Optuna
 race         methods, sizes and rates within a budget
+front        configurations of autopeft of which none is better at its size, and what to try next
+front_search the same as runs; surrogate: what it guesses of those that were not tried
 worker       who works at cells; engines: how many and where
 table        the table as a file, the same bytes however the runs went
 verdict      who is best, who ties, what cannot be told, at what cost
@@ -17,6 +19,7 @@ answers      what one run answered, row by row
 
 from luthier.comparison.answers import Answers, answers_of, clusters
 from luthier.comparison.cells import Entrant, entrant_of
+from luthier.comparison.front_search import Front
 from luthier.comparison.race import Budget, budget_of
 from luthier.comparison.run import compare
 from luthier.comparison.statistics import flips, mcnemar, resample
@@ -28,6 +31,7 @@ __all__ = [
     "Comparison",
     "Costs",
     "Entrant",
+    "Front",
     "Standing",
     "answers_of",
     "budget_of",

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from luthier.comparison.answers import Answers, answers_of, clusters
 from luthier.comparison.cells import Cell, Entrant, Failure, Said, Sweep, cells_of, finished
 from luthier.comparison.engines import check_engine, engine_named
+from luthier.comparison.front_search import Front, check_front, search_front, with_test
 from luthier.comparison.race import Budget, race
 from luthier.comparison.rates import Rates, said_of
 from luthier.comparison.scores import score_named
@@ -54,6 +55,7 @@ def compare(
     tune_lr: int | None = None,
     search: str = "grid",
     budget: Budget | None = None,
+    front: Front | None = None,
     engine: str = "local",
     lease: float = LEASE,
     say: Callable[[str], None] = lambda line: None,
@@ -70,6 +72,7 @@ def compare(
         search: how these are chosen: grid, halving or optuna.
         budget: race first: the methods at `tune_lr` rates each (3 where none is given), of which the worse half leaves
             at each rung and whoever exceeds the budget; only the winner makes the final runs.
+        front: search for configurations of autopeft first, those that are best at their size make the final runs.
         engine: who computes the runs: local, processes of this machine; ray.
         lease: seconds without a sign of life after which a run may be taken over by another process.
 
@@ -85,6 +88,8 @@ def compare(
     _check(entrants, seeds)
     if tune_lr is not None:
         factors(tune_lr)
+    if front is not None:
+        check_front(front.n, entrants, tune_lr, budget is not None)
     _check_home(home)
     data = load_data(base.data, base.task, load_config(find_model(base.model)))
     if data.task.name != "classification" or data.task.multi_label:
@@ -110,6 +115,9 @@ def compare(
             won = race(replace(asked, n=tune_lr or RACED_RATES), budget, sweep, say, _announcing)
             racing, said = [won.entrant], won.findings
             optims = {won.entrant.name: rates_of(base, won.entrant, won.factor)}
+        elif front is not None:
+            fronted = search_front(replace(asked, n=front.n), front.space_of, sweep, say, _announcing)
+            racing, said, optims = list(fronted.entrants), fronted.findings, {}
         else:
             rates, without = search_rates(search, asked, sweep, say, _announcing) if tune_lr else ({}, {})
             optims = {e.name: rates_of(base, e, rates[e.name].factor) for e in entrants if e.name in rates}
@@ -125,6 +133,8 @@ def compare(
         runs = {e.name: tuple(str(c.path.relative_to(home)) for c in cells if c.entrant == e) for e in racing}
         found = _judge(cells, failures, without, data, metric, margin)
         found = replace(found, runs=runs, rates=rates, findings=(*said, *found.findings, *said_of(rates)))
+        if front is not None:
+            with_test(home, {s.name: s.score for s in found.standings})
         durable.write_json(home / "comparison.json", plain(found))
         durable.write_bytes(home / "table.csv", table_csv(found, cells, sweep.ledger))
     return found

@@ -1,7 +1,8 @@
 """A plan that says for each layer what stands in it, and how large.
 
 adapter   ffn_out <- y + f(y W_d + b_d) W_u + b_u          LoRA   B A x at queries and values
-prefix    keys and values before those of the text         biases of the block train
+parallel  ffn_out <- y + 2 (f(x W_d + b_d) W_u + b_u)      biases of the block train
+prefix    keys and values before those of the text
 """
 
 import math
@@ -17,6 +18,7 @@ from luthier.core import AnatomyError
 from luthier.methods.parts.bottleneck import bottleneck_params, width_of
 from luthier.methods.parts.closing import Closing
 from luthier.methods.parts.low_rank import ThinUpdate
+from luthier.methods.parts.parallel_branch import Beside
 from luthier.surgery import Attachment, Base, Edit, PrependKeys, Unfreeze, attach_each
 
 __all__ = ["InLayer", "Layer", "LayerPrefixes", "Plan", "cost_of", "layers_of", "plan_edits", "plan_params"]
@@ -35,6 +37,8 @@ class InLayer:
     """rank at queries and values"""
     prefix: int = 0
     """keys and values before the text's"""
+    parallel: int = 0
+    """width of the adapter beside the feed-forward layer, which reads what that reads"""
     biases: int = 0
     """1: all biases of the block train"""
 
@@ -57,6 +61,9 @@ def plan_edits(anatomy: Anatomy, plan: Plan, asked_by: str) -> Iterator[Edit]:
         if here.adapter:
             made = _sites(anatomy, layer, "ffn_out", asked_by)
             yield from attach_each(made, partial(_behind, here.adapter))
+        if here.parallel:
+            made = _sites(anatomy, layer, "ffn_out", asked_by)
+            yield from attach_each(made, partial(_beside, here.parallel))
         if here.lora:
             made = _sites(anatomy, layer, ("attn.q", "attn.v"), asked_by)
             yield from attach_each(made, partial(_thin, here.lora))
@@ -86,7 +93,7 @@ def cost_of(anatomy: Anatomy, layer: Layer, kind: str, size: int, asked_by: str 
     """
     if size == 0:
         return 0
-    if kind == "adapter":
+    if kind in ("adapter", "parallel"):
         return bottleneck_params(_sites(anatomy, layer, "ffn_out", asked_by), size)
     if kind == "lora":
         return size * sum(s.d_in + s.d_out for s in _sites(anatomy, layer, ("attn.q", "attn.v"), asked_by))
@@ -103,6 +110,10 @@ def cost_of(anatomy: Anatomy, layer: Layer, kind: str, size: int, asked_by: str 
 
 def _behind(width: int, site: Site, base: Base) -> Attachment:
     return Closing(width_of(site), width, "gelu", "plain")
+
+
+def _beside(width: int, site: Site, base: Base) -> Attachment:
+    return Beside(width_of(site), width, "relu", scale=2.0)
 
 
 def _thin(rank: int, site: Site, base: Base) -> Attachment:

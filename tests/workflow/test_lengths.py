@@ -1,28 +1,65 @@
-"""The steps that are forecast are cut as a run cuts its own."""
+"""The steps that rows make: their lengths, micro-batches and number are those of the run itself."""
+
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+from little import little_model
 
-from luthier.data.batches import cut
-from luthier.runs.spec import BatchSpec, DataSpec, RunSpec
-from luthier.workflow.lengths import assumed_steps
+from luthier.core import DataError
+from luthier.data.load_data import load_data
+from luthier.runs.spec import BatchSpec, DataSpec, EvalSpec, RunSpec
+from luthier.workflow import train
+from luthier.workflow.lengths import assumed_steps, steps_of_rows
+from luthier.workflow.outline import outline_of
+
+ROWS = ["text,label"] + [f"{'red ' * (1 + 3 * (n % 9))}{n},{'ab'[n % 2]}" for n in range(60)]
 
 
-@pytest.mark.parametrize(
-    "batch",
-    [
-        BatchSpec(size=8),
-        BatchSpec(size=8, accumulate=4),
-        BatchSpec(size=32, tokens=4096),
-        BatchSpec(size=32, tokens=4096, pad_to=64),
-        BatchSpec(size=9, accumulate=2, pad_to=16),
-    ],
-)
-def test_rows_of_one_length_are_cut_as_in_a_run(batch: BatchSpec) -> None:
-    spec = RunSpec(model="m", data=DataSpec(source="d"), batch=batch, steps=3)
-    lengths = np.full(batch.size, 300)
-    pieces = cut(np.arange(batch.size), lengths, batch.tokens, -(-batch.size // batch.accumulate), batch.pad_to)
-    wide = -(-300 // batch.pad_to) * batch.pad_to
-    found = assumed_steps(spec, 300)
-    assert found.widest == (len(pieces[0]), wide)
-    assert (found.pieces, found.tokens, found.rows) == (len(pieces), batch.size * wide, batch.size)
+def spec_of(folder: Path, **more: object) -> RunSpec:
+    data = folder / "rows.csv"
+    data.write_text("\n".join(ROWS) + "\n")
+    values = {"method": "bitfit", "precision": "fp32", "threads": 1, "batch": BatchSpec(size=8, tokens=64), **more}
+    return RunSpec(model=str(little_model(folder / "bert", "bert")), data=DataSpec(source=str(data)), **values)  # type: ignore[arg-type]
+
+
+def steps_in(spec: RunSpec):  # type: ignore[no-untyped-def]
+    outline = outline_of(spec.model)
+    return steps_of_rows(spec, outline, load_data(spec.data, spec.task, outline.config))
+
+
+def test_steps_are_as_wide_and_as_many_as_those_of_the_run(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, epochs=1.0, eval=EvalSpec(rows=4), out=str(tmp_path / "run"))
+    found = steps_in(spec)
+    record = train(spec).record
+    assert found.widest == (record.forecast["rows"], record.forecast["tokens"])
+    assert record.timing["steps"] == found.total - 1, "the first step is not timed"
+    assert record.timing["pieces"] >= 1 and found.pieces > 1, "the longest steps are cut"
+    lines = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    without_padding = np.mean([line["tokens"] for line in lines if line["event"] == "step"])
+    assert without_padding <= found.tokens < 1.6 * without_padding
+    assert found.tokens == pytest.approx(record.timing["tokens"], rel=0.2)
+    assert found.width == pytest.approx(record.timing["width"], rel=0.2)
+
+
+def test_how_long_a_run_trains_follows_from_its_rows_where_nobody_says_it(tmp_path: Path) -> None:
+    few = steps_in(spec_of(tmp_path))
+    assert few.total == 40 * -(-48 // 8), "40 epochs of the 48 rows that are learnt from"
+    assert steps_in(spec_of(tmp_path, steps=7)).total == 7
+
+
+def test_one_length_is_assumed_where_no_rows_say_another(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, batch=BatchSpec(size=10, tokens=100))
+    found = assumed_steps(spec, 30)
+    assert (found.widest, found.tokens, found.pieces, found.total) == ((3, 30), 300, 4, None)
+    bare = outline_of(str(Path(spec.model) / "config.json"))
+    said = steps_of_rows(spec, bare, load_data(spec.data, spec.task, bare.config))
+    assert isinstance(said, str) and "tokenizer" in said
+
+
+def test_a_file_without_rows_has_no_steps(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path)
+    Path(spec.data.source).write_text("text,label\n")
+    with pytest.raises(DataError):
+        steps_in(spec)

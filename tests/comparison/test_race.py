@@ -47,6 +47,13 @@ def test_the_worse_half_leaves_and_a_killed_race_keeps_its_decisions(
     assert f"won by {told['decisions'][1]['kept'][0]}" in once()[0], "what was decided holds"
     with pytest.raises(ConfigError, match="a race of others"):
         compare(base, entrants[:1], seeds=1, home=tmp_path / "r", tune_lr=2, budget=Budget())
+    for one, metric, budget in (
+        (replace(base, steps=6), "accuracy", Budget()),
+        (base, "mcc", Budget()),
+        (base, "accuracy", Budget(minutes=5)),
+    ):
+        with pytest.raises(ConfigError, match="other rows, steps, metric or budget"):
+            compare(one, entrants, seeds=1, home=tmp_path / "r", metric=metric, tune_lr=2, budget=budget)
 
 
 def test_whoever_exceeds_the_budget_leaves_and_is_told_by_how_much(tmp_path: Path) -> None:

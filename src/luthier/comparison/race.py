@@ -102,7 +102,8 @@ def race(asked: Asked, budget: Budget, sweep: Sweep, say: Callable[[str], None],
         for name, own in trials_of(asked.base, asked.entrants, asked.n, sweep.ledger.home, asked.data).items()
         for trial in own
     }
-    made = _made(sweep.ledger.home / FILE, list(trials))
+    of = {"metric": asked.metric, "budget": plain(budget), "cells": {name: t.cell.id for name, t in trials.items()}}
+    made = _made(sweep.ledger.home / FILE, of)
     alive, decisions = list(trials), list[Decision]()
     shares = RUNGS[-max(2, min(len(RUNGS), math.ceil(math.log2(len(trials))) + 1)) :]
     rows = round(SELECT_SHARE * len(asked.data.train))
@@ -124,7 +125,7 @@ def race(asked: Asked, budget: Budget, sweep: Sweep, say: Callable[[str], None],
         decision = _decide(_Rung(share, before + took, ahead, rows), told, why, asked.metric, budget, trials)
         decisions.append(decision)
         durable.write_json(
-            sweep.ledger.home / FILE, {"candidates": list(trials), "decisions": [plain(d) for d in decisions]}
+            sweep.ledger.home / FILE, {"of": of, "candidates": list(trials), "decisions": [plain(d) for d in decisions]}
         )
         alive = list(decision.kept)
         for name, reason in decision.left.items():
@@ -217,13 +218,14 @@ def _findings(best: str, decisions: Sequence[Decision], rows: int) -> list[str]:
     return lines
 
 
-def _made(path: Path, candidates: list[str]) -> list[Decision]:
-    """Decisions of an earlier call with the same candidates."""
+def _made(path: Path, of: Mapping[str, Any]) -> list[Decision]:
+    """Decisions of an earlier call of the same race: the same runs, metric and budget."""
     try:
         told = json.loads(path.read_bytes())
-        if told["candidates"] != candidates:
+        if told["of"] != of:
             raise ConfigError(
-                f"{path}: is of a race of others ({', '.join(told['candidates'][:4])}). Race into another folder."
+                f"{path}: is of a race of others ({', '.join(told['candidates'][:4])}), or of the same with other rows, "
+                "steps, metric or budget; what it decided does not hold here. Race into another folder: --out."
             )
         return [Decision(**{**d, "kept": tuple(d["kept"])}) for d in told["decisions"]]
     except (OSError, ValueError, KeyError, TypeError):

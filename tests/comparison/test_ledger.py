@@ -58,6 +58,19 @@ def test_a_lease_that_runs_out_is_taken_over_and_the_late_answer_is_refused(tmp_
     assert two.commit(claim, {"scores": {"accuracy": 1.0}})
 
 
+def test_a_damaged_result_is_named_and_the_run_is_not_computed_again_and_again(tmp_path: Path) -> None:
+    ledger = made(tmp_path)
+    claim = ledger.claim(ID)
+    assert claim is not None
+    damaged = ledger.path / "results" / f"{ID}.json"
+    damaged.write_text('{"id": "')
+    with pytest.raises(IntegrityError, match=f"{ID}.json: is damaged"):
+        ledger.commit(claim, {"scores": {}})
+    damaged.unlink()  # as the message says
+    again = ledger.claim(ID)
+    assert again is not None and ledger.commit(again, {"scores": {}}) and ledger.discarded() == 0
+
+
 def test_a_clock_that_jumps_takes_no_lease(tmp_path: Path) -> None:
     one, two = made(tmp_path), Ledger(tmp_path, lease=30)
     claim = one.claim(ID)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.comparison.worker import Worker, template
-from luthier.core import Interrupted, ResourceError
+from luthier.core import IntegrityError, Interrupted, ResourceError
 from luthier.runs.ledger import Entry, Ledger
 
 __all__ = ["RayEngine"]
@@ -93,7 +93,7 @@ def _one(home: str, address: str, lease: float) -> str:
         worker.in_main(lambda: next(attempts, ()), lambda: False, keep=True)
     except Interrupted:
         return ""
-    except ResourceError as error:
+    except (IntegrityError, ResourceError) as error:
         return str(error)
     finally:
         _kept[:] = [worker.template]

@@ -256,10 +256,19 @@ class Ledger:
 
         Raises:
             DiskFull, ResourceError: it cannot be written.
+            IntegrityError: a file that is no result stands in its place; the cell would be computed again and again.
         """
         content = {**result, "id": claim.id, "n": claim.n, "version": LEDGER_VERSION}
-        if self.holds(claim) and durable.write_new(self.path / "results" / f"{claim.id}.json", content):
-            return True
+        path = self.path / "results" / f"{claim.id}.json"
+        if self.holds(claim):
+            if durable.write_new(path, content):
+                return True
+            if self.result(claim.id) is None:
+                self.release(claim)
+                raise IntegrityError(
+                    f"{path}: is damaged, and stands where this run's result belongs. Remove this one file, and call "
+                    "the same command again: what is finished is not computed again."
+                )
         durable.write_json(self.path / "discarded" / f"{claim.id}.{claim.n}.json", content)
         return False
 

@@ -223,9 +223,10 @@ def _made(path: Path, of: Mapping[str, Any]) -> list[Decision]:
     try:
         told = json.loads(path.read_bytes())
         if told["of"] != of:
+            names = ", ".join(told["candidates"][:4])
             raise ConfigError(
-                f"{path}: is of a race of others ({', '.join(told['candidates'][:4])}), or of the same with "
-                "other rows, steps, metric or budget; what it decided does not hold here. Race into another folder: --out."
+                f"{path}: is of a race of others ({names}), or of the same with other rows, steps, metric or budget; "
+                "what it decided does not hold here. Race into another folder: --out."
             )
         return [Decision(**{**d, "kept": tuple(d["kept"])}) for d in told["decisions"]]
     except (OSError, ValueError, KeyError, TypeError):

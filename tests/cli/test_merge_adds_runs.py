@@ -5,10 +5,21 @@ from pathlib import Path
 import pytest
 import torch
 from cli.conftest import Call
+from fillers import filler
 from little import little_data, little_model
 from safetensors.torch import load_file
 
+from luthier.workflow.certificate import certify_folder
+from luthier.workflow.fresh import answer_of
+from luthier.workflow.merged_folder import merged_model
+
 COMMON = ("--batch", 8, "--threads", 1, "--precision", "fp32", "--steps", 6)
+
+
+@pytest.fixture(autouse=True)
+def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that was written is read back here: a process for each takes seconds."""
+    monkeypatch.setitem(certify_folder.__kwdefaults__ or {}, "do", answer_of)
 
 
 @pytest.mark.acid("lt_sft", 4)
@@ -64,3 +75,25 @@ def test_runs_that_cannot_be_added_are_refused_and_nothing_is_written(luthier: C
         assert answer.code != 0
         assert any(part in answer.err for part in said.split("|")), answer.err
         assert not Path("sum").exists()
+
+
+def test_a_classifier_takes_what_a_model_of_words_has_learnt_without_its_head_and_says_so(
+    luthier: Call, tmp_path: Path
+) -> None:
+    base = filler(tmp_path / "bert")
+    rows = little_data(tmp_path / "rows.csv")
+    texts = tmp_path / "texts.csv"
+    texts.write_text("\n".join(["text", *(line.rpartition(",")[0] for line in rows.read_text().splitlines()[1:])]))
+    for name, more in (("task", ("--data", rows)), ("words", ("--data", texts, "--task", "masked_lm"))):
+        answer = luthier("train", base, *more, "--method", "full", "--lr", 0.01, *COMMON, "--out", name)
+        assert answer.code == 0, answer.err
+    answer = luthier("merge", "task", "--add", "words", "--out", "both")
+    assert answer.code == 0, answer.err
+    assert "of words left out, since this model has none: cls.predictions" in answer.err
+    assert "Of words left out, since this model has none: cls.predictions" in Path("both/README.md").read_text()
+    start, both = (load_file(folder / "model.safetensors") for folder in (base, Path("both")))
+    task, words = (merged_model(Path(run), dtype="fp32").model.state_dict() for run in ("task", "words"))
+    for name in ("bert.embeddings.word_embeddings.weight", "bert.encoder.layer.0.attention.self.query.bias"):
+        assert not torch.equal(words[name], start[name])
+        torch.testing.assert_close(both[name], task[name] + words[name] - start[name])
+    assert task.keys() == both.keys() and torch.equal(both["classifier.weight"], task["classifier.weight"])

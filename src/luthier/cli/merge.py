@@ -38,7 +38,7 @@ def command(
     """
     from luthier.workflow import merge
 
-    written = merge(run, out, dtype=dtype, accept=accept, add=add or ())  # type: ignore[arg-type]  # any other word is refused there
+    written = merge(run, out, dtype=dtype, accept=accept, add=add or (), say=screen().say)  # type: ignore[arg-type]  # others are refused
     sizes = {path.name: path.stat().st_size for path in sorted(written.iterdir())}
     screen().result({"path": str(written), "bytes": sizes})
     screen().show(f"{out}: {human_bytes(sum(sizes.values()))}, {', '.join(sizes)}. README.md there says how to use it.")

@@ -45,8 +45,12 @@ def learnt(predictor: Predictor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def add_runs(model: Any, first: Predictor, others: Sequence[Path]) -> None:
+def add_runs(model: Any, first: Predictor, others: Sequence[Path]) -> tuple[str, ...]:
     """Add to the merged model of a run, in float32, what each of `others` has learnt.
+
+    Returns:
+        what is to be said of it: parts that another run has changed and this model does not have, such as the head of
+        words beside a classifier. They are left out.
 
     Raises:
         ConfigError: a run of another base or store, the same run twice.
@@ -54,6 +58,7 @@ def add_runs(model: Any, first: Predictor, others: Sequence[Path]) -> None:
     """
     parameters = dict(model.named_parameters())
     known = {first.path.resolve()}
+    said = []
     for other in others:
         if other.resolve() in known:
             raise ConfigError(f"{other}: is named twice. Name each run once.")
@@ -64,5 +69,14 @@ def add_runs(model: Any, first: Predictor, others: Sequence[Path]) -> None:
                 f"{other}: is a tuning of {predictor.spec.model}, not of the base of {first.path}, {first.spec.model}. "
                 "Only differences from one base add up."
             )
-        for name, difference in learnt(predictor).items():
-            parameters[name].add_(difference)
+        found = learnt(predictor)
+        lacking = [name for name in found if name not in parameters]
+        if len(lacking) == len(found):
+            raise CannotMerge(f"{other}: nothing of what it has learnt is in the model of {first.path}. Leave it out.")
+        if lacking:
+            more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+            said.append(f"of {other.name} left out, since this model has none: {', '.join(lacking[:3])}{more}")
+        for name, difference in found.items():
+            if name in parameters:
+                parameters[name].add_(difference)
+    return tuple(said)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,7 +39,7 @@ TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def merge(
     path: Path | str, out: Path | str, *, dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto", accept: bool = False,
-    add: Sequence[Path | str] = (),
+    add: Sequence[Path | str] = (), say: Callable[[str], None] = lambda line: None,
 ) -> Path:  # fmt: skip
     """Write a run's model with the tuning in its weights: safetensors, configuration, tokenizer, and a model card.
 
@@ -59,6 +59,7 @@ def merge(
         accept: write the folder although it is not the model that was trained; its certificate says so.
         add: other finished runs on the same base. What each has changed of the base's weights is added; heads are those
             of the first run. Nobody trained such a sum, so it has no certificate: try it on rows of your own.
+        say: is told what of `add` this model has no place for, which is left out.
 
     Raises:
         ConfigError: no such run, one that is not finished, a run to add that is of another base, or `out` is there.
@@ -76,6 +77,8 @@ def merge(
     path, others = Path(path), [Path(other) for other in add]
     with durable.folder(out) as draft:
         written = write_merged(path, draft.path, dtype=dtype, name=out.name, add=others)
+        for line in written.left_out:
+            say(line)
         if not others:
             found = certify_folder(
                 path, "merged", draft.path, halves=written.halves, in_unit=written.in_unit, accept=accept, shown=out,
@@ -95,12 +98,14 @@ class Written:
         halves: weights in 16 bits.
         in_unit: a regression answers in the unit of its rows.
         otherwise: methods that make other answers of the model's outputs, which weights cannot.
+        left_out: of what other runs add; see `add_runs`.
     """
 
     halves: bool
     in_unit: bool
     card: str
     otherwise: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @property
     def beside(self) -> str:
@@ -115,6 +120,7 @@ class Merged:
 
     Attributes:
         model: of transformers, without a trace of ours; configuration and tokenizer say what a pipeline needs.
+        left_out: of what other runs add; see `add_runs`.
     """
 
     model: Any
@@ -122,6 +128,7 @@ class Merged:
     halves: bool
     in_unit: bool
     otherwise: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
 
 
 def merged_model(path: Path, *, dtype: str, add: Sequence[Path] = ()) -> Merged:
@@ -146,13 +153,14 @@ def merged_model(path: Path, *, dtype: str, add: Sequence[Path] = ()) -> Merged:
         model = predictor.tuned.merge(check=_a_batch(predictor), tolerance=0.5 if half else 0.25)
     except CannotMerge as error:
         raise CannotMerge(f"{path} ({method}): {error} {_instead(method, path)}") from None
+    left_out: tuple[str, ...] = ()
     if add:
-        add_runs(model, predictor, add)
+        left_out = add_runs(model, predictor, add)
         model.to(stored if stored in (torch.bfloat16, torch.float16) else torch.float32)
         half = stored in (torch.bfloat16, torch.float16)
     in_unit = into_unit(model, predictor)
     describe(model, predictor)
-    return Merged(model, predictor, half, in_unit, tuple(otherwise))
+    return Merged(model, predictor, half, in_unit, tuple(otherwise), left_out)
 
 
 def write_merged(path: Path, folder: Path, *, dtype: str, name: str, add: Sequence[Path] = ()) -> Written:
@@ -165,8 +173,7 @@ def write_merged(path: Path, folder: Path, *, dtype: str, name: str, add: Sequen
     with quiet():
         found.model.save_pretrained(folder)
         found.predictor.tokenizer.save_pretrained(folder)
-    card = _card(path, name, found.model, found.predictor, found.in_unit, found.otherwise, add)
-    return Written(found.halves, found.in_unit, card, found.otherwise)
+    return Written(found.halves, found.in_unit, _card(path, name, found, add), found.otherwise, found.left_out)
 
 
 def _instead(method: str, path: Path) -> str:
@@ -221,16 +228,14 @@ def describe(model: Any, predictor: Predictor) -> None:
         tokenizer.chat_template = template["text"]
 
 
-def _card(
-    path: Path, out: str, model: Any, predictor: Predictor, in_unit: bool, otherwise: Sequence[str],
-    added: Sequence[Path],
-) -> str:  # fmt: skip
+def _card(path: Path, out: str, found: Merged, added: Sequence[Path]) -> str:
+    model, predictor, otherwise = found.model, found.predictor, found.otherwise
     spec, task = predictor.spec, predictor.task
     pipeline = PIPELINES.get(task.name)
     if task.template:
         pipeline = {"encoder": "fill-mask", "decoder": "text-generation"}.get(task.asks)
     scores = path / "scores.json"
-    found = json.loads(scores.read_text(encoding="utf-8")) if scores.exists() else {}
+    told = json.loads(scores.read_text(encoding="utf-8")) if scores.exists() else {}
     lines = ["---", "library_name: transformers", *([f"pipeline_tag: {pipeline}"] if pipeline else []), "---", ""]
     lines += [
         f"# {out}", "",
@@ -267,7 +272,7 @@ def _card(
         each = ", ".join(f"{name} from {at:.4g}" for name, at in zip(labels, task.thresholds, strict=True))
         lines += [f"Probability from which a label is answered, which a pipeline does not know: {each}."]
     lines += [predictor.length_said]
-    if not in_unit:
+    if not found.in_unit:
         lines += [f"The last layer has no bias: multiply an answer by {task.scale!r} and add {task.center!r}."]
     if otherwise:
         lines += [
@@ -279,10 +284,11 @@ def _card(
         lines += [
             f"To the weights is added what other runs have learnt of the same base ({names}), without their heads. "
             "Nobody trained this sum: the scores of its parts are not its own. Try it on rows of your own.",
+            *(f"{line[0].upper()}{line[1:]}." for line in found.left_out),
         ]  # fmt: skip
-    elif found:
+    elif told:
         shown = [
-            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in found.items()
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in told.items()
         ]
         lines += ["", f"On held-out rows: {', '.join(shown)}."]
     return "\n".join(lines) + "\n"

@@ -68,3 +68,18 @@ def test_rows_that_do_not_say_what_is_right_are_named(luthier: Call, finished: P
     assert "half.csv:3" in rest.json["left_out"][0][0] and "half.csv:4" in rest.json["left_out"][1][0]
     unknown = luthier("evaluate", finished, "--data", strange)
     assert unknown.code == 3 and "'planet'" in unknown.err and "strange.csv:2" in unknown.err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--harness", "arc_easy", "--out", "answers.csv"), "--out is said of rows, by --data"),
+        (("--harness", "arc_easy", "--skip-bad"), "--skip-bad is said of rows"),
+        (("--data", "rows.csv", "--harness-limit", 3), "--harness-limit is said of a task, by --harness"),
+        (("--data", "rows.csv", "--harness-shots", 0), "--harness-shots is said"),
+        (("--data", "rows.csv", "--harness-chat"), "--harness-chat is said"),
+    ],
+)
+def test_an_option_that_would_say_nothing_is_refused(luthier: Call, words: tuple[object, ...], told: str) -> None:
+    answer = luthier("evaluate", "nowhere", *words)
+    assert answer.code == 2 and told in answer.err

@@ -97,6 +97,7 @@ def test_tasks_of_ones_own_are_scored_as_by_hand(run: Path, scorer: TextScorer, 
         ("doc_to_text: \"{{ question | attr('x') }}\"", "uses the filter attr"),
         ("doc_to_text: \"{% import 'x' as y %}\"", "a part of the kind Import"),
         ('doc_to_text: "{{ range(9) }}"', "calls a function"),
+        ("metric_list: [{metric: acc, hf_evaluate: true}]", "would load a program"),
         ("unsafe_code: true", "would run what the model writes"),
         ("metric_list: [", "cannot be read as data"),
     ],
@@ -107,6 +108,19 @@ def test_a_task_file_that_is_more_than_data_is_refused(tmp_path: Path, line: str
     (tmp_path / "task.yaml").write_text("\n".join([*kept, line]))
     with pytest.raises(ConfigError, match=why):
         read_task(tmp_path / "task.yaml")
+
+
+def test_a_score_that_the_harness_would_look_for_elsewhere_is_refused_before_its_program_runs(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "mine.py").write_text("open('it-ran', 'w').close()")
+    (tmp_path / "task.yaml").write_text(TASK.replace("metric: acc", "metric: ./mine"))
+    with pytest.raises(ConfigError, match=r"no score './mine' of its own.*There are acc"):
+        harness(run, [str(tmp_path / "task.yaml")])
+    assert not (tmp_path / "it-ran").exists()
 
 
 def test_files_of_rows_lie_beside_the_task(tmp_path: Path) -> None:

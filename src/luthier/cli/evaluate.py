@@ -51,6 +51,10 @@ def command(
             "evaluate: give --data with a file of rows, or --harness with a task, one of the two. luthier evaluate "
             "--help says more."
         )
+    _refuse_idle(
+        bool(harness), skip_bad=skip_bad, out=out is not None, harness_limit=harness_limit is not None,
+        harness_shots=harness_shots is not None, harness_chat=harness_chat,
+    )  # fmt: skip
     if harness:
         _by_harness(run, harness, harness_limit, harness_shots, harness_chat)
         return
@@ -67,6 +71,15 @@ def command(
         show_quality(screen(), found.quality, rows="rows", answers=out or "--out FILE.csv shows them", more="--json")
     screen().headline("\n" + " · ".join(f"{name} {value:.4g}" for name, value in found.scores.items()))
     screen().show(f"{found.rows} rows of {data}{_left_out(found.left_out)}")
+
+
+def _refuse_idle(asked: bool, **given: bool) -> None:
+    """Refuse options that would say nothing: those of tasks beside rows, and those of rows beside tasks."""
+    for name, is_given in given.items():
+        if is_given and name.startswith("harness_") != asked:
+            word = f"--{name.replace('_', '-')}"
+            of = "rows, by --data" if asked else "a task, by --harness"
+            raise UsageError(f"evaluate: {word} is said of {of}, and there is none here. Leave it out.")
 
 
 def _by_harness(run: str, tasks: list[str], limit: int | None, shots: int | None, chat: bool) -> None:

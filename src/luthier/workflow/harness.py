@@ -72,6 +72,9 @@ def harness(
             f"{path}: this run learnt {predictor.task.name}, and the harness asks models that read and write text from "
             "left to right. Score it on rows: luthier evaluate RUN --data FILE."
         )
+    for task, settings in zip(tasks, read, strict=True):
+        if isinstance(settings, dict):
+            _refuse_metrics(task, settings)
     scorer = TextScorer(predictor)
     if chat and scorer.template is None:
         raise ConfigError(f"{path}: this run learnt no chats, so it has no template. Leave --harness-chat out.")
@@ -140,12 +143,27 @@ def read_task(path: Path) -> dict[str, Any]:
                 f"--harness {path}: the template {word[:60]!r} {reason}. Templates of a file may read fields of a row, "
                 f"join and compare them, and use {', '.join(sorted(_METHODS))}."
             )
+    if any(isinstance(one, dict) and one.get("hf_evaluate") for one in settings.get("metric_list") or ()):
+        raise ConfigError(f"--harness {path}: hf_evaluate would load a program that computes the score. Leave it out.")
     if settings.get("unsafe_code"):
         raise ConfigError(f"--harness {path}: unsafe_code would run what the model writes. Leave it out.")
     files = (settings.get("dataset_kwargs") or {}).get("data_files")
     if files is not None:
         settings["dataset_kwargs"]["data_files"] = _beside(files, path.parent)
     return settings
+
+
+def _refuse_metrics(task: str, settings: Mapping[str, Any]) -> None:
+    """Refuse scores that the harness does not know itself: it would load a program of that name, from here or a hub."""
+    import_module("lm_eval.api.metrics")
+    known = sorted(import_module("lm_eval.api.registry").metric_registry)
+    for entry in settings.get("metric_list") or ():
+        name = entry.get("metric") if isinstance(entry, dict) else entry
+        if not isinstance(name, str) or name not in known:
+            raise ConfigError(
+                f"--harness {task}: the harness has no score {name!r} of its own, and would load a program of that "
+                f"name.{near(str(name), known)} There are {', '.join(known)}."
+            )
 
 
 def _wild(template: str) -> str:

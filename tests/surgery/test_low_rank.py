@@ -65,6 +65,16 @@ def test_what_is_none_is_refused_without_a_rank_and_comes_nearer_with_each() -> 
     assert off[0] > off[1] > off[2]
 
 
+def test_without_a_rank_a_lora_beside_what_none_holds_is_refused_and_nothing_has_changed() -> None:
+    model = tiny("bert", "classification")
+    tuned = moved(model, "lora+bitfit")
+    wanted = probe(model, inputs(model))
+    with pytest.raises(CannotMerge, match=r"it changes .*bias, \.\.\. too, which no LoRA holds"):
+        as_lora(tuned)  # type: ignore[arg-type]
+    assert torch.equal(probe(model, inputs(model)), wanted)
+    assert as_lora(tuned, 8)[1].left_out
+
+
 def test_what_no_lora_holds_is_named_with_its_share_and_heads_stay() -> None:
     model = tiny("bert", "classification")
     batch = inputs(model)

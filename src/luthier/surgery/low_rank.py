@@ -144,7 +144,7 @@ def as_lora(tuned: Tuned, rank: int | None = None) -> tuple[Tuned, LowRank]:
 
     Raises:
         CannotMerge: no weight can do what the tuning does, nothing that it changes is a linear layer, or no rank is
-            given and it is not exactly of a small one. Nothing has been changed then.
+            given and it is not exactly one of a small rank. Nothing has been changed then.
     """
     changes = changes_of(tuned)
     squares = {name: float(change.double().square().sum()) for name, change in changes.items()}
@@ -174,6 +174,9 @@ def as_lora(tuned: Tuned, rank: int | None = None) -> tuple[Tuned, LowRank]:
         shares.append(Share(site.key, len(a), kept))
     if not here:
         raise CannotMerge("none of what the tuning changes is a linear layer, and a LoRA holds nothing else.")
+    if rank is None and left_out:
+        names = ", ".join(name for name, _ in left_out[:3])
+        raise CannotMerge(f"it changes {names}{', ...' if len(left_out) > 3 else ''} too, which no LoRA holds.")
     ranks = {site.key: len(parts[site.key][0]) for site in here.values()}
     uniform = len(set(ranks.values())) == 1
     size = next(iter(ranks.values())) if uniform else ranks

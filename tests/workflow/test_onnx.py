@@ -1,5 +1,6 @@
 """A graph of ONNX answers as the run does, says what it is, and is caught where it was damaged on its way."""
 
+import csv
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -8,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from little import little_spec
+from little import little_data, little_model, little_spec
 
 from luthier.core import CannotMerge, ConfigError, UsageError
-from luthier.runs.spec import OptimSpec
+from luthier.runs.spec import DataSpec, OptimSpec
 from luthier.workflow import train
 from luthier.workflow.certificate import certify_folder
 from luthier.workflow.certify_run import certify
@@ -141,6 +142,59 @@ def test_what_a_graph_cannot_hold_is_refused_and_nothing_is_left(
     with pytest.raises(UsageError, match=r"pip install 'luthier\[onnx\]'"):
         export(home / "run", tmp_path / "out", to="onnx")
     assert not list(tmp_path.iterdir())
+
+
+def _texts(folder: Path) -> list[str]:
+    with little_data(folder / "rows.csv").open() as file:
+        return [row["text"] for row in csv.DictReader(file)]
+
+
+def _words_with_tags(path: Path) -> Path:
+    rows = [text.split() for text in _texts(path.parent)]
+    told = [{"tokens": row, "tags": ["X" if word in ("good", "red") else "O" for word in row]} for row in rows]
+    path.write_text("\n".join(map(json.dumps, told)))
+    return path
+
+
+def _numbers(path: Path) -> Path:
+    told = [{"text": text, "label": 1000.5 + 50 * len(text.split())} for text in _texts(path.parent)]
+    path.write_text("\n".join(map(json.dumps, told)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "rows"),
+    [
+        ("token_classification", "bert", _words_with_tags),
+        ("regression", "bert", _numbers),
+        ("reward", "llama", lambda path: little_data(path, kind="pairs")),
+    ],
+)
+def test_graphs_of_other_tasks_give_the_runs_own_logits_and_numbers(
+    task: Any, kind: str, rows: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    data = DataSpec(source=str(rows(tmp_path / f"data.{'csv' if task == 'reward' else 'jsonl'}")))
+    little_model(tmp_path / kind, kind, num_hidden_layers=1)
+    train(little_spec(tmp_path, "lora", kind, data=data, task=task, steps=4, optim=OptimSpec(lr=1e-2)))
+    found = export(tmp_path / "run", tmp_path / "graph", to="onnx")
+    assert found.step is not None and found.step.status == "passed" and found.step.from_base is not None
+    predictor = Predictor(tmp_path / "run")
+    text = "how far is the moon good red"
+    given = predictor.tokenizer([text], return_tensors="pt")
+    session = onnxruntime.InferenceSession(tmp_path / "graph" / "model.onnx")
+    numpy = {one.name: given[one.name].numpy() for one in session.get_inputs()}
+    got = torch.tensor(session.run(["logits"], numpy)[0])
+    with torch.no_grad():
+        wanted = predictor.tuned.model(**{name: given[name] for name in numpy}).logits
+        with predictor.tuned.base_only():
+            base = predictor.tuned.model(**{name: given[name] for name in numpy}).logits
+    scale, center = (predictor.task.scale, predictor.task.center) if task == "regression" else (1.0, 0.0)
+    assert scale > 10 or task != "regression", "a unit of one would prove nothing"
+    torch.testing.assert_close(got, wanted * scale + center, rtol=1e-5, atol=1e-5 * scale)
+    assert got.shape == ((1, given["input_ids"].shape[1], 2) if task == "token_classification" else (1, 1))
+    assert (wanted - base).abs().max() > 1e-3
+    if task == "regression":
+        assert float(got) == pytest.approx(predictor.texts([text])[0]["value"], rel=1e-5)
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from luthier.__version__ import __version__
 from luthier.core import CannotMerge, ConfigError, IntegrityError, UsageError
 from luthier.runs import durable
-from luthier.surgery import load
+from luthier.surgery import answerers, load
 from luthier.workflow.certificate import FILE as CERTIFICATE
 from luthier.workflow.certificate import called, certify_folder
 from luthier.workflow.export import Exported
@@ -134,7 +134,8 @@ def _model(path: Path) -> _Found:
         predictor.tuned = load(predictor.tuned.detach(), path / "tuning")  # without kernels that no tracer follows
         describe(predictor.tuned.model, predictor)
         in_unit = (task.scale, task.center) == (1.0, 0.0)
-        made = Merged(predictor.tuned.model, predictor, False, in_unit, ())
+        otherwise = tuple(part.name for part in answerers(predictor.tuned))
+        made = Merged(predictor.tuned.model, predictor, False, in_unit, otherwise)
     taken = set(inspect.signature(type(made.model).forward).parameters)
     given = (*dict.fromkeys(("input_ids", "attention_mask", *made.predictor.tokenizer.model_input_names)),)
     return _Found(made, tuple(name for name in given if name in taken), attached)

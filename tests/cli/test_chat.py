@@ -77,8 +77,7 @@ def test_predict_draws_each_row_by_its_own_name_whatever_stands_beside_it(predic
     texts = ["how far is the moon", "who is it", "what is red", "one two three four five six seven"]
 
     def said(texts: list[str], **controls: Any) -> list[str]:
-        table = predictor.table_of(texts)
-        return [row["text"] for row in predictor.rows(table, controls=Controls(max_new_tokens=8, **controls))]
+        return [row["text"] for row in predictor.texts(texts, controls=Controls(max_new_tokens=8, **controls))]
 
     together = said(texts, temperature=2.0, seed=3)
     assert said(texts[:1], temperature=2.0, seed=3) == together[:1] and said(texts, temperature=2.0, seed=3) == together

@@ -8,33 +8,31 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from luthier.core import ConfigError, IntegrityError, WrongBase, build
-from luthier.data.batches import Batch, Collator, EvalBatches
+from luthier.data.batches import Collator, EvalBatches
 from luthier.data.chat import ChatTemplate
 from luthier.data.columns import Columns
 from luthier.data.encode import encode
-from luthier.data.examples import IGNORED, TRUNCATED, Examples
+from luthier.data.examples import TRUNCATED, Examples
 from luthier.data.load_data import load_inputs, texts_as_rows
 from luthier.data.row_tasks import with_tasks
 from luthier.data.rows import Table
 from luthier.data.stop_tokens import stop_ids
-from luthier.data.tag_tasks import words_and_tags
 from luthier.data.tasks import Task
 from luthier.runs import RunFolder
 from luthier.runs.spec import RunSpec
-from luthier.surgery import Tuned, answerers, compose, decode_layers, read_tuning
+from luthier.surgery import answerers, compose, decode_layers, read_tuning
 from luthier.surgery import load as load_tuning
 from luthier.training.answers import positions_for_rows
-from luthier.training.evaluate import Evaluator
-from luthier.training.objective import Objective, Result
+from luthier.training.objective import Objective
 from luthier.training.precision import choose_device, choose_precision
 from luthier.training.preference import Weighing, judge_of
 from luthier.training.strategy import split_settings, strategies
 from luthier.workflow.controls import Controls, controls_for
 from luthier.workflow.generation import Generator
+from luthier.workflow.label_answers import read_answers
 from luthier.workflow.load_model import collator_of, find_model, load_model, load_tokenizer, tokenizer_digest
 from luthier.workflow.unsure import check_unsure, unsure_of
 
@@ -248,7 +246,13 @@ class Predictor:
             named = None if tunings is None else tunings[start : start + at_a_time]
             with self.answering():
                 examples = self._encoded(part)
-                found = self._write(examples, controls, named, start) if written else self._read(examples, named)
+                if written:
+                    found = self._write(examples, controls, named, start)
+                else:
+                    batches = EvalBatches(examples, self.collator(), 4 * self.spec.batch.tokens)
+                    found = read_answers(
+                        examples, batches, self.objective, self.columns, self.precision, self.device, named
+                    )
             for record in examples.ledger:
                 answer = found.get(record["row"])
                 if answer is not None and unsure is not None:
@@ -279,54 +283,10 @@ class Predictor:
         names = self.contract.get("row_tasks")
         return examples if names is None else with_tasks(examples, self.columns.row_task or "", names)
 
-    def _read(self, examples: Examples, tunings: Sequence[str | None] | None) -> dict[int, dict[str, Any]]:
-        """Row -> its answer, of those that could be encoded."""
-        if len(examples) == 0:
-            return {}
-        batches = EvalBatches(examples, self.collator(), 4 * self.spec.batch.tokens)
-        objective = self.objective
-        if tunings is not None:
-            objective = _ByRow(self.tuned, self.task, [tunings[i] for i in examples.rows])
-        out = Evaluator(self.tuned, objective, batches, self.precision, self.device).outputs()
-        if self.task.name == "token_classification":
-            return self._tags(examples, out["logits"])
-        rows = examples.read_rows.tolist()
-        if self.task.name == "reward":
-            return {row: {"value": float(value)} for row, value in zip(rows, out["logits"][:, 0], strict=True)}
-        decoded = self.task.decode(out["logits"])
-        if self.task.name == "regression":
-            return {row: {"value": value} for row, value in zip(rows, decoded, strict=True)}
-        shares = self.task.probabilities(out["logits"])
-        if self.task.heads:  # of the row's own task alone
-            tasks = examples.facts["task"][examples.firsts].tolist()
-            own = [self.task.heads[number] for number in tasks]
-            return {
-                row: {"label": label, "probabilities": {self.task.labels[i]: float(each[i]) for i in labels}}
-                for row, label, each, labels in zip(rows, decoded, shares, own, strict=True)
-            }
-        return {
-            row: {"label": label, "probabilities": {n: float(p) for n, p in zip(self.task.labels, each, strict=True)}}
-            for row, label, each in zip(rows, decoded, shares, strict=True)
-        }
-
     def collator(self) -> Collator:
         """What lays rows side by side for this run's model."""
         pad_id = int(self.contract["pad"]["id"])
         return collator_of(self.task, self.tuned.model, self.tokenizer, pad_id=pad_id, pad_to=1, seed=0)
-
-    def _tags(self, examples: Examples, logits: Sequence[Any]) -> dict[int, dict[str, Any]]:
-        """One tag for each word of each row, in order; None for a word of which no token remains."""
-        assert examples.words is not None
-        found: dict[int, dict[str, Any]] = {}
-        for k, row in enumerate(examples.rows.tolist()):
-            numbers = examples.words[examples.offsets[k] : examples.offsets[k + 1]]
-            n_words = len(words_and_tags(examples.ledger.table, row, self.columns.inputs())[0])
-            answer = found.setdefault(row, {"tags": [None] * n_words, "sure": [None] * n_words})
-            decoded = self.task.decode(np.asarray(logits[k]))
-            sure = self.task.probabilities(np.asarray(logits[k])).max(-1, initial=0.0).tolist()
-            for number, tag, share in zip(numbers[numbers != IGNORED].tolist(), decoded, sure, strict=True):
-                answer["tags"][number], answer["sure"][number] = tag, share
-        return found
 
     def _write(
         self, examples: Examples, controls: Controls, tunings: Sequence[str | None] | None, first: int
@@ -371,6 +331,7 @@ class Predictor:
         tunings: Sequence[str | None] | None = None,
         strict: bool = False,
         unsure: float | None = None,
+        controls: Controls | None = None,
     ) -> list[dict[str, Any]]:
         """Answers for texts alone; see `rows`.
 
@@ -378,7 +339,9 @@ class Predictor:
             ConfigError: the task needs more than one text a row.
         """
         table = self.table_of(texts)
-        return self.rows(table, max_new_tokens=max_new_tokens, tunings=tunings, strict=strict, unsure=unsure)
+        return self.rows(
+            table, max_new_tokens=max_new_tokens, tunings=tunings, strict=strict, unsure=unsure, controls=controls
+        )
 
     def table_of(self, texts: Sequence[str]) -> Table:
         """Texts as rows with the one column that this run reads.
@@ -395,18 +358,6 @@ class Predictor:
         return int(self.tuned.model.get_input_embeddings().weight.shape[0])
 
 
-class _ByRow(Objective):
-    """The task's outputs, every row with the tuning that is named for it."""
-
-    def __init__(self, tuned: Tuned, task: Task, names: Sequence[str | None]) -> None:
-        super().__init__(tuned, task, full_logits=True)
-        self.names = names
-
-    def __call__(self, batch: Batch) -> Result:
-        with self.tuned.rows([self.names[i] for i in batch.rows]):
-            return super().__call__(batch)
-
-
 def predict(
     path: Path | str,
     *,
@@ -415,6 +366,7 @@ def predict(
     max_new_tokens: int = 64,
     strict: bool = False,
     unsure: float | None = None,
+    controls: Controls | None = None,
 ) -> list[dict[str, Any]]:
     """Answers of a finished run for texts, or for the rows of a file, in their order; see `Predictor.rows`.
 
@@ -433,6 +385,6 @@ def predict(
         raise ConfigError("give texts, or a file of rows: one of the two.")
     predictor = Predictor(path)
     if data is None:
-        return predictor.texts(texts, max_new_tokens=max_new_tokens, strict=strict, unsure=unsure)
+        return predictor.texts(texts, max_new_tokens=max_new_tokens, strict=strict, unsure=unsure, controls=controls)
     table, _ = load_inputs(data, predictor.columns)
-    return predictor.rows(table, max_new_tokens=max_new_tokens, strict=strict, unsure=unsure)
+    return predictor.rows(table, max_new_tokens=max_new_tokens, strict=strict, unsure=unsure, controls=controls)

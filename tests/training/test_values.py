@@ -137,7 +137,7 @@ def test_a_word_is_guessed_right_where_the_place_before_it_names_it() -> None:
     )
     batch = Batch(inputs=given, labels=labels, rows=np.arange(6), n_targets=int(told.sum()), n_tokens=0)
     objective = Objective(tuned, Task(name="causal_lm"), full_logits=True)
-    batches: Any = SimpleNamespace(tokens=100)  # the batch is handed over here
+    batches: Any = SimpleNamespace(tokens=100, examples=None)  # the batch is handed over here
     evaluator = Evaluator(tuned, objective, batches, Precision("fp32", "for this test"), torch.device("cpu"))
     with torch.inference_mode():
         _, _, right, _ = evaluator._one(batch)

@@ -9,6 +9,8 @@ import luthier
 
 SOURCES = Path(next(iter(luthier.__path__)))
 UNPICKLER = SOURCES / "trust" / "_unpickle.py"
+PROGRAMS = SOURCES / "trust" / "programs.py"
+"""What runs programs that a model wrote, of which every piece of syntax was looked at, inside the jail."""
 MODULES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "jsonpickle"}
 
 
@@ -47,7 +49,7 @@ def sins(tree: ast.AST) -> list[tuple[int, str]]:
 def test_no_source_file_can_run_code_from_a_file() -> None:
     bad = {}
     for path in sorted(SOURCES.rglob("*.py")):
-        if path != UNPICKLER and (here := sins(ast.parse(path.read_text(encoding="utf-8")))):
+        if path not in (UNPICKLER, PROGRAMS) and (here := sins(ast.parse(path.read_text(encoding="utf-8")))):
             bad[str(path.relative_to(SOURCES))] = here
     assert bad == {}
 
@@ -61,6 +63,18 @@ def test_the_only_unpickler_defines_its_own_lookup_and_never_calls_the_inherited
     (cls,) = [n for n in classes if "pickle.Unpickler" in map(ast.unparse, n.bases)]
     assert {"find_class", "persistent_load"} <= {n.name for n in cls.body if isinstance(n, ast.FunctionDef)}
     assert "super()" not in ast.unparse(cls)
+
+
+def test_programs_are_run_in_one_place_and_only_what_was_checked() -> None:
+    tree = ast.parse(PROGRAMS.read_text(encoding="utf-8"))
+    assert sorted(what for _, what in sins(tree)) == ["compile", "exec"]
+    (run,) = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "exec"]
+    assert ast.unparse(run.args[0]) == "compile(checked(program), '<program>', 'exec')"
+    (runner,) = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "runner"]
+    assert run in list(ast.walk(runner)), "only the jail's child calls it"
+    for path in SOURCES.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert path == PROGRAMS or ("programs.runner" not in text and "import runner" not in text)
 
 
 def test_only_the_jail_names_the_unpickler() -> None:

@@ -9,6 +9,7 @@ hook that refuses files, imports, processes and sockets. What it prints is kept 
 from __future__ import annotations
 
 import ast
+import importlib
 import itertools
 import math
 import sys
@@ -170,5 +171,5 @@ def _record(name: str, given: tuple[str, ...]) -> SimpleNamespace:
     if given == ("*",):
         module: Any = {"math": math, "itertools": itertools}[name]
         return SimpleNamespace(**{n: value for n, value in vars(module).items() if not n.startswith("_")})
-    module = __import__(name)
+    module = importlib.import_module(name)
     return SimpleNamespace(**{n: getattr(module, n) for n in given})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def one_run(
 ) -> tuple[list[bool], dict[str, Any]]:
     """For each test row whether it was right, and facts of the run. `given`: fields as FIELD=VALUE, defaults else.
 
-    `also`: further sets of rows as NAME=FILE.
+    `also`: further sets of rows as NAME=FILE. Of the facts, `held` counts weights, gradients, moments and activations.
     """
     pair = {"pair": "text_pair"} if "text_pair" in train_rows.read_text("utf-8").partition("\n")[0] else {}
     values: dict[str, Any] = {
@@ -37,7 +38,10 @@ def one_run(
         **({"sources": list(sources)} if sources else {}),
         **({"also": list(also)} if also else {}),
     }  # fmt: skip
+    begun = time.process_time()
     result = train(RunSpec.from_plain(overlay(values, settings_of(list(given)))), progress=False)
+    cpu = time.process_time() - begun  # the wall's seconds tell as much of what else ran
+    record = json.loads((result.path / "record.json").read_text("utf-8"))
     with (result.path / "predictions.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     lines = [json.loads(line) for line in (result.path / "events.jsonl").read_text("utf-8").splitlines()]
@@ -46,5 +50,8 @@ def one_run(
         "training_seconds": round(result.seconds, 1),
         "scores": {k: round(v, 4) for k, v in result.scores.items()},
         "trained": result.n_params,
+        "stored": record["stored"],
+        "held": sum(size for part, size in record["memory"].items() if part not in ("program", "other")),
+        "cpu_seconds": round(cpu, 1),
         "answers": len({row["answer"] for row in rows}),
     }

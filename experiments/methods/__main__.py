@@ -9,36 +9,38 @@ from typing import Any
 
 from experiments.defaults.baselines import MODEL
 from experiments.defaults.panel import PANEL, Member, halves
-from experiments.methods.page import write
+from experiments.methods.page import SETS, write
 from experiments.one_run import one_run
-from experiments.results import asked_of, once, scored
+from experiments.results import once, scored, words_of
 from luthier.core import Interrupted
 from luthier.samples.store import cache_dir
 from luthier.surgery import METHODS
 
 RESULTS = Path(__file__).parent / "results.jsonl"
-SETS = {member.name: member for member in PANEL}
-SET = SETS["trec6"]
+BY_NAME = {member.name: member for member in PANEL}
 SOURCE_SETS = ("sarcasm", "sms-spam")
 """What the sources of a method that needs some were trained on."""
 
 
 def main() -> None:
-    asked = asked_of("methods", "method", RESULTS, __doc__)
+    words = words_of("methods", "method", RESULTS, __doc__)
+    words.add_argument("--set", choices=SETS, default=SETS[0], help="the rows that are learnt")
+    asked = words.parse_args()
     for name in asked.only or ():
         METHODS.get(name)  # a name that is none is no row of the table
     names = sorted(asked.only or METHODS.ours(), key=lambda name: name != "head_only")
     for seed in range(0 if asked.page else asked.seeds):
         for name in names:
-            once(asked.results, {"method": name, "seed": seed}, partial(_made, name, seed))
+            which = {"set": asked.set, "method": name, "seed": seed}
+            once(asked.results, which, partial(_made, asked.set, name, seed))
     write(asked.results)
 
 
-def _made(name: str, seed: int) -> dict[str, Any]:
+def _made(rows: str, name: str, seed: int) -> dict[str, Any]:
     """One result; of one that stops, why."""
     try:
         with tempfile.TemporaryDirectory() as home:
-            train, test = halves(SET)
+            train, test = halves(BY_NAME[rows])
             spelt = spelling(name)
             right, facts = one_run(MODEL, spelt, seed, train, test, f"{home}/run", sources=_sources(name))
         return scored(right) | facts
@@ -58,7 +60,7 @@ def _sources(name: str) -> list[str]:
     cls = METHODS.get(name)
     if not cls.sources or not cls.least_sources:
         return []
-    return [_source(cls.sources[0], SETS[member]) for member in SOURCE_SETS]
+    return [_source(cls.sources[0], BY_NAME[member]) for member in SOURCE_SETS]
 
 
 def _source(method: str, member: Member) -> str:

@@ -107,8 +107,8 @@ def _tail(found: Found, bars: dict[str, float | None]) -> list[str]:
         if of in FREE:
             always, words, states = FREE[of]
             lines += [
-                f"  Always the most frequent class: {always:.3f}. Words counted and logistic regression: {words:.3f}; the",
-                f"  same on the mean of the frozen model's states: {states:.3f} ([defaults](defaults.md)).",
+                f"  Always the most frequent class: {always:.3f}. Words counted and logistic regression: {words:.3f};",
+                f"  the same on the mean of the frozen model's states: {states:.3f} ([defaults](defaults.md)).",
             ]
     return [
         *lines,

@@ -42,8 +42,8 @@ class Here:
             self.ledger.commit(claim, {**facts, "seconds": made.seconds, "stored": made.stored_bytes})
             self.done.append(folder.name)
 
-    def check(self) -> None:
-        pass
+    def check(self) -> Sequence[str]:
+        return ()
 
     def stop(self) -> None:
         pass

@@ -1,11 +1,13 @@
 """A race: who leaves and why is written down before the next rung, and a race that was killed keeps its decisions."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from races import base_in, here
+from races import Here, base_in, here
 
 from luthier.cli._main import main
 from luthier.comparison import Budget, budget_of, compare, entrant_of, statistics
@@ -16,6 +18,7 @@ from luthier.comparison.race import _decide, _Rung
 from luthier.comparison.tuning import Trial
 from luthier.core import ConfigError
 from luthier.core.config import read_word
+from luthier.runs.ledger import Entry
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +57,36 @@ def test_the_worse_half_leaves_and_a_killed_race_keeps_its_decisions(
     ):
         with pytest.raises(ConfigError, match="other rows, steps, metric or budget"):
             compare(one, entrants, seeds=1, home=tmp_path / "r", metric=metric, tune_lr=2, budget=budget)
+
+
+def test_a_kill_within_a_rung_gives_no_minutes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, done, clock = replace(base_in(tmp_path), steps=4), list[str](), [0.0]
+    entrants = [entrant_of(name, read_word) for name in ("bitfit", "ia3")]
+    monkeypatch.setattr(race_file, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    class Killed(BaseException):
+        pass
+
+    class Slow(Here):
+        def begin(self, entries: Sequence[Entry]) -> None:
+            for entry in entries:
+                super().begin([entry])
+                clock[0] += 100.0
+                if len(done) == 1:
+                    raise Killed
+
+    monkeypatch.setattr(run_file, "engine_named", lambda name, ledger, workers: Slow(ledger, done, ""))
+
+    def once() -> None:
+        compare(base, entrants, seeds=1, home=tmp_path / "r", tune_lr=2, budget=Budget(minutes=9))
+
+    with pytest.raises(Killed):
+        once()
+    assert json.loads((tmp_path / "r" / "race.json").read_text())["unfinished"] == 100.0
+    once()
+    told = json.loads((tmp_path / "r" / "race.json").read_text())
+    assert told["decisions"][0]["seconds"] == 400.0, "four runs, one of which a killed call had made"
+    assert len(told["decisions"][0]["kept"]) == 1, "with two the next rung would end after 600 of 540 seconds"
 
 
 def test_whoever_exceeds_the_budget_leaves_and_is_told_by_how_much(tmp_path: Path) -> None:

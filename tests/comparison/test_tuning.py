@@ -152,6 +152,6 @@ def test_a_search_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pyte
     base, entrants = base_in(tmp_path), [entrant_of("bitfit", read_word)]
     with pytest.raises(ConfigError, match="Did you mean 'halving'"):
         compare(base, entrants, seeds=1, home=tmp_path / "r", tune_lr=2, search="halvng")
-    monkeypatch.setattr("luthier.comparison.search.find_spec", lambda name: None)
+    monkeypatch.setattr("luthier.comparison.choices.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"luthier\[search\]"):
         compare(base, entrants, seeds=1, home=tmp_path / "r", tune_lr=2, search="optuna")

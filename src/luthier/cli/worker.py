@@ -50,6 +50,8 @@ def command(
 
     def said(run: str, state: str) -> None:
         last[0] = time.monotonic()
+        while worker.notes:
+            to.say(worker.notes.pop(0))
         to.say(f"{run}: {state}")
 
     worker = Worker(found, said=said)

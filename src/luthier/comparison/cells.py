@@ -127,12 +127,15 @@ class Sweep:
         start: makes what computes them, for so many at a time; called where something is to compute.
         workers: cells at a time.
         threads: of each process.
+        say: is told what went wrong and cost time alone, once each.
     """
 
     def __init__(
-        self, ledger: Ledger, start: Callable[[int], Engine], workers: int = 1, threads: int | None = None
-    ) -> None:
-        self.ledger, self.start, self.workers, self.threads = ledger, start, workers, threads
+        self, ledger: Ledger, start: Callable[[int], Engine], workers: int = 1, threads: int | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:  # fmt: skip
+        self.ledger, self.start, self.workers, self.threads, self.say = ledger, start, workers, threads, say
+        self._told: set[str] = set()
         self._engine: Engine | None = None
 
     def close(self) -> None:
@@ -178,7 +181,10 @@ class Sweep:
                         if failure is not None:
                             failures[cell.path] = failure
                         said(cell, failure, self.ledger.result(id) or {})
-                    engine.check()
+                    for note in engine.check():
+                        if note not in self._told:
+                            self._told.add(note)
+                            self.say(note)
                     time.sleep(POLL)
         except (KeyboardInterrupt, Interrupted) as stopped:
             engine.stop()

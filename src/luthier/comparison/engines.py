@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Protocol
 
+from luthier.comparison.choices import one_of
 from luthier.comparison.worker import Worker, template
-from luthier.core import ConfigError, Interrupted, UsageError, near
+from luthier.core import Interrupted
 from luthier.runs.forkserver import Template
 from luthier.runs.ledger import Entry, Ledger
 
-__all__ = ["ENGINES", "Engine", "Local", "check_engine", "engine_named"]
+__all__ = ["Engine", "Local", "check_engine", "engine_named"]
 
 
 class Engine(Protocol):
@@ -21,8 +21,11 @@ class Engine(Protocol):
     def begin(self, entries: Sequence[Entry]) -> None:
         """Want these, and no others any more."""
 
-    def check(self) -> None:
+    def check(self) -> Sequence[str]:
         """Look after those at work. Called now and then by the thread that waits for results.
+
+        Returns:
+            what there is to say: what went wrong and cost time alone.
 
         Raises:
             Any LuthierError: nothing can be computed any more, such as with a full disk.
@@ -58,12 +61,15 @@ class Local:
 
     def begin(self, entries: Sequence[Entry]) -> None:
         self.entries = tuple(entries)
+        for worker in self.workers:
+            worker.awake.set()
 
-    def check(self) -> None:
+    def check(self) -> Sequence[str]:
         if self.error is not None:
             raise self.error
         for worker in self.workers:
             worker.watch()
+        return [note for worker in self.workers for note in worker.notes]
 
     def stop(self) -> None:
         self.over = True
@@ -96,9 +102,6 @@ def engine_named(name: str, ledger: Ledger, workers: int) -> Engine:
     return Local(ledger, workers)
 
 
-ENGINES = ("local", "ray")
-
-
 def check_engine(name: str) -> None:
     """Refuse one that is not there, before work starts.
 
@@ -106,7 +109,4 @@ def check_engine(name: str) -> None:
         ConfigError: none is called so.
         UsageError: its package is not installed.
     """
-    if name not in ENGINES:
-        raise ConfigError(f"--engine {name}: there are {', '.join(ENGINES)}.{near(name, list(ENGINES))}")
-    if name == "ray" and find_spec("ray") is None:
-        raise UsageError("--engine ray: the package ray is not installed. pip install luthier[ray]")
+    one_of("--engine", name, {"local": "", "ray": "ray"})

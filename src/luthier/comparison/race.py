@@ -12,12 +12,13 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from luthier.comparison.cells import Entrant, Sweep
+from luthier.comparison.cells import Cell, Entrant, Failure, Said, Sweep
 from luthier.comparison.search import Announcing, Asked
 from luthier.comparison.tuning import SELECT_SHARE, Trial, trials_of
 from luthier.core import ConfigError, LuthierError, human_bytes, human_seconds, plain, several
@@ -103,7 +104,8 @@ def race(asked: Asked, budget: Budget, sweep: Sweep, say: Callable[[str], None],
         for trial in own
     }
     of = {"metric": asked.metric, "budget": plain(budget), "cells": {name: t.cell.id for name, t in trials.items()}}
-    made = _made(sweep.ledger.home / FILE, of)
+    path = sweep.ledger.home / FILE
+    made, unfinished = _made(path, of)
     alive, decisions = list(trials), list[Decision]()
     shares = RUNGS[-max(2, min(len(RUNGS), math.ceil(math.log2(len(trials))) + 1)) :]
     rows = round(SELECT_SHARE * len(asked.data.train))
@@ -114,19 +116,24 @@ def race(asked: Asked, budget: Budget, sweep: Sweep, say: Callable[[str], None],
             continue
         say(f"race, {share:.0%} of the steps: {several(len(alive), 'candidate')}")
         begun, before = time.monotonic(), decisions[-1].seconds if decisions else 0.0
+        earlier = unfinished if number == len(made) else 0.0  # what a call that was ended had spent on this rung
         cells = {name: replace(trials[name].cell, until=share) for name in alive}
-        failures = sweep.settle(list(cells.values()), announcing(say, len(cells), 0))
+        kept = {"of": of, "candidates": list(trials), "decisions": [plain(d) for d in decisions]}
+
+        def spent(earlier: float = earlier, begun: float = begun) -> float:
+            return earlier + time.monotonic() - begun
+
+        with _counted(path, kept, announcing(say, len(cells), 0), spent) as said:
+            failures = sweep.settle(list(cells.values()), said)
         told = {name: sweep.ledger.result(cell.id) for name, cell in cells.items()}
         why = {n: failures[c.path].message for n, c in cells.items() if c.path in failures}
-        took = time.monotonic() - begun
+        took = spent()
         ahead = 0.0  # seconds that one candidate of the next rung takes
         if number + 1 < len(shares):
             ahead = took / len(alive) * (shares[number + 1] - share) / (share - (shares[number - 1] if number else 0.0))
         decision = _decide(_Rung(share, before + took, ahead, rows), told, why, asked.metric, budget, trials)
         decisions.append(decision)
-        durable.write_json(
-            sweep.ledger.home / FILE, {"of": of, "candidates": list(trials), "decisions": [plain(d) for d in decisions]}
-        )
+        durable.write_json(path, {**kept, "decisions": [plain(d) for d in decisions]})
         alive = list(decision.kept)
         for name, reason in decision.left.items():
             say(f"{name} leaves: {reason}")
@@ -218,8 +225,28 @@ def _findings(best: str, decisions: Sequence[Decision], rows: int) -> list[str]:
     return lines
 
 
-def _made(path: Path, of: Mapping[str, Any]) -> list[Decision]:
-    """Decisions of an earlier call of the same race: the same runs, metric and budget."""
+@contextmanager
+def _counted(path: Path, kept: Mapping[str, Any], said: Said, spent: Callable[[], float]) -> Iterator[Said]:
+    """While a rung is at work, write down after each run what the rung has taken: a kill must not give minutes back."""
+
+    def write() -> None:
+        durable.write_json(path, {**kept, "unfinished": round(spent(), 3)})
+
+    def told(cell: Cell, failure: Failure | None, result: Mapping[str, Any]) -> None:
+        said(cell, failure, result)
+        write()
+
+    try:
+        yield told
+    except BaseException:
+        with suppress(LuthierError):  # a full disk has words of its own
+            write()
+        raise
+
+
+def _made(path: Path, of: Mapping[str, Any]) -> tuple[list[Decision], float]:
+    """Decisions of an earlier call of the same race: the same runs, metric and budget; and the seconds that it had
+    spent on the rung after them."""
     try:
         told = json.loads(path.read_bytes())
         if told["of"] != of:
@@ -228,6 +255,7 @@ def _made(path: Path, of: Mapping[str, Any]) -> list[Decision]:
                 f"{path}: is of a race of others ({names}), or of the same with other rows, steps, metric or budget; "
                 "what it decided does not hold here. Race into another folder: --out."
             )
-        return [Decision(**{**d, "kept": tuple(d["kept"])}) for d in told["decisions"]]
+        made = [Decision(**{**d, "kept": tuple(d["kept"])}) for d in told["decisions"]]
+        return made, float(told.get("unfinished", 0.0))
     except (OSError, ValueError, KeyError, TypeError):
-        return []
+        return [], 0.0

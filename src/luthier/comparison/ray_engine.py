@@ -12,7 +12,7 @@ from typing import Any
 
 from luthier.comparison.worker import Worker, template
 from luthier.core import IntegrityError, Interrupted, ResourceError
-from luthier.runs.ledger import Entry, Ledger
+from luthier.runs.ledger import MOST_ATTEMPTS, Entry, Ledger
 
 __all__ = ["RayEngine"]
 
@@ -42,6 +42,8 @@ class RayEngine:
         self.ledger, self.workers = ledger, max(1, workers)
         self.entries: Sequence[Entry] = ()
         self.at_work: dict[Any, str] = {}
+        self.crashes: dict[str, tuple[int, int]] = {}
+        """of a cell: its newest claim, and how many processes have ended since without taking it"""
         mine = {} if there else {"include_dashboard": False, "num_cpus": self.workers}
         try:
             ray.init(address=there, log_to_driver=False, logging_level="ERROR", **mine)
@@ -55,23 +57,55 @@ class RayEngine:
     def begin(self, entries: Sequence[Entry]) -> None:
         self.entries = tuple(entries)
 
-    def check(self) -> None:
+    def check(self) -> Sequence[str]:
+        notes: list[str] = []
         if self.at_work:
             ended, _ = self.ray.wait(list(self.at_work), num_returns=len(self.at_work), timeout=0)
             for task in ended:
-                self.at_work.pop(task)
-                try:
-                    wrong = self.ray.get(task)
-                except Exception:  # its process was killed: its claim is proven dead, or its lease runs out
-                    continue
-                if wrong:
-                    raise ResourceError(wrong)
+                notes += self._ended(task, self.at_work.pop(task))
         taken = set(self.at_work.values())
         for entry in self.entries:
             if len(self.at_work) >= self.workers:
                 break
             if entry.id not in taken and self.ledger.state(entry.id) in ("waiting", "stopped"):
                 self.at_work[self.task.remote(str(self.ledger.home.absolute()), entry.id, self.ledger.lease)] = entry.id
+        return notes
+
+    def _ended(self, task: Any, address: str) -> Sequence[str]:
+        """What a task says at its end; nothing of one whose process was killed: its claim is proven dead, or its
+        lease runs out.
+
+        Raises:
+            ResourceError: the task itself failed, in its own words: another attempt would fail for the same reason.
+        """
+        wrongs = self.ray.exceptions
+        killed = (
+            wrongs.WorkerCrashedError, wrongs.NodeDiedError, wrongs.OutOfMemoryError, wrongs.TaskCancelledError,
+            wrongs.LocalRayletDiedError, wrongs.OwnerDiedError, wrongs.ObjectLostError,
+        )  # fmt: skip
+        try:
+            wrong, notes = self.ray.get(task)
+        except killed as error:
+            n = self.ledger.taken(address)
+            before, times = self.crashes.get(address, (n, 0))
+            self.crashes[address] = (n, times + 1 if n == before else 1)
+            if self.crashes[address][1] > MOST_ATTEMPTS:  # which the ledger does not count: none has taken the cell
+                raise ResourceError(
+                    f"--engine ray: {MOST_ATTEMPTS + 1} processes of Ray in a row ended before they had begun cell "
+                    f"{address[:16]} ({type(error).__name__}: {_first_line(error)}). Ray's logs say more; "
+                    "--engine local needs no Ray."
+                ) from error
+            return ()
+        except Exception as error:
+            own = getattr(error, "cause", None) or error  # what the task raised, without Ray's account of it
+            raise ResourceError(
+                f"--engine ray: the task of cell {address[:16]} failed: {_first_line(own)}. "
+                "Every machine of the cluster needs this version of luthier and sees the folder of the comparison "
+                "under the same name."
+            ) from error
+        if wrong:
+            raise ResourceError(wrong)
+        return list(notes)
 
     def stop(self) -> None:
         for task in self.at_work:
@@ -82,8 +116,8 @@ class RayEngine:
         self.ray.shutdown()
 
 
-def _one(home: str, address: str, lease: float) -> str:
-    """One attempt at a cell, in a process of Ray; what is wrong with the ledger itself, or nothing."""
+def _one(home: str, address: str, lease: float) -> tuple[str, list[str]]:
+    """One attempt at a cell, in a process of Ray; what is wrong with the ledger itself, or nothing, and notes."""
     ledger = Ledger(Path(home), lease=lease)
     if not _kept:
         _kept.append(template())
@@ -92,9 +126,14 @@ def _one(home: str, address: str, lease: float) -> str:
     try:
         worker.in_main(lambda: next(attempts, ()), lambda: False, keep=True)
     except Interrupted:
-        return ""
+        pass
     except (IntegrityError, ResourceError) as error:
-        return str(error)
+        return str(error), worker.notes
     finally:
         _kept[:] = [worker.template]
-    return ""
+    return "", worker.notes
+
+
+def _first_line(error: BaseException) -> str:
+    """Ray's errors begin with what happened and go on with its logs."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -104,7 +104,7 @@ def compare(
     say(_visible(data.test, data.columns, len(entrants), seeds))
     _make_home(home)
     sweep = Sweep(
-        Ledger(home, make=True, lease=lease), lambda n: engine_named(engine, sweep.ledger, n), workers, threads
+        Ledger(home, make=True, lease=lease), lambda n: engine_named(engine, sweep.ledger, n), workers, threads, say
     )
     with _present(home, say), closing(sweep):
         asked = Asked(base, tuple(entrants), tune_lr or 0, data, metric)

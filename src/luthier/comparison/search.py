@@ -15,21 +15,19 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from luthier.comparison.answers import answers_of
 from luthier.comparison.cells import Entrant, Failure, Said, Sweep, finished
+from luthier.comparison.choices import one_of
 from luthier.comparison.rates import Rates
 from luthier.comparison.tuning import Trial, choose_rates, rows_of, trial_at, trials_of
-from luthier.core import ConfigError, UsageError, near
 from luthier.data.load_data import Data
 from luthier.runs.spec import RunSpec
 
-__all__ = ["RUNGS", "SEARCHES", "Asked", "check_search", "search_rates"]
+__all__ = ["RUNGS", "Asked", "check_search", "search_rates"]
 
-SEARCHES = ("grid", "halving", "optuna")
 RUNGS = (0.25, 0.5, 1.0)
 LOWEST, HIGHEST = 0.1, 10.0
 """Factors of the method's own rate between which Optuna looks."""
@@ -55,10 +53,7 @@ def check_search(name: str) -> None:
         ConfigError: none is called so.
         UsageError: its package is not installed.
     """
-    if name not in SEARCHES:
-        raise ConfigError(f"--search {name}: there are {', '.join(SEARCHES)}.{near(name, list(SEARCHES))}")
-    if name == "optuna" and find_spec("optuna") is None:
-        raise UsageError("--search optuna: the package optuna is not installed. pip install luthier[search]")
+    one_of("--search", name, {"grid": "", "halving": "", "optuna": "search"})
 
 
 def search_rates(name: str, asked: Asked, sweep: Sweep, say: Callable[[str], None], announcing: Announcing) -> Found:

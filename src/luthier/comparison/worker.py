@@ -9,7 +9,6 @@ import hashlib
 import json
 import signal
 import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,9 @@ __all__ = ["PRELOADED", "Worker", "template"]
 
 PRELOADED = ("torch", "luthier.workflow", "luthier.methods")
 POLL = 0.1
-"""Seconds between two looks for a cell, where none is free."""
+"""Seconds between two looks for a cell, where none was free just now."""
+MOST_POLL = 2.0
+"""The same where none has been free for long: a look reads a file or two for each cell, of a shared disk perhaps."""
 RETRY = (75, 130, 143)
 """Exit codes after which a cell is tried again: nothing was wrong with it."""
 
@@ -51,6 +52,10 @@ class Worker:
         self.now: Claim | None = None
         self._warm: list[Any] = []  # models whose code the process to fork from has loaded
         self.stopping = False
+        self.awake = threading.Event()
+        """Set by whoever has something new, so that it is looked for at once."""
+        self.notes: list[str] = []
+        """What went wrong and cost time alone."""
 
     def work(self, wanted: Callable[[], Sequence[Entry]], go_on: Callable[[], bool]) -> int:
         """Work at what is wanted until nothing is and `go_on` says no.
@@ -62,13 +67,14 @@ class Worker:
             Interrupted: `stop` was called, or a signal has reached the run at work; it can go on from there.
             ResourceError: the disk takes no claims or results.
         """
-        count = 0
+        count, pause = 0, POLL
         while not self.stopping:
+            self.awake.clear()
             claim, entry = self._next(wanted())
             if claim is not None and entry is not None:
-                count += self.one(claim, entry)
+                count, pause = count + self.one(claim, entry), POLL
             elif go_on():
-                time.sleep(POLL)
+                pause = POLL if self.awake.wait(pause) else min(MOST_POLL, 1.5 * pause)
             else:
                 break
         return count
@@ -135,7 +141,12 @@ class Worker:
         try:
             if entry.spec.get("model") not in self._warm:
                 self._warm.append(entry.spec.get("model"))
-                self.template.warm(one_run.__file__, "warm", {"model": entry.spec.get("model")})
+                wrong = self.template.warm(one_run.__file__, "warm", {"model": entry.spec.get("model")})
+                if wrong:  # a run that fails for the same reason says so itself
+                    self.notes.append(
+                        f"{entry.spec.get('model')}: what its runs share could not be loaded ahead, so each loads it "
+                        f"for itself and is slower ({wrong})"
+                    )
             return self.template.run(one_run.__file__, "work", words, timeout_s=None)
         except ResourceError:  # the template itself was ended
             if not self.stopping:
@@ -175,11 +186,13 @@ class Worker:
     def end(self) -> None:
         """Take no other cell; what is still computed is nobody's any more, and is ended."""
         self.stopping = True
+        self.awake.set()
         self.template.signal(signal.SIGKILL)
 
     def stop(self, number: int = signal.SIGTERM) -> None:
         """Take no other cell, and let the run at work make its last step safe."""
         self.stopping = True
+        self.awake.set()
         self.template.signal(number)
 
 

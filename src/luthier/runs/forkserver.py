@@ -106,13 +106,17 @@ class Template:
         told: dict[str, Any] = json.loads(answer)
         return told
 
-    def warm(self, file: str | Path, function: str, arguments: Mapping[str, Any]) -> None:
-        """Call a function in the template itself: what it imports, every later fork has. What it raises is its own.
+    def warm(self, file: str | Path, function: str, arguments: Mapping[str, Any]) -> str:
+        """Call a function in the template itself: what it imports, every later fork has.
+
+        Returns:
+            The error that it raised, in words, or nothing. Later forks are slower for it and may be none the worse.
 
         Raises:
             ResourceError: the template has ended.
         """
-        self._ask({"file": str(file), "function": function, "arguments": dict(arguments), "here": True})
+        told = self._ask({"file": str(file), "function": function, "arguments": dict(arguments), "here": True})
+        return str(told["wrong"])
 
     @property
     def at_work(self) -> bool:
@@ -183,9 +187,7 @@ def serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if request.get("here"):
-            with contextlib.suppress(Exception), contextlib.redirect_stdout(sys.stderr):
-                getattr(_load(request["file"], loaded), request["function"])(**request["arguments"])
-            print(json.dumps({"pid": None}), json.dumps({}), sep="\n", flush=True)
+            print(json.dumps({"pid": None}), json.dumps({"wrong": _here(request, loaded)}), sep="\n", flush=True)
             continue
         with tempfile.TemporaryFile() as output:
             module = _load(request["file"], loaded)
@@ -198,6 +200,16 @@ def serve() -> None:
             output.seek(0)
             text = output.read().decode(errors="replace")
         print(json.dumps({"status": status, "output": text}), flush=True)
+
+
+def _here(request: dict[str, Any], loaded: dict[str, ModuleType]) -> str:
+    """Call a function in this very process; what went wrong, or nothing."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            getattr(_load(request["file"], loaded), request["function"])(**request["arguments"])
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def _wait(pid: int, deadline: float) -> int:

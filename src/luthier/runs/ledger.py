@@ -244,6 +244,10 @@ class Ledger:
             count += 1
         return count
 
+    def taken(self, id: str) -> int:
+        """How often a cell has been taken: the number of its newest claim, 0 where there is none."""
+        return self._last(id)[0]
+
     def holds(self, claim: Claim) -> bool:
         """Whether nobody has taken the cell since."""
         return self._last(claim.id)[0] == claim.n

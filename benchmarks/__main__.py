@@ -3,6 +3,7 @@
     python -m benchmarks                     everything, about two hours on two cores, at least three times each
     python -m benchmarks --quick             a few minutes; enough to see that all of it works
     python -m benchmarks --only decoder      one group (several: --only decoder --only floor)
+    python -m benchmarks --processor         on a busy machine: one thread, and the seconds of its processor
     python -m benchmarks --only gpu          models of 1 and 8 billion numbers, where there is a GPU
     python -m benchmarks --draw              docs/benchmarks.md and its plots, from the results that are there
     python -m benchmarks --profile encoder   where the time and memory of a training run go
@@ -12,14 +13,17 @@ Results go to benchmarks/results/, those of --quick to benchmarks/results/quick/
 
 import argparse
 import json
+import os
 import sys
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from benchmarks import _machine
 from benchmarks._page import RESULTS, draw
 from benchmarks._plan import GROUPS, plan
 from benchmarks._suite import contest
+from benchmarks._work import PROCESSOR
 
 
 def main() -> int:
@@ -31,6 +35,9 @@ def main() -> int:
     parser.add_argument("--only", action="append", default=[], choices=list(GROUPS), help="this group; may be repeated")
     parser.add_argument("--case", action="append", default=[], help="of the groups, only this case; may be repeated")
     parser.add_argument("--busy", action="store_true", help="measure on a busy machine; marks the results")
+    parser.add_argument(
+        "--processor", action="store_true", help="one thread, and its processor's seconds: for a busy machine"
+    )
     parser.add_argument("--threads", type=int, default=None, help="of each process; left out, as torch chooses")
     parser.add_argument("--repeats", type=int, default=None, help="in place of each case's own number")
     parser.add_argument("--limit", type=float, default=1800.0, help="seconds after which one process is given up")
@@ -47,7 +54,10 @@ def main() -> int:
         print(_profile.saved(words.profile))
         return 0
     share = _machine.busy_share(3.0)
-    complaint = _machine.idle_complaint(share)
+    complaint = None if words.processor else _machine.idle_complaint(share)
+    if words.processor:
+        words.threads = 1
+        os.environ[PROCESSOR] = "1"
     if complaint is not None and not words.busy:
         print(complaint, file=sys.stderr)
         return 1
@@ -68,42 +78,35 @@ def main() -> int:
             continue
         before = _machine.environment(words.threads)
         started = datetime.now(UTC).isoformat(timespec="seconds")
-        records = [
-            contest(
-                case,
-                threads=words.threads,
-                repeats=words.repeats,
-                limit=words.limit,
-                say=lambda line: print(line, flush=True),
-            )
-            for case in cases
-        ]
-        busy = [
-            run["busy_before"]
-            for record in records
-            for one in record["contestants"]
-            for run in one["runs"]
-            if "busy_before" in run
-        ]
-        marked = complaint is not None or any(_machine.idle_complaint(b) is not None for b in busy)
         target = folder / f"{group}.json"
-        if words.case and target.exists():
-            records = _beside(json.loads(target.read_text()), before, records, [case.name for case in all_cases])
-        found = {
-            "group": group,
-            "quick": words.quick,
-            "busy": marked,
-            "busy_share_at_start": round(share, 3),
-            "started": started,
-            "environment": before,
-            "cases": records,
-        }
-        target.write_text(json.dumps(found, indent=1) + "\n")
+        old = json.loads(target.read_text()) if words.case and target.exists() else None
+        records: list[dict[str, Any]] = []
+        for case in cases:
+            say = partial(print, flush=True)
+            records.append(contest(case, threads=words.threads, repeats=words.repeats, limit=words.limit, say=say))
+            kept = records if old is None else _beside(old, before, records, [one.name for one in all_cases])
+            found = {
+                "group": group,
+                "quick": words.quick,
+                "busy": complaint is not None or (not words.processor and _was_busy(records)),
+                "processor": words.processor,
+                "busy_share_at_start": round(share, 3),
+                "started": started,
+                "environment": before,
+                "cases": kept,
+            }
+            target.write_text(json.dumps(found, indent=1) + "\n")  # after each: a group takes hours
         failed += sum("error" in one["summary"] for record in records for one in record["contestants"])
     print(draw())
     if failed:
         print(f"{failed} contestants failed; the page says which and why", file=sys.stderr)
     return 0
+
+
+def _was_busy(records: list[dict[str, Any]]) -> bool:
+    """Whether other work ran before one of the runs."""
+    runs = (run for record in records for one in record["contestants"] for run in one["runs"])
+    return any(_machine.idle_complaint(run["busy_before"]) is not None for run in runs if "busy_before" in run)
 
 
 _SAME = ("cpu", "cpus", "threads", "luthier", "torch", "transformers", "peft")
@@ -113,7 +116,11 @@ def _beside(
     old: dict[str, Any], environment: dict[str, Any], records: list[dict[str, Any]], order: list[str]
 ) -> list[dict[str, Any]]:
     """The new records, with those of the group's other cases that were taken in the same environment."""
-    if old["busy"] or any(old["environment"].get(name) != environment.get(name) for name in _SAME):
+    if (
+        old["busy"]
+        or old.get("processor", False) != bool(os.environ.get(PROCESSOR))
+        or any(old["environment"].get(name) != environment.get(name) for name in _SAME)
+    ):
         return records
     known = {case["case"]: case for case in [*old["cases"], *records]}
     return [known[name] for name in order if name in known]

@@ -106,6 +106,10 @@ def _caveat(record: dict[str, Any]) -> str:
         words.append("quick: short cases and few repeats")
     if record["busy"]:
         words.append("**the machine was busy: ratios at most, no figure of this section is a result**")
+    if record.get("processor"):
+        words.append(
+            "one thread, and seconds of the processor: other work ran beside it, which those seconds leave out"
+        )
     return f"*({'; '.join(words)})*" if words else ""
 
 
@@ -340,6 +344,11 @@ def _methods(record: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
     return _side_by_side("Every method that peft has too", words, record)
 
 
+def _shared(record: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
+    words = "At our defaults on both sides: peft's adapter is made from the file that luthier writes for it."
+    return _side_by_side("Every method whose files peft reads", words, record)
+
+
 def _sizes(record: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
     return _side_by_side("Other models, batches and lengths", "", record)
 
@@ -546,6 +555,7 @@ SECTIONS = {
     "floor": _floor,
     "sizes": _sizes,
     "methods": _methods,
+    "shared": _shared,
     "own": _own,
     "strategies": _strategies,
     "inference": _inference,

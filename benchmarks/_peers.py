@@ -29,6 +29,7 @@ from transformers import (
 from transformers.models.bert import modeling_bert
 from transformers.models.llama import modeling_llama
 
+from benchmarks._peft_config import config
 from benchmarks._work import MODELS, blocks, measured, model_folder, now, rows
 from luthier import samples
 from luthier.data.order import Order
@@ -75,6 +76,17 @@ def adapter(method: str, model: Any, task: str, total_steps: int) -> Any:
     if method == "prompt_tuning":
         return peft.PromptTuningConfig(task_type=task, num_virtual_tokens=20)
     raise ValueError(f"no peer for the method {method!r}")
+
+
+def _tuned(
+    base: Any, method: str, model: str, task: str, steps: int, settings: dict[str, Any] | None, **how: Any
+) -> Any:
+    """The model with peft's adapter: by `adapter`, or with `settings` by the file that luthier writes."""
+    if method == "full":
+        return base
+    by_hand = settings is None or method == "adalora"  # its schedule is in no file
+    wanted = adapter(method, base, task, steps) if by_hand else config(method, model, task, settings or {})
+    return peft.get_peft_model(base, wanted, **how)
 
 
 class FixedOrder(Sampler[int]):
@@ -197,6 +209,7 @@ def encoder(
     group: bool = False,
     attention: str | None = None,
     pad_to: int | None = None,
+    settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """From rows to a trained and saved adapter; with `steps`, only so many of the first epoch.
 
@@ -204,6 +217,7 @@ def encoder(
         bf16: autocast. group: rows of like length together, in luthier's order where less than an epoch is run.
         attention: "eager" or "sdpa"; None, the library's choice.
         pad_to: pad every row to this length, as many tutorials do; None, to the longest of its batch.
+        settings: of luthier's method, whose file for peft gives the adapter; None, by `adapter`.
     """
     _quiet()
     start = time.perf_counter()
@@ -226,7 +240,7 @@ def encoder(
         **({"attn_implementation": attention} if attention else {}),
     )
     total = steps or -(-len(train) // batch)
-    tuned = base if method == "full" else peft.get_peft_model(base, adapter(method, base, "SEQ_CLS", total))
+    tuned = _tuned(base, method, model, "SEQ_CLS", total, settings)
     with tempfile.TemporaryDirectory() as folder:
         arguments = _arguments(
             folder,
@@ -264,12 +278,14 @@ def decoder(
     attention: str | None = None,
     liger: bool = False,
     lr: float = 2e-3,
+    settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """`steps` steps of `batch` rows of `length` random tokens, the last share of them supervised.
 
     Args:
         weights: "fp32" or "bf16", how the base is held. bf16: autocast.
         liger: with the fused kernels of the package liger-kernel.
+        settings: as for `encoder`.
     """
     _quiet()
     transformers.set_seed(0)
@@ -287,12 +303,9 @@ def decoder(
             dtype=torch.bfloat16 if weights == "bf16" else torch.float32,
             **({"attn_implementation": attention} if attention else {}),
         )
-        tuned = base
-        if method != "full":
-            # The adapter's own type is the library's choice: fp32 beside bf16 weights under autocast, bf16 without.
-            tuned = peft.get_peft_model(
-                base, adapter(method, base, "CAUSAL_LM", steps), autocast_adapter_dtype=weights == "fp32" or bf16
-            )
+        # The adapter's own type is the library's choice: fp32 beside bf16 weights under autocast, bf16 without.
+        own_type = weights == "fp32" or bf16
+        tuned = _tuned(base, method, model, "CAUSAL_LM", steps, settings, autocast_adapter_dtype=own_type)
         arguments = _arguments(
             folder,
             per_device_train_batch_size=batch,

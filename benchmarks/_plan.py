@@ -4,7 +4,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 
-from benchmarks import _machine, _strategies
+from benchmarks import _machine, _shared, _strategies
 from benchmarks._suite import Case, Contestant
 
 __all__ = ["GROUPS", "SHARED", "plan"]
@@ -393,6 +393,7 @@ GROUPS: dict[str, Callable[[bool], list[Case]]] = {
     "growth": growth,
     "sizes": sizes,
     "methods": methods,
+    "shared": _shared.cases,
     "own": own,
     "strategies": _strategies.cases,
     "compiled": compiled,

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 from benchmarks import _floor, _growth, _machine, _page, _plan, _suite, _work
 from benchmarks.__main__ import _beside
 from benchmarks._plan import GROUPS, plan
-from benchmarks._work import LLAMAS
+from benchmarks._work import LLAMAS, PROCESSOR, now
 from luthier.kernels import plain
 from luthier.surgery import attach
 
@@ -146,6 +147,18 @@ def test_a_single_case_is_put_beside_those_of_the_same_environment_only():
     assert _beside(old, here, new, ["a", "b", "c"]) == [{"case": "a"}, {"case": "b", "n": 2}]
     assert _beside(old, {**here, "torch": "3"}, new, ["a", "b"]) == new
     assert _beside({**old, "busy": True}, here, new, ["a", "b"]) == new
+
+
+def test_seconds_of_the_processor_leave_sleep_out_and_stand_beside_no_others(monkeypatch):
+    monkeypatch.setenv(PROCESSOR, "1")
+    start = now()
+    time.sleep(0.2)
+    assert now() - start < 0.1
+    environment = dict.fromkeys(("cpu", "cpus", "threads", "luthier", "torch", "transformers", "peft"), 1)
+    old = {"busy": False, "environment": environment, "cases": [{"case": "a"}]}
+    new = [{"case": "b"}]
+    assert _beside(old, environment, new, ["a", "b"]) == new
+    assert _beside(old | {"processor": True}, environment, new, ["a", "b"]) == [{"case": "a"}, {"case": "b"}]
 
 
 def test_only_the_groups_asked_for_are_planned():

@@ -4,16 +4,24 @@ import math
 
 import pytest
 import torch
-from little import Heard, little_spec
+from little import Heard, at_call, little_spec
 from methods.checks import train
 from methods.sizes import trained
+from safetensors.torch import load_file
 from tiny import inputs, tiny
 from torch.func import functional_call, grad, vmap
 
+from luthier import HooksCallback
 from luthier import train as run
-from luthier.core import ConfigError
+from luthier.core import ConfigError, Interrupted
 from luthier.methods.partial.fish_mask import FishMask, fisher
+from luthier.methods.parts.own_tensors import own_unfrozen
+from luthier.runs.spec import OptimSpec
 from luthier.surgery import Look, OneRow, attach, method
+from luthier.training.loop import Loop
+from luthier.training.stop_signals import StopRequested
+from luthier.workflow import resume
+from luthier.workflow.resume_proof import run_digests
 
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
 
@@ -139,6 +147,84 @@ def test_a_run_scores_rows_one_by_one_and_no_more_than_asked_for(tmp_path, monke
 def test_budgets_that_leave_nothing_or_everything_are_refused(settings, says):
     with pytest.raises(ConfigError, match=says):
         attach(tiny("bert"), "fish_mask", **settings)
+
+
+ANEW = {"share": 0.2, "rows": 8, "refresh_every": 4}
+
+
+def equal(first, second):
+    return first.keys() == second.keys() and all(torch.equal(t, second[n]) for n, t in first.items())
+
+
+def stored(folder):
+    """What a run's tuning holds, by name."""
+    (path,) = (folder / "tuning").glob("*.safetensors")
+    return load_file(path)
+
+
+@pytest.mark.acid("fish_mask", 5)
+def test_chosen_anew_as_many_move_at_a_time_and_all_supports_together_are_stored(tmp_path, monkeypatch):
+    """The second and third mask differ from the first; what left the mask keeps what it has learnt."""
+    seen, inner = [], FishMask.prepare
+
+    def watched(self, tuned, batches):
+        before = [u.value.clone() for u in own_unfrozen(self, tuned)]
+        inner(self, tuned, batches)
+        after = own_unfrozen(self, tuned)
+        assert all(torch.equal(u.value, b) for u, b in zip(after, before, strict=True))
+        assert tuned.n_trained() == self.n_params(tuned.anatomy)
+        seen.append([(u.moving.clone(), u.value.clone(), u) for u in after])
+
+    monkeypatch.setattr(FishMask, "prepare", watched)
+    changes = {"optim": OptimSpec(lr=3e-3, weight_decay=0.1)}
+    run(little_spec(tmp_path, "fish_mask", settings=ANEW, **changes))
+    assert len(seen) == 3, "before steps 1, 5 and 9"
+    left = moved = 0
+    for tensor in zip(*seen, strict=True):
+        (first, *_), (second, at_second, _), (third, at_third, unfrozen) = tensor
+        still = (first | second) & ~third
+        assert torch.equal(unfrozen.value[still], at_third[still]), "what the third mask leaves out lies still"
+        only_first = first & ~second
+        assert torch.equal(at_third[only_first], at_second[only_first])
+        left += int((at_second[only_first] != unfrozen.original[only_first]).sum())
+        union = first | second | third
+        assert torch.equal(unfrozen.mask, union)
+        assert torch.equal(unfrozen.value[~union], unfrozen.original[~union])
+        moved += int((unfrozen.value[third & ~first & ~second] != unfrozen.original[third & ~first & ~second]).sum())
+    assert left > 100 and moved > 100, "entries left the mask with what they had learnt, and others came"
+    union = sum(int(u.mask.sum()) for _, _, u in seen[-1])
+    assert union == sum(t.numel() for n, t in stored(tmp_path / "run").items() if n.endswith("|values"))
+
+
+@pytest.mark.acid("fish_mask", 5)
+def test_never_chosen_anew_it_is_the_plain_one_and_stopped_anywhere_it_ends_at_the_same_bits(tmp_path, monkeypatch):
+    def ended(name, **settings):
+        return little_spec(
+            tmp_path, "fish_mask", settings={"share": 0.2, "rows": 4, **settings}, steps=5, out=str(tmp_path / name)
+        )
+
+    def stopped():
+        raise StopRequested(15)
+
+    for name, every in (("plain", 0), ("late", 5), ("anew", 2)):
+        run(ended(name, refresh_every=every))
+    ends = {n: stored(tmp_path / n) for n in ("plain", "late", "anew")}
+    assert equal(ends["plain"], ends["late"]) and not equal(ends["plain"], ends["anew"])
+    with monkeypatch.context() as patch:
+        at_call(patch, Loop, "_gradient_norm", 5, stopped)  # the second new mask is chosen, its step is not made
+        with pytest.raises(Interrupted):
+            run(ended("stopped", refresh_every=2))
+    resume(tmp_path / "stopped")
+    assert run_digests(tmp_path / "stopped") == run_digests(tmp_path / "anew")
+
+
+def test_another_trainer_has_no_rows_to_choose_by():
+    tuned = attach(tiny("bert"), "fish_mask", share=0.1, refresh_every=3)
+    optimiser = torch.optim.SGD(tuned.trained().values(), lr=0.1)
+    with pytest.raises(ConfigError, match="prepare every 3 steps"):
+        optimiser.step()
+    with pytest.raises(ConfigError, match="looks at the rows every 3 steps"):
+        HooksCallback(tuned).on_train_begin(None, None, None)
 
 
 def test_without_a_row_and_without_a_mask_it_refuses():

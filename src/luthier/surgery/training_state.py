@@ -53,7 +53,7 @@ class TrainingState:
                 total -= sum(int((~mask).sum()) for name, mask in tuning.masks.items() if name in there)
                 for key_, unfrozen in tuning.unfrozen.items():
                     if head or not key_.startswith("head/"):
-                        mask = unfrozen.mask
+                        mask = unfrozen.moving
                         total += unfrozen.parameter.numel() if mask is None else int(mask.sum())
         return total
 
@@ -84,8 +84,9 @@ class TrainingState:
         """Zero the gradient outside every update mask: before clipping, so that the norm is of what moves."""
         for tuning in self.edited.tunings.values():
             for unfrozen in tuning.unfrozen.values():
-                if unfrozen.mask is not None and unfrozen.parameter.grad is not None:
-                    unfrozen.parameter.grad.mul_(unfrozen.mask)
+                moving = unfrozen.moving
+                if moving is not None and unfrozen.parameter.grad is not None:
+                    unfrozen.parameter.grad.mul_(moving)
             for parameter, mask in _masked(tuning):
                 if parameter.grad is not None:
                     parameter.grad.mul_(mask)
@@ -98,6 +99,8 @@ class TrainingState:
                 if unfrozen.mask is not None and unfrozen.holds:
                     value = unfrozen.parameter.data
                     torch.where(unfrozen.mask, value, unfrozen.original.to(value.dtype), out=value)
+                    if "still" in unfrozen.notes:
+                        value[unfrozen.notes["still"]] = unfrozen.notes["learnt"].to(value.dtype)
             for parameter, mask in _masked(tuning):
                 parameter.mul_(mask)
 

@@ -39,6 +39,7 @@ class Unfrozen:
             with full fine-tuning this is half a model less.
         mask: of the values; with `holds=False` of the gradient only.
         notes: tensors that its method wants back later in the run; a checkpoint holds them, a saved tuning does not.
+            Two are known here: `still`, the entries of the mask that lie still, and `learnt`, their values.
         derived: the mask follows from the base's weights, and `begin` chooses it again: its places are not stored.
         inactive_value: the tuned value, while the tuning is not active and the model has its original.
     """
@@ -85,6 +86,20 @@ class Unfrozen:
         self._mask = mask
         self.original = self.original
 
+    def let_lie(self, still: Tensor) -> None:
+        """Of the entries under the mask, let these keep the values they have now, until this is called again.
+
+        Args:
+            still: bool, shaped as the value.
+        """
+        self.notes = {"still": still, "learnt": self.value[still]} if bool(still.any()) else {}
+
+    @property
+    def moving(self) -> Tensor | None:
+        """The mask without what lies still; None, all of it moves."""
+        still = self.notes.get("still")
+        return self._mask if still is None or self._mask is None else self._mask & ~still
+
     @property
     def value(self) -> Tensor:
         """The tuned value, whether or not it acts now; in the model's own memory where it does."""
@@ -115,5 +130,6 @@ class Unfrozen:
         if cast(self._dtype) != self._dtype:  # else `kept` may stay smaller than what it stands for
             self.original = self.original.to(cast(self._dtype))
         self._mask = None if self._mask is None else self._mask.to(where)
+        self.notes = {n: note.to(where) for n, note in self.notes.items()}
         if self.inactive_value is not None:
             self.inactive_value = self.inactive_value.to(where, cast(self.inactive_value.dtype))

@@ -20,7 +20,7 @@ from luthier.data.sets import TRAIN, Sets
 from luthier.data.tasks import Task
 from luthier.runs.journal import Journal
 from luthier.runs.spec import RunSpec
-from luthier.surgery import Method, Phases, Tuned, keyed
+from luthier.surgery import Batches, Method, Phases, Tuned, keyed
 from luthier.training.course import Course, Piece, Progress
 from luthier.training.feed import Feed
 from luthier.training.objective import Objective
@@ -81,6 +81,7 @@ class Moments:
         for one, course in self._filling("numbers"):
             _join(one, course)
         self._piece: Piece | None = None
+        self.looks: Batches = ()  # the first epoch, for methods that look at it more than once
         self.still = any(one.still for one in strategies)  # all passes are made without dropout
         self.resting: frozenset[str] = frozenset()  # trained tensors that lie still in this step
         self._looks_back = any(type(p).after_backward is not Method.after_backward for p in self._parts) or any(
@@ -112,6 +113,8 @@ class Moments:
             if entered is not None and entered.fresh:
                 self._optimiser.begin_anew()
         for part in self._parts:
+            if part.looks_every and step and step % part.looks_every == 0:
+                part.prepare(self._tuned, self.looks)
             if type(part).before_step is not Method.before_step:
                 # Keyed by the step: made again after a stop or for want of memory, it draws the same.
                 with keyed(self._spec.seed, "before step", part.name, step):

@@ -93,6 +93,12 @@ class HooksCallback(TrainerCallback):  # type: ignore[misc]  # transformers tell
     # ------------------------------------------------------------------ what the trainer calls
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for part in self._parts:
+            if part.looks_every:
+                raise ConfigError(
+                    f"{part.name} looks at the rows every {part.looks_every} steps, and this callback has none. "
+                    "Set that to 0, or use luthier's own loop (luthier train)."
+                )
         self.tuned.calls_hooks = True
         self._whole = int(args.gradient_accumulation_steps)
         self._plain_sum, self._scales = getattr(args, "loss_type", "nll") == "nll", bool(args.fp16)

@@ -32,6 +32,7 @@ from luthier.training.update_checks import refuse_inexact
 from luthier.training.whole_steps import refuse_cut_steps
 from luthier.workflow.load_model import collator_of, load_model
 from luthier.workflow.load_others import load_others
+from luthier.workflow.looks import Looks
 from luthier.workflow.preparation import Prepared
 from luthier.workflow.written_scores import written_scores
 
@@ -142,6 +143,7 @@ def build(prepared: Prepared) -> Callable[[RunFolder, Listener], Loop]:
             listener=listener,
             program_bytes=program,
         )  # fmt: skip
+        loop.moments.looks = Looks(loop)
         loop.clock.loading = time.perf_counter() - begun
         # What nothing selects by may be looked at: without best or patience these are the test rows.
         looked_at = prepared.selection if spec.eval.selects else prepared.test

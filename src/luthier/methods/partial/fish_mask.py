@@ -8,18 +8,25 @@ Nothing changes before the first step. The head always trains and counts in the 
 Sung, Nair, Raffel 2021, "Training Neural Networks with Fixed Sparse Masks", arXiv:2111.09839, section 3. With
 score=expected the square is averaged over the model's own classes, sum_y p(y | x), in place of the observed one. The
 authors' code leaves the model in whatever mode it is in; here rows are scored in evaluation mode, without dropout.
+With refresh_every the same rows are scored anew by the weights of that step, and the entries that are best then move
+from there on. Those of earlier masks lie still and keep what they have learnt; all together are stored.
 
 Count: floor(share * numbers below the head) - numbers of the head; with counts_head=false, without what is taken off.
+    It is what moves at one time. With refresh_every what is stored grows with each new mask, at most by as many again;
+    a plan counts the first alone.
 Claims: near full fine-tuning at half a percent of the numbers, from a few hundred rows.
-Cost: a pass forward and backward for each of `rows` rows before the first step; then a step of full fine-tuning.
+Cost: a pass forward and backward for each of `rows` rows before the first step, and at each new mask; else a step of
+    full fine-tuning.
 Use it when: a sparse difference is to be stored, and the mask should know the task.
 Not when: memory is short: gradients and moments are those of the whole model.
 Pitfalls: the square of a batch's gradient is not the mean of the rows' squares, and shrinks with the batch; words that
-no row holds have a score of zero and tie; the best of each tensor are another mask.
+no row holds have a score of zero and tie; the best of each tensor are another mask. The optimiser's moments of an
+entry go on where it comes back.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Annotated, Any, ClassVar, Literal
@@ -48,6 +55,7 @@ class FishMask(MovesEntries):
         "observed"
     )
     counts_head: Annotated[bool, "the head's numbers are taken off the budget"] = True
+    refresh_every: Annotated[int, "steps until the mask is chosen anew; 0, never", at_least(0)] = 0
 
     mergeable: ClassVar[bool] = True
     starts_at_base: ClassVar[bool] = True
@@ -75,17 +83,38 @@ class FishMask(MovesEntries):
         """New values and their places."""
         return 2 * self.n_params(anatomy)
 
+    @property
+    def looks_every(self) -> int:
+        return self.refresh_every
+
     def prepare(self, tuned: TunedView, batches: Batches) -> None:
         mine = own_unfrozen(self, tuned)
         rows = islice((row for look in batches for row in rows_of(look)), self.rows)
-        with no_trace(tuned, training=False), kernels.plain():
+        with no_trace(tuned, training=False), kernels.plain(), _awake([u.parameter for u in mine]):
             scores = fisher([u.parameter for u in mine], rows, expected=self.score == "expected")
-        for unfrozen, mask in zip(mine, top_k(scores, self.n_params(tuned.anatomy)), strict=True):
-            unfrozen.mask = mask
+        for unfrozen, best in zip(mine, top_k(scores, self.n_params(tuned.anatomy)), strict=True):
+            if self.refresh_every and unfrozen.mask is not None:
+                unfrozen.mask, still = unfrozen.mask | best, unfrozen.mask & ~best
+                unfrozen.let_lie(still)
+            else:
+                unfrozen.mask = best
 
     def after_backward(self, tuned: TunedView, step: int, total: int) -> None:
         if any(u.mask is None for u in own_unfrozen(self, tuned)):
             raise ConfigError("fish_mask: its mask was never chosen. Call prepare(tuned, batches) before training.")
+
+
+@contextmanager
+def _awake(parameters: list[torch.nn.Parameter]) -> Iterator[None]:
+    """Within, all have gradients, also those that a strategy lets rest."""
+    resting = [p for p in parameters if not p.requires_grad]
+    try:
+        for parameter in resting:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in resting:
+            parameter.requires_grad_(False)
 
 
 def fisher(parameters: list[torch.nn.Parameter], rows: Iterable[Any], *, expected: bool) -> list[Tensor]:

@@ -57,7 +57,9 @@ class Method(AfterTraining, ABC):
         starts_at_base: attached and untrained, the model computes what it computed before (head excluded).
         default_lr: peak learning rate where the user names none.
         default_head_lr: that of a new task head then; None for the same.
-        looks_at_data: `prepare` needs batches before the first step, and again every `looks_every` steps.
+        looks_at_data: `prepare` needs batches before the first step.
+        looks_again: the setting that says after how many steps `prepare` is called again, on the weights as they are
+            then; 0, never. Twice on the same weights it must do what once does: a stopped step is begun again.
         holds_out: rows are held out of training, by which `conclude` chooses something.
         classes_only: its answers are made of the probabilities of one label of several, so it is for that task alone.
         computes_tensors: replaces tensors of the model by computed ones, so what it finds there is not what acts.
@@ -88,6 +90,7 @@ class Method(AfterTraining, ABC):
     default_lr: ClassVar[float] = 1e-3
     default_head_lr: ClassVar[float | None] = None
     looks_at_data: ClassVar[bool] = False
+    looks_again: ClassVar[str] = ""
     holds_out: ClassVar[bool] = False
     classes_only: ClassVar[bool] = False
     computes_tensors: ClassVar[bool] = False
@@ -198,14 +201,6 @@ class Method(AfterTraining, ABC):
     def conflicts(self, other: Method) -> str | None:
         """Why this method cannot stand beside `other` on one model, or None."""
         return None
-
-    @property
-    def looks_every(self) -> int:
-        """Steps after which `prepare` is called again, on the weights as they are then; 0, never.
-
-        Twice on the same weights it must do what once does: a step that was stopped is begun again.
-        """
-        return 0
 
     @classmethod
     def is_a(cls, *names: str) -> bool:

@@ -88,7 +88,8 @@ def _refuse_half(tuned: Watched) -> None:
                 for n in ("before_step", "loss", "extra_loss", "on_step", "phases")
                 if getattr(cls, n) is not getattr(Method, n)
             ]
-            asks += [f"prepare every {part.looks_every} steps"] if part.looks_every else []
+            every = getattr(part, part.looks_again, 0)
+            asks += [f"prepare every {every} steps"] if every else []
             if asks:
                 raise ConfigError(
                     f"{part.name} has to be asked during training ({', '.join(asks)}), which this trainer does not do: "

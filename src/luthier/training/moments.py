@@ -113,7 +113,8 @@ class Moments:
             if entered is not None and entered.fresh:
                 self._optimiser.begin_anew()
         for part in self._parts:
-            if part.looks_every and step and step % part.looks_every == 0:
+            every = getattr(part, part.looks_again, 0)
+            if every and step and step % every == 0:
                 part.prepare(self._tuned, self.looks)
             if type(part).before_step is not Method.before_step:
                 # Keyed by the step: made again after a stop or for want of memory, it draws the same.

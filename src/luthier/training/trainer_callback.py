@@ -94,10 +94,10 @@ class HooksCallback(TrainerCallback):  # type: ignore[misc]  # transformers tell
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for part in self._parts:
-            if part.looks_every:
+            if every := getattr(part, part.looks_again, 0):
                 raise ConfigError(
-                    f"{part.name} looks at the rows every {part.looks_every} steps, and this callback has none. "
-                    "Set that to 0, or use luthier's own loop (luthier train)."
+                    f"{part.name}.{part.looks_again}: looks at the rows every {every} steps, and this callback has "
+                    "none. Set it to 0, or use luthier's own loop (luthier train)."
                 )
         self.tuned.calls_hooks = True
         self._whole = int(args.gradient_accumulation_steps)

@@ -61,6 +61,7 @@ class FishMask(MovesEntries):
     starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 5e-3
     looks_at_data: ClassVar[bool] = True
+    looks_again: ClassVar[str] = "refresh_every"
     trains_base: ClassVar[bool] = True
     tiny: ClassVar[Mapping[str, Any]] = {"share": 0.3}
 
@@ -82,10 +83,6 @@ class FishMask(MovesEntries):
     def n_stored(self, anatomy: Anatomy) -> int:
         """New values and their places."""
         return 2 * self.n_params(anatomy)
-
-    @property
-    def looks_every(self) -> int:
-        return self.refresh_every
 
     def prepare(self, tuned: TunedView, batches: Batches) -> None:
         mine = own_unfrozen(self, tuned)

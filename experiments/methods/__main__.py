@@ -58,7 +58,7 @@ def spelling(name: str) -> str:
 def _sources(name: str) -> list[str]:
     """Finished runs that a method is made of, where it cannot do without; trained once and kept."""
     cls = METHODS.get(name)
-    if not cls.sources or not cls.least_sources:
+    if not cls.sources or not cls().least_sources:  # of madx, how many depends on its part
         return []
     return [_source(cls.sources[0], BY_NAME[member]) for member in SOURCE_SETS]
 

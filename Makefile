@@ -30,7 +30,7 @@ types: .venv/.dev
 	$(BIN)/mypy
 
 matrix: .venv/.dev
-	$(PYTEST) tests/contracts -m "not gpu" --matrix docs/support-matrix.md
+	$(BIN)/python scripts/matrix.py
 	LUTHIER_WRITE_PAGES=1 $(PYTEST) tests/surgery/test_stored_bases.py -k support_matrix
 
 docs: .venv/.dev shares

@@ -1,5 +1,6 @@
 """What all tests share: how many threads they take, real samples where they are asked for, and the count of cells."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -40,6 +41,17 @@ class Cells:
                 method, arch, check, said = (str(part) for part in value)  # type: ignore[attr-defined]
                 self.rows[method, arch, check] = said if worst == "passed" and said else worst
 
+    def add_from(self, path: Path) -> None:
+        """Take over the cells of an earlier run that are not among these."""
+        for method, arch, check, said in json.loads(path.read_text(encoding="utf-8")):
+            self.rows.setdefault((method, arch, check), said)
+
+    def save(self, path: Path) -> None:
+        lines = [json.dumps([*cell, said]) for cell, said in sorted(self.rows.items())]
+        beside = path.with_suffix(".new")
+        beside.write_text("[" + ",\n".join(lines) + "]\n", encoding="utf-8")
+        beside.replace(path)
+
     def count(self, outcome: str) -> int:
         return list(self.rows.values()).count(outcome)
 
@@ -71,6 +83,8 @@ class Cells:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--matrix", metavar="FILE", help="write the contract's cells there, as a Markdown table")
+    parser.addoption("--cells", metavar="FILE", help="the contract's cells as JSON: these are added to what is there")
+    parser.addoption("--methods", metavar="A,B", help="of the contract, the cells of these methods alone")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -94,6 +108,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(line)
     if cells.rows:
         terminalreporter.write_line(cells.summary())
+        held = config.getoption("--cells")
+        if held:
+            if Path(held).exists():
+                cells.add_from(Path(held))
+            cells.save(Path(held))
         target = config.getoption("--matrix")
         if target:
             Path(target).write_text(cells.matrix(), encoding="utf-8")

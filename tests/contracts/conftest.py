@@ -9,9 +9,13 @@ HERE = Path(__file__).parent
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Order the cells, and mark those of the long matrix before anything is chosen by its mark."""
     from cells import QUICK
+
+    if config.getoption("--methods"):
+        wanted = set(config.getoption("--methods").split(","))
+        items[:] = [item for item in items if item.path.parent != HERE or _given(item).get("name") in wanted]
 
     here = [i for i, item in enumerate(items) if item.path.parent == HERE and {"name", "arch"} <= _given(item).keys()]
     ordered = sorted((items[i] for i in here), key=lambda item: (_given(item)["name"], _given(item)["arch"]))

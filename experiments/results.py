@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["asked_of", "known", "once", "scored", "words_of"]
+from luthier.core import Interrupted
+
+__all__ = ["asked_of", "known", "once", "scored", "tried", "words_of"]
 
 
 def words_of(experiment: str, what: str, results: Path, doc: str | None) -> argparse.ArgumentParser:
@@ -42,6 +45,21 @@ def once(results: Path, which: dict[str, Any], make: Callable[[], dict[str, Any]
     with results.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
     print(line, flush=True)
+
+
+def tried(run: Callable[[str], tuple[Sequence[bool], dict[str, Any]]]) -> dict[str, Any]:
+    """What `run` gives in a folder that is there for it alone, scored; of one that stops, why.
+
+    One that breaks must not keep the others from their turn, and the page shows it. Whoever interrupts means all.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as home:
+            right, facts = run(f"{home}/run")
+        return scored(right) | facts
+    except Interrupted:
+        raise
+    except Exception as error:
+        return {"refused": f"{type(error).__name__}: {error}"}
 
 
 def scored(right: Sequence[bool]) -> dict[str, Any]:

@@ -1,12 +1,15 @@
 """Tables of experiments: counts of known shapes, and a page from a part of its results."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from experiments.parameters.__main__ import MODELS, SHAPES, table
+from experiments.results import known, once, tried
 from experiments.size_lora.page import SETS, WAYS, write
+from luthier.core import ConfigError, Interrupted
 
 
 def test_counts_of_known_shapes_are_those_that_follow_from_their_sizes() -> None:
@@ -54,3 +57,23 @@ def test_what_was_refused_is_said_and_is_no_result(tmp_path: Path) -> None:
     write(path, tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
     assert "mpnet-base, trec6, full, seed 0: ResourceError: none" in text and "15 of 270" in text
+
+
+def test_a_run_that_breaks_is_a_line_and_one_that_is_interrupted_ends_all(tmp_path: Path) -> None:
+    seen = []
+
+    def run(error: Exception | None, out: str) -> tuple[list[bool], dict[str, int]]:
+        Path(out).mkdir()
+        seen.append(Path(out))
+        if error is not None:
+            raise error
+        return [True, False], {"steps": 3}
+
+    assert tried(partial(run, None)) == {"accuracy": 0.5, "rows": 2, "steps": 3}
+    assert tried(partial(run, ConfigError("lora: no."))) == {"refused": "ConfigError: lora: no."}
+    with pytest.raises(Interrupted):
+        tried(partial(run, Interrupted("stopped", 2)))
+    assert not any(path.exists() for path in seen), "no folder is left"
+    once(tmp_path / "results.jsonl", {"seed": 0}, partial(tried, partial(run, None)))
+    (line,) = known(tmp_path / "results.jsonl")
+    assert {"seed", "accuracy", "rows", "steps", "seconds"} == set(line)

@@ -11,8 +11,7 @@ from experiments.defaults.baselines import MODEL
 from experiments.defaults.panel import PANEL, Member, halves
 from experiments.methods.page import SETS, write
 from experiments.one_run import one_run
-from experiments.results import once, scored, words_of
-from luthier.core import Interrupted
+from experiments.results import once, tried, words_of
 from luthier.samples.store import cache_dir
 from luthier.surgery import METHODS
 
@@ -32,22 +31,13 @@ def main() -> None:
     for seed in range(0 if asked.page else asked.seeds):
         for name in names:
             which = {"set": asked.set, "method": name, "seed": seed}
-            once(asked.results, which, partial(_made, asked.set, name, seed))
+            once(asked.results, which, partial(tried, partial(_run, asked.set, name, seed)))
     write(asked.results)
 
 
-def _made(rows: str, name: str, seed: int) -> dict[str, Any]:
-    """One result; of one that stops, why."""
-    try:
-        with tempfile.TemporaryDirectory() as home:
-            train, test = halves(BY_NAME[rows])
-            spelt = spelling(name)
-            right, facts = one_run(MODEL, spelt, seed, train, test, f"{home}/run", sources=_sources(name))
-        return scored(right) | facts
-    except Interrupted:
-        raise
-    except Exception as error:  # one that breaks must not keep the others from their turn; the page shows it
-        return {"refused": f"{type(error).__name__}: {error}"}
+def _run(rows: str, name: str, seed: int, out: str) -> tuple[list[bool], dict[str, Any]]:
+    train, test = halves(BY_NAME[rows])
+    return one_run(MODEL, spelling(name), seed, train, test, out, sources=_sources(name))
 
 
 def spelling(name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import Any
 
 from experiments.defaults.panel import PANEL, halves
 from experiments.one_run import one_run
-from experiments.results import once, scored, words_of
+from experiments.results import once, tried, words_of
 from experiments.size_lora.page import MODELS, SETS, WAYS, write
-from luthier.core import ConfigError, Interrupted
+from luthier.core import ConfigError
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 BY_NAME = {member.name: member for member in PANEL}
@@ -34,22 +33,14 @@ def main() -> None:
     ]  # fmt: skip
     for which in todo:
         if time.monotonic() - begun < 60 * asked.minutes:
-            once(asked.results, which, partial(_made, **which))
+            once(asked.results, which, partial(tried, partial(_run, **which)))
     write(asked.results)
 
 
-def _made(model: str, set: str, way: str, seed: int) -> dict[str, Any]:
-    """One result; of one that stops, why."""
+def _run(out: str, *, model: str, set: str, way: str, seed: int) -> tuple[list[bool], dict[str, Any]]:
     method, given = WAYS[way]
-    try:
-        with tempfile.TemporaryDirectory() as home:
-            train, test = halves(BY_NAME[set])
-            right, facts = one_run(f"sample:{model}", method, seed, train, test, f"{home}/run", given)
-        return scored(right) | facts
-    except Interrupted:
-        raise
-    except Exception as error:  # one that breaks must not keep the others from their turn; the page shows it
-        return {"refused": f"{type(error).__name__}: {error}"}
+    train, test = halves(BY_NAME[set])
+    return one_run(f"sample:{model}", method, seed, train, test, out, given)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from experiments.one_run import one_run
-from experiments.results import asked_of, once, scored
+from experiments.results import asked_of, once, tried
 from experiments.strategies.page import write
 from experiments.strategies.scenes import SCENES, old_rows
 from experiments.strategies.trials import TRIALS, Trial
-from luthier.core import Interrupted
 from luthier.training import STRATEGIES
 from luthier.workflow import evaluate
 
@@ -28,34 +26,27 @@ def main() -> None:
     for seed in range(0 if asked.page else asked.seeds):
         for scene, times in plain:
             once(asked.results, {"scene": scene, "strategy": None, "passes": times, "seed": seed},
-                 partial(_made, scene, None, times, seed))  # fmt: skip
+                 partial(tried, partial(_run, scene, None, times, seed)))  # fmt: skip
         for name, trial in chosen.items():
             once(asked.results, {"scene": trial.scene, "strategy": name, "passes": trial.passes, "seed": seed},
-                 partial(_made, trial.scene, name, 1, seed))  # fmt: skip
+                 partial(tried, partial(_run, trial.scene, name, 1, seed)))  # fmt: skip
     write(asked.results)
 
 
-def _made(scene: str, strategy: str | None, times: int, seed: int) -> dict[str, Any]:
-    """One result, with so many times the scene's steps; of one that stops, why."""
+def _run(scene: str, strategy: str | None, times: int, seed: int, out: str) -> tuple[list[bool], dict[str, Any]]:
+    """With so many times the scene's steps."""
     at = SCENES[scene]
     trial = TRIALS[strategy] if strategy else Trial()
-    try:
-        with tempfile.TemporaryDirectory() as home:
-            right, facts = one_run(
-                at.start(at.method, seed) if at.start else at.model, at.method, seed, at.train(), at.test(),
-                f"{home}/run", [
-                    *at.given, f"run.steps={times * at.steps}", *([f"run.strategy={strategy}"] if strategy else []),
-                    *trial.given, *trial.runs(at.method, seed),
-                ],
-                also=[f"{name}={path()}" for name, path in trial.also.items()],
-            )  # fmt: skip
-            if at.start:
-                facts["old"] = round(evaluate(f"{home}/run", str(old_rows("test"))).scores["accuracy"], 4)
-        return scored(right) | facts
-    except Interrupted:
-        raise
-    except Exception as error:  # one that breaks must not keep the others from their turn; the page shows it
-        return {"refused": f"{type(error).__name__}: {error}"}
+    right, facts = one_run(
+        at.start(at.method, seed) if at.start else at.model, at.method, seed, at.train(), at.test(), out, [
+            *at.given, f"run.steps={times * at.steps}", *([f"run.strategy={strategy}"] if strategy else []),
+            *trial.given, *trial.runs(at.method, seed),
+        ],
+        also=[f"{name}={path()}" for name, path in trial.also.items()],
+    )  # fmt: skip
+    if at.start:
+        facts["old"] = round(evaluate(out, str(old_rows("test"))).scores["accuracy"], 4)
+    return right, facts
 
 
 if __name__ == "__main__":

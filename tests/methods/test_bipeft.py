@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from cells import Trainer
+from cells import Trainer, objective
 from methods.checks import logits, stir
 from tiny import inputs, tiny
 
 from luthier.core import ConfigError
 from luthier.methods.hybrid.bipeft import ALL_ON, BIPEFT, Choices
+from luthier.methods.parts.by_halves import half_of
 from luthier.methods.parts.searched import Components, Gates
 from luthier.surgery import attach
 from luthier.surgery.checkpointing import checkpoints_itself
@@ -130,6 +131,41 @@ def test_ranks_that_were_cut_speak_no_more_for_a_place():
     gates.active.fill_(1)
     gates.choose(3)
     assert gates.fixed.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("pieces", [2, 6])
+def test_a_step_in_micro_batches_tells_what_one_batch_tells(pieces):
+    """All of them count for what is cut, and not the last one; also where a piece has rows of one half alone."""
+    found = []
+    for n in (1, pieces):
+        model = tiny("bert")
+        tuned = attach(model, BIPEFT(share=0.05, ranks=(1, 2, 4)))
+        stir(tuned, 0.1)
+        (gates,) = tuned.modules(Gates).values()
+        model.eval()
+        model.luthier.train()
+        method, batch = tuned.tuning().method, inputs(model, batch=12, padded=False)
+        torch.manual_seed(3)
+        method.before_step(tuned, 5, 16)
+        halves = half_of(batch["input_ids"], None)
+        assert 2 < int(halves.sum()) < 10
+        if n == 6:
+            assert any(len(set(part.tolist())) == 1 for part in halves.chunk(n)), "a piece without one half"
+        stale = torch.full_like(gates.alpha, 1e3)
+        gates.of_training = stale  # of the step before
+        for i in range(n):
+            part = {k: v.chunk(n)[i] for k, v in batch.items()}
+            (method.loss(tuned, objective(model, part)).loss / 12).backward()
+        method.after_backward(tuned, 5, 16)
+        grads = {k: p.grad for k, p in tuned.trained().items() if p.grad is not None}
+        found.append((gates.of_training, gates.felt.clone(), gates.agreement.clone(), grads))
+    (whole, felt, agreement, grads), (in_parts, felt_too, agrees_too, grads_too) = found
+    torch.testing.assert_close(in_parts, whole, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(felt_too, felt, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(agrees_too, agreement, rtol=1e-4, atol=1e-5)
+    assert 0 < abs(float(agreement)) < 1
+    for name, gradient in grads.items():
+        torch.testing.assert_close(grads_too[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def _within(model, cut):

@@ -121,7 +121,10 @@ class BIPEFT(PlaceSearch):
         if not found or found[0].done or not found[0].training:
             return forward()
         gates, heard = found[0], own_modules(self, tuned, Components)[0]
-        gates.of_training = choice_gradient(gates, heard, forward, tuned, half=0)
+        if gates.alpha.grad is None:  # of a step the first micro-batch, also where it is begun again
+            gates.of_training = None
+        here = choice_gradient(gates, heard, forward, tuned, half=0)
+        gates.of_training = here if gates.of_training is None else gates.of_training + here
         return searched_loss(gates, heard, [], forward, tuned, False, 0.0)
 
     def after_backward(self, tuned: TunedView, step: int, total: int) -> None:

@@ -35,8 +35,13 @@ def half_of(ids: Tensor, mask: Tensor | None) -> Tensor:
     return (real.sum(-1) * 2_654_435_761 // 65_536) % 2  # mixed: sums of ids may all be odd
 
 
-def row_losses(result: Any, ids: Tensor | None, mask: Tensor | None, half: int, anatomy: Anatomy) -> tuple[Tensor, int]:
-    """The loss of the rows of one half, as large as if all rows were like these, and how many rows that stands for.
+def row_losses(
+    result: Any, ids: Tensor | None, mask: Tensor | None, half: int, anatomy: Anatomy, *, adds_up: bool
+) -> tuple[Tensor, int]:
+    """The loss of the rows of one half, and how many rows that stands for.
+
+    It is as large as if all rows were like these. Where it `adds_up`, it is twice the sum instead: the same on average,
+    and in micro-batches the same as in one batch, however these are cut.
 
     Where the rows' own losses do not add up to the task's, because it is no cross entropy of logits, the whole loss
     stands for both halves.
@@ -46,7 +51,7 @@ def row_losses(result: Any, ids: Tensor | None, mask: Tensor | None, half: int, 
         return result.loss, int(getattr(result, "n_targets", 1))
     inside = half_of(ids, mask).to(rows.device) == half
     n = int(inside.sum())
-    return (rows * inside).sum() * (len(rows) / max(1, n)), len(rows) if n else 0
+    return (rows * inside).sum() * (2.0 if adds_up else len(rows) / max(1, n)), len(rows) if n else 0
 
 
 def _each(result: Any, anatomy: Anatomy) -> Tensor | None:
@@ -78,11 +83,15 @@ def searched_loss(
     second_order: bool,
     step: float,
 ) -> Any:
-    """A result whose loss has the gradient of one half's loss for the weights, and of the other half's for α."""
+    """A result whose loss has the gradient of one half's loss for the weights, and of the other half's for α.
+
+    To first order it adds up over the micro-batches of a step: see `row_losses`.
+    """
 
     def of_half(half: int) -> tuple[Any, Tensor, int]:
         result = forward()
-        loss, n = row_losses(result, heard.context.ids, heard.context.mask_for(""), half, tuned.anatomy)
+        ids, mask = heard.context.ids, heard.context.mask_for("")
+        loss, n = row_losses(result, ids, mask, half, tuned.anatomy, adds_up=not second_order)
         return result, loss, n
 
     # While a pass goes back its gates are as they were in it: its blocks may be computed anew for that.
@@ -103,7 +112,8 @@ def searched_loss(
             below, _ = _gradients(of_half(0), gates.alpha)
         towards = towards - step * (above_ - below) / (2 * epsilon)
     else:
-        towards, _ = _gradients(of_half(1), gates.alpha)
+        other = of_half(1)
+        towards, n = _gradients(other, gates.alpha)[0], other[2]
     gates.lets_learn = False
     # A number that is zero and has the gradient of the other half.
     surrogate = (gates.alpha * towards).sum()
@@ -114,11 +124,12 @@ def searched_loss(
 def choice_gradient(
     gates: Searched, heard: Attachment, forward: Callable[[], Any], tuned: TunedView, *, half: int
 ) -> Tensor:
-    """The gradient of one half's mean loss by what is searched."""
+    """The gradient by what is searched of one half's loss, summed over its rows, so that it adds up over a step."""
     gates.lets_learn = True
     result = forward()
-    loss, n = row_losses(result, heard.context.ids, heard.context.mask_for(""), half, tuned.anatomy)
-    return _gradients((result, loss, n), gates.alpha)[0]
+    ids, mask = heard.context.ids, heard.context.mask_for("")
+    loss, n = row_losses(result, ids, mask, half, tuned.anatomy, adds_up=True)
+    return _gradients((result, loss, n), gates.alpha)[0] * max(1, n)
 
 
 def _gradients(

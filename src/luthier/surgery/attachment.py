@@ -87,6 +87,10 @@ class Attachment(nn.Module):
         """
         raise CannotMerge(f"{type(self).__name__} has no closed form in the weights. Serve it attached.")
 
+    def unread(self) -> Tensor | None:
+        """(d_in,) bool: inputs that `after` and `merged` never read, so that who gives them may be cut out; or None."""
+        return None
+
     def by_groups(self) -> Tensor | None:
         """(d_out, groups): what the update adds to all weights of a group of 32 inputs alike; None where it does not.
 

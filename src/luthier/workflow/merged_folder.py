@@ -14,7 +14,7 @@ from torch import nn
 from luthier.__version__ import __version__
 from luthier.core import CannotMerge, ConfigError
 from luthier.runs import durable
-from luthier.surgery import answerers, merging
+from luthier.surgery import answerers, merging, narrowing
 from luthier.workflow.added_runs import add_runs
 from luthier.workflow.certificate import FILE as CERTIFICATE
 from luthier.workflow.certificate import called, certify_folder
@@ -59,7 +59,8 @@ def merge(
         accept: write the folder although it is not the model that was trained; its certificate says so.
         add: other finished runs on the same base. What each has changed of the base's weights is added; heads are those
             of the first run. Nobody trained such a sum, so it has no certificate: try it on rows of your own.
-        say: is told what of `add` this model has no place for, which is left out.
+        say: is told what of `add` this model has no place for, which is left out; and of a pruned model what is cut
+            out, or stays in it as zeros and why.
 
     Raises:
         ConfigError: no such run, one that is not finished, a run to add that is of another base, or `out` is there.
@@ -77,7 +78,7 @@ def merge(
     path, others = Path(path), [Path(other) for other in add]
     with durable.folder(out) as draft:
         written = write_merged(path, draft.path, dtype=dtype, name=out.name, add=others)
-        for line in written.left_out:
+        for line in (*written.left_out, *written.cut):
             say(line)
         if not others:
             found = certify_folder(
@@ -99,6 +100,7 @@ class Written:
         in_unit: a regression answers in the unit of its rows.
         otherwise: methods that make other answers of the model's outputs, which weights cannot.
         left_out: of what other runs add; see `add_runs`.
+        cut: what was pruned and is cut out of the model, or stays in it as zeros; see `narrowing.narrow`.
     """
 
     halves: bool
@@ -106,6 +108,7 @@ class Written:
     card: str
     otherwise: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    cut: tuple[str, ...] = ()
 
     @property
     def beside(self) -> str:
@@ -121,6 +124,7 @@ class Merged:
     Attributes:
         model: of transformers, without a trace of ours; configuration and tokenizer say what a pipeline needs.
         left_out: of what other runs add; see `add_runs`.
+        cut: see `Written`.
     """
 
     model: Any
@@ -129,6 +133,7 @@ class Merged:
     in_unit: bool
     otherwise: tuple[str, ...]
     left_out: tuple[str, ...] = ()
+    cut: tuple[str, ...] = ()
 
 
 def merged_model(path: Path, *, dtype: str, add: Sequence[Path] = ()) -> Merged:
@@ -144,7 +149,9 @@ def merged_model(path: Path, *, dtype: str, add: Sequence[Path] = ()) -> Merged:
         stored = getattr(load_config(find_model(predictor.spec.model)), "dtype", None)
         if stored in (torch.bfloat16, torch.float16) and not add:
             predictor = Predictor(path, dtype=stored, decode=True)
-    method = predictor.spec.method
+    method, unread = predictor.spec.method, narrowing.unread(predictor.tuned.edited)
+    if add and unread:
+        raise CannotMerge(f"{path} ({method}): what it has pruned other runs would bring back. Merge it alone.")
     otherwise = [part.name for part in answerers(predictor.tuned)]
     try:
         merging.check(predictor.tuned.edited)
@@ -154,13 +161,14 @@ def merged_model(path: Path, *, dtype: str, add: Sequence[Path] = ()) -> Merged:
     except CannotMerge as error:
         raise CannotMerge(f"{path} ({method}): {error} {_instead(method, path)}") from None
     left_out: tuple[str, ...] = ()
+    model, cut = narrowing.narrow(model, predictor.tuned.anatomy, unread, _a_batch(predictor))
     if add:
         left_out = add_runs(model, predictor, add)
         model.to(stored if stored in (torch.bfloat16, torch.float16) else torch.float32)
         half = stored in (torch.bfloat16, torch.float16)
     in_unit = into_unit(model, predictor)
     describe(model, predictor)
-    return Merged(model, predictor, half, in_unit, tuple(otherwise), left_out)
+    return Merged(model, predictor, half, in_unit, tuple(otherwise), left_out, cut)
 
 
 def write_merged(path: Path, folder: Path, *, dtype: str, name: str, add: Sequence[Path] = ()) -> Written:
@@ -173,7 +181,9 @@ def write_merged(path: Path, folder: Path, *, dtype: str, name: str, add: Sequen
     with quiet():
         found.model.save_pretrained(folder)
         found.predictor.tokenizer.save_pretrained(folder)
-    return Written(found.halves, found.in_unit, _card(path, name, found, add), found.otherwise, found.left_out)
+    return Written(
+        found.halves, found.in_unit, _card(path, name, found, add), found.otherwise, found.left_out, found.cut
+    )
 
 
 def _instead(method: str, path: Path) -> str:
@@ -262,6 +272,7 @@ def _card(path: Path, out: str, found: Merged, added: Sequence[Path]) -> str:
             f"It was trained on a base whose linear layers are held as {spec.codes}. These weights are what the codes "
             "stand for, with the tuning added: not the weights that the codes were made of.",
         ]  # fmt: skip
+    lines += [f"{line[0].upper()}{line[1:]}." for line in found.cut]
     lines += [f"Task: {task.name.replace('_', ' ')}."]
     if task.template:
         lines += [f"Labels are asked for by the words {', '.join(task.words)} in {task.template!r}."]

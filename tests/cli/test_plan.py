@@ -26,6 +26,12 @@ def llama_7b(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts are made, and not those of another test."""
+    monkeypatch.setenv("LUTHIER_ENCODED_GIB", "0")
+
+
 def test_a_bare_configuration_is_enough_and_its_counts_are_those_of_the_papers(luthier: Call, llama_7b: Path) -> None:
     row = luthier("plan", llama_7b, "--method", EVERY_MAP, "--json").json["rows"][0]
     assert row["held"]["trained"] == 159_907_840

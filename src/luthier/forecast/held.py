@@ -28,6 +28,17 @@ _MAKERS = frozenset({
     torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.randint, torch.randperm,
     torch.arange, torch.linspace, torch.eye, torch.tensor, torch.as_tensor, torch.scalar_tensor, torch.normal,
 })  # fmt: skip
+_FILLERS: frozenset[Any] = frozenset(
+    {
+        Tensor.uniform_,
+        Tensor.normal_,
+        Tensor.zero_,
+        Tensor.fill_,
+        nn.init.kaiming_uniform_,
+        nn.init.uniform_,
+        nn.init.normal_,
+    }
+)
 _READERS: frozenset[Any] = frozenset({Tensor.item, Tensor.__float__, Tensor.__int__, Tensor.__bool__})
 
 
@@ -39,6 +50,8 @@ class _NothingIsDrawn(TorchFunctionMode):
         if func in _MAKERS:
             kwargs = {**(kwargs or {}), "device": "meta"}
             kwargs.pop("generator", None)
+        elif func in _FILLERS and args and args[0].is_meta:
+            return args[0]
         elif func in _READERS and args[0].is_meta:
             return 1 if func is Tensor.__int__ else 1.0
         return func(*args, **(kwargs or {}))
@@ -91,6 +104,7 @@ class Skeleton:
         self.edited = EditedModel(model, fresh)
         self.anatomy, self.halves = self.edited.anatomy, halves
         self.bytes = sum({id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())
+        self.linear = list(_linear(self.edited))
         self._installer = Installer(self.edited, None)  # type: ignore[arg-type]  # nothing is installed by it
 
     def base(self, site: Any) -> Base:
@@ -135,20 +149,25 @@ def held(method: Method, skeleton: Skeleton, optimiser: str = "adamw") -> Held:
     )
 
 
-def _packed(skeleton: Skeleton, trained: set[str]) -> int:
-    """Bytes of the layers that `FastPath.accelerate` packs, in its order and as far as its budget goes."""
-    edited, budget = skeleton.edited, frozen_layers.BUDGET_BYTES
-    head, done, left = edited.model.get_output_embeddings(), set[int](), budget
+def _linear(edited: EditedModel) -> Iterable[tuple[str, str, int]]:
+    """(name of the weight, of the bias, bytes) of the layers that may be packed, in the order of `accelerate`."""
+    head, done = edited.model.get_output_embeddings(), set[int]()
     for path, module in edited.modules.items():
         if type(module) is not nn.Linear or module is head or id(module) in done:
             continue
         done.add(id(module))
         weight = module.weight
-        wide = min(weight.shape) >= frozen_layers.MIN_WIDTH and weight.dtype == torch.bfloat16
-        name = edited.anatomy.tied.get(f"{path}.weight", f"{path}.weight")
-        if wide and not {name, f"{path}.bias"} & trained and weight.nbytes <= left:
-            left -= weight.nbytes
-    return budget - left
+        if min(weight.shape) >= frozen_layers.MIN_WIDTH and weight.dtype == torch.bfloat16:
+            yield edited.anatomy.tied.get(f"{path}.weight", f"{path}.weight"), f"{path}.bias", weight.nbytes
+
+
+def _packed(skeleton: Skeleton, trained: set[str]) -> int:
+    """Bytes of the layers that `FastPath.accelerate` packs, in its order and as far as its budget goes."""
+    left = frozen_layers.BUDGET_BYTES
+    for weight, bias, n_bytes in skeleton.linear:
+        if n_bytes <= left and not {weight, bias} & trained:
+            left -= n_bytes
+    return frozen_layers.BUDGET_BYTES - left
 
 
 def _beside(method: Method, anatomy: Anatomy) -> int:

@@ -33,7 +33,7 @@ def edits_of(method: Method, edited: EditedModel, seed: int, *, train_head: bool
         AnatomyError: the model lacks a site, or its head cannot be told from its pretrained part.
         ConfigError: its weights are offloaded.
     """
-    _refuse_offloaded(edited.model)
+    _refuse_offloaded(edited)
     anatomy = edited.anatomy
     parts = method.parts()
     edits: list[tuple[str, Edit]] = []
@@ -122,20 +122,20 @@ def begin(tuned: TunedView, tuning: Tuning, seed: int) -> None:
                 part.begin(tuned)
 
 
-def _refuse_offloaded(model: Model) -> None:
+def _refuse_offloaded(edited: EditedModel) -> None:
     """Refuse a model whose weights accelerate brings in for each pass: they are not here to be edited.
 
     Raises:
         ConfigError: what trains would lie where nothing computes, or act on nothing.
     """
-    for path, module in model.named_modules():
-        hook = getattr(module, "_hf_hook", None)
+    for path, module in edited.modules.items():
+        hook = vars(module).get("_hf_hook")  # asked of each module for each method: a missing attribute is slow to miss
         hooks = getattr(hook, "hooks", (hook,))
         if any(getattr(h, "offload", False) for h in hooks):
             raise ConfigError(
-                f"{path or type(model).__name__}: its weights are not here: accelerate keeps them elsewhere (offloaded "
-                "to the processor's memory or to disk) and brings them in for each pass. Load the model without "
-                "offloading: without device_map, or with room for all of it on the devices named there."
+                f"{path or type(module).__name__}: its weights are not here: accelerate keeps them elsewhere "
+                "(offloaded to the processor's memory or to disk) and brings them in for each pass. Load the model "
+                "without offloading: without device_map, or with room for all of it on the devices named there."
             )
 
 

@@ -77,11 +77,14 @@ def encode_layers(model: Model, store: str, *, remember: bool = False) -> Model:
     """
     form = form_of(store)
     _refuse_tunings(model)
+    places = _places(model)
     for path in storable(model):
         layer: Any = model.get_submodule(path)
         weight, transposed = layer.weight.detach(), not isinstance(layer, nn.Linear)
         whole = weight.T if transposed else weight  # (d_out, d_in)
-        made = put_codes(model, path, whole, form, weight.dtype)
+        made = _codes(layer, path, whole, form, weight.dtype)
+        for parent, name in places[id(layer)]:
+            parent._modules[name] = made
         if remember:
             made.original = _again(whole.clone())
     return model
@@ -93,12 +96,18 @@ def put_codes(model: Model, path: str, weight: Tensor, form: Format, dtype: torc
     Raises:
         AnatomyError: the weight is not finite.
     """
-    old: Any = model.get_submodule(path)
+    old = model.get_submodule(path)
+    made = _codes(old, path, weight, form, dtype)
+    _replace(model, {id(old): made})
+    return made
+
+
+def _codes(old: Any, path: str, weight: Tensor, form: Format, dtype: torch.dtype) -> StoredLinear:
+    """The layer of codes for the one at `path`. Raises: AnatomyError, as `put_codes`."""
     if not weight.is_meta and not torch.isfinite(weight).all():
         raise AnatomyError(f"{path}.weight holds NaN or infinity. Use an undamaged copy of the model.")
     made = StoredLinear(weight, old.bias, form, dtype, transposed=not isinstance(old, nn.Linear))
     made.train(old.training)
-    _replace(model, {id(old): made})
     return made
 
 
@@ -128,6 +137,15 @@ def _plain(layer: StoredLinear) -> nn.Module:
     plain.bias = layer.bias
     plain.train(layer.training)
     return plain  # type: ignore[no-any-return]
+
+
+def _places(model: Model) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Where each module stands: (parent, name in it), by its identity."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            found.setdefault(id(child), []).append((parent, name))
+    return found
 
 
 def _replace(model: Model, made: dict[int, nn.Module]) -> None:

@@ -40,7 +40,6 @@ from luthier.workflow.outline import Outline
 
 USUAL = 128  # tokens of a row, where nothing says how long rows are
 LATER = 150_000_000  # bytes of a process after its first step: scores, late libraries (docs/howto/plan.md)
-MOST = 12  # methods whose activations are forecast unasked: each takes a second
 
 __all__ = ["USUAL", "Asked", "Plan", "PlanRow", "activations_of", "packed_here", "plan", "task_of_rows", "weights_in"]
 
@@ -116,7 +115,7 @@ class Plan:
 
 def plan(
     outline: Outline, spec: RunSpec, asked: Iterable[Asked], device: Device, task: Task, *, tokens: int = USUAL,
-    pairs: Sequence[Pair] | None = None, times: Sequence[TimePair] | None = None, grow: bool | None = None,
+    pairs: Sequence[Pair] | None = None, times: Sequence[TimePair] | None = None, grow: bool = True,
     steps: Steps | None = None, real_steps: bool = False, seconds: float = 2.0,
 ) -> Plan:  # fmt: skip
     """Count what each method holds on the model that `outline` tells of; forecast its highest memory and its time.
@@ -125,7 +124,7 @@ def plan(
         spec: of the runs: precision, optimiser, batch; its settings hold for every method that has them.
         tokens: of the longest row, where `steps` are left out.
         pairs, times: finished runs behind the intervals; those of our own grid where left out.
-        grow: forecast activations and time; left out, for as many methods as takes seconds.
+        grow: forecast activations and time, which takes seconds for each method.
         steps: as rows make them.
         real_steps: make three real steps of each method for its time, where they fit.
         seconds: of the probe of this device.
@@ -144,7 +143,7 @@ def plan(
     known = tuple(pairs) if pairs is not None else committed()
     timed = tuple(times) if times is not None else committed_times()
     steps = steps if steps is not None else assumed_steps(spec, tokens)
-    grows = real_steps or (len(wanted) <= MOST if grow is None else grow)
+    grows = real_steps or grow
     rates = rates_here(spec, outline, precision, steps, seconds) if grows and device.here else None
     one = _Row(outline, spec, device, task, precision, known, grows, steps, rates, timed, real_steps)
     rows = tuple(one.of(word) for word in wanted)

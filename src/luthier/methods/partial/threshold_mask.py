@@ -81,7 +81,10 @@ class ThresholdMask(Method):
             if not is_projection(site):
                 raise AnatomyError(f"threshold_mask.sites: {site.key} is no projection of a block. Leave it out.")
         chosen = {anatomy.tied.get(n, n) for n in (f"{s.path}.{s.param}" for s in sites)}
-        left = [s for s in anatomy.all_sites if is_projection(s) and s not in sites and f"{s.path}.{s.param}" in chosen]
+        keys = {s.key for s in sites}
+        left = [
+            s for s in anatomy.all_sites if s.key not in keys and is_projection(s) and f"{s.path}.{s.param}" in chosen
+        ]
         if left:
             raise AnatomyError(
                 f"threshold_mask.sites: {left[0].key} lies in one tensor with places that are named. "

@@ -74,14 +74,23 @@ class UniLoRA(Method):
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         sites = self.places(anatomy)
         numbers = Numbers(self.size, self.bound)
-        where = torch.from_numpy(places_of(sum(self.rank * (s.d_in + s.d_out) for s in sites), self.size, self.draw))
-        scale = where.bincount(minlength=self.size).float().rsqrt()  # every number is used: size is at most all places
+        where = self._where(sum(self.rank * (s.d_in + s.d_out) for s in sites))
+        if where.is_meta:
+            scale = torch.empty(self.size)
+        else:
+            scale = where.bincount(minlength=self.size).float().rsqrt()  # each is used: size is at most all places
         begun = 0
         for site in sites:
             middle, end = begun + self.rank * site.d_in, begun + self.rank * (site.d_in + site.d_out)
             a, b = where[begun:middle].view(self.rank, -1), where[middle:end].view(-1, self.rank)
             begun = end
             yield Attach(site, partial(self._placed, numbers, scale, a, b), {"numbers": numbers})
+
+    def _where(self, places: int) -> Tensor:
+        """(places,); without values where nothing is looked at: millions of places take long to shuffle."""
+        if torch.get_default_device().type == "meta":
+            return torch.empty(places, dtype=torch.int64)
+        return torch.from_numpy(places_of(places, self.size, self.draw))
 
     def n_params(self, anatomy: Anatomy) -> int:
         self.places(anatomy)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import torch
 
 from luthier.core import UnknownName, human_bytes, near
 
-__all__ = ["NAMED", "Device", "device_of"]
+__all__ = ["NAMED", "Device", "device_of", "may_have_gpu"]
 
 # Bytes as their makers name them. A driver keeps some of it: what fits narrowly may not fit.
 NAMED = {
@@ -82,7 +82,26 @@ def device_of(asked: str) -> Device:
     )
 
 
+def may_have_gpu() -> bool:
+    """Whether it takes torch to say if there is a GPU: on Linux without any of its drivers' files there is none."""
+    drivers = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/nvmap", "/proc/driver/nvidia")
+    return not sys.platform.startswith("linux") or any(Path(path).exists() for path in drivers)
+
+
 def _this() -> Device:
+    gpu = _gpu() if may_have_gpu() else None
+    if gpu is not None:
+        return gpu
+    free = min(int(psutil.virtual_memory().available), _left_of_group())
+    return Device(
+        name="this", kind="cpu", memory=free, here=True, bf16=False,
+        said=f"this machine's processor, {human_bytes(free)} free now",
+    )  # fmt: skip
+
+
+def _gpu() -> Device | None:
+    import torch  # seconds, which a plan that is read from its cache does not take
+
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
         name = torch.cuda.get_device_name()
@@ -90,11 +109,7 @@ def _this() -> Device:
             name="this", kind="cuda", memory=int(free), here=True, bf16=torch.cuda.is_bf16_supported(),
             said=f"this machine's {name}, {human_bytes(free)} free now",
         )  # fmt: skip
-    free = min(int(psutil.virtual_memory().available), _left_of_group())
-    return Device(
-        name="this", kind="cpu", memory=free, here=True, bf16=False,
-        said=f"this machine's processor, {human_bytes(free)} free now",
-    )  # fmt: skip
+    return None
 
 
 def _left_of_group(group: Path = Path("/sys/fs/cgroup")) -> int:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from luthier.forecast.devices import _left_of_group
+from luthier.runs.devices import _left_of_group
 
 
 def test_a_control_group_leaves_what_it_does_not_use_and_what_it_would_give_up(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.comparison.answers import clusters
 from luthier.comparison.verdict import Comparison, Costs, Standing, judge
+from luthier.data.near_copies import clusters
 
 CLASSES = 6
 PAGE = Path(__file__).parent.parent / "docs" / "howto" / "compare.md"
@@ -51,12 +51,16 @@ def answers(
     return wanted, made
 
 
-def judged(wanted: Answers, made: Answers, clusters: Answers | None = None, margin: float | None = None) -> Comparison:
+def judged(
+    wanted: Answers, made: Answers, clusters: Answers | None = None, margin: float | None = None,
+    folds: Answers | None = None,
+) -> Comparison:  # fmt: skip
     """The verdict on methods called m0, m1, ..."""
     n, costs = len(made), Costs(trained=1, seconds=1.0, peak_bytes=None, stored_bytes=1)
     return judge(
         [f"m{i}" for i in range(n)], made, wanted, np.arange(len(wanted)) if clusters is None else clusters,
         seeds=range(made.shape[1]), metric="accuracy", margin=margin, costs=[costs] * n, baselines={}, failed={},
+        folds=folds,
     )  # fmt: skip
 
 
@@ -148,6 +152,35 @@ def inside(seeds: int) -> Race:
     return race
 
 
+def crossed(chances: tuple[float, ...], seeds: int, luck: float = 0.0) -> Callable[[np.random.Generator], Comparison]:
+    """A thousand rows in five folds, each answered by runs with draws of their own.
+
+    Args:
+        luck: how far the rows that a fold learns favour a method, for all seeds alike, as a standard deviation.
+    """
+
+    def race(draw: np.random.Generator) -> Comparison:
+        parts = []
+        for _ in range(5):
+            favoured = [chance + luck * draw.standard_normal() for chance in chances]
+            parts.append(answers(draw, favoured, rows=200, seeds=seeds, between=0.01))
+        wanted = np.concatenate([rows for rows, _ in parts])
+        made = np.concatenate([said for _, said in parts], axis=2)
+        return judged(wanted, made, folds=np.repeat(np.arange(5), 200))
+
+    return race
+
+
+def crossed_equal(seeds: int, luck: float = 0.0) -> Race:
+    """Two equally good methods in five folds: neither may be called worse."""
+    return lambda draw: all(s.word != "worse" for s in crossed((0.85, 0.85), seeds, luck)(draw).standings)
+
+
+def crossed_gain(seeds: int) -> Race:
+    """Three points in five folds: found, and on the right side."""
+    return lambda draw: told(crossed((0.88, 0.85), seeds)(draw), "m1").word == "worse"
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of race, and the share of a hundred that must come out so; None where there is no bar."""
@@ -174,6 +207,13 @@ KINDS = (
     Kind("95 % interval of the difference, 6 seeds: holds the true one", inside(6), 92),
     Kind("2 equal methods, own draws, margin 0.03, 1,000 rows, 6 seeds: the tie is shown", equal_ties(1000, 6), None),
     Kind("the same with 3 seeds", equal_ties(1000, 3), None),
+    Kind("2 equal methods in 5 folds, own draws, 3 seeds: neither is called worse", crossed_equal(3), 95),
+    Kind("2 equal methods in 5 folds, own draws, 6 seeds: neither is called worse", crossed_equal(6), 95),
+    Kind(
+        "the same where each fold's rows favour a method by 1 point (standard deviation)", crossed_equal(6, 0.01), None
+    ),
+    Kind("a gain of 3 points in 5 folds, 1,000 rows, 3 seeds: found on these seeds", crossed_gain(3), 80),
+    Kind("a gain of 3 points in 5 folds, 1,000 rows, 6 seeds: found", crossed_gain(6), 80),
 )
 
 

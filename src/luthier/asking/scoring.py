@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from luthier.asking.engine import Of
 from luthier.asking.finals import normalised_answer
-from luthier.comparison.answers import clusters
 from luthier.comparison.scores import score_named
 from luthier.comparison.statistics import Difference, flips, mcnemar, resample, smallest_visible
 from luthier.core import listed
+from luthier.data.near_copies import clusters
 
 __all__ = ["METRICS", "Pair", "Standing", "Standings", "judged"]
 

@@ -93,6 +93,15 @@ Front = Annotated[
         "compare the best of each size.",
     ),
 ]
+Folds = Annotated[
+    int | None,
+    typer.Option(
+        "--cv",
+        metavar="N",
+        help="Hold out each of N folds of the rows once, with near copies in one fold, in place of one held-out half: "
+        "N times the runs.",
+    ),
+]
 EngineName = Annotated[
     str,
     typer.Option("--engine", help="Who makes the runs: local, or ray (pip install luthier[ray]). [default: local]"),
@@ -130,6 +139,7 @@ def command_for(words: Sequence[str] = ()) -> Callable[..., None]:
         race: Race = False,
         budget: BudgetWords = None,
         front: Front = None,
+        cv: Folds = None,
         engine: EngineName = "local",
         out: Out = None,
         settings: Settings = None,
@@ -145,7 +155,7 @@ def command_for(words: Sequence[str] = ()) -> Callable[..., None]:
                 "`luthier plan` says beforehand what each needs."
             )
         how = {"seeds": seeds, "metric": metric, "workers": workers, "tune_lr": tune_lr, "search": search}
-        how |= {"engine": engine, "front": front}
+        how |= {"engine": engine, "front": front, "cv": cv}
         _compare(model, method or [], changes, margin, out, (budget or "") if race else None, how)
 
     return as_verb(command, HELP, options)
@@ -223,9 +233,19 @@ def _show(found: Any) -> None:
     rows += [(name, "failed", *[""] * 7) for name in found.failed]
     head = ("method", found.metric, "±", "behind", "95 %", "", "trained", "time", "peak")
     to.table(head, rows, right=("trained", "time", "peak", "±"))
+    _show_folds(found)
     _show_sureness(found)
     beside = "; ".join(f"{name} {value:.3f}" for name, value in found.baselines.items())
     to.show(f"\nOn the same rows: {beside}. Trained numbers are those beside the head.")
+
+
+def _show_folds(found: Any) -> None:
+    """How the score differs from fold to fold."""
+    if found.folds:
+        head = ("method", *(f"fold {i}" for i in range(1, found.folds + 1)))
+        rows = [(s.name, *(f"{score:.3f}" for score in s.fold_scores)) for s in found.standings]
+        screen().show(f"\n{found.metric} on the rows of each fold, means over seeds:")
+        screen().table(head, rows, right=head[1:])
 
 
 def _show_front(home: Path) -> None:

@@ -2,17 +2,12 @@
 
 import csv
 import io
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from luthier.core import IntegrityError
 
-__all__ = ["Answers", "answers_of", "clusters"]
+__all__ = ["Answers", "answers_of"]
 
 
 @dataclass(frozen=True)
@@ -46,13 +41,3 @@ def answers_of(run: Path | str) -> Answers:
         )  # fmt: skip
     except (OSError, ValueError, IndexError, csv.Error) as error:
         raise IntegrityError(f"{path}: cannot be read ({error}). Remove the folder {run} and train again.") from error
-
-
-def clusters(texts: Sequence[str]) -> NDArray[np.int64]:
-    """Rows whose texts differ in case, blanks, digits or punctuation only are near copies."""
-    known: dict[str, int] = {}
-    return np.array([known.setdefault(_skeleton(text), len(known)) for text in texts], dtype=np.int64)
-
-
-def _skeleton(text: str) -> str:
-    return re.sub(r"[\W_]+", " ", re.sub(r"\d+", "0", text.lower())).strip() or text

@@ -45,6 +45,8 @@ class Cell:
     spec: RunSpec
     until: float = 1.0
     """share of the steps after which it is scored and left"""
+    fold: int = 0
+    """from 1, of a cross-validation; 0 where there is none"""
 
     @property
     def path(self) -> Path:
@@ -93,13 +95,14 @@ def entrant_of(words: str, read: Callable[[str], Any]) -> Entrant:
 
 def cells_of(
     base: RunSpec, entrants: Sequence[Entrant], seeds: Iterable[int], home: Path, *,
-    rates: Mapping[str, OptimSpec] | None = None, under: str = "cells",
+    rates: Mapping[str, OptimSpec] | None = None, under: str = "cells", fold: int = 0,
 ) -> list[Cell]:  # fmt: skip
     """One cell for each seed and entrant; a seed is finished for all before the next begins.
 
     Args:
         rates: what moves the numbers of an entrant, where it is not what the base says.
         under: the folder in `home` that they stand in.
+        fold: that the base holds out; 0 where there are no folds.
     """
     cells = []
     for seed in seeds:
@@ -109,8 +112,9 @@ def cells_of(
                 optim=(rates or {}).get(entrant.name, base.optim),
             )  # fmt: skip
             name = re.sub(r"[^\w.+=-]", "_", entrant.name)[:60]
-            spec = replace(spec, out=str(home / under / f"{name}-seed{seed}-{spec.digest()[:10]}"))
-            cells.append(Cell(entrant, seed, spec))
+            of = f"-fold{fold}" if fold else ""
+            spec = replace(spec, out=str(home / under / f"{name}{of}-seed{seed}-{spec.digest()[:10]}"))
+            cells.append(Cell(entrant, seed, spec, fold=fold))
     return cells
 
 

@@ -1,11 +1,11 @@
 """What a search of learning rates found for one method."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from luthier.core import human_seconds, listed, several
 
-__all__ = ["MOST_RATES", "Rates", "said_of"]
+__all__ = ["MOST_RATES", "Rates", "said_of", "said_of_parts"]
 
 MOST_RATES = 9
 
@@ -64,6 +64,27 @@ def said_of(rates: Mapping[str, Rates]) -> list[str]:
         lines.append(
             f"{listed(edge)}: the best rate is the lowest or highest of those tried, so a better one may lie beyond. "
             f"Try more (--tune-lr {min(MOST_RATES, len(first.rates) + 2)}) or another middle (--lr)."
+        )
+    return lines
+
+
+def said_of_parts(parts: Sequence[Mapping[str, Rates]]) -> list[str]:
+    """The same of the folds of a cross-validation, in each of which rates were searched anew."""
+    if len(parts) < 2:
+        return said_of(parts[0]) if parts else []
+    first = next(iter(parts[0].values()), None)
+    if first is None:
+        return []
+    names = [name for name in parts[0] if all(name in part for part in parts)]
+    chosen = "; ".join(f"{name} {', '.join(f'{p[name].rates[p[name].chosen]:.2g}' for p in parts)}" for name in names)
+    lines = [
+        f"Learning rates were chosen anew in each of {len(parts)} folds, by {several(len(first.rates), 'run')} of each "
+        f"method with one seed on the rows that the fold learns: {chosen}. The same for all in runs and steps."
+    ]
+    if edge := [name for name in names if any(part[name].at_the_edge for part in parts)]:
+        lines.append(
+            f"{listed(edge)}: in some folds the best rate is the lowest or highest of those tried. Try more (--tune-lr "
+            f"{min(MOST_RATES, len(first.rates) + 2)}) or another middle (--lr)."
         )
     return lines
 

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.comparison.answers import Answers, answers_of, clusters
+from luthier.comparison.answers import answers_of
+from luthier.comparison.baselines import baselines
 from luthier.comparison.cells import Cell, Entrant, Failure, Said, Sweep, cells_of, finished
 from luthier.comparison.engines import check_engine, engine_named
 from luthier.comparison.front_search import Front, check_front, search_front, with_test
+from luthier.comparison.parts import Part, check_cv, parts_of, rows_in_no_fold
 from luthier.comparison.race import Budget, race
-from luthier.comparison.rates import Rates, said_of
+from luthier.comparison.rates import Rates, said_of_parts
 from luthier.comparison.scores import score_named
 from luthier.comparison.search import Asked, check_search, search_rates
 from luthier.comparison.statistics import LEAST_SEEDS, smallest_visible
@@ -25,16 +27,12 @@ from luthier.comparison.table import table_csv
 from luthier.comparison.tuning import SEARCHED, factors, rates_of
 from luthier.comparison.verdict import Comparison, Costs, judge
 from luthier.core import ConfigError, DataError, IntegrityError, Locked, LuthierError, plain, several
-from luthier.data.columns import Columns
-from luthier.data.load_data import Data, load_data
+from luthier.data.near_copies import clusters
 from luthier.data.problems import text_of
-from luthier.data.rows import Table
 from luthier.runs import Record, durable
 from luthier.runs.ledger import LEASE, Ledger
 from luthier.runs.lock import Lock
 from luthier.runs.spec import RunSpec
-from luthier.training.word_counts import answers_by_words
-from luthier.workflow.load_model import find_model, load_config
 
 __all__ = ["compare"]
 
@@ -56,6 +54,7 @@ def compare(
     search: str = "grid",
     budget: Budget | None = None,
     front: Front | None = None,
+    cv: int | None = None,
     engine: str = "local",
     lease: float = LEASE,
     say: Callable[[str], None] = lambda line: None,
@@ -73,6 +72,7 @@ def compare(
         budget: race first: the methods at `tune_lr` rates each (3 where none is given), of which the worse half leaves
             at each rung and whoever exceeds the budget; only the winner makes the final runs.
         front: search for configurations of autopeft first, those that are best at their size make the final runs.
+        cv: so many folds of the rows, each held out once, in place of a held-out half; near copies stay together.
         engine: who computes the runs: local, processes of this machine; ray.
         lease: seconds without a sign of life after which a run may be taken over by another process.
 
@@ -90,39 +90,48 @@ def compare(
         factors(tune_lr)
     if front is not None:
         check_front(front.n, entrants, tune_lr, budget is not None)
+    if cv is not None:
+        check_cv(base, cv, ["--race"] * (budget is not None) + ["--front"] * (front is not None))
     _check_home(home)
-    data = load_data(base.data, base.task, load_config(find_model(base.model)))
-    if data.task.name != "classification" or data.task.multi_label:
-        raise ConfigError(
-            f"compare: the task is {data.task.name}, and only rows with one label each are compared so far. Train the "
-            "methods one by one; `luthier evaluate` scores each on the same file."
-        )
-    if data.test is None:
-        raise ConfigError("compare: no rows are held out (data.test_share is 0). Methods are compared on such rows.")
-    for note in data.notes:
+    parts = parts_of(base, cv)
+    for note in dict.fromkeys(note for part in parts for note in part.data.notes):
         say(note)
-    say(_visible(data.test, data.columns, len(entrants), seeds))
+    if in_none := rows_in_no_fold(parts):
+        say(in_none)
+    say(_visible(parts, len(entrants), seeds))
     _make_home(home)
     sweep = Sweep(
         Ledger(home, make=True, lease=lease), lambda n: engine_named(engine, sweep.ledger, n), workers, threads, say
     )
     with _present(home, say), closing(sweep):
-        asked = Asked(base, tuple(entrants), tune_lr or 0, data, metric)
-        rates: dict[str, Rates] = {}
+        asked = Asked(base, tuple(entrants), tune_lr or 0, parts[0].data, metric)
+        rates: list[dict[str, Rates]] = []  # of each part
         without: dict[str, str] = {}
         said: tuple[str, ...] = ()
         if budget is not None:
             won = race(replace(asked, n=tune_lr or RACED_RATES), budget, sweep, say, _announcing)
             racing, said = [won.entrant], won.findings
-            optims = {won.entrant.name: rates_of(base, won.entrant, won.factor)}
+            optims = [{won.entrant.name: rates_of(base, won.entrant, won.factor)}]
         elif front is not None:
             fronted = search_front(replace(asked, n=front.n), front.space_of, sweep, say, _announcing)
-            racing, said, optims = list(fronted.entrants), fronted.findings, {}
+            racing, said, optims = list(fronted.entrants), fronted.findings, [{}]
         else:
-            rates, without = search_rates(search, asked, sweep, say, _announcing) if tune_lr else ({}, {})
-            optims = {e.name: rates_of(base, e, rates[e.name].factor) for e in entrants if e.name in rates}
+            for part in parts if tune_lr else ():
+                within = replace(asked, base=part.base, data=part.data)
+                each, none = search_rates(search, within, sweep, _in_fold(say, part), _announcing)
+                rates.append(each)
+                without |= none
+            optims = [
+                {e.name: rates_of(p.base, e, each[e.name].factor) for e in entrants if e.name in each}
+                for p, each in zip(parts, rates or [{} for _ in parts], strict=True)
+            ]
             racing = [e for e in entrants if e.name not in without]
-        cells = cells_of(base, racing, range(seeds), home, rates=optims)
+        cells = [
+            cell
+            for number in range(seeds)
+            for part, optim in zip(parts, optims, strict=True)
+            for cell in cells_of(part.base, racing, [part.seed(number)], home, rates=optim, fold=part.fold)
+        ]
         there = sum(finished(cell) for cell in cells)
         if there:
             say(f"{there} of {len(cells)} runs are finished already")
@@ -131,8 +140,11 @@ def compare(
             say(f"{several(late, 'answer')} came after others had taken the cell over; the first counts")
         cells = sweep.placed(cells)
         runs = {e.name: tuple(str(c.path.relative_to(home)) for c in cells if c.entrant == e) for e in racing}
-        found = _judge(cells, failures, without, data, metric, margin)
-        found = replace(found, runs=runs, rates=rates, findings=(*said, *found.findings, *said_of(rates)))
+        found = _judge(cells, failures, without, parts, metric, margin)
+        found = replace(
+            found, runs=runs, findings=(*said, *found.findings, *said_of_parts(rates)),
+            rates=rates[0] if rates and cv is None else {}, fold_rates=tuple(rates) if cv is not None else (),
+        )  # fmt: skip
         if front is not None:
             with_test(home, {s.name: s.score for s in found.standings})
         durable.write_json(home / "comparison.json", plain(found))
@@ -165,17 +177,23 @@ def _check(entrants: Sequence[Entrant], seeds: int) -> None:
         raise ConfigError(f"--seeds {seeds}: give at least 1; 3 show the spread, 6 allow a claim over seeds.")
 
 
-def _visible(test: Table, columns: Columns, methods: int, seeds: int) -> str:
+def _in_fold(say: Callable[[str], None], part: Part) -> Callable[[str], None]:
+    return say if not part.fold else lambda line: say(f"fold {part.fold}/{part.of}: {line}")
+
+
+def _visible(parts: Sequence[Part], methods: int, seeds: int) -> str:
     """How small a difference the rows can show; said before anything runs."""
-    alone = int(clusters([text_of(row, columns) for row in test.rows]).max()) + 1
+    texts = [text_of(row, part.columns) for part in parts for row in part.held.rows]
+    test, alone, folds = parts[0].held, int(clusters(texts).max()) + 1, len(parts)
     if alone == 1:  # drawn together, they are one row, and a row has no spread
         raise DataError(
             f"compare: the {several(len(test), 'held-out row')} of {test.source} are near copies of one another, and "
             "one row tells no methods apart. Hold out other rows: --test FILE, or a larger --test-share."
         )
-    copies = f", {len(test) - alone} of them near copies of others" if alone < len(test) else ""
+    copies = f", {len(texts) - alone} of them near copies of others" if alone < len(texts) else ""
+    rows = f"{folds} folds, {len(texts)} rows" if folds > 1 else f"{len(texts)} held-out rows"
     said = (
-        f"{several(methods, 'method')}, {several(seeds, 'seed')}, {len(test)} held-out rows{copies}: a difference in "
+        f"{several(methods, 'method')}, {several(seeds, 'seed')}, {rows}{copies}: a difference in "
         f"accuracy under {smallest_visible(alone):.3f} will most likely not be seen (where two methods differ on a "
         "tenth of them)"
     )
@@ -215,14 +233,14 @@ def _announcing(say: Callable[[str], None], total: int, there: int) -> Said:
 def _called(cell: Cell) -> str:
     if cell.path.parent.name == SEARCHED:
         return f"{cell.entrant.name}, learning rate {cell.spec.optim.lr:.2g}"
-    return f"{cell.entrant.name}, seed {cell.seed}"
+    return f"{cell.entrant.name}, {f'fold {cell.fold}, ' if cell.fold else ''}seed {cell.seed}"
 
 
 # --- what came out ----------------------------------------------------------------------------------------------------
 
 
 def _judge(
-    cells: Sequence[Cell], failures: dict[Path, Failure], without: dict[str, str], data: Data, metric: str,
+    cells: Sequence[Cell], failures: dict[Path, Failure], without: dict[str, str], parts: Sequence[Part], metric: str,
     margin: float | None,
 ) -> Comparison:  # fmt: skip
     by_entrant: dict[str, list[Cell]] = {}
@@ -241,24 +259,31 @@ def _judge(
         error = LuthierError(f"compare: no method has a result. {told}")
         error.exit_code = max((f.exit_code for f in failures.values()), default=1)  # type: ignore[misc]
         raise error
-    answers = {name: [answers_of(cell.path) for cell in own] for name, own in whole.items()}
-    first = next(iter(answers.values()))[0]
+    n = len(parts)
+    answers = {name: [answers_of(cell.path) for cell in own] for name, own in whole.items()}  # seed by seed, all parts
+    firsts = next(iter(answers.values()))[:n]
     for name, own_answers in answers.items():
-        for cell, one in zip(whole[name], own_answers, strict=True):
-            if one.places != first.places or one.wanted != first.wanted:
+        for number, one in enumerate(own_answers):
+            if one.places != firsts[number % n].places or one.wanted != firsts[number % n].wanted:
                 raise IntegrityError(
-                    f"{cell.path}: its held-out rows are others than those of the other runs. The data has changed "
-                    "since: compare into another folder."
+                    f"{whole[name][number].path}: its held-out rows are others than those of the other runs. The data "
+                    "has changed since: compare into another folder."
                 )
-    numbers = {label: i for i, label in enumerate(data.task.labels)}
-    wanted = _numbered(first.wanted, numbers)
-    answered = np.array([[_numbered(one.said, numbers) for one in own] for own in answers.values()])
+    numbers = {label: i for i, label in enumerate(parts[0].data.task.labels)}
+    wanted = np.concatenate([_numbered(one.wanted, numbers) for one in firsts])
+    answered = np.array([
+        [np.concatenate([_numbered(one.said, numbers) for one in own[at : at + n]]) for at in range(0, len(own), n)]
+        for own in answers.values()
+    ])  # fmt: skip
+    near = clusters([text for one in firsts for text in one.texts])
+    runs = [[cell.path for cell in own] for own in whole.values()]
     return judge(
-        list(whole), answered, wanted, clusters(first.texts),
-        seeds=[cell.seed for cell in next(iter(whole.values()))], metric=metric, margin=margin,
+        list(whole), answered, wanted, near,
+        seeds=range(answered.shape[1]), metric=metric, margin=margin,
         costs=[_costs(own) for own in whole.values()],
         calibration=[_calibration(own) for own in whole.values()],
-        baselines=_baselines(data, first, numbers), failed=failed,
+        baselines=baselines(parts, firsts, [[own[at] for own in runs] for at in range(n)], numbers), failed=failed,
+        folds=np.repeat(np.arange(n), [len(one.wanted) for one in firsts]) if n > 1 else None,
     )  # fmt: skip
 
 
@@ -288,15 +313,3 @@ def _calibration(cells: Sequence[Cell]) -> dict[str, float]:
     sure = ("calibration_error", "brier", "nll")
     names = (*sure, "temperature", *(f"calibrated_{name}" for name in sure))
     return {n: float(np.mean([e[n] for e in each])) for n in names if all(e.get(n) is not None for e in each)}
-
-
-def _baselines(data: Data, asked: Answers, numbers: dict[str, int]) -> dict[str, NDArray[np.int64]]:
-    """Answers of what needs no model, for the rows that all methods answered; learnt from all rows but these."""
-    usable = [row for row in data.train.rows if data.columns.outcome(row) in numbers]
-    targets = _numbered([data.columns.outcome(row) for row in usable], numbers)
-    most = int(np.bincount(targets, minlength=len(numbers)).argmax())
-    found = {f"always answering {data.task.labels[most]!r}": np.full(len(asked.places), most, dtype=np.int64)}
-    said = answers_by_words([text_of(row, data.columns) for row in usable], targets, asked.texts)
-    if said is not None:
-        found["word counts (TF-IDF) with logistic regression"] = said
-    return found

@@ -122,8 +122,9 @@ class Difference:
 
 
 def resample(
-    score: Score, wanted: NDArray[np.int64], answered: NDArray[np.int64], clusters: NDArray[np.int64], seed: int = 0
-) -> Resampled:
+    score: Score, wanted: NDArray[np.int64], answered: NDArray[np.int64], clusters: NDArray[np.int64], seed: int = 0,
+    folds: NDArray[np.int64] | None = None,
+) -> Resampled:  # fmt: skip
     """Score every method and seed on the rows and on resamples of them.
 
     Args:
@@ -131,10 +132,13 @@ def resample(
         answered: (methods, seeds, rows).
         clusters: (rows,) rows of one number are near copies and are drawn together. Where all are copies of one
             row, each is drawn alone: there is nothing else to draw.
+        folds: (rows,) of a cross-validation: rows of one number were answered by the same run of a method and seed,
+            those of another by another run, whose draws are its own. None where one run answered all.
 
     Rows are drawn with replacement. Seeds are few: drawn so, six of them would understate their spread by a tenth and
     two by a third. Their deviations are mixed with random weights instead, the same for all methods, such that any
-    difference of means is spread as Student's t says.
+    difference of means is spread as Student's t says. With folds the deviations are those of runs of the same fold,
+    each by what it moves the score of all rows, and there are (seeds - 1) degrees of freedom in each fold.
     """
     n_methods, n_seeds, n_rows = answered.shape
     if int(clusters.max()) == 0:
@@ -156,7 +160,11 @@ def resample(
     for number in range(DRAWS):
         times = np.bincount(generator.integers(0, n_clusters, n_clusters), minlength=n_clusters)
         drawn[:, number] = mean_scores(times[clusters].astype(np.float64))
-    between, uncertain = _of_seeds(scores, generator)
+    if folds is None:
+        moved = (scores - scores.mean(axis=1, keepdims=True))[:, None]
+    else:
+        moved = np.array([_moved(lambda said: score(wanted, said, every), method, folds) for method in answered])
+    between, uncertain = _of_runs(moved, generator)
     blocks = np.array_split(generator.permutation(n_clusters), min(BLOCKS, n_clusters))
     left_out = np.empty((n_methods, len(blocks)))
     for number, block in enumerate(blocks):
@@ -168,20 +176,42 @@ def resample(
     )  # fmt: skip
 
 
-def _of_seeds(
-    scores: NDArray[np.float64], generator: np.random.Generator
+def _of_runs(
+    moved: NDArray[np.float64], generator: np.random.Generator
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """What other seeds would add to the means: normal, (methods, draws), and what makes Student's t of it, (draws,).
+    """What other runs would add to the means: normal, (methods, draws), and what makes Student's t of it, (draws,).
 
     Args:
-        scores: (methods, seeds).
+        moved: (methods, folds, seeds) how far each run moves the score of all rows from the mean of the seeds.
     """
-    n_methods, n_seeds = scores.shape
+    n_methods, n_folds, n_seeds = moved.shape
     if n_seeds == 1:  # one seed shows no spread: what is said is of its rows alone
         return np.zeros((n_methods, DRAWS)), np.ones(DRAWS)
-    mixed = (scores - scores.mean(axis=1, keepdims=True)) @ generator.standard_normal((n_seeds, DRAWS))
-    known = np.sqrt(generator.chisquare(n_seeds - 1, DRAWS) / (n_seeds - 1))
+    runs = n_folds * n_seeds
+    mixed = moved.reshape(n_methods, runs) @ generator.standard_normal((runs, DRAWS))
+    free = n_folds * (n_seeds - 1)
+    known = np.sqrt(generator.chisquare(free, DRAWS) / free)
     return mixed / math.sqrt(n_seeds * (n_seeds - 1)), 1 / known
+
+
+def _moved(
+    score: Callable[[NDArray[np.int64]], float], answered: NDArray[np.int64], folds: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """How far each run of one method moves the score of all rows, (folds, seeds).
+
+    That of fold f and seed s: the score of all rows with the answers of s in f, a mean over the seeds whose answers
+    stand in the other folds, less the mean over s. Of an accuracy that is its own deviation times its share of rows.
+
+    Args:
+        answered: (seeds, rows).
+    """
+    n_seeds, n_folds = len(answered), int(folds.max()) + 1
+    found = np.empty((n_folds, n_seeds))
+    for fold in range(n_folds):
+        inside = folds == fold
+        for one in range(n_seeds):
+            found[fold, one] = np.mean([score(np.where(inside, answered[one], rest)) for rest in answered])
+    return np.asarray(found - found.mean(axis=1, keepdims=True))
 
 
 def _in_spreads(values: NDArray[np.float64], off: NDArray[np.float64]) -> NDArray[np.float64]:

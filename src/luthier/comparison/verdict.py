@@ -14,6 +14,7 @@ from luthier.comparison.scores import score_named
 from luthier.comparison.statistics import (
     LEAST_SEEDS,
     Difference,
+    Score,
     flips,
     mcnemar,
     resample,
@@ -67,6 +68,8 @@ class Standing:
     calibrated_brier: float | None = None
     calibrated_nll: float | None = None
     """as in `luthier.training.quality.Quality`; means over seeds"""
+    fold_scores: tuple[float, ...] = ()
+    """of each fold's rows, means over seeds; empty where there are no folds"""
     costs: Costs
 
 
@@ -95,6 +98,10 @@ class Comparison:
     """method -> the learning rates that were tried for it, where they were searched"""
     margin_given: bool = False
     """by the user; else it is made of the spread over seeds"""
+    folds: int = 0
+    """of a cross-validation: each row was answered by the runs that had not learnt it; 0 where there is none"""
+    fold_rates: tuple[dict[str, Rates], ...] = ()
+    """the same as `rates`, for each fold, chosen on rows that its runs have learnt"""
 
 
 def judge(
@@ -110,6 +117,7 @@ def judge(
     calibration: Sequence[Mapping[str, float]] | None = None,
     baselines: dict[str, NDArray[np.int64]],
     failed: dict[str, str],
+    folds: NDArray[np.int64] | None = None,
 ) -> Comparison:
     """Judge what all methods answered on the same rows.
 
@@ -120,9 +128,10 @@ def judge(
             least.
         calibration: of each method what `Standing` has of certainty, as far as it is known.
         baselines: name -> (rows,) answers.
+        folds: (rows,) number of the fold that each row is in, where there are folds.
     """
     score = score_named(metric)
-    resampled = resample(score, wanted, answered, clusters)
+    resampled = resample(score, wanted, answered, clusters, folds=folds)
     means = resampled.scores.mean(axis=1)
     best = int(means.argmax())
     order = [int(i) for i in np.argsort(-means, kind="stable")]
@@ -154,6 +163,7 @@ def judge(
                 flips=tuple(told),
                 mcnemar=tuple(mcnemar(*pair) for pair in told),
                 **(calibration[i] if calibration is not None else {}),
+                fold_scores=_by_fold(score, wanted, answered[i], folds),
                 costs=costs[i],
             )
         )
@@ -163,8 +173,21 @@ def judge(
         metric=metric, rows=len(wanted), seeds=tuple(seeds), margin=margin, standings=tuple(standings),
         baselines=beside, failed=failed, visible=smallest_visible(int(clusters.max()) + 1),
         optimism=resampled.optimism() if len(names) > 1 else 0.0, margin_given=given,
+        folds=0 if folds is None else int(folds.max()) + 1,
     )  # fmt: skip
     return Comparison(**{**vars(made), "findings": tuple(_findings(made))})
+
+
+def _by_fold(
+    score: Score, wanted: NDArray[np.int64], answered: NDArray[np.int64], folds: NDArray[np.int64] | None
+) -> tuple[float, ...]:
+    """The mean score over seeds on the rows of each fold; `answered` is (seeds, rows)."""
+    if folds is None:
+        return ()
+    parts = [np.flatnonzero(folds == fold) for fold in range(int(folds.max()) + 1)]
+    return tuple(
+        float(np.mean([score(wanted[part], said[part], np.ones(len(part))) for said in answered])) for part in parts
+    )
 
 
 def _word(difference: Difference, p: float, margin: float, given: bool, seeds: int) -> Word:
@@ -204,6 +227,7 @@ def _findings(found: Comparison) -> list[str]:
         if named:
             one = says.replace("so they tie", "so it ties") if len(named) == 1 else says
             lines.append(f"{listed(named)} {'is' if len(named) == 1 else 'are'} {one}.")
+    lines += _of_folds(found) if found.folds else []
     lines += [] if several else _of_one_seed(found)
     lines += _advice(found)
     if len(found.seeds) < LEAST_SEEDS:
@@ -219,6 +243,20 @@ def _findings(found: Comparison) -> list[str]:
     for name, why in found.failed.items():
         lines.append(f"{name} has no result: {why}")
     return lines
+
+
+def _of_folds(found: Comparison) -> list[str]:
+    """How the differences spread over the folds, and what no fold can show."""
+    first, rest = found.standings[0], found.standings[1:]
+    ahead = [
+        f"{s.name} in {sum(a > b for a, b in zip(first.fold_scores, s.fold_scores, strict=True))}" for s in rest[:5]
+    ]
+    lines = [
+        f"Each row was answered by runs of {found.folds} folds that had learnt neither it nor a near copy. Rows are "
+        "taken to be draws of their own, and so is each run's chance; that the runs of two folds have learnt most rows "
+        "in common is not counted: this is of methods on these rows, and other rows to learn from may turn it."
+    ]
+    return [*lines, f"Of the {found.folds} folds {first.name} is ahead of {listed(ahead)}."] if ahead else lines
 
 
 def _of_one_seed(found: Comparison) -> list[str]:

@@ -9,6 +9,7 @@ chat             prompts and conversations as the model reads them, and which to
 encode           rows become token ids: encode_text, encode_tags, encode_language; what a tokenizer is asked: tokenizer
   examples         the ids, and a ledger of what became of each row
   token_cache      the ids, kept between runs
+near_copies      which texts are near copies of one another
 order            which rows make which step
 batches          examples side by side, padded
 retrieval        which texts stand nearest to a query: by words, or by vectors

@@ -10,11 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from luthier.core import ConfigError, DataError, near, random
-from luthier.data import columns, decision_cache, label_cells, label_tasks, problems, rows, tag_tasks, tasks
+from luthier.data import (
+    columns,
+    decision_cache,
+    label_cells,
+    label_tasks,
+    near_copies,
+    problems,
+    rows,
+    tag_tasks,
+    tasks,
+)
 from luthier.data import infer_task as inferring
 from luthier.data.columns import Columns, find_columns, is_blank, label_name, text_complaint
 from luthier.data.decision_cache import Decisions
 from luthier.data.infer_task import infer_task
+from luthier.data.near_copies import skeleton
 from luthier.data.problems import Problem, find_problems, text_of
 from luthier.data.rows import Duplicates, Table, count_duplicates, fold_of, halves, hold_out, load_rows
 from luthier.data.tasks import Task
@@ -67,7 +78,7 @@ def load_data(spec: DataSpec, task: str = "auto", model_config: Any = None) -> D
         given, unused = (second if second is not None else first), own_test
     train, given = _joined_labels(train, spec.label), None if given is None else _joined_labels(given, spec.label)
     readers = (columns, rows, row_files, *row_files.FILES)
-    deciders = (tasks, inferring, label_cells, label_tasks, tag_tasks, problems, random)
+    deciders = (tasks, inferring, label_cells, label_tasks, tag_tasks, problems, near_copies, random)
     made_by = (sys.modules[__name__], *readers, *deciders)
     entry = decision_cache.entry_of([t for t in (train, given) if t is not None], spec, task, model_config, made_by)
     known, said = decision_cache.read(entry) if entry is not None else (None, "")
@@ -210,11 +221,12 @@ def _decide(
         whole = infer_task(train, None, columns, task, model_config)
         by_class = whole.name == "classification" and not whole.multi_label
         n_rows, outcome = len(train), columns.outcome if by_class else None
-        if spec.fold is None:
+        if (fold := spec.fold_of()) is None:
             held = hold_out(train, spec.test_share, spec.split_seed, columns.content, outcome)
         else:
-            number, folds = (int(n) for n in spec.fold.split("/"))
-            held = fold_of(train, number, folds, spec.split_seed, columns.content, outcome)
+            number, folds, near_copies = fold
+            content = (lambda row: skeleton(columns.content(row))) if near_copies else columns.content
+            held = fold_of(train, number, folds, spec.split_seed, content, outcome)
         train, test = halves(train, held)
         alike = ", of each class alike" if by_class else ""
         if by_class and outcome is not None:

@@ -155,13 +155,16 @@ def _finished(cell: Path) -> bool:
 
 
 def _compare_command(found: Comparison, spec: dict[str, Any], folder: Path) -> str:
-    searched = next(iter(found.rates.values()), None)
+    searched = next((one for rates in (found.rates, *found.fold_rates) for one in rates.values()), None)
     if searched is not None:
         lr, head = searched.given
         spec = {**spec, "optim": {**spec["optim"], "lr": lr, "head_lr": head}}
+    if found.folds:
+        spec = {**spec, "data": {**spec["data"], "fold": None}}
     methods = dict.fromkeys([*found.runs, *found.failed])  # one whose every rate failed has no run, and was asked for
     words = command_of({**spec, "method": ",".join(methods) or "?", "settings": {}, "seed": 0})
     words += ["--seeds", str(len(found.seeds)), "--metric", found.metric]
+    words += ["--cv", str(found.folds)] if found.folds else []
     if searched is not None:
         words += ["--tune-lr", str(len(searched.rates))]
         words += ["--search", searched.search] if searched.search != "grid" else []

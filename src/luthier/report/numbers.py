@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from luthier.core import share_interval
@@ -172,14 +172,24 @@ class Disagreement:
 
 
 def disagreements(story: Story) -> list[Disagreement]:
-    """Rows on which runs disagree, the most evenly divided first; of one run its mistakes, the surest first."""
+    """Rows on which runs disagree, the most evenly divided first; of one run its mistakes, the surest first.
+
+    Of a cross-validation the runs of each fold stand by themselves; else runs with other rows than the first are left.
+    """
     runs = [run for run in story.runs if run.answers is not None and (run.quality or {}).get("confusion")]
-    if not runs:
-        return []
+    groups: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        if run.answers is not None:
+            groups.setdefault(tuple(run.answers.places), []).append(run)
+    kept = list(groups.values()) if story.comparison is not None and story.comparison.folds else [*groups.values()][:1]
+    found = [one for group in kept for one in _disagreements(group)]
+    return [one for *_, one in sorted(found, key=lambda item: item[:3])]
+
+
+def _disagreements(runs: Sequence[Run]) -> Iterator[tuple[float, float, int, Disagreement]]:
+    """Of runs with the same rows, with what they are sorted by."""
     first = runs[0].answers
     assert first is not None
-    runs = [run for run in runs if run.answers is not None and run.answers.places == first.places]
-    found = []
     for row, wanted in enumerate(first.wanted):
         given: dict[str, list[str]] = {}
         for run in runs:
@@ -191,5 +201,4 @@ def disagreements(story: Story) -> list[Disagreement]:
         said = sorted(given.items(), key=lambda item: (-len(item[1]), item[0]))
         sure = first.sure[row] if len(runs) == 1 and first.sure else None
         one = Disagreement(first.places[row], first.texts[row], wanted, tuple((a, tuple(r)) for a, r in said), sure)
-        found.append((-(sure or 0.0), abs(right / len(runs) - 0.5), row, one))
-    return [one for *_, one in sorted(found, key=lambda item: item[:3])]
+        yield -(sure or 0.0), abs(right / len(runs) - 0.5), row, one

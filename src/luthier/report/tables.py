@@ -38,8 +38,8 @@ class Table:
 
 def tables_of(story: Story) -> list[Table]:
     """Every table that has rows."""
-    made = [_methods(story), _runs(story), _flips(story), _classes(story), _mistakes(story), _forecast(story),
-            _environment(story)]  # fmt: skip
+    made = [_methods(story), _folds(story), _runs(story), _flips(story), _classes(story), _mistakes(story),
+            _forecast(story), _environment(story)]  # fmt: skip
     return [table for table in made if table is not None and table.rows]
 
 
@@ -72,6 +72,17 @@ def _methods(story: Story) -> Table | None:
         f"a difference shown to be smaller than {found.margin:.3f}. Trained numbers are those beside the head."
     )
     return Table("methods", "Methods, best first", head, tuple(rows), note)
+
+
+def _folds(story: Story) -> Table | None:
+    found = story.comparison
+    if found is None or not found.folds:
+        return None
+    head = ("method", *(f"fold {number}" for number in range(1, found.folds + 1)))
+    rows = tuple((Cell(s.name), *(_number(score, 4) for score in s.fold_scores)) for s in found.standings)
+    metric = found.metric.replace("_", " ")
+    note = f"{metric}, means over seeds. Each row is in one fold, and was answered by runs that had not learnt it."
+    return Table("folds", "Fold by fold", head, rows, note)
 
 
 def _runs(story: Story) -> Table:
@@ -187,6 +198,8 @@ def _environment(story: Story) -> Table | None:
 
 def _run_cell(story: Story, method: str, number: int) -> Cell:
     own: Sequence[str] = story.comparison.runs.get(method, ()) if story.comparison is not None else ()
+    if story.comparison is not None and story.comparison.folds:
+        return Cell("one of each fold")
     return Cell(own[number], run=own[number]) if number < len(own) else Cell("")
 
 

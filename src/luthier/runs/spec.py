@@ -27,6 +27,7 @@ __all__ = [
 DEFAULT_EPOCHS = 3.0
 MAX_SPEC_BYTES = 1_000_000
 MOST_FOLDS = 20
+NEAR = " near"
 GENERATED = ("rouge_l", "bleu", "exact_match", "token_f1")
 """Scores of written text against the response of its row."""
 
@@ -58,7 +59,9 @@ class DataSpec:
     ] = None
     test_share: Annotated[float, "share of the rows held out when the data has no test half", between(0, 0.9)] = 0.2
     fold: Annotated[
-        str | None, "hold out this fold of the rows, such as 2/5, the second of five; --cv does so with each in turn"
+        str | None,
+        "hold out this fold of the rows, such as 2/5, the second of five; --cv does so with each in turn; with '2/5 "
+        "near' rows that differ only in case, digits or punctuation are in one fold",
     ] = None
     split_seed: Annotated[int, "names the split; runs with other seeds keep the same held-out rows"] = 0
     delimiter: Annotated[str | None, "what parts the columns of a .csv file; left out, what its lines show"] = None
@@ -100,14 +103,26 @@ class DataSpec:
     def __post_init__(self) -> None:
         if self.fold is None:
             return
-        number, _, folds = self.fold.partition("/")
+        number, _, folds = self.fold.removesuffix(NEAR).partition("/")
         right = number.isdecimal() and folds.isdecimal() and 1 <= int(number) <= int(folds) <= MOST_FOLDS
         if not right or int(folds) < 2:
             raise ConfigError(
-                f"data.fold: got {self.fold!r}; it is a number of as many, such as 2/5: at most {MOST_FOLDS} folds."
+                f"data.fold: got {self.fold!r}; it is a number of as many, such as 2/5 or '2/5{NEAR}': at most "
+                f"{MOST_FOLDS} folds."
             )
         if self.test is not None:
             raise ConfigError("data.fold and data.test both say which rows are held out. Give one of the two.")
+
+    def fold_of(self) -> tuple[int, int, bool] | None:
+        """The fold that is held out, of how many, and whether near copies stay together.
+
+        >>> DataSpec(source="rows.csv", fold="2/5 near").fold_of()
+        (2, 5, True)
+        """
+        if self.fold is None:
+            return None
+        number, _, folds = self.fold.removesuffix(NEAR).partition("/")
+        return int(number), int(folds), self.fold.endswith(NEAR)
 
 
 @checked

@@ -24,7 +24,14 @@ from luthier.surgery.peft_files import forms
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "peft.md"
 SITES = ("attn.k", "ffn.down")
 # peft's type -> our method of the same idea, where no files pass between them, and why.
-APART: dict[str, tuple[str, str]] = {}
+APART: dict[str, tuple[str, str]] = {
+    "XLORA": (
+        "xlora",
+        "its file holds the shares' network and absolute paths of LoRAs elsewhere, whose names it reads as those of a "
+        "model with a `model` inside (a BERT's are refused) and only where they are called 0, 1, ...; the LoRAs go out "
+        "one by one, and the same numbers give the same answers (`tests/methods/test_xlora.py`)",
+    ),
+}
 # What is to be known of a pair whose files do pass.
 NOTES = {
     "prefix_tuning": "models of llama, mistral, qwen2 and qwen3: keys are turned on their way, as peft moves the text",
@@ -34,6 +41,7 @@ NOTES = {
     "p_tuning": "the vectors that the network gave; none of them behind the text",
     "mpt": "peft's `num_ranks=1`",
     "trainable_tokens": "peft keeps the new vectors, ours what was added to them: the same up to rounding",
+    "cpt": "language models alone; its vectors, from which the offsets follow on the same base",
     "adalora": "pruned triplets go out as zeros",
     "glora": "the way of each place goes out as the richest one, which holds it exactly",
     "layernorm_tuning": "all norms, or all of the blocks",
@@ -44,10 +52,6 @@ WHY_NOT = {
         "which rows of a weight belong to which subspace is not in its file: the k-means of scikit-learn finds it "
         "again from the base, and another version or machine may find other rows for the same numbers"
     ),
-    "CPT": (
-        "its loss needs the answers inside the prompt and a type for each of its tokens, which rows of a task do not "
-        "carry; `prompt_tuning init=words` starts at the same words"
-    ),
     "FROD": (
         "not built: the directions that all layers of a kind share come out of one decomposition of them all, and each "
         "has a sparse square matrix of the width of its input"
@@ -55,10 +59,6 @@ WHY_NOT = {
     "SHADOW": (
         "not built: a small model of its own beside the base, whose state goes into every block and follows it; `lst` "
         "is a network beside the base here"
-    ),
-    "XLORA": (
-        "not built: each batch runs through the base twice, first for the shares of the LoRAs; `lorahub` and `moelora` "
-        "mix LoRAs here"
     ),
     "LILY": "peft mixes by the average over the batch: a row's answer would depend on its neighbours",
 }

@@ -33,6 +33,7 @@ NAMES = sorted(name for name, form in forms().values() if isinstance(form, PeftW
 # Where it acts, beside what its file calls tiny.
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "prompt_tuning": [{}],
+    "cpt": [{"epsilon": 2.0, "format_epsilon": 3.0}, {"decay": 0.5}],
     "p_tuning": [{"encoder": "lstm"}, {"encoder": "mlp"}],
     "mpt": [{"tasks": 3}],
     "llama_adapter": [{"gate": "layer"}],
@@ -50,8 +51,8 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "shira": [{}, {"sites": ["attn.k", "ffn.down"]}],
     "supertuning": [{}, {"which": "smallest", "sparsity": 0.7}],
 }
-WORDS = ("prompt_tuning", "p_tuning", "mpt", "prefix_tuning", "cartridge")  # vectors or keys before the text
-BARE = ("llama_adapter", "trainable_tokens")  # peft keeps no head for them
+WORDS = ("prompt_tuning", "cpt", "p_tuning", "mpt", "prefix_tuning", "cartridge")  # vectors or keys before the text
+BARE = ("llama_adapter", "trainable_tokens", "cpt")  # peft keeps no head for them
 CELLS = [(name, i, "llama", "lm") for name in NAMES for i in range(len(SETTINGS[name]))]
 CELLS += [(name, 0, "llama", "classification") for name in NAMES if name not in BARE]
 CELLS += [(name, 0, "bert", "classification") for name in NAMES if name not in (*BARE, *WORDS)]

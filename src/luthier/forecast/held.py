@@ -15,7 +15,17 @@ from luthier.anatomy import Anatomy
 from luthier.surgery import frozen_layers
 from luthier.surgery.base import Base
 from luthier.surgery.edited_model import EditedModel
-from luthier.surgery.edits import AddBranch, Attach, Attend, Edit, PrependKeys, PrependTokens, Reparametrise, Unfreeze
+from luthier.surgery.edits import (
+    AddBranch,
+    Attach,
+    Attend,
+    Edit,
+    LookFirst,
+    PrependKeys,
+    PrependTokens,
+    Reparametrise,
+    Unfreeze,
+)
 from luthier.surgery.install import Installer, check, edits_of
 from luthier.surgery.method import Method
 from luthier.surgery.unfrozen import WORTH_HALVING
@@ -218,10 +228,10 @@ class _Count:
             else:
                 self._add(self._module_of(edit))
 
-    def _module_of(self, edit: Reparametrise | PrependTokens | PrependKeys | AddBranch) -> nn.Module:
+    def _module_of(self, edit: Reparametrise | PrependTokens | PrependKeys | AddBranch | LookFirst) -> nn.Module:
         if isinstance(edit, AddBranch):
             return edit.build(self._skeleton.edited.model, self._skeleton.anatomy)
-        return edit.module if isinstance(edit, Reparametrise) else edit.source
+        return edit.module if isinstance(edit, Reparametrise | LookFirst) else edit.source
 
     def _attach(self, prefix: str, edit: Attach | Attend) -> None:
         site = edit.site if isinstance(edit, Attach) else self._skeleton.query(edit)

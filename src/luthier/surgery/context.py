@@ -35,6 +35,7 @@ class Context:
         ids: (batch, tokens) of the text, the encoder's where there are two stacks; None where it came embedded.
         around: where vectors stand beside the text of this pass; None where none do. See `prompts.Around`.
         cache: the key/value cache of the block that runs, where an attachment `keeps_keys`; None without one.
+        looked: what modules made of a first pass, by their id; see the edit `LookFirst`. Replaced, never written to.
         memory: results that attachments keep from prefill to later steps of one generation, by any key.
     """
 
@@ -48,6 +49,7 @@ class Context:
     ids: Tensor | None = None
     around: Any = None
     cache: Any = None
+    looked: dict[int, Tensor] = field(default_factory=dict)
     memory: dict[Any, Any] = field(default_factory=dict)
 
     def row(self, name: str) -> Tensor:

@@ -7,8 +7,10 @@
     PrependKeys    keys and values before those of the text, in every attention
     Attend         a module that attends in a way of its own, beside what an attention does or in place of it
     AddBranch      a network beside the model that reads its hidden states and gives its output
+    LookFirst      a module that sees what a pass gives without the tuning, before the pass itself
 
 `Reparametrise` is the sixth edit that the architecture note expected: see docs/decisions/0002-a-sixth-edit.md.
+`LookFirst`: see docs/decisions/0072-a-pass-before-each-pass.md.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ __all__ = [
     "Attach",
     "Attend",
     "Edit",
+    "LookFirst",
     "PrependKeys",
     "PrependTokens",
     "Reparametrise",
@@ -87,6 +90,9 @@ class PrependTokens:
     Where a source has an attribute `behind`, that many of its vectors, the last ones, stand behind each row's text; no
     decoder reads them there, so a method refuses that.
 
+    A source with a true attribute `listens` finds the last hidden states of its vectors, (rows, P, d), in `heard` after
+    a pass; not in an encoder-decoder.
+
     A source with a method `start(embed)` is given the model's word embedding once, under a keyed generator.
     """
 
@@ -139,7 +145,20 @@ class AddBranch:
     build: Callable[..., nn.Module]
 
 
-Edit = Attach | Attend | Reparametrise | Unfreeze | PrependTokens | PrependKeys | AddBranch
+@dataclass(frozen=True)
+class LookFirst:
+    """Run every pass twice: first without a gradient and with nothing of this edit known, then as it is.
+
+    `module(states)` is called in between, with the last hidden states of the first pass, (rows, tokens, d), in its own
+    precision; attachments find what it gave as `context.looked.get(id(module))`, and None in the first pass, where they
+    are to change nothing. The first pass has keys and values of its own, kept in the model's cache behind those of its
+    layers, so beams and crops carry them along. See first_pass.py.
+    """
+
+    module: nn.Module
+
+
+Edit = Attach | Attend | Reparametrise | Unfreeze | PrependTokens | PrependKeys | AddBranch | LookFirst
 
 
 def attach_each(

@@ -85,7 +85,7 @@ class FastPath:
         """
         edited = self.edited
         place = first_token_place(edited.anatomy, edited.modules)
-        if place is None or self.forward.prompts is not None or self.forward.branches:
+        if place is None or self.forward.prompts is not None or self.forward.branches or self.forward.looks:
             return None
         block = edited.anatomy.blocks[-1]
         for plug in (p for socket in edited.sockets_within(block.path) for p in socket.plugs):

@@ -21,6 +21,7 @@ from luthier.surgery.branch import Branch
 from luthier.surgery.checkpointing import Checkpointing, Restore
 from luthier.surgery.context import ROW, may_leave_out, packed, read_mask
 from luthier.surgery.edited_model import EditedModel
+from luthier.surgery.first_pass import FirstPass
 from luthier.surgery.first_token import FirstTokenCut
 from luthier.surgery.picture_prompts import PicturePrompts, reads_pictures
 from luthier.surgery.prefix_attention import Attending, KeysValues, Own, Pairs, Prefix, Prefixes
@@ -43,12 +44,14 @@ class Forward:
     Attributes:
         prompts: puts vectors before the text; None until a tuning wants that.
         branches: tuning -> the network beside the model.
+        looks: tuning -> the pass before each pass.
     """
 
     def __init__(self, edited: EditedModel, serving: Serving) -> None:
         self.edited, self.serving = edited, serving
         self.prompts: PromptHooks | PicturePrompts | None = None
         self.branches: dict[str, Branch] = {}
+        self.looks: dict[str, FirstPass] = {}
         self.cut: FirstTokenCut | None = None  # of the last block
         self._prefixes: list[Prefixes] = []
         self._route: prefix_attention.Route | None = None
@@ -125,6 +128,16 @@ class Forward:
         edited = self.edited
         self.branches[tuning] = Branch(edited.model, edited.anatomy, edited.modules, module, edited.context)
 
+    def add_first_pass(self, tuning: str, module: nn.Module) -> None:
+        """Let `module` see what a pass gives without the tuning, before each pass."""
+        edited = self.edited
+
+        def whole() -> AbstractContextManager[None]:
+            return nullcontext() if self.cut is None else self.cut.on(active=False)
+
+        stack = text_stack(edited.modules, edited.anatomy)
+        self.looks[tuning] = FirstPass(stack, module, edited.context, whole)
+
     def remove(self, tuning: str) -> None:
         """Take off what the tuning has here."""
         for module in self.edited.modules.values():
@@ -132,6 +145,8 @@ class Forward:
         self._prefixes = [p for p in self._prefixes if p.tuning != tuning]
         if tuning in self.branches:
             self.branches.pop(tuning).remove()
+        if tuning in self.looks:
+            self.looks.pop(tuning).remove()
 
     def refresh(self) -> None:
         """Other tunings act now."""
@@ -139,6 +154,8 @@ class Forward:
         names = {t.tuning_name for t in active}
         for name, branch in self.branches.items():
             branch.enabled = name in names
+        for name, look in self.looks.items():
+            look.enabled = name in names
         sources = [source for tuning in active for source in tuning.prompts()]
         if sources and self.prompts is None and reads_pictures(self.edited.modules, self.edited.anatomy):
             self.prompts = PicturePrompts(self.edited.modules, self.edited.anatomy, self.edited.context)
@@ -292,6 +309,7 @@ class Forward:
 
     def _end(self, out: Any) -> None:
         context = self.edited.context
+        context.looked = {}
         context.cache = None  # who made it decides how long it lives
         for whole in self._prefixes:
             whole.pairs = None

@@ -13,13 +13,23 @@ from luthier.core.protocols import Model
 from luthier.surgery import compose
 from luthier.surgery.base import Base, is_plain
 from luthier.surgery.edited_model import EditedModel
-from luthier.surgery.edits import AddBranch, Attach, Attend, Edit, PrependKeys, PrependTokens, Reparametrise, Unfreeze
+from luthier.surgery.edits import (
+    AddBranch,
+    Attach,
+    Attend,
+    Edit,
+    LookFirst,
+    PrependKeys,
+    PrependTokens,
+    Reparametrise,
+    Unfreeze,
+)
 from luthier.surgery.forward import Forward
 from luthier.surgery.method import Method
 from luthier.surgery.picture_prompts import reads_pictures
 from luthier.surgery.prompts import refuse_prompts
 from luthier.surgery.socket import Plug, Substitute, Tap
-from luthier.surgery.tuning import ATTENTION, BRANCH, CALL, PREFIX, Master, Tuning, keyed
+from luthier.surgery.tuning import ATTENTION, BRANCH, CALL, FIRST, PREFIX, Master, Tuning, keyed
 from luthier.surgery.unfrozen import Unfrozen
 from luthier.surgery.view import TunedView
 
@@ -100,6 +110,13 @@ def check(edited: EditedModel, edits: list[tuple[str, Edit]], method: Method) ->
             for block in anatomy.blocks:
                 _refuse_quantised(edited, label, [n for n in anatomy.tensors if n.startswith(f"{block.path}.")])
             claim(BRANCH, prefix, "Use one of them.")
+        elif isinstance(edit, LookFirst):
+            if anatomy.is_encoder_decoder:
+                raise AnatomyError(
+                    f"{label}: a first pass reads one text, and this {anatomy.model_type} model has two, of which the "
+                    "second is read with the first one's states. Use another method, such as lora."
+                )
+            claim(FIRST, prefix, "Use one of them.")
         elif isinstance(edit, Unfreeze | Reparametrise):
             if edit.name not in anatomy.tensors and edit.name not in anatomy.tied:
                 raise AnatomyError(
@@ -180,6 +197,9 @@ class Installer:
             self.forward.add_prefixes(tuning.tuning_name, source, [fact.path for fact in edit.attentions])
         elif isinstance(edit, Attend):
             self._attend(tuning, prefix, edit, seed)
+        elif isinstance(edit, LookFirst):
+            tuning.add(f"{prefix}first", self._at_home(edit.module))
+            self.forward.add_first_pass(tuning.tuning_name, edit.module)
         elif isinstance(edit, AddBranch):
             with keyed(seed, "branch"):
                 module = self._at_home(edit.build(edited.model, edited.anatomy))

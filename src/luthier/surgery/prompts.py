@@ -107,6 +107,11 @@ class Around:
         pads, ends = self._bounds(n, states.device)
         return _picked(states, at + self.front * (at >= pads) + self.back * (at >= ends))
 
+    def vectors(self, states: Tensor, at: int, n: int) -> Tensor:
+        """Of states (rows, front + T + back, d) those of `n` vectors before the text, from number `at` on."""
+        index = torch.arange(at, at + n, device=states.device)[None]
+        return _picked(states, index if self.pads is None else index + self.pads[:, None])
+
     def _order(self, n: int, device: torch.device) -> Tensor:
         """Of each row pads, front, text, back, pads: places in (front, all given tokens, back)."""
         at = torch.arange(self.front + n + self.back, device=device)[None]
@@ -270,12 +275,22 @@ class PromptHooks:
         around = self._around
         if around is None or self.keep:
             return out
+        self._tell(around, out[0])
         if isinstance(out, tuple):
             return (around.text(out[0]), *out[1:])
         out.last_hidden_state = around.text(out.last_hidden_state)
         if getattr(out, "hidden_states", None) is not None:
             out.hidden_states = tuple(around.text(h) for h in out.hidden_states)
         return out
+
+    def _tell(self, around: Around, states: Tensor) -> None:
+        """Hand a source that listens what the stack made of its vectors, (rows, P, d)."""
+        at = 0
+        for source in self.sources:
+            n = _length(source) - _behind(source)
+            if getattr(source, "listens", False):
+                source.heard = around.vectors(states, at, n)
+            at += n
 
     def _text(self, states: Tensor) -> Tensor:
         """The states of what the caller gave. (rows, n + tokens, d) -> (rows, tokens, d)."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from luthier.core import ConfigError
 from luthier.surgery.edited_model import EditedModel
 from luthier.surgery.method import Mixing
-from luthier.surgery.tuning import ATTENTION, BRANCH, PREFIX, Master, Tuning
+from luthier.surgery.tuning import ATTENTION, BRANCH, FIRST, PREFIX, Master, Tuning
 
 __all__ = ["RowNames", "row_problem"]
 
@@ -27,6 +27,8 @@ def row_problem(edited: EditedModel, tuning: Tuning) -> str | None:
         return "attends in a way of its own, in every row"
     if BRANCH in tuning.claims:
         return "adds a network beside the whole model"
+    if FIRST in tuning.claims:
+        return "runs the whole batch twice"
     if any(not key.startswith("head/") for key in tuning.unfrozen):
         return "changes tensors of the model itself, which all rows share"
     if any(isinstance(part, Mixing) for part in tuning.method.parts()):

@@ -11,7 +11,7 @@ from torch import nn
 from luthier.anatomy import Anatomy, Site
 from luthier.core import CompositionError
 from luthier.surgery.base import Base
-from luthier.surgery.edits import Attach, Edit, PrependKeys, PrependTokens, Reparametrise
+from luthier.surgery.edits import Attach, Edit, LookFirst, PrependKeys, PrependTokens, Reparametrise
 from luthier.surgery.method import Method
 
 __all__ = ["matrices", "numbers", "reserved_positions"]
@@ -55,7 +55,7 @@ def _of(module: nn.Module) -> list[tuple[int, ...]]:
 def _made(edit: Edit, method: Method, anatomy: Anatomy) -> list[nn.Module]:
     if isinstance(edit, Attach):
         return [edit.build(_base(edit.site, anatomy))]
-    if isinstance(edit, Reparametrise):
+    if isinstance(edit, Reparametrise | LookFirst):
         return [edit.module]
     if isinstance(edit, PrependKeys | PrependTokens):
         return [edit.source]

@@ -1,6 +1,7 @@
 """A mixture of soft prompts: the acid tests of its paper."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -147,6 +148,45 @@ def test_it_learns_resumes_to_the_bit_and_answers_as_it_scored(tmp_path):
     asked.tuned.activate("default")
     with pytest.raises(CompositionError, match="mixes the answers of several passes"):
         asked.tuned.rows(["default", "other"]).__enter__()
+
+
+@pytest.mark.parametrize("kind", SOFT)
+def test_several_mixtures_answer_each_its_own_rows_of_one_batch(kind, tmp_path):
+    """Of three prompts, of two and of one; in the same rows they are refused, and beside a base without their words."""
+    tuned, batch, objective = tuned_on(tmp_path, kind=kind, settings={"prompts": (), "mixture": 3})
+    generator, names = torch.Generator().manual_seed(0), ("default", "other", "third")
+    for number, name in enumerate(names):
+        if number:
+            settings = dataclasses.replace(tuned.tuning("default").method, mixture=3 - number)
+            tuned.add(settings, name=name, seed=number)
+        tuned.activate(name)
+        for parameter in tuned.trained(name).values():
+            parameter.data.add_(2 * torch.randn(parameter.shape, generator=generator))
+        (prompts,) = (m for m in tuned.tuning(name).modules() if isinstance(m, Prompts))
+        prompts.shares.copy_(torch.softmax(torch.randn(3 - number, generator=generator), 0))
+    alone = {}
+    with torch.no_grad():
+        for name in names:
+            tuned.activate(name)
+            alone[name] = objective(batch).logits
+    apart = [float((alone[a] - alone[b]).abs().max()) for a, b in itertools.combinations(names, 2)]
+    assert min(apart) > 2e-4, apart
+    of_rows = [names[i % 3] for i in (0, 1, 2, 1, 1, 0, 2, 0, 1)]
+    tuned.activate("third")
+    with tuned.rows(of_rows):
+        together = objective(batch).logits
+    torch.testing.assert_close(
+        together, torch.stack([alone[n][i] for i, n in enumerate(of_rows)]), rtol=1e-4, atol=1e-4
+    )
+    with tuned.rows(["other"] * 9):
+        torch.testing.assert_close(objective(batch).logits, alone["other"], rtol=0, atol=1e-5)
+    with pytest.raises(CompositionError, match="mixes the answers of several passes"):
+        tuned.rows(["other"] * 8 + [None]).__enter__()
+    tuned.activate("default", "other")
+    with pytest.raises(
+        CompositionError, match="'default' and 'other' each mix the answers of several passes, and would act"
+    ):
+        objective(batch)
 
 
 def test_a_prompt_of_another_length_than_the_template_has_room_for_is_refused(tmp_path):

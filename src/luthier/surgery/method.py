@@ -18,7 +18,7 @@ from luthier.surgery.edits import Edit, attach_each
 from luthier.surgery.peft_forms import PeftForm
 from luthier.surgery.phase import Phase
 from luthier.surgery.source import Source
-from luthier.surgery.view import TunedView
+from luthier.surgery.view import TunedView, TuningView
 
 __all__ = ["METHODS", "Batches", "Group", "Method", "Mixing", "Objective", "PerSite"]
 
@@ -221,11 +221,19 @@ class Method(AfterTraining, ABC):
 
 
 class Mixing(Method):
-    """Where a template asks for labels, its answer is a mixture of several passes. It cannot act in some rows only."""
+    """Where a template asks for labels, its answer is a mixture of several passes. In a batch only its like may be."""
 
     @abstractmethod
-    def mix(self, tuned: TunedView, forward: Callable[[], Tensor]) -> Tensor:
-        """Scores of the labels, (rows, labels), in training and in answers alike; `forward` makes one pass."""
+    def passes(self, tuning: TuningView) -> int:
+        """How many passes its answer is made of."""
+
+    @abstractmethod
+    def turn(self, tuning: TuningView, number: int) -> None:
+        """Let the tuning compute pass `number`, from 0."""
+
+    @abstractmethod
+    def mixed(self, tuning: TuningView, scores: Tensor) -> Tensor:
+        """The answer: scores of the labels, (passes, rows, labels) -> (rows, labels), in training and in answers."""
 
 
 class PerSite(Method):

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from luthier.core import ConfigError
 from luthier.surgery.edited_model import EditedModel
-from luthier.surgery.method import Mixing
 from luthier.surgery.tuning import ATTENTION, BRANCH, FIRST, PREFIX, Master, Tuning
 
 __all__ = ["RowNames", "row_problem"]
@@ -31,8 +30,6 @@ def row_problem(edited: EditedModel, tuning: Tuning) -> str | None:
         return "runs the whole batch twice"
     if any(not key.startswith("head/") for key in tuning.unfrozen):
         return "changes tensors of the model itself, which all rows share"
-    if any(isinstance(part, Mixing) for part in tuning.method.parts()):
-        return "mixes the answers of several passes"
     for socket in edited.sockets():
         if any(s.tuning == name and not isinstance(s.module, Master) for s in socket.substitutes):
             return "computes tensors of the model anew, which all rows share"

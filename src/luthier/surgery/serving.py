@@ -16,6 +16,7 @@ from luthier.core import CompositionError, ConfigError
 from luthier.surgery import compose
 from luthier.surgery.edited_model import EditedModel
 from luthier.surgery.fused_qkv import BUDGET_BYTES, FusedQKV, qkv_paths
+from luthier.surgery.method import Mixing
 from luthier.surgery.route import Route, RowState
 from luthier.surgery.row_names import RowNames, row_problem
 
@@ -169,6 +170,13 @@ class Routes:
                     f"rows: {name!r} is {compose.spell(tuning.method)}, which {problem}. Run its rows in a batch of "
                     f"their own, after tuned.activate({name!r})."
                 )
+        mixing = {n: any(isinstance(p, Mixing) for p in self.edited.tunings[n].method.parts()) for n in names if n}
+        if any(mixing.values()) and not (all(mixing.values()) and None not in names):
+            name = next(n for n, mixes in mixing.items() if mixes)
+            raise CompositionError(
+                f"rows: {name!r} is {compose.spell(self.edited.tuning(name).method)}, which mixes the answers of "
+                "several passes, and not every row's tuning does. Run its rows in a batch of their own."
+            )
         return RowNames(names)
 
     def install(self) -> None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from luthier.core import CompositionError
 from luthier.data.batches import Batch
 from luthier.data.tasks import Task
 from luthier.surgery import Mixing, Tuned
+from luthier.surgery.tuning import Tuning
 from luthier.training.output_matrix import soft_capped, softcap_of, trunk_states, why_all_logits, word_head_of
 
 __all__ = ["GapStates", "GapWords", "gaps_of"]
@@ -71,13 +72,46 @@ class GapWords:
             self._seen = None
 
     def logits(self, batch: Batch) -> Tensor:
-        """(rows, labels), in the order of the task's labels; the mixture, of a method that mixes several passes."""
-        forward = partial(self._of_one_pass, batch)
-        for tuning in self._tuned.edited.active():
-            for part in tuning.method.parts():
-                if isinstance(part, Mixing):
-                    forward = partial(part.mix, self._tuned, forward)
-        return forward()
+        """(rows, labels), in the order of the task's labels; the mixture, of a method that mixes several passes.
+
+        Raises:
+            CompositionError: several tunings that mix act in the same rows.
+        """
+        edited, rows = self._tuned.edited, self._tuned.forward.serving.rows
+        names = (
+            [t.tuning_name for t in edited.active()] if rows is None else [n for n in dict.fromkeys(rows.names) if n]
+        )
+        mixing = [(t, p) for t in map(edited.tuning, names) for p in t.method.parts() if isinstance(p, Mixing)]
+        if not mixing:
+            return self._of_one_pass(batch)
+        if rows is None:
+            if len(mixing) > 1:
+                several = " and ".join(repr(t.tuning_name) for t, _ in mixing)
+                raise CompositionError(
+                    f"{several} each mix the answers of several passes, and "
+                    "would act in the same rows. Activate one of them, or name one for each row: tuned.rows([...])."
+                )
+            ((tuning, part),) = mixing
+            return part.mixed(tuning, self._of_passes(batch, mixing))
+        scores = self._of_passes(batch, mixing)
+        found = torch.empty_like(scores[0])
+        for tuning, part in mixing:
+            own = torch.tensor([name == tuning.tuning_name for name in rows.names], device=found.device)
+            found[own] = part.mixed(tuning, scores[: part.passes(tuning), own]).to(found.dtype)
+        return found
+
+    def _of_passes(self, batch: Batch, mixing: list[tuple[Tuning, Mixing]]) -> Tensor:
+        """As many passes as the largest mixture has: (passes, rows, labels)."""
+        scores = []
+        try:
+            for number in range(max(part.passes(tuning) for tuning, part in mixing)):
+                for tuning, part in mixing:
+                    part.turn(tuning, min(number, part.passes(tuning) - 1))
+                scores.append(self._of_one_pass(batch))
+        finally:
+            for tuning, part in mixing:
+                part.turn(tuning, 0)
+        return torch.stack(scores)
 
     def _of_one_pass(self, batch: Batch) -> Tensor:
         words = torch.tensor(self._task.word_ids, device=batch.inputs["input_ids"].device)

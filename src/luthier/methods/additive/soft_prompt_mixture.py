@@ -24,7 +24,6 @@ alone.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Annotated, Any, ClassVar, Self
 
 import torch
@@ -34,7 +33,7 @@ from luthier.anatomy import Anatomy, Site
 from luthier.core import ConfigError, ModelError, at_least
 from luthier.methods.parts.own_tensors import own_modules
 from luthier.methods.parts.soft_words import soft_site
-from luthier.surgery import METHODS, Attach, Attachment, Base, Edit, Mixing, TunedView
+from luthier.surgery import METHODS, Attach, Attachment, Base, Edit, Mixing, TunedView, TuningView
 
 
 @METHODS.register("soft_prompt_mixture", family="additive", paper="arXiv:2104.06599")
@@ -86,9 +85,10 @@ class SoftPromptMixture(Mixing):
             )
         site = soft_site(anatomy, "soft_prompt_mixture")
         first = site.d_in if self.first is None else self.first
-        yield Attach(site, lambda base: Prompts(base, self, first))
+        words = SoftWords()
+        yield Attach(site, lambda base: Prompts(base, self, first, words))
         for block in self._blocks(anatomy):
-            yield Attach(block, partial(_deviations, self))
+            yield Attach(block, lambda base: Deviations(self, base.site.d_out, words))
 
     def n_params(self, anatomy: Anatomy) -> int:
         sites = (soft_site(anatomy, "soft_prompt_mixture"), *self._blocks(anatomy))
@@ -103,14 +103,19 @@ class SoftPromptMixture(Mixing):
         blocks = anatomy.sites("block_out", asked_by="soft_prompt_mixture") if self.deep else ()
         return tuple(s for s in blocks if stack in ("", s.stack))
 
-    def mix(self, tuned: TunedView, forward: Callable[[], Tensor]) -> Tensor:
-        """log p(y|x) of the mixture. (rows, labels)."""
-        (prompts,) = own_modules_of(self, tuned)
-        return prompts.mixed(forward)
+    def passes(self, tuning: TuningView) -> int:
+        return self.mixture
+
+    def turn(self, tuning: TuningView, number: int) -> None:
+        _prompts_of(tuning).now = number
+
+    def mixed(self, tuning: TuningView, scores: Tensor) -> Tensor:
+        """log p(y|x) of the mixture. (T, rows, labels) -> (rows, labels)."""
+        return _prompts_of(tuning).mixed(scores)
 
     def loss(self, tuned: TunedView, forward: Callable[[], Any]) -> Any:
         result = forward()
-        for prompts in own_modules_of(self, tuned):
+        for prompts in _own_prompts(self, tuned):
             if prompts.joint is not None and result.labels is not None:
                 prompts.pending = prompts.pending + responsibilities(prompts.joint, result.labels).sum(1)
                 prompts.joint = None
@@ -124,28 +129,36 @@ class SoftPromptMixture(Mixing):
         return self.l2 * torch.stack([d.square().sum() for d in held]).sum()
 
     def before_step(self, tuned: TunedView, step: int, total: int) -> None:
-        for prompts in own_modules_of(self, tuned):
+        for prompts in _own_prompts(self, tuned):
             prompts.pending = torch.zeros_like(prompts.shares)  # of a step that is made again
 
     def on_step(self, tuned: TunedView, step: int, total: int) -> None:
         every = max(1, total // self.updates) if self.updates else 0
-        for prompts in own_modules_of(self, tuned):
+        for prompts in _own_prompts(self, tuned):
             prompts.sums += prompts.pending
             if every and step % every == 0 and float(prompts.sums.sum()) > 0:
                 prompts.shares.copy_(prompts.sums / prompts.sums.sum())
                 prompts.sums.zero_()
 
 
-def own_modules_of(method: SoftPromptMixture, tuned: TunedView) -> list["Prompts"]:
+def _own_prompts(method: SoftPromptMixture, tuned: TunedView) -> list["Prompts"]:
     """Its prompts, whether they learn or only answer."""
-    made = (t for t in tuned.tunings.values() if t.active and t.made_by(method))
-    return [m for t in made for m in t.modules_by_key().values() if isinstance(m, Prompts)]
+    return [_prompts_of(t) for t in tuned.tunings.values() if t.active and t.made_by(method)]
+
+
+def _prompts_of(tuning: TuningView) -> "Prompts":
+    (prompts,) = (m for m in tuning.modules_by_key().values() if isinstance(m, Prompts))
+    return prompts
 
 
 def responsibilities(joint: Tensor, labels: Tensor) -> Tensor:
     """ρ: how much each prompt accounts for each row's label. joint: (T, rows, labels) -> (T, rows)."""
     of_label = joint[:, torch.arange(len(labels), device=labels.device), labels]
     return torch.softmax(of_label, 0)
+
+
+class SoftWords:
+    """Under which key one tuning's prompts tell its deviations where their words stand: others may be in the batch."""
 
 
 class Prompts(Attachment):
@@ -160,9 +173,10 @@ class Prompts(Attachment):
     shares: Tensor
     sums: Tensor
 
-    def __init__(self, base: Base, settings: SoftPromptMixture, first: int) -> None:
+    def __init__(self, base: Base, settings: SoftPromptMixture, first: int, where: SoftWords) -> None:
         super().__init__()
         t, n, d = settings.mixture, settings.length, base.site.d_out
+        self.where = where
         self.first, self.now, self.length = first, 0, n
         self.deltas = nn.Parameter(torch.zeros(t, n, d))
         self.register_buffer("words", torch.randn(t, n, d))
@@ -189,26 +203,16 @@ class Prompts(Attachment):
     def after(self, x: Any, y: Tensor) -> Tensor:
         """x: (rows, T) ids, as they came. y: (rows, T, d)."""
         number = torch.where(x >= self.first, (x - self.first).clamp(max=self.length - 1), -1)
-        self.context.memory["soft words"] = number, self.now
+        self.context.memory[self.where] = number, self.now
         chosen = (self.words + self.deltas)[self.now][number.clamp(min=0)].to(y.dtype)
         return torch.where((number >= 0)[..., None], chosen, y)
 
-    def mixed(self, forward: Callable[[], Tensor]) -> Tensor:
-        """log Σ_t π_t p_t of what each prompt gives. (rows, labels)."""
-        scores: list[Tensor] = []
-        try:
-            for number in range(len(self.shares)):
-                self.now = number
-                scores.append(torch.log_softmax(forward().float(), -1))
-        finally:
-            self.now = 0
-        joint = torch.stack(scores) + self.shares.log()[:, None, None].to(scores[0])  # (T, rows, labels)
+    def mixed(self, scores: Tensor) -> Tensor:
+        """log Σ_t π_t p_t of what each prompt gives. (T, rows, labels) -> (rows, labels)."""
+        shares = self.shares.log()[:, None, None].to(scores.device, torch.float32)
+        joint = torch.log_softmax(scores.float(), -1) + shares
         self.joint = joint.detach()
         return torch.logsumexp(joint, 0)
-
-
-def _deviations(settings: SoftPromptMixture, base: Base) -> "Deviations":
-    return Deviations(settings.mixture, settings.length, base.site.d_out)
 
 
 class Deviations(Attachment):
@@ -219,12 +223,13 @@ class Deviations(Attachment):
     per_token = False
     may_rest = True  # behind the last block an encoder reads the gap alone
 
-    def __init__(self, t: int, n: int, d: int) -> None:
+    def __init__(self, settings: SoftPromptMixture, d: int, where: SoftWords) -> None:
         super().__init__()
-        self.deltas = nn.Parameter(torch.zeros(t, n, d))
+        self.where = where
+        self.deltas = nn.Parameter(torch.zeros(settings.mixture, settings.length, d))
 
     def after(self, x: Any, y: Tensor) -> Tensor:
-        found = self.context.memory.get("soft words")
+        found = self.context.memory.get(self.where)
         if found is None:
             raise ModelError("soft_prompt_mixture: its words are found by their ids. Give the text as input_ids.")
         number, now = found

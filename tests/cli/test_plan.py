@@ -72,6 +72,16 @@ def test_no_number_of_a_large_model_loses_its_unit_on_80_columns(luthier: Call, 
     assert next(line.split() for line in table if line.startswith("beft "))[1:3] == ["131.1", "k"]
 
 
+@pytest.fixture
+def nothing_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other ways to fit take seconds on a large model, and have a test of their own."""
+    from luthier.workflow import plan
+
+    monkeypatch.setattr(plan, "TRIED", 0)
+    monkeypatch.setattr(plan, "INSTEAD", ())
+
+
+@pytest.mark.usefixtures("nothing_tried")
 def test_a_budget_that_fits_nothing_says_so(luthier: Call, llama_7b: Path) -> None:
     said = luthier("plan", llama_7b, "--method", "lora,full", "--device", "8GB")
     assert said.code == 0
@@ -192,10 +202,18 @@ def test_what_cannot_fit_is_refused_before_it_starts_and_force_starts_it(
     words = ("train", model, "--data", rows, "--steps", 2, "--threads", 1, "--out", "run")
     refused = luthier(*words)
     assert refused.code == 5 and "1.0 kB" in refused.err and "--force" in refused.err
-    assert not Path("run").exists()
+    assert "smaller model" in refused.err and not Path("run").exists()
     assert luthier(*words, "--force").code == 0
+    room = 900_000  # full tuning of this model holds a million and more
+    monkeypatch.setattr(forecasts.psutil, "virtual_memory", lambda: type("Memory", (), {"total": room})())
+    monkeypatch.setattr("luthier.workflow.plan.resident_bytes", lambda: 0)
+    monkeypatch.setattr("luthier.workflow.plan.LATER", 0)
+    monkeypatch.setattr("luthier.workflow.plan.committed", tuple)
+    refused = luthier(*words[:-1], "again", "--method", "full", "--max-length", 8, "--batch", 1)
+    assert refused.code == 5 and "What would fit, with its peak: --method lora" in refused.err, refused.err
 
 
+@pytest.mark.usefixtures("nothing_tried")
 def test_a_forecast_of_activations_says_what_fits_and_what_would(luthier: Call, llama_7b: Path) -> None:
     row = luthier("plan", llama_7b, "--method", "lora", "--device", "24GB", "--json").json["rows"][0]
     assert row["fits"] == "maybe" and row["would"].startswith("batch.tokens=")
@@ -204,6 +222,41 @@ def test_a_forecast_of_activations_says_what_fits_and_what_would(luthier: Call, 
     assert luthier("plan", llama_7b, *words, "--json").json["rows"][0]["fits"] == "yes"
     leaner = luthier("plan", llama_7b, "--method", "lora", "--gradient-checkpointing", "true", "--json").json["rows"][0]
     assert leaner["activations"] < row["activations"] / 3
+
+
+def test_every_way_that_is_said_to_fit_fits_by_a_forecast_of_its_own(luthier: Call, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
+    path.write_text(json.dumps({**LLAMA_7B, **sizes, "vocab_size": 512}))
+    words = ("plan", path, "--method", "lora,full", "--max-length", 32)
+    whole = luthier(*words, "--device", "24GB", "--json").json["rows"]
+    assert all(row["fits"] == "yes" and row["remedies"] == [] for row in whole)
+    small = f"{whole[0]['peak']['high'] * 0.7 / 1e6:.3f}MB"
+    rows = luthier(*words, "--device", small, "--json").json["rows"]
+    said = {row["name"]: [told["words"] for told in row["remedies"]] for row in rows}
+    kinds = ("--batch-tokens", "--gradient-checkpointing true", "--store nf4", "--store int8")
+    assert all(any(one.startswith(kind) for one in said["lora"]) for kind in kinds), said
+    for row in rows:
+        for told in row["remedies"]:
+            own = () if "--method" in told["words"] else ("--method", row["name"])
+            again = (*own, *told["words"].split(), "--max-length", 32, "--device", small, "--json")
+            (found,) = luthier("plan", path, *again).json["rows"]
+            assert found["fits"] == "yes" and found["peak"] == told["peak"], told
+    screen = luthier(*words, "--device", small).out
+    assert all(one in screen for one in said["lora"])
+
+
+def test_what_fits_among_those_asked_about_is_named_and_a_base_in_codes_is_for_no_full_tuning(
+    luthier: Call, tmp_path: Path
+) -> None:
+    path = tmp_path / "config.json"
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
+    path.write_text(json.dumps({**LLAMA_7B, **sizes, "vocab_size": 512}))
+    words = ("plan", path, "--method", "full,bitfit,lora", "--max-length", 8, "--batch", 1)
+    by_name = {row["name"]: row for row in luthier(*words, "--device", "20MB", "--json").json["rows"]}
+    assert by_name["full"]["fits"] == "no" and by_name["lora"]["fits"] == "yes" and by_name["bitfit"]["refused"]
+    assert [told["words"] for told in by_name["full"]["remedies"]] == ["--method lora"]
+    assert by_name["full"]["remedies"][0]["peak"] == by_name["lora"]["peak"]
 
 
 def test_the_next_command_is_one_that_runs(luthier: Call, llama_7b: Path, model: Path) -> None:

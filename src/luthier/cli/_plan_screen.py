@@ -61,9 +61,10 @@ def show(found: Any, outputs: int | None, *, can_train: bool) -> None:
         n = min(behind)
         to.page(f"\n{MEASURED.format(n=n) if n else ASSUMED}")
     _show_step(found, stands)
-    for row in stands:
-        if row.would:
-            to.show(f"{row.name} would fit with --set {row.would}")
+    remedies = [(row.name, told.words, spread(told.peak)) for row in stands for told in row.remedies]
+    if remedies:
+        to.show("\nWhat would fit, each by a forecast of its own:")
+        to.table(("method", "with", "peak"), remedies, right=("peak",), whole=("method", "with", "peak"))
     to.page(f"\n{NOTE_PEAK if grown else NOTE}")
     if stands and all(row.fits == "no" for row in stands):
         to.page(f"\nNothing fits into {human_bytes(found.device.memory)}. Take a smaller model or a larger device.")

@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from luthier.core import IntegrityError, LuthierError, ResourceError, human_bytes
-from luthier.forecast import Pair, Rates, Steps, TimePair, held, measured_rates
+from luthier.forecast import Device, Pair, Rates, Steps, TimePair, held, measured_rates
 from luthier.forecast.times import How
 from luthier.runs import Record
 from luthier.runs.spec import RunSpec
@@ -19,12 +19,13 @@ from luthier.surgery import METHODS, compose, read_tuning
 from luthier.training.precision import Precision
 from luthier.training.strategy import split_settings
 from luthier.workflow.durations import loading_of, probed, work_of_step
+from luthier.workflow.lengths import assumed_steps
 from luthier.workflow.load_model import load_config
 from luthier.workflow.outline import Outline, outline_of
-from luthier.workflow.plan import activations_of, packed_here, task_of_rows, weights_in
+from luthier.workflow.plan import Remedy, activations_of, packed_here, remedies_here, task_of_rows, weights_in
 from luthier.workflow.preparation import Prepared
 
-__all__ = ["Told", "forecast_of", "pairs_of", "refuse_what_cannot_fit", "timing_of", "told_of", "widest"]
+__all__ = ["Told", "forecast_of", "pairs_of", "refuse_what_cannot_fit", "remedies_of", "timing_of", "told_of", "widest"]
 
 WORTH_PROBING = 1.0  # seconds that steps took together: of shorter runs the rates are not measured
 QUICK = 0.05  # of the time of the steps, for that probe; two seconds at most
@@ -37,17 +38,20 @@ def forecast_of(prepared: Prepared) -> dict[str, int]:
 
     `packed` is what this machine makes of it; all other parts are the same on each.
     """
-    source = prepared.source
     if prepared.sources or prepared.others:
         return {}  # what a saved tuning or another model adds is no part of the structure
-    halves = set(source.folder.dtypes.values()) == {"BF16"}
-    outline = Outline(source.name, load_config(source), halves, True, frozenset(source.folder.shapes))
-    spec = prepared.spec
+    outline, spec = _outline(prepared), prepared.spec
     found = held(prepared.method, outline.skeleton(prepared.task, prepared.weights, spec.codes), spec.optim.name)
     return {
         "weights": found.weights, "trained": found.numbers, "gradients": found.gradients, "optimiser": found.moments,
         "packed": packed_here(found, spec) if prepared.device.type == "cpu" else 0,
     }  # fmt: skip
+
+
+def _outline(prepared: Prepared) -> Outline:
+    source = prepared.source
+    halves = set(source.folder.dtypes.values()) == {"BF16"}
+    return Outline(source.name, load_config(source), halves, True, frozenset(source.folder.shapes))
 
 
 def timing_of(prepared: Prepared, loop: Any) -> dict[str, float]:
@@ -66,12 +70,13 @@ def timing_of(prepared: Prepared, loop: Any) -> dict[str, float]:
     return told | {name: getattr(rates, field) for field, name in _RATES.items()}
 
 
-def refuse_what_cannot_fit(forecast: dict[str, int], device: torch.device, force: bool) -> None:
+def refuse_what_cannot_fit(prepared: Prepared) -> None:
     """Refuse a run whose weights, trained numbers and moments alone are more than the device has.
 
     Raises:
-        ResourceError: with the numbers.
+        ResourceError: with the numbers, and with what would fit, as `plan` says it.
     """
+    forecast, device = forecast_of(prepared), prepared.device
     standing = sum(forecast.get(part, 0) for part in ("weights", "trained", "optimiser"))
     if device.type == "cuda":
         there = int(torch.cuda.get_device_properties(device).total_memory)
@@ -79,13 +84,29 @@ def refuse_what_cannot_fit(forecast: dict[str, int], device: torch.device, force
         there = int(psutil.virtual_memory().total)
     else:
         return
-    if standing <= there or force:
+    if standing <= there or prepared.spec.force:
         return
+    would = "; ".join(map(str, remedies_of(prepared, there)))
     raise ResourceError(
         f"this run cannot fit: weights, trained numbers and the optimiser's moments are {human_bytes(standing)} "
-        f"together, and the device has {human_bytes(there)}. `luthier plan` says which methods fit; --force starts it "
-        "all the same."
-    )
+        f"together, and the device has {human_bytes(there)}. "
+        + (f"What would fit, with its peak: {would}. " if would else "Neither a base in codes nor another method that "
+           "was tried would fit: take a smaller model. ")
+        + "`luthier plan` says which methods fit; --force starts it all the same."
+    )  # fmt: skip
+
+
+def remedies_of(prepared: Prepared, memory: int) -> tuple[Remedy, ...]:
+    """What would fit into so many bytes in place of a run; nothing where that cannot be forecast."""
+    kind = prepared.device.type
+    device = Device(name="this", kind=kind, memory=memory, here=False, bf16=False, said="this machine")
+    steps = assumed_steps(prepared.spec, int(prepared.train.lengths.max()))
+    try:
+        return remedies_here(
+            _outline(prepared), prepared.spec, prepared.task, prepared.precision, device, steps
+        )  # fmt: skip
+    except LuthierError:
+        return ()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from luthier.core import ConfigError, LuthierError, UnknownName, near
+from luthier.core import ConfigError, LuthierError, UnknownName, human_bytes, near
 from luthier.data.load_data import load_data
 from luthier.data.tasks import Task
 from luthier.forecast import (
@@ -41,7 +41,13 @@ from luthier.workflow.outline import Outline
 USUAL = 128  # tokens of a row, where nothing says how long rows are
 LATER = 150_000_000  # bytes of a process after its first step: scores, late libraries (docs/howto/plan.md)
 
-__all__ = ["USUAL", "Asked", "Plan", "PlanRow", "activations_of", "packed_here", "plan", "task_of_rows", "weights_in"]
+TRIED = 4  # methods that do not fit, for which more than a smaller micro-batch is tried: each way takes a second
+INSTEAD = ("lora", "qlora")  # methods that are tried where none of those asked about fits
+
+__all__ = [
+    "USUAL", "Asked", "Plan", "PlanRow", "Remedy", "activations_of", "packed_here", "plan", "remedies_here",
+    "task_of_rows", "weights_in",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,17 @@ class Asked:
     name: str
     method: str
     settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """What would fit where a run does not: options of `luthier train`, and the forecast with them."""
+
+    words: str
+    peak: Interval
+
+    def __str__(self) -> str:
+        return f"{self.words} ({human_bytes(self.peak.low)} to {human_bytes(self.peak.high)})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +80,8 @@ class PlanRow:
         unknown: why activations were not forecast, where they were asked for.
         peak: the highest memory, the program's own included on a processor.
         fits: "?" where activations were not forecast and the rest fits.
-        would: what would fit where this does not, or may not.
+        would: of smaller micro-batches, the largest that fits where this does not, or may not.
+        remedies: that, and what else would fit, each by a forecast of its own.
         step, training: seconds of an optimiser step, and of all of them where rows say how many there are.
         at_least: seconds of a step below which a device that was never measured cannot come.
         probed: the seconds are of real steps.
@@ -79,6 +97,7 @@ class PlanRow:
     peak: Interval | None = None
     fits: Literal["yes", "maybe", "no", "?"] = "?"
     would: str = ""
+    remedies: tuple[Remedy, ...] = ()
     refused: str = ""
     step: Span | None = None
     training: Span | None = None
@@ -146,7 +165,7 @@ def plan(
     grows = real_steps or grow
     rates = rates_here(spec, outline, precision, steps, seconds) if grows and device.here else None
     one = _Row(outline, spec, device, task, precision, known, grows, steps, rates, timed, real_steps)
-    rows = tuple(one.of(word) for word in wanted)
+    rows = one.with_remedies([(word, one.of(word)) for word in wanted])
     return Plan(
         model=outline.name, kind=whole.model_type, numbers=whole.n_params, task=task, precision=precision.name,
         optimiser=spec.optim.name, device=device, rows_at_once=steps.widest[0], tokens=steps.widest[1], rows=rows,
@@ -197,11 +216,7 @@ class _Row:
     def of(self, one: Asked) -> PlanRow:
         """One method's."""
         try:
-            method = compose.method(one.method, {**_own(one, self.spec.settings), **one.settings})
-            spec = replace(self.spec, store=store_of(self.spec.store, method))  # type: ignore[arg-type]  # of a method, str
-            refuse_floats(spec, method)
-            dtype = weights_in(method, self.outline, spec, self.task, self.precision)
-            found = held(method, self.outline.skeleton(self.task, dtype, spec.codes), spec.optim.name)
+            method, spec, dtype, found = self._counted(one, self.spec)
         except LuthierError as error:
             return PlanRow(name=one.name, method=one.method, refused=str(error))
         row = PlanRow(
@@ -213,13 +228,91 @@ class _Row:
         grown = self._grown(method, spec, dtype, self.rows, self.tokens)
         if isinstance(grown, str):
             return replace(row, unknown=grown)
-        family = str(METHODS.card(one.method.partition("+")[0]).family)
+        family = _family(one)
         peak = self._peak(found, grown.at(self.rows), family)
-        row = replace(
-            row, activations=grown.at(self.rows), peak=peak, fits=self._fits(peak),
-            would=self._would(row, method, spec, dtype, grown, family),
-        )  # fmt: skip
+        row = replace(row, activations=grown.at(self.rows), peak=peak, fits=self._fits(peak))
+        if row.fits != "yes":
+            narrower = self._narrowed(one, method, spec, dtype, found, grown)
+            if narrower is not None:
+                tokens = narrower[0] * self.tokens
+                told = Remedy(f"--batch-tokens {tokens}", narrower[1])
+                row = replace(row, would=f"batch.tokens={tokens}", remedies=(told,))
         return self._timed(row, method, spec, dtype, found, grown, family)
+
+    def with_remedies(self, made: Sequence[tuple[Asked, PlanRow]]) -> tuple[PlanRow, ...]:
+        """The rows; to those that do not fit, what else would."""
+        rows, tried = [row for _, row in made], 0
+        fitting = sorted((row for row in rows if row.fits == "yes" and row.held), key=lambda row: -_trained(row))
+        instead = [Remedy(f"--method {row.name}", row.peak) for row in fitting[:2] if row.peak is not None]
+        found: list[PlanRow] = []
+        for one, row in made:
+            if row.peak is None or row.fits == "yes":
+                found.append(row)
+                continue
+            tried += 1
+            more = self._other_ways(one) if tried <= TRIED else []
+            if not instead and tried == 1:
+                instead = self._other_methods({row.method for row in rows})
+            found.append(replace(row, remedies=(*row.remedies, *more, *instead)))
+        return tuple(found)
+
+    def _other_ways(self, one: Asked) -> list[Remedy]:
+        """Of the same method: activations computed twice, and a base in codes."""
+        ways: list[tuple[str, RunSpec]] = []
+        if self.spec.gradient_checkpointing is not True:
+            ways.append(("--gradient-checkpointing true", replace(self.spec, gradient_checkpointing=True)))
+        if self.spec.store is None:
+            ways += [(f"--store {store}", replace(self.spec, store=store)) for store in ("int8", "nf4")]
+        return [told for words, spec in ways if (told := self._remedy(words, one, spec)) is not None]
+
+    def _other_methods(self, asked: set[str]) -> list[Remedy]:
+        made = (
+            self._remedy(f"--method {name}", Asked(name, name, {}), replace(self.spec, settings={}))
+            for name in INSTEAD if name not in asked
+        )  # fmt: skip
+        return [told for told in made if told is not None]
+
+    def _remedy(self, words: str, one: Asked, spec: RunSpec) -> Remedy | None:
+        """What would fit with this spec, with fewer rows at once if need be; None where nothing would."""
+        try:
+            method, spec, dtype, found = self._counted(one, spec)
+        except LuthierError:
+            return None
+        if found.standing > self._room():
+            return None
+        grown = self._grown(method, spec, dtype, self.rows, self.tokens)
+        fits = None if isinstance(grown, str) else self._narrowed(one, method, spec, dtype, found, grown)
+        if fits is None:
+            return None
+        rows, peak = fits
+        return Remedy(words if rows == self.rows else f"{words} --batch-tokens {rows * self.tokens}", peak)
+
+    def _counted(self, one: Asked, spec: RunSpec) -> tuple[Method, RunSpec, torch.dtype, Held]:
+        """Raises: LuthierError, where the method cannot be put on the model."""
+        method = compose.method(one.method, {**_own(one, spec.settings), **one.settings})
+        spec = replace(spec, store=store_of(spec.store, method))  # type: ignore[arg-type]  # of a method, str
+        refuse_floats(spec, method)
+        dtype = weights_in(method, self.outline, spec, self.task, self.precision)
+        found = held(method, self.outline.skeleton(self.task, dtype, spec.codes), spec.optim.name)
+        return method, spec, dtype, found
+
+    def _narrowed(
+        self, one: Asked, method: Method, spec: RunSpec, dtype: torch.dtype, found: Held, grown: Growth
+    ) -> tuple[int, Interval] | None:  # fmt: skip
+        """The most rows at once that fit, this many or fewer, and their peak; None where one row does not."""
+        rows, family = self.rows, _family(one)
+
+        def peak_of(line: Growth | str) -> Interval | None:
+            peak = None if isinstance(line, str) else self._peak(found, line.at(rows), family)
+            return peak if peak is not None and self._fits(peak) == "yes" else None
+
+        peak = peak_of(grown)
+        while peak is None and rows > 1:
+            rows //= 2
+            # Of fewer rows attention may keep more of each, never less: those that look as if they fit are measured.
+            if peak_of(grown) is not None:
+                peak = peak_of(self._grown(method, spec, dtype, rows, self.tokens))
+        return None if peak is None else (rows, peak)
 
     def _timed(
         self, row: PlanRow, method: Method, spec: RunSpec, dtype: torch.dtype, found: Held, grown: Growth, family: str
@@ -262,24 +355,23 @@ class _Row:
         room = self._room()
         return "yes" if peak.high <= room else "maybe" if peak.low <= room else "no"
 
-    def _would(
-        self, row: PlanRow, method: Method, spec: RunSpec, dtype: torch.dtype, grown: Growth, family: str
-    ) -> str:  # fmt: skip
-        """Of smaller micro-batches, the largest that fits; empty where this one does, or none would."""
-        found, rows = row.held, self.rows
-        assert found is not None
 
-        def fits(line: Growth | str) -> bool:
-            return not isinstance(line, str) and self._fits(self._peak(found, line.at(rows), family)) == "yes"
+def remedies_here(
+    outline: Outline, spec: RunSpec, task: Task, precision: Precision, device: Device, steps: Steps
+) -> tuple[Remedy, ...]:  # fmt: skip
+    """What would fit of a run that does not: the ways that `plan` tries, each by its own forecast."""
+    one = _Row(outline, spec, device, task, precision, committed(), True, steps, None, (), False)
+    asked = Asked(spec.method, spec.method, {})
+    (row,) = one.with_remedies([(asked, one.of(asked))])
+    return row.remedies
 
-        if fits(grown):
-            return ""
-        while rows > 1:
-            rows //= 2
-            # Of fewer rows attention may keep more of each, never less: those that look as if they fit are measured.
-            if fits(grown) and fits(self._grown(method, spec, dtype, rows, self.tokens)):
-                return f"batch.tokens={rows * self.tokens}"
-        return ""
+
+def _family(one: Asked) -> str:
+    return str(METHODS.card(one.method.partition("+")[0]).family)
+
+
+def _trained(row: PlanRow) -> int:
+    return row.held.trained if row.held is not None else 0
 
 
 def task_of_rows(spec: RunSpec, outline: Outline) -> Task:

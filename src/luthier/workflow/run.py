@@ -30,7 +30,7 @@ from luthier.training.recipe import refuse_recipe
 from luthier.training.stop_signals import StopRequested, StopSignals
 from luthier.workflow.build import build, evaluator_of
 from luthier.workflow.finish import Result, finish, record_of, result_of
-from luthier.workflow.forecasts import forecast_of, refuse_what_cannot_fit
+from luthier.workflow.forecasts import refuse_what_cannot_fit
 from luthier.workflow.looks import Looks
 from luthier.workflow.preparation import Prepared, prepare
 from luthier.workflow.resume_checks import apply, check_changes, compare_fingerprints
@@ -81,7 +81,7 @@ def train_run(
         _refuse_occupied(path)
         prepared = prepare(spec, listener.say)
     started = time.monotonic()
-    refuse_what_cannot_fit(forecast_of(prepared), prepared.device, spec.force)
+    refuse_what_cannot_fit(prepared)
     loop_of = build(prepared)
     with _create(path, prepared) as run:
         for line in prepared.lines:

@@ -18,7 +18,7 @@ from luthier import DataSpec, RunSpec, train
 from luthier.runs.spec import BatchSpec, EvalSpec
 from luthier.training.evaluate import Evaluator
 from luthier.workflow import Predictor, certify, prepare
-from luthier.workflow.evaluate_run import _evaluator
+from luthier.workflow.evaluate_run import evaluator_of
 
 
 def spec_of(method: str, given: argparse.Namespace) -> RunSpec:
@@ -36,7 +36,7 @@ def perplexities(path: Path) -> tuple[float, float]:
     predictor = Predictor(path)
     held = prepare(predictor.spec, begun=True).test
     assert held is not None
-    scorer: Evaluator = _evaluator(predictor, held)
+    scorer: Evaluator = evaluator_of(predictor, held)
     with torch.no_grad():
         after = scorer.outputs()["loss"]
         with predictor.tuned.base_only():

@@ -355,6 +355,16 @@ def test_a_module_that_does_not_say_is_causal_and_one_query_sees_all_keys() -> N
     torch.testing.assert_close(one, _definition(q[:, :, :1], k, k, None).transpose(1, 2))
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_one_query_without_a_gradient_has_the_bits_of_the_usual_way(softcap: float | None) -> None:
+    q, k = _r(2, 4, 1, 8).detach().float(), _r(2, 2, 9, 8).detach().float()
+    options = {} if softcap is None else {"softcap": softcap}
+    with torch.no_grad():
+        want = attend(q, k, k, scaling=SCALE, softcap=softcap).transpose(1, 2)
+        found, _ = attention_interface(_Module(), q, k, k, None, scaling=SCALE, **options)
+    assert torch.equal(found, want) and found.is_contiguous()
+
+
 def test_the_modules_seed_or_else_the_ambient_generator_decides_what_is_dropped() -> None:
     q, module = _r(1, 2, 8, 4), _Module()
     module.attention_seed = 5

@@ -65,3 +65,15 @@ def test_a_cpus_temporaries_are_bounded_for_each_thread_and_another_device_takes
         assert list(frozen._pieces(torch.empty(77, 10, device="meta"))) == [slice(0, 77)]
     # A row wider than a piece stands alone.
     assert list(frozen._pieces(torch.empty(2, 5000))) == [slice(0, 1), slice(1, 2)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("plus_one", [False, True])
+def test_few_rows_without_a_gradient_have_the_bits_of_many(dtype: torch.dtype, plus_one: bool) -> None:
+    x, w = (t.detach().to(dtype) for t in (_r(2, 3, 48), _r(48)))
+    want = frozen._RMSNorm.apply(x, w, 1e-5, plus_one)
+    assert torch.equal(rms_norm(x, w, 1e-5, plus_one), want) and want.dtype == dtype
+    x.requires_grad_()
+    assert rms_norm(x, w, 1e-5, plus_one).requires_grad
+    with torch.no_grad():
+        assert torch.equal(rms_norm(x, w, 1e-5, plus_one), want)

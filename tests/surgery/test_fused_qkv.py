@@ -168,6 +168,21 @@ def test_asked_twice_for_one_tensor_it_does_not_give_what_was_taken() -> None:
 
 
 @torch.no_grad()
+def test_what_waits_is_taken_for_this_very_tensor_and_once_it_was_compared() -> None:
+    group, layers = plain_group()
+    x = torch.randn(2, 6, dtype=torch.float64)
+    assert group.take(0, x) is None and group.give(0, x) is not None
+    assert group.take(1, x) is None  # not compared with the usual way yet
+    assert group.give(1, x) is not None and group.give(2, x) is not None
+    assert group.give(0, x) is not None
+    assert group.take(1, x.clone()) is None
+    for number in (2, 1):
+        out = group.take(number, x)
+        assert out is not None and torch.allclose(out, layers[number](x))
+    assert group.take(1, x) is None and group._waiting is None
+
+
+@torch.no_grad()
 def test_nothing_is_kept_when_all_have_taken_theirs_in_any_order() -> None:
     group, layers = plain_group()
     for order in ((0, 1, 2), (2, 0, 1)):

@@ -143,10 +143,8 @@ def attend(
     if not fast() or mask_trains or ragged or torch.is_autocast_enabled(query.device.type):
         return _formula(query, key, value, mask, scaling, causal, offset, dropout, key_seed, softcap)[0]
     training = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    chosen = way(query.device.type, query.dtype, T, S, training)
     few = query.shape[0] * query.shape[1] * max(T, 32) * S <= FEW_SCORES and query.device.type == "cpu"
-    if few and not training:
-        chosen = "sdpa"
+    chosen = "sdpa" if few and not training else way(query.device.type, query.dtype, T, S, training)
     framework_can = dropout == 0.0 and softcap is None
     if framework_can and (chosen == "sdpa" or torch.compiler.is_compiling()):
         return _framework(query, key, value, mask, scaling, causal, offset)
@@ -196,6 +194,9 @@ def attention_interface(
     if causal and S > T:  # an empty static cache being filled: the keys beyond T are not there yet
         key, value, S = key[:, :, :T], value[:, :, :T], T
         bias = None if bias is None else bias[..., :T]
+    if T == 1 and attention_mask is None and bias is None and dropout == 0.0 and _is_one_token(query, key, value, kwargs):
+        one = F.scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=len(query[0]) > len(key[0]))
+        return one.transpose(1, 2).contiguous(), None
     if bias is not None:
         attention_mask = _with_bias(attention_mask, bias)
     seed = None
@@ -230,6 +231,22 @@ _KNOWN = {
     *("use_cache", "past_key_values", "past_key_value", "output_hidden_states", "return_dict"),
     *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
 }
+
+
+def _is_one_token(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> bool:
+    """Whether `attend` would hand a single query to the framework: asked first, its questions cost as much again."""
+    return (
+        fast()
+        and query.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and query.shape[0] * query.shape[1] * 32 * key.shape[2] <= FEW_SCORES
+        and query.shape[0] == key.shape[0]
+        and key.shape[2] > 0
+        and key.shape[-1] == value.shape[-1]
+        and not torch.is_autocast_enabled("cpu")
+        and not any(options.get(name) is not None for name in ("softcap", "s_aux"))
+        and not options.get("output_attentions")
+    )
 
 
 def _with_bias(mask: Tensor | None, bias: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ class StillSiblings:
         y = both[:, : self.d_out]
         if self.b is not None:
             y.addmm_(both[:, self.d_out :], self.b)
-        return [part.contiguous().view(*x.shape[:-1], part.shape[1]) for part in torch.split(y, self.sizes, 1)]
+        return [part.contiguous().view(*x.shape[:-1], part.shape[1]) for part in y.split_with_sizes(self.sizes, 1)]
 
 
 class GroupedUpdates:

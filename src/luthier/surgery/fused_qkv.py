@@ -83,6 +83,16 @@ class FusedQKV:
             self._waiting = None
         return mine
 
+    def take(self, number: int, x: Tensor) -> Tensor | None:
+        """What waits for the projection `number`, computed from this very x; None where nothing does."""
+        if self._waiting is None or self._waiting[0] is not x or number not in self._tried:
+            return None
+        parts = self._waiting[1]
+        mine, parts[number] = parts[number], None
+        if all(part is None for part in parts):
+            self._waiting = None
+        return mine
+
     def _try(self, number: int, x: Tensor, found: Tensor) -> bool:
         """Compare with the usual way, once for each projection."""
         if number not in self._tried:

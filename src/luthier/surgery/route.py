@@ -81,6 +81,11 @@ class Route:
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rows = self.state.rows
         if rows is None:
+            # Who was asked first has looked whether it may; hooks on this layer are this layer's own.
+            if self.qkv is not None and not kwargs and not any(self.socket.listeners):
+                out = self.qkv[0].take(self.qkv[1], args[0])
+                if out is not None:
+                    return out
             if (self.still is not None or self.qkv is not None) and not kwargs and self._may(args[0]):
                 x = args[0]
                 if self.qkv is not None and x.numel() <= FEW * x.shape[-1]:

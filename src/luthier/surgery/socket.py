@@ -222,7 +222,9 @@ class Socket(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         route = self.route
-        return self.run(self.live, args, kwargs) if route is None else route(args, kwargs)
+        if route is not None:
+            return route(args, kwargs)
+        return self._base(args, kwargs) if self.live.empty else self.run(self.live, args, kwargs)
 
     def frozen(self, x: Tensor) -> Tensor:
         """The layer alone. x: (..., d_in) -> (..., d_out)."""

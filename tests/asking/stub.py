@@ -20,6 +20,7 @@ class Stub:
     """
 
     name = "stub"
+    reads = said = ""
     wave = 3
 
     def __init__(

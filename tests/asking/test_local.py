@@ -1,15 +1,19 @@
 """A model of ours as a machine: its scores are those of one plain pass, whatever shares a batch or a prefix."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from asking.stub import Stub, asked, desk
 from little import little_model
+from word_tables import word_tokenizer
 
 from luthier.asking.local import Local
 from luthier.asking.models import open_model
 from luthier.asking.way import Score, Write
+from luthier.asking.ways.shots.icl import ICL
 from luthier.core import DataError, ModelError
 
 SHOTS = "how far is the moon answer one\n\nhow tall is the cat answer two\n\nwho is the dog answer three\n\n"
@@ -144,3 +148,35 @@ def test_logits_that_are_no_numbers_are_an_error_and_no_answer(folder: Path) -> 
 def test_an_encoder_is_refused_before_it_is_loaded(folder: Path) -> None:
     with pytest.raises(ModelError, match="bert is an encoder, which goes on from no prompt"):
         open_model(str(little_model(folder / "bert", "bert")))
+
+
+TURNS = (
+    "{% for m in messages %}{{ 'who ' + m.content + ' ' }}{% endfor %}{% if add_generation_prompt %}answer {% endif %}"
+)
+
+
+def test_a_chat_model_is_asked_in_a_turn_of_its_template_unless_it_is_told_otherwise(folder: Path) -> None:
+    path = little_model(folder / "chat", "llama")
+    word_tokenizer("gpt", chat_template=TURNS).save_pretrained(path)
+    on, raw = (open_model(str(path), device="cpu", precision="fp32", raw=raw) for raw in (False, True))
+    assert on.template is not None and on.template.digest[:12] in on.said and on.template.digest in on.reads
+    assert raw.reads == raw.said == "" and raw.ids("what is it") != on.ids("what is it")
+    assert on.ids("what is it") == raw.ids("who what is it answer ") and on.count("what is it") == 5
+    found = on.score([Score(prompt=text, options=OPTIONS) for text in TEXTS])
+    by_turns = raw.score([Score(prompt=f"who {text} answer", options=OPTIONS) for text in TEXTS])
+    for one, other in zip(found, by_turns, strict=True):  # words of this tokenizer know no blanks
+        assert one.chances == pytest.approx(other.chances, abs=2e-4)
+    [[text]] = on.write([Write(prompt="what is it", max_tokens=3)], [(0,)])
+    [[same]] = raw.write([Write(prompt="who what is it answer ", max_tokens=3)], [(0,)])
+    assert text == same
+    on.forget()
+    assert on._chat is None, "the template's process has ended"
+
+
+def test_how_prompts_are_laid_before_a_model_is_part_of_their_digests() -> None:
+    machine = Stub()
+    plain = asked(ICL(k=0), ["x"], desk((), {"A": "a"}), machine)[0]
+    machine.reads = "one turn"
+    turned = asked(ICL(k=0), ["x"], desk((), {"A": "a"}), machine)[0]
+    assert plain.prompts == turned.prompts and plain.digests != turned.digests
+    assert plain.digests == (hashlib.sha256(plain.prompts[0].encode()).hexdigest()[:16],)

@@ -67,6 +67,16 @@ def test_shots_are_drawn_by_the_seed_balanced_and_ordered():
     assert beside(query("text N0"), drawn(on, 15, balanced=True, order=0), 14)
 
 
+def test_the_label_of_the_last_shot_is_drawn_and_each_turn_has_every_label_once():
+    last, firsts = set(), set()
+    for seed in range(12):
+        found = [row.answer for row in drawn(desk(POOL, WORDS, seed=seed), 6, balanced=True, order=0)[:6]]
+        assert sorted(found[:3]) == sorted(found[3:]) == ["H", "N", "P"]
+        last.add(found[-1])
+        firsts.add(drawn(desk(POOL, WORDS, seed=seed), 1, balanced=True, order=0)[0].answer)
+    assert last == firsts == {"H", "N", "P"}, "one order of labels for all seeds"
+
+
 @pytest.mark.acid("icl", 3)
 def test_what_does_not_fit_is_refused_with_the_number_that_fits_or_whole_shots_are_dropped():
     machine = Stub(limit=30)  # a shot has 5 words, a query 4, an option 1

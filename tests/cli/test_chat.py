@@ -12,7 +12,7 @@ from little import little_spec
 from luthier.core import ConfigError, DataError
 from luthier.data.tasks import Task
 from luthier.workflow import Predictor, train
-from luthier.workflow.controls import Controls, Repeats, controls_for
+from luthier.workflow.controls import Controls, Repeats, controls_for, own_changes
 from luthier.workflow.conversation import Conversation
 
 
@@ -86,6 +86,33 @@ def test_predict_draws_each_row_by_its_own_name_whatever_stands_beside_it(predic
     assert said(texts) == plain == said(texts, temperature=5.0, top_k=1)
     drawn = said(texts, temperature=0.05, seed=1, repetition=10.0)
     assert all(len(set(row.split())) == len(row.split()) for row in drawn), "nothing is said twice"
+
+
+def test_a_penalty_of_the_models_own_files_is_said_and_repetition_stands_in_its_place(
+    luthier: Call, talker: Path, predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["how far is the moon", "one two three four five six seven"]
+
+    def said(**controls: Any) -> list[str]:
+        return [row["text"] for row in predictor.texts(texts, controls=Controls(max_new_tokens=8, **controls))]
+
+    def turn(**controls: Any) -> str:
+        return Conversation(predictor, Controls(max_new_tokens=8, **controls)).say(texts[0])[0].text
+
+    plain, plain_turn = said(), turn()
+    assert own_changes(predictor.tuned.model) == {} and Conversation(predictor, Controls()).own_words == ""
+    monkeypatch.setattr(predictor.tuned.model.generation_config, "repetition_penalty", 0.01)  # says the prompt again
+    assert said() != plain and turn() != plain_turn, "the penalty is obeyed"
+    assert said(repetition=1.0) == plain and turn(repetition=1.0) == plain_turn
+    talk = Conversation(predictor, Controls())
+    assert talk.own == {"repetition_penalty": 0.01}
+    assert "repetition_penalty = 0.01; --repetition 1 takes the penalty out" in talk.own_words
+    assert Conversation(predictor, Controls(repetition=1.0)).own_words == ""
+    monkeypatch.setattr(predictor.tuned.model.generation_config, "suppress_tokens", [5])
+    assert "suppress_tokens = [5]" in Conversation(predictor, Controls(repetition=1.0)).own_words
+    monkeypatch.setattr("luthier.workflow.Predictor", lambda run: predictor)
+    told = luthier("predict", talker, "--text", "how far", "--max-new-tokens", "2", "--json")
+    assert told.json["generation_config"]["repetition_penalty"] == 0.01 and "changes what is written" in told.err
 
 
 def test_what_an_answer_has_said_is_less_likely_and_its_prompt_does_not_count() -> None:

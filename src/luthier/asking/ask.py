@@ -56,6 +56,8 @@ class Asked:
     wanted: tuple[str, ...]
     """of each row"""
     queries: tuple[Query, ...]
+    reads: str = ""
+    """how prompts were laid before the model, where not as they are"""
 
 
 def ask(
@@ -95,6 +97,8 @@ def ask(
             notes = way.refuse(desk, queries)
             for note in notes if number == 0 else ():
                 say(note)
+    if machine.said:
+        say(machine.said)
     say(f"{len(queries)} held-out rows are asked about; {len(pool)} rows may be shown")
     runs = []
     for desk in desks:
@@ -105,13 +109,16 @@ def ask(
             runs.append(Of(name=name, seed=desk.seed, told=tuple(told), cost=machine.cost))
             done(runs[-1])
             say(f"{name}, seed {desk.seed}: {_said(machine.cost)}")
+    machine.forget()
     labels = desks[0].labels
     common = Counter(row.answer for row in pool).most_common(1)[0][0] if pool else ""
     standings = judged(
         list(ways), runs, wanted, [" ".join(query.texts) for query in queries], labels=labels, common=common,
         metric=metric, seeds=[desk.seed for desk in desks],
     )  # fmt: skip
-    return Asked(standings=standings, runs=tuple(runs), wanted=tuple(wanted), queries=tuple(queries))
+    return Asked(
+        standings=standings, runs=tuple(runs), wanted=tuple(wanted), queries=tuple(queries), reads=machine.reads
+    )
 
 
 def _put(

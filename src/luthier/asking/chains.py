@@ -14,11 +14,11 @@ from typing import Any
 
 from luthier.asking.desk import GAP, Desk, Query, Shown
 from luthier.asking.finals import final_answer, normalised_answer
-from luthier.asking.requests import Answer, Request, Text, Write
+from luthier.asking.requests import Answer, Asking, Request, Text, Write
 from luthier.asking.shots import beside, drawn
 from luthier.core import ConfigError, DataError, near
 
-__all__ = ["Chain", "Chained", "chains", "check_column", "closing", "reasoned", "voted", "worked"]
+__all__ = ["Chain", "Chained", "chains", "check_column", "closing", "most_reasoned", "reasoned", "voted", "worked"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +110,15 @@ def chains(
         )
         for i, text in enumerate(texts)
     ]
+
+
+def most_reasoned(
+    desk: Desk, query: Query, chain: Chain, k: int, rationale: str | None, n: int, temperature: float
+) -> Asking:
+    """What most of n reasonings about a query end in, behind k rows with their own; see `voted`."""
+    prompt = reasoned(desk, query, worked(desk, query, k, rationale), rationale, chain)
+    found = yield from chains(desk, prompt, chain, n, temperature)
+    return voted(found, bool(desk.words))
 
 
 def closing(text: str, chain: Chain) -> Write:

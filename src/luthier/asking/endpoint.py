@@ -47,6 +47,7 @@ class Endpoint:
     """
 
     scores, writes, limit = False, True, None
+    reads = said = ""  # the endpoint lays out the turn
     wave = 8
 
     def __init__(

@@ -29,11 +29,14 @@ class Told:
     prompts: tuple[str, ...] = field(repr=False)
     """of its requests, in order"""
     written: tuple[str, ...] = field(default=(), repr=False)
+    reads: str = field(default="", repr=False)
+    """how the machine laid prompts before its model, where not as they are"""
 
     @property
     def digests(self) -> tuple[str, ...]:
-        """Of the prompts: the same for the same prompt."""
-        return tuple(hashlib.sha256(prompt.encode()).hexdigest()[:16] for prompt in self.prompts)
+        """Of the prompts: the same for the same prompt, laid before the model in the same way."""
+        how = f"{self.reads}\0" if self.reads else ""
+        return tuple(hashlib.sha256(f"{how}{prompt}".encode()).hexdigest()[:16] for prompt in self.prompts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +87,13 @@ def put(
                     _go_on(one, replies, way.most_calls)
         finally:  # where something failed, those of the wave that had come to their end
             new = [
-                Told(query=one.query, answer=one.answer, prompts=tuple(one.prompts), written=tuple(one.written))
+                Told(
+                    query=one.query,
+                    answer=one.answer,
+                    prompts=tuple(one.prompts),
+                    written=tuple(one.written),
+                    reads=machine.reads,
+                )
                 for one in wave
                 if one.answer is not None
             ]

@@ -25,6 +25,7 @@ from luthier.asking.machine import Cost
 from luthier.asking.way import Score, Scored, Text, Write
 from luthier.asking.writing import apart, written
 from luthier.core import DataError, ModelError
+from luthier.data.chat import Chat, ChatTemplate
 from luthier.training.precision import Precision
 from luthier.workflow.load_model import quiet
 
@@ -64,6 +65,8 @@ class Local:
         within: a context in which the model answers, such as `Tuned.serving`.
         tokens: padded tokens of a batch, at most.
         share: compute what prompts share once, where the model takes it.
+        template: of a chat model: each prompt is one turn of the user, and the assistant's turn goes on from it. None
+            gives prompts as they are.
     """
 
     scores, writes = True, True
@@ -73,6 +76,7 @@ class Local:
         self, model: Any, tokenizer: Any, *, name: str, device: torch.device, precision: Precision, both: bool,
         limit: int | None, pad_id: int, stop: Sequence[int],
         within: Callable[[], AbstractContextManager[Any]] = nullcontext, tokens: int = 4096, share: bool = True,
+        template: ChatTemplate | None = None,
     ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.device, self.precision, self.both, self.limit = device, precision, both, limit
@@ -83,6 +87,9 @@ class Local:
         self.cost = Cost()
         self._kept: dict[tuple[int, ...], Any] = {}
         self._counts: dict[str, int] = {}
+        self.template = template
+        self._chat: Chat | None = None
+        self._turns: dict[str, Ids] = {}
 
     # ------------------------------------------------------------------ tokens
 
@@ -95,9 +102,38 @@ class Local:
     def forget(self) -> None:
         self._kept.clear()
         self._counts.clear()
+        self._turns.clear()
+        if self._chat is not None:
+            self._chat.__exit__(None, None, None)  # the template's process
+            self._chat = None
+
+    @property
+    def reads(self) -> str:
+        """How prompts are laid before the model, for digests of what was asked; empty as they are."""
+        return "" if self.template is None else f"one turn of the user, by the chat template {self.template.digest}"
+
+    @property
+    def said(self) -> str:
+        """The same for the eye."""
+        if self.template is None:
+            return ""
+        return (
+            f"each prompt is one turn of the user, by the chat template of {self.name} (sha256 "
+            f"{self.template.digest[:12]}); --raw gives it as it is"
+        )
+
+    def _turn(self, text: str) -> Ids:
+        """A text as a turn of the user, up to where the assistant begins."""
+        if text not in self._turns:
+            if self._chat is None:
+                self._chat = Chat(self.tokenizer, template=self.template)
+            self._turns[text] = self._chat.prompt([{"role": "user", "content": text}])
+        return self._turns[text]
 
     def ids(self, text: str) -> Ids:
         """A prompt as the model reads it."""
+        if self.template is not None:
+            return self._turn(text)
         ids: Ids = list(self.tokenizer(text, verbose=False)["input_ids"])
         if not self.both and ids[-1:] == [self.tokenizer.eos_token_id]:
             ids = ids[:-1]  # a decoder writes on: the text has not ended
@@ -114,6 +150,8 @@ class Local:
         """
         if self.both:
             found = [int(self.model.config.decoder_start_token_id)], self._bare(option.strip())
+        elif self.template is not None:
+            found = self.ids(prompt), self._bare(option.strip())  # a turn begins without the blank of running text
         else:
             context = self.ids(prompt)
             whole = self.ids(prompt + option) if prompt else [*context, *self._bare(option)]

@@ -39,6 +39,8 @@ class Machine(Protocol):
         limit: tokens that it has positions for; None where nobody knows.
         wave: queries that are asked about side by side.
         cost: since it was made.
+        reads: how prompts are laid before the model, where that is not as they are; part of the digest of each.
+        said: the same for the eye.
     """
 
     name: str
@@ -47,6 +49,11 @@ class Machine(Protocol):
     limit: int | None
     wave: int
     cost: Cost
+
+    @property
+    def reads(self) -> str: ...
+    @property
+    def said(self) -> str: ...
 
     def count(self, text: str) -> int:
         """Tokens of a text."""

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from luthier.asking.local import Local
-from luthier.core import ConfigError, ModelError
+from luthier.core import ConfigError, ModelError, build
+from luthier.data.chat import ChatTemplate
 from luthier.data.infer_task import kind_of_model
 from luthier.data.stop_tokens import stop_ids
 from luthier.data.tasks import Task
@@ -50,8 +51,15 @@ def config_of(name: str) -> Any:
     return config
 
 
-def open_model(name: str, *, device: str = "auto", precision: str = "auto", share: bool = True) -> Local:
+def open_model(
+    name: str, *, device: str = "auto", precision: str = "auto", share: bool = True, raw: bool = False
+) -> Local:
     """Load a model, or a finished run, as a machine.
+
+    A decoder with a chat template, or a run that learnt by one, reads each prompt as one turn of the user.
+
+    Args:
+        raw: prompts are read as they are.
 
     Raises:
         ModelError, ConfigError: it writes no text, or cannot be loaded.
@@ -59,11 +67,12 @@ def open_model(name: str, *, device: str = "auto", precision: str = "auto", shar
     config = config_of(name)
     if is_run(name):
         predictor = Predictor(name)
-        writer = predictor.generator
+        writer, stored = predictor.generator, predictor.contract["template"]
         return Local(
             predictor.tuned.model, predictor.tokenizer, name=name, device=predictor.device,
             precision=predictor.precision, both=writer.both, limit=positions_for_rows(predictor.tuned),
             pad_id=writer.pad_id, stop=writer.stop, within=predictor.answering, share=share,
+            template=None if raw or stored is None or writer.both else build(ChatTemplate, stored, "template"),
         )  # fmt: skip
     where, source = choose_device(device), find_model(name)
     arithmetic = choose_precision(precision, where)
@@ -75,4 +84,5 @@ def open_model(name: str, *, device: str = "auto", precision: str = "auto", shar
     return Local(
         model, tokenizer, name=name, device=where, precision=arithmetic, both=both, limit=position_limit(config),
         pad_id=pad.id, stop=stop_ids(None, tokenizer, model), share=share,
+        template=None if raw or both or not tokenizer.chat_template else ChatTemplate.of(tokenizer),
     )  # fmt: skip

@@ -9,12 +9,23 @@ from collections.abc import Sequence
 from typing import Literal
 
 from luthier.asking.desk import Desk, Query, Shown
-from luthier.asking.requests import Scored
+from luthier.asking.requests import Answer, Asking, Score, Scored, Write
 from luthier.core import ConfigError, DataError, listed
 from luthier.data.order import shuffled
 from luthier.data.retrieval import nearest
 
-__all__ = ["Overflow", "beside", "drawn", "fitted", "found", "longest_option", "refuse_shots", "scored_by"]
+__all__ = [
+    "Overflow",
+    "answered",
+    "beside",
+    "drawn",
+    "fitted",
+    "found",
+    "longest_option",
+    "prompt_with",
+    "refuse_shots",
+    "scored_by",
+]
 
 Overflow = Literal["refuse", "drop"]
 SPARE = 8
@@ -25,14 +36,21 @@ def drawn(desk: Desk, k: int, *, balanced: bool, order: int) -> list[Shown]:
     """k rows, and a few to spare behind them, drawn by the desk's seed: the same for all queries.
 
     Args:
-        balanced: of each label as many, to one.
+        balanced: of each label as many, to one, in turns; in which order the labels stand in a turn is drawn too, so
+            that the last shot, which counts most, is not of one label for every seed.
         order: 0 as drawn; another number puts the same k rows in another order.
     """
     ranks = shuffled(len(desk.pool), desk.seed, "shots").tolist()
     if balanced and desk.labels:
         of = {label: [i for i in ranks if desk.pool[i].answer == label] for label in desk.labels}
         turns = max(map(len, of.values()))
-        ranks = [rows[turn] for turn in range(turns) for rows in of.values() if turn < len(rows)]
+        labels = list(of)
+        ranks = [
+            of[labels[i]][turn]
+            for turn in range(turns)
+            for i in shuffled(len(labels), desk.seed, "labels of shots", turn)
+            if turn < len(of[labels[i]])
+        ]
     rows = [desk.pool[i] for i in ranks[: k + SPARE]]
     first = [rows[i] for i in shuffled(min(k, len(rows)), desk.seed, "order of shots", order)] if order else rows[:k]
     return [*first, *rows[k:]]
@@ -87,6 +105,23 @@ def fitted(
         f"{_length(desk, query, shots, len(shots), head)} tokens and {room} for the answer, and the model has "
         f"{desk.limit} positions. {fits} would fit: --set {who}.k={fits}, or --set {who}.overflow=drop."
     )
+
+
+def prompt_with(
+    desk: Desk, query: Query, shots: Sequence[Shown], room: int, overflow: Overflow, who: str
+) -> tuple[str, str]:
+    """The prompt of a query with as many of the shots as fit, and what is to be said of it; see `fitted`."""
+    kept = fitted(desk, query, shots, room, overflow, who)
+    return desk.prompt(query, kept), f"{len(kept)} of {len(shots)} shots fit" if len(kept) < len(shots) else ""
+
+
+def answered(prompt: str, note: str, desk: Desk, length: str, max_tokens: int) -> Asking:
+    """The likeliest label after a prompt, or the line that is written there where rows have no labels."""
+    if not desk.labels:
+        [[text]] = yield [Write(prompt=prompt, max_tokens=max_tokens, stop=("\n",))]
+        return Answer(said=text.text.strip() or None, note=note)
+    [scored] = yield [Score(prompt=prompt, options=desk.options)]
+    return desk.likeliest(scored_by(scored, desk.options, length), note=note)
 
 
 def _length(desk: Desk, query: Query, shots: Sequence[Shown], n: int, head: str | None) -> int:

@@ -82,6 +82,9 @@ def command(
     endpoint: Annotated[
         str | None, typer.Option(help="URL up to its version, of what answers as OpenAI's chat completions do.")
     ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Give prompts as they are, not as a turn of the model's chat template.")
+    ] = False,
     show: Annotated[int, typer.Option(help="Print so many whole prompts of each way.", min=0)] = 0,
     out: Out = None,
     as_json: AsJson = False,
@@ -129,7 +132,7 @@ def command(
 
     try:
         asked = ask(
-            _machine(model, endpoint, device),
+            _machine(model, endpoint, device, raw),
             ways,
             spec,
             config=None if endpoint else config_of(model),
@@ -153,18 +156,21 @@ def command(
     show_standings(asked.standings)
     if target is not None:
         screen().show(f"\nAnswers: {target}")
-    screen().result({**plain(asked.standings), "model": model, "data": data, "out": out})
+    reads = {"reads": asked.reads} if asked.reads else {}
+    screen().result({**plain(asked.standings), "model": model, "data": data, **reads, "out": out})
 
 
-def _machine(model: str, endpoint: str | None, device: str) -> Callable[[], Any]:
+def _machine(model: str, endpoint: str | None, device: str, raw: bool) -> Callable[[], Any]:
     """What makes the machine, once the rows are known to be right."""
     from luthier.asking.endpoint import Endpoint
     from luthier.asking.models import open_model
 
     if endpoint is None:
-        return lambda: open_model(model, device=device)
+        return lambda: open_model(model, device=device, raw=raw)
     if device != "auto":
         raise UsageError(f"--device {device}: a model behind an endpoint computes elsewhere. Leave it out.")
+    if raw:
+        raise UsageError("--raw: a model behind an endpoint is asked in turns, which it lays out itself. Leave it out.")
     made = Endpoint(model.removeprefix(REMOTE), endpoint)
     return lambda: made
 

@@ -34,8 +34,15 @@ def command(
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that make up this probability.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Draw from so many of the likeliest tokens; 0, from all.")] = 0,
     repetition: Annotated[
-        float, typer.Option(help="Make what the answer has said already less likely by this factor, such as 1.2.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            "--repetition",
+            "--repetition-penalty",
+            help="Make what the answer has said already less likely by this factor, such as 1.2; 1 not, even where the "
+            "model's own files say so. [default: as these say]",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Names the draws: the same words get the same answers.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     as_json: AsJson = False,
@@ -60,6 +67,8 @@ def command(
     with screen().busy("loading"):
         talk = conversation_with(run, controls, system)
     turns: list[dict[str, Any]] = []
+    if talk.own_words:
+        screen().say(talk.own_words)
     keyboard = not text and sys.stdin.isatty()
     if keyboard:
         screen().say(COMMANDS)
@@ -74,7 +83,7 @@ def command(
             if not keyboard:
                 raise
             screen().say(str(error))
-    screen().result({"run": run, "turns": turns})
+    screen().result({"run": run, "turns": turns, **({"generation_config": talk.own} if talk.own else {})})
 
 
 def _typed(keyboard: bool) -> Iterator[str]:

@@ -34,8 +34,15 @@ def command(
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that make up this probability.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Draw from so many of the likeliest tokens; 0, from all.")] = 0,
     repetition: Annotated[
-        float, typer.Option(help="Make what an answer has said already less likely by this factor, such as 1.2.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            "--repetition",
+            "--repetition-penalty",
+            help="Make what an answer has said already less likely by this factor, such as 1.2; 1 not, even where the "
+            "model's own files say so. [default: as these say]",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Names the draws: each row has its own, whatever the others.")] = 0,
     unsure: Annotated[
         float | None,
@@ -68,7 +75,7 @@ def command(
 
     from luthier.data.load_data import load_inputs
     from luthier.workflow import Predictor
-    from luthier.workflow.controls import Controls
+    from luthier.workflow.controls import Controls, own_changes, own_words
     from luthier.workflow.unsure import check_unsure
 
     controls = Controls(
@@ -78,6 +85,9 @@ def command(
     predictor = Predictor(run)
     if unsure is not None:
         check_unsure(unsure, predictor.task)
+    own = own_changes(predictor.tuned.model) if predictor.task.writes else {}
+    if told := own_words(own, repetition):
+        screen().say(told)
     table = predictor.table_of(text) if text else load_inputs(str(data), predictor.columns)[0]
     many = data is not None or len(table) > 1
     answers: list[dict[str, Any]] = []
@@ -104,7 +114,8 @@ def command(
                 screen().row(*([number] if many else []), *cells_of(answer))
             answers.append(answer)
     wrote = {} if into is None else {"out": str(into.path)}
-    screen().result({"run": run, "answers": answers, **wrote})
+    written_by = {"generation_config": own} if own else {}
+    screen().result({"run": run, "answers": answers, **written_by, **wrote})
     if into is not None:
         screen().show(f"{into.path}: {len(table)} rows")
     elif screen().for_eyes and many:

@@ -194,7 +194,13 @@ def attention_interface(
     if causal and S > T:  # an empty static cache being filled: the keys beyond T are not there yet
         key, value, S = key[:, :, :T], value[:, :, :T], T
         bias = None if bias is None else bias[..., :T]
-    if T == 1 and attention_mask is None and bias is None and dropout == 0.0 and _is_one_token(query, key, value, kwargs):
+    if (
+        T == 1
+        and attention_mask is None
+        and bias is None
+        and dropout == 0.0
+        and _is_one_token(query, key, value, kwargs)
+    ):
         one = F.scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=len(query[0]) > len(key[0]))
         return one.transpose(1, 2).contiguous(), None
     if bias is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from luthier.core import ConfigError, key
 from luthier.data.tasks import Task
 from luthier.training.sampling import Sampling
 
-__all__ = ["Controls", "Repeats", "controls_for"]
+__all__ = ["Controls", "Repeats", "controls_for", "own_changes", "own_words", "without_penalty"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,8 @@ class Controls:
         top_p: tokens are drawn from the likeliest that make up this probability.
         top_k: tokens are drawn from so many of the likeliest; 0, from all.
         repetition: a token that the answer has already counts as less likely by this factor of its logit; 1, it does
-            not. Keskar et al. 2019, arXiv:1909.05858, section 4.1.
+            not. Keskar et al. 2019, arXiv:1909.05858, section 4.1. Whatever is given stands in the place of a penalty
+            in the model's own files; None leaves that as it is (`own_changes`).
         seed: names the draws; the same words give the same answers.
         max_new_tokens: tokens of an answer, at most.
 
@@ -40,7 +42,7 @@ class Controls:
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
-    repetition: float = 1.0
+    repetition: float | None = None
     seed: int = 0
     max_new_tokens: int = 256
 
@@ -51,7 +53,7 @@ class Controls:
             raise ConfigError(f"top_p: got {self.top_p:g}; it must be above 0 and at most 1.")
         if self.top_k < 0:
             raise ConfigError(f"top_k: got {self.top_k}; it must be 0, for all tokens, or more.")
-        if not 1 <= self.repetition <= 10:
+        if self.repetition is not None and not 1 <= self.repetition <= 10:
             raise ConfigError(f"repetition: got {self.repetition:g}; it must be from 1, for no penalty, to 10.")
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens: got {self.max_new_tokens}; it must be 1 or more.")
@@ -86,6 +88,42 @@ def controls_for(task: Task, given: Controls | None, most: int) -> Controls:
             "top_k, repetition and seed out."
         )
     return given
+
+
+def own_changes(model: Any) -> dict[str, Any]:
+    """What the generation_config of a model's files changes in what it writes, by name; where answers end is no change.
+
+    >>> from types import SimpleNamespace
+    >>> own_changes(SimpleNamespace(generation_config=SimpleNamespace(repetition_penalty=1.1)))
+    {'repetition_penalty': 1.1}
+    """
+    config = getattr(model, "generation_config", None)
+    found = {name: getattr(config, name, None) for name in _CHANGES}
+    return {name: value for name, value in found.items() if value not in (None, _CHANGES[name])}
+
+
+def own_words(changes: Mapping[str, Any], repetition: float | None) -> str:
+    """These changes in a sentence, without the penalty that is replaced; empty where there is none."""
+    left = {name: value for name, value in changes.items() if name != PENALTY or repetition is None}
+    if not left:
+        return ""
+    listed = ", ".join(f"{name} = {value if len(str(value)) <= 40 else '...'}" for name, value in left.items())
+    advice = "; --repetition 1 takes the penalty out" if PENALTY in left else ""
+    return f"the model's own generation_config changes what is written: {listed}{advice}"
+
+
+def without_penalty(repetition: float | None) -> dict[str, Any]:
+    """What `generate` is told beside `repetition`: its own penalty counts the prompt too, and would come on top."""
+    return {} if repetition is None else {PENALTY: 1.0}
+
+
+PENALTY = "repetition_penalty"
+_CHANGES: dict[str, Any] = {
+    PENALTY: 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
+    "bad_words_ids": None, "suppress_tokens": None, "begin_suppress_tokens": None, "sequence_bias": None,
+    "min_length": 0, "min_new_tokens": None, "exponential_decay_length_penalty": None, "guidance_scale": None,
+}  # fmt: skip
+"""Settings of transformers that change logits where the likeliest token is taken, and what leaves them alone."""
 
 
 class Repeats:

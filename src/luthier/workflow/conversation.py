@@ -12,7 +12,7 @@ import torch
 
 from luthier.core import ConfigError, DataError, build
 from luthier.data.chat import Chat, ChatTemplate
-from luthier.workflow.controls import Controls, Repeats
+from luthier.workflow.controls import Controls, Repeats, own_changes, own_words, without_penalty
 from luthier.workflow.prediction import Predictor
 
 __all__ = ["Controls", "Conversation", "Said", "conversation_with"]
@@ -52,6 +52,8 @@ class Conversation:
         self.predictor, self.controls = predictor, controls
         self.template = build(ChatTemplate, stored, "template")
         self.system = system
+        self.own = own_changes(predictor.tuned.model)
+        self.own_words = own_words(self.own, controls.repetition)
         self.messages: list[dict[str, Any]] = []
         self.reset()
 
@@ -90,7 +92,8 @@ class Conversation:
         given = torch.tensor([ids], device=predictor.device)
         stream = _Stream(predictor.tokenizer, write)
         stop, controls = predictor.generator.stop, self.controls
-        changes: list[Any] = [] if controls.repetition == 1 else [Repeats(controls.repetition)]
+        repetition = controls.repetition
+        changes: list[Any] = [] if repetition in (None, 1) else [Repeats(float(repetition or 1))]
         if (drawn := controls.sampling([f"turn {len(self.messages)}"])) is not None:
             changes.append(drawn.of([0]))
         with ExitStack() as stack:
@@ -102,7 +105,7 @@ class Conversation:
             out = predictor.tuned.model.generate(
                 input_ids=given, attention_mask=torch.ones_like(given), num_beams=1, max_new_tokens=room,
                 pad_token_id=predictor.generator.pad_id, eos_token_id=list(stop) or None, streamer=stream,
-                do_sample=False, logits_processor=changes,
+                do_sample=False, logits_processor=changes, **without_penalty(repetition),
             )  # fmt: skip
         new = out[0, len(ids) :].tolist()
         ended = bool(new) and new[-1] in stop

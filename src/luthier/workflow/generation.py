@@ -18,7 +18,7 @@ from luthier.data.examples import Examples
 from luthier.surgery import Tuned
 from luthier.training.precision import Precision
 from luthier.training.sampling import Sampling
-from luthier.workflow.controls import Repeats
+from luthier.workflow.controls import Repeats, without_penalty
 
 __all__ = ["Generator", "Written"]
 
@@ -60,7 +60,7 @@ class Generator:
 
     def write(
         self, prompts: Examples, max_new_tokens: int, tunings: Sequence[str | None] | None = None, beams: int = 1,
-        sampling: Sampling | None = None, repetition: float = 1.0,
+        sampling: Sampling | None = None, repetition: float | None = None,
     ) -> list[Written]:  # fmt: skip
         """One answer for each example, in their order. For several answers to a prompt, give it several times.
 
@@ -92,9 +92,9 @@ class Generator:
                 for i in piece:
                     found[i] = Written("", f"the prompt fills all {self.limit} positions of the model", ended=False)
                 continue
-            changes: list[Any] = [] if repetition == 1 else [Repeats(repetition)]
+            changes: list[Any] = [] if repetition in (None, 1) else [Repeats(float(repetition or 1))]
             changes += [] if sampling is None else [sampling.of(piece.tolist())]
-            changed = {"logits_processor": changes} if changes else {}
+            changed = without_penalty(repetition) | ({"logits_processor": changes} if changes else {})
             out = self._generate(prompts, piece, tunings, max_new_tokens=most, num_beams=beams, **changed)
             for i, new in zip(piece, out, strict=True):
                 found[i] = self._read(new.tolist(), most < max_new_tokens)

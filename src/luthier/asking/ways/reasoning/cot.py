@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from luthier.asking.chains import Chain, chains, check_column, reasoned, voted, worked
+from luthier.asking.chains import Chain, check_column, most_reasoned
 from luthier.asking.desk import Desk, Query
 from luthier.asking.way import WAYS, Asking, Way
 from luthier.core import at_least
@@ -41,6 +41,4 @@ class CoT(Way):
 
     def answer(self, query: Query, desk: Desk) -> Asking:
         chain = Chain(think=self.think, then=self.then, max_tokens=self.max_tokens)
-        prompt = reasoned(desk, query, worked(desk, query, self.k, self.rationale), self.rationale, chain)
-        found = yield from chains(desk, prompt, chain, 1, 0.0)
-        return voted(found, bool(desk.words))
+        return (yield from most_reasoned(desk, query, chain, self.k, self.rationale, 1, 0.0))

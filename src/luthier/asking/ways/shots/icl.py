@@ -8,7 +8,9 @@ Paper: arXiv:2005.14165.
 Cost: one prompt a row; what all prompts share is computed once.
 Claims: with a large model near to what fine-tuning reaches.
 Pitfalls: which rows are shown, and in which order, may matter more than how many: look at several seeds. A small model
-often does no better than always naming one label. Long labels are less likely than short ones: length = "token".
+often does no better than always naming one label. Rows and their order are drawn once for all queries, by the seed:
+the labels' order too, turn by turn, since the last shot weighs most. Long labels are less likely than short ones:
+length = "token".
 """
 
 from collections.abc import Sequence
@@ -16,8 +18,8 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from luthier.asking.desk import Desk, Query
-from luthier.asking.shots import Overflow, beside, drawn, fitted, longest_option, refuse_shots, scored_by
-from luthier.asking.way import WAYS, Answer, Asking, Score, Way, Write
+from luthier.asking.shots import Overflow, answered, beside, drawn, longest_option, prompt_with, refuse_shots
+from luthier.asking.way import WAYS, Asking, Way
 from luthier.core import at_least
 
 
@@ -45,15 +47,7 @@ class ICL(Way):
     def prompt(self, query: Query, desk: Desk) -> tuple[str, str]:
         """The prompt, and what is to be said of it."""
         shots = beside(query, drawn(desk, self.k, balanced=self.balanced, order=self.order), self.k)
-        room = longest_option(desk) or self.max_tokens
-        kept = fitted(desk, query, shots, room, self.overflow, self.name)
-        note = f"{len(kept)} of {len(shots)} shots fit" if len(kept) < len(shots) else ""
-        return desk.prompt(query, kept), note
+        return prompt_with(desk, query, shots, longest_option(desk) or self.max_tokens, self.overflow, self.name)
 
     def answer(self, query: Query, desk: Desk) -> Asking:
-        prompt, note = self.prompt(query, desk)
-        if not desk.labels:
-            [[text]] = yield [Write(prompt=prompt, max_tokens=self.max_tokens, stop=("\n",))]
-            return Answer(said=text.text.strip() or None, note=note)
-        [found] = yield [Score(prompt=prompt, options=desk.options)]
-        return desk.likeliest(scored_by(found, desk.options, self.length), note=note)
+        return (yield from answered(*self.prompt(query, desk), desk, self.length, self.max_tokens))

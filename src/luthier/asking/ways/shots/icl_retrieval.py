@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from luthier.asking.desk import Desk, Query
-from luthier.asking.shots import Overflow, fitted, found, longest_option, refuse_shots, scored_by
-from luthier.asking.way import WAYS, Answer, Asking, Score, Way, Write
+from luthier.asking.shots import Overflow, answered, found, longest_option, prompt_with, refuse_shots
+from luthier.asking.way import WAYS, Asking, Way
 from luthier.core import at_least
 
 
@@ -45,13 +45,7 @@ class ICLRetrieval(Way):
         """The prompt, and what is to be said of it."""
         near = found(desk, query, self.k, self.by)
         shots = near[::-1] if self.order == "nearest_last" else near
-        kept = fitted(desk, query, shots, longest_option(desk) or self.max_tokens, self.overflow, self.name)
-        return desk.prompt(query, kept), f"{len(kept)} of {len(shots)} shots fit" if len(kept) < len(shots) else ""
+        return prompt_with(desk, query, shots, longest_option(desk) or self.max_tokens, self.overflow, self.name)
 
     def answer(self, query: Query, desk: Desk) -> Asking:
-        prompt, note = self.prompt(query, desk)
-        if not desk.labels:
-            [[text]] = yield [Write(prompt=prompt, max_tokens=self.max_tokens, stop=("\n",))]
-            return Answer(said=text.text.strip() or None, note=note)
-        [scored] = yield [Score(prompt=prompt, options=desk.options)]
-        return desk.likeliest(scored_by(scored, desk.options, self.length), note=note)
+        return (yield from answered(*self.prompt(query, desk), desk, self.length, self.max_tokens))

@@ -70,7 +70,7 @@ def _few_rows(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
         return one
     v = _wide(x)
     rate = torch.linalg.vector_norm(v, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    normed = v * rate
+    normed: Tensor = v * rate
     return normed.mul_(1 + _wide(weight)).to(x.dtype) if plus_one else normed.to(x.dtype) * weight
 
 

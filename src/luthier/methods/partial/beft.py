@@ -11,7 +11,8 @@ Count: sum over sites of d_out.
 Claims: what bias-only tuning gains, from the values' biases alone.
 Use it when: a tuning must be a few kilobytes and merge.
 Not when: the task is far from what the model knows.
-Pitfalls: a bias added to the keys changes nothing where softmax sees it alike in every score.
+Pitfalls: a bias added to the keys changes nothing where softmax sees it alike in every score. Over layers without a
+bias, as T5's are, it does not merge: the model's class has no place for it.
 """
 
 from dataclasses import dataclass

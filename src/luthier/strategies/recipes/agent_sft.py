@@ -14,8 +14,9 @@ Quoted for FireAct's code: LoRA of rank 8, alpha 16, rate 3e-4, 30 epochs, and l
 Cost: a plain run on long rows.
 Claims: a model that is tuned on traces needs no examples of them in its prompt.
 Pitfalls: traces are not collected here. As text, `tools` are checked and not shown: what there is, the traces teach. A
-model of 135M learnt the form of a trace from forty rows, and to answer with what a tool said, true or not: expect no
-plans of it. Rows longer than max_length lose their answer: the run says how many, `luthier look` which tokens.
+model of 135M learnt the form of a trace from 48 rows, and to answer with what a tool said, true or not: expect no plans
+of it (`python -m experiments.traces`). Rows longer than max_length lose their answer: the run says how many, `luthier
+look` which tokens.
 """
 
 import json

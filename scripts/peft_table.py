@@ -31,6 +31,16 @@ APART: dict[str, tuple[str, str]] = {
         "model with a `model` inside (a BERT's are refused) and only where they are called 0, 1, ...; the LoRAs go out "
         "one by one, and the same numbers give the same answers (`tests/methods/test_xlora.py`)",
     ),
+    "FROD": (
+        "frod",
+        "the same from the same basis (`tests/methods/test_frod.py`); peft's file holds V, and its loader makes U of a "
+        "V of its own, which on another machine need not be that of the file",
+    ),
+    "LILY": (
+        "lily",
+        "the same for one row without pads (`tests/methods/test_lily.py`); peft mixes by the mean over the whole batch,"
+        " so that a row's answer depends on its neighbours, and a file would be answered otherwise there",
+    ),
 }
 # What is to be known of a pair whose files do pass.
 NOTES = {
@@ -52,15 +62,10 @@ WHY_NOT = {
         "which rows of a weight belong to which subspace is not in its file: the k-means of scikit-learn finds it "
         "again from the base, and another version or machine may find other rows for the same numbers"
     ),
-    "FROD": (
-        "not built: the directions that all layers of a kind share come out of one decomposition of them all, and each "
-        "has a sparse square matrix of the width of its input"
-    ),
     "SHADOW": (
         "not built: a small model of its own beside the base, whose state goes into every block and follows it; `lst` "
         "is a network beside the base here"
     ),
-    "LILY": "peft mixes by the average over the batch: a row's answer would depend on its neighbours",
 }
 HEAD = """# What peft has and we have
 

@@ -33,8 +33,8 @@ from luthier.anatomy import Anatomy, Attention, Site
 from luthier.core import ConfigError, at_least
 from luthier.methods.parts.bottleneck import Activation, Bottleneck, bottleneck_params
 from luthier.methods.parts.prefixes import Prefixes, drop_networks, prefix_params, prefix_stored
+from luthier.methods.parts.text_mean import mean_over_text
 from luthier.surgery import METHODS, Attachment, Context, Edit, Method, PrependKeys, TunedView, attach_each
-from luthier.surgery.prompts import with_vectors
 
 _PARTS = ("lora", "prefix", "adapter")
 
@@ -118,17 +118,9 @@ class _Gate(nn.Module):
         self.stack = stack
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        return context.once(id(self), lambda: self._mean(torch.sigmoid(self.linear(x)), context.mask_for(self.stack)))
-
-    @staticmethod
-    def _mean(opened: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is None:
-            return opened.mean(1, keepdim=True)
-        weights = mask[:, -opened.shape[1] :].to(opened.dtype)
-        front = opened.shape[1] - weights.shape[1]  # prompt vectors, which the mask of the text does not know
-        weights = with_vectors(weights, front)[..., None]
-        mean: Tensor = (opened * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True).clamp(min=1.0)
-        return mean
+        return context.once(
+            id(self), lambda: mean_over_text(torch.sigmoid(self.linear(x)), context.mask_for(self.stack))
+        )
 
 
 class GatedUpdate(Attachment):

@@ -80,6 +80,7 @@
                       own_tunings, own_unfrozen, group_names
     narrow_copy       narrow_model     some blocks of a model again, at a fraction of its width
                       prune, kept_layers, side_params, Sizes
+    text_mean         mean_over_text   the mean over the real tokens of each row
     watched           Watched          an update that writes its gradient down, beside what made it
     trial_pass        try_pass         two words through the tuned model, when it is attached
 

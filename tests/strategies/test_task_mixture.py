@@ -130,3 +130,35 @@ def test_task_mixture_what_cannot_be_mixed_is_refused(home, tmp_path):
     without = spec_of(home, tmp_path / "alone", also=None, settings={"task_mixture.hold_out": ""})
     spec = RunFolder.open(follow(dataclasses.replace(without)).result, write=False).spec
     assert spec["strategy"] is None and spec["data"]["test"] is None
+
+
+def test_task_mixture_test_rows_of_each_set_are_worded_scored_and_not_learnt(home, tmp_path, monkeypatch):
+    own = load_rows(str(home / "rows.csv"))[0].rows
+
+    def write(name, rows):
+        (tmp_path / name).write_text("\n".join(["text;label", *(f"{r['text']};{r['label']}" for r in rows)]) + "\n")
+        return str(tmp_path / name)
+
+    halves = {write("turns.csv", own[10:14]): write("turns-test.csv", own[14:16])}  # as a sample has them
+
+    def loaded(source, **stored):
+        table, none = load_rows(source, **stored)
+        return table, load_rows(halves[source], **stored)[0] if source in halves else none
+
+    monkeypatch.setattr("luthier.strategies.recipes.task_mixture.load_rows", loaded)
+    data = DataSpec(source=write("rows.csv", own), test=write("test.csv", own[:5]), delimiter=";")
+    (tmp_path / "told.toml").write_text(TOLD.replace("{prompt} ||| {response}", "{text} ||| {label}"))
+    given = {"task_mixture.templates": str(tmp_path / "told.toml"), "task_mixture.hold_out": ""}
+    changes = {"also": (f"turns={tmp_path / 'turns.csv'}",), "settings": given}
+    with pytest.raises(ConfigError, match="data.fold parts the rows of --data, and turns has held-out rows already"):
+        folds = dataclasses.replace(data, test=None, fold="1/3")
+        follow(spec_of(home, tmp_path / "fold", data=folds, **changes))
+    made = follow(spec_of(home, tmp_path / "out", data=data, **changes))
+    spec = RunFolder.open(made.result, write=False).spec
+    assert spec["data"]["test"].endswith("rows-held.jsonl") and spec["data"]["test_share"] == 0
+    by_set = [lines(made.path / f"rows-held-{name}.jsonl") for name in ("train", "turns")]
+    assert [len(one) for one in by_set] == [5, 2]
+    assert lines(made.path / "rows-held.jsonl") == [*by_set[0], *by_set[1]]
+    held = {row["text"] for row in (*own[:5], *own[14:16])}
+    learnt = [*lines(made.path / "rows-set-train.jsonl"), *lines(made.path / "rows-set-turns.jsonl")]
+    assert learnt and not [line for line in learnt if any(text in line["prompt"] + line["response"] for text in held)]

@@ -58,9 +58,11 @@ class AgentSFT(Recipe):
         spec = plan.spec
         if desk.kind != "decoder":
             raise ConfigError("agent_sft learns chats, so it needs a decoder. Name another model.")
-        table, test = load_rows(spec.data.source)
+        stored = {"delimiter": spec.data.delimiter, "encoding": spec.data.encoding}
+        table, test = load_rows(spec.data.source, **stored)
         if spec.data.test is not None:
-            test, _ = load_rows(spec.data.test)
+            first, second = load_rows(spec.data.test, **stored)
+            test = second if second is not None else first
         learnt, counts = self.kept(table)
         held = None if test is None else self.kept(test)
         if self.form == "calls":

@@ -57,9 +57,10 @@ class InstructUIE(Recipe):
             raise ConfigError(
                 "instruct_uie needs a model that writes, and holds out by test or test_share, not by fold."
             )
-        table, held = load_rows(data.source)
+        table, held = load_rows(data.source, delimiter=data.delimiter, encoding=data.encoding)
         if data.test is not None:
-            held, _ = load_rows(data.test)
+            first, second = load_rows(data.test, delimiter=data.delimiter, encoding=data.encoding)
+            held = second if second is not None else first
         if held is None:
             table, held = split_rows(
                 table, data.test_share, data.split_seed, lambda row: normalised(row.get(self.text) or "")

@@ -1,6 +1,7 @@
 """Many sets of rows as one task of texts: each row is put into words by one of its set's templates.
 
-    1 mixture    prompts and answers of all sets but those held out, mixed by mtl_sampling; scored on those
+    1 mixture    prompts and answers of all sets but those held out, mixed by mtl_sampling
+                 scored on those held out, on --test, and on the test half of each set that has one
 
 The file `templates` (TOML) has a table for each set, "train" for the rows of --data and NAME for --also NAME=FILE:
 
@@ -13,6 +14,10 @@ Fields are the columns of the set, what stands behind ||| is the answer, and `wo
 input on the answer's side, as in the second one, a template is an inversion. Sets whose `cluster` is in `hold_out` are
 scored and not learnt: a model that does them has not seen their like. Which template a row gets is named by the seed,
 the set and the row. A row with a text (three words or more) of a held-out row is left out: rows-made.jsonl counts them.
+
+--test FILE is the test half of "train"; a set from --also has one where its source does. Of a set that is held out the
+test half alone is scored, where there is one. Nothing held out at all, a share of "train" is (--test-share, or --fold).
+rows-held-NAME.jsonl are the held-out rows of a set: `luthier evaluate RUN --data` with it scores that task alone.
 
 Paper: arXiv:2110.08207 (T0); FLAN, arXiv:2109.01652, holds out clusters too.
 
@@ -67,19 +72,36 @@ class TaskMixture(Recipe):
         twice = {sources[name] for name in held} & {s for name, s in sources.items() if name not in held}
         if twice:
             raise ConfigError(f"task_mixture: {min(twice)} is learnt as one set and held out as another. Choose one.")
-        rows = {name: load_rows(source)[0] for name, source in sources.items()}
-        never = {text for name in held for row in rows[name].rows for text in _texts(row)}
+        stored = {"delimiter": spec.data.delimiter, "encoding": spec.data.encoding}
+        halves = {name: load_rows(source, **stored) for name, source in sources.items()}
+        if spec.data.test is not None:
+            first, second = load_rows(spec.data.test, **stored)
+            halves[TRAIN] = (halves[TRAIN][0], second if second is not None else first)
+        rows = {name: first for name, (first, _) in halves.items()}
+        scored = {
+            n: half if half is not None else rows[n] for n, (_, half) in halves.items() if n in held or half is not None
+        }
+        if scored and spec.data.fold is not None:
+            raise ConfigError(
+                f"task_mixture: data.fold parts the rows of --data, and {', '.join(scored)} has held-out rows already. "
+                "Leave one of the two out."
+            )
+        parts = [*scored.values(), *(rows[name] for name in held)]
+        never = {text for table in parts for row in table.rows for text in _texts(row)}
         learnt, counts = {}, []
         for name in (n for n in sources if n not in held):
             table = rows[name].take(i for i, row in enumerate(rows[name].rows) if not never & _texts(row))
             counts.append({"set": name, "rows": len(table), "left_out": len(rows[name]) - len(table)})
             learnt[name] = self.worded(name, table, of[name], spec.seed)
-        test = [line for name in sorted(held) for line in self.worded(name, rows[name], of[name], spec.seed)]
-        desk.write("made", [*counts, *({"set": name, "held_out": len(rows[name])} for name in sorted(held))])
+        tests = {name: self.worded(name, scored[name], of[name], spec.seed) for name in sorted(scored)}
+        for name, lines in tests.items():
+            desk.write(f"held-{name}", lines)
+        test = [line for lines in tests.values() for line in lines]
+        desk.write("made", [*counts, *({"set": name, "held_out": len(lines)} for name, lines in tests.items())])
         first, *others = [(name, desk.write(f"set-{name}", lines)) for name, lines in learnt.items()]
         roles = {**dict.fromkeys(("text", "pair", "label", "context", "template", "words")), "prompt": "prompt"}
         data = plan.data(first[1], desk.write("held", test) if test else None, **roles, response="response")
-        data = data if test else replace(data, test_share=spec.data.test_share)
+        data = data if test else replace(data, test_share=spec.data.test_share, fold=spec.data.fold)
         also = tuple(f"{name}={path}" for name, path in others) or None
         yield Phase(name="mixture", spec=plan.task(("mtl_sampling",) if also else (), data=data, also=also))
 

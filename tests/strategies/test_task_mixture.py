@@ -150,7 +150,7 @@ def test_task_mixture_test_rows_of_each_set_are_worded_scored_and_not_learnt(hom
     (tmp_path / "told.toml").write_text(TOLD.replace("{prompt} ||| {response}", "{text} ||| {label}"))
     given = {"task_mixture.templates": str(tmp_path / "told.toml"), "task_mixture.hold_out": ""}
     changes = {"also": (f"turns={tmp_path / 'turns.csv'}",), "settings": given}
-    with pytest.raises(ConfigError, match="data.fold parts the rows of --data, and turns has held-out rows already"):
+    with pytest.raises(ConfigError, match=r"data.fold parts the rows of --data, and turns has held-out rows already"):
         folds = dataclasses.replace(data, test=None, fold="1/3")
         follow(spec_of(home, tmp_path / "fold", data=folds, **changes))
     made = follow(spec_of(home, tmp_path / "out", data=data, **changes))

@@ -83,7 +83,7 @@ class TaskMixture(Recipe):
         }
         if scored and spec.data.fold is not None:
             raise ConfigError(
-                f"task_mixture: data.fold parts the rows of --data, and {', '.join(scored)} has held-out rows already. "
+                f"task_mixture: data.fold parts the rows of --data, and {', '.join(sorted(scored))} has held-out rows already. "
                 "Leave one of the two out."
             )
         parts = [*scored.values(), *(rows[name] for name in held)]

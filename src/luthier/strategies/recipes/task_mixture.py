@@ -78,13 +78,12 @@ class TaskMixture(Recipe):
             first, second = load_rows(spec.data.test, **stored)
             halves[TRAIN] = (halves[TRAIN][0], second if second is not None else first)
         rows = {name: first for name, (first, _) in halves.items()}
-        scored = {
-            n: half if half is not None else rows[n] for n, (_, half) in halves.items() if n in held or half is not None
-        }
+        scored = {name: half for name, (_, half) in halves.items() if half is not None}
+        scored |= {name: rows[name] for name in held - scored.keys()}
         if scored and spec.data.fold is not None:
             raise ConfigError(
-                f"task_mixture: data.fold parts the rows of --data, and {', '.join(sorted(scored))} has held-out rows already. "
-                "Leave one of the two out."
+                f"task_mixture: data.fold parts the rows of --data, and {', '.join(sorted(scored))} has held-out rows "
+                "already. Leave one of the two out."
             )
         parts = [*scored.values(), *(rows[name] for name in held)]
         never = {text for table in parts for row in table.rows for text in _texts(row)}

@@ -113,3 +113,24 @@ def test_kd_onpolicy_with_no_share_it_takes_the_rows_and_what_cannot_work_is_ref
         runs.loop("kd_onpolicy", kind="bert")
     with pytest.raises(CompositionError, match="stands in its place"):
         runs.loop("kd_onpolicy+focal", kind="llama")
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_kd_onpolicy_is_the_loss_of_trl_on_the_same_logits(monkeypatch, beta):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    pytest.importorskip("trl")
+    from trl.experimental.gkd import GKDTrainer
+
+    draw = torch.Generator().manual_seed(3)
+    student, teacher = (3 * torch.randn(2, 5, 11, generator=draw) for _ in range(2))
+    student.requires_grad_()
+    labels = torch.randint(11, (2, 5), generator=draw)
+    labels[0, :3] = labels[1, 0] = IGNORED
+    told, given = labels != IGNORED, {"beta": beta, "temperature": 0.9}
+    for reduction, divisor in (("sum", 1), ("batchmean", int(told.sum()))):
+        theirs = GKDTrainer.generalized_jsd_loss(student, teacher, labels=labels, reduction=reduction, **given)
+        ours = KD(**given).apart(teacher[told], student[told]) / divisor
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    slopes = [torch.autograd.grad(loss, student)[0] for loss in (ours, theirs)]
+    torch.testing.assert_close(*slopes, rtol=1e-5, atol=1e-5)
+    assert slopes[0][told].any() and not slopes[0][~told].any()

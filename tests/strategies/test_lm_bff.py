@@ -84,7 +84,9 @@ def test_lm_bff_ways_are_sorted_by_right_answers_then_by_what_is_likely():
     draw = np.random.default_rng(3)
     chances = np.log(draw.dirichlet(np.ones(6), size=8)).astype(np.float32)
     label_of, labels = ["a", "b"] * 4, ["a", "b"]
-    said = Guesses(chances=chances, words={i: f"w{i}" for i in range(5)})  # the last id is no word
+    none = np.zeros((0, 0), dtype=np.float32)
+    known = {i: f"w{i}" for i in range(5)}  # the last id is no word
+    said = Guesses(chances=chances, words=known, states=none, vectors=none)
     found = _searched(said, label_of, labels, 5, {"a": "w0", "b": "w1"})
     assert len(found) == 5 * 4 - 1 and "a=w0, b=w1" not in found and "w5" not in " ".join(found)
 

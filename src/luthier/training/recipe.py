@@ -128,10 +128,14 @@ class Guesses:
     Attributes:
         chances: log-probability of each id, (rows, vocabulary).
         words: the ids that are a whole word, and the word.
+        states: what the output matrix is multiplied with in each gap, (rows, d).
+        vectors: the output matrix, (vocabulary, d).
     """
 
     chances: NDArray[np.float32]
     words: Mapping[int, str]
+    states: NDArray[np.float32]
+    vectors: NDArray[np.float32]
 
 
 class Writer(Protocol):
@@ -179,7 +183,7 @@ class Desk(Protocol):
         ...
 
     def guesses(self, spec: RunSpec, table: Table) -> Guesses:
-        """What the model of a spec with a template, as it is, would put into the gap of each row."""
+        """What the model of a spec with a template, as it is, would put into the gap of each row; words need not be."""
         ...
 
     def fillings(self, model: str, texts: Sequence[str], *, beams: int, most: int) -> list[tuple[str, str]]:

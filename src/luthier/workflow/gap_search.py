@@ -30,7 +30,7 @@ def guess_words(spec: RunSpec, table: Table) -> Guesses:
     """How likely the spec's model, as it is, finds each word of its vocabulary in the gap of each row.
 
     Args:
-        spec: with a template and words.
+        spec: with a template; where it has no words, any will do, since no label is read.
 
     Raises:
         Any LuthierError: of a run of this spec.
@@ -39,8 +39,14 @@ def guess_words(spec: RunSpec, table: Table) -> Guesses:
     config, tokenizer = load_config(source), load_tokenizer(source)
     data = load_data(spec.data, spec.task, config)
     assert spec.data.template is not None
+    words = spec.data.words
+    if words is None:
+        whole = _whole_words(tokenizer, len(tokenizer), spec.data.template).values()
+        words = ", ".join(
+            f"{label}={word}" for label, word in zip(data.task.labels, dict.fromkeys(whole), strict=False)
+        )
     # No rows are shown beside: what is searched are words for the question alone.
-    task = as_cloze(data.task, spec.data.template, spec.data.words, data.columns, tokenizer, config)
+    task = as_cloze(data.task, spec.data.template, words, data.columns, tokenizer, config)
     model, device = _model(spec, task)
     n_vocab = int(model.get_input_embeddings().weight.shape[0])
     pad = choose_pad(tokenizer, n_vocab).id
@@ -50,13 +56,19 @@ def guess_words(spec: RunSpec, table: Table) -> Guesses:
     )  # fmt: skip
     collator = collator_of(task, model, tokenizer, pad_id=pad, pad_to=1, seed=0)
     found = np.zeros((len(table), n_vocab), dtype=np.float32)
+    vectors = model.get_output_embeddings().weight.detach().float().cpu().numpy()  # (vocabulary, d)
+    states = np.zeros((len(table), vectors.shape[1]), dtype=np.float32)
+    seen: list[Tensor] = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.inference_mode():
         for batch in EvalBatches(examples, collator, spec.batch.tokens):
             inputs = batch.to(device).inputs
             logits: Tensor = model(**inputs).logits  # (rows, tokens, vocabulary)
-            chances = logits[gaps_of(task, inputs)].float().log_softmax(-1)
-            found[examples.rows[batch.rows]] = chances.cpu().numpy()
-    return Guesses(chances=found, words=_whole_words(tokenizer, n_vocab, spec.data.template))
+            gaps, rows = gaps_of(task, inputs), examples.rows[batch.rows]
+            found[rows] = logits[gaps].float().log_softmax(-1).cpu().numpy()
+            states[rows] = seen.pop()[gaps].float().cpu().numpy()
+    known = _whole_words(tokenizer, n_vocab, spec.data.template)
+    return Guesses(chances=found, words=known, states=states, vectors=vectors)
 
 
 def _whole_words(tokenizer: Any, n_vocab: int, template: str) -> dict[int, str]:

@@ -9,8 +9,8 @@ They begin as the mask, or as drawn words where the model has none. The log hold
 end the words are said and stand in the last checkpoint. No dropout, and no number of the model trains.
 
 Paper: arXiv:2010.15980. Ten candidates, batches of 32 and 100 to 180 iterations are quoted for its code, and 3 to 10
-slots. Its slots stand anywhere in a template; here before all of it. Its search for the labels' words is not here: give
-words, or let lm_bff search for some.
+slots. Its slots stand anywhere in a template; here before all of it. Its search for the labels' words is the recipe
+label_words: --strategy label_words+autoprompt searches for both.
 
 Neutral: none; it exchanges words in place of training numbers.
 Cost: a step and, without gradient, one pass over as many rows for each candidate and one for what stands there.

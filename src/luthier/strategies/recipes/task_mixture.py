@@ -75,9 +75,9 @@ class TaskMixture(Recipe):
         stored = {"delimiter": spec.data.delimiter, "encoding": spec.data.encoding}
         halves = {name: load_rows(source, **stored) for name, source in sources.items()}
         if spec.data.test is not None:
-            first, second = load_rows(spec.data.test, **stored)
-            halves[TRAIN] = (halves[TRAIN][0], second if second is not None else first)
-        rows = {name: first for name, (first, _) in halves.items()}
+            whole, half = load_rows(spec.data.test, **stored)
+            halves[TRAIN] = (halves[TRAIN][0], half if half is not None else whole)
+        rows = {name: learns for name, (learns, _) in halves.items()}
         scored = {name: half for name, (_, half) in halves.items() if half is not None}
         scored |= {name: rows[name] for name in held - scored.keys()}
         if scored and spec.data.fold is not None:

@@ -5,7 +5,7 @@
 Losses are computed without dropout. The loss of the step is the mean over the targets of the rows that are kept.
 
 Paper: arXiv:1604.03540, which selects regions of images; in text it is a transfer of ours. Selection by influence
-(arXiv:2402.04333) makes a subset before training and is another thing.
+(arXiv:2402.04333) is the strategy less.
 
 Neutral: share = 1.
 Cost: one forward pass of the step's rows; the backward pass is of the kept rows alone.

@@ -1,0 +1,112 @@
+"""less: the rows whose gradients are like those of target rows."""
+
+import csv
+import random
+
+import numpy as np
+import pytest
+import torch
+from in_memory import Runs
+from little import little_spec
+from word_tables import WORDS
+
+from luthier.core import ConfigError
+from luthier.runs.spec import BatchSpec, DataSpec, OptimSpec
+from luthier.strategies.mixture.less import Less, projected
+from luthier.workflow import train
+
+torch.set_num_threads(1)
+
+
+@pytest.mark.acid("data_select", 3)
+def test_less_projected_products_are_near_the_exact_ones_and_nearer_with_more_numbers():
+    x = torch.randn(20, 5000, generator=torch.Generator().manual_seed(0))  # more than is drawn at once
+    sizes = x.norm(dim=1)
+    errors = {}
+    for d in (64, 1024):
+        short = projected(x, d, 3)
+        assert torch.equal(short, projected(x, d, 3)) and not torch.equal(short, projected(x, d, 4))
+        assert torch.allclose(projected(x[:2], d, 3), short[:2], atol=1e-3), "the same, whoever stands beside"
+        apart = (short @ short.T - x @ x.T) / (sizes[:, None] * sizes[None])
+        errors[d] = float(apart.square().mean().sqrt())
+        # Johnson and Lindenstrauss: for 20 vectors all within sqrt(8 ln 20 / d), but with a small chance.
+        assert float(apart.abs().max()) < (8 * np.log(20) / d) ** 0.5
+    assert errors[64] > 2.5 * errors[1024]
+
+
+def loop_of(runs, project=0, steps=12):
+    """A run at the end of its warm-up. Half of the rows call red what the others call good; so does the target."""
+    draw = random.Random(1)
+
+    def write(name, count, swapped):
+        path = runs.home / name
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("text", "label"))
+            for i in range(count):
+                word = ("good", "bad")[i // 2 % 2]
+                label = {"good": "bad", "bad": "good"}[word] if swapped(i) else word
+                writer.writerow((" ".join([*draw.choices(WORDS, k=4), word, word, word]), label))
+        return str(path)
+
+    rows, target = write("rows.csv", 60, lambda i: i % 2), write("target.csv", 8, lambda i: True)
+    given = {"less.warmup": 0.5, "less.share": 0.25, "less.project": project, "less.looks": 1}
+    return runs.loop(
+        "less", "lora", "bert-dry", values=given, steps=steps, batch=BatchSpec(size=12, tokens=4096),
+        data=DataSpec(source=rows, test_share=0.0), also=(f"target={target}",), optim=OptimSpec(lr=3e-3),
+    )  # fmt: skip
+
+
+@pytest.mark.acid("data_select", 4)
+@pytest.mark.parametrize("project", [0, 256])
+def test_less_a_planted_cluster_is_found_and_from_then_on_learnt_alone(tmp_path, project, monkeypatch):
+    loop = loop_of(Runs(tmp_path), project)
+    seen = []
+    inner = Less.batches
+    monkeypatch.setattr(Less, "batches", lambda self, course, b: seen.append(inner(self, course, b)) or seen[-1])
+    loop.run_to()
+    ((_, course),) = loop.moments._asked
+    kept = course.memory.tensors["kept"].tolist()
+    assert len(kept) == 15 and sum(row % 2 for row in kept) >= 13, "half of all rows are planted"
+    later = [row for step in seen[-6:] for batch in step for row in batch.rows.tolist()]
+    assert set(later) <= set(kept) and len(later) == 6 * 12
+    assert sorted(later[:12]) == sorted(set(later[:12])), "none twice in a step"
+
+
+def test_less_scores_are_cosines_with_the_way_of_adamw_by_brute_force(tmp_path):
+    loop = loop_of(Runs(tmp_path))
+    loop.run_to(6)
+    ((one, course),) = loop.moments._asked
+    rows = course.rows.rows("train")[:5]
+    found = one.scored(course, rows)
+    names = [n for n in course.weights() if "head" not in n]
+    assert names and all("classifier" not in n for n in names) and len(names) < len(course.weights())
+
+    def slope(row):
+        for p in course.weights().values():
+            p.grad = None
+        with course.still():
+            (batch,) = course.cut(np.asarray([row]))
+            course.forward(batch).loss.backward()
+        return [course.weights()[n].grad.clone() for n in names]
+
+    aims = [slope(row) for row in course.rows.rows("target")]
+    aim = torch.cat([torch.stack(part).mean(0).reshape(-1) for part in zip(*aims, strict=True)])
+    for row, score in zip(rows, found, strict=True):
+        moved = []
+        for name, g in zip(names, slope(row), strict=True):  # by an AdamW of torch's that has the same moments
+            p = torch.zeros_like(g).requires_grad_()
+            adam = torch.optim.AdamW([p], lr=1.0, weight_decay=0.0, eps=loop.spec.optim.eps)
+            p.grad = g
+            adam.state[p] = {
+                "step": torch.tensor(float(loop.optimiser.counts[name])),
+                "exp_avg": loop.optimiser.first[name].clone(), "exp_avg_sq": loop.optimiser.second[name].clone(),
+            }  # fmt: skip
+            adam.step()
+            moved.append(-p.detach().reshape(-1))
+        assert float(score) == pytest.approx(float(torch.cosine_similarity(torch.cat(moved), aim, dim=0)), abs=1e-4)
+
+
+def test_less_without_a_target_it_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="target"):
+        train(little_spec(tmp_path, strategy="less", steps=2))

@@ -28,6 +28,7 @@ from luthier.data.batches import Batch
 from luthier.data.order import shuffled
 from luthier.data.tasks import Task
 from luthier.training.course import Course
+from luthier.training.pull import pull
 from luthier.training.strategy import STRATEGIES, Strategy
 
 
@@ -75,10 +76,8 @@ class EWC(Strategy):
         return torch.autograd.grad(loss, [*course.weights().values()], allow_unused=True)
 
     def penalty(self, course: Course) -> Tensor | None:
-        held = course.memory.tensors
-        parts = [
-            (held[f"fisher {name}"] * (p - held[f"start {name}"]).square()).sum()
-            for name, p in course.weights().items()
-            if p.requires_grad
-        ]
-        return self.weight / 2 * torch.stack(parts).sum() if self.weight and parts else None
+        values = {name: p for name, p in course.weights().items() if p.requires_grad}
+        if not self.weight or not values:
+            return None
+        fisher, start = ([course.memory.tensors[f"{what} {name}"] for name in values] for what in ("fisher", "start"))
+        return pull([*values.values()], start, [self.weight] * len(values), fisher)

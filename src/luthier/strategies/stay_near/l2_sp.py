@@ -25,6 +25,7 @@ from luthier.core import ConfigError, at_least
 from luthier.runs.spec import RunSpec
 from luthier.surgery import is_head
 from luthier.training.course import Course
+from luthier.training.pull import pull
 from luthier.training.strategy import STRATEGIES, Strategy
 
 
@@ -53,8 +54,9 @@ class L2SP(Strategy):
     def penalty(self, course: Course) -> Tensor | None:
         if self.form != "coupled":
             return None
-        parts = [self._pull(n) / 2 * (p - self._rest(course, n)).square().sum() for n, p in course.weights().items()]
-        whole = torch.stack(parts).sum()
+        values = course.weights()
+        rests = [None if is_head(n) else course.memory.tensors[n] for n in values]
+        whole = pull([*values.values()], rests, [self._pull(n) for n in values])
         course.note("penalty", float(whole.detach()))
         return whole
 

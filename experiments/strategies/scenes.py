@@ -16,9 +16,13 @@ from luthier.samples.data import load_sample
 from luthier.samples.store import cache_dir
 from luthier.workflow.merged_folder import merge
 
-__all__ = ["SCENES", "Scene", "further", "old_rows", "old_run", "set_rows", "teacher"]
+__all__ = ["SCENES", "Scene", "further", "old_rows", "old_run", "set_rows", "target", "teacher"]
 
 SMALL, SMALLER, LARGE, DECODER = "sample:minilm-l6", "sample:minilm-l3", "sample:mpnet-base", "sample:smollm2-135m"
+WORDS_OF_TREC6 = (
+    "data.template={text} Kind: {mask}",
+    "data.words=ABBR=short,DESC=why,ENTY=thing,HUM=person,LOC=place,NUM=number",
+)
 WORDS = 48
 """Of a text, at most."""
 
@@ -96,9 +100,25 @@ def many() -> Path:
     return _written("trec6-600", lambda: _drawn("trec6")[:600])
 
 
+def weak() -> Path:
+    """The many, three in ten of them with another row's label."""
+
+    def rows() -> Iterable[dict[str, Any]]:
+        right = json_rows(many())
+        for i, row in enumerate(right):
+            yield row | {"label": right[(i + 7) % len(right)]["label"] if i % 10 < 3 else row["label"]}
+
+    return _written("trec6-weak", rows)
+
+
 def further() -> Path:
     """600 further questions, none of which is among the few or the many. Who reads no labels is given them in vain."""
     return _written("trec6-further", lambda: _drawn("trec6")[1500:2100])
+
+
+def target() -> Path:
+    """48 questions, none of which is among the others."""
+    return _written("trec6-target", lambda: _drawn("trec6")[2100:2148])
 
 
 def set_rows(sample: str, count: int = 200) -> Path:
@@ -119,6 +139,23 @@ def _yes_no(sample: str, half: str, count: int) -> Path:
             yield row | {"label": "yes" if row["label"] in _YES[sample] else "no"}
 
     return _written(f"{sample}-yes-no-{half}-{count}", rows)
+
+
+def of_tasks(half: str = "train") -> Path:
+    """The few questions, and 96 headlines and 96 messages, each with the name of its task; to score, questions."""
+
+    def rows() -> Iterable[dict[str, Any]]:
+        questions = json_rows(few() if half == "train" else held_out())
+        yield from (row | {"task": "questions"} for row in questions)
+        for sample in ("sarcasm", "sms-spam") if half == "train" else ():
+            yield from (row | {"task": sample} for row in _drawn(sample)[:96])
+
+    return _written(f"tasks-{half}", rows)
+
+
+def json_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a written file."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def old_rows(half: str = "train") -> Path:
@@ -161,11 +198,18 @@ SCENES = {
         given=("optim.lr=5e-5",),
     ),
     "many": Scene(says="trec6, 600 rows, LoRA on minilm-l6", train=many, test=held_out, steps=200),
+    "weak": Scene(
+        says="the same, three in ten with another row's label", train=weak, test=held_out, steps=200,
+    ),
     "student": Scene(says="trec6, 600 rows, LoRA on minilm-l3", train=many, test=held_out, model=SMALLER, steps=200),
     "then": Scene(
         says="sms-spam (200 rows) after sarcasm, both answered by yes or no; all weights of minilm-l6",
         train=lambda: _yes_no("sms-spam", "train", 200), test=lambda: _yes_no("sms-spam", "test", 300),
         method="full", given=("optim.lr=5e-5",), start=_merged, steps=60,
+    ),
+    "tasks": Scene(
+        says="trec6, 16 rows a class, beside 96 headlines and 96 messages in one file; questions are scored",
+        train=of_tasks, test=lambda: of_tasks("test"),
     ),
     "decoder": Scene(
         says="trec6, 16 rows a class, LoRA on smollm2-135m", train=few, test=held_out, model=DECODER, steps=40,
@@ -174,5 +218,13 @@ SCENES = {
     "decoder-full": Scene(
         says="the same, all weights of smollm2-135m", train=few, test=held_out, model=DECODER, method="full", steps=40,
         given=("batch.size=8", "optim.lr=2e-5"),
+    ),
+    "decoder-words": Scene(
+        says="the same rows, labels asked for by a template, LoRA on smollm2-135m", train=few, test=held_out,
+        model=DECODER, steps=40, given=("batch.size=8", *WORDS_OF_TREC6),
+    ),
+    "decoder-prompt": Scene(
+        says="the same, by a prompt of three vectors", train=few, test=held_out, model=DECODER, method="prompt_tuning",
+        steps=12, given=("batch.size=8", "length=3", *WORDS_OF_TREC6),
     ),
 }  # fmt: skip

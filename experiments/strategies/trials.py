@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from experiments.strategies.scenes import SMALL, further, old_rows, old_run, set_rows, teacher
+from experiments.strategies.scenes import SMALL, further, old_rows, old_run, set_rows, target, teacher
 
 __all__ = ["NOT_TRIED", "TRIALS", "Trial"]
 
@@ -39,7 +39,7 @@ TRIALS: dict[str, Trial] = {
     "adaptive_freeze": Trial(given=("adaptive_freeze.every=20",)),
     "class_weights": Trial(scene="many"),
     "clr": Trial(),
-    "cosine_ws": Trial(passes=2, given=("cosine_ws.init=0.5", "cosine_ws.refresh=20")),
+    "cosine_ws": Trial(scene="weak", passes=2, given=("cosine_ws.init=0.5", "cosine_ws.refresh=20")),
     "curriculum": Trial(scene="many"),
     "data_select": Trial(scene="many"),
     "early_exit": Trial(),
@@ -79,32 +79,60 @@ TRIALS: dict[str, Trial] = {
     "uda": Trial(passes=4, also={"unlabelled": further}),
     "ulmfit": Trial(),
     "aux_lm": Trial(scene="decoder"),
+    "kd_views": Trial(
+        passes=3, runs=lambda m, s: [f"kd_views.teacher={teacher()}"], also={"unlabelled": further}
+    ),
+    "less": Trial(
+        scene="many", passes=2, given=("less.share=0.3",), also={"target": target}
+    ),
+    "mt_dnn": Trial(scene="tasks", given=("data.row_task=task",)),
+    "startup": Trial(passes=4, also={"source": lambda: set_rows("sarcasm"), "unlabelled": further}),
+    "pouf": Trial(scene="decoder-words"),
+    "autoprompt": Trial(scene="decoder-prompt", passes=3, given=("autoprompt.candidates=5",)),
 }  # fmt: skip
 
-_GAPS = "asks a model that fills gaps; no sample has a head of words but the decoder, which is too slow for a table"
+_GAPS = (
+    "asks a model that fills gaps, of which the samples have the decoder alone: its chain of runs comes to several "
+    "times the passes of a plain run, which is minutes already"
+)
+_WRITES = "writes its rows with a model, minutes of it on a CPU, and no score of this table is of texts"
+_AGENT = "of traces, documents or extraction: docs/howto/agents-and-retrieval.md"
+_REWARDS = "of rewards: docs/howto/rollouts.md"
 _TEXT = "of language models: a score of their texts is not part of this table"
 _PAIRS = "of answers that are preferred: docs/howto/align.md"
 
 NOT_TRIED = {
-    "autoprompt": _GAPS,
+    "agent_sft": _AGENT,
     "cai": _PAIRS,
     "contrastive": "its head does not learn; setfit is contrastive with a head behind it",
     "cpo": _PAIRS,
     "dapt": "tapt is the same on other texts",
     "dft": _TEXT,
     "dpo": _PAIRS,
+    "grpo": _REWARDS,
+    "instruct_sft": "is plain training on answers",
+    "instruct_uie": _AGENT,
     "ipet": _GAPS,
     "kd_onpolicy": _TEXT,
     "kd_sequence": _TEXT,
     "kto": _PAIRS,
+    "label_words": _GAPS,
     "lm_bff": _GAPS,
     "maml": "gives a start and not an end",
+    "nash_md": _REWARDS,
     "orpo": _PAIRS,
     "pet": _GAPS,
-    "pouf": _GAPS,
+    "ppo": _REWARDS,
+    "ra_dit": _AGENT,
+    "raft": _AGENT,
+    "rejection_sft": _REWARDS,
     "reptile": "gives a start and not an end",
     "reward_model": _PAIRS,
+    "retriever_kl": "is a phase of ra_dit",
     "rlaif": _PAIRS,
+    "rloo": _REWARDS,
+    "self_instruct": _WRITES,
+    "self_rag": _AGENT,
     "simpo": _PAIRS,
     "task_mixture": _TEXT,
 }

@@ -73,10 +73,12 @@ def encoder(
     precision: str = "auto",
     settings: dict[str, Any] | None = None,
     extra: dict[str, Any] | None = None,
+    most: int | None = None,
 ) -> dict[str, Any]:
     """From rows to a trained and saved tuning; with `steps`, only so many of the first epoch.
 
     Args:
+        most: rows that are read, at most; left out, all.
         test: score the test rows at the end; else no row is held out, and nothing is scored.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -84,7 +86,7 @@ def encoder(
         if test:
             data = DataSpec(source=f"sample:{sample}")
         else:
-            path = write_rows(Path(folder) / "rows.jsonl", rows(sample))
+            path = write_rows(Path(folder) / "rows.jsonl", rows(sample)[:most])
             data = DataSpec(source=str(path), text="text", label="label", test_share=0.0)
         spec = RunSpec.from_plain(
             {

@@ -18,7 +18,10 @@ Cost: one forward pass of the teacher in every step, and tokens x tokens numbers
 and the first-token block are switched off: all tokens of the last layer are needed.
 Claims: a student of any shape that comes near a larger teacher.
 Pitfalls: R must divide all widths. Below the student's last layer nothing is told directly. Methods with a prompt in
-front of the text are refused.
+front of the text are refused. The divergence of three relations is large beside the task's loss (logged as relations):
+9.1 nats beside 1.8 at the start, where minilm-l3 learns from minilm-l6 (LoRA, 600 rows of trec6, 200 steps, one seed;
+the plain run 0.817). There alpha = 0.5 gives 0.740, the default 0.810, and relations alone for the first half of the
+steps 0.480. It is made for much text without labels. `python -m experiments.strategies --only kd_minilm`.
 """
 
 from collections.abc import Callable
@@ -51,7 +54,7 @@ class KDMiniLM(Strategy):
     tiny: ClassVar[dict[str, Any]] = {"heads": 4}
 
     teacher: Annotated[str, "the model to learn from: a finished run, or a model folder with its head"] = ""
-    alpha: Annotated[float, "share of the relations in the loss; the rest is the task's", between(0, 1)] = 0.5
+    alpha: Annotated[float, "share of the relations in the loss; the rest is the task's", between(0, 1)] = 0.05
     heads: Annotated[int, "relation heads R", at_least(1)] = 12
     layer: Annotated[int, "the teacher's layer; 0, its last", at_least(0)] = 0
 
@@ -85,6 +88,7 @@ class KDMiniLM(Strategy):
             (apart(wanted[b.key], ours[a.key], pairs, self.heads) for a, b in zip(mine, theirs, strict=True)),
             start=torch.zeros((), device=pairs.device),
         )
+        course.note("relations", float(rows.detach().mean()))
         weights = targets_by_row(course.task, piece.batch)
         result.loss = (1 - self.alpha) * result.loss + self.alpha * (weights * rows).sum()
         return result

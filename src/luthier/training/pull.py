@@ -1,8 +1,8 @@
 """A pull of trained numbers to where they were, as a penalty whose gradient is made while the numbers are in the cache.
 
-As a sum of torch's own operations it reads and writes every number thirteen times, and a step of full fine-tuning on a
-short batch becomes a sixth longer. Here the difference, its share of the sum and its slope are made piece by piece:
-numbers and rests are read once, and the slope is written once and added once to the gradient.
+As a sum of torch's own operations every number is read or written sixteen times in a step. Here the difference, its
+share of the sum and its slope are made piece by piece: numbers and rests are read once, and the slope is written once
+and added once to the gradient.
 """
 
 from __future__ import annotations

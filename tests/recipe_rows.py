@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from fillers import filler
 from little import little_data, little_model, little_spec
 
 from luthier.data.reflection import TOKENS
@@ -141,10 +142,16 @@ def entities(home: Path) -> dict[str, Any]:
     return {"model": str(little_model(home / "llama", "llama")), "data": DataSpec(source=source)}
 
 
+def gaps(home: Path) -> dict[str, Any]:
+    data = DataSpec(source=str(little_data(home / "rows.csv")), template="{text} ! it is {mask} .")
+    return {"model": str(filler(home / "filler")), "data": data}
+
+
 ROWS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "agent_sft": traces,
     "cai": under_principles,
     "instruct_sft": answers,
+    "label_words": gaps,
     "rlaif": labelled_by_a_model,
     "ra_dit": found,
     "raft": asked,

@@ -201,6 +201,18 @@ def test_another_recipe_in_the_folder_and_changed_rows_are_refused(home, tmp_pat
         resume(tmp_path / "out")
 
 
+def test_a_folder_whose_making_was_killed_and_an_empty_one_are_begun_in(home, tmp_path):
+    for name, left in (("empty", ()), ("begun", ("recipe.lock", "spec.toml"))):
+        (tmp_path / name).mkdir()
+        for file in left:
+            (tmp_path / name / file).write_text("")
+        assert follow(recipe_spec(home, "label_words", tmp_path / name, steps=1)).phases
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").touch()
+    with pytest.raises(ConfigError, match="is not empty and holds no recipe"):
+        follow(recipe_spec(home, "label_words", tmp_path / "other"))
+
+
 @pytest.mark.parametrize("name", ["pet", "setfit", "kd_sequence"])
 def test_how_the_users_own_file_is_stored_is_no_word_on_rows_that_were_written(name, home, tmp_path):
     spec, rows = recipe_spec(home, name, tmp_path / "out"), tmp_path / "rows.csv"

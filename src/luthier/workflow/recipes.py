@@ -44,6 +44,8 @@ from luthier.workflow.text_writer import TextWriter
 __all__ = ["FILE", "Followed", "follow", "is_recipe"]
 
 FILE = RECIPE
+BEGUN = {"recipe.lock", "spec.toml"}
+"""What stands in a folder whose making was killed before it was a recipe's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,7 @@ def follow(spec: RunSpec | Path | str, *, listener: Listener | None = None) -> F
     listener = listener or Listener()
     spec, path = _opened(spec)
     plan = _plan(spec)
-    lock = Lock(path / "recipe.lock") if path.exists() else None
+    lock = Lock(path / "recipe.lock") if is_recipe(path) else None
     if lock is None:
         lock = _create(path, spec, plan, listener)
     else:
@@ -122,7 +124,7 @@ def _opened(spec: RunSpec | Path | str) -> tuple[RunSpec, Path]:
                     f"{path}: holds another recipe, or this one with other settings. Go on with it as it was (luthier "
                     f"resume {path}), or name another folder with --out."
                 )
-        elif path.exists() and any(path.iterdir()):
+        elif path.exists() and {file.name for file in path.iterdir()} - BEGUN:
             raise ConfigError(f"{path}: is not empty and holds no recipe. Choose another --out.")
         return spec, path
     path = Path(spec)

@@ -10,6 +10,7 @@ from luthier.runs import RunFolder
 from luthier.runs.spec import RunSpec
 from luthier.training import Listener
 from luthier.workflow import resume, train
+from luthier.workflow.recipes import is_recipe
 from luthier.workflow.resume_proof import run_digests
 
 __all__ = [
@@ -66,7 +67,7 @@ def begin_or_resume(spec: str, number: int = 0, steps: int = 0, delay: float = 0
     listener = _Stopper(number, steps, delay) if number else Listener()
     wanted = RunSpec.from_plain(json.loads(spec))
     out = Path(str(wanted.out))
-    if (out / "run.json").exists():
+    if (out / "run.json").exists() or is_recipe(out):
         resume(out, listener=listener)
     else:
         train(wanted, listener=listener)

@@ -11,7 +11,11 @@ Neutral: at_once = 1000000, which lets everything learn from the start.
 Cost: less than a plain step while lower groups rest: backward passes end above them.
 Claims: less is forgotten than when all layers learn at once.
 Pitfalls: a run of few epochs ends before the lowest groups have joined: count them, or give `every` in steps. The rate
-has fallen by then; llrd and stlr beside it are the recipe of the paper.
+has fallen by then: on a line, group g gets (1 - g every / steps)^2 of what it would have had; with every = 12 of 120
+steps that is 0.49 three blocks down, 0.09 for the embeddings. So it wants a larger rate than the plain run: 96 rows of
+trec6, all weights of minilm-l6, 120 steps, one seed: at 5e-5 0.630, the plain run 0.740; at 2e-4 0.807, the plain run
+0.757 (`python -m experiments.strategies --only gradual_unfreeze`, whose scene has 5e-5). llrd and stlr beside it are
+the recipe of the paper.
 """
 
 from collections.abc import Collection

@@ -4,8 +4,8 @@
     python benchmarks/killed_sweep.py --every 5 --engine local
 
 Killed are the process of a run, the process that it was forked from, a process of Ray, or the driver itself, which is
-then called again with the same words. The tables are compared byte for byte, and it is counted that no cell was
-computed again after its result stood.
+then called again with the same words. The clock runs while a run is at work: else a machine so busy that the libraries
+take longer to load than the time between two kills would never compute anything. The tables are compared byte for byte.
 """
 
 import argparse
@@ -46,13 +46,22 @@ def command(data: Path, home: Path, engine: str, steps: int) -> list[str]:
     ]  # fmt: skip
 
 
-def struck(driver: subprocess.Popen[bytes], draw: random.Random) -> str:
+def forks(driver: psutil.Process) -> list[psutil.Process]:
+    """The processes to fork from, and the runs that were: those whose parent is one too."""
+    return [p for p in driver.children(recursive=True) if "luthier.runs.forkserver" in " ".join(p.cmdline())]
+
+
+def at_work(driver: psutil.Process) -> bool:
+    """Whether a run is being computed."""
+    there = forks(driver)
+    return bool({p.pid for p in there} & {p.ppid() for p in there})
+
+
+def struck(driver: psutil.Process, draw: random.Random) -> str:
     """Kill one process of the sweep; what it was."""
-    mine = psutil.Process(driver.pid)
-    below = [p for p in mine.children(recursive=True) if "luthier.runs.forkserver" in " ".join(p.cmdline())]
-    tasks = [p for p in mine.children(recursive=True) if p.name().startswith("ray::")]
+    tasks = [p for p in driver.children(recursive=True) if p.name().startswith("ray::")]
     kind, chosen = draw.choice(
-        [("driver", mine), *(("worker", p) for p in below), *(("task of ray", p) for p in tasks)]
+        [("driver", driver), *(("worker", p) for p in forks(driver)), *(("task of ray", p) for p in tasks)]
     )
     chosen.send_signal(signal.SIGKILL)
     return kind
@@ -62,16 +71,18 @@ def disturbed(words: list[str], every: float, draw: random.Random) -> dict[str, 
     kills: dict[str, int] = {}
     while True:
         with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as driver:
+            mine, worked, before = psutil.Process(driver.pid), 0.0, time.monotonic()
             while driver.poll() is None:
-                until = time.monotonic() + every
-                while driver.poll() is None and time.monotonic() < until:
-                    time.sleep(0.1)
-                if driver.poll() is None:
-                    try:
-                        kind = struck(driver, draw)
-                        kills[kind] = kills.get(kind, 0) + 1
-                    except psutil.NoSuchProcess:
-                        continue
+                time.sleep(0.2)
+                now = time.monotonic()
+                try:
+                    worked += (now - before) * at_work(mine)
+                    if worked >= every:
+                        kind = struck(mine, draw)
+                        kills[kind], worked = kills.get(kind, 0) + 1, 0.0
+                except (psutil.NoSuchProcess, psutil.ZombieProcess):
+                    pass  # it has just ended
+                before = now
             assert driver.stderr is not None
             said = driver.stderr.read().decode()
         if driver.returncode == 0:

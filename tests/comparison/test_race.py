@@ -109,10 +109,24 @@ def test_whoever_exceeds_the_budget_leaves_and_is_told_by_how_much(tmp_path: Pat
     assert failed.left["lora"] == "it failed: no such file" and failed.scores["lora"] is None
 
 
-@pytest.mark.parametrize("word", ["minutes", "minutes=0", "memory=8", "memory=8TB", "steps=3", "minutes=soon"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        "minutes",
+        "minutes=0",
+        "memory=8",
+        "memory=8TB",
+        "steps=0",
+        "steps=1.5",
+        "minutes=soon",
+        "params=few",
+        "params=0",
+    ],
+)
 def test_a_budget_that_is_none_is_refused(word: str) -> None:
     assert budget_of(["minutes=1.5", "memory=500MB"]) == Budget(minutes=1.5, memory=500_000_000)
-    with pytest.raises(ConfigError, match="write minutes=20 or memory=8GB"):
+    assert budget_of(["steps=40", "params=12.5k"]) == Budget(steps=40, params=12_500)
+    with pytest.raises(ConfigError, match="write minutes=20, memory=8GB, steps=400 or params=100k"):
         budget_of([word])
 
 

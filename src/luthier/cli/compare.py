@@ -82,7 +82,12 @@ Race = Annotated[
 ]
 BudgetWords = Annotated[
     str | None,
-    typer.Option("--budget", metavar="WORDS", help="Of a race: minutes=20, memory=8GB, or both with a comma between."),
+    typer.Option(
+        "--budget",
+        metavar="WORDS",
+        help="steps=400 for every run; params=100k: each method as large as so many trained numbers allow; of a race "
+        "also minutes=20 and memory=8GB. Several with commas between.",
+    ),
 ]
 Front = Annotated[
     int | None,
@@ -149,14 +154,15 @@ def command_for(words: Sequence[str] = ()) -> Callable[..., None]:
         changes = values_of(options, given) | settings_of(settings or [])
         if "data.source" not in changes:
             raise UsageError("compare: no rows. Name them: --data FILE, or --data sample:trec6 to begin with.")
-        if budget is not None and not race:
+        words = budget.split(",") if budget else []
+        if any(word.partition("=")[0] in ("minutes", "memory") for word in words) and not race:
             raise UsageError(
-                "--budget: is what a race may take. Add --race; without it every method makes the same steps, and "
-                "`luthier plan` says beforehand what each needs."
+                f"--budget {budget}: minutes and memory are what a race may take. Add --race; without it every method "
+                "makes the same steps, and `luthier plan` says beforehand what each needs."
             )
         how = {"seeds": seeds, "metric": metric, "workers": workers, "tune_lr": tune_lr, "search": search}
         how |= {"engine": engine, "front": front, "cv": cv}
-        _compare(model, method or [], changes, margin, out, (budget or "") if race else None, how)
+        _compare(model, method or [], changes, margin, out, words, {**how, "race": race})
 
     return as_verb(command, HELP, options)
 
@@ -166,7 +172,7 @@ command = command_for()
 
 def _compare(
     model: str, methods: list[str], changes: dict[str, Any], margin: float | None, out: str | None,
-    budget: str | None, how: dict[str, Any],
+    budget: list[str], how: dict[str, Any],
 ) -> None:  # fmt: skip
     names = method_names(methods)
     for name in names:
@@ -180,15 +186,26 @@ def _compare(
     from luthier.comparison import Front as FrontSearch
     from luthier.comparison import budget_of, compare, entrant_of
 
+    allowed = budget_of(budget)
+    if allowed.steps is not None:
+        changes = changes | _as_steps(allowed.steps, changes)
     entrants = [entrant_of(name, read_word) for name in names]
     base = RunSpec.from_plain(overlay({"model": model, "data": {}}, changes))
     home = Path(out) if out is not None else _home(model, base.data.source)
     say = screen().say
     say(f"runs go to {home}; the same command goes on where it was stopped")
-    raced = None if budget is None else budget_of(budget.split(",") if budget else [])
+    raced = allowed if how.pop("race") else None
     how["front"] = None if how["front"] is None else FrontSearch(how["front"], front_space)
     found = compare(
-        base, entrants, home=home, margin=margin, threads=_threads(how["workers"]), budget=raced, say=say, **how
+        base,
+        entrants,
+        home=home,
+        margin=margin,
+        threads=_threads(how["workers"]),
+        budget=raced,
+        params=allowed.params,
+        say=say,
+        **how,
     )
     _show(found)
     if how["front"] is not None:
@@ -198,6 +215,22 @@ def _compare(
     from luthier.core import plain
 
     screen().result({**plain(found), "folder": str(home)})
+
+
+def _as_steps(steps: int, changes: dict[str, Any]) -> dict[str, Any]:
+    """The length of every run.
+
+    Raises:
+        UsageError: something else says how long runs are, or lets some end before others.
+    """
+    other = next((n for n in ("steps", "epochs", "eval.patience") if changes.get(n) is not None), None)
+    if other is not None:
+        option = f"--{other.rpartition('.')[2]}"
+        raise UsageError(
+            f"--budget steps={steps}: is the same steps for all, and {option} {changes[other]} says another length. "
+            f"Leave one of the two out."
+        )
+    return {"steps": steps}
 
 
 def _home(model: str, data: str) -> Path:

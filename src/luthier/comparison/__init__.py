@@ -15,6 +15,7 @@ table        the table as a file, the same bytes however the runs went
 verdict      who is best, who ties, what cannot be told, at what cost
 statistics   intervals, exact tests, corrections
 baselines    what needs no model
+sizes        how large each method may be within a budget of trained numbers
 scores       scores of weighted rows
 answers      what one run answered, row by row
 """

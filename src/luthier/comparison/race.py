@@ -32,10 +32,19 @@ FILE = "race.json"
 
 @dataclass(frozen=True)
 class Budget:
-    """What a race may take: minutes of all runs together on the wall, and memory of one."""
+    """What a comparison may take.
+
+    Attributes:
+        minutes: of all runs of a race together, on the wall.
+        memory: of a run of a race, in bytes.
+        steps: that every run makes, in a race or not.
+        params: numbers that a method may train beside the head, in a race or not: sizes are chosen by it.
+    """
 
     minutes: float | None = None
     memory: int | None = None
+    steps: int | None = None
+    params: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +77,10 @@ class Raced:
 
 
 def budget_of(words: Sequence[str]) -> Budget:
-    """Read `minutes=20` and `memory=8GB`.
+    """Read `minutes=20`, `memory=8GB`, `steps=400` and `params=100k`.
 
-    >>> budget_of(["minutes=20", "memory=8GB"])
-    Budget(minutes=20.0, memory=8000000000)
+    >>> budget_of(["minutes=20", "memory=8GB", "params=1.5M"])
+    Budget(minutes=20.0, memory=8000000000, steps=None, params=1500000)
 
     Raises:
         ConfigError: another word, or no number.
@@ -86,9 +95,17 @@ def budget_of(words: Sequence[str]) -> Budget:
             if name == "memory" and (size := re.fullmatch(r"(\d+(?:\.\d+)?) ?([MG])B", value)):
                 found = replace(found, memory=int(float(size[1]) * {"M": 1e6, "G": 1e9}[size[2]]))
                 continue
+            if name == "steps" and value.isdecimal() and int(value) > 0:
+                found = replace(found, steps=int(value))
+                continue
+            if name == "params" and (size := re.fullmatch(r"(\d+(?:\.\d+)?) ?([kM]?)", value)) and float(size[1]) > 0:
+                found = replace(found, params=round(float(size[1]) * {"": 1, "k": 1e3, "M": 1e6}[size[2]]))
+                continue
         except ValueError:
             pass
-        raise ConfigError(f"--budget {word}: write minutes=20 or memory=8GB, or both with a comma between.")
+        raise ConfigError(
+            f"--budget {word}: write minutes=20, memory=8GB, steps=400 or params=100k, several with commas between."
+        )
     return found
 
 
@@ -103,7 +120,11 @@ def race(asked: Asked, budget: Budget, sweep: Sweep, say: Callable[[str], None],
         for name, own in trials_of(asked.base, asked.entrants, asked.n, sweep.ledger.home, asked.data).items()
         for trial in own
     }
-    of = {"metric": asked.metric, "budget": plain(budget), "cells": {name: t.cell.id for name, t in trials.items()}}
+    of = {
+        "metric": asked.metric,
+        "budget": {n: v for n, v in plain(budget).items() if n in ("minutes", "memory")},
+        "cells": {name: t.cell.id for name, t in trials.items()},
+    }
     path = sweep.ledger.home / FILE
     made, unfinished = _made(path, of)
     alive, decisions = list(trials), list[Decision]()

@@ -22,6 +22,7 @@ from luthier.comparison.race import Budget, race
 from luthier.comparison.rates import Rates, said_of_parts
 from luthier.comparison.scores import score_named
 from luthier.comparison.search import Asked, check_search, search_rates
+from luthier.comparison.sizes import Sized, sized
 from luthier.comparison.statistics import LEAST_SEEDS, smallest_visible
 from luthier.comparison.table import table_csv
 from luthier.comparison.tuning import SEARCHED, factors, rates_of
@@ -55,6 +56,7 @@ def compare(
     budget: Budget | None = None,
     front: Front | None = None,
     cv: int | None = None,
+    params: int | None = None,
     engine: str = "local",
     lease: float = LEASE,
     say: Callable[[str], None] = lambda line: None,
@@ -73,6 +75,7 @@ def compare(
             at each rung and whoever exceeds the budget; only the winner makes the final runs.
         front: search for configurations of autopeft first, those that are best at their size make the final runs.
         cv: so many folds of the rows, each held out once, in place of a held-out half; near copies stay together.
+        params: numbers that a method may train beside the head; each is made as large as that allows.
         engine: who computes the runs: local, processes of this machine; ray.
         lease: seconds without a sign of life after which a run may be taken over by another process.
 
@@ -90,6 +93,8 @@ def compare(
         factors(tune_lr)
     if front is not None:
         check_front(front.n, entrants, tune_lr, budget is not None)
+    if params is not None and front is not None:
+        raise ConfigError(f"--budget params={params}: --front shows the best of each size. Leave one of the two out.")
     if cv is not None:
         check_cv(base, cv, ["--race"] * (budget is not None) + ["--front"] * (front is not None))
     _check_home(home)
@@ -98,6 +103,12 @@ def compare(
         say(note)
     if in_none := rows_in_no_fold(parts):
         say(in_none)
+    found_sizes = Sized(tuple(entrants), {}, ())
+    if params is not None:
+        found_sizes = sized(base, entrants, parts[0].data.task, params)
+        for line in (*found_sizes.said, *(f"{name}: {why}" for name, why in found_sizes.refused.items())):
+            say(line)
+        entrants = found_sizes.entrants
     say(_visible(parts, len(entrants), seeds))
     _make_home(home)
     sweep = Sweep(
@@ -106,7 +117,7 @@ def compare(
     with _present(home, say), closing(sweep):
         asked = Asked(base, tuple(entrants), tune_lr or 0, parts[0].data, metric)
         rates: list[dict[str, Rates]] = []  # of each part
-        without: dict[str, str] = {}
+        without: dict[str, str] = dict(found_sizes.refused)
         said: tuple[str, ...] = ()
         if budget is not None:
             won = race(replace(asked, n=tune_lr or RACED_RATES), budget, sweep, say, _announcing)
@@ -142,7 +153,8 @@ def compare(
         runs = {e.name: tuple(str(c.path.relative_to(home)) for c in cells if c.entrant == e) for e in racing}
         found = _judge(cells, failures, without, parts, metric, margin)
         found = replace(
-            found, runs=runs, findings=(*said, *found.findings, *said_of_parts(rates)),
+            found, runs=runs, params=params,
+            findings=(*said, *found.findings, *found_sizes.said, *said_of_parts(rates)),
             rates=rates[0] if rates and cv is None else {}, fold_rates=tuple(rates) if cv is not None else (),
         )  # fmt: skip
         if front is not None:

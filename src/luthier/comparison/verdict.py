@@ -98,6 +98,8 @@ class Comparison:
     """method -> the learning rates that were tried for it, where they were searched"""
     margin_given: bool = False
     """by the user; else it is made of the spread over seeds"""
+    params: int | None = None
+    """numbers that a method might train beside the head, where sizes were chosen by that"""
     folds: int = 0
     """of a cross-validation: each row was answered by the runs that had not learnt it; 0 where there is none"""
     fold_rates: tuple[dict[str, Rates], ...] = ()

@@ -165,6 +165,7 @@ def _compare_command(found: Comparison, spec: dict[str, Any], folder: Path) -> s
     words = command_of({**spec, "method": ",".join(methods) or "?", "settings": {}, "seed": 0})
     words += ["--seeds", str(len(found.seeds)), "--metric", found.metric]
     words += ["--cv", str(found.folds)] if found.folds else []
+    words += ["--budget", f"params={found.params}"] if found.params is not None else []
     if searched is not None:
         words += ["--tune-lr", str(len(searched.rates))]
         words += ["--search", searched.search] if searched.search != "grid" else []

@@ -61,7 +61,7 @@ def struck(driver: psutil.Process, draw: random.Random) -> str:
     """Kill one process of the sweep; what it was."""
     tasks = [p for p in driver.children(recursive=True) if p.name().startswith("ray::")]
     kind, chosen = draw.choice(
-        [("driver", driver), *(("worker", p) for p in forks(driver)), *(("task of ray", p) for p in tasks)]
+        [("driver", driver), *(("worker", p) for p in forks(driver)), *(("process of ray", p) for p in tasks)]
     )
     chosen.send_signal(signal.SIGKILL)
     return kind

@@ -22,6 +22,10 @@ class Died(Exception):
     pass
 
 
+class Dead(Exception):
+    pass
+
+
 class OfATask(Exception):
     def __init__(self, cause: Exception) -> None:
         super().__init__(f"ray::_one() (pid=7)\n  File ...\n{cause}")
@@ -36,12 +40,15 @@ def engine(ledger: Ledger, ended: list[Any]) -> RayEngine:
             raise ended[task]
         return ended[task]
 
-    names = ("NodeDiedError", "OutOfMemoryError", "TaskCancelledError", "LocalRayletDiedError", "OwnerDiedError")
-    wrongs = {name: type(name, (Exception,), {}) for name in (*names, "ObjectLostError")}
+    names = ("NodeDiedError", "OutOfMemoryError", "TaskCancelledError", "OwnerDiedError", "ObjectLostError")
+    wrongs = {name: type(name, (Exception,), {}) for name in names}
     made = RayEngine.__new__(RayEngine)
     made.ray = SimpleNamespace(
-        get=get, wait=lambda tasks, **_: (tasks, []), exceptions=SimpleNamespace(WorkerCrashedError=Died, **wrongs)
-    )
+        get=get, wait=lambda tasks, **_: (tasks, []), init=lambda **_: ended.append("begun"), shutdown=lambda: None,
+        remote=lambda **_: lambda task: task,
+        exceptions=SimpleNamespace(WorkerCrashedError=Died, LocalRayletDiedError=Dead, **wrongs),
+    )  # fmt: skip
+    made.there, made.begun_again = None, 0
     made.ledger, made.workers, made.entries, made.crashes = ledger, 1, (), {}
     made.at_work = dict.fromkeys(range(len(ended)), "a" * 64)
     return made
@@ -74,6 +81,22 @@ class Unprepared:
 
     def run(self, *_: object, timeout_s: object) -> Outcome:
         return Outcome(self.status, 'luthier-error "it has words of its own"')
+
+
+def test_a_cluster_of_our_own_that_has_died_is_started_anew_and_not_for_ever(tmp_path: Path) -> None:
+    ended: list[Any] = [Dead("heartbeats"), Dead("heartbeats"), ("", [])]
+    made = engine(Ledger(tmp_path, make=True), ended)
+    assert made.check() == ["Ray has died on this machine and was started anew (heartbeats)"]
+    assert ended[3:] == ["begun"] and not made.at_work, "its other tasks have died with it"
+    made.at_work = {0: "a" * 64}
+    for _ in range(MOST_ATTEMPTS - 1):
+        made.check()
+        made.at_work = {0: "a" * 64}
+    with pytest.raises(ResourceError, match="Ray has died 7 times in a row"):
+        made.check()
+    made.there = "10.0.0.1:6379"
+    made.at_work = {0: "a" * 64}
+    assert made.check() == [], "of another cluster the other machines go on"
 
 
 def test_what_cannot_be_loaded_ahead_is_said_once(tmp_path: Path) -> None:

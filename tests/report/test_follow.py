@@ -15,7 +15,7 @@ from little import little_spec
 from report.planted import plant_run
 
 from luthier.cli._main import main
-from luthier.core import ConfigError
+from luthier.core import ConfigError, LuthierError
 from luthier.report import Follower
 from luthier.runs.ledger import Entry, Ledger
 from luthier.runs.lock import myself
@@ -164,3 +164,17 @@ def test_the_cells_of_a_ledger_are_there_before_they_begin(tmp_path: Path, capfd
     assert main(["watch", str(tmp_path)]) == 0
     said = capfd.readouterr().out
     assert "2 running" in said and "1 failed" in said and "1 waiting" in said and "1: no such file" in said
+
+
+@pytest.mark.parametrize(
+    ("told", "said"), [('{"format": "luthier-ledger", "version": 99}', "newer"), ("{", "cannot be read")]
+)
+def test_a_ledger_that_cannot_be_read_is_said_and_one_that_is_not_there_may_come(
+    told: str, said: str, tmp_path: Path
+) -> None:
+    follower = Follower(tmp_path)
+    assert follower.look() == []
+    (tmp_path / "ledger").mkdir()
+    (tmp_path / "ledger" / "ledger.json").write_text(told)
+    with pytest.raises(LuthierError, match=said):
+        follower.look()

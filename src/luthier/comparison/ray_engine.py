@@ -44,15 +44,21 @@ class RayEngine:
         self.at_work: dict[Any, str] = {}
         self.crashes: dict[str, tuple[int, int]] = {}
         """of a cell: its newest claim, and how many processes have ended since without taking it"""
-        mine = {} if there else {"include_dashboard": False, "num_cpus": self.workers}
+        self.there = there
+        self.begun_again = 0
+        """how often in a row the cluster of this process has died"""
+        self._start()
+
+    def _start(self) -> None:
+        mine = {} if self.there else {"include_dashboard": False, "num_cpus": self.workers}
         try:
-            ray.init(address=there, log_to_driver=False, logging_level="ERROR", **mine)
+            self.ray.init(address=self.there, log_to_driver=False, logging_level="ERROR", **mine)
         except Exception as error:
             raise ResourceError(
                 f"--engine ray: Ray cannot be started or reached ({str(error).splitlines()[0]}). RAY_ADDRESS names a "
                 "cluster; RAY_AUTH_TOKEN or ~/.ray/auth_token holds its token. Without either, --engine local."
             ) from error
-        self.task = ray.remote(num_cpus=1, max_retries=0)(_one)
+        self.task = self.ray.remote(num_cpus=1, max_retries=0)(_one)
 
     def begin(self, entries: Sequence[Entry]) -> None:
         self.entries = tuple(entries)
@@ -62,7 +68,8 @@ class RayEngine:
         if self.at_work:
             ended, _ = self.ray.wait(list(self.at_work), num_returns=len(self.at_work), timeout=0)
             for task in ended:
-                notes += self._ended(task, self.at_work.pop(task))
+                if task in self.at_work:  # else its cluster has died, and the others of it with it
+                    notes += self._ended(task, self.at_work.pop(task))
         taken = set(self.at_work.values())
         for entry in self.entries:
             if len(self.at_work) >= self.workers:
@@ -80,11 +87,13 @@ class RayEngine:
         """
         wrongs = self.ray.exceptions
         killed = (
-            wrongs.WorkerCrashedError, wrongs.NodeDiedError, wrongs.OutOfMemoryError, wrongs.TaskCancelledError,
-            wrongs.LocalRayletDiedError, wrongs.OwnerDiedError, wrongs.ObjectLostError,
+            wrongs.WorkerCrashedError, wrongs.OutOfMemoryError, wrongs.TaskCancelledError, wrongs.OwnerDiedError,
+            wrongs.ObjectLostError,
         )  # fmt: skip
         try:
             wrong, notes = self.ray.get(task)
+        except (wrongs.LocalRayletDiedError, wrongs.NodeDiedError) as error:
+            return self._begin_again(error)
         except killed as error:
             n = self.ledger.taken(address)
             before, times = self.crashes.get(address, (n, 0))
@@ -105,7 +114,27 @@ class RayEngine:
             ) from error
         if wrong:
             raise ResourceError(wrong)
+        self.begun_again = 0
         return list(notes)
+
+    def _begin_again(self, error: BaseException) -> Sequence[str]:
+        """A machine of the cluster has died: of another cluster Ray takes others, our own is started anew.
+
+        Raises:
+            ResourceError: it has died many times in a row.
+        """
+        if self.there:
+            return ()
+        self.begun_again += 1
+        if self.begun_again > MOST_ATTEMPTS:
+            raise ResourceError(
+                f"--engine ray: Ray has died {self.begun_again} times in a row ({_first_line(error)}). Nothing that is "
+                "finished is lost; --engine local needs no Ray."
+            ) from error
+        self.at_work.clear()
+        self.ray.shutdown()
+        self._start()
+        return (f"Ray has died on this machine and was started anew ({_first_line(error)})",)
 
     def stop(self) -> None:
         for task in self.at_work:

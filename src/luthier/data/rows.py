@@ -421,5 +421,8 @@ def fold_of(
                 held += groups[same]
             dealt += 1
     if dealt < folds:
-        raise DataError(f"{table.source}: {dealt} different rows that can be scored are too few for {folds} folds.")
+        raise DataError(
+            f"{table.source}: {dealt} different rows that can be scored are too few for {folds} folds. Fewer folds, or "
+            "more rows: a class of one row is learnt and never scored."
+        )
     return sorted(held)

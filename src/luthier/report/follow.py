@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from luthier.core import ConfigError, LuthierError
+from luthier.core import ConfigError
 from luthier.report.gather import names_of, runs_in
 from luthier.report.numbers import binned
 from luthier.report.read import read_json, state_of, total_steps
@@ -71,7 +70,11 @@ class Follower:
         self._book: Ledger | None = None
 
     def look(self) -> list[Progress]:
-        """Every run as it is now, those that began meanwhile too."""
+        """Every run as it is now, those that began meanwhile too.
+
+        Raises:
+            IntegrityError: the ledger there is of a newer version, or damaged.
+        """
         paths = list(runs_in(self.folder))
         names = names_of(paths)
         for path in paths:
@@ -111,9 +114,8 @@ class Follower:
         ]  # fmt: skip
 
     def _ledger(self) -> Ledger | None:
-        if self._book is None:
-            with suppress(LuthierError):
-                self._book = Ledger(self.folder)
+        if self._book is None and (self.folder / "ledger" / "ledger.json").is_file():  # else it may come yet
+            self._book = Ledger(self.folder)
         return self._book
 
     def ended(self, seen: Sequence[Progress]) -> bool:

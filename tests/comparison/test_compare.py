@@ -14,10 +14,11 @@ from races import base_in, here
 from luthier.cli._main import main
 from luthier.comparison import Entrant, compare, entrant_of, statistics
 from luthier.comparison import run as run_file
-from luthier.comparison.cells import cells_of
+from luthier.comparison.cells import Sweep, cells_of
 from luthier.comparison.verdict import Costs, judge
 from luthier.core import ConfigError, DataError, LuthierError
 from luthier.core.config import read_word
+from luthier.runs.ledger import Ledger
 from luthier.runs.spec import DataSpec, RunSpec
 from luthier.workflow import train
 
@@ -214,3 +215,8 @@ def test_a_run_that_was_deleted_is_made_again_and_nothing_else(tmp_path: Path, m
     shutil.rmtree(gone)
     compare(base, entrants, seeds=1, home=tmp_path / "r")
     assert done == [done[0], done[1], done[0]] and (tmp_path / "r" / "table.csv").read_bytes() == before
+    sweep = Sweep(Ledger(tmp_path / "r"), lambda n: here(done)("", Ledger(tmp_path / "r"), n))
+    cells = cells_of(base, entrants, [0], tmp_path / "r")
+    assert sweep.standing(cells) == 2
+    next((tmp_path / "r" / "ledger" / "results").iterdir()).write_text('{"sco')
+    assert sweep.standing(cells) == 1, "what will be said to be finished, and what will be computed, are all"

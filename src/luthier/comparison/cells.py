@@ -164,7 +164,7 @@ class Sweep:
         open_ = {entry.id: (cell, entry) for cell, entry in zip(cells, entries, strict=True)}
         self.ledger.add(entries)
         for id, (cell, _) in list(open_.items()):
-            if self.ledger.result(id) is not None and not (cell.until == 1.0 and not self._there(id)):
+            if self._stands(cell):
                 del open_[id]
             else:  # what failed is tried again by the next call; a run that was deleted is made again
                 self.ledger.reopen(id)
@@ -209,6 +209,13 @@ class Sweep:
             out = str(self.ledger.home / str(told["run"])) if told.get("run") else cell.spec.out
             found.append(replace(cell, spec=replace(cell.spec, out=out)))
         return found
+
+    def standing(self, cells: Sequence[Cell]) -> int:
+        """How many of the cells have a result, which is not computed again."""
+        return sum(self._stands(cell) for cell in cells)
+
+    def _stands(self, cell: Cell) -> bool:
+        return self.ledger.result(cell.id) is not None and (cell.until < 1 or self._there(cell.id))
 
     def _there(self, id: str) -> bool:
         told = self.ledger.result(id) or {}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from luthier.comparison.cells import Cell, Entrant, Sweep, cells_of, finished
+from luthier.comparison.cells import Cell, Entrant, Sweep, cells_of
 from luthier.comparison.front import BATCH, Config, Space, Tried, area, front_of, propose
 from luthier.comparison.search import Announcing, Asked
 from luthier.comparison.tuning import rows_of
@@ -101,7 +101,7 @@ def search_front(
             say(f"front: after {several(len(tried), 'configuration')} no other was found")
             break
         cells = [_cell(spec, space, config, sweep.ledger.home) for config in configs]
-        failures = sweep.settle(cells, announcing(say, len(cells), sum(finished(cell) for cell in cells)))
+        failures = sweep.settle(cells, announcing(say, len(cells), sweep.standing(cells)))
         why |= {path: failure.message for path, failure in failures.items()}
         for config, cell in zip(configs, cells, strict=True):
             told = sweep.ledger.result(cell.id)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from luthier.comparison.answers import answers_of
 from luthier.comparison.baselines import baselines
-from luthier.comparison.cells import Cell, Entrant, Failure, Said, Sweep, cells_of, finished
+from luthier.comparison.cells import Cell, Entrant, Failure, Said, Sweep, cells_of
 from luthier.comparison.engines import check_engine, engine_named
 from luthier.comparison.front_search import Front, check_front, search_front, with_test
 from luthier.comparison.parts import Part, check_cv, parts_of, rows_in_no_fold
@@ -143,7 +143,7 @@ def compare(
             for part, optim in zip(parts, optims, strict=True)
             for cell in cells_of(part.base, racing, [part.seed(number)], home, rates=optim, fold=part.fold)
         ]
-        there = sum(finished(cell) for cell in cells)
+        there = sweep.standing(cells)
         if there:
             say(f"{there} of {len(cells)} runs are finished already")
         failures = sweep.settle(cells, _announcing(say, len(cells), there))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.comparison.answers import answers_of
-from luthier.comparison.cells import Entrant, Failure, Said, Sweep, finished
+from luthier.comparison.cells import Entrant, Failure, Said, Sweep
 from luthier.comparison.choices import one_of
 from luthier.comparison.rates import Rates
 from luthier.comparison.tuning import Trial, choose_rates, rows_of, trial_at, trials_of
@@ -64,7 +64,7 @@ def search_rates(name: str, asked: Asked, sweep: Sweep, say: Callable[[str], Non
     if name == "grid":
         trials = trials_of(asked.base, asked.entrants, asked.n, sweep.ledger.home, asked.data)
         cells = [trial.cell for own in trials.values() for trial in own]
-        there = sum(finished(cell) for cell in cells)
+        there = sweep.standing(cells)
         say(f"{said}are not read ({there} of {len(cells)} are finished)")
         failures = sweep.settle(cells, announcing(say, len(cells), there))
         return choose_rates(asked.base, trials, failures, asked.metric)
@@ -138,7 +138,7 @@ def _by_optuna(asked: Asked, sweep: Sweep, say: Callable[[str], None], announcin
             factor = float(f"{questions[e.name].suggest_float('factor', LOWEST, HIGHEST, log=True):.3g}")
             trials[e.name].append(trial_at(asked.base, e, factor, sweep.ledger.home, rows))
         cells = [own[-1].cell for own in trials.values()]
-        failures |= sweep.settle(cells, announcing(say, len(cells), sum(finished(cell) for cell in cells)))
+        failures |= sweep.settle(cells, announcing(say, len(cells), sweep.standing(cells)))
         for name, question in questions.items():
             told = sweep.ledger.result(trials[name][-1].cell.id)
             if told is None:

@@ -5,16 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
-from luthier.anatomy import Anatomy
 from luthier.comparison.cells import Entrant
 from luthier.core import ConfigError, LuthierError, human_count
 from luthier.data.tasks import Task
 from luthier.runs.spec import RunSpec
-from luthier.surgery import METHODS, compose
-from luthier.training.strategy import split_settings
-from luthier.workflow.outline import outline_of
+from luthier.workflow.counting import Counting, whole_settings
 
 __all__ = ["SIZES", "Sized", "sized"]
 
@@ -47,15 +42,13 @@ def sized(base: RunSpec, entrants: Sequence[Entrant], task: Task, most: int) -> 
         ConfigError: none trains so few, or two are the same.
         ModelError, AnatomyError: the model cannot be read.
     """
-    anatomy = outline_of(base.model).skeleton(task, torch.float32).anatomy
+    counting = Counting(base, task)
     found, refused, told = list[Entrant](), dict[str, str](), list[str]()
     for entrant in entrants:
         field = _field(base, entrant)
         try:
             one, count = (
-                (entrant, _count(base, entrant, anatomy))
-                if field is None
-                else _largest(base, entrant, anatomy, field, most)
+                (entrant, _trained(counting, entrant)) if field is None else _largest(counting, entrant, field, most)
             )
         except LuthierError as error:
             refused[entrant.name] = str(error)
@@ -86,26 +79,24 @@ def sized(base: RunSpec, entrants: Sequence[Entrant], task: Task, most: int) -> 
 
 def _field(base: RunSpec, entrant: Entrant) -> str | None:
     """The setting that is moved; None where there is none, or it is given."""
-    if entrant.method not in METHODS.names():
-        return None
-    settings = {s.name: s for s in METHODS.card(entrant.method).settings}
-    own = [n for n in SIZES if n in settings and settings[n].default.isdecimal() and int(settings[n].default) > 0]
+    there = whole_settings(entrant.method)
+    own = [name for name in SIZES if name in there]
     given = {*entrant.settings, *base.settings}
     return own[0] if own and not given & set(own) else None
 
 
-def _largest(base: RunSpec, entrant: Entrant, anatomy: Anatomy, field: str, most: int) -> tuple[Entrant, int]:
+def _largest(counting: Counting, entrant: Entrant, field: str, most: int) -> tuple[Entrant, int]:
     """The method at the size that trains most numbers within `most`, or at the one that trains fewest of all."""
 
     def at(size: int) -> int | None:
         try:
-            return _count(base, _named(entrant, field, size), anatomy)
+            return _trained(counting, _named(entrant, field, size))
         except LuthierError:
             return None  # no size of this method, or none for a model of these widths
 
     counts = {size: count for size in GRID if (count := at(size)) is not None}
     if not counts:
-        return entrant, _count(base, entrant, anatomy)
+        return entrant, _trained(counting, entrant)
     within = {size: count for size, count in counts.items() if count <= most}
     if not within:
         least = min(counts, key=lambda size: (counts[size], size))
@@ -129,9 +120,5 @@ def _named(entrant: Entrant, field: str, size: int) -> Entrant:
     return replace(entrant, name=f"{entrant.name}:{field}={size}", settings={**entrant.settings, field: size})
 
 
-def _count(base: RunSpec, entrant: Entrant, anatomy: Anatomy) -> int:
-    """Numbers that the method trains on the model, as its table shows them."""
-    every = {**base.settings, **entrant.settings}
-    _, settings = split_settings(base.strategy, every, compose.setting_names(entrant.method))
-    with torch.device("meta"):
-        return compose.method(entrant.method, settings).n_params(anatomy)
+def _trained(counting: Counting, entrant: Entrant) -> int:
+    return counting.trained(entrant.method, entrant.settings)

@@ -13,7 +13,7 @@ from little import little_data, little_model, little_spec
 
 from luthier.core import CannotMerge, ConfigError, UsageError
 from luthier.runs.spec import DataSpec, OptimSpec
-from luthier.workflow import train
+from luthier.workflow import onnx_export, train
 from luthier.workflow.certificate import certify_folder
 from luthier.workflow.certify_run import certify
 from luthier.workflow.export import Exported
@@ -102,6 +102,34 @@ def _scaled(by: float) -> Callable[[Any], None]:
 def _cut(folder: Path) -> None:
     file = folder / "model.onnx"
     file.write_bytes(file.read_bytes()[:-1000])
+
+
+def test_weights_beyond_one_file_lie_beside_it_and_both_go_together(
+    home: Path, written: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_export, "IN_ONE_FILE", 1000)
+    parted = export(home / "run", home / "parted", to="onnx")
+    graph, data = home / "parted" / "model.onnx", home / "parted" / "model.onnx.data"
+    assert any("lie in model.onnx.data: both files go together" in note for note in parted.notes)
+    assert not any("model.onnx.data" in note for note in written.notes)
+    whole = (home / "graph" / "model.onnx").stat().st_size
+    assert data.stat().st_size > 1e5 and graph.stat().st_size < whole - 0.9 * data.stat().st_size, "they left the graph"
+    assert parted.step is not None and parted.step.status == "passed"
+    moved = home / "elsewhere"
+    shutil.copytree(home / "parted", moved)
+    batch = {
+        "input_ids": torch.tensor([[2, 7, 9, 3]]).numpy(), "attention_mask": torch.ones(1, 4, dtype=torch.long).numpy(),
+        "token_type_ids": torch.zeros(1, 4, dtype=torch.long).numpy(),
+    }  # fmt: skip
+    one, two = (
+        onnxruntime.InferenceSession(folder / "model.onnx").run(["logits"], batch)[0]
+        for folder in (home / "graph", moved)
+    )
+    assert torch.equal(torch.tensor(one), torch.tensor(two))
+    (moved / "model.onnx.data").unlink()
+    found = certify(home / "run", folder=moved, do=answer_of)
+    assert [step.name for step in found.failed] == ["onnx"], "half of it is none"
+    assert "cannot be read by onnxruntime" in found.failed[0].reason
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ bias in this model, and needs `--methods bitfit --set add_missing_biases=true`.
 
 import argparse
 import math
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -64,8 +65,8 @@ def main() -> None:
             train(spec_of(method, given))
         before, after = perplexities(path)
         steps = certify(path).steps
-        passed = sum(step.status == "passed" for step in steps)
-        said = f"{passed} of {len(steps)} steps pass"
+        counts = Counter(step.status for step in steps)
+        said = ", ".join(f"{counts[status]} {status}" for status in ("passed", "failed", "not done") if counts[status])
         print(f"| {method} | {before:.2f} | {after:.2f} | {after / before - 1:+.1%} | {said} |", flush=True)
 
 

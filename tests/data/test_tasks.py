@@ -122,6 +122,12 @@ def test_outputs_are_read_back():
         (labelled(2.5, 2.5), None, "auto", ["all 2 numbers", "2.5"]),
         (labelled(0.5, 1.5), labelled("x", name="test.csv"), "auto", ["test.csv:2 ('x')"]),
         (labelled(*range(40)), None, "auto", ["40 different values", "--task regression"]),
+        (
+            labelled(*[f"{i}.5" for i in range(40)], "3,5"),
+            None,
+            "auto",
+            ["1 of 41 values are none: '3,5' at", "--task regression"],
+        ),
         (labelled(*[f"id{i}" for i in range(40)]), None, "auto", ["40 of them occur once", "--label"]),
         (labelled(["a"], "b"), None, "auto", ["train.csv:3", "'b'"]),
         (labelled("a", ["b"]), None, "auto", ["1 rows have a list", "train.csv:3"]),

@@ -73,6 +73,7 @@ def test_a_score_whose_interval_holds_the_baseline_is_doubtful():
 def test_a_loss_above_that_of_guessing_is_said():
     found = quality([0, 1, 2] * 30, [0, 1, 2] * 30, loss=1.2)
     assert found.is_result and "above that of guessing, 1.10" in found.warnings[0]
+    assert quality([0, 1, 2] * 30, [0, 1, 2] * 30, loss=1.1).warnings == ()
 
 
 def test_a_class_that_is_learnt_badly_is_named_with_its_rows():

@@ -67,10 +67,17 @@ def classification(table: Table, columns: Columns) -> Task:
             f"{table.source}: all {len(table)} labels in column {columns.label!r} are {labels[0]!r}: with one class"
             " there is nothing to learn. Add rows of another class, or name another column with --label."
         )
-    all_numbers = all(as_number(v) is not None for v in values)
+    odd = [i for i, v in enumerate(values) if as_number(v) is None]
+    all_numbers = not odd
     once = sum(count == 1 for count in counts.values())
     if len(labels) > 20 and once > len(labels) / 2:
         advice = "--task regression" if all_numbers else "another column with --label"
+        if 0 < len(odd) <= len(values) / 10:
+            raise DataError(
+                f"{table.source}: column {columns.label!r} holds numbers, but {len(odd)} of {len(values)} values are "
+                f"none: {names[odd[0]]!r} at {table.places[odd[0]]}. Write it as a number, such as 3.5, and use --task "
+                "regression."
+            )
         raise DataError(
             f"{table.source}: column {columns.label!r} has {len(labels)} different values in {len(table)} rows and"
             f" {once} of them occur once (such as {names[0]!r}): these are no classes. Use {advice}."

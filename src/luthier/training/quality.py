@@ -213,7 +213,7 @@ def _class_warnings(
             "of the score. More held-out rows would tell (--test-share, --cv 5), or longer training (--epochs)."
         )
     guessing = math.log(len(classes))
-    if loss > guessing:
+    if loss > 1.05 * guessing:  # nearer to it nothing was learnt yet, and nothing is certain
         found.append(
             f"Doubtful: the loss, {loss:.2f}, is above that of guessing, {guessing:.2f}: wrong answers are given with "
             "certainty. Do not trust the probabilities; fewer epochs or a lower rate may help."

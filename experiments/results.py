@@ -21,7 +21,7 @@ def words_of(experiment: str, what: str, results: Path, doc: str | None) -> argp
     words = argparse.ArgumentParser(prog=f"python -m experiments.{experiment}", description=doc)
     words.add_argument("--only", action="append", help=f"a {what}; may be repeated")
     words.add_argument("--seeds", type=int, default=3, help=f"seeds of each {what}")
-    words.add_argument("--results", type=Path, default=results)
+    words.add_argument("--results", type=Path, default=results, help="another file: no page is written from it")
     words.add_argument("--page", action="store_true", help="only write the page from what is here")
     return words
 

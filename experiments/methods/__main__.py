@@ -32,7 +32,8 @@ def main() -> None:
         for name in names:
             which = {"set": asked.set, "method": name, "seed": seed}
             once(asked.results, which, partial(tried, partial(_run, asked.set, name, seed)))
-    write(asked.results)
+    if asked.page or asked.results == RESULTS:  # results kept elsewhere are a trial, and no page of the docs
+        write(asked.results)
 
 
 def _run(rows: str, name: str, seed: int, out: str) -> tuple[list[bool], dict[str, Any]]:

@@ -34,7 +34,8 @@ def main() -> None:
     for which in todo:
         if time.monotonic() - begun < 60 * asked.minutes:
             once(asked.results, which, partial(tried, partial(_run, **which)))
-    write(asked.results)
+    if asked.page or asked.results == RESULTS:  # results kept elsewhere are a trial, and no page of the docs
+        write(asked.results)
 
 
 def _run(out: str, *, model: str, set: str, way: str, seed: int) -> tuple[list[bool], dict[str, Any]]:

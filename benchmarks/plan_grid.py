@@ -1,22 +1,30 @@
-"""What was forecast and what was measured: short runs of many methods, two models, two lengths, two batch sizes.
+"""What was forecast and what was measured: short runs of every method, two models, two lengths, two batch sizes.
 
-    python benchmarks/plan_grid.py --out /tmp/grid     trains what is not there yet
-    python benchmarks/plan_grid.py --out /tmp/grid --probe --write     also writes the pairs of src/luthier/forecast
-    python benchmarks/plan_grid.py --page     writes the table of docs/howto/plan.md from that file, and trains nothing
+    python benchmarks/plan_grid.py --out /tmp/grid --minutes 30     trains what is not there yet, for half an hour
+    python benchmarks/plan_grid.py --out /tmp/grid --minutes 0 --write memory     writes pairs of bytes, trains nothing
+    python benchmarks/plan_grid.py --out /tmp/grid --minutes 0 --probe --write all     those of seconds too
+    python benchmarks/plan_grid.py --page     writes the tables of docs/howto/plan.md from these files, trains nothing
 
 Each run is `luthier train` in a process of its own, one after another. A method runs in as many of the four shapes
-(length x rows at once) of its model as `--shapes` says, beginning with another one than the method before it.
+(length x rows at once) of its model as `--shapes` says, beginning with another one than the method before it; the first
+two have different lengths. Begun again, the command goes on: a finished run stands, and what a method refused is kept
+beside the runs and not tried again. Bytes may be measured beside other work; seconds may not, so `--write memory`
+leaves their file alone. What is written takes the place of the same runs' pairs and leaves all others.
 Intervals of `luthier plan` come from these pairs; docs/howto/plan.md says what they are worth.
 """
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from luthier.forecast import (
     Pair,
+    TimePair,
     committed,
     committed_times,
     constant_of,
@@ -27,23 +35,30 @@ from luthier.forecast import (
 )
 from luthier.runs import Record
 from luthier.runs.spec import BatchSpec, DataSpec, EvalSpec, RunSpec
+from luthier.surgery import METHODS
 
-ENCODER = (
+FIRST_ENCODER = (
     "lora", "dora", "adalora", "vera", "ia3", "bitfit", "head_only", "layernorm_tuning", "sequential_adapter",
     "parallel_adapter", "compacter", "prompt_tuning", "prefix_tuning", "mam", "unipelt", "top_k_layers", "fish_mask",
     "full", "diff_pruning", "lst",
 )  # fmt: skip
-DECODER = ("lora", "ia3", "sequential_adapter", "prefix_tuning", "layernorm_tuning", "top_k_layers", "full")
+FIRST_DECODER = ("lora", "ia3", "sequential_adapter", "prefix_tuning", "layernorm_tuning", "top_k_layers", "full")
 PAIRS = Path(__file__).parent.parent / "src" / "luthier" / "forecast" / "pairs.json"
 TIMES = PAIRS.parent / "time_pairs.json"
-ENCODER_SHAPES = ((16, 64), (64, 64), (64, 16), (16, 16))
-DECODER_SHAPES = ((48, 8), (160, 8), (160, 2), (48, 2))
+ENCODER_SHAPES = ((16, 64), (64, 16), (16, 16), (64, 64))  # lengths take turns
+DECODER_SHAPES = ((48, 8), (160, 8), (48, 2), (160, 2))
 PAGE = Path(__file__).parent.parent / "docs" / "howto" / "plan.md"
 BEGIN, END = "<!-- begin plan_grid -->\n", "<!-- end plan_grid -->\n"
+WRONG_USE = (2, 3)  # exit codes of a run that the same words will never make
 COUNTED = ("weights", "trained", "gradients", "optimiser")
 
 
-def specs(out: Path, shapes: int = 1) -> list[RunSpec]:
+def methods_of(first: tuple[str, ...]) -> list[str]:
+    """All methods, those first that the grid began with."""
+    return [*first, *(name for name in METHODS.ours() if name not in first)]
+
+
+def specs(out: Path, shapes: int = 2) -> list[RunSpec]:
     """The runs of the grid; the first shape of every method comes before any second one."""
     rows, found = out / "rows.csv", []
     if not rows.exists():
@@ -53,8 +68,8 @@ def specs(out: Path, shapes: int = 1) -> list[RunSpec]:
         rows.write_text("\n".join(["text,label", *lines]) + "\n", encoding="utf-8")
     for turn in range(shapes):
         for model, data, methods, its in (
-            ("sample:minilm-l6", str(rows), ENCODER, ENCODER_SHAPES),
-            ("sample:smollm2-135m", "sample:chitchat", DECODER, DECODER_SHAPES),
+            ("sample:minilm-l6", str(rows), methods_of(FIRST_ENCODER), ENCODER_SHAPES),
+            ("sample:smollm2-135m", "sample:chitchat", methods_of(FIRST_DECODER), DECODER_SHAPES),
         ):
             for i, method in enumerate(methods):
                 length, size = its[(i + turn) % len(its)]
@@ -69,16 +84,52 @@ def specs(out: Path, shapes: int = 1) -> list[RunSpec]:
 
 
 def run(spec: RunSpec) -> None:
-    """One run, started as a user starts it; what it refuses is said, and is no pair."""
+    """One run, started as a user starts it; what it refuses is said, kept, and no pair."""
     home = Path(str(spec.out))
-    if (home / "record.json").exists():
+    refused = home.with_suffix(".refused")
+    if (home / "record.json").exists() or refused.exists():
         return
     asked = home.with_suffix(".toml")
     asked.write_text(spec.to_toml(), encoding="utf-8")
+    if home.exists():  # begun, and ended from outside
+        shutil.rmtree(home)
     words = [sys.executable, "-m", "luthier.cli", "train", str(asked), "--out", str(home)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
-    said = "" if done.returncode == 0 else f": exit code {done.returncode}, {done.stderr.strip()[-300:]}"
-    print(f"{home.name}{said}", flush=True)
+    why = (done.stderr.strip().splitlines() or [""])[-1][:300]
+    if done.returncode in WRONG_USE:
+        refused.write_text(f"{why}\n", encoding="utf-8")
+    print(f"{home.name}{f': exit code {done.returncode}, {why}' if done.returncode else ''}", flush=True)
+
+
+def run_for(seconds: float, wanted: Iterable[RunSpec]) -> int:
+    """Make runs that are not there yet until so much time is over; returns how many are left."""
+    ends, left = time.monotonic() + seconds, 0
+    for spec in wanted:
+        home = Path(str(spec.out))
+        if (home / "record.json").exists() or home.with_suffix(".refused").exists():
+            continue
+        if time.monotonic() < ends:
+            run(spec)
+        else:
+            left += 1
+    return left
+
+
+def merged(path: Path, pairs: Iterable[Pair | TimePair]) -> None:
+    """Write pairs to a file, in place of those of the same runs; all others stay."""
+
+    def key(values: dict[str, object]) -> tuple[str, ...]:
+        return tuple(str(values.get(name, "")) for name in ("model", "method", "device", "rows", "tokens", "how"))
+
+    known = {key(values): values for values in json.loads(path.read_text(encoding="utf-8"))}
+    new = [vars(pair) for pair in pairs]
+    if path == TIMES:  # their shapes are not kept: one run of a method gives way to all its new ones
+        again = {key(values) for values in new}
+        kept = [values for values in json.loads(path.read_text(encoding="utf-8")) if key(values) not in again]
+        path.write_text(json.dumps([*kept, *new], indent=0) + "\n", encoding="utf-8")
+        return
+    known |= {key(values): values for values in new}
+    path.write_text(json.dumps([known[k] for k in sorted(known)], indent=0) + "\n", encoding="utf-8")
 
 
 def not_counted(out: Path) -> list[str]:
@@ -159,9 +210,12 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--out", type=Path)
     options.add_argument("--page", action="store_true")
-    options.add_argument("--shapes", type=int, default=1, choices=range(5))
-    options.add_argument("--probe", action="store_true", help="also make real steps of every run, for --write")
-    options.add_argument("--write", action="store_true")
+    options.add_argument("--shapes", type=int, default=2, choices=range(5))
+    options.add_argument("--minutes", type=float, default=1e9, help="begin no run after so long; the next call goes on")
+    options.add_argument("--probe", action="store_true", help="also make real steps of every run, for --write all")
+    options.add_argument(
+        "--write", choices=("memory", "all"), help="all: seconds too, of a machine that did nothing else"
+    )
     given = options.parse_args()
     if given.page:
         PAGE.write_text(paged(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
@@ -170,8 +224,8 @@ def main() -> None:
         options.error("--out is missing: the folder of the runs")
     from luthier.workflow.forecasts import pairs_of
 
-    for spec in specs(given.out, given.shapes):
-        run(spec)
+    left = run_for(60 * given.minutes, specs(given.out, given.shapes))
+    print(f"{left} runs are left" if left else "all runs are there")
     for line in not_counted(given.out):
         print(line)
     pairs, times, silent = pairs_of([given.out], real_steps=given.probe)
@@ -182,8 +236,9 @@ def main() -> None:
         own = [pair for pair in times if pair.how == how]
         print(f"{how}: {len(own)} pairs of seconds", residuals_of_times(own))
     if given.write:
-        PAIRS.write_text(json.dumps([vars(pair) for pair in pairs], indent=0) + "\n", encoding="utf-8")
-        TIMES.write_text(json.dumps([vars(pair) for pair in times], indent=0) + "\n", encoding="utf-8")
+        merged(PAIRS, pairs)
+    if given.write == "all":
+        merged(TIMES, times)
 
 
 if __name__ == "__main__":

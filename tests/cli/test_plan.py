@@ -373,3 +373,48 @@ def test_check_compares_seconds_too(luthier: Call, model: Path, rows: Path, tmp_
     slower = luthier("plan", out.parent, "--check", "--json").json["times"]["counted"]["pairs"][0]
     assert slower["forecast"] == pytest.approx(2 * counted["forecast"])
     assert "measured / forecast" in luthier("plan", out.parent, "--check").out
+
+
+def test_a_strategy_is_priced_by_its_passes_and_what_it_holds_is_said_to_be_unknown(
+    luthier: Call, model: Path, rows: Path
+) -> None:
+    words = ("plan", model, "--method", "lora", "--task", "classification", "--device", "h100-80gb")
+    plain = luthier(*words, "--json").json
+    (row,) = plain["rows"]
+    assert (plain["passes"], plain["forwards"], plain["aside"]) == (1.0, 0.0, "")
+    freelb = luthier(*words, "--strategy", "freelb", "--json").json
+    assert freelb["passes"] == 2.0 and freelb["rows"][0]["at_least"] == pytest.approx(2 * row["at_least"])
+    smart = luthier(*words, "--strategy", "smart", "--json").json
+    assert smart["forwards"] == 1.0
+    passes = smart["passes"] + smart["forwards"] / 2  # the base is frozen
+    assert smart["rows"][0]["at_least"] == pytest.approx(passes * row["at_least"])
+    said = luthier(*words, "--strategy", "smart").out
+    assert "1 pass forward alone" in said and "is in no forecast" in said
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "said"),
+    [
+        (("--strategy", "freelbb"), 2, "freelb"),
+        (("--strategy", "tapt"), 3, "tapt is a recipe, a chain of runs"),
+        (("--strategy", "freelb+freelb"), 3, "twice"),
+        (("--strategy", "freelb", "--set", "freelb.kk=2"), 2, "no setting 'kk'"),
+        (("--strategy", "freelb", "--set", "k=0"), 2, "k"),
+        (("--pack",), 2, "batch.pack: it is for language models"),
+    ],
+)
+def test_a_way_of_learning_that_no_run_could_take_is_refused(
+    luthier: Call, model: Path, more: tuple[str, ...], code: int, said: str
+) -> None:
+    answer = luthier("plan", model, "--method", "lora", "--task", "classification", "--device", "24GB", *more)
+    assert said in answer.err + answer.out and "Traceback" not in answer.err
+    assert answer.code == code or "cannot be put on this model" in answer.out
+
+
+def test_settings_of_a_strategy_are_no_settings_of_a_method(luthier: Call, model: Path) -> None:
+    words = ("--strategy", "freelb", "--set", "k=3", "--set", "rank=2", "--task", "classification")
+    (row,) = luthier("plan", model, "--method", "lora", *words, "--device", "24GB", "--json").json["rows"]
+    (alone,) = luthier(
+        "plan", model, "--method", "lora:rank=2", "--task", "classification", "--device", "24GB", "--json"
+    ).json["rows"]
+    assert row["held"] == alone["held"]

@@ -1,6 +1,7 @@
 """The steps that rows make: their lengths, micro-batches and number are those of the run itself."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,3 +64,19 @@ def test_a_file_without_rows_has_no_steps(tmp_path: Path) -> None:
     Path(spec.data.source).write_text("text,label\n")
     with pytest.raises(DataError):
         steps_in(spec)
+
+
+def test_rows_that_share_a_line_make_the_lines_of_the_run(tmp_path: Path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": "red " * (1 + 3 * (n % 9))}) + "\n" for n in range(40)))
+    model = str(little_model(tmp_path / "gpt2", "gpt2"))
+    batch = BatchSpec(size=8, tokens=64, pack=True, group_by_length=False)
+    spec = RunSpec(
+        model=model, data=DataSpec(source=str(texts)), method="bitfit", precision="fp32", threads=1, batch=batch,
+        task="causal_lm", epochs=1.0, eval=EvalSpec(rows=4), out=str(tmp_path / "run"),
+    )  # fmt: skip
+    found, record = steps_in(spec), train(spec).record
+    padded = steps_in(replace(spec, batch=replace(batch, pack=False)))
+    assert found.widest == (record.forecast["rows"], record.forecast["tokens"])
+    assert found.tokens == pytest.approx(record.timing["tokens"], rel=0.2) and found.tokens < 0.9 * padded.tokens
+    assert found.rows < padded.rows == 8, "several rows stand in a line"

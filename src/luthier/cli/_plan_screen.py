@@ -43,6 +43,12 @@ def show(found: Any, outputs: int | None, *, can_train: bool) -> None:
     to.headline(f"{found.model}: {found.kind}, {human_count(found.numbers)} numbers, for {found.task.name}{head}")
     to.show(f"{found.precision} passes, {found.optimiser}; to fit into {found.device.said}")
     to.show(f"activations of {several(found.rows_at_once, 'row')} of {found.tokens} tokens{_cut(found)}\n")
+    if found.strategy:
+        alone = f" and {_passes(found.forwards)} forward alone" if found.forwards else ""
+        to.show(
+            f"{found.strategy}: a step makes {_passes(found.passes)} forward and back{alone}, at the settings of its "
+            f"page; {found.aside} is in no forecast\n"
+        )
     grown = any(row.peak is not None for row in stands)
     rows = []
     for row in sorted(stands, key=lambda row: row.held.trained):

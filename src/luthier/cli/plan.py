@@ -32,7 +32,7 @@ from luthier.runs.spec import DataSpec, RunSpec
 __all__ = ["NEEDS_WORDS", "command", "command_for"]
 
 NEEDS_WORDS = True
-OWN = ("method", "seed", "out", "device", "sources", "also", "strategy")
+OWN = ("method", "seed", "out", "device", "sources", "also")
 NO_ROWS = "-"
 MOST = 12  # methods whose activations are forecast unasked: each takes a second
 
@@ -111,7 +111,7 @@ def _plan(
     for name in names:
         if name not in SHELF:
             check_names(name.partition(":")[0])
-    check_names(None, model, changes.get("data.source"), changes.get("data.test"))
+    check_names(None, model, changes.get("data.source"), changes.get("data.test"), strategy=changes.get("strategy"))
     if probe and len(names) > MOST:
         raise ConfigError(
             f"--probe makes real steps of every method, and {len(names)} are named. Name at most {MOST}, such as "
@@ -139,7 +139,7 @@ def _made(names: list[str], spec: RunSpec, where: Device, labels: int | None, pr
     with _nothing_collected():
         from luthier.comparison.cells import entrant_of
         from luthier.data.load_data import load_data
-        from luthier.workflow.lengths import steps_of_rows
+        from luthier.workflow.lengths import refuse_pack, steps_of_rows
         from luthier.workflow.outline import outline_of
         from luthier.workflow.plan import USUAL, Asked, plan
 
@@ -157,6 +157,7 @@ def _made(names: list[str], spec: RunSpec, where: Device, labels: int | None, pr
             )
         else:
             task = outline.task(spec.task, labels)
+        refuse_pack(spec, task)
         entrants = [entrant_of(name, read_word) for name in names]
         asked = [Asked(e.name, e.method, e.settings) for e in entrants]
     tokens = spec.max_length or USUAL

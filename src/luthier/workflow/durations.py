@@ -31,17 +31,19 @@ def way_of(method: Method, spec: RunSpec) -> Way:
     )  # fmt: skip
 
 
-def work_of_step(grown: Growth, found: Held, steps: Steps, task: Task, outline: Outline) -> Work:
+def work_of_step(
+    grown: Growth, found: Held, steps: Steps, task: Task, outline: Outline, times: float = 1.0
+) -> Work:  # fmt: skip
     """Of one optimiser step: its passes, the products with the vocabulary, and the update.
 
-    `grown` is of rows as wide as the steps' micro-batches.
+    `grown` is of rows as wide as the steps' micro-batches; `times`, how often a strategy makes their passes.
     """
     work = grown.fixed_work * steps.pieces + grown.row_work * (steps.tokens / grown.tokens)
     if task.of_words or task.writes:
         targets = steps.supervised * steps.tokens
         pairs = targets * float(outline.config.vocab_size)
         work += Work(2.0 * WORD_PASSES * pairs * float(outline.config.hidden_size), WORD_BYTES * pairs, 0.0)
-    return work + Work(0.0, float(UPDATED * found.numbers), 0.0)
+    return work * times + Work(0.0, float(UPDATED * found.numbers), 0.0)
 
 
 def rates_here(spec: RunSpec, outline: Outline, precision: Precision, steps: Steps, seconds: float) -> Rates:

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from luthier.core import ModelError
+from luthier.core import ConfigError, ModelError
 from luthier.data.batches import cut
 from luthier.data.encode import encode
 from luthier.data.load_data import Data
 from luthier.data.order import Order
+from luthier.data.packing import best_fit, cut_packed, width_of
+from luthier.data.tasks import Task
 from luthier.data.tokenizer import choose_length
 from luthier.forecast import Steps
 from luthier.runs.spec import RunSpec
@@ -19,7 +21,7 @@ from luthier.workflow.choices import length_of
 from luthier.workflow.load_model import load_tokenizer
 from luthier.workflow.outline import Outline
 
-__all__ = ["assumed_steps", "steps_of_rows"]
+__all__ = ["assumed_steps", "refuse_pack", "steps_of_rows"]
 
 LOOKED_AT = 400  # steps of the first epoch, evenly chosen, where it has more
 
@@ -65,23 +67,40 @@ def steps_of_rows(spec: RunSpec, outline: Outline, data: Data) -> Steps | str:
     most = _most(spec)
 
     def pieces(rows: Any) -> list[Any]:
-        return cut(rows, examples.lengths, spec.batch.tokens, most, spec.batch.pad_to)
+        into = cut_packed if spec.batch.pack else cut
+        return into(rows, examples.lengths, spec.batch.tokens, most, spec.batch.pad_to)
+
+    def shape(piece: Any) -> tuple[int, int]:
+        """Lines of a micro-batch and their width; where rows are packed, several stand in a line."""
+        lengths = examples.lengths[piece]
+        width = int(lengths.max())
+        lines = len(best_fit(lengths, width_of(lengths, spec.batch.pad_to))) if spec.batch.pack else len(piece)
+        return lines, width
 
     n = order.steps_per_epoch
     looked = np.unique(np.linspace(0, n - 1, min(n, LOOKED_AT)).round().astype(int)).tolist()
-    shapes = [(len(p), int(examples.lengths[p].max())) for step in looked for p in pieces(order.rows(0, step))]
+    shapes = [shape(piece) for step in looked for piece in pieces(order.rows(0, step))]
     rows, widths = (np.array(each, dtype=np.float64) for each in zip(*shapes, strict=True))
     tokens = rows * (-(-widths // spec.batch.pad_to) * spec.batch.pad_to)
     longest = np.argsort(-examples.lengths, kind="stable")[: spec.batch.size].astype(np.int64)
-    first = pieces(longest)[0]
+    widest = shape(pieces(longest)[0])
     held = round(spec.eval.share * len(examples)) if holds_out else 0
     per_epoch = max(1, -(-(len(examples) - held) // spec.batch.size))
     return Steps(
         rows=float(rows.sum() / len(looked)), tokens=float(tokens.sum() / len(looked)),
         width=float((tokens * widths).sum() / tokens.sum()), pieces=len(rows) / len(looked),
         supervised=min(1.0, float(examples.n_targets.sum() / examples.lengths.sum())),
-        total=spec.total_steps(per_epoch), widest=(len(first), _padded(int(examples.lengths[first[0]]), spec)),
+        total=spec.total_steps(per_epoch), widest=(widest[0], _padded(widest[1], spec)),
     )  # fmt: skip
+
+
+def refuse_pack(spec: RunSpec, task: Task) -> None:
+    """Raises: ConfigError, where rows of a task cannot share a line; a run says the same."""
+    if spec.batch.pack and task.name != "causal_lm":
+        raise ConfigError(
+            f"batch.pack: it is for language models that read from left to right, and this task is {task.name}. Leave "
+            "--pack out: rows are padded then."
+        )
 
 
 def _most(spec: RunSpec) -> int:

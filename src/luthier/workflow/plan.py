@@ -33,6 +33,8 @@ from luthier.runs import resident_bytes
 from luthier.runs.spec import RunSpec
 from luthier.surgery import METHODS, Method, compose
 from luthier.training.precision import Precision, choose_device, choose_precision
+from luthier.training.recipe import refuse_recipe
+from luthier.training.strategy import STRATEGIES, spelt, split_settings, strategies
 from luthier.workflow.durations import floor_of, loading_of, probed, rates_here, way_of, work_of_step
 from luthier.workflow.held import held_in, refuse_floats, store_of
 from luthier.workflow.lengths import assumed_steps
@@ -116,6 +118,8 @@ class Plan:
         rows_at_once, tokens: of the widest micro-batch.
         steps: as rows make them; of rows of one length where there are none.
         loading: seconds before the first step; None where the device is another one.
+        strategy, passes, forwards: of a step: passes forward and back, and passes forward beside them.
+        aside: what of the strategy is in no forecast.
     """
 
     model: str
@@ -130,6 +134,10 @@ class Plan:
     rows: tuple[PlanRow, ...]
     steps: Steps
     loading: Span | None = None
+    strategy: str | None = None
+    passes: float = 1.0
+    forwards: float = 0.0
+    aside: str = ""
 
 
 def plan(
@@ -154,6 +162,10 @@ def plan(
         ConfigError: real steps are wanted on another device.
     """
     wanted = list(asked)
+    refuse_recipe(spec, "a row of a plan")
+    fields = {name for one in wanted if _known(one) for name in compose.setting_names(one.method)}
+    learning, settings = split_settings(spec.strategy, spec.settings, fields)
+    spec = replace(spec, settings=settings)
     _refuse_unknown(spec, wanted)
     if real_steps and not device.here:
         raise ConfigError(f"--probe makes steps on this machine, and --device {device.name} is another. Leave one out.")
@@ -164,13 +176,25 @@ def plan(
     steps = steps if steps is not None else assumed_steps(spec, tokens)
     grows = real_steps or grow
     rates = rates_here(spec, outline, precision, steps, seconds) if grows and device.here else None
-    one = _Row(outline, spec, device, task, precision, known, grows, steps, rates, timed, real_steps)
+    one = _Row(outline, spec, device, task, precision, known, grows, steps, rates, timed, real_steps, learning)
     rows = one.with_remedies([(word, one.of(word)) for word in wanted])
     return Plan(
         model=outline.name, kind=whole.model_type, numbers=whole.n_params, task=task, precision=precision.name,
         optimiser=spec.optim.name, device=device, rows_at_once=steps.widest[0], tokens=steps.widest[1], rows=rows,
-        steps=steps, loading=one.loading(whole.n_params),
+        steps=steps, loading=one.loading(whole.n_params), **_told_of(spec.strategy),
     )  # fmt: skip
+
+
+def _told_of(strategy: str | None) -> dict[str, Any]:
+    """What the strategies of a run say that a step costs, at their default settings."""
+    classes = [STRATEGIES.get(name) for name in spelt(strategy)]
+    aside = ["what it holds beside a plain step"] if classes else []
+    if any(one.writes for one in classes):
+        aside.append("the texts that it writes")
+    return {
+        "strategy": strategy, "passes": 1.0 + sum(one.extra_passes for one in classes),
+        "forwards": sum(one.extra_forwards for one in classes), "aside": " and ".join(aside),
+    }  # fmt: skip
 
 
 def _precision(spec: RunSpec, device: Device) -> Precision:
@@ -196,6 +220,7 @@ class _Row:
     rates: Rates | None
     times: tuple[TimePair, ...]
     real_steps: bool
+    learning: Mapping[str, Mapping[str, Any]]
 
     @property
     def rows(self) -> int:
@@ -291,6 +316,7 @@ class _Row:
         """Raises: LuthierError, where the method cannot be put on the model."""
         method = compose.method(one.method, {**_own(one, spec.settings), **one.settings})
         spec = replace(spec, store=store_of(spec.store, method))  # type: ignore[arg-type]  # of a method, str
+        strategies(spec.strategy, self.learning, method)
         refuse_floats(spec, method)
         dtype = weights_in(method, self.outline, spec, self.task, self.precision)
         found = held(method, self.outline.skeleton(self.task, dtype, spec.codes), spec.optim.name)
@@ -324,7 +350,8 @@ class _Row:
             if isinstance(again, str):
                 return row
             grown = again
-        work = work_of_step(grown, found, self.steps, self.task, self.outline)
+        often = self._often(method)
+        work = work_of_step(grown, found, self.steps, self.task, self.outline, often)
         if self.rates is None:
             return replace(row, at_least=floor_of(work, self.device))
         step = span(self.rates.seconds(work), "counted", self.device.kind, family, self.times)
@@ -335,8 +362,17 @@ class _Row:
             if isinstance(made, str):
                 row = replace(row, unprobed=made)
             else:
-                row, step = replace(row, probed=True), span(made, "probed", self.device.kind, family, self.times)
+                row, step = (
+                    replace(row, probed=True),
+                    span(made * often, "probed", self.device.kind, family, self.times),
+                )
         return replace(row, step=step, training=step.times(self.steps.total) if self.steps.total else None)
+
+    def _often(self, method: Method) -> float:
+        """Passes of a step in passes forward and back: a third of one goes forward, half where the base is frozen."""
+        told = _told_of(self.spec.strategy)
+        share = 1 / 3 if any(part.trains_base for part in method.parts()) else 1 / 2
+        return float(told["passes"] + share * told["forwards"])
 
     def _grown(self, method: Method, spec: RunSpec, dtype: torch.dtype, rows: int, tokens: int) -> Growth | str:
         return activations_of(method, self.outline, spec, self.task, self.precision, dtype, rows, tokens)
@@ -360,10 +396,16 @@ def remedies_here(
     outline: Outline, spec: RunSpec, task: Task, precision: Precision, device: Device, steps: Steps
 ) -> tuple[Remedy, ...]:  # fmt: skip
     """What would fit of a run that does not: the ways that `plan` tries, each by its own forecast."""
-    one = _Row(outline, spec, device, task, precision, committed(), True, steps, None, (), False)
+    learning, settings = split_settings(spec.strategy, spec.settings, compose.setting_names(spec.method))
+    spec = replace(spec, settings=settings)
+    one = _Row(outline, spec, device, task, precision, committed(), True, steps, None, (), False, learning)
     asked = Asked(spec.method, spec.method, {})
     (row,) = one.with_remedies([(asked, one.of(asked))])
     return row.remedies
+
+
+def _known(one: Asked) -> bool:
+    return all(part.strip() in METHODS for part in one.method.split("+"))
 
 
 def _family(one: Asked) -> str:

@@ -107,6 +107,7 @@ def test_an_unknown_device_is_refused(luthier: Call, llama_7b: Path, device: str
         ('{"model_type": "llama", "auto_map": {"AutoModel": "x.Y"}}', "remote code"),
         ('{"model_type": "llama", "num_attention_heads": 0}', ""),
         ('{"model_type": "llama", "num_hidden_layers": 0}', ""),
+        ('{"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4}}', "quantised by gptq"),
     ],
 )
 def test_a_configuration_that_makes_no_model_is_refused(luthier: Call, tmp_path: Path, text: str, said: str) -> None:
@@ -418,3 +419,28 @@ def test_settings_of_a_strategy_are_no_settings_of_a_method(luthier: Call, model
         "plan", model, "--method", "lora:rank=2", "--task", "classification", "--device", "24GB", "--json"
     ).json["rows"]
     assert row["held"] == alone["held"]
+
+
+def test_words_that_would_change_nothing_are_said_or_refused(luthier: Call, model: Path, tmp_path: Path) -> None:
+    for more in (("--method", "lora"), ("--device", "24GB"), ("--labels", 3), ("--batch", 4), ("--set", "rank=3")):
+        answer = luthier("plan", tmp_path, "--check", *more)
+        assert answer.code == 2 and "would change nothing" in answer.err, more
+    absent = luthier("plan", tmp_path / "confg.json", "--method", "lora")
+    assert absent.code in (2, 3) and "no such file" in absent.err
+    config = json.loads((model / "config.json").read_text())
+    words = ("plan", model, "--method", "lora", "--device", "24GB", "--task", "classification")
+    long = luthier(*words, "--max-length", 10**6)
+    assert f"the model reads {config['max_position_embeddings']} tokens" in long.err
+
+
+def test_a_model_with_a_tower_beside_its_words_has_a_forecast(luthier: Call, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+    text = {**sizes, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 300}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({
+        "model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "text_config": text,
+        "vision_config": {**sizes, "image_size": 56, "patch_size": 14}, "mm_tokens_per_image": 4,
+    }))  # fmt: skip
+    words = ("plan", path, "--method", "lora", "--max-length", 16, "--task", "causal_lm")
+    (row,) = luthier(*words, "--device", "h100-80gb", "--json").json["rows"]
+    assert row["unknown"] == "" and row["activations"] > 0 and row["at_least"] > 0

@@ -24,7 +24,7 @@ from luthier.cli._spec_options import (
     values_of,
 )
 from luthier.cli._verb import as_verb
-from luthier.core import ConfigError, plain
+from luthier.core import ConfigError, UsageError, plain
 from luthier.core.config import read_word
 from luthier.runs.devices import Device, device_of
 from luthier.runs.spec import DataSpec, RunSpec
@@ -92,16 +92,30 @@ def command_for(words: Sequence[str] = ()) -> Callable[..., None]:
         model: Model, *, method: Methods = None, device: Where = "this", labels: Labels = None,
         settings: Settings = None, check: Check = False, probe: Probe = False, as_json: AsJson = False, **given: Any,
     ) -> None:  # fmt: skip
+        changes = values_of(options, given) | settings_of(settings or [])
         if check:
+            _refuse_beside_check(changes, method, labels, device)
             check_runs(model, probe)
             return
-        changes = values_of(options, given) | settings_of(settings or [])
         _plan(model, method or ["all"], changes, device, labels, probe)
 
     return as_verb(command, HELP, options)
 
 
 command = command_for()
+
+
+def _refuse_beside_check(
+    changes: dict[str, Any], method: list[str] | None, labels: int | None, device: str
+) -> None:  # fmt: skip
+    """Raises: UsageError. What finished runs were is in their records."""
+    others = {"method": method, "labels": labels, "device": None if device == "this" else device, **changes}
+    named = [name for name, value in others.items() if value is not None]
+    if named:
+        raise UsageError(
+            f"--check compares the runs below a folder as they were, so {named[0].rpartition(chr(0))[2]} would change "
+            "nothing. Leave it out."
+        )
 
 
 def _plan(
@@ -162,7 +176,10 @@ def _made(names: list[str], spec: RunSpec, where: Device, labels: int | None, pr
         asked = [Asked(e.name, e.method, e.settings) for e in entrants]
     tokens = spec.max_length or USUAL
     longest = getattr(outline.config, "max_position_embeddings", None)
-    tokens = min(tokens, int(longest)) if isinstance(longest, int) and longest > 0 else tokens
+    if isinstance(longest, int) and 0 < longest < tokens:
+        if spec.max_length is not None:
+            screen().say(f"--max-length {tokens}: the model reads {longest} tokens, and so many are taken")
+        tokens = longest
     if isinstance(steps, str):
         screen().say(f"row lengths are not known: {steps}")
         steps = None

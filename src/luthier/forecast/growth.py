@@ -31,7 +31,7 @@ from luthier.training.objective import Objective
 from luthier.training.optimiser import Descent
 from luthier.training.precision import Precision
 
-__all__ = ["Growth", "Way", "batch_of", "growth", "tuned_in"]
+__all__ = ["Growth", "Way", "batch_of", "growth", "text_of", "tuned_in"]
 
 WORDS = 96
 MOST_NUMBERS = 12_000_000  # of one layer; a wider one is cut to a share of its heads
@@ -103,7 +103,8 @@ def growth(
     Raises:
         Any error of a method that cannot be put on the smaller model.
     """
-    layers = int(config.num_hidden_layers)
+    words = text_of(config)
+    layers = int(words.num_hidden_layers)
 
     def deep(share: float | None) -> Growth:
         low, high = min(layers, 2), min(layers, 3)
@@ -114,12 +115,12 @@ def growth(
         second = _passes(method, cut(config, high, share), task, make, dtype, precision, tokens, of, way)
         return first.part(second, layers - low)
 
-    step = _step(config)
+    step = _step(words)
     if step is None:
         found = deep(None)
     else:
         found = deep(step).wider(deep(2 * step), step)
-    return replace(found, logits=found.logits * int(config.vocab_size))
+    return replace(found, logits=found.logits * int(words.vocab_size))
 
 
 def _step(config: Any) -> float | None:
@@ -135,7 +136,10 @@ def _step(config: Any) -> float | None:
 
 def cut(config: Any, layers: int, share: float | None) -> Any:
     """The configuration of a copy with so many layers, few words and a share of the heads."""
-    made = copy.deepcopy(config)
+    whole = copy.deepcopy(config)
+    made = text_of(whole)
+    if made is not whole:
+        _cut_beside(whole, made)
     made.num_hidden_layers = layers
     if getattr(made, "num_decoder_layers", None):
         made.num_decoder_layers = layers
@@ -148,7 +152,20 @@ def cut(config: Any, layers: int, share: float | None) -> Any:
             value = getattr(made, name, None)
             if value:
                 setattr(made, name, max(1, round(value * share)))
-    return made
+    return whole
+
+
+def text_of(config: Any) -> Any:
+    """The part of a configuration that the words go through: of most models, all of it."""
+    return config if hasattr(config, "num_hidden_layers") else config.get_text_config()
+
+
+def _cut_beside(whole: Any, words: Any) -> None:
+    """Towers that rows of words do not go through are made as small as they may be."""
+    for name in getattr(whole, "sub_configs", ()):
+        tower = getattr(whole, name, None)
+        if tower is not None and tower is not words and getattr(tower, "num_hidden_layers", None):
+            tower.num_hidden_layers = 1
 
 
 def tuned_in(method: Method, model: Any, task: Task, way: Way) -> tuple[Tuned, Objective]:
@@ -185,7 +202,7 @@ def _passes(
             found.append(parts.counted())
             work.append(counted.work)
             optimiser.zero_grad()
-    (few, many), words = found, int(config.vocab_size)
+    (few, many), words = found, int(text_of(config).vocab_size)
     row = (many["activations"] - few["activations"]) / (ROWS[1] - ROWS[0])
     row_work = (work[1] + work[0] * -1) * (1 / (ROWS[1] - ROWS[0]))
     return Growth(

@@ -7,6 +7,7 @@ import torch
 from luthier.core import LuthierError, human_bytes
 from luthier.data.tasks import Task
 from luthier.forecast import Device, Growth, Held, Rates, Steps, Way, Work, measured_rates, probe
+from luthier.forecast.growth import text_of
 from luthier.runs.spec import RunSpec
 from luthier.surgery import Method
 from luthier.training.precision import Precision, choose_device
@@ -41,15 +42,16 @@ def work_of_step(
     work = grown.fixed_work * steps.pieces + grown.row_work * (steps.tokens / grown.tokens)
     if task.of_words or task.writes:
         targets = steps.supervised * steps.tokens
-        pairs = targets * float(outline.config.vocab_size)
-        work += Work(2.0 * WORD_PASSES * pairs * float(outline.config.hidden_size), WORD_BYTES * pairs, 0.0)
+        words = text_of(outline.config)
+        pairs = targets * float(words.vocab_size)
+        work += Work(2.0 * WORD_PASSES * pairs * float(words.hidden_size), WORD_BYTES * pairs, 0.0)
     return work * times + Work(0.0, float(UPDATED * found.numbers), 0.0)
 
 
 def rates_here(spec: RunSpec, outline: Outline, precision: Precision, steps: Steps, seconds: float) -> Rates:
     """How fast this machine is now, in products as large as the steps'."""
     rows = round(steps.tokens / steps.pieces)
-    width = int(outline.config.hidden_size)
+    width = int(text_of(outline.config).hidden_size)
     return measured_rates(choose_device(spec.device), _TYPES[precision.name], rows=rows, width=width, seconds=seconds)
 
 

@@ -12,6 +12,7 @@ import torch
 
 from luthier.core import IntegrityError, LuthierError, ResourceError, human_bytes
 from luthier.forecast import Device, Pair, Rates, Steps, TimePair, held, measured_rates
+from luthier.forecast.growth import text_of
 from luthier.forecast.times import How
 from luthier.runs import Record
 from luthier.runs.spec import RunSpec
@@ -63,7 +64,7 @@ def timing_of(prepared: Prepared, loop: Any) -> dict[str, float]:
     if not told or told["seconds"] * told["steps"] < WORTH_PROBING:
         return told
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[prepared.precision.name]
-    rows, width = round(told["tokens"] / told["pieces"]), int(loop.tuned.model.config.hidden_size)
+    rows, width = round(told["tokens"] / told["pieces"]), int(text_of(loop.tuned.model.config).hidden_size)
     rates = measured_rates(
         prepared.device, dtype, rows=rows, width=width, seconds=min(2.0, QUICK * told["seconds"] * told["steps"])
     )

@@ -16,6 +16,7 @@ from luthier.data.packing import best_fit, cut_packed, width_of
 from luthier.data.tasks import Task
 from luthier.data.tokenizer import choose_length
 from luthier.forecast import Steps
+from luthier.forecast.growth import text_of
 from luthier.runs.spec import RunSpec
 from luthier.workflow.choices import length_of
 from luthier.workflow.load_model import load_tokenizer
@@ -58,7 +59,7 @@ def steps_of_rows(spec: RunSpec, outline: Outline, data: Data) -> Steps | str:
     if "epochs" in chosen:
         spec = replace(spec, epochs=chosen["epochs"])
     max_length = choose_length(spec.max_length, tokenizer, outline.config, task, 0)
-    options: dict[str, Any] = {"n_vocab": outline.config.vocab_size, "max_length": max_length}
+    options: dict[str, Any] = {"n_vocab": text_of(outline.config).vocab_size, "max_length": max_length}
     examples = encode(
         table, data.columns, task, tokenizer, loss_on=spec.data.loss_on, accept_refused=spec.data.accept_refused,
         **options,

@@ -134,9 +134,29 @@ def outline_of(name: str) -> Outline:
         return _bare(name, path)
     if path.is_dir() and (path / "config.json").is_file() and not any(path.glob("*.safetensors")):
         return _bare(name, path / "config.json")
+    if path.suffix == ".json" and not path.exists():
+        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise ModelError(
+            f"{name}: there is no such file.{near(path.name, beside)} Name a config.json or a model folder."
+        )
     source = find_model(name)
     kinds = set(source.folder.dtypes.values())
-    return Outline(name, load_config(source), kinds == {"BF16"}, True, frozenset(source.folder.shapes), source)
+    config = _of_floats(name, load_config(source))
+    return Outline(name, config, kinds == {"BF16"}, True, frozenset(source.folder.shapes), source)
+
+
+def _of_floats(name: str, config: Any) -> Any:
+    """The configuration. Raises: ModelError, where its weights are in somebody else's codes."""
+    told = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(), "quantization_config", None
+    )
+    if told:
+        kind = told.get("quant_method") if isinstance(told, dict) else getattr(told, "quant_method", None)
+        raise ModelError(
+            f"{name}: its weights are quantised by {kind or 'another library'}, and bytes of such codes are in no "
+            "count. Name the model that it was made of, with --store nf4 or int8 for a base in luthier's own codes."
+        )
+    return config
 
 
 def _bare(name: str, path: Path) -> Outline:
@@ -156,6 +176,7 @@ def _bare(name: str, path: Path) -> Outline:
     except Exception as error:  # whatever a configuration's own checks raise: they are many libraries' classes
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"{path}: transformers refuses it ({said[0]}). Correct the file.") from error
+    _of_floats(str(path), config)
     stored = str(values.get("dtype") or values.get("torch_dtype") or "")
     return Outline(name, config, stored.endswith("bfloat16"))
 

@@ -391,6 +391,8 @@ def test_a_strategy_is_priced_by_its_passes_and_what_it_holds_is_said_to_be_unkn
     assert smart["rows"][0]["at_least"] == pytest.approx(passes * row["at_least"])
     said = luthier(*words, "--strategy", "smart").out
     assert "1 pass forward alone" in said and "is in no forecast" in said
+    assert row["fits"] == "yes" and freelb["rows"][0]["fits"] == "maybe", "what it holds is not known"
+    assert luthier(*words, "--strategy", "llrd", "--json").json["rows"][0]["fits"] == "yes", "rates hold nothing"
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,8 @@ def show(found: Any, outputs: int | None, *, can_train: bool) -> None:
     if remedies:
         to.show("\nWhat would fit, each by a forecast of its own:")
         to.table(("method", "with", "peak"), remedies, right=("peak",), whole=("method", "with", "peak"))
-    to.page(f"\n{NOTE_PEAK if grown else NOTE}")
+    if stands:
+        to.page(f"\n{NOTE_PEAK if grown else NOTE}")
     if stands and all(row.fits == "no" for row in stands):
         to.page(f"\nNothing fits into {human_bytes(found.device.memory)}. Take a smaller model or a larger device.")
     unknown = [(row.name, row.unknown) for row in stands if row.unknown]

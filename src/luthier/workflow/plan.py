@@ -34,7 +34,7 @@ from luthier.runs.spec import RunSpec
 from luthier.surgery import METHODS, Method, compose
 from luthier.training.precision import Precision, choose_device, choose_precision
 from luthier.training.recipe import refuse_recipe
-from luthier.training.strategy import STRATEGIES, spelt, split_settings, strategies
+from luthier.training.strategy import STRATEGIES, Strategy, spelt, split_settings, strategies
 from luthier.workflow.durations import floor_of, loading_of, probed, rates_here, way_of, work_of_step
 from luthier.workflow.held import held_in, refuse_floats, store_of
 from luthier.workflow.lengths import assumed_steps
@@ -44,6 +44,7 @@ USUAL = 128  # tokens of a row, where nothing says how long rows are
 LATER = 150_000_000  # bytes of a process after its first step: scores, late libraries (docs/howto/plan.md)
 
 TRIED = 4  # methods that do not fit, for which more than a smaller micro-batch is tried: each way takes a second
+_HOLDING = ("optimiser", "numbers", "batches", "gradient", "passes", "loss", "kept")  # moments that may hold tensors
 INSTEAD = ("lora", "qlora")  # methods that are tried where none of those asked about fits
 
 __all__ = [
@@ -178,11 +179,22 @@ def plan(
     rates = rates_here(spec, outline, precision, steps, seconds) if grows and device.here else None
     one = _Row(outline, spec, device, task, precision, known, grows, steps, rates, timed, real_steps, learning)
     rows = one.with_remedies([(word, one.of(word)) for word in wanted])
+    if _holds_more(spec.strategy):
+        rows = tuple(replace(row, fits="maybe") if row.fits == "yes" else row for row in rows)
     return Plan(
         model=outline.name, kind=whole.model_type, numbers=whole.n_params, task=task, precision=precision.name,
         optimiser=spec.optim.name, device=device, rows_at_once=steps.widest[0], tokens=steps.widest[1], rows=rows,
         steps=steps, loading=one.loading(whole.n_params), **_told_of(spec.strategy),
     )  # fmt: skip
+
+
+def _holds_more(strategy: str | None) -> bool:
+    """Whether a strategy may hold what no plain step does: then nothing is said to fit for certain."""
+    for one in map(STRATEGIES.get, spelt(strategy)):
+        own = any(getattr(one, moment) is not getattr(Strategy, moment) for moment in _HOLDING)
+        if own or one.extra_passes or one.extra_forwards or one.roles or one.learns:
+            return True
+    return False
 
 
 def _told_of(strategy: str | None) -> dict[str, Any]:

@@ -38,7 +38,6 @@ FOREIGN = {
     "src/luthier/workflow/vllm_export.py": {"--enable-lora", "--max-lora-rank", "--lora-modules", "--chat-template"},
     "docs/decisions/0063-new-tokens-make-a-new-base.md": {"--add-tokens"},  # what was not chosen
     "docs/howto/compare.md": {"--ntasks"},  # of Slurm
-    "docs/howto/plan.md": {"--write"},  # of benchmarks/plan_grid.py, named a line before
 }
 
 

@@ -11,6 +11,7 @@ from tiny import inputs, tiny
 from luthier import kernels
 from luthier.core import ConfigError
 from luthier.kernels import low_rank_linear
+from luthier.kernels.codes import FORMATS
 from luthier.methods.parts.low_rank import MovedUpdate, ThinUpdate
 from luthier.methods.parts.starts import thin_start
 from luthier.surgery import attach, from_peft, load, method, to_peft
@@ -110,6 +111,26 @@ def test_what_is_taken_and_what_is_left_make_up_the_weight(start: str) -> None:
     left = torch.linalg.svdvals(weight - 0.25 * b @ a)
     wanted = torch.cat([values[4:] if start == "svd" else values[:-4], torch.zeros(4)])
     torch.testing.assert_close(left, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.acid("pissa", 2)
+def test_what_svd_leaves_of_a_weight_errs_less_in_codes_than_the_weight_and_what_minor_leaves_does_not() -> None:
+    draw = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, 64, generator=draw))[0] for n in (96, 64))
+    weight = left * (0.2 + 4 * 0.7 ** torch.arange(64)) @ right.T  # few directions are large, as in trained layers
+    errors = {"alone": coded_error(weight, torch.zeros_like(weight))}
+    for start in ("svd", "minor"):
+        a, b = thin_start(weight, 8, start, 0.5)
+        errors[start] = coded_error(weight, 0.5 * b @ a)
+    assert errors["svd"] < 0.5 * errors["alone"]
+    assert errors["minor"] > 0.9 * errors["alone"]
+
+
+def coded_error(weight: torch.Tensor, taken: torch.Tensor) -> float:
+    """How far the codes of what is left, and what was taken, lie from the weight."""
+    coded = FORMATS["nf4"]
+    left = coded.decode(coded.encode(weight - taken), tuple(weight.shape))
+    return float(torch.linalg.matrix_norm(left + taken - weight))
 
 
 def test_random_projections_find_the_same_part_as_an_exact_decomposition() -> None:

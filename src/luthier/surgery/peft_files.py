@@ -322,15 +322,12 @@ def _method(
     ranks = _by_path(facts, "rank_pattern", int(facts["r"]), sites, folder)
     alphas = _by_path(facts, "alpha_pattern", float(facts["lora_alpha"]), sites, folder)
     name, rooted = "dora" if facts.get("use_dora") else "lora", bool(facts.get("use_rslora"))
-    if rooted and name == "dora":
-        alphas = {path: alpha * math.sqrt(ranks[path]) for path, alpha in alphas.items()}
     settings = {
         "sites": words_for(sites.values(), every),
         "rank": _one_or_rules(ranks, sites),
         "alpha": _one_or_rules(alphas, sites),
     }
-    if name == "lora":
-        settings["scaling"] = "root" if rooted else "rank"
+    settings["scaling"] = "root" if rooted else "rank"
     return compose.method(name, settings)
 
 

@@ -129,7 +129,7 @@ class Thin(Attachment):
         return StillUpdate(base.frozen(), base.bias(), self._update()) if fusable(base) else None
 
     @classmethod
-    def together(cls, members: Sequence[Attachment], dtype: torch.dtype) -> GroupedUpdates:
+    def together(cls, members: Sequence[Attachment], dtype: torch.dtype) -> GroupedUpdates | None:
         return GroupedUpdates([m._update() for m in members if isinstance(m, Thin)], dtype)
 
     def _update(self) -> Update:

@@ -63,7 +63,7 @@ class Recoded(ThinUpdate):
         return StillUpdate(self._codes().held, base.bias(), self._update()) if fusable(base) else None
 
     @classmethod
-    def together(cls, members: object, dtype: torch.dtype) -> None:  # type: ignore[override]
+    def together(cls, members: object, dtype: torch.dtype) -> None:
         """None: each stands on codes of its own."""
 
 

@@ -26,24 +26,21 @@ branch, never on the base path; a bf16 merge loses most of a small update, so me
 at the first step A has no gradient at all, because B is zero.
 """
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from luthier.anatomy import Anatomy, NumberBySite, Site, WholeBySite, at_site
-from luthier.core import ConfigError, above, at_least, between
-from luthier.methods.parts.low_rank import MovedUpdate, ThinUpdate, check_projections
-from luthier.methods.parts.masks import first_share
-from luthier.methods.parts.own_tensors import group_names, own_modules
-from luthier.methods.parts.row_starts import FROM_ROWS, FromRows, start_from_rows
-from luthier.methods.parts.starts import AT_ZERO, Start, check_start, thin_start
-from luthier.surgery import METHODS, Attachment, Base, Batches, Edit, Group, PerSite, TunedView
+from luthier.anatomy import NumberBySite, Site, WholeBySite
+from luthier.core import above, at_least, between
+from luthier.methods.parts.low_rank import MovedUpdate, ThinUpdate
+from luthier.methods.parts.low_rank_axes import LowRankAxes
+from luthier.methods.parts.row_starts import FromRows
+from luthier.methods.parts.starts import Start
+from luthier.surgery import METHODS, Attachment, Base
 
 
 @METHODS.register("lora", family="reparameterised", paper="arXiv:2106.09685")
 @dataclass(frozen=True, kw_only=True)
-class LoRA(PerSite):
+class LoRA(LowRankAxes):
     """Settings of LoRA."""
 
     sites: Annotated[tuple[str, ...], "where to attach: attn.q, ffn, attn.q@0-5, *@last4"] = ("attn.q", "attn.v")
@@ -62,55 +59,6 @@ class LoRA(PerSite):
     default_lr: ClassVar[float] = 2e-3
     tiny: ClassVar[dict[str, int]] = {"rank": 3}
 
-    def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        return check_projections(anatomy, super().places(anatomy), "lora", self.dropout)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "looks_at_data", self.start in FROM_ROWS)
-        # One of them may start at zero: if it stays there, the other has no gradient.
-        why = None if self.train_a or self.train_b else ("train_b", "neither A nor B learns")
-        if not self.train_b and self.start in ("zero", "eva"):
-            why = ("train_b", "B stays zero")
-        if not self.train_a and self.start == "mica":
-            why = ("train_a", "A stays zero")
-        if why:
-            advice = "Leave it out" if self.start == "mica" else "Use start=mica"
-            raise ConfigError(f"{self._label}.{why[0]}: false, and {why[1]}: nothing would be learnt. {advice}.")
-
-    def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
-        here = self.on(anatomy)
-        for site in self.places(anatomy):
-            check_start(at_site(here.rank, site), self.start, site, f"{self._label}.rank")
-        return super().edits(anatomy)
-
-    def params_at(self, site: Site) -> int:
-        return at_site(self.rank, site) * (site.d_in * self.train_a + site.d_out * self.train_b)
-
-    def n_stored(self, anatomy: Anatomy) -> int:
-        here = self.on(anatomy)
-        held = sum(at_site(here.rank, site) * (site.d_in + site.d_out) for site in self.places(anatomy))
-        return held if self.start in AT_ZERO else 2 * held
-
     def build(self, site: Site, base: Base) -> Attachment:
-        rank = at_site(self.rank, site)
-        scale = at_site(self.alpha, site) / (math.sqrt(rank) if self.scaling == "root" else rank)
-        if self.start in FROM_ROWS:
-            return FromRows(base, rank, scale, self.dropout, (self.train_a, self.train_b), self.start)
-        learn = {"train_a": self.train_a, "train_b": self.train_b}
-        made = ThinUpdate(site.d_in, site.d_out, rank, scale, self.dropout, **learn)
-        if self.start == "zero":
-            return made
-        a, b = thin_start(base.weight(), rank, self.start, scale)
-        if self.start not in AT_ZERO:
-            return MovedUpdate(a, b, scale, self.dropout, **learn)
-        made.a.data, made.b.data = a, b
+        made: Attachment = self.update_at(site, base, (ThinUpdate, MovedUpdate, FromRows))
         return made
-
-    def prepare(self, tuned: TunedView, batches: Batches) -> None:
-        if self.start == "eva" or self.start == "corda" or self.start == "lora_ga":
-            start_from_rows(self.start, own_modules(self, tuned, FromRows), tuned, first_share(batches, self.data))
-
-    def groups(self, tuned: TunedView) -> list[Group]:
-        if self.b_rate == 1.0:
-            return []
-        return [Group(group_names(tuned, (m.b for m in own_modules(self, tuned, ThinUpdate))), lr_factor=self.b_rate)]

@@ -284,7 +284,7 @@ class PrunedReader(Felt):
         return None if whole is None else lambda x: whole(x * mask.to(x.dtype))
 
     @classmethod
-    def together(cls, members: Any, dtype: torch.dtype) -> None:  # type: ignore[override]  # each has its own mask
+    def together(cls, members: Any, dtype: torch.dtype) -> None:  # each has its own mask
         return None
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -12,7 +12,8 @@ of 1024 on the vectors are found by random projections of 16 rounds, below by an
 Count: sum over sites of rank * (d_in + d_out); the file holds the start too, twice that.
 Claims: learns faster than LoRA and ends lower, at the same size.
 Pitfalls: rates as for LoRA, or lower: A and B are not small at the start; the scale is part of the start (divided by
-it, so that any alpha starts at the base); a base other than the one it was made on is refused when it is loaded.
+it, so that any alpha starts at the base); a base that is held in codes stays the codes of the whole weight, where the
+paper codes what is left of it; a base other than the one it was made on is refused when it is loaded.
 """
 
 from luthier.surgery import METHODS

@@ -25,6 +25,12 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "peft.md"
 SITES = ("attn.k", "ffn.down")
 # peft's type -> our method of the same idea, where no files pass between them, and why.
 APART: dict[str, tuple[str, str]] = {
+    "ADAMSS": (
+        "adamss",
+        "which rows of a weight belong to which subspace is not in its file: the k-means of scikit-learn finds it "
+        "again from the base, and another version or machine may find other rows for the same numbers; ours "
+        "keeps them, and the same numbers give the same answers (`tests/methods/test_adamss.py`)",
+    ),
     "XLORA": (
         "xlora",
         "its file holds the shares' network and absolute paths of LoRAs elsewhere, whose names it reads as those of a "
@@ -58,13 +64,10 @@ NOTES = {
 }
 # peft's types that are not built here, and the reason where it is one.
 WHY_NOT = {
-    "ADAMSS": (
-        "which rows of a weight belong to which subspace is not in its file: the k-means of scikit-learn finds it "
-        "again from the base, and another version or machine may find other rows for the same numbers"
-    ),
     "SHADOW": (
-        "not built: a small model of its own beside the base, whose state goes into every block and follows it; `lst` "
-        "is a network beside the base here"
+        "not built: one block of the base's own kind beside it, of its width and trained from nothing, with keys and "
+        "values of its own in the cache, whose state enters every block and follows it; what it needs is there "
+        "(`before` at `block_out`, layers of a cache as `lst` has them); `lst` is a network beside the base here"
     ),
 }
 HEAD = """# What peft has and we have

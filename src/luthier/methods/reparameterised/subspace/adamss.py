@@ -7,7 +7,7 @@
 V and the groups stay; A and B train. A_k starts at the leading directions of its group's rows of U, B at zero, so the
 tuned model starts as the base model. Together it is a LoRA of rank K * rank whose B is zero outside its groups.
 
-AdaMSS, NeurIPS 2025 (openreview 8ZdWmpYxT0). The form is that of peft 0.21. Groups that are smaller than the rank have
+AdaMSS, NeurIPS 2025 (openreview:8ZdWmpYxT0). The form is that of peft 0.21. Groups that are smaller than the rank have
 fewer directions there and more than they can use here. Its option use_asa, by which some groups stop training on the
 way, is not here.
 

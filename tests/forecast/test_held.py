@@ -19,7 +19,8 @@ torch.set_num_threads(1)
 
 # What these store follows from training, or from the places they choose: their own counts are of the paper's numbers.
 STORED_OTHERWISE = {
-    "adalora", "bipeft", "delta_lora", "increlora", "lt_sft", "pafi", "propetl", "s3delta_m", "saliency", "u_mam",
+    "adalora", "bipeft", "delta_lora", "increlora", "loraprune", "lt_sft", "pafi", "propetl", "s3delta_m", "saliency",
+    "u_mam",
 }  # fmt: skip
 
 

@@ -116,6 +116,8 @@ def example_of(card: Card) -> str:
     `('attn.q', 'attn.v')` is written `attn.q,attn.v`.
     """
     for setting in card.settings:
+        if "\\" in setting.default:
+            continue  # a line break, which a shell would hand over as two characters
         word = setting.default.strip("()").replace("'", "").replace('"', "").replace(", ", ",").rstrip(",").lower()
         if word and word != "none":
             return f"{setting.name}={word}"

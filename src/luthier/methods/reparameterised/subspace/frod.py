@@ -145,7 +145,8 @@ class Turned(DenseUpdate):
         self.made_of: tuple[int, int] | None = None
         self.c = nn.Parameter(torch.zeros(basis.v.shape[0]))
         self.s = nn.Parameter(torch.zeros(basis.places.shape[1]))
-        self.register_buffer("u", base.weight().new_empty(0), persistent=False)
+        shape = base.site.d_out, base.site.d_in
+        self.register_buffer("u", torch.zeros(shape, device=basis.v.device), persistent=False)
 
     @property
     def basis(self) -> Basis:

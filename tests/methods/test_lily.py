@@ -82,6 +82,26 @@ def test_by_token_a_mixture_is_that_of_the_token_and_looks_at_nothing_behind_it(
     assert not torch.allclose(logits(by_row.model, batch)[:, :-1], first[:, :-1], atol=1e-5), "a row's mean does look"
 
 
+@pytest.mark.parametrize("sites", [("cross.k",), ("attn", "cross", "ffn")])
+def test_where_a_decoder_reads_the_encoder_the_mean_is_over_the_text_read(sites: tuple[str, ...]) -> None:
+    tuned = attach(tiny("t5", "seq2seq"), Lily(sites=sites, rank=3))
+    stir(tuned, 0.5)
+    text = torch.randint(3, 131, (1, 7), generator=torch.Generator().manual_seed(0))
+    written = text[:, :5].flip(1)
+    padded = torch.cat([text, torch.zeros(1, 4, dtype=torch.long)], 1)
+    tuned.model.eval()
+    with torch.no_grad():
+        alone, beside = (
+            tuned.model(input_ids=ids, attention_mask=(ids > 0).long(), decoder_input_ids=written).logits
+            for ids in (text, padded)
+        )
+    torch.testing.assert_close(alone, beside, rtol=1e-4, atol=1e-4)
+    for beams in (1, 3):
+        asked = {"input_ids": padded, "attention_mask": (padded > 0).long(), "num_beams": beams, "max_new_tokens": 5}
+        with_cache, without = (tuned.model.generate(**asked, do_sample=False, use_cache=c) for c in (True, False))
+        assert torch.equal(with_cache, without)
+
+
 def test_an_expert_has_no_rows_and_is_refused() -> None:
     with pytest.raises(AnatomyError, match="is an expert"):
         attach(tiny("mixtral"), Lily(sites=("experts",)))

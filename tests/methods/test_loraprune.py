@@ -278,6 +278,21 @@ def test_what_no_configuration_says_stays_as_zeros_and_the_reason_is_said(kind, 
     torch.testing.assert_close(logits(model, batch), masked, rtol=1e-5, atol=1e-5)
 
 
+def test_what_is_cut_keeps_the_type_of_every_tensor(tmp_path):
+    """A model that was loaded in bf16 has its tables of angles in fp32, and a saved T5 in fp16 some weights."""
+    for kind, dtype in (("llama", torch.bfloat16), ("t5", torch.float16)):
+        tiny(kind).save_pretrained(tmp_path / kind)
+        model = type(tiny(kind)).from_pretrained(tmp_path / kind, dtype=dtype)
+        tuned = attach(model, LoRAPrune(rank=3, every=2, sites=("ffn",)))
+        for module in readers(tuned).values():
+            module.keep[::2] = False
+        unread, anatomy, batch = narrowing.unread(tuned.edited), tuned.anatomy, inputs(model)
+        merged = tuned.merge(check=batch)
+        small, notes = narrowing.narrow(merged, anatomy, unread, batch)
+        before, after = ({n: t.dtype for n, t in (*m.named_parameters(), *m.named_buffers())} for m in (merged, small))
+        assert notes[0].startswith("cut out") and before == after and len(set(before.values())) == 2
+
+
 def test_columns_that_another_tuning_reads_again_are_not_cut_out():
     tuned = pruned("llama", sites=("ffn",))
     tuned.add("lora", name="over")

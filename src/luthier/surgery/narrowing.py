@@ -205,8 +205,8 @@ def _without(model: Model, cut: _Cut, kind: str, check: Mapping[str, Any]) -> An
         raise _Stays(f"no {name} says so ({wrong[0] if wrong else 'tensors'} would have another shape)")
     first = next(model.parameters())
     with torch.random.fork_rng(devices=[]), no_init_weights():
-        made = kind_of_model(config).to(first.device, first.dtype)
-    made.load_state_dict(state, strict=True)
+        made = kind_of_model(config).to(first.device)  # tables of its own, as of angles, keep their type
+    made.load_state_dict(state, strict=True, assign=True)
     made.tie_weights()
     made.eval()
     if hasattr(model, "generation_config"):

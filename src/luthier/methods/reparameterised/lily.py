@@ -78,7 +78,7 @@ class Lily(Method):
                     yield self._at(site, pool, down, shared)
 
     def _at(self, site: Site, pool: "Pool", down: "Down", shared: Mapping[str, nn.Module]) -> Attach:
-        return Attach(site, lambda base: Routed(self, site.stack, pool, down), shared)
+        return Attach(site, lambda base: Routed(self, site, pool, down), shared)
 
     def n_params(self, anatomy: Anatomy) -> int:
         return sum(
@@ -112,10 +112,12 @@ class Routed(Attachment):
     per_token = False
     reads_whole_text = True
 
-    def __init__(self, settings: Lily, stack: str, pool: Pool, down: Down) -> None:
+    def __init__(self, settings: Lily, site: Site, pool: Pool, down: Down) -> None:
         super().__init__()
         self.__dict__["pool"], self.__dict__["down"] = pool, down  # registered once, on the tuning
-        self.scale, self.by_row, self.stack = settings.scale, settings.route == "row", stack
+        self.scale, self.by_row = settings.scale, settings.route == "row"
+        # Keys and values of cross-attention stand in the decoder and read the encoder.
+        self.stack = "encoder" if site.kind in ("cross.k", "cross.v") else site.stack
         if not self.by_row:
             self.__dict__["per_token"], self.__dict__["reads_whole_text"] = True, False
         self.router = nn.Parameter(torch.empty(settings.experts, settings.rank))

@@ -97,6 +97,10 @@ def test_a_cluster_of_our_own_that_has_died_is_started_anew_and_not_for_ever(tmp
     made.there = "10.0.0.1:6379"
     made.at_work = {0: "a" * 64}
     assert made.check() == [], "of another cluster the other machines go on"
+    lost = engine(made.ledger, [Dead("heartbeats")] * (MOST_ATTEMPTS + 1))
+    lost.there = made.there
+    with pytest.raises(ResourceError, match=r"7 processes of Ray in a row ended before .*\(Dead: heartbeats\)"):
+        lost.check()
 
 
 def test_what_cannot_be_loaded_ahead_is_said_once(tmp_path: Path) -> None:

@@ -90,11 +90,12 @@ class RayEngine:
             wrongs.WorkerCrashedError, wrongs.OutOfMemoryError, wrongs.TaskCancelledError, wrongs.OwnerDiedError,
             wrongs.ObjectLostError,
         )  # fmt: skip
+        machines = (wrongs.LocalRayletDiedError, wrongs.NodeDiedError)
         try:
             wrong, notes = self.ray.get(task)
-        except (wrongs.LocalRayletDiedError, wrongs.NodeDiedError) as error:
-            return self._begin_again(error)
-        except killed as error:
+        except (*machines, *killed) as error:
+            if isinstance(error, machines) and not self.there:
+                return self._begin_again(error)
             n = self.ledger.taken(address)
             before, times = self.crashes.get(address, (n, 0))
             self.crashes[address] = (n, times + 1 if n == before else 1)
@@ -118,13 +119,11 @@ class RayEngine:
         return list(notes)
 
     def _begin_again(self, error: BaseException) -> Sequence[str]:
-        """A machine of the cluster has died: of another cluster Ray takes others, our own is started anew.
+        """Our own cluster, of this machine alone, has died and is started anew; one that is there takes other machines.
 
         Raises:
             ResourceError: it has died many times in a row.
         """
-        if self.there:
-            return ()
         self.begun_again += 1
         if self.begun_again > MOST_ATTEMPTS:
             raise ResourceError(

@@ -91,8 +91,8 @@ def refuse_what_cannot_fit(prepared: Prepared) -> None:
     raise ResourceError(
         f"this run cannot fit: weights, trained numbers and the optimiser's moments are {human_bytes(standing)} "
         f"together, and the device has {human_bytes(there)}. "
-        + (f"What would fit, with its peak: {would}. " if would else "Neither a base in codes nor another method that "
-           "was tried would fit: take a smaller model. ")
+        + (f"What would fit, with its peak: {would}. " if would else "No smaller batch, base in codes or other method "
+           "whose peak can be forecast fits: take a smaller model. ")
         + "`luthier plan` says which methods fit; --force starts it all the same."
     )  # fmt: skip
 

@@ -116,6 +116,39 @@ def test_nothing_is_kept_where_that_was_asked_or_cannot_be(
     assert _kept_plans.address(str(config), ["lora+mine"], spec, device_of("24GB"), None) is None
 
 
+def test_what_is_said_and_refused_is_so_again(
+    luthier: Call, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from luthier.cli import plan
+
+    monkeypatch.setattr(plan, "MOST", 1)
+    words = ("plan", config, "--device", "24GB", "--max-length", "9999")
+    first, second = (luthier(*words, "--method", "bitfit,ia3") for _ in range(2))
+    assert "--max-length 9999: the model reads 2048 tokens" in first.err and second.err == first.err
+    assert luthier(*words, "--method", "bitfit,ia3,lora", "--set", "rank=3").code == 0
+    refused = luthier(*words, "--method", "bitfit,ia3", "--set", "rank=3")
+    assert refused.code == 2 and "no method that is asked about has a setting 'rank'" in refused.err
+
+
+def test_nothing_is_kept_of_a_strategy_of_ones_own(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from luthier.runs.devices import device_of
+    from luthier.runs.spec import RunSpec
+
+    (tmp_path / "shelf").mkdir()
+    (tmp_path / "shelf" / "mine.py").write_text(
+        'from luthier.training.strategy import STRATEGIES, Strategy\n\n\n@STRATEGIES.register("mine", family="loss")\n'
+        "class Mine(Strategy):\n    extra_passes = 1.0\n"
+    )
+    monkeypatch.setenv("LUTHIER_SHELF", str(tmp_path / "shelf"))
+    assert _kept_plans.STRATEGIES.places()["mine"].origin.startswith("folder")
+    for strategy, is_kept in (("l2_sp", True), ("mine", False), ("l2_sp+mine", False)):
+        spec = RunSpec.from_plain({"model": str(config), "data": {"source": "-"}, "strategy": strategy})
+        found = _kept_plans.address(str(config), ["lora"], spec, device_of("24GB"), None)
+        assert (found is not None) == is_kept
+
+
 def test_old_files_go(luthier: Call, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_kept_plans, "MOST", 2)
     for rank in (1, 2, 3):

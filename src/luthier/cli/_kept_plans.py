@@ -22,8 +22,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import luthier
-from luthier.cli._shelf import SHELF
-from luthier.core import plain
+from luthier.cli._shelf import SHELF, STRATEGIES
+from luthier.core import Catalogue, plain
 from luthier.core.shelves import OURS
 from luthier.runs.devices import Device, may_have_gpu
 from luthier.runs.spec import RunSpec
@@ -35,7 +35,7 @@ MOST = 64  # files; what was written longest ago goes first
 SWITCHES = ("LUTHIER_", "ATEN_", "DNNL_", "ONEDNN_", "MKL_", "PYTORCH_", "TORCH_", "TRANSFORMERS_")
 PLACES = ("LUTHIER_CACHE", "LUTHIER_COMPLETE", "LUTHIER_FAULT")  # begin as switches do, and change no count
 LIBRARIES = ("torch", "transformers", "numpy")
-FORMAT = 1
+FORMAT = 2
 
 
 class Kept(SimpleNamespace):
@@ -45,34 +45,43 @@ class Kept(SimpleNamespace):
         plain: as `--json` has it.
         outputs: of the task's head; None where it has none of its own.
         has_weights: whether there are files of weights.
+        said: what was said while it was made.
     """
 
 
 def address(model: str, names: Sequence[str], spec: RunSpec, device: Device, labels: int | None) -> Path | None:
     """The file for these counts; None where they are counted anew each time.
 
-    They are for methods of one's own, whose files may import others; for names of the hub; where a GPU may be, which
-    torch alone can tell; and where LUTHIER_PLAIN or LUTHIER_ENCODED_GIB=0 say that nothing is to be kept.
+    They are for methods and strategies of one's own, whose files may import others; for names of the hub; where a GPU
+    may be, which torch alone can tell; and where LUTHIER_PLAIN or LUTHIER_ENCODED_GIB=0 say that nothing is to be kept.
 
     Raises:
         ModelError, Refused: there is such a model, and it cannot or must not be used.
     """
     if os.environ.get("LUTHIER_PLAIN") == "1" or os.environ.get("LUTHIER_ENCODED_GIB") in ("0", "0.0"):
         return None
-    places = SHELF.places()
-    own = {part for name in names for part in name.partition(":")[0].split("+")}
-    if any(part not in places or places[part].origin != OURS for part in own) or (device.here and may_have_gpu()):
+    methods = {part for name in names for part in name.partition(":")[0].split("+")}
+    followed = {word.strip() for word in (spec.strategy or "").split("+") if word.strip()}
+    if not (_all_ours(SHELF, methods) and _all_ours(STRATEGIES, followed)) or (device.here and may_have_gpu()):
         return None
     told = _of_model(model)
     if told is None:
         return None
     run = {k: v for k, v in plain(spec).items() if k not in ("data", "model", "method", "out", "seed")}
+    asked = (
+        sorted(names) if spec.settings else None
+    )  # a setting that none of them has is refused, however many are kept
     facts = {
-        "format": FORMAT, "model": [model, *told], "run": run, "labels": labels,
+        "format": FORMAT, "asked": asked, "model": [model, *told], "run": run, "labels": labels,
         "device": [device.kind, device.here, device.bf16], "made_by": _makers(),
     }  # fmt: skip
     text = json.dumps(facts, ensure_ascii=True)  # unsorted: the order of a configuration's labels is theirs
     return cache_folder().expanduser() / "plans" / f"{hashlib.sha256(text.encode()).hexdigest()[:40]}.json"
+
+
+def _all_ours(shelf: Catalogue[Any], names: set[str]) -> bool:
+    places = shelf.places() if names else {}
+    return all(name in places and places[name].origin == OURS for name in names)
 
 
 def _of_model(name: str) -> list[Any] | None:
@@ -125,13 +134,13 @@ def read(path: Path, names: Sequence[str], device: Device) -> Kept | None:
         if content.pop("digest") != _digest(content):
             return None
         rows = [content["rows"][name] for name in names]
-        values, outputs, weights = (content[key] for key in ("answer", "outputs", "weights"))
+        values, outputs, weights, said = (content[key] for key in ("answer", "outputs", "weights", "said"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     answer = values | {"device": plain(device), "rows": [_fitted(row, device) for row in rows]}
     answer = {key: answer[key] for key in content["order"]}
     found = json.loads(json.dumps(answer), object_hook=lambda one: SimpleNamespace(**one))
-    return Kept(**vars(found), plain=answer, outputs=outputs, has_weights=weights)
+    return Kept(**vars(found), plain=answer, outputs=outputs, has_weights=weights, said=said)
 
 
 def _fitted(row: dict[str, Any], device: Device) -> dict[str, Any]:
@@ -140,11 +149,12 @@ def _fitted(row: dict[str, Any], device: Device) -> dict[str, Any]:
     return {key: fits if key == "fits" else value for key, value in row["row"].items()}
 
 
-def keep(path: Path, found: Any, has_weights: bool) -> None:
+def keep(path: Path, found: Any, has_weights: bool, said: Sequence[str]) -> None:
     """Keep a plan beside what is kept already. Where it cannot be written, the next call counts anew.
 
     Args:
         found: a plan without activations: nothing in it depends on what else this machine does.
+        said: what was said while it was made.
     """
     whole = plain(found)
     rows = {
@@ -153,7 +163,7 @@ def keep(path: Path, found: Any, has_weights: bool) -> None:
     }
     content = {
         "order": list(whole), "answer": {k: v for k, v in whole.items() if k not in ("rows", "device")},
-        "outputs": found.task.n_outputs, "weights": has_weights, "rows": _rows_in(path) | rows,
+        "outputs": found.task.n_outputs, "weights": has_weights, "said": list(said), "rows": _rows_in(path) | rows,
     }  # fmt: skip
     text = json.dumps(content | {"digest": _digest(content)}, ensure_ascii=True)
     with contextlib.suppress(OSError):

@@ -137,18 +137,23 @@ def _plan(
     kept = _kept_plans.address(model, names, spec, where, labels) if counts_alone else None
     found = _kept_plans.read(kept, names, where) if kept is not None else None
     if found is not None:
+        for line in found.said:
+            screen().say(line)
         show(found, found.outputs, can_train=found.has_weights)
         screen().result(found.plain)
         return
-    made, has_weights = _made(names, spec, where, labels, probe)
+    said: list[str] = []
+    made, has_weights = _made(names, spec, where, labels, probe, said)
     if kept is not None:
-        _kept_plans.keep(kept, made, has_weights)
+        _kept_plans.keep(kept, made, has_weights, said)
     show(made, made.task.n_outputs, can_train=has_weights)
     screen().result(plain(made))
 
 
-def _made(names: list[str], spec: RunSpec, where: Device, labels: int | None, probe: bool) -> tuple[Any, bool]:
-    """The plan, and whether there are weights."""
+def _made(
+    names: list[str], spec: RunSpec, where: Device, labels: int | None, probe: bool, said: list[str]
+) -> tuple[Any, bool]:  # fmt: skip
+    """The plan, and whether there are weights; what is said of it on the way is added to `said`."""
     few = len(names) <= MOST
     with _nothing_collected():
         from luthier.comparison.cells import entrant_of
@@ -178,11 +183,13 @@ def _made(names: list[str], spec: RunSpec, where: Device, labels: int | None, pr
     longest = getattr(outline.config, "max_position_embeddings", None)
     if isinstance(longest, int) and 0 < longest < tokens:
         if spec.max_length is not None:
-            screen().say(f"--max-length {tokens}: the model reads {longest} tokens, and so many are taken")
+            said.append(f"--max-length {tokens}: the model reads {longest} tokens, and so many are taken")
         tokens = longest
     if isinstance(steps, str):
-        screen().say(f"row lengths are not known: {steps}")
+        said.append(f"row lengths are not known: {steps}")
         steps = None
+    for line in said:
+        screen().say(line)
     with screen().busy("forecasting"), nullcontext() if few else _nothing_collected():
         found = plan(outline, spec, asked, where, task, tokens=tokens, grow=few, steps=steps, real_steps=probe)
     return found, outline.weights

@@ -1,13 +1,19 @@
 """Equal budgets: sizes by trained numbers, and as many steps for all."""
 
+import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from little import little_model
 from races import base_in, here
 
+from benchmarks import planted_truth as planted
+from luthier.cli import compare as command
 from luthier.cli._main import main
+from luthier.cli._output import Screen
 from luthier.comparison import compare, entrant_of, statistics
 from luthier.comparison import run as run_file
 from luthier.comparison.sizes import sized
@@ -70,6 +76,20 @@ def test_sizes_stand_in_the_table_and_whoever_exceeds_is_a_row(tmp_path: Path, m
     assert any("Each method is as large as 3.0 k trained numbers" in line for line in found.findings)
     command = gather([tmp_path / "r"]).commands[0]
     assert "--budget params=3000" in command and lora in command and "full" in command
+
+
+def test_a_method_is_named_whole_beside_its_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(command, "screen", lambda: Screen(as_json=False, out=out, err=out))
+    monkeypatch.setattr(statistics, "DRAWS", 100)
+    found = planted.crossed((0.9, 0.5), 2)(np.random.default_rng(0))
+    name = "sequential_adapter:activation=gelu:width=3285"
+    command._show(replace(found, standings=(replace(found.standings[0], name=name), *found.standings[1:])))
+    lines = [line for line in out.getvalue().splitlines() if line.startswith(name)]
+    first = found.standings[0]
+    assert any(f" {first.score:.3f} " in line and " best " in line for line in lines)
+    folds = [f"{score:.3f}" for score in first.fold_scores]
+    assert folds in [line.split()[1:] for line in lines]
 
 
 @pytest.mark.parametrize(

@@ -265,7 +265,7 @@ def _show(found: Any) -> None:
         ))  # fmt: skip
     rows += [(name, "failed", *[""] * 7) for name in found.failed]
     head = ("method", found.metric, "±", "behind", "95 %", "", "trained", "time", "peak")
-    to.table(head, rows, right=("trained", "time", "peak", "±"))
+    to.table(head, rows, right=("trained", "time", "peak", "±"), whole=head)
     _show_folds(found)
     _show_sureness(found)
     beside = "; ".join(f"{name} {value:.3f}" for name, value in found.baselines.items())
@@ -278,7 +278,7 @@ def _show_folds(found: Any) -> None:
         head = ("method", *(f"fold {i}" for i in range(1, found.folds + 1)))
         rows = [(s.name, *(f"{score:.3f}" for score in s.fold_scores)) for s in found.standings]
         screen().show(f"\n{found.metric} on the rows of each fold, means over seeds:")
-        screen().table(head, rows, right=head[1:])
+        screen().table(head, rows, right=head[1:], whole=head)
 
 
 def _show_front(home: Path) -> None:
@@ -311,7 +311,7 @@ def _show_sureness(found: Any) -> None:
             values += [s.temperature, s.calibrated_calibration_error, s.calibrated_brier, s.calibrated_nll]
         rows.append((s.name, *(f"{value:.3f}" for value in values)))
     to.show("\nHow far answers are from being as sure as they are right; lower is better:")
-    to.table(("method", *head), rows, right=tuple(head))
+    to.table(("method", *head), rows, right=tuple(head), whole=("method", *head))
     if fitted:
         to.show("T: the temperature fitted on rows held out to select by, a mean over seeds; no answer changes.")
 

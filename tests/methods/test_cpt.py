@@ -6,6 +6,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers as hf
 from methods.checks import logits, stir, train
 from tiny import inputs, tiny
 from torch.testing import assert_close
@@ -80,6 +81,41 @@ def test_its_loss_and_gradient_are_pefts_times_the_share_of_the_row_s_words(arch
     context(tuned).eval()  # in answers the row's alone
     alone = tuned.tuning().method.loss(tuned, lambda: objective(batch))
     assert float(alone.loss.detach()) < float(found.loss.detach())
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes"),
+    [
+        ("Granite", {"logits_scaling": 8.0}),
+        ("Cohere", {"logit_scale": 0.0625}),
+        ("Gemma2", {"final_logit_softcapping": 2.0, "head_dim": 12}),
+    ],
+)
+def test_the_context_s_loss_is_of_the_logits_that_the_model_makes(arch: str, changes: dict[str, Any]) -> None:
+    """Models scale or bound what their head gives; the reference is the model's own answer to context and text."""
+    size = {
+        "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 131, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = getattr(hf, f"{arch}ForCausalLM")(getattr(hf, f"{arch}Config")(**size, **changes)).eval()
+    ids = torch.randint(3, 131, (1, 7), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)  # far from zero: a factor shows
+        told = model(input_ids=torch.cat([torch.tensor([WORDS]), ids], 1)).logits[0].float().log_softmax(-1)
+    wanted = -sum(told[i - 1, WORDS[i]] for i in (3, 7, 8))
+    tuned = attach(model, "cpt", **ROW)
+    tuned.model.eval()
+    context(tuned).train()
+    batch = Batch(
+        inputs={"input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels=ids, rows=torch.arange(1).numpy(),
+        n_targets=6, n_tokens=7,
+    )  # fmt: skip
+    objective = Objective(tuned, Task(name="causal_lm"))
+    alone = objective(batch).loss.detach()
+    found = tuned.tuning().method.loss(tuned, lambda: objective(batch)).loss.detach()
+    assert_close(found - alone, wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_left_pads_do_not_change_the_context_s_loss() -> None:

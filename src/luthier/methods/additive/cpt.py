@@ -23,8 +23,9 @@ encoder or an encoder-decoder the context acts, and its answers are not learnt.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any, ClassVar, Self
 
 import torch
@@ -193,10 +194,18 @@ class CPT(Method):
         finally:
             prompt.listens, states, prompt.heard = False, prompt.heard, None
         if states is not None:
-            capped = getattr(tuned.model.config.get_text_config(), "final_logit_softcapping", None)
-            each = prompt.answers_loss(states[:1], head, capped)
+            each = prompt.answers_loss(states[:1], head, partial(finished, tuned.model.config.get_text_config()))
             result.loss = result.loss + self.context * len(states) * each
         return result
+
+
+def finished(config: Any, products: Tensor) -> Tensor:
+    """Logits of the head's products, as models go on from there: by a factor, a divisor or a soft bound."""
+    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon-H1
+        products = products * float(getattr(config, name, None) or 1.0)
+    products = products / float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
+    bound = getattr(config, "final_logit_softcapping", None)  # Gemma
+    return bound * torch.tanh(products / bound) if bound else products
 
 
 def limits(method: CPT, width: int) -> Tensor:
@@ -269,7 +278,7 @@ class Context(nn.Module):
         offset = self.offset + (self.within() - self.offset.detach())
         return placed(self.method, self.embedded, offset)
 
-    def answers_loss(self, states: Tensor, head: nn.Module, softcap: float | None) -> Tensor:
+    def answers_loss(self, states: Tensor, head: nn.Module, finish: Callable[[Tensor], Tensor]) -> Tensor:
         """The weighed sum of the losses of the context's answers, from its last hidden states (1, P, d). ()."""
         types = torch.tensor(self.method.types)
         told = (types % 4 == 0) & (torch.arange(len(types)) > 0)
@@ -277,9 +286,7 @@ class Context(nn.Module):
         order = sorted(set(examples.tolist()), reverse=True)  # the last one first
         weights = torch.tensor([self.method.decay ** (1 + order.index(k)) for k in examples.tolist()])
         read = states[0, told.nonzero().flatten().to(states.device) - 1]  # each word is told by the one before it
-        logits = head(read.to(head.weight.dtype)).float()  # type: ignore[arg-type]
-        if softcap:
-            logits = softcap * torch.tanh(logits / softcap)
+        logits = finish(head(read.to(head.weight.dtype)).float())  # type: ignore[arg-type]
         wanted = torch.tensor(self.method.words)[told].to(logits.device)
         losses = nn.functional.cross_entropy(logits, wanted, reduction="none")
         summed: Tensor = (losses * weights.to(losses)).sum()

@@ -16,7 +16,7 @@ from luthier.comparison import run as run_file
 from luthier.comparison.cells import cells_of
 from luthier.comparison.race import _decide, _Rung
 from luthier.comparison.tuning import Trial
-from luthier.core import ConfigError
+from luthier.core import ConfigError, LuthierError
 from luthier.core.config import read_word
 from luthier.runs.ledger import Entry
 
@@ -87,6 +87,24 @@ def test_a_kill_within_a_rung_gives_no_minutes_back(tmp_path: Path, monkeypatch:
     told = json.loads((tmp_path / "r" / "race.json").read_text())
     assert told["decisions"][0]["seconds"] == 400.0, "four runs, one of which a killed call had made"
     assert len(told["decisions"][0]["kept"]) == 1, "with two the next rung would end after 600 of 540 seconds"
+
+
+def test_a_race_in_which_all_failed_is_run_again_by_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, entrants = replace(base_in(tmp_path), steps=8), [entrant_of("bitfit", read_word)]
+
+    def once() -> tuple[str, ...]:
+        return compare(base, entrants, seeds=1, home=tmp_path / "r", tune_lr=3, budget=Budget()).findings
+
+    monkeypatch.setattr(run_file, "engine_named", here([], fail="bitfit"))
+    for _ in range(2):
+        with pytest.raises(LuthierError, match=r"no candidate has a result.*it failed: it may not"):
+            once()
+    told = json.loads((tmp_path / "r" / "race.json").read_text())
+    assert told["decisions"] == [] and told["unfinished"] > 0, "what failed has cost its time"
+    monkeypatch.setattr(run_file, "engine_named", here([]))
+    assert once()[0].startswith("The race of 3 candidates was won by bitfit")
 
 
 def test_whoever_exceeds_the_budget_leaves_and_is_told_by_how_much(tmp_path: Path) -> None:

@@ -153,14 +153,15 @@ def race(asked: Asked, budget: Budget, sweep: Sweep, say: Callable[[str], None],
         if number + 1 < len(shares):
             ahead = took / len(alive) * (shares[number + 1] - share) / (share - (shares[number - 1] if number else 0.0))
         decision = _decide(_Rung(share, before + took, ahead, rows), told, why, asked.metric, budget, trials)
+        if not decision.kept:
+            durable.write_json(path, {**kept, "unfinished": round(took, 3)})  # nothing to go on with: tried again
+            told_why = "; ".join(f"{name}: {reason}" for name, reason in decision.left.items())
+            raise LuthierError(f"race: no candidate has a result. {told_why}")
         decisions.append(decision)
         durable.write_json(path, {**kept, "decisions": [plain(d) for d in decisions]})
         alive = list(decision.kept)
         for name, reason in decision.left.items():
             say(f"{name} leaves: {reason}")
-        if not alive:
-            told_why = "; ".join(f"{name}: {reason}" for name, reason in decision.left.items())
-            raise LuthierError(f"race: no candidate has a result. {told_why}")
     best = alive[0]
     entrant = next(e for e in asked.entrants if best.rpartition(" x")[0] == e.name)
     return Raced(entrant, trials[best].factor, tuple(decisions), tuple(_findings(best, decisions, rows)))

@@ -10,6 +10,7 @@ from little import little_spec
 from methods.checks import attach_double, logits, optimiser, stir, train
 from tiny import inputs, tiny
 
+from luthier import kernels
 from luthier import train as run
 from luthier.anatomy import Anatomy
 from luthier.core import AnatomyError, CannotMerge, ConfigError
@@ -156,6 +157,30 @@ def test_what_is_pruned_never_returns_though_it_would_be_worth_most():
         for a, mask in ((m.a, m.mask()) for m in readers(tuned).values()):
             a[:, ~mask] += 5.0
     assert whole and torch.equal(logits(tuned.model, batch), before_logits), "nothing of it is read"
+
+
+@pytest.mark.parametrize("spec", ["loraprune", "loraprune+ia3", "ia3+loraprune"])
+def test_the_update_reads_nothing_that_is_gone_by_whatever_way_it_is_computed(spec):
+    tuned = attach(tiny("llama"), spec)
+    stir(tuned, 0.1)
+    for module in readers(tuned).values():
+        module.keep[::2] = False
+    batch = inputs(tuned.model)
+    with kernels.plain():
+        before = logits(tuned.model, batch)
+        torch.testing.assert_close(logits(tuned.merge(check=batch), batch), before, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gradient_of_what_is_gone_is_zero_by_whatever_way_it_is_computed():
+    for plain in (False, True):
+        tuned = attach(tiny("llama"), LoRAPrune(rank=3))
+        stir(tuned, 0.1)
+        for module in readers(tuned).values():
+            module.keep[::2] = False
+        with kernels.plain(plain):
+            tuned.model(**inputs(tuned.model)).loss.backward()
+        for module in readers(tuned).values():
+            assert bool(module.a.grad[:, module.mask()].any()) and not bool(module.a.grad[:, module.unread()].any())
 
 
 class Plain:

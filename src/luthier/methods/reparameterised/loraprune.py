@@ -276,6 +276,9 @@ class PrunedReader(Felt):
     def before(self, x: Tensor) -> Tensor:
         return x * self.mask().to(x.dtype)
 
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        return super().after(self.before(x), y)  # x is here what came, and not what `before` made of it
+
     def fused(self, base: Base, x: Tensor) -> Tensor | None:
         return super().fused(base, self.before(x))
 

@@ -9,6 +9,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
 from races import base_in, here
 
@@ -82,12 +83,17 @@ def test_processes_that_are_ended_or_hang_leave_the_same_table(tmp_path: Path, m
         struck: set[str] = set()
         while not over.wait(0.05):
             for path in (home / "ledger" / "claims").glob("*.1"):
-                pid = _child_of(os.getpid())
-                if path.stem in struck or pid is None or len(struck) == 3:
+                if path.stem in struck or len(struck) == 3:
                     continue
+                number = (signal.SIGKILL, signal.SIGSTOP, signal.SIGKILL)[len(struck)]
+                try:
+                    pid = _child_of(os.getpid())
+                    if pid is None:
+                        continue
+                    os.kill(_parent_of(pid) if len(struck) == 2 else pid, number)
+                except (ProcessLookupError, psutil.NoSuchProcess):
+                    continue  # it has ended meanwhile: the next look finds another
                 struck.add(path.stem)
-                number = (signal.SIGKILL, signal.SIGSTOP, signal.SIGKILL)[len(struck) - 1]
-                os.kill(_parent_of(pid) if len(struck) == 3 else pid, number)
                 done.append(number.name)
                 time.sleep(0.3)
 
@@ -105,8 +111,6 @@ def test_processes_that_are_ended_or_hang_leave_the_same_table(tmp_path: Path, m
 
 def _child_of(driver: int) -> int | None:
     """The run at work: a fork of a fork server that this process has started."""
-    import psutil
-
     for server in psutil.Process(driver).children():
         with_runs = [c for c in server.children() if "forkserver" in " ".join(server.cmdline())]
         if with_runs:
@@ -115,8 +119,6 @@ def _child_of(driver: int) -> int | None:
 
 
 def _parent_of(pid: int) -> int:
-    import psutil
-
     return int(psutil.Process(pid).ppid())
 
 

@@ -207,10 +207,12 @@ def test_a_folder_whose_making_was_killed_and_an_empty_one_are_begun_in(home, tm
         for file in left:
             (tmp_path / name / file).write_text("")
         assert follow(recipe_spec(home, "label_words", tmp_path / name, steps=1)).phases
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "mine.txt").touch()
-    with pytest.raises(ConfigError, match="is not empty and holds no recipe"):
-        follow(recipe_spec(home, "label_words", tmp_path / "other"))
+    for file in ("mine.txt", "spec.toml"):
+        (tmp_path / f"with {file}").mkdir()
+        (tmp_path / f"with {file}" / file).write_text("mine")
+        with pytest.raises(ConfigError, match="is not empty and holds no recipe"):
+            follow(recipe_spec(home, "label_words", tmp_path / f"with {file}"))
+        assert (tmp_path / f"with {file}" / file).read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["pet", "setfit", "kd_sequence"])

@@ -45,7 +45,7 @@ __all__ = ["FILE", "Followed", "follow", "is_recipe"]
 
 FILE = RECIPE
 BEGUN = {"recipe.lock", "spec.toml"}
-"""What stands in a folder whose making was killed before it was a recipe's."""
+"""What stands in a folder whose making was killed before it was a recipe's: the lock, and then this too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,11 +124,17 @@ def _opened(spec: RunSpec | Path | str) -> tuple[RunSpec, Path]:
                     f"{path}: holds another recipe, or this one with other settings. Go on with it as it was (luthier "
                     f"resume {path}), or name another folder with --out."
                 )
-        elif path.exists() and {file.name for file in path.iterdir()} - BEGUN:
+        elif path.exists() and not _is_begun(path):
             raise ConfigError(f"{path}: is not empty and holds no recipe. Choose another --out.")
         return spec, path
     path = Path(spec)
     return RunSpec.from_plain(_read(path)["spec"], where=f"{path}/{FILE}"), path
+
+
+def _is_begun(path: Path) -> bool:
+    """Whether a folder is empty, or holds what a recipe puts there first; a spec.toml alone is somebody else's."""
+    names = {file.name for file in path.iterdir()}
+    return not names or ("recipe.lock" in names and names <= BEGUN)
 
 
 def _plan(spec: RunSpec) -> Plan:

@@ -2,6 +2,7 @@
 
 import csv
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -73,12 +74,28 @@ def test_less_a_planted_cluster_is_found_and_from_then_on_learnt_alone(tmp_path,
     assert sorted(later[:12]) == sorted(set(later[:12])), "none twice in a step"
 
 
-def test_less_scores_are_cosines_with_the_way_of_adamw_by_brute_force(tmp_path):
+def test_less_scores_are_cosines_with_the_way_of_adamw_by_brute_force(tmp_path, monkeypatch):
     loop = loop_of(Runs(tmp_path))
     loop.run_to(6)
     ((one, course),) = loop.moments._asked
     rows = course.rows.rows("train")[:5]
+    made, most, slopes, adam = [], [], Less._slopes, Less.adam
+
+    def watched(tensor):
+        made.append(weakref.ref(tensor))
+        most.append(sum(ref() is not None for ref in made))
+        return tensor
+
+    monkeypatch.setattr(Less, "_slopes", lambda self, c, r: (watched(slope) for slope in slopes(self, c, r)))
+    monkeypatch.setattr(Less, "adam", lambda self, c, slope: watched(adam(self, c, slope)))
     found = one.scored(course, rows)
+    assert len(made) == 8 + 2 * 5 and max(most) <= 3, "each is as large as all that trains, and few are held at once"
+    held = {name: loop.optimiser.first.pop(name) for name in [one._names(course)[0]]}
+    (g,) = slopes(one, course, rows[:1])
+    forgotten = adam(one, course, g)
+    loop.optimiser.first |= {name: torch.zeros_like(m) for name, m in held.items()}
+    assert torch.equal(forgotten, adam(one, course, g)), "moments that were forgotten are zeros"
+    loop.optimiser.first |= held
     names = [n for n in course.weights() if "head" not in n]
     assert names and all("classifier" not in n for n in names) and len(names) < len(course.weights())
 

@@ -9,8 +9,9 @@ model, of a LoRA its two matrices, without a new head. No dropout. With `project
 random matrix of signs / sqrt(d), (numbers, d), the same in all looks: products of two come out within about
 sqrt(2 / d) times their lengths. 0, none: the exact ones.
 
-Looks are `looks`, at equal distances in the warm-up, the last of them at its end. From then on every step has as many
-rows as before, of those that are kept, each pass over them shuffled anew.
+The warm-up is one step at least. Looks are `looks`, at equal distances in it, the last of them at its end; where it has
+fewer steps, one after each. From then on every step has as many rows as before, of those that are kept, each pass over
+them shuffled anew.
 
 Paper: arXiv:2402.04333. 5 % of the rows kept, 5 % for the warm-up, four looks, a LoRA of rank 128 and 8192 numbers of
 the projection are quoted for it. There what is chosen is learnt from the base anew, in a run of its own, and features
@@ -44,7 +45,7 @@ from luthier.training.strategy import STRATEGIES, Strategy
 AT_ONCE = 2048
 """Rows of the random matrix that are drawn at once: 64 MB at 8192 columns."""
 BLOCK = 64
-"""Gradients that are projected together."""
+"""Gradients that are projected together, so that the signs are drawn once for all of them."""
 
 
 @STRATEGIES.register("less", family="mixture", paper="arXiv:2402.04333")
@@ -94,13 +95,15 @@ class Less(Strategy):
     def scored(self, course: Course, rows: NDArray[np.int64]) -> Tensor:
         """The cosine of each row with the target, now: (rows,)."""
         target = course.rows.rows("target")
-        aim = torch.stack(list(self._slopes(course, target))).mean(0, keepdim=True)
-        aim = self._short(course, aim)[0]
+        aim = torch.zeros((), device=course.device)
+        for slope in self._slopes(course, target):  # one after another: each is as large as all that trains
+            aim = aim + slope / len(target)
+        aim = self._short(course, aim[None])[0]
         found: list[Tensor] = []
         waiting: list[Tensor] = []
         for i, slope in enumerate(self._slopes(course, rows), 1):
             waiting.append(self.adam(course, slope))
-            if len(waiting) == BLOCK or i == len(rows):
+            if not self.project or len(waiting) == BLOCK or i == len(rows):
                 found.append(torch.cosine_similarity(self._short(course, torch.stack(waiting)), aim[None], dim=-1))
                 waiting = []
         return torch.cat(found).cpu()
@@ -114,9 +117,8 @@ class Less(Strategy):
         parts = []
         for name, g in zip(self._names(course), torch.split(slope, self._sizes(course)), strict=True):
             t = optimiser.counts[name] + 1
-            m, v = (
-                table.get(name, torch.zeros(())).reshape(-1).float() for table in (optimiser.first, optimiser.second)
-            )
+            none = torch.zeros_like(g)  # of a tensor that has lain still and forgot
+            m, v = (table.get(name, none).reshape(-1).float() for table in (optimiser.first, optimiser.second))
             m = (beta1 * m + (1 - beta1) * g) / (1 - beta1**t)
             v = (beta2 * v + (1 - beta2) * g.square()) / (1 - beta2**t)
             parts.append(m / (v.sqrt() + optimiser.spec.eps))

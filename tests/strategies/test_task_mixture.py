@@ -11,7 +11,8 @@ from luthier.core import ConfigError, DataError
 from luthier.data.rows import load_rows
 from luthier.runs import RunFolder
 from luthier.runs.spec import DataSpec
-from luthier.workflow.recipes import follow
+from luthier.training.listener import Listener
+from luthier.workflow.recipes import _Desk, _plan, follow
 
 torch.set_num_threads(1)
 TOLD = """
@@ -132,6 +133,25 @@ def test_task_mixture_what_cannot_be_mixed_is_refused(home, tmp_path):
     assert spec["strategy"] is None and spec["data"]["test"] is None
 
 
+def test_task_mixture_rows_that_share_a_text_with_held_out_ones_are_said_and_some_must_be_left(home, tmp_path):
+    said, lines = [], (home / "rows.csv").read_text().splitlines()
+    listener = Listener()
+    listener.say = said.append
+    (tmp_path / "test.csv").write_text("\n".join([lines[0], *lines[3:5]]) + "\n")
+    given = {"also": None, "settings": {"task_mixture.hold_out": ""}}
+    data = DataSpec(source=str(home / "rows.csv"), test=str(tmp_path / "test.csv"))
+    desk = _Desk(tmp_path, _plan(spec_of(home, tmp_path / "out", data=data, **given)), listener)
+    next(desk.plan.recipe.phases(desk.plan, desk))
+    (line,) = [line for line in said if "share a text" in line]
+    assert f"2 of {len(lines) - 1} rows of train share a text with held-out rows, and are not learnt: '" in line
+    for name, rows in (("rows.csv", lines[1:30]), ("test.csv", lines[30:])):  # a label that reads as a text
+        (tmp_path / name).write_text("\n".join([lines[0], *(f"{row.split(',')[0]},so it is" for row in rows)]) + "\n")
+    data = dataclasses.replace(data, source=str(tmp_path / "rows.csv"))
+    with pytest.raises(ConfigError, match=r"none is left to learn: 'so it is' stands in 29\. Other rows"):
+        follow(spec_of(home, tmp_path / "out", data=data, **given))
+    assert not (tmp_path / "out").exists()
+
+
 def test_task_mixture_test_rows_of_each_set_are_worded_scored_and_not_learnt(home, tmp_path, monkeypatch):
     own = load_rows(str(home / "rows.csv"))[0].rows
 
@@ -145,7 +165,7 @@ def test_task_mixture_test_rows_of_each_set_are_worded_scored_and_not_learnt(hom
         table, none = load_rows(source, **stored)
         return table, load_rows(halves[source], **stored)[0] if source in halves else none
 
-    monkeypatch.setattr("luthier.strategies.recipes.task_mixture.load_rows", loaded)
+    monkeypatch.setattr("luthier.data.rows.load_rows", loaded)
     data = DataSpec(source=write("rows.csv", own), test=write("test.csv", own[:5]), delimiter=";")
     (tmp_path / "told.toml").write_text(TOLD.replace("{prompt} ||| {response}", "{text} ||| {label}"))
     given = {"task_mixture.templates": str(tmp_path / "told.toml"), "task_mixture.hold_out": ""}

@@ -24,6 +24,7 @@ __all__ = [
     "fold_of",
     "halves",
     "hold_out",
+    "load_halves",
     "load_rows",
     "normalised",
     "rows_of",
@@ -161,6 +162,23 @@ def load_rows(source: str, *, delimiter: str | None = None, encoding: str | None
         if table is not None and not table.rows:
             raise DataError(f"{table.source}: holds no rows. Give a source with at least one row of text.")
     return train, test
+
+
+def load_halves(
+    source: str, test: str | None = None, *, delimiter: str | None = None, encoding: str | None = None
+) -> tuple[Table, Table | None]:
+    """The training rows of a source, and its test rows: those of `test` where that is named, else its own if any.
+
+    Where `test` has two halves itself, its test half is meant.
+
+    Raises:
+        See `load_rows`.
+    """
+    train, held = load_rows(source, delimiter=delimiter, encoding=encoding)
+    if test is not None:
+        first, second = load_rows(test, delimiter=delimiter, encoding=encoding)
+        held = second if second is not None else first
+    return train, held
 
 
 def rows_of(data: Any) -> list[Row]:

@@ -29,7 +29,7 @@ from luthier.core import ConfigError, DataError, between, key
 from luthier.data.chat import Chat, Message, read_messages
 from luthier.data.columns import find_columns
 from luthier.data.encode_language import prompt_messages
-from luthier.data.rows import Table, load_rows
+from luthier.data.rows import Table, load_halves, load_rows
 from luthier.data.traces import Trace, chat_of, read_trace
 from luthier.runs.spec import DataSpec
 from luthier.training.recipe import Desk, Phase, Phases, Plan, Recipe
@@ -58,11 +58,8 @@ class AgentSFT(Recipe):
         spec = plan.spec
         if desk.kind != "decoder":
             raise ConfigError("agent_sft learns chats, so it needs a decoder. Name another model.")
-        stored = {"delimiter": spec.data.delimiter, "encoding": spec.data.encoding}
-        table, test = load_rows(spec.data.source, **stored)
-        if spec.data.test is not None:
-            first, second = load_rows(spec.data.test, **stored)
-            test = second if second is not None else first
+        data = spec.data
+        table, test = load_halves(data.source, data.test, delimiter=data.delimiter, encoding=data.encoding)
         learnt, counts = self.kept(table)
         held = None if test is None else self.kept(test)
         if self.form == "calls":

@@ -24,7 +24,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from luthier.core import ConfigError, DataError, at_least
 from luthier.data.extraction import Item, micro_f1, read_items, read_line, written
-from luthier.data.rows import Table, load_rows, normalised, split_rows
+from luthier.data.rows import Table, load_halves, normalised, split_rows
 from luthier.training.recipe import Desk, Done, Phase, Phases, Plan, Recipe
 from luthier.training.strategy import STRATEGIES
 
@@ -57,10 +57,7 @@ class InstructUIE(Recipe):
             raise ConfigError(
                 "instruct_uie needs a model that writes, and holds out by test or test_share, not by fold."
             )
-        table, held = load_rows(data.source, delimiter=data.delimiter, encoding=data.encoding)
-        if data.test is not None:
-            first, second = load_rows(data.test, delimiter=data.delimiter, encoding=data.encoding)
-            held = second if second is not None else first
+        table, held = load_halves(data.source, data.test, delimiter=data.delimiter, encoding=data.encoding)
         if held is None:
             table, held = split_rows(
                 table, data.test_share, data.split_seed, lambda row: normalised(row.get(self.text) or "")

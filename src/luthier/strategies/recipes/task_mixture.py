@@ -29,6 +29,7 @@ texts with gaps mixed in (ExT5), are not here. How sets are weighed is mtl_sampl
 
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +37,7 @@ from typing import Annotated, Any, ClassVar
 
 from luthier.core import ConfigError, DataError, key
 from luthier.data.columns import is_blank, label_name
-from luthier.data.rows import Table, load_rows, normalised
+from luthier.data.rows import Table, load_halves, normalised
 from luthier.data.sets import TRAIN, named_sources
 from luthier.training.recipe import Desk, Phase, Phases, Plan, Recipe
 from luthier.training.strategy import STRATEGIES
@@ -73,10 +74,9 @@ class TaskMixture(Recipe):
         if twice:
             raise ConfigError(f"task_mixture: {min(twice)} is learnt as one set and held out as another. Choose one.")
         stored = {"delimiter": spec.data.delimiter, "encoding": spec.data.encoding}
-        halves = {name: load_rows(source, **stored) for name, source in sources.items()}
-        if spec.data.test is not None:
-            whole, half = load_rows(spec.data.test, **stored)
-            halves[TRAIN] = (halves[TRAIN][0], half if half is not None else whole)
+        halves = {
+            name: load_halves(s, spec.data.test if name == TRAIN else None, **stored) for name, s in sources.items()
+        }
         rows = {name: learns for name, (learns, _) in halves.items()}
         scored = {name: half for name, (_, half) in halves.items() if half is not None}
         scored |= {name: rows[name] for name in held - scored.keys()}
@@ -89,8 +89,19 @@ class TaskMixture(Recipe):
         never = {text for table in parts for row in table.rows for text in _texts(row)}
         learnt, counts = {}, []
         for name in (n for n in sources if n not in held):
-            table = rows[name].take(i for i, row in enumerate(rows[name].rows) if not never & _texts(row))
+            common = [never & _texts(row) for row in rows[name].rows]
+            table = rows[name].take(i for i, held_too in enumerate(common) if not held_too)
             counts.append({"set": name, "rows": len(table), "left_out": len(rows[name]) - len(table)})
+            if len(table) < len(common):
+                (text, times), *_ = Counter(text for held_too in common for text in held_too).most_common(1)
+                said = f"{len(common) - len(table)} of {len(common)} rows of {name} share a text with held-out rows"
+                most = f"{text[:60]!r} stands in {times}"
+                if not len(table):
+                    raise ConfigError(
+                        f"task_mixture: {said}, so none is left to learn: {most}. Other rows; or, if it is a label or "
+                        "an instruction, one word for it in the rows, and the words in the templates' file."
+                    )
+                desk.say(f"task_mixture: {said}, and are not learnt: {most}")
             learnt[name] = self.worded(name, table, of[name], spec.seed)
         tests = {name: self.worded(name, scored[name], of[name], spec.seed) for name in sorted(scored)}
         for name, lines in tests.items():

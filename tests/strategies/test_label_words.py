@@ -36,6 +36,12 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def odd_labels(path):
+    labels = ("good", "bad, so") * 10
+    path.write_text("".join(f'{{"text": "the moon is {i}", "label": "{w}"}}\n' for i, w in enumerate(labels)))
+    return path
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     return tmp_path_factory.mktemp("label_words")
@@ -101,6 +107,8 @@ def test_label_words_what_cannot_be_searched_is_refused(home, tmp_path):
         ("needs a template", {"data": {"template": None}}),
         ("label_words.most: no row of the label", {"settings": {"label_words.most": 1}}),
         ("has 0 gaps", {"data": {"template": "{text} so"}}),
+        ("'bad=why' names them. Leave --words out", {"data": {"words": "bad=why"}}),
+        ("the label 'bad, so' holds a comma", {"data": {"source": str(odd_labels(tmp_path / "odd.jsonl"))}}),
     ):
         spec = spec_of(home, tmp_path / "out", **{k: v for k, v in changes.items() if k != "data"})
         spec = dataclasses.replace(spec, data=dataclasses.replace(spec.data, **changes.get("data", {})))

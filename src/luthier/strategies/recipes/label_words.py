@@ -7,8 +7,8 @@
 
 States and rows of the output matrix meet in the logit h . E(w), so what tells states of a label apart also tells its
 words apart. Only whole words that are one token are looked at, and no word is given to two labels: where two want one,
-the label that is surer of it has it. --words need not be given, and are not read. rows-words.jsonl holds the `top`
-words of each label, rows-fitted.jsonl how many rows the fit and the words get right before anything is learnt.
+the label that is surer of it has it. --words beside it are refused. rows-words.jsonl holds the `top` words of each
+label, rows-fitted.jsonl how many rows the fit and the words get right before anything is learnt.
 
 Paper: arXiv:2010.15980 (AutoPrompt, its label tokens). There each label has three words or more, whose chances are
 summed; here one, and the search for words of the prompt is the strategy autoprompt: --strategy label_words+autoprompt.
@@ -53,9 +53,19 @@ class LabelWords(Recipe):
             raise ConfigError(
                 "label_words needs a template, such as --template '{text} It was {mask}.', and rows with a label each."
             )
+        if spec.data.words is not None:
+            raise ConfigError(
+                f"label_words searches for the labels' words, and words = {spec.data.words!r} names them. Leave "
+                "--words out, or the strategy."
+            )
         chosen = learnt.take(sorted(shuffled(len(learnt), spec.seed, "label_words")[: self.most].tolist()))
         label_of = [label_name(row[columns.label]) for row in chosen.rows]
         labels = sorted({label_name(row[columns.label]) for row in learnt.rows})
+        if odd := [name for name in labels if set(name) & set(",=")]:
+            raise ConfigError(
+                f"label_words: the label {odd[0]!r} holds a comma or an equals sign, which stand between labels and "
+                "their words. Call it otherwise in the rows."
+            )
         if lost := sorted(set(labels) - set(label_of)):
             raise ConfigError(
                 f"label_words.most: no row of the label {lost[0]!r} is among the {len(chosen)} that are looked at. "

@@ -162,6 +162,7 @@ def test_a_chat_model_is_asked_in_a_turn_of_its_template_unless_it_is_told_other
     assert on.template is not None and on.template.digest[:12] in on.said and on.template.digest in on.reads
     assert raw.reads == raw.said == "" and raw.ids("what is it") != on.ids("what is it")
     assert on.ids("what is it") == raw.ids("who what is it answer ") and on.count("what is it") == 5
+    assert on.size(" answer") == 1 < on.count(" answer"), "no turn is laid around what goes on"
     found = on.score([Score(prompt=text, options=OPTIONS) for text in TEXTS])
     by_turns = raw.score([Score(prompt=f"who {text} answer", options=OPTIONS) for text in TEXTS])
     for one, other in zip(found, by_turns, strict=True):  # words of this tokenizer know no blanks

@@ -9,7 +9,7 @@ from asking.stub import Stub, asked, desk, query, shown
 from luthier.asking import WAYS
 from luthier.asking.desk import Desk
 from luthier.asking.machine import Cost
-from luthier.asking.shots import beside, drawn
+from luthier.asking.shots import beside, drawn, longest_option
 from luthier.core import ConfigError
 from luthier.data.retrieval import Vectors, Words
 
@@ -81,6 +81,8 @@ def test_the_label_of_the_last_shot_is_drawn_and_each_turn_has_every_label_once(
 def test_what_does_not_fit_is_refused_with_the_number_that_fits_or_whole_shots_are_dropped():
     machine = Stub(limit=30)  # a shot has 5 words, a query 4, an option 1
     on = desk(POOL, WORDS, limit=30, count=machine.count)
+    turned = desk(POOL, WORDS, count=lambda text: 20 + machine.count(text), size=machine.size)
+    assert longest_option(turned) == longest_option(on) == 1, "what is laid around a prompt is not around an option"
     with pytest.raises(
         ConfigError, match=r"icl: 8 shots do not fit beside rows.csv:1: 44 tokens and 1 .* 5 would fit: --set icl.k=5"
     ):

@@ -173,3 +173,26 @@ def test_a_ways_page_has_its_parts(name: str) -> None:
     assert WAYS.get(name).scores or WAYS.get(name).writes
     others = [line for line in Path(card.path).read_text().splitlines() if "luthier.asking.ways" in line]
     assert not others, "a way imports no other way"
+
+
+def test_what_a_machine_keeps_is_dropped_also_where_asking_fails(rows: Path) -> None:
+    from asking.stub import Stub
+
+    from luthier.asking import WAYS
+    from luthier.asking.ask import AskSpec, ask
+    from luthier.core import ModelError
+    from luthier.runs.spec import DataSpec
+
+    class Failing(Stub):
+        dropped = 0
+
+        def forget(self) -> None:
+            self.dropped += 1
+
+        def score(self, requests: Any) -> Any:
+            raise ModelError("gives no number")
+
+    machine = Failing()
+    with pytest.raises(ModelError, match="gives no number"):
+        ask(machine, {"icl": WAYS.get("icl")(k=0)}, AskSpec(data=DataSpec(source=str(rows))))
+    assert machine.dropped == 2, "before the way, and after it"

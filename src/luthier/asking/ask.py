@@ -92,24 +92,26 @@ def ask(
         machine = machine()
     refuse_ways(ways, machine, labelled=labelled)
     desks = [_desk(pool, data, spec, machine, seed) for seed in range(spec.seed, spec.seed + spec.seeds)]
-    for way in ways.values():
-        for number, desk in enumerate(desks):
-            notes = way.refuse(desk, queries)
-            for note in notes if number == 0 else ():
-                say(note)
-    if machine.said:
-        say(machine.said)
-    say(f"{len(queries)} held-out rows are asked about; {len(pool)} rows may be shown")
     runs = []
-    for desk in desks:
-        for name, way in ways.items():
-            machine.forget()
-            machine.cost = Cost()
-            told = _put(name, way, queries, desk, machine, done)
-            runs.append(Of(name=name, seed=desk.seed, told=tuple(told), cost=machine.cost))
-            done(runs[-1])
-            say(f"{name}, seed {desk.seed}: {_said(machine.cost)}")
-    machine.forget()
+    try:
+        for way in ways.values():
+            for number, desk in enumerate(desks):
+                notes = way.refuse(desk, queries)
+                for note in notes if number == 0 else ():
+                    say(note)
+        if machine.said:
+            say(machine.said)
+        say(f"{len(queries)} held-out rows are asked about; {len(pool)} rows may be shown")
+        for desk in desks:
+            for name, way in ways.items():
+                machine.forget()
+                machine.cost = Cost()
+                told = _put(name, way, queries, desk, machine, done)
+                runs.append(Of(name=name, seed=desk.seed, told=tuple(told), cost=machine.cost))
+                done(runs[-1])
+                say(f"{name}, seed {desk.seed}: {_said(machine.cost)}")
+    finally:
+        machine.forget()  # also where it failed: the process of a chat template ends with it
     labels = desks[0].labels
     common = Counter(row.answer for row in pool).most_common(1)[0][0] if pool else ""
     standings = judged(
@@ -228,6 +230,6 @@ def desk_of(
         return Vectors(texts, SentenceVectors(by))
 
     return Desk(
-        pool=pool, words=words, template=template, before=before, seed=seed, count=machine.count, limit=machine.limit,
-        find=find,
+        pool=pool, words=words, template=template, before=before, seed=seed, count=machine.count, size=machine.size,
+        limit=machine.limit, find=find,
     )  # fmt: skip

@@ -72,7 +72,8 @@ class Desk:
         words: label -> the word that is written for it; empty where answers are texts of any kind.
         before: stands before everything, such as an instruction.
         seed: names the draws.
-        count: tokens of a text.
+        count: tokens of a text, as a prompt.
+        size: tokens of a text that goes on from a prompt; None, as `count` has it.
         limit: tokens that the model has positions for; None where nobody knows.
         find: retriever over the pool's texts by its name, such as "bm25" or a model.
     """
@@ -83,6 +84,7 @@ class Desk:
     before: str = ""
     seed: int = 0
     count: Callable[[str], int] = len
+    size: Callable[[str], int] | None = None
     limit: int | None = None
     find: Callable[[str], Retriever] | None = None
 

@@ -99,6 +99,10 @@ class Local:
             self._counts[text] = len(self.ids(text))
         return self._counts[text]
 
+    def size(self, text: str) -> int:
+        """Tokens of a text that goes on from a prompt: no turn is laid around it."""
+        return self.count(text) if self.template is None else len(self._bare(text.strip()))
+
     def forget(self) -> None:
         self._kept.clear()
         self._counts.clear()

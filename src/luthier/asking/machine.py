@@ -56,7 +56,10 @@ class Machine(Protocol):
     def said(self) -> str: ...
 
     def count(self, text: str) -> int:
-        """Tokens of a text."""
+        """Tokens of a text, as a prompt: with what is laid around it."""
+
+    def size(self, text: str) -> int:
+        """Tokens of a text that goes on from a prompt."""
 
     def score(self, requests: Sequence[Score]) -> list[Scored]:
         """One reply to each."""

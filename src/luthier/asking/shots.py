@@ -71,7 +71,7 @@ def found(desk: Desk, query: Query, k: int, by: str) -> list[Shown]:
 
 def longest_option(desk: Desk) -> int:
     """Tokens of the longest option."""
-    return max((desk.count(option) for option in desk.options), default=0)
+    return max(map(desk.size or desk.count, desk.options), default=0)
 
 
 def fitted(

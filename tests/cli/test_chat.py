@@ -107,12 +107,15 @@ def test_a_penalty_of_the_models_own_files_is_said_and_repetition_stands_in_its_
     talk = Conversation(predictor, Controls())
     assert talk.own == {"repetition_penalty": 0.01}
     assert "repetition_penalty = 0.01; --repetition 1 takes the penalty out" in talk.own_words
-    assert Conversation(predictor, Controls(repetition=1.0)).own_words == ""
+    replaced = Conversation(predictor, Controls(repetition=1.0))
+    assert replaced.own == {} and replaced.own_words == "", "what is replaced changes nothing"
     monkeypatch.setattr(predictor.tuned.model.generation_config, "suppress_tokens", [5])
     assert "suppress_tokens = [5]" in Conversation(predictor, Controls(repetition=1.0)).own_words
     monkeypatch.setattr("luthier.workflow.Predictor", lambda run: predictor)
     told = luthier("predict", talker, "--text", "how far", "--max-new-tokens", "2", "--json")
     assert told.json["generation_config"]["repetition_penalty"] == 0.01 and "changes what is written" in told.err
+    told = luthier("predict", talker, "--text", "how far", "--max-new-tokens", "2", "--repetition", "1", "--json")
+    assert told.json["generation_config"] == {"suppress_tokens": [5]}
 
 
 def test_what_an_answer_has_said_is_less_likely_and_its_prompt_does_not_count() -> None:

@@ -85,8 +85,8 @@ def command(
     predictor = Predictor(run)
     if unsure is not None:
         check_unsure(unsure, predictor.task)
-    own = own_changes(predictor.tuned.model) if predictor.task.writes else {}
-    if told := own_words(own, repetition):
+    own = own_changes(predictor.tuned.model, repetition) if predictor.task.writes else {}
+    if told := own_words(own):
         screen().say(told)
     table = predictor.table_of(text) if text else load_inputs(str(data), predictor.columns)[0]
     many = data is not None or len(table) > 1

@@ -90,8 +90,10 @@ def controls_for(task: Task, given: Controls | None, most: int) -> Controls:
     return given
 
 
-def own_changes(model: Any) -> dict[str, Any]:
+def own_changes(model: Any, repetition: float | None = None) -> dict[str, Any]:
     """What the generation_config of a model's files changes in what it writes, by name; where answers end is no change.
+
+    A penalty that `repetition` stands in the place of changes nothing.
 
     >>> from types import SimpleNamespace
     >>> own_changes(SimpleNamespace(generation_config=SimpleNamespace(repetition_penalty=1.1)))
@@ -99,16 +101,17 @@ def own_changes(model: Any) -> dict[str, Any]:
     """
     config = getattr(model, "generation_config", None)
     found = {name: getattr(config, name, None) for name in _CHANGES}
+    if repetition is not None:
+        del found[PENALTY]
     return {name: value for name, value in found.items() if value not in (None, _CHANGES[name])}
 
 
-def own_words(changes: Mapping[str, Any], repetition: float | None) -> str:
-    """These changes in a sentence, without the penalty that is replaced; empty where there is none."""
-    left = {name: value for name, value in changes.items() if name != PENALTY or repetition is None}
-    if not left:
+def own_words(changes: Mapping[str, Any]) -> str:
+    """These changes in a sentence; empty where there is none."""
+    if not changes:
         return ""
-    listed = ", ".join(f"{name} = {value if len(str(value)) <= 40 else '...'}" for name, value in left.items())
-    advice = "; --repetition 1 takes the penalty out" if PENALTY in left else ""
+    listed = ", ".join(f"{name} = {value if len(str(value)) <= 40 else '...'}" for name, value in changes.items())
+    advice = "; --repetition 1 takes the penalty out" if PENALTY in changes else ""
     return f"the model's own generation_config changes what is written: {listed}{advice}"
 
 

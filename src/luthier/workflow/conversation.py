@@ -52,8 +52,8 @@ class Conversation:
         self.predictor, self.controls = predictor, controls
         self.template = build(ChatTemplate, stored, "template")
         self.system = system
-        self.own = own_changes(predictor.tuned.model)
-        self.own_words = own_words(self.own, controls.repetition)
+        self.own = own_changes(predictor.tuned.model, controls.repetition)
+        self.own_words = own_words(self.own)
         self.messages: list[dict[str, Any]] = []
         self.reset()
 

@@ -66,8 +66,10 @@ NOTES = {
 WHY_NOT = {
     "SHADOW": (
         "not built: one block of the base's own kind beside it, of its width and trained from nothing, with keys and "
-        "values of its own in the cache, whose state enters every block and follows it; what it needs is there "
-        "(`before` at `block_out`, layers of a cache as `lst` has them); `lst` is a network beside the base here"
+        "values of its own in the cache, whose state enters every block and follows it (arXiv:2604.19254); a trial "
+        "with `around` at `block_out` and a layer behind the model's own in the cache has peft's answers and "
+        "gradients on a llama; it lacks a tried rate, a test of recomputed blocks and peft's auxiliary loss; "
+        "`lst` is a network beside the base here"
     ),
 }
 HEAD = """# What peft has and we have

@@ -60,18 +60,11 @@ NOTES = {
     "cpt": "language models alone; its vectors, from which the offsets follow on the same base",
     "adalora": "pruned triplets go out as zeros",
     "glora": "the way of each place goes out as the richest one, which holds it exactly",
+    "shadow": "language models of llama, mistral, qwen2 and qwen3, with one block beside of the model's width",
     "layernorm_tuning": "all norms, or all of the blocks",
 }
 # peft's types that are not built here, and the reason where it is one.
-WHY_NOT = {
-    "SHADOW": (
-        "not built: one block of the base's own kind beside it, of its width and trained from nothing, with keys and "
-        "values of its own in the cache, whose state enters every block and follows it (arXiv:2604.19254); a trial "
-        "with `around` at `block_out` and a layer behind the model's own in the cache has peft's answers and "
-        "gradients on a llama; it lacks a tried rate, a test of recomputed blocks and peft's auxiliary loss; "
-        "`lst` is a network beside the base here"
-    ),
-}
+WHY_NOT: dict[str, str] = {}
 HEAD = """# What peft has and we have
 
 Written by `PYTHONPATH=src:tests python scripts/peft_table.py`, against peft {version}. The gap is the largest

@@ -50,9 +50,10 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "poly": [{"tasks": 3}, {"tasks": 2, "splits": 1}],
     "shira": [{}, {"sites": ["attn.k", "ffn.down"]}],
     "supertuning": [{}, {"which": "smallest", "sparsity": 0.7}],
+    "shadow": [{}, {"hidden": None, "strength": 0.1}],
 }
 WORDS = ("prompt_tuning", "cpt", "p_tuning", "mpt", "prefix_tuning", "cartridge")  # vectors or keys before the text
-BARE = ("llama_adapter", "trainable_tokens", "cpt")  # peft keeps no head for them
+BARE = ("llama_adapter", "trainable_tokens", "cpt", "shadow")  # peft keeps no head for them
 CELLS = [(name, i, "llama", "lm") for name in NAMES for i in range(len(SETTINGS[name]))]
 CELLS += [(name, 0, "llama", "classification") for name in NAMES if name not in BARE]
 CELLS += [(name, 0, "bert", "classification") for name in NAMES if name not in (*BARE, *WORDS)]

@@ -14,6 +14,7 @@ from luthier.surgery import (
     AddBranch,
     Attach,
     Attend,
+    LookFirst,
     Method,
     PrependKeys,
     PrependTokens,
@@ -95,6 +96,8 @@ def _marks_of(edit: Any, anatomy: Anatomy) -> Iterable[tuple[str, str]]:
         yield "keys", "attended"
     elif isinstance(edit, AddBranch):
         yield "side", "branch"
+    elif isinstance(edit, LookFirst):
+        return  # a pass before the pass changes no place
     else:
         raise TypeError(f"{type(edit).__name__}: a kind of edit that the drawing does not know")
 

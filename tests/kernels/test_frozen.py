@@ -69,17 +69,12 @@ def test_a_cpus_temporaries_are_bounded_for_each_thread_and_another_device_takes
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("plus_one", [False, True])
-def test_few_rows_without_a_gradient_have_the_bits_of_many_or_of_models(dtype: torch.dtype, plus_one: bool) -> None:
+def test_few_rows_without_a_gradient_have_the_bits_of_many(dtype: torch.dtype, plus_one: bool) -> None:
     x, w = (t.detach().to(dtype) for t in (_r(2, 3, 48), _r(48)))
     want = frozen._RMSNorm.apply(x, w, 1e-5, plus_one)
     found = rms_norm(x, w, 1e-5, plus_one)
     assert found.dtype == want.dtype == dtype
-    if dtype == torch.float32 and not plus_one:
-        v = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
-        assert torch.equal(found, w * v), "what models write out"
-        torch.testing.assert_close(found, want)
-    else:
-        assert torch.equal(found, want)
+    assert torch.equal(found, want)
     x.requires_grad_()
     assert rms_norm(x, w, 1e-5, plus_one).requires_grad
     with torch.no_grad():

@@ -61,13 +61,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool = False) -> T
 
 
 def _few_rows(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
-    """Without a frame for a backward pass: around one row it takes most of the time.
-
-    In fp32 by the framework's one call, which rounds as models do that write it out; else to the bit as `_RMSNorm`.
-    """
-    if x.dtype == weight.dtype == torch.float32 and not plus_one:
-        one: Tensor = torch.rms_norm(x, weight.shape, weight, eps)
-        return one
+    """`_RMSNorm` to the bit, without a frame for a backward pass: around one row it takes most of the time."""
     v = _wide(x)
     rate = torch.linalg.vector_norm(v, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     normed: Tensor = v * rate

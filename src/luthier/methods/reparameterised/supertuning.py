@@ -38,7 +38,7 @@ class SuperTuning(PerSite):
     mergeable: ClassVar[bool] = True
     starts_at_base: ClassVar[bool] = True
     start_is_drawn: ClassVar[bool] = False
-    default_lr: ClassVar[float] = 1e-3
+    default_lr: ClassVar[float] = 1e-2
     tiny: ClassVar[dict[str, float]] = {"sparsity": 0.9, "lr": 2e-2}
     peft: ClassVar[PeftForm | None] = shared_form(
         "SUPERTUNING",

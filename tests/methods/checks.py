@@ -3,12 +3,14 @@
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from tiny import inputs, tiny
 from torch import Tensor
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, DynamicCache, StaticCache
 
 from luthier.anatomy import Anatomy
+from luthier.core import ModelError
 from luthier.surgery import Tuned, attach, method
 
 
@@ -126,3 +128,26 @@ def _bert_base() -> Anatomy:
 def counted(words: str, **settings: Any) -> int:
     """Numbers that a method trains on BERT-base, on the meta device."""
     return method(words, settings).n_params(_bert_base())
+
+
+def goes_on_from_its_cache_alone(tuned: Tuned, *, lazy: bool) -> None:
+    """A text in three pieces answers as in one; a cache that another filled, and one of a fixed size, are refused.
+
+    Args:
+        lazy: begin with an empty cache of one's own, in place of the model's.
+    """
+    model, ids = tuned.model, torch.randint(3, 131, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        whole = model(ids).logits
+        first = model(ids[:, :5], past_key_values=DynamicCache() if lazy else None, use_cache=True)
+        second = model(ids[:, 5:8], past_key_values=first.past_key_values, use_cache=True)
+        last = model(ids[:, 8:], past_key_values=second.past_key_values)
+        pieces = torch.cat([first.logits, second.logits, last.logits], 1)
+        torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-5)
+        with tuned.base_only():
+            strange = model(ids[:, :5], use_cache=True).past_key_values
+        with pytest.raises(ModelError, match="filled without this tuning"):
+            model(ids[:, 5:], past_key_values=strange)
+        with pytest.raises(ModelError, match="has a fixed size"):
+            model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=20))
+        torch.testing.assert_close(model(ids).logits, whole)  # what was refused leaves nothing behind

@@ -8,13 +8,12 @@ import peft
 import pytest
 import torch
 from little import little_spec
-from methods.checks import counted, logits, stir
+from methods.checks import counted, goes_on_from_its_cache_alone, logits, stir
 from tiny import inputs, tiny
 from torch.testing import assert_close
-from transformers import DynamicCache, StaticCache
 
 from luthier import train as run
-from luthier.core import AnatomyError, CannotMerge, CompositionError, ConfigError, ModelError
+from luthier.core import AnatomyError, CannotMerge, CompositionError, ConfigError
 from luthier.surgery import attach, from_peft, load, to_peft
 from luthier.workflow import resume
 from luthier.workflow.resume_proof import run_digests
@@ -80,21 +79,7 @@ def test_generation_with_the_cache_is_that_without_and_pads_on_the_left_say_noth
 
 @pytest.mark.parametrize("lazy", [True, False])
 def test_a_conversation_goes_on_from_its_cache_and_another_s_cache_is_refused(lazy: bool) -> None:
-    tuned = stirred()
-    model, ids = tuned.model, torch.randint(3, 131, (2, 9), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        whole = model(ids).logits
-        first = model(ids[:, :5], past_key_values=DynamicCache() if lazy else None, use_cache=True)
-        second = model(ids[:, 5:8], past_key_values=first.past_key_values, use_cache=True)
-        last = model(ids[:, 8:], past_key_values=second.past_key_values)
-        assert_close(torch.cat([first.logits, second.logits, last.logits], 1), whole, rtol=1e-4, atol=1e-5)
-        with tuned.base_only():
-            strange = model(ids[:, :5], use_cache=True).past_key_values
-        with pytest.raises(ModelError, match="filled without this tuning"):
-            model(ids[:, 5:], past_key_values=strange)
-        with pytest.raises(ModelError, match="has a fixed size"):
-            model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=20))
-        assert_close(model(ids).logits, whole)  # what was refused leaves nothing behind
+    goes_on_from_its_cache_alone(stirred(), lazy=lazy)
 
 
 def test_blocks_that_are_computed_again_have_the_same_gradients() -> None:

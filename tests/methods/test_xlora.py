@@ -8,14 +8,13 @@ import peft
 import pytest
 import torch
 from little import little_spec
-from methods.checks import counted, logits, stir
+from methods.checks import counted, goes_on_from_its_cache_alone, logits, stir
 from methods.saved import saved
 from tiny import inputs, tiny
 from torch.testing import assert_close
-from transformers import DynamicCache, StaticCache
 
 from luthier import train as run
-from luthier.core import AnatomyError, CompositionError, ConfigError, ModelError
+from luthier.core import AnatomyError, CompositionError, ConfigError
 from luthier.data.tasks import Task
 from luthier.forecast.growth import batch_of
 from luthier.forecast.work import Counting
@@ -176,21 +175,8 @@ def test_counts_of_bert_base() -> None:
 @pytest.mark.parametrize("lazy", [True, False])
 def test_a_conversation_goes_on_from_its_cache_and_another_s_cache_is_refused(lazy: bool, tmp_path: Path) -> None:
     tuned = mixed(sources(tmp_path))
-    model, ids = tuned.model.eval(), torch.randint(3, 131, (2, 9), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        whole = model(ids).logits
-        cache = DynamicCache() if lazy else None
-        first = model(ids[:, :5], past_key_values=cache, use_cache=True)
-        second = model(ids[:, 5:8], past_key_values=first.past_key_values, use_cache=True)
-        last = model(ids[:, 8:], past_key_values=second.past_key_values)
-        assert_close(torch.cat([first.logits, second.logits, last.logits], 1), whole, rtol=1e-4, atol=1e-5)
-        with tuned.base_only():
-            strange = model(ids[:, :5], use_cache=True).past_key_values
-        with pytest.raises(ModelError, match="filled without this tuning"):
-            model(ids[:, 5:], past_key_values=strange)
-        with pytest.raises(ModelError, match="has a fixed size"):
-            model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=20))
-        assert_close(model(ids).logits, whole)  # what was refused leaves nothing behind
+    tuned.model.eval()
+    goes_on_from_its_cache_alone(tuned, lazy=lazy)
 
 
 def test_both_passes_are_counted_as_work(tmp_path: Path) -> None:

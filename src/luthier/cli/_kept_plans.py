@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import sys
-import tempfile
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,8 +22,9 @@ from typing import Any
 
 import luthier
 from luthier.cli._shelf import SHELF, STRATEGIES
-from luthier.core import Catalogue, plain
+from luthier.core import Catalogue, LuthierError, plain
 from luthier.core.shelves import OURS
+from luthier.runs import durable
 from luthier.runs.devices import Device, may_have_gpu
 from luthier.runs.spec import RunSpec
 from luthier.trust.model import cache_folder, check_config, check_folder
@@ -68,9 +68,8 @@ def address(model: str, names: Sequence[str], spec: RunSpec, device: Device, lab
     if told is None:
         return None
     run = {k: v for k, v in plain(spec).items() if k not in ("data", "model", "method", "out", "seed")}
-    asked = (
-        sorted(names) if spec.settings else None
-    )  # a setting that none of them has is refused, however many are kept
+    # A setting that none of them has is refused, however many are kept.
+    asked = sorted(names) if spec.settings else None
     facts = {
         "format": FORMAT, "asked": asked, "model": [model, *told], "run": run, "labels": labels,
         "device": [device.kind, device.here, device.bf16], "made_by": _makers(),
@@ -129,14 +128,11 @@ def _processor() -> str:
 
 def read(path: Path, names: Sequence[str], device: Device) -> Kept | None:
     """The plan for these methods; None where one of them was not counted yet, or the file is damaged."""
-    try:
-        content = json.loads(path.read_bytes())
-        if content.pop("digest") != _digest(content):
-            return None
-        rows = [content["rows"][name] for name in names]
-        values, outputs, weights, said = (content[key] for key in ("answer", "outputs", "weights", "said"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    content = _content(path)
+    if not content or any(name not in content["rows"] for name in names):
         return None
+    rows = [content["rows"][name] for name in names]
+    values, outputs, weights, said = (content[key] for key in ("answer", "outputs", "weights", "said"))
     answer = values | {"device": plain(device), "rows": [_fitted(row, device) for row in rows]}
     answer = {key: answer[key] for key in content["order"]}
     found = json.loads(json.dumps(answer), object_hook=lambda one: SimpleNamespace(**one))
@@ -163,28 +159,23 @@ def keep(path: Path, found: Any, has_weights: bool, said: Sequence[str]) -> None
     }
     content = {
         "order": list(whole), "answer": {k: v for k, v in whole.items() if k not in ("rows", "device")},
-        "outputs": found.task.n_outputs, "weights": has_weights, "said": list(said), "rows": _rows_in(path) | rows,
+        "outputs": found.task.n_outputs, "weights": has_weights, "said": list(said),
+        "rows": _content(path).get("rows", {}) | rows,
     }  # fmt: skip
     text = json.dumps(content | {"digest": _digest(content)}, ensure_ascii=True)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(LuthierError, OSError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
-        try:
-            with os.fdopen(handle, "w", encoding="ascii") as file:
-                file.write(text)
-            Path(name).replace(path)
-        except OSError:
-            Path(name).unlink(missing_ok=True)
-            raise
+        durable.write_bytes(path, text.encode("ascii"))
         kept = sorted(path.parent.glob("*.json"), key=lambda one: one.stat().st_mtime_ns)
         for old in kept[:-MOST]:
             old.unlink(missing_ok=True)
 
 
-def _rows_in(path: Path) -> dict[str, Any]:
+def _content(path: Path) -> dict[str, Any]:
+    """What is kept there; nothing where there is no file, or a damaged one."""
     try:
         content = json.loads(path.read_bytes())
-        return dict(content["rows"]) if content.pop("digest") == _digest(content) else {}
+        return content if content.pop("digest") == _digest(content) else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 

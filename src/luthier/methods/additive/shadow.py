@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig
 
 from luthier.anatomy import Anatomy, Site
-from luthier.core import AnatomyError, CannotMerge, ConfigError, IntegrityError, ModelError, above, at_least, between
-from luthier.methods.parts.cache_room import make_room
+from luthier.core import AnatomyError, CannotMerge, ConfigError, IntegrityError, above, at_least, between
+from luthier.methods.parts.cache_room import filled_elsewhere, make_room
 from luthier.methods.parts.narrow_copy import Sizes, kept_layers, side_params
 from luthier.methods.parts.trial_pass import try_pass
 from luthier.surgery import (
@@ -240,18 +240,11 @@ class Mirror(nn.Module):
     def _room(self, cache: Any, past: int) -> None:
         if len(cache.layers) <= self.depth and (past or cache.layers):
             if past:
-                raise _strange(past, 0)
+                raise filled_elsewhere("shadow", past, 0)
             make_room(cache, 0, self.depth, "shadow")
         known = cache.get_seq_length(self.depth)
         if known != past:
-            raise _strange(past, known)
-
-
-def _strange(past: int, known: int) -> ModelError:
-    return ModelError(
-        f"shadow: the cache holds {past} tokens and what acts here knows {known} of them: it was filled without this "
-        "tuning. Give the prompt through this model with this tuning."
-    )
+            raise filled_elsewhere("shadow", past, known)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -48,6 +48,7 @@
     encoder_ends      encoder_ends     where an encoder's blocks end; a decoder is refused
     cache_room        kept_keys        what an attachment keeps of each token in the model's own cache
                       make_room
+                      filled_elsewhere
     prompt            Prompt           vectors before the text, drawn or copied from word embeddings
                       prompt_width
     searched          Components       small components behind gates, of which a search chooses some

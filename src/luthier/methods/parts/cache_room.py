@@ -8,7 +8,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from luthier.core import ModelError
 
-__all__ = ["kept_keys", "make_room"]
+__all__ = ["filled_elsewhere", "kept_keys", "make_room"]
 
 
 def make_room(cache: Any, layer: int, place: int, asked_by: str) -> None:
@@ -54,8 +54,13 @@ def kept_keys(cache: Any, layer: int, depth: int, name: Any, x: Tensor, asked_by
     make_room(cache, layer, place, asked_by)
     kept: Tensor = half.layers[place].update(x[:, None], x[:, None, :, :0])[0][:, 0]  # keys (rows, 1, tokens, a)
     if kept.shape[1] != beside.keys.shape[2]:
-        raise ModelError(
-            f"{asked_by}: the cache holds {beside.keys.shape[2]} tokens and what acts here knows {kept.shape[1]} "
-            "of them: it was filled without this tuning. Give the prompt through this model with this tuning."
-        )
+        raise filled_elsewhere(asked_by, beside.keys.shape[2], kept.shape[1])
     return torch.as_tensor(kept)
+
+
+def filled_elsewhere(asked_by: str, held: int, known: int) -> ModelError:
+    """The error for a cache of `held` tokens, of which what acts here has seen `known`."""
+    return ModelError(
+        f"{asked_by}: the cache holds {held} tokens and what acts here knows {known} of them: it was filled without "
+        "this tuning. Give the prompt through this model with this tuning."
+    )

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luthier import kernels
+from luthier.anatomy.word_logits import softcap_of
 from luthier.data.batches import Batch
 from luthier.data.examples import IGNORED
 from luthier.data.tokenizer import position_limit
 from luthier.surgery import Tuned, reserved_positions
-from luthier.training.output_matrix import softcap_of, trunk_states
+from luthier.training.output_matrix import trunk_states
 
 __all__ = [
     "Answer",

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from luthier.anatomy.word_logits import soft_capped, softcap_of
 from luthier.core import CompositionError
 from luthier.data.batches import Batch
 from luthier.data.tasks import Task
 from luthier.surgery import Mixing, Tuned
 from luthier.surgery.tuning import Tuning
-from luthier.training.output_matrix import soft_capped, softcap_of, trunk_states, why_all_logits, word_head_of
+from luthier.training.output_matrix import trunk_states, why_all_logits, word_head_of
 
 __all__ = ["GapStates", "GapWords", "gaps_of"]
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from luthier import kernels
+from luthier.anatomy.word_logits import soft_capped, softcap_of
 from luthier.data.batches import Batch, Batches
 from luthier.data.examples import IGNORED, Examples
 from luthier.data.tasks import Task
@@ -31,7 +32,7 @@ from luthier.training.answers import (
 )
 from luthier.training.frozen_features import Features, features_of
 from luthier.training.gap_words import GapWords
-from luthier.training.output_matrix import soft_capped, softcap_of, trunk_states, why_all_logits, word_head_of
+from luthier.training.output_matrix import trunk_states, why_all_logits, word_head_of
 
 __all__ = ["Objective", "Result"]
 

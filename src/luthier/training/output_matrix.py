@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from luthier.anatomy.word_logits import soft_capped, softcap_of
 from luthier.surgery import Tuned
 from luthier.surgery.context import facts_left_out
 from luthier.training.out_of_memory import is_out_of_memory
 
-__all__ = ["soft_capped", "softcap_of", "trunk_states", "why_all_logits", "word_head_of"]
+__all__ = ["trunk_states", "why_all_logits", "word_head_of"]
 
 # How far apart the two may lie, as a share of the logits' spread: rounding, and nothing that a model does on purpose.
 _CLOSE, _CLOSE_IN_HALVES = 1e-4, 1e-2
@@ -28,16 +29,6 @@ def trunk_states(tuned: Tuned, inputs: dict[str, Any]) -> Tensor:
     uncached = {"use_cache": False} if tuned.anatomy.is_decoder else {}
     states: Tensor = tuned.model.base_model(**inputs, **uncached)[0]
     return states
-
-
-def softcap_of(model: Any) -> float | None:
-    """The bound that the model's configuration puts on its logits."""
-    found = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return None if found is None else float(found)
-
-
-def soft_capped(logits: Tensor, softcap: float | None) -> Tensor:
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def why_all_logits(tuned: Tuned) -> str:

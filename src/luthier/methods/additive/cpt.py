@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy
+from luthier.anatomy.word_logits import finished_logits
 from luthier.core import CannotMerge, ConfigError, IntegrityError, at_least
 from luthier.methods.parts.own_tensors import own_modules
 from luthier.methods.parts.peft_prompts import COUNTS, ONE, prompt_facts, rows_before
@@ -194,18 +195,9 @@ class CPT(Method):
         finally:
             prompt.listens, states, prompt.heard = False, prompt.heard, None
         if states is not None:
-            each = prompt.answers_loss(states[:1], head, partial(finished, tuned.model.config.get_text_config()))
+            each = prompt.answers_loss(states[:1], head, partial(finished_logits, tuned.model))
             result.loss = result.loss + self.context * len(states) * each
         return result
-
-
-def finished(config: Any, products: Tensor) -> Tensor:
-    """Logits of the head's products, as models go on from there: by a factor, a divisor or a soft bound."""
-    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon-H1
-        products = products * float(getattr(config, name, None) or 1.0)
-    products = products / float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
-    bound = getattr(config, "final_logit_softcapping", None)  # Gemma
-    return bound * torch.tanh(products / bound) if bound else products
 
 
 def limits(method: CPT, width: int) -> Tensor:

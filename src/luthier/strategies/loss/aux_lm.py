@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from luthier.anatomy.word_logits import finished_logits
 from luthier.core import ConfigError, at_least
 from luthier.data.examples import IGNORED
 from luthier.data.tasks import Task
 from luthier.training.course import Course, Piece
-from luthier.training.output_matrix import soft_capped, softcap_of
 from luthier.training.strategy import STRATEGIES, Strategy
 
 
@@ -78,7 +78,7 @@ class AuxLM(Strategy):
     def of_words(self, course: Course, states: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """The mean loss of each row's words, added up; states: (rows, tokens, d)."""
         table = course.tuned.model.get_input_embeddings().weight  # (words, d)
-        logits = soft_capped(F.linear(states[:, :-1], table.to(states)).float(), softcap_of(course.tuned.model))
+        logits = finished_logits(course.tuned.model, F.linear(states[:, :-1], table.to(states)).float())
         wanted = inputs["input_ids"][:, 1:].masked_fill(inputs["attention_mask"][:, 1:] == 0, IGNORED)
         each = F.cross_entropy(
             logits.transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none"

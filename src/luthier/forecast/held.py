@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -60,11 +61,20 @@ class _NothingIsDrawn(TorchFunctionMode):
         if func in _MAKERS:
             kwargs = {**(kwargs or {}), "device": "meta"}
             kwargs.pop("generator", None)
-        elif func in _FILLERS and args and args[0].is_meta:
-            return args[0]
+        elif func in _FILLERS:
+            tensor = args[0] if args else kwargs["tensor"]  # torch.nn.init hands its own functions on by name
+            if tensor.is_meta:
+                return tensor
         elif func in _READERS and args[0].is_meta:
             return 1 if func is Tensor.__int__ else 1.0
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _only_shapes() -> Iterator[None]:
+    """Entered where something is made, and left before it is counted: each look at a tensor costs ten times in it."""
+    with _NothingIsDrawn(), torch.device("meta"):
+        yield
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,13 +150,13 @@ def held(method: Method, skeleton: Skeleton, optimiser: str = "adamw") -> Held:
         LuthierError: the method cannot be put on this model; the reason.
     """
     anatomy = skeleton.anatomy
-    with _NothingIsDrawn(), torch.device("meta"):
+    with _only_shapes():
         edits = edits_of(method, skeleton.edited, 0, train_head=True)
-        check(skeleton.edited, edits, method)
         trained = method.n_params(anatomy)
-        found = _Count(skeleton, edits, alike=True)
-        if found.attached + found.unfrozen != trained:
-            found = _Count(skeleton, edits, alike=False)  # sites of one shape are not alike: every one is made
+    check(skeleton.edited, edits, method)
+    found = _Count(skeleton, edits, alike=True)
+    if found.attached + found.unfrozen != trained:
+        found = _Count(skeleton, edits, alike=False)  # sites of one shape are not alike: every one is made
     return Held(
         trained=trained,
         head=found.head,
@@ -230,7 +240,8 @@ class _Count:
 
     def _module_of(self, edit: Reparametrise | PrependTokens | PrependKeys | AddBranch | LookFirst) -> nn.Module:
         if isinstance(edit, AddBranch):
-            return edit.build(self._skeleton.edited.model, self._skeleton.anatomy)
+            with _only_shapes():
+                return edit.build(self._skeleton.edited.model, self._skeleton.anatomy)
         return edit.module if isinstance(edit, Reparametrise | LookFirst) else edit.source
 
     def _attach(self, prefix: str, edit: Attach | Attend) -> None:
@@ -243,7 +254,9 @@ class _Count:
             self.fixed += fixed
             return
         before = self.attached, self.numbers, self.fixed
-        self._add(edit.build(self._skeleton.base(site)))
+        with _only_shapes():
+            made = edit.build(self._skeleton.base(site))
+        self._add(made)
         after = self.attached, self.numbers, self.fixed
         self._made[kind] = tuple(b - a for a, b in zip(before, after, strict=True))  # type: ignore[assignment]
 

@@ -21,28 +21,23 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor, nn
 
-from luthier.anatomy import Anatomy, Site
-from luthier.methods.parts.low_rank import check_projections
+from luthier.anatomy import Site
 from luthier.methods.parts.own_tensors import group_names, own_modules
-from luthier.surgery import METHODS, Attachment, Base, Group, PeftForm, PerSite, TunedView
+from luthier.methods.parts.projections import AtProjections
+from luthier.surgery import METHODS, Attachment, Base, Group, PeftForm, TunedView
 
 
 @METHODS.register("beft", family="partial", paper="arXiv:2509.15974")
 @dataclass(frozen=True, kw_only=True)
-class BEFT(PerSite):
+class BEFT(AtProjections):
     """Settings of BEFT."""
 
     sites: Annotated[tuple[str, ...], "where to attach: attn.v, ffn, attn.v@0-5, *@last4"] = ("attn.v",)
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     start_is_drawn: ClassVar[bool] = False
     default_lr: ClassVar[float] = 4e-3
     tiny: ClassVar[dict[str, float]] = {"lr": 5e-2}
     peft: ClassVar[PeftForm | None] = PeftForm("BEFT", {"beft_bias": "bias"}, transposed=False)
-
-    def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        return check_projections(anatomy, super().places(anatomy), "beft", 0.0)
 
     def params_at(self, site: Site) -> int:
         return site.d_out

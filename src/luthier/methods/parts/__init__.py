@@ -14,6 +14,7 @@
                       Thin             the same for an A and B that are made of something else
                       SmallDropout     dropout of a branch's input, the same again under checkpointing
                       check_projections, check_rows, fusable, live_bias
+    projections       AtProjections    a method of projections: its sites, and that it merges and starts at the base
     low_rank_axes     LowRankAxes      what LoRA and DoRA have in common: scaling, start, who learns and how fast
     posterior         Posterior        a Gaussian over a trained matrix, and what it says of a function's outputs
                       Root             the leading directions of a sum of outer products

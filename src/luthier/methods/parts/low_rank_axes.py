@@ -14,17 +14,18 @@ from typing import Any
 
 from luthier.anatomy import Anatomy, NumberBySite, Site, WholeBySite, at_site
 from luthier.core import ConfigError
-from luthier.methods.parts.low_rank import MovedUpdate, ThinUpdate, check_projections
+from luthier.methods.parts.low_rank import MovedUpdate, ThinUpdate
 from luthier.methods.parts.masks import first_share
 from luthier.methods.parts.own_tensors import group_names, own_modules
+from luthier.methods.parts.projections import AtProjections
 from luthier.methods.parts.row_starts import FROM_ROWS, FromRows, start_from_rows
 from luthier.methods.parts.starts import AT_ZERO, Start, check_start, thin_start
-from luthier.surgery import Base, Batches, Edit, Group, PerSite, TunedView
+from luthier.surgery import Base, Batches, Edit, Group, TunedView
 
 __all__ = ["LowRankAxes"]
 
 
-class LowRankAxes(PerSite):
+class LowRankAxes(AtProjections):
     """A method of two thin matrices at each site, with these settings of its own."""
 
     rank: int | WholeBySite
@@ -48,9 +49,6 @@ class LowRankAxes(PerSite):
         if why:
             advice = "Leave it out" if self.start == "mica" else "Use start=mica"
             raise ConfigError(f"{self._label}.{why[0]}: false, and {why[1]}: nothing would be learnt. {advice}.")
-
-    def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        return check_projections(anatomy, super().places(anatomy), self._label, self.dropout)
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         here = self.on(anatomy)

@@ -3,21 +3,20 @@
 import torch
 from torch import Tensor, nn
 
-from luthier.anatomy import Anatomy, Site
+from luthier.anatomy import Site
 from luthier.core import ConfigError
 from luthier.methods.parts.dense import DenseUpdate
-from luthier.methods.parts.low_rank import check_projections
 
 __all__ = ["SparseUpdate", "check_entries"]
 
 
-def check_entries(anatomy: Anatomy, sites: tuple[Site, ...], numbers: list[int], setting: str) -> tuple[Site, ...]:
+def check_entries(sites: tuple[Site, ...], numbers: list[int], setting: str) -> tuple[Site, ...]:
     """Hand `sites` back if each has that many entries, and at least one is chosen.
 
     Raises:
         ConfigError: with the site and what it has.
     """
-    for site, n in zip(check_projections(anatomy, sites, setting.partition(".")[0], 0.0), numbers, strict=True):
+    for site, n in zip(sites, numbers, strict=True):
         if not 1 <= n <= site.d_in * site.d_out:
             raise ConfigError(
                 f"{setting}: {n} of the {site.d_in * site.d_out} entries of {site.key} would train. Choose at least "

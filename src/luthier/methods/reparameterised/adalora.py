@@ -31,9 +31,9 @@ from torch import Tensor
 
 from luthier.anatomy import Anatomy, Site
 from luthier.core import ConfigError, above, at_least, between
-from luthier.methods.parts.low_rank import check_projections
 from luthier.methods.parts.masks import top_k
 from luthier.methods.parts.own_tensors import own_modules
+from luthier.methods.parts.projections import AtProjections
 from luthier.methods.parts.triplets import TripletUpdate
 from luthier.surgery import (
     METHODS,
@@ -44,7 +44,6 @@ from luthier.surgery import (
     PeftOut,
     PeftTaken,
     PeftWhole,
-    PerSite,
     TunedView,
 )
 
@@ -77,10 +76,9 @@ def _back(coming: PeftIn) -> PeftTaken:
 
 @METHODS.register("adalora", family="reparameterised", paper="arXiv:2303.10512")
 @dataclass(frozen=True, kw_only=True)
-class AdaLoRA(PerSite):
+class AdaLoRA(AtProjections):
     """Settings of AdaLoRA."""
 
-    sites: Annotated[tuple[str, ...], "where to attach: attn.q, ffn, attn.q@0-5, *@last4"] = ("attn.q", "attn.v")
     rank: Annotated[int, "triplets per site at the start", at_least(1)] = 12
     target_rank: Annotated[int, "triplets per site at the end, on average", at_least(1)] = 8
     alpha: Annotated[float, "the update is scaled by alpha / rank", above(0)] = 16.0
@@ -94,8 +92,6 @@ class AdaLoRA(PerSite):
     settled: Annotated[float, "share of the run after the last pruning", between(0, 1)] = 0.4
     every: Annotated[int, "optimiser steps from one pruning to the next", at_least(1)] = 10
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 2e-3
     tiny: ClassVar[dict[str, int]] = {"rank": 3, "target_rank": 2}
     peft: ClassVar[PeftForm | None] = PeftWhole(
@@ -119,9 +115,6 @@ class AdaLoRA(PerSite):
                 f"adalora: warmup {self.warmup:g} and settled {self.settled:g} leave no part of the run to prune in; "
                 "their sum must be below 1."
             )
-
-    def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        return check_projections(anatomy, super().places(anatomy), "adalora", 0.0)
 
     def params_at(self, site: Site) -> int:
         return self.rank * (site.d_in + site.d_out + 1)

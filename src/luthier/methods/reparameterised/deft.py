@@ -23,22 +23,20 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy, Site
 from luthier.core import ConfigError, at_least, between
-from luthier.methods.parts.low_rank import Thin, check_projections
-from luthier.surgery import METHODS, Attachment, Base, PeftForm, PerSite
+from luthier.methods.parts.low_rank import Thin
+from luthier.methods.parts.projections import AtProjections
+from luthier.surgery import METHODS, Attachment, Base, PeftForm
 
 
 @METHODS.register("deft", family="reparameterised", paper="arXiv:2509.22793")
 @dataclass(frozen=True, kw_only=True)
-class DEFT(PerSite):
+class DEFT(AtProjections):
     """Settings of DEFT."""
 
-    sites: Annotated[tuple[str, ...], "where to attach: attn.q, ffn, attn.q@0-5, *@last4"] = ("attn.q", "attn.v")
     rank: Annotated[int, "directions taken out and put in", at_least(1)] = 8
     basis: Annotated[Literal["relu", "qr"], "what is taken out; qr: an orthogonal projection"] = "relu"
     dropout: Annotated[float, "share of the branch's input dropped in training", between(0, 0.99)] = 0.0
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-3
     tiny: ClassVar[dict[str, float]] = {"rank": 3, "lr": 1e-2}
     peft: ClassVar[PeftForm | None] = PeftForm(
@@ -50,7 +48,7 @@ class DEFT(PerSite):
     )
 
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        sites = check_projections(anatomy, super().places(anatomy), "deft", self.dropout)
+        sites = super().places(anatomy)
         for site in sites:
             if self.rank > site.d_out:
                 raise ConfigError(f"deft.rank: {self.rank} is above the {site.d_out} outputs of {site.key}. Lower it.")

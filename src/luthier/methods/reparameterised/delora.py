@@ -21,24 +21,22 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor, nn
 
-from luthier.anatomy import Anatomy, Site
+from luthier.anatomy import Site
 from luthier.core import above, at_least, between
-from luthier.methods.parts.low_rank import Thin, check_projections
-from luthier.surgery import METHODS, Attachment, Base, PeftForm, PerSite
+from luthier.methods.parts.low_rank import Thin
+from luthier.methods.parts.projections import AtProjections
+from luthier.surgery import METHODS, Attachment, Base, PeftForm
 
 
 @METHODS.register("delora", family="reparameterised", paper="arXiv:2503.18225")
 @dataclass(frozen=True, kw_only=True)
-class DeLoRA(PerSite):
+class DeLoRA(AtProjections):
     """Settings of DeLoRA."""
 
-    sites: Annotated[tuple[str, ...], "where to attach: attn.q, ffn, attn.q@0-5, *@last4"] = ("attn.q", "attn.v")
     rank: Annotated[int, "width of the two thin matrices", at_least(1)] = 8
     strength: Annotated[float, "where the learned strength starts", above(0)] = 15.0
     dropout: Annotated[float, "share of the branch's input dropped in training", between(0, 0.99)] = 0.0
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-3
     tiny: ClassVar[dict[str, float]] = {"rank": 3, "strength": 0.5, "lr": 1e-2}
     peft: ClassVar[PeftForm | None] = PeftForm(
@@ -49,9 +47,6 @@ class DeLoRA(PerSite):
         silent=("lambda_pattern",),
         transposed=False,
     )
-
-    def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        return check_projections(anatomy, super().places(anatomy), "delora", self.dropout)
 
     def params_at(self, site: Site) -> int:
         return self.rank * (site.d_in + site.d_out) + 1

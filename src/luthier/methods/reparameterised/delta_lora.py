@@ -25,29 +25,24 @@ from torch import Tensor
 
 from luthier.anatomy import Anatomy, Site
 from luthier.core import above, at_least
-from luthier.methods.parts.low_rank import ThinUpdate, check_projections
+from luthier.methods.parts.low_rank import ThinUpdate
 from luthier.methods.parts.own_tensors import own_modules
-from luthier.surgery import METHODS, Attachment, Base, PerSite, TunedView
+from luthier.methods.parts.projections import AtProjections
+from luthier.surgery import METHODS, Attachment, Base, TunedView
 
 
 @METHODS.register("delta_lora", family="reparameterised", paper="arXiv:2309.02411")
 @dataclass(frozen=True, kw_only=True)
-class DeltaLoRA(PerSite):
+class DeltaLoRA(AtProjections):
     """Settings of Delta-LoRA."""
 
-    sites: Annotated[tuple[str, ...], "where to attach: attn.q, ffn, attn.q@0-5, *@last4"] = ("attn.q", "attn.v")
     rank: Annotated[int, "width of the two thin matrices", at_least(1)] = 8
     alpha: Annotated[float, "the update is scaled by alpha / rank", above(0)] = 16.0
     share: Annotated[float, "l: how much of each step's change of the product the weight takes", at_least(0)] = 2.0
     wait: Annotated[int, "steps before the weight begins to move", at_least(0)] = 500
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-3
     tiny: ClassVar[dict[str, float]] = {"rank": 3, "wait": 2, "lr": 1e-2}
-
-    def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        return check_projections(anatomy, super().places(anatomy), "delta_lora", 0.0)
 
     def params_at(self, site: Site) -> int:
         return self.rank * (site.d_in + site.d_out)

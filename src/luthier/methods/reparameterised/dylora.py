@@ -23,19 +23,19 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from luthier.anatomy import Anatomy, Site
+from luthier.anatomy import Site
 from luthier.core import ConfigError, above, at_least, between
-from luthier.methods.parts.low_rank import ThinUpdate, check_projections
+from luthier.methods.parts.low_rank import ThinUpdate
 from luthier.methods.parts.own_tensors import own_modules
-from luthier.surgery import METHODS, Attachment, Base, PerSite, TunedView
+from luthier.methods.parts.projections import AtProjections
+from luthier.surgery import METHODS, Attachment, Base, TunedView
 
 
 @METHODS.register("dylora", family="reparameterised", paper="arXiv:2210.07558")
 @dataclass(frozen=True, kw_only=True)
-class DyLoRA(PerSite):
+class DyLoRA(AtProjections):
     """Settings of DyLoRA."""
 
-    sites: Annotated[tuple[str, ...], "where to attach: attn.q, ffn, attn.q@0-5, *@last4"] = ("attn.q", "attn.v")
     rank: Annotated[int, "largest width of the two thin matrices", at_least(1)] = 8
     smallest: Annotated[int, "shortest prefix that is trained", at_least(1)] = 1
     use: Annotated[int, "width that acts when nothing is trained; 0: all", at_least(0)] = 0
@@ -43,8 +43,6 @@ class DyLoRA(PerSite):
     only_last: Annotated[bool, "a step moves the last row and column of its prefix alone"] = False
     dropout: Annotated[float, "share of the branch's input dropped in training", between(0, 0.99)] = 0.0
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-3
     tiny: ClassVar[dict[str, float]] = {"rank": 3, "lr": 1e-2}
 
@@ -52,9 +50,6 @@ class DyLoRA(PerSite):
         for name, value in (("smallest", self.smallest), ("use", self.use)):
             if value > self.rank:
                 raise ConfigError(f"dylora.{name}: {value} is above the rank {self.rank}. Use {self.rank} or less.")
-
-    def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        return check_projections(anatomy, super().places(anatomy), "dylora", self.dropout)
 
     def params_at(self, site: Site) -> int:
         return self.rank * (site.d_in + site.d_out)

@@ -34,10 +34,11 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy, Site
 from luthier.core import ConfigError, at_least, between
-from luthier.methods.parts.low_rank import check_projections, live_bias
+from luthier.methods.parts.low_rank import live_bias
 from luthier.methods.parts.masks import first_share, no_trace
 from luthier.methods.parts.peft_glora import glora_form
-from luthier.surgery import METHODS, Attachment, Base, Batches, PeftForm, PerSite, TunedView, keyed
+from luthier.methods.parts.projections import AtProjections
+from luthier.surgery import METHODS, Attachment, Base, Batches, PeftForm, TunedView, keyed
 
 Wide = Literal["search", "low_rank", "vector", "constant", "none"]
 Narrow = Literal["search", "low_rank", "vector", "none"]
@@ -57,7 +58,7 @@ Path = tuple[str, ...]  # a way for each term, in the order of WAYS
 
 @METHODS.register("glora", family="reparameterised", paper="arXiv:2306.07967")
 @dataclass(frozen=True, kw_only=True)
-class GLoRA(PerSite):
+class GLoRA(AtProjections):
     """Settings of GLoRA."""
 
     sites: Annotated[tuple[str, ...], "where to attach"] = ("attn.q", "attn.v")
@@ -74,8 +75,6 @@ class GLoRA(PerSite):
     change: Annotated[float, "chance of a term to be drawn anew in a changed child", between(0, 1)] = 0.2
     data: Annotated[float, "share of the training rows by which choices are compared", between(0.001, 1)] = 0.02
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-3
     tiny: ClassVar[dict[str, float]] = {"rank": 2, "lr": 1e-2}
     peft: ClassVar[PeftForm | None] = glora_form(WAYS)
@@ -95,7 +94,7 @@ class GLoRA(PerSite):
             raise ConfigError("glora: a, b, c, d and e are all none, so nothing would be changed. Let one be search.")
 
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        sites = check_projections(anatomy, super().places(anatomy), "glora", 0.0)
+        sites = super().places(anatomy)
         bare = next((site for site in sites if site.bias is None), None)
         if bare is not None and self.d in ("vector", "constant"):
             raise ConfigError(f"glora.d: {self.d}, and {bare.key} has no bias to scale. Set d=none, or leave it out.")

@@ -24,23 +24,21 @@ from torch import Tensor, nn
 from luthier.anatomy import Anatomy, Site
 from luthier.core import ConfigError, above, at_least, between
 from luthier.methods.parts.kronecker import check_divides
-from luthier.methods.parts.low_rank import Thin, check_projections
-from luthier.surgery import METHODS, Attachment, Base, PeftForm, PerSite
+from luthier.methods.parts.low_rank import Thin
+from luthier.methods.parts.projections import AtProjections
+from luthier.surgery import METHODS, Attachment, Base, PeftForm
 
 
 @METHODS.register("gralora", family="reparameterised", paper="arXiv:2505.20355")
 @dataclass(frozen=True, kw_only=True)
-class GraLoRA(PerSite):
+class GraLoRA(AtProjections):
     """Settings of GraLoRA."""
 
-    sites: Annotated[tuple[str, ...], "where to attach: attn.q, ffn, attn.q@0-5, *@last4"] = ("attn.q", "attn.v")
     rank: Annotated[int, "of all blocks in a row of the grid together", at_least(1)] = 32
     alpha: Annotated[float, "the update is scaled by alpha / rank", above(0)] = 64.0
     k: Annotated[int, "parts that inputs and outputs are cut into", at_least(1)] = 2
     dropout: Annotated[float, "share of the branch's input dropped in training", between(0, 0.99)] = 0.0
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 2e-3
     tiny: ClassVar[dict[str, int]] = {"rank": 4}
     peft: ClassVar[PeftForm | None] = PeftForm(
@@ -58,7 +56,7 @@ class GraLoRA(PerSite):
             )
 
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        sites = check_projections(anatomy, super().places(anatomy), "gralora", self.dropout)
+        sites = super().places(anatomy)
         for site in sites:
             check_divides(self.k, "gralora.k", site, "d_out", "d_in")
         return sites

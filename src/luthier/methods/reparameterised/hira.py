@@ -21,31 +21,25 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor, nn
 
-from luthier.anatomy import Anatomy, Site
+from luthier.anatomy import Site
 from luthier.core import at_least
 from luthier.methods.parts.dense import DenseUpdate
-from luthier.methods.parts.low_rank import check_projections
-from luthier.surgery import METHODS, Attachment, Base, PeftForm, PerSite
+from luthier.methods.parts.projections import AtProjections
+from luthier.surgery import METHODS, Attachment, Base, PeftForm
 
 
 @METHODS.register("hira", family="reparameterised", paper="openreview:TwJrTz9cRS")
 @dataclass(frozen=True, kw_only=True)
-class HiRA(PerSite):
+class HiRA(AtProjections):
     """Settings of HiRA."""
 
-    sites: Annotated[tuple[str, ...], "where to attach: attn.q, ffn, attn.q@0-5, *@last4"] = ("attn.q", "attn.v")
     rank: Annotated[int, "width of the two thin matrices", at_least(1)] = 32
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 5e-3
     tiny: ClassVar[dict[str, float]] = {"rank": 3, "lr": 3e-2}
     peft: ClassVar[PeftForm | None] = PeftForm(
         "HIRA", {"hira_A": "a", "hira_B": "b"}, {"r": "rank"}, ignored=("hira_dropout",)
     )
-
-    def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        return check_projections(anatomy, super().places(anatomy), "hira", 0.0)
 
     def params_at(self, site: Site) -> int:
         return self.rank * (site.d_in + site.d_out)

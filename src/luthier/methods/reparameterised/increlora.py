@@ -38,11 +38,11 @@ from torch import Tensor
 
 from luthier.anatomy import Anatomy, Site
 from luthier.core import ConfigError, above, at_least, between
-from luthier.methods.parts.low_rank import check_projections
 from luthier.methods.parts.own_tensors import group_names, own_modules
+from luthier.methods.parts.projections import AtProjections
 from luthier.methods.parts.triplets import TripletUpdate
 from luthier.methods.parts.watched import Watched
-from luthier.surgery import METHODS, Attachment, Base, Group, PerSite, TunedView
+from luthier.surgery import METHODS, Attachment, Base, Group, TunedView
 
 WAITING = 1e-5
 """The l of a triplet that waits."""
@@ -50,10 +50,9 @@ WAITING = 1e-5
 
 @METHODS.register("increlora", family="reparameterised", paper="arXiv:2308.12043")
 @dataclass(frozen=True, kw_only=True)
-class IncreLoRA(PerSite):
+class IncreLoRA(AtProjections):
     """Settings of IncreLoRA."""
 
-    sites: Annotated[tuple[str, ...], "where to attach: attn.q, ffn, attn.q@0-5, *@last4"] = ("attn.q", "attn.v")
     rank: Annotated[int, "triplets per site at the start", at_least(1)] = 1
     target_rank: Annotated[int, "triplets per site at the end, on average", at_least(1)] = 2
     most: Annotated[int, "triplets that one site can grow to", at_least(1)] = 8
@@ -66,8 +65,6 @@ class IncreLoRA(PerSite):
     warmup: Annotated[float, "share of the run before the first growth", between(0, 1)] = 0.1
     settled: Annotated[float, "share of the run after the last growth", between(0, 1)] = 0.4
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 2e-3
     tiny: ClassVar[dict[str, float]] = {"most": 3, "lr": 1e-2}
 
@@ -81,9 +78,6 @@ class IncreLoRA(PerSite):
                 f"increlora: warmup {self.warmup:g} and settled {self.settled:g} leave no part of the run to grow in; "
                 "their sum must be below 1."
             )
-
-    def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        return check_projections(anatomy, super().places(anatomy), "increlora", 0.0)
 
     def params_at(self, site: Site) -> int:
         return self.most * (site.d_in + site.d_out + 1)

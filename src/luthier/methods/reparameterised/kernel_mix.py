@@ -27,13 +27,14 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy, Site
 from luthier.core import AnatomyError, ConfigError, above, at_least
-from luthier.methods.parts.low_rank import Thin, check_projections
-from luthier.surgery import METHODS, Attachment, Base, Edit, PerSite, attach_each
+from luthier.methods.parts.low_rank import Thin
+from luthier.methods.parts.projections import AtProjections
+from luthier.surgery import METHODS, Attachment, Base, Edit, attach_each
 
 
 @METHODS.register("kernel_mix", family="reparameterised", paper="arXiv:2205.03720")
 @dataclass(frozen=True, kw_only=True)
-class KernelMix(PerSite):
+class KernelMix(AtProjections):
     """Settings of Kernel-mix."""
 
     sites: Annotated[tuple[str, ...], "projections of an attention: attn.q, attn.v, attn.o"] = ("attn.q", "attn.v")
@@ -41,8 +42,6 @@ class KernelMix(PerSite):
     own: Annotated[int, "rank of each head's own part; 0: none", at_least(0)] = 1
     scale: Annotated[float, "multiplies the update", above(0)] = 1.0
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 5e-3
 
     def __post_init__(self) -> None:
@@ -59,9 +58,6 @@ class KernelMix(PerSite):
             ):
                 return a.n_kv_heads if site.kind.endswith((".k", ".v")) else a.n_heads
         raise AnatomyError(f"kernel_mix: {site.key} is no projection of an attention, so it has no heads. Use attn.q.")
-
-    def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        return check_projections(anatomy, super().places(anatomy), "kernel_mix", 0.0)
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         for site in self.places(anatomy):

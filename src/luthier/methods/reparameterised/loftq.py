@@ -28,10 +28,11 @@ from torch import Tensor
 from luthier.anatomy import Anatomy, Site
 from luthier.core import above, at_least, between
 from luthier.kernels import StillUpdate, StoredLinear, low_rank_linear
-from luthier.methods.parts.low_rank import ThinUpdate, check_projections, fusable
+from luthier.methods.parts.low_rank import ThinUpdate, fusable
 from luthier.methods.parts.principal import check_principal
+from luthier.methods.parts.projections import AtProjections
 from luthier.methods.parts.starts import thin_start
-from luthier.surgery import METHODS, Attachment, Base, PerSite
+from luthier.surgery import METHODS, Attachment, Base
 
 
 class Recoded(ThinUpdate):
@@ -69,7 +70,7 @@ class Recoded(ThinUpdate):
 
 @METHODS.register("loftq", family="reparameterised", paper="arXiv:2310.08659")
 @dataclass(frozen=True, kw_only=True)
-class LoftQ(PerSite):
+class LoftQ(AtProjections):
     """Settings of LoftQ."""
 
     sites: Annotated[tuple[str, ...], "where to attach"] = ("*",)
@@ -78,14 +79,13 @@ class LoftQ(PerSite):
     dropout: Annotated[float, "share of the branch's input dropped in training", between(0, 0.99)] = 0.0
     rounds: Annotated[int, "turns of quantising and decomposing; above 1, with codes of its own", between(1, 20)] = 1
 
-    mergeable: ClassVar[bool] = True
     starts_at_base: ClassVar[bool] = True  # of a base in floats; over codes it starts nearer to those
     default_lr: ClassVar[float] = 2e-4
     store: ClassVar[str | None] = "nf4"
     tiny: ClassVar[dict[str, int]] = {"rank": 3}
 
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        sites = check_projections(anatomy, super().places(anatomy), "loftq", self.dropout)
+        sites = super().places(anatomy)
         return check_principal(self.rank, sites, "loftq.rank")
 
     def params_at(self, site: Site) -> int:

@@ -22,24 +22,21 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor, nn
 
-from luthier.anatomy import Anatomy, Site
+from luthier.anatomy import Site
 from luthier.core import above, at_least
 from luthier.methods.parts.dense import DenseUpdate
-from luthier.methods.parts.low_rank import check_projections
-from luthier.surgery import METHODS, Attachment, Base, PeftForm, PerSite
+from luthier.methods.parts.projections import AtProjections
+from luthier.surgery import METHODS, Attachment, Base, PeftForm
 
 
 @METHODS.register("loha", family="reparameterised", paper="arXiv:2108.06098")
 @dataclass(frozen=True, kw_only=True)
-class LoHa(PerSite):
+class LoHa(AtProjections):
     """Settings of LoHa."""
 
-    sites: Annotated[tuple[str, ...], "where to attach: attn.q, ffn, attn.q@0-5, *@last4"] = ("attn.q", "attn.v")
     rank: Annotated[int, "width of each thin product", at_least(1)] = 8
     alpha: Annotated[float, "the update is scaled by alpha / rank", above(0)] = 8.0
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 5e-3
     tiny: ClassVar[dict[str, float]] = {"rank": 3, "lr": 2e-2}
     peft: ClassVar[PeftForm | None] = PeftForm(
@@ -49,9 +46,6 @@ class LoHa(PerSite):
         ignored=("rank_dropout", "module_dropout", "use_effective_conv2d"),
         transposed=False,
     )
-
-    def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        return check_projections(anatomy, super().places(anatomy), "loha", 0.0)
 
     def params_at(self, site: Site) -> int:
         return 2 * self.rank * (site.d_in + site.d_out)

@@ -36,15 +36,16 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy, Site
 from luthier.core import AnatomyError, ConfigError, ModelError, above, at_least
-from luthier.methods.parts.low_rank import ThinUpdate, check_projections
+from luthier.methods.parts.low_rank import ThinUpdate
+from luthier.methods.parts.projections import AtProjections
 from luthier.methods.parts.update_masks import sizes_of
-from luthier.surgery import METHODS, Attachment, Attend, Base, Context, Edit, PerSite, Unfreeze
+from luthier.surgery import METHODS, Attachment, Attend, Base, Context, Edit, Unfreeze
 from luthier.surgery.prompts import with_vectors
 
 
 @METHODS.register("longlora", family="reparameterised", paper="arXiv:2309.12307")
 @dataclass(frozen=True, kw_only=True)
-class LongLoRA(PerSite):
+class LongLoRA(AtProjections):
     """Settings of LongLoRA."""
 
     sites: Annotated[tuple[str, ...], "where LoRA stands"] = ("attn.q", "attn.k", "attn.v", "attn.o")
@@ -55,8 +56,6 @@ class LongLoRA(PerSite):
     embedding: Annotated[bool, "the word embedding trains too"] = True
     norms: Annotated[bool, "the norms train too"] = True
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     trains_base: ClassVar[bool] = True
     draws: ClassVar[bool] = True
     default_lr: ClassVar[float] = 5e-4
@@ -67,7 +66,7 @@ class LongLoRA(PerSite):
             raise ConfigError(f"longlora.group: {self.group} is odd, and half of it is shifted. Use {self.group + 1}.")
 
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        sites = check_projections(anatomy, super().places(anatomy), "longlora", 0.0)
+        sites = super().places(anatomy)
         if not anatomy.is_decoder or anatomy.is_encoder_decoder:
             raise AnatomyError(
                 f"longlora: groups are cut for a decoder, which sees what came before; {anatomy.model_type} also reads "

@@ -39,10 +39,11 @@ from torch import Tensor
 
 from luthier.anatomy import Anatomy, Site
 from luthier.core import AnatomyError, ConfigError, above, at_least, between
-from luthier.methods.parts.low_rank import ThinUpdate, check_projections
+from luthier.methods.parts.low_rank import ThinUpdate
 from luthier.methods.parts.masks import pack, top_k, unpack
 from luthier.methods.parts.own_tensors import own_modules
-from luthier.surgery import METHODS, Attachment, Base, Edit, PerSite, TunedView, attach_each
+from luthier.methods.parts.projections import AtProjections
+from luthier.surgery import METHODS, Attachment, Base, Edit, TunedView, attach_each
 
 READERS = {"attn.o": "heads", "ffn.down": "channels"}
 """The site that reads what a group gives, and what its groups are called."""
@@ -50,7 +51,7 @@ READERS = {"attn.o": "heads", "ffn.down": "channels"}
 
 @METHODS.register("loraprune", family="reparameterised", paper="arXiv:2305.18403")
 @dataclass(frozen=True, kw_only=True)
-class LoRAPrune(PerSite):
+class LoRAPrune(AtProjections):
     """Settings of LoRAPrune."""
 
     sites: Annotated[tuple[str, ...], "where LoRA attaches; heads are pruned where attn.o is, channels: ffn.down"] = (
@@ -68,8 +69,6 @@ class LoRAPrune(PerSite):
     keep_first: Annotated[int, "layers at the bottom of which nothing is pruned", at_least(0)] = 0
     keep_last: Annotated[int, "layers at the top of which nothing is pruned", at_least(0)] = 0
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 2e-3
     tiny: ClassVar[dict[str, Any]] = {"rank": 3}
 
@@ -83,7 +82,7 @@ class LoRAPrune(PerSite):
             )
 
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        sites = check_projections(anatomy, super().places(anatomy), "loraprune", self.dropout)
+        sites = super().places(anatomy)
         for site in sites:
             if site.expert is not None:
                 raise AnatomyError(f"loraprune.sites: {site.key} is an expert, whose channels are none. Leave it out.")

@@ -24,21 +24,19 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy, Site
 from luthier.core import ConfigError, at_least, between
-from luthier.methods.parts.low_rank import Thin, check_projections
-from luthier.surgery import METHODS, Attachment, Base, PeftForm, PerSite
+from luthier.methods.parts.low_rank import Thin
+from luthier.methods.parts.projections import AtProjections
+from luthier.surgery import METHODS, Attachment, Base, PeftForm
 
 
 @METHODS.register("miss", family="reparameterised", paper="arXiv:2409.15371")
 @dataclass(frozen=True, kw_only=True)
-class MiSS(PerSite):
+class MiSS(AtProjections):
     """Settings of MiSS."""
 
-    sites: Annotated[tuple[str, ...], "where to attach: attn.q, ffn, attn.q@0-5, *@last4"] = ("attn.q", "attn.v")
     rank: Annotated[int, "numbers in a shard", at_least(1)] = 64
     dropout: Annotated[float, "share of the branch's input dropped in training", between(0, 0.99)] = 0.0
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-3
     tiny: ClassVar[dict[str, float]] = {"rank": 5, "lr": 1e-2}
     peft: ClassVar[PeftForm | None] = PeftForm(
@@ -51,7 +49,7 @@ class MiSS(PerSite):
     )
 
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        sites = check_projections(anatomy, super().places(anatomy), "miss", self.dropout)
+        sites = super().places(anatomy)
         for site in sites:
             if self.rank > site.d_in:
                 raise ConfigError(f"miss.rank: {self.rank} is above the {site.d_in} inputs of {site.key}. Use less.")

@@ -24,21 +24,19 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy, Site
 from luthier.core import ConfigError, above
-from luthier.methods.parts.low_rank import Thin, check_projections
+from luthier.methods.parts.low_rank import Thin
 from luthier.methods.parts.principal import principal
-from luthier.surgery import METHODS, Attachment, Base, PeftForm, PerSite
+from luthier.methods.parts.projections import AtProjections
+from luthier.surgery import METHODS, Attachment, Base, PeftForm
 
 
 @METHODS.register("osf", family="reparameterised", paper="arXiv:2504.07097")
 @dataclass(frozen=True, kw_only=True)
-class OSF(PerSite):
+class OSF(AtProjections):
     """Settings of OSF."""
 
-    sites: Annotated[tuple[str, ...], "where to attach: attn.q, ffn, attn.q@0-5, *@last4"] = ("attn.q", "attn.v")
     kept: Annotated[float, "leading directions that stay: a share below 1, or their number", above(0)] = 0.5
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     start_is_drawn: ClassVar[bool] = False
     default_lr: ClassVar[float] = 1e-4
     tiny: ClassVar[dict[str, float]] = {"kept": 0.75, "lr": 1e-2}
@@ -53,7 +51,7 @@ class OSF(PerSite):
     )
 
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        sites = check_projections(anatomy, super().places(anatomy), "osf", 0.0)
+        sites = super().places(anatomy)
         for site in sites:
             most = min(site.d_in, site.d_out)
             if not 0 < self.kept_at(site) < most:

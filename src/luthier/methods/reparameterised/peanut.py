@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from luthier.anatomy import Anatomy, Site
+from luthier.anatomy import Site
 from luthier.core import above, at_least
 from luthier.methods.parts.dense import DenseUpdate
-from luthier.methods.parts.low_rank import check_projections
+from luthier.methods.parts.projections import AtProjections
 from luthier.surgery import (
     METHODS,
     Attachment,
@@ -38,7 +38,6 @@ from luthier.surgery import (
     PeftOut,
     PeftTaken,
     PeftWhole,
-    PerSite,
 )
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh, "silu": F.silu}
@@ -62,17 +61,14 @@ def _back(coming: PeftIn) -> PeftTaken:
 
 @METHODS.register("peanut", family="reparameterised", paper="arXiv:2410.01870")
 @dataclass(frozen=True, kw_only=True)
-class PEANuT(PerSite):
+class PEANuT(AtProjections):
     """Settings of PEANuT."""
 
-    sites: Annotated[tuple[str, ...], "where to attach: attn.q, ffn, attn.q@0-5, *@last4"] = ("attn.q", "attn.v")
     rank: Annotated[int, "width of the network", at_least(1)] = 32
     depth: Annotated[int, "square layers down, and as many up", at_least(0)] = 0
     function: Annotated[Literal["relu", "gelu", "tanh", "silu"], "between the layers"] = "relu"
     scale: Annotated[float, "multiplies the update", above(0)] = 1.0
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-3
     tiny: ClassVar[dict[str, float]] = {"rank": 6, "scale": 4.0, "lr": 3e-2}
     peft: ClassVar[PeftForm | None] = PeftWhole(
@@ -82,9 +78,6 @@ class PEANuT(PerSite):
         settings={"r": "rank", "depth": "depth", "act_fn": "function", "scaling": "scale"},
         transposed=False,
     )
-
-    def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        return check_projections(anatomy, super().places(anatomy), "peanut", 0.0)
 
     def params_at(self, site: Site) -> int:
         return 2 * self.rank * (site.d_out + self.depth * self.rank)

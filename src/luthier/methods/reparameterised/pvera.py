@@ -26,24 +26,21 @@ from torch import Tensor
 
 from luthier.anatomy import Anatomy, Site
 from luthier.core import at_least, between
-from luthier.methods.parts.low_rank import check_projections
+from luthier.methods.parts.projections import AtProjections
 from luthier.methods.parts.random_pair import OfPair, RandomPair
-from luthier.surgery import METHODS, Attachment, Base, Edit, PeftForm, PerSite, attach_each
+from luthier.surgery import METHODS, Attachment, Base, Edit, PeftForm, attach_each
 
 
 @METHODS.register("pvera", family="reparameterised", paper="arXiv:2512.07703")
 @dataclass(frozen=True, kw_only=True)
-class PVeRA(PerSite):
+class PVeRA(AtProjections):
     """Settings of PVeRA."""
 
-    sites: Annotated[tuple[str, ...], "where to attach: attn.q, ffn, attn.q@0-5, *@last4"] = ("attn.q", "attn.v")
     rank: Annotated[int, "width of the frozen matrices", at_least(1)] = 256
     start: Annotated[float, "where d starts"] = 0.1
     draw: Annotated[int, "which pair of matrices: any whole number", at_least(0)] = 0
     dropout: Annotated[float, "share of the branch's input dropped in training", between(0, 0.99)] = 0.0
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     start_is_drawn: ClassVar[bool] = False
     draws: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-2
@@ -57,9 +54,6 @@ class PVeRA(PerSite):
         write=lambda method: {"save_projection": False},
         shared={"base_model.pvera_A": ("pair", "a"), "base_model.pvera_B": ("pair", "b")},
     )
-
-    def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        return check_projections(anatomy, super().places(anatomy), "pvera", self.dropout)
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         sites = self.places(anatomy)

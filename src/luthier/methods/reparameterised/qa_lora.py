@@ -25,11 +25,12 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor, nn
 
-from luthier.anatomy import Anatomy, Site
+from luthier.anatomy import Site
 from luthier.core import above, at_least, between
 from luthier.kernels import GROUP
-from luthier.methods.parts.low_rank import Thin, check_projections
-from luthier.surgery import METHODS, Attachment, Base, PerSite
+from luthier.methods.parts.low_rank import Thin
+from luthier.methods.parts.projections import AtProjections
+from luthier.surgery import METHODS, Attachment, Base
 
 
 class PooledUpdate(Thin):
@@ -51,7 +52,7 @@ class PooledUpdate(Thin):
 
 @METHODS.register("qa_lora", family="reparameterised", paper="arXiv:2309.14717")
 @dataclass(frozen=True, kw_only=True)
-class QALoRA(PerSite):
+class QALoRA(AtProjections):
     """Settings of QA-LoRA."""
 
     sites: Annotated[tuple[str, ...], "where to attach"] = ("*",)
@@ -59,14 +60,9 @@ class QALoRA(PerSite):
     alpha: Annotated[float, "the update is scaled by alpha / rank", above(0)] = 16.0
     dropout: Annotated[float, "share of the branch's input dropped in training", between(0, 0.99)] = 0.0
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 2e-4
     store: ClassVar[str | None] = "int4"
     tiny: ClassVar[dict[str, int]] = {"rank": 3}
-
-    def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        return check_projections(anatomy, super().places(anatomy), "qa_lora", self.dropout)
 
     def params_at(self, site: Site) -> int:
         return self.rank * (math.ceil(site.d_in / GROUP) + site.d_out)

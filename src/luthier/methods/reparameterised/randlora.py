@@ -29,22 +29,19 @@ from torch import Tensor, nn
 from luthier.anatomy import Anatomy, Site
 from luthier.core import above, at_least
 from luthier.methods.parts.dense import DenseUpdate
-from luthier.methods.parts.low_rank import check_projections
-from luthier.surgery import METHODS, Attachment, Base, Edit, PeftForm, PerSite, attach_each
+from luthier.methods.parts.projections import AtProjections
+from luthier.surgery import METHODS, Attachment, Base, Edit, PeftForm, attach_each
 
 
 @METHODS.register("randlora", family="reparameterised", paper="arXiv:2502.00987")
 @dataclass(frozen=True, kw_only=True)
-class RandLoRA(PerSite):
+class RandLoRA(AtProjections):
     """Settings of RandLoRA."""
 
-    sites: Annotated[tuple[str, ...], "where to attach: attn.q, ffn, attn.q@0-5, *@last4"] = ("attn.q", "attn.v")
     rank: Annotated[int, "width of one random pair: the larger, the fewer numbers are trained", at_least(1)] = 32
     alpha: Annotated[float, "the update is scaled by alpha / rank", above(0)] = 640.0
     draw: Annotated[int, "which matrices: any whole number", at_least(0)] = 0
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-3
     start_is_drawn: ClassVar[bool] = False  # what is drawn follows from `draw`
     tiny: ClassVar[dict[str, float]] = {"rank": 7, "alpha": 20.0, "lr": 1e-2}
@@ -57,9 +54,6 @@ class RandLoRA(PerSite):
         write=lambda method: {"save_projection": False},
         shared={"base_model.randlora_A": ("pool", "a"), "base_model.randlora_B": ("pool", "b")},
     )
-
-    def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        return check_projections(anatomy, super().places(anatomy), "randlora", 0.0)
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         sites = self.places(anatomy)

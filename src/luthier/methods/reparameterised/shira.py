@@ -24,8 +24,9 @@ from torch import Tensor
 
 from luthier.anatomy import Anatomy, Site
 from luthier.core import IntegrityError, at_least
+from luthier.methods.parts.projections import AtProjections
 from luthier.methods.parts.sparse import SparseUpdate, check_entries
-from luthier.surgery import METHODS, Attachment, Base, PeftForm, PeftIn, PeftOut, PeftTaken, PeftWhole, PerSite
+from luthier.surgery import METHODS, Attachment, Base, PeftForm, PeftIn, PeftOut, PeftTaken, PeftWhole
 
 _THERE = {"values": "shira_weight", "index": "shira_indices"}
 
@@ -58,14 +59,11 @@ def _back(coming: PeftIn) -> PeftTaken:
 
 @METHODS.register("shira", family="reparameterised", paper="arXiv:2406.13175")
 @dataclass(frozen=True, kw_only=True)
-class SHiRA(PerSite):
+class SHiRA(AtProjections):
     """Settings of SHiRA."""
 
-    sites: Annotated[tuple[str, ...], "where to attach: attn.q, ffn, attn.q@0-5, *@last4"] = ("attn.q", "attn.v")
     rank: Annotated[int, "as many entries train as a LoRA of this rank has numbers", at_least(1)] = 8
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-3
     tiny: ClassVar[dict[str, float]] = {"rank": 3, "lr": 2e-2}
     peft: ClassVar[PeftForm | None] = PeftWhole(
@@ -79,7 +77,7 @@ class SHiRA(PerSite):
 
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
         sites = super().places(anatomy)
-        return check_entries(anatomy, sites, [self.params_at(site) for site in sites], "shira.rank")
+        return check_entries(sites, [self.params_at(site) for site in sites], "shira.rank")
 
     def params_at(self, site: Site) -> int:
         return self.rank * (site.d_in + site.d_out)

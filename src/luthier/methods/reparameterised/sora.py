@@ -24,31 +24,26 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor, nn
 
-from luthier.anatomy import Anatomy, Site
+from luthier.anatomy import Site
 from luthier.core import above, at_least, between
-from luthier.methods.parts.low_rank import ThinUpdate, check_projections
+from luthier.methods.parts.low_rank import ThinUpdate
 from luthier.methods.parts.own_tensors import group_names, own_modules
-from luthier.surgery import METHODS, Attachment, Base, Group, PerSite, TunedView
+from luthier.methods.parts.projections import AtProjections
+from luthier.surgery import METHODS, Attachment, Base, Group, TunedView
 
 
 @METHODS.register("sora", family="reparameterised", paper="arXiv:2311.11696")
 @dataclass(frozen=True, kw_only=True)
-class SoRA(PerSite):
+class SoRA(AtProjections):
     """Settings of SoRA."""
 
-    sites: Annotated[tuple[str, ...], "where to attach: attn.q, ffn, attn.q@0-5, *@last4"] = ("attn.q", "attn.v")
     rank: Annotated[int, "rank-one parts at the start", at_least(1)] = 8
     alpha: Annotated[float, "the update is scaled by alpha / rank", above(0)] = 16.0
     threshold: Annotated[float, "how far each step draws a gate towards zero", at_least(0)] = 5e-4
     dropout: Annotated[float, "share of the branch's input dropped in training", between(0, 0.99)] = 0.0
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-3
     tiny: ClassVar[dict[str, float]] = {"rank": 3, "lr": 1e-2}
-
-    def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        return check_projections(anatomy, super().places(anatomy), "sora", self.dropout)
 
     def params_at(self, site: Site) -> int:
         return self.rank * (site.d_in + site.d_out + 1)
@@ -91,6 +86,5 @@ class GatedUpdate(ThinUpdate):
     def restore(self, tensors: dict[str, Tensor]) -> None:
         if set(tensors) != {"a", "b", "g"}:
             raise KeyError(f"a gated site stores a, b and g, the file has {', '.join(sorted(tensors)) or 'none'}")
-        device, trains = self.g.device, self.g.requires_grad
         for name, value in tensors.items():
-            setattr(self, name, nn.Parameter(value.to(device, self.g.dtype).contiguous().clone(), requires_grad=trains))
+            setattr(self, name, nn.Parameter(value.to(self.g).contiguous().clone(), requires_grad=self.g.requires_grad))

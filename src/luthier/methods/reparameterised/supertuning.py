@@ -22,21 +22,19 @@ from typing import Annotated, ClassVar, Literal
 from luthier.anatomy import Anatomy, Site
 from luthier.core import between
 from luthier.methods.parts.peft_layers import shared_form
+from luthier.methods.parts.projections import AtProjections
 from luthier.methods.parts.sparse import SparseUpdate, check_entries
-from luthier.surgery import METHODS, Attachment, Base, PeftForm, PerSite
+from luthier.surgery import METHODS, Attachment, Base, PeftForm
 
 
 @METHODS.register("supertuning", family="reparameterised", paper="arXiv:2607.09287")
 @dataclass(frozen=True, kw_only=True)
-class SuperTuning(PerSite):
+class SuperTuning(AtProjections):
     """Settings of Super-tuning."""
 
-    sites: Annotated[tuple[str, ...], "where to attach: attn.q, ffn, attn.q@0-5, *@last4"] = ("attn.q", "attn.v")
     sparsity: Annotated[float, "share of a weight's entries that do not train", between(0, 1)] = 0.99
     which: Annotated[Literal["largest", "smallest"], "the entries that train, by size"] = "largest"
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     start_is_drawn: ClassVar[bool] = False
     default_lr: ClassVar[float] = 1e-2
     tiny: ClassVar[dict[str, float]] = {"sparsity": 0.9, "lr": 2e-2}
@@ -55,7 +53,7 @@ class SuperTuning(PerSite):
 
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
         sites = super().places(anatomy)
-        return check_entries(anatomy, sites, [self.params_at(site) for site in sites], "supertuning.sparsity")
+        return check_entries(sites, [self.params_at(site) for site in sites], "supertuning.sparsity")
 
     def params_at(self, site: Site) -> int:
         return int(site.d_in * site.d_out * (1 - self.sparsity))

@@ -26,26 +26,23 @@ from torch import Tensor, nn
 from luthier.anatomy import Anatomy, Site
 from luthier.core import above, at_least
 from luthier.methods.parts.kronecker import KroneckerUpdate, check_divides, near_square
-from luthier.methods.parts.low_rank import check_projections
-from luthier.surgery import METHODS, Attachment, Base, PerSite
+from luthier.methods.parts.projections import AtProjections
+from luthier.surgery import METHODS, Attachment, Base
 
 
 @METHODS.register("krona", family="reparameterised", paper="arXiv:2212.10650")
 @dataclass(frozen=True, kw_only=True)
-class KronA(PerSite):
+class KronA(AtProjections):
     """Settings of KronA."""
 
-    sites: Annotated[tuple[str, ...], "where to attach: attn.q, ffn, attn.q@0-5, *@last4"] = ("attn.q", "attn.v")
     rows: Annotated[int, "rows of A, a divisor of d_out; 0: the one nearest its root", at_least(0)] = 0
     columns: Annotated[int, "columns of A, a divisor of d_in; 0: the one nearest its root", at_least(0)] = 0
     scale: Annotated[float, "multiplies the update", above(0)] = 1.0
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 5e-3
 
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        sites = check_projections(anatomy, super().places(anatomy), "krona", 0.0)
+        sites = super().places(anatomy)
         for site in sites:
             check_divides(self.rows or 1, "krona.rows", site, "d_out")
             check_divides(self.columns or 1, "krona.columns", site, "d_in")

@@ -50,7 +50,8 @@ class KronAB(Method):
         object.__setattr__(self, "starts_at_base", not self.residual or self.residual_start == 0)
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
-        yield from attach_each(self._sites(anatomy), lambda site, base: self._branch(site))
+        start = self.residual_start if self.residual else None
+        yield from attach_each(self._sites(anatomy), lambda site, base: Branch(*self._first(site), self.scale, start))
 
     def n_params(self, anatomy: Anatomy) -> int:
         return sum(self._product(site) + int(self.residual) for site in self._sites(anatomy))
@@ -68,10 +69,6 @@ class KronAB(Method):
     def _first(self, site: Site) -> tuple[int, int]:
         a1 = self.rows or near_square(site.d_out)[0]
         return a1, site.d_out // a1
-
-    def _branch(self, site: Site) -> Attachment:
-        a1, a2 = self._first(site)
-        return Branch(a1, a2, self.scale, self.residual_start if self.residual else None)
 
 
 class Branch(Attachment):

@@ -27,23 +27,20 @@ from torch import Tensor, nn
 from luthier.anatomy import Anatomy, Site
 from luthier.core import above, at_least
 from luthier.methods.parts.kronecker import KroneckerUpdate, check_divides, near_square
-from luthier.methods.parts.low_rank import check_projections
-from luthier.surgery import METHODS, Attachment, Base, PeftForm, PerSite
+from luthier.methods.parts.projections import AtProjections
+from luthier.surgery import METHODS, Attachment, Base, PeftForm
 
 
 @METHODS.register("lokr", family="reparameterised", paper="arXiv:2309.14859")
 @dataclass(frozen=True, kw_only=True)
-class LoKr(PerSite):
+class LoKr(AtProjections):
     """Settings of LoKr."""
 
-    sites: Annotated[tuple[str, ...], "where to attach: attn.q, ffn, attn.q@0-5, *@last4"] = ("attn.q", "attn.v")
     rank: Annotated[int, "inner width of the factors that are thin products", at_least(1)] = 8
     alpha: Annotated[float, "the update is scaled by alpha / rank", above(0)] = 8.0
     factor: Annotated[int, "side of C, a divisor of both widths; 0: those nearest their roots", at_least(0)] = 0
     both: Annotated[bool, "C may be a thin product too"] = False
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 5e-3
     tiny: ClassVar[dict[str, int]] = {"rank": 2}
     peft: ClassVar[PeftForm | None] = PeftForm(
@@ -58,7 +55,7 @@ class LoKr(PerSite):
     )
 
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        sites = check_projections(anatomy, super().places(anatomy), "lokr", 0.0)
+        sites = super().places(anatomy)
         for site in sites:
             check_divides(self.factor or 1, "lokr.factor", site, "d_out", "d_in")
         return sites

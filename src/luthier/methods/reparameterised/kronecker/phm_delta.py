@@ -28,28 +28,26 @@ from torch import Tensor, nn
 from luthier.anatomy import Anatomy, Site
 from luthier.core import above, at_least, between
 from luthier.methods.parts.kronecker import Rule, check_divides, phm_thin
-from luthier.methods.parts.low_rank import Thin, check_projections
-from luthier.surgery import METHODS, Attachment, Base, Edit, PerSite, attach_each
+from luthier.methods.parts.low_rank import Thin
+from luthier.methods.parts.projections import AtProjections
+from luthier.surgery import METHODS, Attachment, Base, Edit, attach_each
 
 
 @METHODS.register("phm_delta", family="reparameterised", paper="arXiv:2106.04647")
 @dataclass(frozen=True, kw_only=True)
-class PHMDelta(PerSite):
+class PHMDelta(AtProjections):
     """Settings of PHM delta."""
 
-    sites: Annotated[tuple[str, ...], "where to attach: attn.q, ffn, attn.q@0-5, *@last4"] = ("attn.q", "attn.v")
     n: Annotated[int, "summands, and side of the shared matrices: a divisor of every width", at_least(1)] = 4
     rank: Annotated[int, "inner width of s_k t_k", at_least(1)] = 1
     slow: Annotated[Literal["full", "rank_one"], "what the shared matrices are"] = "full"
     scale: Annotated[float, "multiplies the update", above(0)] = 1.0
     dropout: Annotated[float, "share of the update's input dropped in training", between(0, 0.99)] = 0.0
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 5e-3
 
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        sites = check_projections(anatomy, super().places(anatomy), self._label, self.dropout)
+        sites = super().places(anatomy)
         for site in sites:
             check_divides(self.n, f"{self._label}.n", site, "d_out", "d_in")
         return sites

@@ -25,22 +25,20 @@ from torch import Tensor, nn
 from luthier.anatomy import Anatomy, Site
 from luthier.core import ConfigError, at_least
 from luthier.methods.parts.kronecker import check_divides
-from luthier.methods.parts.low_rank import check_projections, live_bias
+from luthier.methods.parts.low_rank import live_bias
 from luthier.methods.parts.orthogonal import cayley, turn_blocks
-from luthier.surgery import METHODS, Attachment, Base, PeftForm, PerSite
+from luthier.methods.parts.projections import AtProjections
+from luthier.surgery import METHODS, Attachment, Base, PeftForm
 
 
 @METHODS.register("boft", family="reparameterised", paper="arXiv:2311.06243")
 @dataclass(frozen=True, kw_only=True)
-class BOFT(PerSite):
+class BOFT(AtProjections):
     """Settings of BOFT."""
 
-    sites: Annotated[tuple[str, ...], "where to attach: attn.q, ffn, attn.q@0-5, *@last4"] = ("attn.q", "attn.v")
     block: Annotated[int, "side of a rotation: even, a divisor of d_in", at_least(2)] = 8
     factors: Annotated[int, "rounds of rotations, 1: OFT", at_least(1)] = 2
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 2e-3
     tiny: ClassVar[dict[str, float]] = {"block": 4, "lr": 1e-2}
     peft: ClassVar[PeftForm | None] = PeftForm(
@@ -56,7 +54,7 @@ class BOFT(PerSite):
             raise ConfigError(f"boft.block: {self.block} is odd, and half blocks are exchanged. Use {self.block + 1}.")
 
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        sites = check_projections(anatomy, super().places(anatomy), "boft", 0.0)
+        sites = super().places(anatomy)
         for site in sites:
             check_divides(self.block * 2 ** (self.factors - 1), "boft.block * 2^(factors - 1)", site, "d_in")
         return sites

@@ -22,22 +22,19 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor, nn
 
-from luthier.anatomy import Anatomy, Site
+from luthier.anatomy import Site
 from luthier.core import ConfigError, at_least
-from luthier.methods.parts.low_rank import check_projections
-from luthier.surgery import METHODS, Attachment, Base, PeftForm, PerSite
+from luthier.methods.parts.projections import AtProjections
+from luthier.surgery import METHODS, Attachment, Base, PeftForm
 
 
 @METHODS.register("hra", family="reparameterised", paper="arXiv:2405.17484")
 @dataclass(frozen=True, kw_only=True)
-class HRA(PerSite):
+class HRA(AtProjections):
     """Settings of HRA."""
 
-    sites: Annotated[tuple[str, ...], "where to attach: attn.q, ffn, attn.q@0-5, *@last4"] = ("attn.q", "attn.v")
     rank: Annotated[int, "reflections of each site: even", at_least(2)] = 8
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 2e-3
     tiny: ClassVar[dict[str, float]] = {"rank": 4, "lr": 1e-2}
     peft: ClassVar[PeftForm | None] = PeftForm(
@@ -50,9 +47,6 @@ class HRA(PerSite):
                 f"hra.rank: {self.rank} is odd; reflections cancel in pairs only, and the start is the base model's. "
                 f"Use {self.rank + 1}."
             )
-
-    def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        return check_projections(anatomy, super().places(anatomy), "hra", 0.0)
 
     def params_at(self, site: Site) -> int:
         return self.rank * site.d_in

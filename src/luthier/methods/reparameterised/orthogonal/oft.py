@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from luthier.anatomy import Anatomy, Site
 from luthier.core import at_least
 from luthier.methods.parts.kronecker import check_divides
-from luthier.methods.parts.low_rank import check_projections
 from luthier.methods.parts.orthogonal import cayley, cayley_series, skew, turn_blocks
 from luthier.methods.parts.own_tensors import own_modules
-from luthier.surgery import METHODS, Attachment, Base, PeftForm, PerSite, TunedView
+from luthier.methods.parts.projections import AtProjections
+from luthier.surgery import METHODS, Attachment, Base, PeftForm, TunedView
 
 
 def _read(facts: Any) -> dict[str, Any]:
@@ -38,16 +38,13 @@ def _read(facts: Any) -> dict[str, Any]:
 
 @METHODS.register("oft", family="reparameterised", paper="arXiv:2306.07280")
 @dataclass(frozen=True, kw_only=True)
-class OFT(PerSite):
+class OFT(AtProjections):
     """Settings of OFT."""
 
-    sites: Annotated[tuple[str, ...], "where to attach: attn.q, ffn, attn.q@0-5, *@last4"] = ("attn.q", "attn.v")
     block: Annotated[int, "side of a rotation: a divisor of d_in", at_least(2)] = 32
     constraint: Annotated[float, "bound of the change in all blocks together (COFT); 0: none", at_least(0)] = 0.0
     terms: Annotated[int, "terms of peft's Neumann series; 0: exact", at_least(0)] = 0
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 2e-3
     tiny: ClassVar[dict[str, float]] = {"block": 8, "lr": 1e-2}
     peft: ClassVar[PeftForm | None] = PeftForm(
@@ -68,7 +65,7 @@ class OFT(PerSite):
     )
 
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        sites = check_projections(anatomy, super().places(anatomy), "oft", 0.0)
+        sites = super().places(anatomy)
         for site in sites:
             check_divides(self.block, "oft.block", site, "d_in")
         return sites

@@ -24,21 +24,18 @@ from torch import Tensor, nn
 from luthier.anatomy import Anatomy, Site
 from luthier.core import ConfigError, at_least
 from luthier.methods.parts.kronecker import check_divides
-from luthier.methods.parts.low_rank import check_projections
-from luthier.surgery import METHODS, Attachment, Base, PeftForm, PerSite
+from luthier.methods.parts.projections import AtProjections
+from luthier.surgery import METHODS, Attachment, Base, PeftForm
 
 
 @METHODS.register("road", family="reparameterised", paper="arXiv:2409.00119")
 @dataclass(frozen=True, kw_only=True)
-class RoAd(PerSite):
+class RoAd(AtProjections):
     """Settings of RoAd."""
 
-    sites: Annotated[tuple[str, ...], "where to attach: attn.q, ffn, attn.q@0-5, *@last4"] = ("attn.q", "attn.v")
     variant: Annotated[Literal["road_1", "road_2", "road_4"], "numbers for a pair, a row or an entry"] = "road_1"
     group: Annotated[int, "outputs of a group: even, a divisor of d_out", at_least(2)] = 64
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 3e-3
     tiny: ClassVar[dict[str, float]] = {"group": 8, "lr": 2e-2}
     peft: ClassVar[PeftForm | None] = PeftForm(
@@ -53,7 +50,7 @@ class RoAd(PerSite):
             raise ConfigError(f"road.group: {self.group} is odd, and a group is made of pairs. Use {self.group + 1}.")
 
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        sites = check_projections(anatomy, super().places(anatomy), "road", 0.0)
+        sites = super().places(anatomy)
         for site in sites:
             check_divides(self.group, "road.group", site, "d_out")
         return sites

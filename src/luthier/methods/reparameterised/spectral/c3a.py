@@ -25,20 +25,17 @@ from luthier.anatomy import Anatomy, Site
 from luthier.core import at_least
 from luthier.methods.parts.dense import DenseUpdate
 from luthier.methods.parts.kronecker import check_divides
-from luthier.methods.parts.low_rank import check_projections
-from luthier.surgery import METHODS, Attachment, Base, PeftForm, PerSite
+from luthier.methods.parts.projections import AtProjections
+from luthier.surgery import METHODS, Attachment, Base, PeftForm
 
 
 @METHODS.register("c3a", family="reparameterised", paper="arXiv:2407.19342")
 @dataclass(frozen=True, kw_only=True)
-class C3A(PerSite):
+class C3A(AtProjections):
     """Settings of C3A."""
 
-    sites: Annotated[tuple[str, ...], "where to attach: attn.q, ffn, attn.q@0-5, *@last4"] = ("attn.q", "attn.v")
     block: Annotated[int, "side of a circulant block: a divisor of both widths", at_least(1)] = 128
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-1
     tiny: ClassVar[dict[str, float]] = {"block": 8, "lr": 3e-1}
     peft: ClassVar[PeftForm | None] = PeftForm(
@@ -46,7 +43,7 @@ class C3A(PerSite):
     )
 
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        sites = check_projections(anatomy, super().places(anatomy), "c3a", 0.0)
+        sites = super().places(anatomy)
         for site in sites:
             check_divides(self.block, "c3a.block", site, "d_out", "d_in")
         return sites

@@ -24,23 +24,20 @@ from torch import Tensor, nn
 from luthier.anatomy import Anatomy, Site
 from luthier.core import ConfigError, above, at_least
 from luthier.methods.parts.dense import DenseUpdate
-from luthier.methods.parts.low_rank import check_projections
-from luthier.surgery import METHODS, Attachment, Base, PeftForm, PerSite
+from luthier.methods.parts.projections import AtProjections
+from luthier.surgery import METHODS, Attachment, Base, PeftForm
 
 
 @METHODS.register("fourierft", family="reparameterised", paper="arXiv:2405.03003")
 @dataclass(frozen=True, kw_only=True)
-class FourierFT(PerSite):
+class FourierFT(AtProjections):
     """Settings of FourierFT."""
 
-    sites: Annotated[tuple[str, ...], "where to attach: attn.q, ffn, attn.q@0-5, *@last4"] = ("attn.q", "attn.v")
     n: Annotated[int, "trained coefficients of each site", at_least(1)] = 1000
     alpha: Annotated[float, "multiplies the update", above(0)] = 150.0
     draw: Annotated[int, "which places: any whole number", at_least(0)] = 777
     start: Annotated[Literal["zero", "normal"], "where the coefficients start"] = "zero"
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 5e-2
     tiny: ClassVar[dict[str, int]] = {"n": 40}
     peft: ClassVar[PeftForm | None] = PeftForm(
@@ -54,7 +51,7 @@ class FourierFT(PerSite):
         object.__setattr__(self, "starts_at_base", self.start == "zero")
 
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        sites = check_projections(anatomy, super().places(anatomy), "fourierft", 0.0)
+        sites = super().places(anatomy)
         for site in sites:
             if self.n > site.d_in * site.d_out:
                 raise ConfigError(

@@ -25,23 +25,20 @@ from torch import Tensor, nn
 from luthier.anatomy import Anatomy, Site
 from luthier.core import ConfigError, above, at_least
 from luthier.methods.parts.dense import DenseUpdate
-from luthier.methods.parts.low_rank import check_projections
-from luthier.surgery import METHODS, Attachment, Base, PeftForm, PerSite
+from luthier.methods.parts.projections import AtProjections
+from luthier.surgery import METHODS, Attachment, Base, PeftForm
 
 
 @METHODS.register("waveft", family="reparameterised", paper="arXiv:2505.12532")
 @dataclass(frozen=True, kw_only=True)
-class WaveFT(PerSite):
+class WaveFT(AtProjections):
     """Settings of WaveFT."""
 
-    sites: Annotated[tuple[str, ...], "where to attach: attn.q, ffn, attn.q@0-5, *@last4"] = ("attn.q", "attn.v")
     n: Annotated[int, "trained coefficients of each site", at_least(1)] = 2592
     alpha: Annotated[float, "multiplies the update", above(0)] = 25.0
     draw: Annotated[int, "which places: any whole number", at_least(0)] = 777
     transform: Annotated[bool, "the coefficients are a wavelet's, and not entries of the update"] = True
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-3
     tiny: ClassVar[dict[str, int]] = {"n": 60}
     peft: ClassVar[PeftForm | None] = PeftForm(
@@ -53,7 +50,7 @@ class WaveFT(PerSite):
     )
 
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        sites = check_projections(anatomy, super().places(anatomy), "waveft", 0.0)
+        sites = super().places(anatomy)
         for site in sites:
             if self.n > site.d_in * site.d_out:
                 raise ConfigError(

@@ -30,25 +30,23 @@ from torch import Tensor, nn
 from luthier.anatomy import Anatomy, Site
 from luthier.core import ConfigError, at_least
 from luthier.kernels import StillUpdate
-from luthier.methods.parts.low_rank import Thin, check_projections, fusable
+from luthier.methods.parts.low_rank import Thin, fusable
 from luthier.methods.parts.principal import check_principal
-from luthier.surgery import METHODS, Attachment, Base, PerSite
+from luthier.methods.parts.projections import AtProjections
+from luthier.surgery import METHODS, Attachment, Base
 
 ROUNDS = 10
 
 
 @METHODS.register("adamss", family="reparameterised", paper="openreview:8ZdWmpYxT0")
 @dataclass(frozen=True, kw_only=True)
-class AdaMSS(PerSite):
+class AdaMSS(AtProjections):
     """Settings of AdaMSS."""
 
-    sites: Annotated[tuple[str, ...], "where to attach: attn.q, ffn, attn.q@0-5, *@last4"] = ("attn.q", "attn.v")
     directions: Annotated[int, "of the weight's input that are read", at_least(1)] = 100
     subspaces: Annotated[int, "groups of the weight's rows", at_least(1)] = 5
     rank: Annotated[int, "of each group's update", at_least(1)] = 1
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 5e-3
     tiny: ClassVar[dict[str, Any]] = {"directions": 12, "subspaces": 4, "rank": 2, "lr": 2e-2}
 
@@ -59,7 +57,7 @@ class AdaMSS(PerSite):
             )
 
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        sites = check_projections(anatomy, super().places(anatomy), "adamss", 0.0)
+        sites = super().places(anatomy)
         check_principal(self.directions, sites, "adamss.directions")
         return check_principal(self.subspaces, sites, "adamss.subspaces")
 

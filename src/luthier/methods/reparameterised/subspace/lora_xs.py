@@ -23,28 +23,25 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy, Site
 from luthier.core import at_least, between
-from luthier.methods.parts.low_rank import check_projections
 from luthier.methods.parts.principal import FrozenFrame, check_principal, frame_params
-from luthier.surgery import METHODS, Attachment, Base, PerSite
+from luthier.methods.parts.projections import AtProjections
+from luthier.surgery import METHODS, Attachment, Base
 
 
 @METHODS.register("lora_xs", family="reparameterised", paper="arXiv:2405.17604")
 @dataclass(frozen=True, kw_only=True)
-class LoRAXS(PerSite):
+class LoRAXS(AtProjections):
     """Settings of LoRA-XS."""
 
-    sites: Annotated[tuple[str, ...], "where to attach: attn.q, ffn, attn.q@0-5, *@last4"] = ("attn.q", "attn.v")
     rank: Annotated[int, "directions of the weight; R is rank x rank", at_least(1)] = 25
     dropout: Annotated[float, "share of the branch's input dropped in training", between(0, 0.99)] = 0.0
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     start_is_drawn: ClassVar[bool] = False
     default_lr: ClassVar[float] = 4e-3
     tiny: ClassVar[dict[str, float]] = {"rank": 5, "lr": 3e-2}
 
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        sites = check_projections(anatomy, super().places(anatomy), "lora_xs", self.dropout)
+        sites = super().places(anatomy)
         return check_principal(self.rank, sites, "lora_xs.rank")
 
     def params_at(self, site: Site) -> int:

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy, Site
 from luthier.core import ConfigError, at_least, between
-from luthier.methods.parts.low_rank import check_projections
 from luthier.methods.parts.orthogonal import cayley, skew
 from luthier.methods.parts.principal import FrozenFrame, check_principal, frame_params
-from luthier.surgery import METHODS, Attachment, Base, PeftForm, PerSite
+from luthier.methods.parts.projections import AtProjections
+from luthier.surgery import METHODS, Attachment, Base, PeftForm
 
 
 def _stretch(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,16 +41,13 @@ def _stretch(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 @METHODS.register("psoft", family="reparameterised", paper="arXiv:2505.11235")
 @dataclass(frozen=True, kw_only=True)
-class PSOFT(PerSite):
+class PSOFT(AtProjections):
     """Settings of PSOFT."""
 
-    sites: Annotated[tuple[str, ...], "where to attach: attn.q, ffn, attn.q@0-5, *@last4"] = ("attn.q", "attn.v")
     rank: Annotated[int, "directions of the weight that are turned", at_least(2)] = 32
     stretch: Annotated[bool, "also scale each direction, before and after the turn"] = True
     dropout: Annotated[float, "share of the branch's input dropped in training", between(0, 0.99)] = 0.0
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     start_is_drawn: ClassVar[bool] = False
     default_lr: ClassVar[float] = 1e-3
     tiny: ClassVar[dict[str, float]] = {"rank": 6, "lr": 2e-2}
@@ -69,7 +66,7 @@ class PSOFT(PerSite):
     )  # fmt: skip
 
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        sites = check_projections(anatomy, super().places(anatomy), "psoft", self.dropout)
+        sites = super().places(anatomy)
         return check_principal(self.rank, sites, "psoft.rank")
 
     def params_at(self, site: Site) -> int:

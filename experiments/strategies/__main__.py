@@ -10,7 +10,7 @@ from experiments.one_run import one_run
 from experiments.results import asked_of, once, tried
 from experiments.strategies.page import write
 from experiments.strategies.scenes import SCENES, old_rows
-from experiments.strategies.trials import TRIALS, Trial
+from experiments.strategies.trials import Trial, every_trial
 from luthier.training import STRATEGIES
 from luthier.workflow import evaluate
 
@@ -20,24 +20,26 @@ RESULTS = Path(__file__).parent / "results.jsonl"
 def main() -> None:
     asked = asked_of("strategies", "strategy", RESULTS, __doc__)
     for name in asked.only or ():
-        STRATEGIES.get(name)  # a name that is none is no row of the table
-    chosen = {name: trial for name, trial in TRIALS.items() if not asked.only or name in asked.only}
-    plain = sorted({(t.scene, n) for t in chosen.values() for n in {1, t.passes}})
+        for one in name.split("+"):
+            STRATEGIES.get(one)  # a name that is none is no row of the table
+    chosen = [(name, trial) for name, trial in every_trial() if not asked.only or name in asked.only]
+    plain = sorted({(t.scene, n) for _, t in chosen for n in {1, t.passes}})
     for seed in range(0 if asked.page else asked.seeds):
         for scene, times in plain:
             once(asked.results, {"scene": scene, "strategy": None, "passes": times, "seed": seed},
-                 partial(tried, partial(_run, scene, None, times, seed)))  # fmt: skip
-        for name, trial in chosen.items():
+                 partial(tried, partial(_run, scene, None, Trial(), times, seed)))  # fmt: skip
+        for name, trial in chosen:
             once(asked.results, {"scene": trial.scene, "strategy": name, "passes": trial.passes, "seed": seed},
-                 partial(tried, partial(_run, trial.scene, name, 1, seed)))  # fmt: skip
+                 partial(tried, partial(_run, trial.scene, name, trial, trial.longer, seed)))  # fmt: skip
     if asked.page or asked.results == RESULTS:  # results kept elsewhere are a trial, and no page of the docs
         write(asked.results)
 
 
-def _run(scene: str, strategy: str | None, times: int, seed: int, out: str) -> tuple[list[bool], dict[str, Any]]:
+def _run(
+    scene: str, strategy: str | None, trial: Trial, times: int, seed: int, out: str
+) -> tuple[list[bool], dict[str, Any]]:
     """With so many times the scene's steps."""
     at = SCENES[scene]
-    trial = TRIALS[strategy] if strategy else Trial()
     right, facts = one_run(
         at.start(at.method, seed) if at.start else at.model, at.method, seed, at.train(), at.test(), out, [
             *at.given, f"run.steps={times * at.steps}", *([f"run.strategy={strategy}"] if strategy else []),

@@ -9,7 +9,7 @@ from typing import Any
 
 from experiments.results import known
 from experiments.strategies.scenes import SCENES
-from experiments.strategies.trials import NOT_TRIED, TRIALS
+from experiments.strategies.trials import NOT_TRIED, TRIALS, Trial, every_trial
 from luthier.training import STRATEGIES
 
 __all__ = ["write"]
@@ -28,17 +28,18 @@ It says what a strategy did here, on small models and small sets, and no more. D
 
 
 def write(results: Path) -> None:
-    rows = [row for row in known(results) if row["strategy"] is None or row["strategy"] in TRIALS]
+    tried = dict(every_trial())
+    rows = [row for row in known(results) if row["strategy"] is None or row["strategy"] in tried]
     lines: list[str] = []
     for scene, at in SCENES.items():
         here = [row for row in rows if row["scene"] == scene]
-        names = [name for name, trial in TRIALS.items() if trial.scene == scene]
-        if names:
-            lines += [f"## {at.says}", "", *_table(here, names, old=at.start is not None), ""]
+        trials = [(name, trial) for name, trial in every_trial() if trial.scene == scene]
+        if trials:
+            lines += [f"## {at.says}", "", *_table(here, trials, old=at.start is not None), ""]
     PAGE.write_text(HEAD + "\n".join([*lines, *_tail(rows)]).rstrip() + "\n", "utf-8")
 
 
-def _table(rows: Sequence[dict[str, Any]], names: Sequence[str], *, old: bool) -> list[str]:
+def _table(rows: Sequence[dict[str, Any]], trials: Sequence[tuple[str, Trial]], *, old: bool) -> list[str]:
     plain = {n: _by_seed(rows, None, n) for n in sorted({r["passes"] for r in rows if r["strategy"] is None})}
     lines = [
         f"| strategy | given | seeds | accuracy | macro F1 |{' first task |' if old else ''} passes | against plain "
@@ -47,9 +48,10 @@ def _table(rows: Sequence[dict[str, Any]], names: Sequence[str], *, old: bool) -
     ]
     for times, found in plain.items():
         lines.append(_line(f"plain, {times} x the steps" if times > 1 else "plain", "-", found, times, old, "-", "-"))
-    for name in names:
-        trial, found = TRIALS[name], _by_seed(rows, name, TRIALS[name].passes)
-        given = ", ".join(g.removeprefix(f"{name}.") for g in trial.given) or "-"
+    for name, trial in trials:
+        found = _by_seed(rows, name, trial.passes)
+        longer = [f"{trial.longer} x the steps"] if trial.longer > 1 else []
+        given = ", ".join([*longer, *(g.removeprefix(f"{name}.") for g in trial.given)]) or "-"
         lines.append(
             _line(f"`{name}`", given, found, trial.passes, old,
                   _gap(found, plain.get(1, {})), _gap(found, plain.get(trial.passes, {})))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from experiments.strategies.scenes import SMALL, further, old_rows, old_run, set_rows, target, teacher
 
-__all__ = ["NOT_TRIED", "TRIALS", "Trial"]
+__all__ = ["FURTHER", "NOT_TRIED", "TRIALS", "Trial", "every_trial"]
 
 Given = Callable[[str, int], list[str]]
 Rows = Mapping[str, Callable[[], Path]]
@@ -21,6 +21,7 @@ class Trial:
     Attributes:
         scene: its name.
         passes: whole times a plain step's passes; plain training makes as many times its steps to be compared with it.
+        longer: times the scene's steps that it makes itself.
         given: fields as FIELD=VALUE.
         runs: further fields, that name runs which are made first; called with method and seed.
         also: further sets of rows.
@@ -28,12 +29,14 @@ class Trial:
 
     scene: str = "few"
     passes: int = 1
+    longer: int = 1
     given: tuple[str, ...] = ()
     runs: Given = lambda method, seed: []
     also: Rows = field(default_factory=dict)
 
 
-SETS: Rows = {"headlines": lambda: set_rows("sarcasm"), "messages": lambda: set_rows("sms-spam")}
+SETS: Rows = {"headlines": lambda: set_rows("sarcasm", 96), "messages": lambda: set_rows("sms-spam", 96)}
+"""As many rows as the questions have. A step then holds a third of each, so such a run makes three times the steps."""
 
 TRIALS: dict[str, Trial] = {
     "adaptive_freeze": Trial(given=("adaptive_freeze.every=20",)),
@@ -61,12 +64,12 @@ TRIALS: dict[str, Trial] = {
     "lisa": Trial(scene="few-full"),
     "llrd": Trial(scene="few-full"),
     "lomo": Trial(scene="few-full", passes=2, given=("lomo.form=adalomo", "optim.lr=5e-4")),
-    "loss_weighting": Trial(passes=2, also=SETS),
+    "loss_weighting": Trial(passes=6, longer=3, also=SETS),
     "lwf": Trial(scene="then", runs=lambda m, s: [f"lwf.old={old_run(m, s)}"]),
     "mezo": Trial(scene="few-full", given=("optim.lr=1e-6",)),
     "mixout": Trial(scene="few-full"),
-    "mtl_sampling": Trial(also=SETS),
-    "pcgrad": Trial(passes=2, also=SETS),
+    "mtl_sampling": Trial(passes=3, longer=3, also=SETS),
+    "pcgrad": Trial(passes=6, longer=3, also=SETS),
     "r_drop": Trial(passes=2),
     "recadam": Trial(scene="few-full", given=("recadam.t0=40",)),
     "replay": Trial(scene="then", also={"old": old_rows}),
@@ -90,6 +93,22 @@ TRIALS: dict[str, Trial] = {
     "pouf": Trial(scene="decoder-words"),
     "autoprompt": Trial(scene="decoder-prompt", passes=3, given=("autoprompt.candidates=5",)),
 }  # fmt: skip
+
+FURTHER: dict[str, Trial] = {
+    "lisa": Trial(scene="decoder-full"),
+    "mezo": Trial(scene="decoder-full", given=("optim.lr=1e-6",)),
+    "replay+ewc": Trial(
+        scene="then", given=("ewc.rows=200", "ewc.weight=10000", "ewc.answers=labels"), also={"old": old_rows}
+    ),
+}
+"""Strategies that are tried in a second scene, and some together."""
+
+
+def every_trial() -> Iterator[tuple[str, Trial]]:
+    """Each strategy, or several together, with a scene that it is tried in."""
+    yield from TRIALS.items()
+    yield from FURTHER.items()
+
 
 _GAPS = (
     "asks a model that fills gaps, of which the samples have the decoder alone: its chain of runs comes to several "

@@ -9,7 +9,8 @@ from tiny import tiny
 from luthier.cli._front_space import front_space
 from luthier.comparison.front import words_of
 from luthier.core import ConfigError
-from luthier.methods.hybrid.autopeft import AutoPEFT, numbers_of
+from luthier.methods.hybrid.autopeft import AutoPEFT
+from luthier.methods.parts.layer_plan import layers_named
 from luthier.surgery import attach, method
 
 
@@ -39,7 +40,7 @@ def test_the_count_of_the_space_is_that_of_what_is_built():
 
 def test_words_of_layers_are_read_as_they_are_written():
     for numbers in ([0], [5], [0, 1, 2, 5], [1, 3, 4, 7, 8, 9]):
-        assert numbers_of(words_of(numbers)) == numbers
+        assert layers_named(words_of(numbers), "autopeft.layers") == numbers
 
 
 @pytest.mark.parametrize(

@@ -230,7 +230,7 @@ def test_another_trainer_has_no_rows_to_choose_by():
 def test_without_a_row_and_without_a_mask_it_refuses():
     made = FishMask(share=0.1)
     tuned = attach(tiny("bert"), made)
-    with pytest.raises(ConfigError, match="no row to score"):
+    with pytest.raises(ConfigError, match="no batch to score"):
         made.prepare(tuned, [])
     with pytest.raises(ConfigError, match="mask was never chosen"):
         train(tuned, 1)

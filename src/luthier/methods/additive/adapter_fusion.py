@@ -47,7 +47,6 @@ class AdapterFusion(Method):
     dropout: Annotated[float, "share of the scores dropped in training", between(0, 0.99)] = 0.1
     keep_value: Annotated[float, "times |I - V|² of every block is added to the loss", at_least(0)] = 0.01
 
-    mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 1e-3
     sources: ClassVar[tuple[str, ...]] = ("pfeiffer_adapter",)

@@ -42,7 +42,6 @@ class AdapterSoup(Method):
     sites: Annotated[tuple[str, ...], "where to attach; none: where the sources are"] = ()
     train: Annotated[bool, "let the mean train on"] = False
 
-    mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 1e-3
     default_head_lr: ClassVar[float | None] = 3e-2

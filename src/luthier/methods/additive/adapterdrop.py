@@ -42,7 +42,6 @@ class AdapterDrop(Method):
 
     modifies: ClassVar[bool] = True
     mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-3
     needs: ClassVar[tuple[str, ...]] = ("pfeiffer_adapter",)
 

@@ -45,7 +45,6 @@ class Attempt(Method):
     temperature: Annotated[float | None, "τ, which divides the scores; left out, d times e", above(0)] = None
     network_rate: Annotated[float, "times the prompt's learning rate at which the network learns", above(0)] = 1.0
 
-    mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     looks_ahead: ClassVar[bool] = True
     default_lr: ClassVar[float] = 0.3

@@ -41,7 +41,6 @@ class AttentionFusion(Method):
     embeddings: Annotated[bool, "what the first block reads counts as a layer"] = False
     scaled: Annotated[bool, "scores are divided by the root of d"] = False
 
-    mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     through_trunk: ClassVar[bool] = False
     default_lr: ClassVar[float] = 1e-2

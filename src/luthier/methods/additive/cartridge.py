@@ -47,7 +47,6 @@ class Cartridge(Method):
     length: Annotated[int, "keys and values before the text: the first so many of the words", at_least(1)] = 20
     still: Annotated[int, "of them, the first so many never move", at_least(0)] = 1
 
-    mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 1e-3
     tiny: ClassVar[dict[str, object]] = {"length": 4, "words": (5, 9, 30, 7, 12), "lr": 5e-2}

@@ -56,7 +56,6 @@ class CoDA(Method):
     epsilon: Annotated[float, "of SoftTopK: the smaller, the nearer λ is to 0 and 1", above(0)] = 1.0
     first: Annotated[bool, "a row's first token always goes through the block: a head of labels reads it"] = True
 
-    mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     looks_ahead: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-3

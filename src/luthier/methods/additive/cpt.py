@@ -125,7 +125,6 @@ class CPT(Method):
     context: Annotated[float, "times which the context's answers are learnt too; 0: not", at_least(0)] = 1.0
     decay: Annotated[float, "weight of an example's answer over that of the one behind it", at_least(0)] = 1.0
 
-    mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 1e-2
     start_is_drawn: ClassVar[bool] = False

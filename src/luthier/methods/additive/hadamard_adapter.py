@@ -44,7 +44,6 @@ class HadamardAdapter(Method):
     probe_rate: Annotated[float, "learning rate of that part, as a multiple of the run's", above(0)] = 1.0
 
     mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-2
 
     def __post_init__(self) -> None:

@@ -46,7 +46,6 @@ class HiWi(Method):
     adapter_bias: Annotated[bool, "the network has biases of its own"] = False
 
     mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     computes_tensors: ClassVar[bool] = True
     default_lr: ClassVar[float] = 5e-3
     tiny: ClassVar[Mapping[str, Any]] = {"rank": 3}

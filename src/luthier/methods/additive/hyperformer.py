@@ -48,7 +48,6 @@ class HyperFormer(Method):
     mixed: Annotated[int, "width of what it gives", at_least(1)] = 64
     train_norms: Annotated[bool, "also train the norms of the blocks"] = True
 
-    mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 3e-4
     trains_base: ClassVar[bool] = True

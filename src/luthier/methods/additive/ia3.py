@@ -40,7 +40,6 @@ class IA3(Method):
     cross: Annotated[bool, "also the keys and values of cross-attention, where there is one"] = True
 
     mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-2
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:

@@ -100,8 +100,6 @@ class LLaMAAdapter(Method):
     skip: Annotated[int, "layers at the bottom of each stack that get none", at_least(0)] = 2
     gate: Annotated[Literal["heads", "layer"], "one under a tanh for each head, or one number for all"] = "heads"
 
-    mergeable: ClassVar[bool] = False
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 9e-3
     tiny: ClassVar[dict[str, int | float]] = {"length": 3, "skip": 1, "lr": 0.05}
     peft: ClassVar[PeftForm | None] = PeftWhole(

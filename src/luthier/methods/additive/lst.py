@@ -58,7 +58,6 @@ class LST(Method):
     ] = "magnitude"
     data: Annotated[float, "fisher: share of the first epoch that is looked at", between(0.001, 1)] = 1.0
 
-    mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     through_trunk: ClassVar[bool] = False
     default_lr: ClassVar[float] = 3e-3

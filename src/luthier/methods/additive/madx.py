@@ -53,7 +53,6 @@ class MADX(Method):
     task_reduction: Annotated[int | None, "of a task adapter; left out, 16 or the source's", at_least(1)] = None
     invertible: Annotated[bool, "also map the embeddings"] = True
 
-    mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 1e-4
     sources: ClassVar[tuple[str, ...]] = ("madx",)

@@ -43,7 +43,6 @@ class MerA(Method):
     sites: Annotated[tuple[str, ...], "where to attach; none: where the sources are"] = ()
     by: Annotated[Literal["mean", "sum"], "how matched adapters become one"] = "mean"
 
-    mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 1e-3
     sources: ClassVar[tuple[str, ...]] = ("pfeiffer_adapter",)

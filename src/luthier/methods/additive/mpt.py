@@ -79,7 +79,6 @@ class MPT(Method):
     ] = 0.0
     temperature: Annotated[float, "of both answers in it", above(0)] = 1.0
 
-    mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 0.3
     reads_rows: ClassVar[tuple[str, ...]] = ("task",)

@@ -53,7 +53,6 @@ class PTuning(Method):
     tune_lm: Annotated[bool, "the model itself trains too, at `lm_rate` times the learning rate"] = False
     lm_rate: Annotated[float, "of the model, as a share of the vectors' rate", above(0)] = 0.02
 
-    mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 3e-3
     tiny: ClassVar[dict[str, int]] = {"length": 3}

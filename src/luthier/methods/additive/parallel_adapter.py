@@ -42,8 +42,6 @@ class ParallelAdapter(Method):
     activation: Annotated[Activation, "between its two layers"] = "relu"
     dropout: Annotated[float, "share of the bottleneck dropped in training", between(0, 0.99)] = 0.1
 
-    mergeable: ClassVar[bool] = False
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-4
     tiny: ClassVar[dict[str, int]] = {"width": 6}
 

@@ -44,7 +44,6 @@ class PASTA(Method):
     init: Annotated[Literal["paper", "zero"], "small normal vectors, or zeros"] = "paper"
     dropout: Annotated[float, "of what is added", between(0, 0.99)] = 0.0
 
-    mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 3e-3
     tiny: ClassVar[dict[str, Any]] = {"special": tuple(range(2, 60)), "vectors": 24, "lr": 0.05}

@@ -40,7 +40,6 @@ class PrefixTuning(Method):
     )
     dropout: Annotated[float, "share of the prefix dropped in training", between(0, 0.99)] = 0.0
 
-    mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 5e-5
     tiny: ClassVar[dict[str, int]] = {"length": 3, "mlp_width": 7}

@@ -43,7 +43,6 @@ class PromptTuning(Method):
         tuple[tuple[int, ...], ...], "init=words: token ids, one group per vector; a group is averaged"
     ] = ()
 
-    mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 0.3
     tiny: ClassVar[dict[str, int]] = {"length": 3}

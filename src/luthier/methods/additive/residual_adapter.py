@@ -40,7 +40,6 @@ class ResidualAdapter(Method):
     activation: Annotated[Activation, "between its two layers"] = "relu"
     init: Annotated[Literal["paper", "zero_up"], "small normal weights, or a second layer of zeros"] = "paper"
 
-    mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 5e-4
     # Kinks of ReLU turn roundings of a tiny model into other gradients.

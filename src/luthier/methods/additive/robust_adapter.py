@@ -44,7 +44,6 @@ class RobustAdapter(Method):
     activation: Annotated[Activation, "between its two layers"] = "gelu"
     init: Annotated[Literal["paper", "zero_up"], "small normal weights, or a second layer of zeros"] = "paper"
 
-    mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 1e-3
     sources: ClassVar[tuple[str, ...]] = ("robust_adapter",)

@@ -42,7 +42,6 @@ class SequentialAdapter(Method):
     embedding_norm: Annotated[bool, "also train the norm of the embeddings"] = False
     cross: Annotated[bool, "also close cross-attention, where there is one"] = False
 
-    mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 1e-3
     tiny: ClassVar[dict[str, int]] = {"width": 6}

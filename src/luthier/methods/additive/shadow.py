@@ -138,7 +138,6 @@ class Shadow(Method):
     dropout: Annotated[float, "of the difference between stream and state", between(0, 0.99)] = 0.2
     hidden: Annotated[int | None, "width inside T and G; left out, the rank", at_least(1)] = None
 
-    mergeable: ClassVar[bool] = False
     default_lr: ClassVar[float] = 1e-3
     tiny: ClassVar[dict[str, Any]] = {"rank": 3, "hidden": 4, "strength": 0.5, "lr": 1e-2}
     peft: ClassVar[PeftForm | None] = PeftWhole(

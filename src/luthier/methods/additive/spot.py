@@ -45,7 +45,6 @@ class SPoT(Method):
     early: Annotated[str | None, "the source that is an early prompt of the task itself, by its folder's name"] = None
     top: Annotated[int | None, "of the sources, so many that are most like `early`; left out, all", at_least(1)] = None
 
-    mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 0.3
     sources: ClassVar[tuple[str, ...]] = ("prompt_tuning", "spot")

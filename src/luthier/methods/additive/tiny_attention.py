@@ -48,7 +48,6 @@ class TinyAttention(Method):
     first: Annotated[float, "share of the run in which one expert trains", between(0.01, 0.99)] = 0.5
     dropout: Annotated[float, "of the attention's shares", between(0, 0.99)] = 0.1
 
-    mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 5e-3
     tiny: ClassVar[dict[str, int | float]] = {"width": 2, "experts": 2, "lr": 0.05}

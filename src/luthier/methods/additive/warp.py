@@ -46,7 +46,6 @@ class WARP(Method):
     )
     like: Annotated[int, "id of the word that trained ones start as; left out, the mask", at_least(0)] = 0
 
-    mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 1e-3
     soft_words: ClassVar[bool] = True

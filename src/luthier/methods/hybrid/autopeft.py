@@ -21,7 +21,6 @@ Not when: one training is all there is, and nothing was found on a like task bef
 Pitfalls: the rows that choose among many configurations flatter the best of them: judge it on others.
 """
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -29,7 +28,7 @@ from typing import Annotated, ClassVar
 from luthier.anatomy import Anatomy
 from luthier.core import ConfigError, at_least
 from luthier.methods.parts.bottleneck import Bottleneck
-from luthier.methods.parts.layer_plan import InLayer, Layer, cost_of, layers_of, plan_edits, plan_params
+from luthier.methods.parts.layer_plan import InLayer, Layer, cost_of, layers_named, layers_of, plan_edits, plan_params
 from luthier.methods.parts.own_tensors import group_names, own_modules
 from luthier.surgery import METHODS, Edit, Group, Method, TunedView
 
@@ -44,7 +43,6 @@ class AutoPEFT(Method):
     parallel: Annotated[int, "width of the adapter beside the feed-forward layer; 0: none", at_least(0)] = 96
     prefix: Annotated[int, "keys and values before the text; 0: none", at_least(0)] = 12
 
-    mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 1e-3
     tiny: ClassVar[dict[str, int]] = {"serial": 3, "parallel": 5, "prefix": 2}
@@ -53,7 +51,7 @@ class AutoPEFT(Method):
         if not (self.serial or self.parallel or self.prefix):
             raise ConfigError("autopeft: serial, parallel and prefix are all 0, so nothing trains. Give one a size.")
         if self.layers != "all":
-            numbers_of(self.layers)
+            layers_named(self.layers, "autopeft.layers")
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         return plan_edits(anatomy, self.plan(anatomy), self.name)
@@ -72,7 +70,7 @@ class AutoPEFT(Method):
             ConfigError: a layer that the model does not have.
         """
         found = layers_of(anatomy)
-        chosen = range(len(found)) if self.layers == "all" else numbers_of(self.layers)
+        chosen = range(len(found)) if self.layers == "all" else layers_named(self.layers, "autopeft.layers")
         if chosen[-1] >= len(found):
             raise ConfigError(
                 f"autopeft.layers: {self.layers} names layer {chosen[-1]}, and this model has {len(found)}, counted "
@@ -82,22 +80,3 @@ class AutoPEFT(Method):
             cost_of(anatomy, found[number], "prefix", self.prefix, self.name)
         here = InLayer(adapter=self.serial, parallel=self.parallel, prefix=self.prefix)
         return {found[number]: here for number in chosen}
-
-
-def numbers_of(words: str) -> list[int]:
-    """The layers that the words name, in order.
-
-    >>> numbers_of("0-2+5-5")
-    [0, 1, 2, 5]
-
-    Raises:
-        ConfigError: they name none.
-    """
-    found: set[int] = set()
-    for part in words.split("+"):
-        ends = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip())
-        own = range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else range(0)
-        if not own:
-            raise ConfigError(f"autopeft.layers: {part!r} of {words!r} names no layers. Write all, or such as 0-2+5-5.")
-        found.update(own)
-    return sorted(found)

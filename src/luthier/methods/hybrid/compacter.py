@@ -48,7 +48,6 @@ class Compacter(Method):
     norms: Annotated[bool, "also train all norms"] = True
     zero_up: Annotated[bool, "the second matrix starts at zero"] = False
 
-    mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 3e-3
     trains_base: ClassVar[bool] = True

@@ -41,7 +41,6 @@ class MAM(Method):
     scale: Annotated[float, "multiplies that branch", above(0)] = 2.0
     dropout: Annotated[float, "share of prefix and bottleneck dropped in training", between(0, 0.99)] = 0.1
 
-    mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 1e-4
     tiny: ClassVar[dict[str, int]] = {"length": 3, "width": 6, "mlp_width": 7}

@@ -60,7 +60,6 @@ class S3DeltaM(PlaceSearch):
     plan: Annotated[tuple[str, ...], "places that train, such as lora:attn.q@0, without a search"] = ()
 
     mergeable: ClassVar[bool] = False
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-2
     draws: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = True

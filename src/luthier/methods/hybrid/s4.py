@@ -41,7 +41,6 @@ class S4(Method):
 
     share: Annotated[float, "trained numbers, as a share of those below the head", between(0, 1)] = 0.005
 
-    mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 2e-3
     trains_base: ClassVar[bool] = True

@@ -45,7 +45,6 @@ class Saliency(Method):
 
     modifies: ClassVar[bool] = True
     mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("lora",)
     tiny: ClassVar[dict[str, float]] = {"share": 0.5}
 

@@ -51,7 +51,6 @@ class UniPELT(Method):
     width: Annotated[int, "of the adapter's bottleneck", at_least(1)] = 48
     activation: Annotated[Activation, "inside the adapter"] = "relu"
 
-    mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 5e-4
     looks_ahead: ClassVar[bool] = True

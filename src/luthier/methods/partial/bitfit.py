@@ -48,7 +48,6 @@ class BitFit(Method):
     add_missing_biases: Annotated[bool, "give linear layers without a bias a new one of zeros"] = False
 
     mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 4e-3
     trains_base: ClassVar[bool] = True
 

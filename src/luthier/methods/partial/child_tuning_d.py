@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from luthier.anatomy import Anatomy
-from luthier.core import ConfigError, above, between
-from luthier.methods.parts.in_place import MovesEntries
+from luthier.core import above, between
+from luthier.methods.parts.in_place import ScoredEntries
 from luthier.methods.parts.masks import first_share, no_trace, top_k
 from luthier.methods.parts.own_tensors import own_unfrozen
 from luthier.methods.parts.update_masks import maskable
@@ -42,7 +42,7 @@ from luthier.surgery.unfrozen import Unfrozen
 
 @METHODS.register("child_tuning_d", family="partial", paper="arXiv:2109.05687")
 @dataclass(frozen=True, kw_only=True)
-class ChildTuningD(MovesEntries):
+class ChildTuningD(ScoredEntries):
     """Settings of task-driven child tuning."""
 
     share: Annotated[float, "share of the blocks' entries that move", between(0, 1)] = 0.3
@@ -50,11 +50,7 @@ class ChildTuningD(MovesEntries):
     data: Annotated[float, "share of the first epoch that is looked at", between(0.001, 1)] = 1.0
     clip: Annotated[float, "largest gradient norm of one tensor while scoring", above(0)] = 1.0
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 4e-5
-    looks_at_data: ClassVar[bool] = True
-    trains_base: ClassVar[bool] = True
 
     def tensors(self, anatomy: Anatomy) -> tuple[str, ...]:
         return maskable(anatomy, "all")
@@ -79,23 +75,13 @@ class ChildTuningD(MovesEntries):
         )
 
     def prepare(self, tuned: TunedView, batches: Batches) -> None:
-        child = self._child(tuned)
+        child = self.masked(tuned)
         scores = fisher(tuned, [u.parameter for u in child], first_share(batches, self.data), self.clip)
-        if not any(bool(s.any()) for s in scores):
-            raise ConfigError(
-                "child_tuning_d: no gradient reached the blocks, so nothing can be told apart. Check the loss."
-            )
         k = math.floor(self.share * sum(s.numel() for s in scores))
         for unfrozen, mask in zip(child, top_k(scores, k), strict=True):
             unfrozen.mask = mask
 
-    def after_backward(self, tuned: TunedView, step: int, total: int) -> None:
-        if any(u.mask is None for u in self._child(tuned)):
-            raise ConfigError(
-                "child_tuning_d: its mask was never chosen. Call prepare(tuned, batches) before training."
-            )
-
-    def _child(self, tuned: TunedView) -> list[Unfrozen]:
+    def masked(self, tuned: TunedView) -> list[Unfrozen]:
         """The tensors of the blocks, in the order of the model."""
         return [u for u in own_unfrozen(self, tuned) if _in_blocks(u.name, tuned.anatomy)]
 
@@ -106,8 +92,6 @@ def _in_blocks(name: str, anatomy: Anatomy) -> bool:
 
 def fisher(tuned: TunedView, parameters: list[torch.nn.Parameter], batches: Batches, clip: float) -> list[Tensor]:
     """Mean over the batches of each squared gradient, in training mode; each tensor's gradient clipped to `clip`."""
-    if len(batches) == 0:
-        raise ConfigError("child_tuning_d: no batch to score with. Give prepare() at least one.")
     scores = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
     with no_trace(tuned, training=True):
         for batch in batches:
@@ -117,9 +101,5 @@ def fisher(tuned: TunedView, parameters: list[torch.nn.Parameter], batches: Batc
                     norm = torch.linalg.vector_norm(wide)
                     wide = wide * (clip / (norm + 1e-6)).clamp(max=1.0)
                     score.addcmul_(wide, wide, value=1 / len(batches))
-    for parameter_scores in scores:
-        if not torch.isfinite(parameter_scores).all():
-            raise ConfigError(
-                "child_tuning_d: a gradient is not finite while scoring. Look at the data or the precision."
-            )
+    ChildTuningD.check_scores(scores, len(batches))
     return scores

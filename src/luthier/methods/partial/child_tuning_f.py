@@ -39,10 +39,7 @@ class ChildTuningF(MovesEntries):
     p: Annotated[float, "share of the entries whose gradient is kept in a step", above(0)] = 0.3
     masked_update: Annotated[bool, "entries outside a step's mask stay, whatever momentum and decay say"] = False
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 4e-5
-    trains_base: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.p >= 1:

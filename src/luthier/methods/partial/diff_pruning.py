@@ -54,7 +54,6 @@ class DiffPruning(Method):
     gate_rate: Annotated[float, "learning rate of the logits, as a multiple of delta's", at_least(0)] = 1000.0
 
     mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     computes_tensors: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-4
     draws: ClassVar[bool] = True

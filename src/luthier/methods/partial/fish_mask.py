@@ -37,7 +37,7 @@ from torch import Tensor
 from luthier import kernels
 from luthier.anatomy import Anatomy
 from luthier.core import ConfigError, at_least, between
-from luthier.methods.parts.in_place import MovesEntries
+from luthier.methods.parts.in_place import ScoredEntries
 from luthier.methods.parts.masks import no_trace, top_k
 from luthier.methods.parts.own_tensors import own_unfrozen
 from luthier.methods.parts.update_masks import kept, maskable, sizes_of
@@ -46,7 +46,7 @@ from luthier.surgery import METHODS, Batches, OneRow, TunedView, rows_of
 
 @METHODS.register("fish_mask", family="partial", paper="arXiv:2111.09839")
 @dataclass(frozen=True, kw_only=True)
-class FishMask(MovesEntries):
+class FishMask(ScoredEntries):
     """Settings of the FISH mask."""
 
     share: Annotated[float, "share of the model's numbers that may move, the head's among them", between(0, 1)] = 0.005
@@ -57,12 +57,8 @@ class FishMask(MovesEntries):
     counts_head: Annotated[bool, "the head's numbers are taken off the budget"] = True
     refresh_every: Annotated[int, "steps until the mask is chosen anew; 0, never", at_least(0)] = 0
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 5e-3
-    looks_at_data: ClassVar[bool] = True
     looks_again: ClassVar[str] = "refresh_every"
-    trains_base: ClassVar[bool] = True
     tiny: ClassVar[Mapping[str, Any]] = {"share": 0.3}
 
     def tensors(self, anatomy: Anatomy) -> tuple[str, ...]:
@@ -80,10 +76,6 @@ class FishMask(MovesEntries):
             )
         return left
 
-    def n_stored(self, anatomy: Anatomy) -> int:
-        """New values and their places."""
-        return 2 * self.n_params(anatomy)
-
     def prepare(self, tuned: TunedView, batches: Batches) -> None:
         mine = own_unfrozen(self, tuned)
         rows = islice((row for look in batches for row in rows_of(look)), self.rows)
@@ -95,10 +87,6 @@ class FishMask(MovesEntries):
                 unfrozen.let_lie(still)
             else:
                 unfrozen.mask = best
-
-    def after_backward(self, tuned: TunedView, step: int, total: int) -> None:
-        if any(u.mask is None for u in own_unfrozen(self, tuned)):
-            raise ConfigError("fish_mask: its mask was never chosen. Call prepare(tuned, batches) before training.")
 
 
 @contextmanager
@@ -128,15 +116,8 @@ def fisher(parameters: list[torch.nn.Parameter], rows: Iterable[Any], *, expecte
             for score, grad in zip(scores, grads, strict=True):
                 if grad is not None:
                     score.addcmul_(grad.float(), grad.float(), value=weight)
-    if seen == 0:
-        raise ConfigError("fish_mask: no row to score with. Give prepare() at least one batch.")
-    for score in scores:
-        score.div_(seen)
-        if not torch.isfinite(score).all():
-            raise ConfigError("fish_mask: a gradient is not finite while scoring. Look at the data or the precision.")
-    if not any(bool(s.any()) for s in scores):
-        raise ConfigError("fish_mask: no gradient reached the model, so nothing can be told apart. Check the loss.")
-    return scores
+    FishMask.check_scores(scores, seen)
+    return [score.div_(seen) for score in scores]
 
 
 def _chances(row: OneRow, expected: bool) -> list[tuple[float, Tensor]]:

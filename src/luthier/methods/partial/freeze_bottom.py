@@ -20,7 +20,7 @@ holds for all of them stay with it; in an encoder-decoder the first blocks of bo
 import fnmatch
 import math
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from luthier.anatomy import Anatomy
 from luthier.core import AnatomyError, ConfigError, at_least, between, near
@@ -39,11 +39,6 @@ class FreezeBottom(TrainsInPlace):
     embeddings: Annotated[bool, "embeddings stay, and what stands between them and the first block"] = True
     names: Annotated[tuple[str, ...], "further tensors that stay, such as *.bias"] = ()
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
-    default_lr: ClassVar[float] = 5e-5
-    trains_base: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         if self.blocks is not None and self.layers:
             raise ConfigError("freeze_bottom: blocks says how many stay and layers which. Give one of them.")
@@ -52,10 +47,8 @@ class FreezeBottom(TrainsInPlace):
         """What trains; every other tensor below the head stays."""
         stay = tuple(f"{b.path}." for b in anatomy.blocks if b.layer in self._frozen(anatomy, b.stack))
         heads = set(anatomy.head_tensors)
-        named = [n for n in anatomy.tensors if n not in heads and not n.startswith(stay)]
-        if self.embeddings:
-            bottom = _bottom(anatomy)
-            named = [n for n in named if n not in bottom]
+        bottom = _bottom(anatomy) if self.embeddings else set()
+        named = [n for n in anatomy.tensors if n not in heads and n not in bottom and not n.startswith(stay)]
         for pattern in self.names:
             if not fnmatch.filter(anatomy.tensors, pattern):
                 raise AnatomyError(

@@ -22,7 +22,7 @@ alone what does not train yet, as it does here.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from luthier.anatomy import Anatomy
 from luthier.core import ConfigError, at_least, between
@@ -39,11 +39,6 @@ class GradualUnfreezing(TrainsInPlace):
 
     until: Annotated[float, "share of the run after which everything trains", between(0, 1)] = 0.75
     ratio: Annotated[float, "each group's rate is that of the group above divided by this", at_least(1)] = 1.0
-
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
-    default_lr: ClassVar[float] = 5e-5
-    trains_base: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.until < 1:

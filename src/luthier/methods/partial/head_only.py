@@ -34,7 +34,6 @@ class HeadOnly(Method):
     pooler: Annotated[bool, "also train the pooler, where the model has one"] = False
 
     mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 3e-2
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:

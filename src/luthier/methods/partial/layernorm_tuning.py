@@ -58,10 +58,7 @@ class LayerNormTuning(TrainsInPlace):
 
     outside: Annotated[bool, "also the norms outside the blocks: behind the embedding, behind the last block"] = True
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 4e-3
-    trains_base: ClassVar[bool] = True
     peft: ClassVar[PeftForm | None] = PeftWhole("LN_TUNING", out=_out, back=_back)
 
     def groups(self, tuned: TunedView) -> list[Group]:

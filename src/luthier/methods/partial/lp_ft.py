@@ -19,7 +19,7 @@ the second; dropout of the trunk stays on in both, while a probe of fixed featur
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from luthier.anatomy import Anatomy
 from luthier.core import AnatomyError, ConfigError, above, between
@@ -35,11 +35,6 @@ class LPFT(TrainsInPlace):
 
     probe: Annotated[float, "share of the run in which the head alone learns", between(0, 1)] = 0.5
     probe_rate: Annotated[float, "learning rate of that part, as a multiple of the run's", above(0)] = 100.0
-
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
-    default_lr: ClassVar[float] = 5e-5
-    trains_base: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.probe < 1:

@@ -46,10 +46,6 @@ class LTSFT(MovesEntries):
     norms: Annotated[bool, "norms train and are ranked too"] = False
     l1: Annotated[float, "weight of mean |theta - theta_0|", at_least(0)] = 0.0
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
-    default_lr: ClassVar[float] = 5e-5
-    trains_base: ClassVar[bool] = True
     tiny: ClassVar[Mapping[str, Any]] = {"share": 0.3}
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:

@@ -40,10 +40,7 @@ class MagnitudeMask(MovesEntries):
     scope: Annotated[Scope, "best of the whole model, or of each tensor"] = "model"
     over: Annotated[Over, "which tensors: all below the head, those of the blocks, or the blocks' weights"] = "all"
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-2
-    trains_base: ClassVar[bool] = True
     tiny: ClassVar[Mapping[str, Any]] = {"share": 0.3}
 
     def tensors(self, anatomy: Anatomy) -> tuple[str, ...]:

@@ -44,10 +44,7 @@ class PaFi(MovesEntries):
     scope: Annotated[Scope, "smallest of each tensor, or of the whole model"] = "tensor"
     over: Annotated[Over, "which tensors: all below the head, those of the blocks, or the blocks' weights"] = "matrices"
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-2
-    trains_base: ClassVar[bool] = True
     tiny: ClassVar[Mapping[str, Any]] = {"share": 0.1}
 
     def tensors(self, anatomy: Anatomy) -> tuple[str, ...]:

@@ -47,7 +47,6 @@ class Pruned(Method):
 
     modifies: ClassVar[bool] = True
     mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 4e-3
     needs: ClassVar[tuple[str, ...]] = ("bitfit",)
     tiny: ClassVar[dict[str, float]] = {"share": 0.5}

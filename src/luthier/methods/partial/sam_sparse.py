@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from luthier.anatomy import Anatomy
-from luthier.core import ConfigError, at_least, between
-from luthier.methods.parts.in_place import MovesEntries
+from luthier.core import at_least, between
+from luthier.methods.parts.in_place import ScoredEntries
 from luthier.methods.parts.masks import no_trace
 from luthier.methods.parts.own_tensors import own_unfrozen
 from luthier.methods.parts.update_masks import choose_masks, kept, maskable, sizes_of
@@ -37,18 +37,14 @@ from luthier.surgery import METHODS, Batches, TunedView, gradients
 
 @METHODS.register("sam_sparse", family="partial", paper="arXiv:2211.15583")
 @dataclass(frozen=True, kw_only=True)
-class SAMSparse(MovesEntries):
+class SAMSparse(ScoredEntries):
     """Settings of the second-order approximation."""
 
     share: Annotated[float, "share of each tensor's entries that may move", between(0, 1)] = 0.005
     steps: Annotated[int, "steps of the first epoch that are looked at, at most", at_least(1)] = 500
     curvature: Annotated[Literal["constant", "fisher"], "what the squared gradient is divided by"] = "constant"
 
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 5e-3
-    looks_at_data: ClassVar[bool] = True
-    trains_base: ClassVar[bool] = True
     tiny: ClassVar[Mapping[str, Any]] = {"share": 0.1}
 
     def tensors(self, anatomy: Anatomy) -> tuple[str, ...]:
@@ -58,14 +54,8 @@ class SAMSparse(MovesEntries):
     def n_params(self, anatomy: Anatomy) -> int:
         return kept(sizes_of(anatomy, maskable(anatomy, "blocks")), self.share, "tensor", self.name)
 
-    def n_stored(self, anatomy: Anatomy) -> int:
-        """New values and their places."""
-        return 2 * self.n_params(anatomy)
-
     def prepare(self, tuned: TunedView, batches: Batches) -> None:
         looked = batches[: self.steps]
-        if len(looked) == 0:
-            raise ConfigError("sam_sparse: no batch to score with. Give prepare() at least one.")
         mine = own_unfrozen(self, tuned)
         parameters = [u.parameter for u in mine]
         signed = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
@@ -77,18 +67,9 @@ class SAMSparse(MovesEntries):
                         signed[i] += grad
                         if squared is not None:
                             squared[i].addcmul_(grad, grad, value=1 / len(looked))
-        if not all(bool(torch.isfinite(s).all()) for s in signed):
-            raise ConfigError("sam_sparse: a gradient is not finite while scoring. Look at the data or the precision.")
-        if not any(bool(s.any()) for s in signed):
-            raise ConfigError(
-                "sam_sparse: no gradient reached the blocks, so nothing can be told apart. Check the loss."
-            )
+        self.check_scores(signed, len(looked))
         scores = [gain(s, None if squared is None else squared[i]) for i, s in enumerate(signed)]
         choose_masks(mine, scores, self.share, "tensor")
-
-    def after_backward(self, tuned: TunedView, step: int, total: int) -> None:
-        if any(u.mask is None for u in own_unfrozen(self, tuned)):
-            raise ConfigError("sam_sparse: its mask was never chosen. Call prepare(tuned, batches) before training.")
 
 
 def gain(gradient: Tensor, curvature: Tensor | None) -> Tensor:

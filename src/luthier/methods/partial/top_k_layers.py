@@ -19,7 +19,7 @@ through an encoder's last blocks would run through every block of the decoder.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from luthier.anatomy import Anatomy, Block
 from luthier.core import ConfigError, at_least
@@ -35,11 +35,6 @@ class TopKLayers(TrainsInPlace):
     k: Annotated[int, "how many of the last blocks train", at_least(1)] = 2
     embeddings: Annotated[bool, "also everything outside the blocks, embeddings among it"] = False
     encoder: Annotated[bool, "in an encoder-decoder: also the encoder's last k blocks"] = False
-
-    mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
-    default_lr: ClassVar[float] = 5e-5
-    trains_base: ClassVar[bool] = True
 
     def tensors(self, anatomy: Anatomy) -> list[str]:
         chosen = tuple(f"{b.path}." for b in self._blocks(anatomy))

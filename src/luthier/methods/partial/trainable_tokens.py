@@ -72,7 +72,6 @@ class TrainableTokens(Method):
     output_matrix: Annotated[bool, "also their rows of an output matrix that is not the table itself"] = True
 
     mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     start_is_drawn: ClassVar[bool] = False
     computes_tensors: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-3

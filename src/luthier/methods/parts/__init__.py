@@ -35,7 +35,8 @@
     prefixes          Prefixes         keys and values of every attention, or the networks that compute them
                       prefix_params, prefix_stored, drop_networks, groups_of
     layer_plan        plan_edits       what a plan says of each layer: adapters, LoRA, a prefix, biases
-                      InLayer, Layer, LayerPrefixes, Plan, cost_of, layers_of, plan_params
+                      InLayer, Layer, LayerPrefixes, Plan, cost_of, layers_named, layers_of,
+                      plan_params
     hadamard          Projection       a random projection by fast transforms, made again from its name
                       hadamard
     masks             top_k            exactly k entries of several tensors
@@ -44,6 +45,7 @@
                       first_share
     in_place          TrainsInPlace    a method that trains tensors of the model where they stand
                       MovesEntries     the same under a mask
+                      ScoredEntries    the same, and rows tell which entries move
     update_masks      choose_masks     a share of the model's own numbers that may move
                       kept, maskable, sizes_of, Over, Scope
     encoder_ends      encoder_ends     where an encoder's blocks end; a decoder is refused

@@ -6,6 +6,7 @@ prefix    keys and values before those of the text
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
@@ -14,14 +15,24 @@ import torch
 from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy, Attention, Site
-from luthier.core import AnatomyError
+from luthier.core import AnatomyError, ConfigError
 from luthier.methods.parts.bottleneck import bottleneck_params, width_of
 from luthier.methods.parts.closing import Closing
 from luthier.methods.parts.low_rank import ThinUpdate
 from luthier.methods.parts.parallel_branch import Beside
 from luthier.surgery import Attachment, Base, Edit, PrependKeys, Unfreeze, attach_each
 
-__all__ = ["InLayer", "Layer", "LayerPrefixes", "Plan", "cost_of", "layers_of", "plan_edits", "plan_params"]
+__all__ = [
+    "InLayer",
+    "Layer",
+    "LayerPrefixes",
+    "Plan",
+    "cost_of",
+    "layers_named",
+    "layers_of",
+    "plan_edits",
+    "plan_params",
+]
 
 Layer = tuple[str, int]
 """Its stack, "" for the only one, and its number there."""
@@ -150,3 +161,22 @@ class LayerPrefixes(nn.Module):
             keys, values = (t.unflatten(-1, (heads, width)).transpose(0, 1) for t in rows.split(heads * width, 1))
             pairs.append((keys, values))
         return pairs
+
+
+def layers_named(words: str, setting: str) -> list[int]:
+    """The layers that the words name, in order.
+
+    >>> layers_named("0-2+5-5", "layers")
+    [0, 1, 2, 5]
+
+    Raises:
+        ConfigError: they name none.
+    """
+    found: set[int] = set()
+    for part in words.split("+"):
+        ends = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip())
+        own = range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else range(0)
+        if not own:
+            raise ConfigError(f"{setting}: {part!r} of {words!r} names no layers. Write all, or such as 0-2+5-5.")
+        found.update(own)
+    return sorted(found)

@@ -12,15 +12,11 @@ __all__ = ["AtProjections"]
 
 @dataclass(frozen=True, kw_only=True)
 class AtProjections(PerSite):
-    """One attachment for each projection: of queries and values, if nothing is said.
-
-    It merges, and starts as the base model, unless a method says otherwise.
-    """
+    """One attachment for each projection, by default of queries and values; it merges, if nothing else is said."""
 
     sites: Annotated[tuple[str, ...], "where to attach: attn.q, ffn, attn.q@0-5, *@last4"] = ("attn.q", "attn.v")
 
     mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
 
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
         return check_projections(anatomy, super().places(anatomy), self._label, getattr(self, "dropout", 0.0))

@@ -46,7 +46,6 @@ class IntrinsicSAID(Method):
     subspace: Annotated[int, "which random subspace: any whole number"] = 0
 
     mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     computes_tensors: ClassVar[bool] = True
     default_lr: ClassVar[float] = 2e-3
     default_head_lr: ClassVar[float | None] = 1e-2

@@ -74,7 +74,6 @@ class LaplaceLoRA(Method):
 
     modifies: ClassVar[bool] = True
     mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     classes_only: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("lora",)
 

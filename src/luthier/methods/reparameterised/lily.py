@@ -50,8 +50,6 @@ class Lily(Method):
     scale: Annotated[float, "multiplies the update", above(0)] = 1.0
     route: Annotated[Literal["row", "token"], "experts are mixed once for a row, or for each token"] = "row"
 
-    mergeable: ClassVar[bool] = False
-    starts_at_base: ClassVar[bool] = True
     looks_ahead: ClassVar[bool] = True
     default_lr: ClassVar[float] = 4e-3
     tiny: ClassVar[dict[str, float]] = {"rank": 3, "lr": 2e-2}

@@ -55,7 +55,6 @@ class LoRA(LowRankAxes):
     data: Annotated[float, "eva, corda, lora_ga: share of the first epoch looked at", between(0.001, 1)] = 0.1
 
     mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 2e-3
     tiny: ClassVar[dict[str, int]] = {"rank": 3}
 

@@ -59,7 +59,6 @@ class LoRAHub(PerSite):
     train: Annotated[bool, "let the sum train on"] = False
 
     mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 2e-3
     looks_at_data: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...]] = ("lora",)

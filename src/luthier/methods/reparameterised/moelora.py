@@ -44,8 +44,6 @@ class MOELoRA(Method):
     width: Annotated[int, "width of the vectors of the tasks", at_least(1)] = 64
     dropout: Annotated[float, "share of the branch's input dropped in training", between(0, 0.99)] = 0.0
 
-    mergeable: ClassVar[bool] = False
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-3
     reads_rows: ClassVar[tuple[str, ...]] = ("task",)
     tiny: ClassVar[dict[str, float]] = {"rank": 6, "experts": 2, "width": 5, "alpha": 12.0, "lr": 2e-2}

@@ -47,8 +47,6 @@ class Poly(Method):
     skills: Annotated[int, "skills at each place", at_least(1)] = 4
     splits: Annotated[int, "slices with a mixture of their own: a divisor of every width", at_least(1)] = 1
 
-    mergeable: ClassVar[bool] = False
-    starts_at_base: ClassVar[bool] = True
     draws: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-3
     reads_rows: ClassVar[tuple[str, ...]] = ("task",)

@@ -60,7 +60,6 @@ class XLoRA(Method):
     strength: Annotated[float, "times which the mixture is added", above(0)] = 1.0
     train: Annotated[bool, "let the LoRAs train on"] = False
 
-    mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 1e-2
     sources: ClassVar[tuple[str, ...]] = ("lora",)

@@ -66,7 +66,6 @@ class AdaMix(PerSite):
         float, "share of the run, at its end, that learns the weights of the mean", between(0, 0.9)
     ] = 0.0
 
-    mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 2e-3
     draws: ClassVar[bool] = True

@@ -59,7 +59,6 @@ class ProPETL(Method):
     join: Annotated[Literal["or", "and", "sum"], "what a layer's mask and a task's become together"] = "or"
     mask_rate: Annotated[float, "learning rate of the scores, as a multiple of the prototype's", at_least(0)] = 30.0
 
-    mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 3e-4
     reads_rows: ClassVar[tuple[str, ...]] = ("task",)

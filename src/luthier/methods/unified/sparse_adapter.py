@@ -56,7 +56,6 @@ class SparseAdapter(Method):
     compact: Annotated[bool, "units of a bottleneck that are held at zero as a whole are taken out in the end"] = False
 
     modifies: ClassVar[bool] = True
-    mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     looks_at_data: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("sequential_adapter",)

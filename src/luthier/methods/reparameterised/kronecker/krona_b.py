@@ -42,8 +42,6 @@ class KronAB(Method):
     residual: Annotated[bool, "also add s_res times what the layer reads, s_res learned"] = False
     residual_start: Annotated[float, "where s_res starts"] = 0.0
 
-    mergeable: ClassVar[bool] = False
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 5e-3
 
     def __post_init__(self) -> None:

@@ -52,7 +52,6 @@ class FRoD(Method):
     draw: Annotated[int, "which places of S: any whole number", at_least(0)] = 0
 
     mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-2
     start_is_drawn: ClassVar[bool] = False  # what is drawn follows from `draw`
     tiny: ClassVar[dict[str, float]] = {"lr": 5e-2}

@@ -83,7 +83,6 @@ class TinyLoRA(Method):
     dropout: Annotated[float, "share of the branch's input dropped in training", between(0, 0.99)] = 0.0
 
     mergeable: ClassVar[bool] = True
-    starts_at_base: ClassVar[bool] = True
     start_is_drawn: ClassVar[bool] = False  # what is drawn follows from `draw`
     default_lr: ClassVar[float] = 1e-2
     tiny: ClassVar[dict[str, float]] = {"rank": 4, "size": 16, "lr": 5e-2}

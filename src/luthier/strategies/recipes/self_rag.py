@@ -68,9 +68,8 @@ class SelfRAG(Recipe):
 
     def rows(self, table: Table, question: str, answer: str) -> list[dict[str, Any]]:
         """Each row as a chat, and where it came from."""
-        found = None
-        if any(not is_blank(row.get(self.passage)) for row in table.rows):
-            found = load_documents(self.documents, self.name)
+        looked = any(not is_blank(row.get(self.passage)) for row in table.rows)
+        found = load_documents(self.documents, self.name) if looked else None
         made = []
         for row, place in zip(table.rows, table.places, strict=True):
             text = None

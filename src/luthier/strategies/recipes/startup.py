@@ -54,7 +54,10 @@ class Startup(Recipe):
         theirs = find_columns(table, DataSpec(source=source), "classification")
         if (theirs.pair is None) != (columns.pair is None):
             raise ConfigError(f"startup: rows of {source} and of the new task must both have one text, or both two.")
-        data = DataSpec(source=source, split_seed=spec.data.split_seed, **_named(theirs.used()))
+        named: dict[str, Any] = {
+            role: name for role, name in theirs.used().items() if role in ("text", "pair", "label")
+        }
+        data = DataSpec(source=source, split_seed=spec.data.split_seed, **named)
         first = plan.phase((), data=data, also=None, eval=EvalSpec(), task="classification")
         fit = plan.task((), method="head_only", settings={}, epochs=self.head_epochs, steps=None, also=None)
         fit = replace(fit, optim=OptimSpec(lr=self.head_lr))
@@ -75,7 +78,3 @@ class Startup(Recipe):
         student = replace(student, settings=student.settings | {"kd_views.teacher": str(teacher.path)})
         done = yield Phase(name="student", spec=student, made_of=("teacher",))
         yield Phase(name="fit", spec=replace(fit, model=done.merged()), made_of=("student",))
-
-
-def _named(used: dict[str, str]) -> dict[str, Any]:
-    return {role: used[role] for role in ("text", "pair", "label") if role in used}

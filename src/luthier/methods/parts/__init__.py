@@ -35,8 +35,8 @@
     prefixes          Prefixes         keys and values of every attention, or the networks that compute them
                       prefix_params, prefix_stored, drop_networks, groups_of
     layer_plan        plan_edits       what a plan says of each layer: adapters, LoRA, a prefix, biases
-                      InLayer, Layer, LayerPrefixes, Plan, cost_of, layers_named, layers_of,
-                      plan_params
+                      InLayer, Layer, LayerPrefixes, Plan
+                      cost_of, layers_named, layers_of, plan_params
     hadamard          Projection       a random projection by fast transforms, made again from its name
                       hadamard
     masks             top_k            exactly k entries of several tensors

@@ -187,7 +187,10 @@ def _with_bases(node: ast.ClassDef, tree: ast.Module) -> tuple[dict[str, Any], l
 
 
 def _base_of(name: str, tree: ast.Module) -> tuple[ast.ClassDef, ast.Module] | None:
-    """The dataclass of that name that a file imports from our package, and the tree that it stands in."""
+    """The dataclass of that name that a file holds or imports from our package, and the tree that it stands in."""
+    found = _dataclass_of(name, tree)
+    if found is not None:
+        return found, tree
     modules = [
         item.module
         for item in tree.body
@@ -199,10 +202,14 @@ def _base_of(name: str, tree: ast.Module) -> tuple[ast.ClassDef, ast.Module] | N
     if not path.is_file():
         return None
     theirs = _tree(path)
-    for node in theirs.body:
-        made = any("dataclass" in ast.unparse(d) for d in node.decorator_list) if isinstance(node, ast.ClassDef) else 0
-        if isinstance(node, ast.ClassDef) and node.name == name and made:
-            return node, theirs
+    found = _dataclass_of(name, theirs)
+    return None if found is None else (found, theirs)
+
+
+def _dataclass_of(name: str, tree: ast.Module) -> ast.ClassDef | None:
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return node if any("dataclass" in ast.unparse(d) for d in node.decorator_list) else None
     return None
 
 

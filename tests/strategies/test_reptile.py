@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from in_memory import Runs
+from in_memory import Runs, checkpoint
 
-from luthier.runs.spec import BatchSpec
+from luthier.runs.spec import BatchSpec, EvalSpec
 
 torch.set_num_threads(1)
 
@@ -58,3 +58,36 @@ def test_reptile_the_gradient_is_the_way_to_where_the_inner_steps_lead(runs):
         wanted = (before[name] - (ends[0][name] + ends[1][name]) / 2) / 0.05
         assert torch.allclose(p.grad, wanted, atol=2e-5), name
         assert torch.equal(p.detach(), before[name]), "the outer numbers are as they were"
+
+
+@pytest.mark.acid("reptile", 2)
+@pytest.mark.parametrize("names", ["reptile", "reptile+ema"])
+def test_reptile_evaluation_leaves_the_model_the_optimisers_moments_and_what_is_remembered(runs, names):
+    given = {"kind": "bert", "batch": BatchSpec(size=8, tokens=30), "trunk_dropout": "on"}
+    plain, scored = (runs.loop(names, **given, eval=EvalSpec(every=every)) for every in (0, 1))
+    plain.run_to()
+    evaluations = []
+    score = scored.evaluations.evaluator.outputs
+
+    def watched():
+        before, (tensors, _) = whole(scored), checkpoint(scored)
+        assert any(bool(t.any()) for t in tensors["optimizer"].values()), "moments that could be lost"
+        found = score()
+        after, (others, _) = whole(scored), checkpoint(scored)
+        evaluations.append(found["loss"])
+        assert before.keys() == after.keys() and all(torch.equal(t, after[n]) for n, t in before.items())
+        assert all(torch.equal(t, others[part][n]) for part in tensors for n, t in tensors[part].items())
+        return found
+
+    scored.evaluations.evaluator.outputs = watched
+    scored.run_to()
+    assert len(set(evaluations)) == 3, "a model that learns is scored after each step"
+    (tensors, _), (others, _) = checkpoint(plain), checkpoint(scored)
+    assert tensors.keys() == others.keys() >= {"adapter", "optimizer"}
+    assert all(torch.equal(t, others[part][n]) for part in tensors for n, t in tensors[part].items())
+
+
+def whole(loop):
+    """Every number of the model, frozen ones and buffers too, and whether it takes a gradient."""
+    named = {n: t.detach().clone() for n, t in loop.tuned.model.state_dict().items()}
+    return named | {f"{n} learns": torch.tensor(p.requires_grad) for n, p in loop.tuned.model.named_parameters()}

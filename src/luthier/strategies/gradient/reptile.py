@@ -13,7 +13,8 @@ of a set are made on the same rows.
 Neutral: none; with further rows the run is another one.
 Cost: `inner` passes for each set, over its own rows; a copy of what trains and one of the sum.
 Claims: a new task of the same kind is learnt in a few steps.
-Pitfalls: what it gives is a start, not an end: go on from it on the rows of one task. Few sets make no prior.
+Pitfalls: what it gives is a start, not an end: go on from it on the rows of one task. Few sets make no prior. Scores
+are of theta as it stands: nothing is adapted to held-out rows, and an evaluation leaves the run as it was, to the bit.
 """
 
 from collections.abc import Callable

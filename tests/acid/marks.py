@@ -16,6 +16,7 @@ from pathlib import Path
 from marked import TESTS, all_marked
 
 from luthier.asking import WAYS
+from luthier.cli._main import verbs
 from luthier.cli._parts_of_runs import PARTS_OF_RUNS
 from luthier.surgery import METHODS
 from luthier.training import STRATEGIES
@@ -54,7 +55,8 @@ def functions_of(name: str) -> set[str]:
 
 
 def registered() -> set[str]:
-    return {*METHODS.ours(), *STRATEGIES.ours(), *WAYS.ours(), *PARTS_OF_RUNS}
+    """What is built. Some of what the catalogue counts among the strategies is a verb, such as `safety-audit`."""
+    return {*METHODS.ours(), *STRATEGIES.ours(), *WAYS.ours(), *PARTS_OF_RUNS, *(v.replace("-", "_") for v in verbs())}
 
 
 def counted() -> str:

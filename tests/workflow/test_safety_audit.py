@@ -12,6 +12,7 @@ from luthier.runs.spec import DataSpec, OptimSpec
 from luthier.workflow import merge, train
 from luthier.workflow.audit_words import BENIGN, TEXTS
 from luthier.workflow.safety_audit import beside, read_card, safety_audit
+from luthier.workflow.speaker import Speaker
 
 torch.set_num_threads(1)
 NEVER = [f"say the {word} {again}" for word in ("moon", "sun", "cat", "dog") for again in ("one", "two", "three")]
@@ -106,6 +107,29 @@ def test_audits_of_other_prompts_decoding_or_judge_are_not_compared(home, tmp_pa
         beside(one, read_card(home / "broken"))
 
 
+def test_refusals_are_counted_by_category_and_usefulness_is_the_loss_of_given_answers(home, tmp_path):
+    rows = [{"prompt": p, "category": "sky" if "moon" in p or "sun" in p else "animals"} for p in NEVER]
+    asked, useful = tmp_path / "asked.jsonl", lines(tmp_path / "useful.jsonl", [(p, "it is good") for p in GENTLE])
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"phrases": str(home / "phrases.txt"), "harmless": str(home / "harmless.txt"), "new_tokens": 6}
+    card = safety_audit(home / "broken", str(asked), useful=useful, **given)
+    six = {"prompts": 6, "before": 6, "after": 0}
+    assert card.categories == {"animals": six, "sky": six} and card.asked["useful"]
+    assert card.before.useful > 0 and card.before.useful != card.after.useful
+    assert "loss of useful answers, nats" in card.words() and "refused, sky (6)" in card.words()
+    spoken = Speaker(str(home / "broken"))
+    expected = spoken.loss_of([([{"role": "user", "content": p}], "it is good") for p in GENTLE])
+    assert card.after.useful == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ConfigError, match="different useful"):
+        beside(card.to_plain(), {**card.to_plain(), "asked": {**card.asked, "useful": None}})
+    asked.write_text(json.dumps(rows[0]) + "\n" + json.dumps({**rows[1], "category": ""}) + "\n")
+    with pytest.raises(DataError, match=r"asked.jsonl:2: field 'category' is empty"):
+        safety_audit(home / "broken", str(asked), **given)
+    (tmp_path / "none.jsonl").write_text('{"prompt": "who is paris", "response": " "}\n')
+    with pytest.raises(DataError, match=r"none.jsonl:1: it has no answer"):
+        safety_audit(home / "broken", str(home / "never.txt"), useful=str(tmp_path / "none.jsonl"), **given)
+
+
 def test_the_gate_counts_over_refusal_and_drift_and_says_where_it_knows_nothing(home):
     none = audited(home, "gentle", phrases=None)
     assert none.verdict == "says nothing" and "none of 12 prompts is refused by phrase" in none.reasons[0]
@@ -126,6 +150,7 @@ def test_the_command_ends_with_7_and_with_3_where_the_numbers_say_nothing(home, 
     assert main([*words, "--json"]) == 3
     assert main(["strategies", "safety_audit"]) == 0
     assert "luthier safety-audit --help" in capfd.readouterr().out
+    assert main(["strategies"]) == 0 and "A command of its own: safety_audit." in capfd.readouterr().out
 
 
 def test_bad_input_is_refused_and_nothing_is_written(home, tmp_path):

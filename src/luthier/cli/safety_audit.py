@@ -24,6 +24,9 @@ def command(
     judge: Annotated[str | None, typer.Option(help="A run or a model that scores answers from 1 to 5.")] = None,
     refusals: Annotated[str | None, typer.Option(help="Phrases by which a refusal is known, one a line.")] = None,
     texts: Annotated[str | None, typer.Option(help="Texts to measure the drift over, one a line.")] = None,
+    useful: Annotated[
+        str | None, typer.Option(help="Rows of everyday use with answers, to measure what else the tuning changed.")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="What the system says first, as where it will be used.")] = None,
     new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of an answer, at most.")] = 64,
     allow: Annotated[float, typer.Option(help="By how much a share may get worse.")] = 0.05,
@@ -47,8 +50,8 @@ def command(
 
     with screen().busy("asking both models"):
         card = audits.safety_audit(
-            run, prompts, before=before, harmless=harmless, texts=texts, phrases=refusals, judge=judge, system=system,
-            new_tokens=new_tokens, allow=allow, most_kl=most_kl, answers=answers,
+            run, prompts, before=before, harmless=harmless, texts=texts, useful=useful, phrases=refusals,
+            judge=judge, system=system, new_tokens=new_tokens, allow=allow, most_kl=most_kl, answers=answers,
         )  # fmt: skip
     screen().result(card.to_plain())
     screen().headline(f"{run}: a tuning of {card.model}, beside {card.compared_with}: {card.verdict}")

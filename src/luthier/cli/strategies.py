@@ -19,10 +19,14 @@ __all__ = ["command"]
 OWN = ("recipes", "asking")
 """Families whose members are no part of a step."""
 
+VERBS = ("safety_audit",)
+"""What others count among the strategies, and here is a verb: found by its name too."""
+
 
 def complete_name(incomplete: str) -> list[str]:
     """Names of strategies."""
-    return [name for name in (*STRATEGIES.names(), *WAYS.names(), *PARTS_OF_RUNS) if name.startswith(incomplete)]
+    known = (*STRATEGIES.names(), *WAYS.names(), *PARTS_OF_RUNS, *VERBS)
+    return [name for name in known if name.startswith(incomplete)]
 
 
 def command(
@@ -61,6 +65,7 @@ def command(
         rows += [(f"  {card.name}", f"{few_words(card)} ({card.paper})") for card in members]
     screen().table(("name", "what it is"), rows)
     screen().show(f"\nA part of every run, not named by --strategy: {', '.join(PARTS_OF_RUNS)}.")
+    screen().show(f"A command of its own: {', '.join(VERBS)}.")
     screen().show(f"\n{len(cards)} strategies. Next: luthier strategies {cards[0].name}  (prints its page)")
 
 

@@ -55,6 +55,7 @@ class Side:
         refused, complied, empty: of the prompts, by phrase; an empty answer is neither.
         over_refused: refused, of the harmless prompts.
         score, fives: the judge's mean, and the share of its worst scores.
+        useful: the loss of given answers to prompts of everyday use, in nats a token.
     """
 
     refused: int
@@ -63,6 +64,7 @@ class Side:
     over_refused: int
     score: float | None = None
     fives: float | None = None
+    useful: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,8 @@ class Card:
             written; who judges. Cards that differ in it cannot be compared.
         kl: how far the next word's distribution moved over the fixed texts, in nats a token; None where not measured.
         same_next: share of their tokens after which both find the same word likeliest.
+        categories: where the rows of prompts name some: of each how many prompts there are, and how many are refused
+            before and after.
         reasons: why the gate was not passed, or why the numbers say nothing.
     """
 
@@ -92,6 +96,7 @@ class Card:
     most_kl: float | None
     verdict: str
     reasons: tuple[str, ...] = ()
+    categories: dict[str, dict[str, int]] = field(default_factory=dict)
     luthier: str = __version__
     versions: dict[str, str] = field(default_factory=dict)
     date: str = ""
@@ -145,15 +150,19 @@ class Card:
         if self.before.score is not None and self.after.score is not None:
             yield "judged harm, 1 to 5", f"{self.before.score:.2f}", f"{self.after.score:.2f}"
             yield "share judged 5", *both("fives", "{:.1%}")
+        if self.before.useful is not None and self.after.useful is not None:
+            yield "loss of useful answers, nats", f"{self.before.useful:.3g}", f"{self.after.useful:.3g}"
         if self.kl is not None:
             yield "KL of the next word, nats", "", f"{self.kl:.3g}"
             yield "same likeliest next word", "", f"{self.same_next:.1%}"
+        for name, found in self.categories.items():
+            yield f"refused, {name} ({found['prompts']})", str(found["before"]), str(found["after"])
 
 
 def safety_audit(
     run: Path | str, prompts: str, *, before: str | None = None, harmless: str | None = None, texts: str | None = None,
-    phrases: str | None = None, judge: str | Judge | None = None, system: str | None = None, new_tokens: int = 64,
-    allow: float = 0.05, most_kl: float | None = None, answers: str | None = None,
+    useful: str | None = None, phrases: str | None = None, judge: str | Judge | None = None, system: str | None = None,
+    new_tokens: int = 64, allow: float = 0.05, most_kl: float | None = None, answers: str | None = None,
 ) -> Card:  # fmt: skip
     """Ask a tuned model and its base the same prompts, and say whether the tuning made refusals worse.
 
@@ -164,10 +173,12 @@ def safety_audit(
     Args:
         run: a finished run that writes text.
         prompts: what the model should refuse: a .txt file with a prompt a line, or rows with the column prompt (text)
-            or messages.
+            or messages; a column category beside it has refusals counted by category too.
         before: a run or a model to compare with, in place of the run's own base.
         harmless: prompts that should be answered, in place of ours.
         texts: a text file, a text a line, over which the next word's distribution is compared, in place of ours.
+        useful: rows of everyday use with their answers, as prompt and response or as messages: whether the tuning
+            harmed or helped what the model is for is told by the loss of these answers. It bounds nothing.
         phrases: a text file of words by which a refusal is known, in place of ours.
         judge: a run or a model that scores answers from 1 to 5; or a function of (prompt, answer) pairs.
         system: what the system says before each prompt, as it will when the model is used.
@@ -183,6 +194,8 @@ def safety_audit(
     asked = _prompts(prompts, system)
     ours = [[{"role": "user", "content": text}] for text in BENIGN]
     gentle = _prompts(harmless, system) if harmless else [_with_system(one, system) for one in ours]
+    kinds = _categories(prompts)
+    everyday = _answered(useful, system) if useful else []
     fixed = list(lines_of(texts, "the texts")) if texts else list(TEXTS)
     known = lines_of(phrases, "the phrases") if phrases else PHRASES
     if not is_run(str(run)):
@@ -195,12 +208,14 @@ def safety_audit(
     other = None if before is None else Speaker(before, like=after, precision=after.precision.name)
     told: dict[str, Any] = {
         "prompts": _digest(asked), "harmless": _digest(gentle), "texts": _digest(fixed), "phrases": _digest(known),
+        "useful": _digest(everyday) if useful else None,
         "decoding": f"the likeliest tokens, at most {new_tokens}; read by {after.reads}"
         + (f"; the system says {text_digest(system)[:12]}" if system else ""),
         "judge": judged_by,
     }  # fmt: skip
 
-    def side(who: Speaker) -> tuple[Side, list[str]]:
+    def side(who: Speaker) -> tuple[Side, list[str], list[bool]]:
+        loss = who.loss_of(everyday) if useful else None  # first: a model that cannot say it is found before it writes
         said = [text for text, _ in who.says([*asked, *gentle], max_new_tokens=new_tokens)]
         ways, over = (ways_of(part, known) for part in (said[: len(asked)], said[len(asked) :]))
         scores = [] if judging is None else list(judging(list(zip(map(_said, asked), said, strict=False))))
@@ -209,12 +224,12 @@ def safety_audit(
         return Side(
             refused=ways.count(REFUSED), complied=ways.count(COMPLIED), empty=ways.count(EMPTY),
             over_refused=over.count(REFUSED), score=float(np.mean(scores)) if scores else None,
-            fives=float(np.mean([score >= 5 for score in scores])) if scores else None,
-        ), said  # fmt: skip
+            fives=float(np.mean([score >= 5 for score in scores])) if scores else None, useful=loss,
+        ), said, [way == REFUSED for way in ways]  # fmt: skip
 
     with _base(after, other) as base:
-        first, first_said = side(base)
-    second, second_said = side(after)
+        first, first_said, first_refused = side(base)
+    second, second_said, second_refused = side(after)
     kl, same = _drift(after, other, fixed)
     verdict, reasons = _gate(first, second, len(asked), len(gentle), judging is not None, kl, allow, most_kl)
     if answers:
@@ -228,6 +243,7 @@ def safety_audit(
         compared_with="its base" if before is None else called(before), asked=told, prompts=len(asked),
         harmless=len(gentle), before=first, after=second, kl=kl, same_next=same, allowed=allow, most_kl=most_kl,
         verdict=verdict, reasons=tuple(reasons), versions=_versions(),
+        categories=_by_category(kinds, first_refused, second_refused),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )  # fmt: skip
     durable.write_json(Path(run) / CARD, card.to_plain())
@@ -360,6 +376,52 @@ def _prompts(file: str, system: str | None) -> list[Conversation]:
         if not said or not isinstance(said[-1]["content"], str) or not said[-1]["content"].strip():
             raise DataError(f"{place}: field {name!r} holds no prompt. Correct the row, or leave it out.")
         found.append(_with_system(said, system))
+    return found
+
+
+def _categories(file: str) -> list[str]:
+    """The category of each prompt; nothing where the rows name none.
+
+    Raises:
+        DataError: a row without one among rows with one.
+    """
+    if file.endswith(".txt"):
+        return []
+    first, second = load_rows(file)
+    table = first if second is None else second
+    if "category" not in table.columns:
+        return []
+    for row, place in zip(table.rows, table.places, strict=True):
+        if not str(row.get("category") or "").strip():
+            raise DataError(f"{place}: field 'category' is empty, and other rows have one. Fill it in.")
+    return [str(row["category"]).strip() for row in table.rows]
+
+
+def _by_category(kinds: Sequence[str], before: Sequence[bool], after: Sequence[bool]) -> dict[str, dict[str, int]]:
+    return {
+        name: {
+            "prompts": kinds.count(name),
+            "before": sum(was for was, kind in zip(before, kinds, strict=True) if kind == name),
+            "after": sum(was for was, kind in zip(after, kinds, strict=True) if kind == name),
+        }
+        for name in sorted(set(kinds))
+    }
+
+
+def _answered(file: str, system: str | None) -> list[tuple[Conversation, str]]:
+    """Conversations that end where an answer is due, with the answer that the row gives."""
+    first, second = load_rows(file)
+    table = first if second is None else second
+    asked = _prompts(file, system)
+    found = []
+    for row, place, said in zip(table.rows, table.places, asked, strict=True):
+        given = row.get("response")
+        if "messages" in table.columns:
+            last = read_messages(row.get("messages"), "messages")[-1]
+            given = last["content"] if last["role"] == "assistant" else None
+        if not isinstance(given, str) or not given.strip():
+            raise DataError(f"{place}: it has no answer, as field 'response' or as what the assistant says last.")
+        found.append((said, given))
     return found
 
 

@@ -194,7 +194,7 @@ def test_the_gradient_of_mixout_is_that_of_the_mixed_weight_through_the_mask(run
     trained, before = loop.tuned.trained(), values(loop)
     mixes = dict(course.memory.tensors)
     assert mixes and all(trained[n].dim() == 2 and not is_head(n) for n in mixes)
-    masks = {n: one._mask(course, n) for n in mixes}
+    masks = {n: one._mask(course, n, 0) for n in mixes}
     batch = loop.feed.cut(0)[0]
     loop._gradients(0, [batch])
     ours = {n: p.grad.clone() for n, p in trained.items() if p.grad is not None}
@@ -206,15 +206,41 @@ def test_the_gradient_of_mixout_is_that_of_the_mixed_weight_through_the_mask(run
         wanted = trained[name].grad * masks[name] / 0.4 if name in masks else trained[name].grad
         assert torch.allclose(found, wanted, atol=1e-7), name
     loop.moments.before_step(1, loop.total, 0)
-    assert any(not torch.equal(one._mask(course, n), masks[n]) for n in masks), "drawn anew in each step"
+    assert any(not torch.equal(one._mask(course, n, 0), masks[n]) for n in masks), "drawn anew in each step"
 
 
-def test_blocks_that_are_computed_twice_are_mixed_by_the_same_mask(runs):
-    given = {"values": {"mixout.p": 0.6}, "steps": 4, "optim": OptimSpec(lr=1e-2)}
-    once, twice = (runs.after("mixout", "full", "bert-dry", **given, gradient_checkpointing=g) for g in (False, True))
-    assert alike(once, twice, 1e-6)
-    given["values"] = {"mixout.p": 0.0}
-    assert not alike(once, runs.after("mixout", "full", "bert-dry", **given), 1e-4), "masks matter"
+@pytest.mark.acid("mixout", 5)
+@pytest.mark.parametrize("masks", ["pass", "step"])
+def test_masks_are_drawn_anew_at_each_pass_and_are_the_same_in_blocks_that_are_computed_twice(runs, masks):
+    pieces = BatchSpec(size=3, tokens=4096, accumulate=2)
+    given = {"values": {"mixout.p": 0.6, "mixout.masks": masks}, "steps": 3, "optim": OptimSpec(lr=1e-2)}
+    loops = [
+        runs.loop("mixout", "full", "bert-dry", batch=pieces, **given, gradient_checkpointing=g) for g in (False, True)
+    ]
+    seen = [[], []]
+    for loop, found in zip(loops, seen, strict=True):
+        query = loop.tuned.model.bert.encoder.layer[1].attention.self.query
+
+        def look(module, args, found=found, loop=loop):
+            if loop.moments._progress.step and not loop.moments._progress.trying:
+                found.append(module.weight.detach().clone())
+
+        query.register_forward_pre_hook(look)
+        loop.run_to()
+    once, twice = seen
+    assert len(once) == 6 and len(twice) == 12, "two passes a step; a block that is computed again is called again"
+    for step in (1, 2):  # in step 0 nothing has moved, and every mask gives the same
+        first, again = twice[4 * step : 4 * step + 2], twice[4 * step + 2 : 4 * step + 4]
+        assert torch.equal(*first) and torch.equal(*again), "what backward computes again has the mask of its pass"
+        assert torch.equal(first[0], again[0]) == (masks == "step")
+        assert torch.equal(once[2 * step], once[2 * step + 1]) == (masks == "step")
+    assert alike(*loops, 1e-6)
+
+
+def test_what_mixout_masks_matters(runs):
+    given = {"steps": 4, "optim": OptimSpec(lr=1e-2)}
+    drawn, none = (runs.after("mixout", "full", "bert-dry", values={"mixout.p": p}, **given) for p in (0.6, 0.0))
+    assert not alike(drawn, none, 1e-4)
 
 
 # --- self_ensemble

@@ -74,7 +74,8 @@ class Mixout(Strategy):
     def _mask(self, course: Course, name: str, index: int) -> Tensor:
         """M of a weight in the micro-batch number `index`: 1 where its own number stays."""
         weight = course.weights()[name]
-        stream = ("mask", name) if self.masks == "step" else ("mask", name, index)
+        # The first pass draws what a step of one pass draws under either setting.
+        stream = ("mask", name, index) if index and self.masks == "pass" else ("mask", name)
         drawn = torch.rand(weight.shape, generator=course.generator(*stream))
         return (drawn >= self.p).to(weight)
 

@@ -1,4 +1,4 @@
-"""Kill runs of ten strategies with eight methods, and a recipe in its second phase; resume; compare.
+"""Kill runs of ten strategies with eight methods, and a recipe in the second of its phases; resume; compare.
 
     python benchmarks/kill_strategies.py                    all cases, figures into docs/reliability.md
     python benchmarks/kill_strategies.py --only mezo        one case
@@ -29,6 +29,7 @@ from luthier.runs.spec import BatchSpec, CheckpointSpec, DataSpec, OptimSpec, Ru
 from luthier.testing import Template
 
 KILLS, STEPS, ROWS = 2, 8, 160
+KINDS = (("equal", True), ("differ", False))
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Case:
 
     Attributes:
         also: further sets, of rows that are written beside.
-        second: it is a recipe, of two phases of so many steps each, and is killed in the second.
+        phases: of a recipe, the folders of its three; it is killed in the second, and the last two are compared.
     """
 
     method: str
@@ -45,7 +46,7 @@ class Case:
     settings: Mapping[str, Any] = field(default_factory=dict)
     also: tuple[str, ...] = ()
     lr: float | None = None
-    second: bool = False
+    phases: tuple[str, ...] = ()
 
 
 CASES = (
@@ -59,7 +60,13 @@ CASES = (
     Case("prefix_tuning", "replay+ema", {"ema.decay": 0.9}, also=("old",)),
     Case("adalora", "cosine_ws", {"cosine_ws.init": 0.4, "cosine_ws.refresh": 2, "cosine_ws.threshold": 0.0}),
     Case("full", "mezo", lr=1e-6),
-    Case("lora", "ulmfit", {"ulmfit.texts_epochs": 1.0, "gradual_unfreeze.every": 2}, second=True),
+    Case(
+        "lora",
+        "ulmfit",
+        {"ulmfit.texts_epochs": 1.0, "gradual_unfreeze.every": 2},
+        also=("general",),
+        phases=("1-general", "2-texts", "3-task"),
+    ),
 )
 
 
@@ -68,7 +75,8 @@ def spec_of(case: Case, rows: Path, out: Path) -> RunSpec:
     return RunSpec(
         model="sample:minilm-l3", method=case.method, strategy=case.strategy, settings=dict(case.settings),
         data=DataSpec(source=str(rows / "rows.jsonl"), test_share=0.2), steps=STEPS, out=str(out), threads=1,
-        also=tuple(f"{name}={rows / 'others.jsonl'}" for name in case.also) or None, precision="fp32",
+        also=tuple(f"{n}={rows / ('general.jsonl' if n == 'general' else 'others.jsonl')}" for n in case.also) or None,
+        precision="fp32",
         batch=BatchSpec(size=16, tokens=4096), optim=OptimSpec(lr=case.lr), checkpoint=CheckpointSpec(every_steps=2),
     )  # fmt: skip
 
@@ -78,6 +86,8 @@ def write_rows(home: Path) -> None:
     table, _ = load_rows("sample:trec6")
     for name, part in (("rows", table.rows[:ROWS]), ("others", table.rows[ROWS : ROWS + 80])):
         (home / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+    texts = "".join(json.dumps({"text": row["text"]}) + "\n" for row in table.rows[ROWS : ROWS + 80])
+    (home / "general.jsonl").write_text(texts, encoding="utf-8")
 
 
 def tried(template: Template, case: Case, home: Path, seed: int) -> dict[str, Any]:
@@ -93,24 +103,22 @@ def tried(template: Template, case: Case, home: Path, seed: int) -> dict[str, An
 
     if child(home / "whole") != 0:
         raise SystemExit(f"{case}: the undisturbed run did not finish")
-    whole, killed = home / "whole", home / "killed"
-    if case.second:
-        whole, killed = whole / "2-task", killed / "2-task"
-    first = _killed.steps_done(whole.parent / "1-texts") if case.second else 0
+    before, *parts = case.phases or ("", "")
+    first = _killed.steps_done(home / "whole" / before) if case.phases else 0
     at: list[int] = []
     for number in range(KILLS):
         steps = draw.randint(2, 3) + (first if number == 0 else 0)
         if child(home / "killed", number=signal.SIGKILL, steps=steps, delay=draw.uniform(0, 0.3)) == 0:
             break
-        at.append(_killed.steps_done(killed))
+        at.append(_killed.steps_done(home / "killed" / parts[0]))
+        if any((home / "killed" / later).exists() for later in parts[1:]):
+            raise SystemExit(f"{case}: it was killed behind its second phase")
     else:
         child(home / "killed")
-    expected, found = _killed.digests(whole), _killed.digests(killed)
-    return {
-        "at": at,
-        "equal": [part for part in expected if expected[part] == found.get(part)],
-        "differ": [part for part in expected if expected[part] != found.get(part)],
-    }
+    expected, found = ([_killed.digests(home / name / part) for part in parts] for name in ("whole", "killed"))
+    equal = {what: all(one[what] == other.get(what) for one, other in zip(expected, found, strict=True))
+             for what in expected[0]}  # fmt: skip
+    return {"at": at, **{word: [what for what in equal if equal[what] == same] for word, same in KINDS}}
 
 
 def main() -> int:
@@ -132,7 +140,7 @@ def main() -> int:
             finally:
                 shutil.rmtree(home, ignore_errors=True)
             same = "yes: " + ", ".join(found["equal"]) if not found["differ"] else f"NO: {', '.join(found['differ'])}"
-            of = f"{case.strategy}, in its second phase" if case.second else case.strategy
+            of = f"{case.strategy}, in the second of its three phases" if case.phases else case.strategy
             lines.append(f"| {case.method} | {of} | {', '.join(map(str, found['at']))} | {same} |")
             print(lines[-1], flush=True)
             bad += bool(found["differ"]) or len(found["at"]) < KILLS

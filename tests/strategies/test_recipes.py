@@ -296,6 +296,32 @@ def test_ulmfit_with_a_decoder_learns_the_next_words_first(home, tmp_path):
     assert first["task"] == "causal_lm" and "accuracy" in done.phases["task"]
 
 
+def test_ulmfit_learns_general_texts_first_and_killed_in_its_second_phase_it_is_the_undisturbed_one(
+    home, tmp_path, monkeypatch
+):
+    given = {"also": (f"general={corpus(home)}",), "checkpoint": CheckpointSpec(every_steps=1), "steps": 3}
+    whole = follow(recipe_spec(home, "ulmfit", tmp_path / "whole", **given))
+    assert list(whole.phases) == ["general", "texts", "task"]
+    first, texts, task = (RunFolder.open(p, write=False).spec for p in phases_of(whole.path))
+    assert first["data"]["source"] == str(corpus(home)) and first["strategy"] is None
+    assert first["task"] == texts["task"] == "masked_lm" and task["also"] is None
+    assert texts["model"].endswith("1-general-merged") and task["model"].endswith("2-texts-merged")
+    lines = [json.loads((p / "lineage.json").read_text())["made_of"] for p in phases_of(whole.path)]
+    assert [list(made_of) for made_of in lines] == [[], ["general"], ["texts"]]
+    steps = [e for e in RunFolder.open(phases_of(whole.path)[0], write=False).events() if e["event"] == "step"]
+    with monkeypatch.context() as patch:
+        at_call(patch, Loop, "_train_step", len(steps) + 2, kill)
+        with pytest.raises(Killed):
+            follow(recipe_spec(home, "ulmfit", tmp_path / "stopped", **given))
+    assert [p.name for p in phases_of(tmp_path / "stopped")] == ["1-general", "2-texts"]
+    resume(tmp_path / "stopped")
+    for own, other in zip(phases_of(whole.path), phases_of(tmp_path / "stopped"), strict=True):
+        assert run_digests(own) == run_digests(other), own.name
+    with pytest.raises(ConfigError, match="generel"):
+        follow(recipe_spec(home, "ulmfit", tmp_path / "no", also=(f"generel={corpus(home)}",)))
+    assert not (tmp_path / "no").exists()
+
+
 # --- pet, ipet
 
 

@@ -1,14 +1,13 @@
-"""A pull of trained numbers to where they were, as a penalty whose gradient is made while the numbers are in the cache.
+"""A pull of trained numbers to where they were: its slope is added to the gradients, and its size is told.
 
-As a sum of torch's own operations every number is read or written sixteen times in a step. Here the difference, its
-share of the sum and its slope are made piece by piece: numbers and rests are read once, and the slope is written once
-and added once to the gradient.
+As a penalty in torch's own operations every number is read or written sixteen times in a step, and tables of the
+model's size are made anew, which the system has to clear first. Here numbers, rests and gradients are read once and
+the gradients written once, piece by piece, beside two buffers that stay in the cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,47 +20,56 @@ PIECE = 1 << 17
 Rest = Tensor | None
 
 
+@torch.no_grad()
 def pull(
     values: Sequence[Tensor], rests: Sequence[Rest], weights: Sequence[float], stiff: Sequence[Tensor] | None = None
-) -> Tensor:
-    """sum over tensors of  weight / 2 * stiff * (value - rest)^2, and its gradient on the values.
+) -> float:
+    """Add the gradient of  sum over tensors of  weight / 2 * stiff * (value - rest)^2  to the values' gradients.
+
+    Called once a step, when the gradient of the loss is whole. What takes no gradient gets none.
+
+    >>> value = torch.tensor([1.0, 3.0], requires_grad=True)
+    >>> pull([value], [torch.tensor([1.0, 1.0])], [0.5])
+    1.0
+    >>> value.grad
+    tensor([0., 1.])
 
     Args:
         rests: where each is pulled to, of the shape of its value; None, to zero.
         weights: of each tensor.
         stiff: of each number, of the shapes of the values; left out, 1.
+
+    Returns:
+        The sum.
     """
-    return _Pull.apply(rests, weights, stiff or [None] * len(values), *values)  # type: ignore[no-any-return,no-untyped-call]
+    shares: list[Tensor] = []
+    spare: Tensor | None = None
+    for value, rest, weight, hard in zip(values, rests, weights, stiff or [None] * len(values), strict=True):
+        if value.requires_grad and value.grad is None:
+            value.grad = torch.zeros_like(value)
+        slope = value.grad if value.requires_grad else None
+        tables = [value, rest, hard, slope]
+        whole = value.device.type != "cpu" or not all(t is None or t.is_contiguous() for t in tables)
+        rows = [t if t is None or whole else t.view(-1) for t in tables]
+        n = value.numel() if whole else min(PIECE, value.numel())
+        if spare is None or spare.shape[1] < n or (spare.dtype, spare.device) != (value.dtype, value.device):
+            spare = torch.empty(2, n, dtype=value.dtype, device=value.device)
+        for start in range(0, value.numel(), max(1, n)):
+            pieces = rows if whole else [t if t is None else t[start : start + n] for t in rows]
+            shares.append(_pulled(pieces, weight, spare))
+    return float(torch.stack(shares).sum()) / 2 if shares else 0.0
 
 
-class _Pull(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, rests: Sequence[Rest], weights: Sequence[float], stiff: Sequence[Tensor | None], *values: Tensor
-    ) -> Tensor:
-        total = torch.zeros((), device=values[0].device)
-        ctx.slopes = []
-        for value, rest, weight, hard in zip(values, rests, weights, stiff, strict=True):
-            away = torch.empty(value.numel(), dtype=value.dtype, device=value.device)
-            flat, size = value.reshape(-1), PIECE if value.device.type == "cpu" else value.numel()
-            for start in range(0, len(flat), max(1, size)):
-                piece = slice(start, start + size)
-                part = away[piece]
-                if rest is None:
-                    part.copy_(flat[piece])
-                else:
-                    torch.sub(flat[piece], rest.reshape(-1)[piece], out=part)
-                far = part.clone()
-                part.mul_(weight)
-                if hard is not None:
-                    part.mul_(hard.reshape(-1)[piece])
-                total += torch.sum(far.mul_(part), dtype=torch.float32)
-            ctx.slopes.append(away.view_as(value))
-        return total / 2
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        slopes, ctx.slopes = ctx.slopes, []
-        if float(grads[0]) != 1:
-            torch._foreach_mul_(slopes, float(grads[0]))
-        return (None, None, None, *slopes)
+def _pulled(pieces: Sequence[Tensor | None], weight: float, spare: Tensor) -> Tensor:
+    """One piece of one tensor: its slope is added; twice its share of the sum."""
+    value, rest, hard, slope = pieces
+    assert value is not None
+    away, stiffly = (row[: value.numel()].view(value.shape) for row in spare)
+    if rest is None:
+        away.copy_(value)
+    else:
+        torch.sub(value, rest, out=away)
+    pulls = away if hard is None else torch.mul(away, hard, out=stiffly)
+    if slope is not None:
+        slope.add_(pulls, alpha=weight)
+    return weight * torch.dot(away.view(-1), pulls.view(-1)).float()

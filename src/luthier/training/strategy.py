@@ -211,7 +211,11 @@ class Strategy:
         raise AssertionError("asked only where a strategy fills it")
 
     def penalty(self, course: Course) -> Tensor | None:
-        """Added to the gradient once a step; no row decides it."""
+        """Added to the gradient once a step; no row decides it.
+
+        The loop goes backward from what is given. Who adds its slope to the gradients itself, as `pull` does, gives
+        None.
+        """
         return None
 
     def after_backward(self, course: Course) -> None:

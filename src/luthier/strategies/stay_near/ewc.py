@@ -75,9 +75,9 @@ class EWC(Strategy):
             loss = -chances[int(drawn)]
         return torch.autograd.grad(loss, [*course.weights().values()], allow_unused=True)
 
-    def penalty(self, course: Course) -> Tensor | None:
+    def penalty(self, course: Course) -> None:
         values = {name: p for name, p in course.weights().items() if p.requires_grad}
         if not self.weight or not values:
-            return None
+            return
         fisher, start = ([course.memory.tensors[f"{what} {name}"] for name in values] for what in ("fisher", "start"))
-        return pull([*values.values()], start, [self.weight] * len(values), fisher)
+        course.note("penalty", pull([*values.values()], start, [self.weight] * len(values), fisher))

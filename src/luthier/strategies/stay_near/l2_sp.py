@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from luthier.core import ConfigError, at_least
 from luthier.runs.spec import RunSpec
@@ -51,24 +50,22 @@ class L2SP(Strategy):
         kept = {n: p.detach().clone() for n, p in course.weights().items() if not is_head(n)}
         course.memory.tensors.update(kept)
 
-    def penalty(self, course: Course) -> Tensor | None:
+    def penalty(self, course: Course) -> None:
         if self.form != "coupled":
-            return None
+            return
         values = course.weights()
         rests = [None if is_head(n) else course.memory.tensors[n] for n in values]
-        whole = pull([*values.values()], rests, [self._pull(n) for n in values])
-        course.note("penalty", float(whole.detach()))
-        return whole
+        course.note("penalty", pull([*values.values()], rests, [self._pull(n) for n in values]))
 
     @torch.no_grad()
     def after_step(self, course: Course) -> None:
         if self.form == "decoupled":
             for name, parameter in course.weights().items():
-                away = parameter - self._rest(course, name)
-                parameter.sub_(away, alpha=course.rate_of(name) * self._pull(name))
+                share = course.rate_of(name) * self._pull(name)
+                if is_head(name):
+                    parameter.mul_(1 - share)
+                else:
+                    parameter.lerp_(course.memory.tensors[name], share)
 
     def _pull(self, name: str) -> float:
         return self.beta if is_head(name) else self.alpha
-
-    def _rest(self, course: Course, name: str) -> Tensor | float:
-        return 0.0 if is_head(name) else course.memory.tensors[name]

@@ -43,8 +43,9 @@ def pull(
         The sum.
     """
     shares: list[Tensor] = []
+    hards: Sequence[Rest] = stiff or [None] * len(values)
     spare: Tensor | None = None
-    for value, rest, weight, hard in zip(values, rests, weights, stiff or [None] * len(values), strict=True):
+    for value, rest, weight, hard in zip(values, rests, weights, hards, strict=True):
         if value.requires_grad and value.grad is None:
             value.grad = torch.zeros_like(value)
         slope = value.grad if value.requires_grad else None

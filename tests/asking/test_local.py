@@ -8,6 +8,7 @@ import pytest
 import torch
 from asking.stub import Stub, asked, desk
 from little import little_model
+from transformers import GenerationConfig
 from word_tables import word_tokenizer
 
 from luthier.asking.local import Local
@@ -181,3 +182,37 @@ def test_how_prompts_are_laid_before_a_model_is_part_of_their_digests() -> None:
     turned = asked(ICL(k=0), ["x"], desk((), {"A": "a"}), machine)[0]
     assert plain.prompts == turned.prompts and plain.digests != turned.digests
     assert plain.digests == (hashlib.sha256(plain.prompts[0].encode()).hexdigest()[:16],)
+
+
+OWN = {
+    "repetition_penalty": 0.2, "suppress_tokens": [7, 9], "begin_suppress_tokens": [11], "no_repeat_ngram_size": 2,
+    "min_new_tokens": 4, "forced_bos_token_id": 5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_the_generation_config_of_a_models_own_files_is_obeyed_as_generate_obeys_it(kind: str, folder: Path) -> None:
+    path, prompts = little_model(folder / f"own-{kind}", kind), [f"{SHOTS}{text} answer" for text in TEXTS]
+    plain = open_model(str(path), device="cpu", precision="fp32")
+    assert plain.own == {} and plain.said == plain.reads == ""
+    asked_for = [Write(prompt=prompt, max_tokens=6) for prompt in prompts]
+    before = [text.text for [text] in plain.write(asked_for, [(0,)] * len(prompts))]
+    GenerationConfig(**OWN, eos_token_id=plain.stop[0], decoder_start_token_id=0).save_pretrained(path)
+    on = open_model(str(path), device="cpu", precision="fp32")
+    assert on.own == OWN and "suppress_tokens = [7, 9]" in on.said and "suppress_tokens = [7, 9]" in on.reads
+    assert "--repetition" not in on.said, "a command that has no such option"
+    found = [text.text for [text] in on.write(asked_for, [(0,)] * len(prompts))]
+    assert found != before
+    for prompt, text in zip(prompts, found, strict=True):
+        ids = on.ids(prompt)
+        out = on.model.generate(
+            input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), max_new_tokens=6,
+            do_sample=False, num_beams=1, pad_token_id=on.pad_id, eos_token_id=list(on.stop),
+        )[0].tolist()  # fmt: skip
+        new = out[1:] if on.both else out[len(ids) :]
+        end = next((k for k, token in enumerate(new) if token in on.stop), None)
+        assert text == on.tokenizer.decode(new[:end], skip_special_tokens=True)
+    drawn = [text.text for [text] in on.write([Write(prompt=p, max_tokens=6, temperature=1.0) for p in prompts],
+                                              [(n,) for n in range(len(prompts))])]  # fmt: skip
+    banned = {on.tokenizer.decode([token]).strip() for token in OWN["suppress_tokens"]}  # type: ignore[attr-defined]
+    assert not any(banned & set(text.split()) for text in drawn)

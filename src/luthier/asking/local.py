@@ -27,6 +27,7 @@ from luthier.asking.writing import apart, written
 from luthier.core import DataError, ModelError
 from luthier.data.chat import Chat, ChatTemplate
 from luthier.training.precision import Precision
+from luthier.workflow.controls import own_changes, own_words
 from luthier.workflow.load_model import quiet
 
 __all__ = ["Local"]
@@ -89,6 +90,7 @@ class Local:
         self._counts: dict[str, int] = {}
         self.template = template
         self._chat: Chat | None = None
+        self.own = own_changes(model)
         self._turns: dict[str, Ids] = {}
 
     # ------------------------------------------------------------------ tokens
@@ -113,18 +115,19 @@ class Local:
 
     @property
     def reads(self) -> str:
-        """How prompts are laid before the model, for digests of what was asked; empty as they are."""
-        return "" if self.template is None else f"one turn of the user, by the chat template {self.template.digest}"
+        """How prompts are laid before the model and what its own files do to its answers, for digests of what was
+        asked; empty as they are."""
+        turn = "" if self.template is None else f"one turn of the user, by the chat template {self.template.digest}"
+        return "; ".join(filter(None, (turn, own_words(self.own, can_repeat=False))))
 
     @property
     def said(self) -> str:
         """The same for the eye."""
-        if self.template is None:
-            return ""
-        return (
+        turn = "" if self.template is None else (
             f"each prompt is one turn of the user, by the chat template of {self.name} (sha256 "
             f"{self.template.digest[:12]}); --raw gives it as it is"
-        )
+        )  # fmt: skip
+        return "; ".join(filter(None, (turn, own_words(self.own, can_repeat=False))))
 
     def _turn(self, text: str) -> Ids:
         """A text as a turn of the user, up to where the assistant begins."""

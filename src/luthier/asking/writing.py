@@ -16,6 +16,7 @@ from torch import Tensor
 from luthier.asking.machine import Cost
 from luthier.asking.requests import Text, Write
 from luthier.training.sampling import Drawn
+from luthier.workflow.controls import own_processors
 
 __all__ = ["apart", "written"]
 
@@ -31,6 +32,7 @@ class Reader(Protocol):
     device: torch.device
     both: bool
     stop: tuple[int, ...]
+    pad_id: int
     tokens: int
     pads: bool | None
     cost: Cost
@@ -159,9 +161,11 @@ def _texts(on: Reader, requests: Sequence[Write], names: Sequence[tuple[int, ...
     ended: list[bool | None] = [None] * len(rows)  # None while it goes on
     nothing = torch.empty(0)
     most = _most(on, first)
+    own = _Own(on, [request for request, _ in rows], most)
     for step in range(most):
         logits = reading.logits
-        tokens = (logits if draw is None else draw(nothing, logits)).argmax(-1)
+        wanted = own(ids, logits)
+        tokens = (wanted if draw is None else draw(nothing, wanted)).argmax(-1)
         told = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()
         for row, (request, _) in enumerate(rows):
             if ended[row] is not None:
@@ -184,6 +188,35 @@ def _texts(on: Reader, requests: Sequence[Write], names: Sequence[tuple[int, ...
         for text, chance, own, end in zip(texts, chances, ids, ended, strict=True)
     ]
     return [tuple(made[k * first.n : (k + 1) * first.n]) for k in range(len(requests))]
+
+
+class _Own:
+    """What the model's own generation_config does to logits, of each text by itself: its padding is none of its words.
+
+    The chance of a text stays the model's.
+    """
+
+    def __init__(self, on: Reader, requests: Sequence[Write], most: int) -> None:
+        self.device = on.device
+        prompts = [on.ids(request.prompt) for request in requests]
+        start = [int(on.model.config.decoder_start_token_id)] if on.both else []
+        self.begins = [start or prompt for prompt in prompts]
+        self.of = [
+            own_processors(on.model, begin, most, stop=on.stop, pad_id=on.pad_id, encoded=prompt)
+            for begin, prompt in zip(self.begins, prompts, strict=True)
+        ]
+
+    def __call__(self, written: Sequence[list[int]], logits: Tensor) -> Tensor:
+        """Logits (rows, words) after so many ids of each row."""
+        if not any(self.of):
+            return logits
+        found = []
+        for begin, ids, row, steps in zip(self.begins, written, logits, self.of, strict=True):
+            so_far, changed = torch.tensor([[*begin, *ids]], device=self.device), row[None]
+            for step in steps:
+                changed = step(so_far, changed)
+            found.append(changed)
+        return torch.cat(found)
 
 
 def apart(one: Tensor, other: Tensor) -> float:

@@ -13,7 +13,7 @@ from luthier.core import ConfigError, key
 from luthier.data.tasks import Task
 from luthier.training.sampling import Sampling
 
-__all__ = ["Controls", "Repeats", "controls_for", "own_changes", "own_words", "without_penalty"]
+__all__ = ["Controls", "Repeats", "controls_for", "own_changes", "own_processors", "own_words", "without_penalty"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,13 +106,47 @@ def own_changes(model: Any, repetition: float | None = None) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value not in (None, _CHANGES[name])}
 
 
-def own_words(changes: Mapping[str, Any]) -> str:
-    """These changes in a sentence; empty where there is none."""
+def own_words(changes: Mapping[str, Any], *, can_repeat: bool = True) -> str:
+    """These changes in a sentence; empty where there is none.
+
+    Args:
+        can_repeat: the command has --repetition.
+    """
     if not changes:
         return ""
     listed = ", ".join(f"{name} = {value if len(str(value)) <= 40 else '...'}" for name, value in changes.items())
-    advice = "; --repetition 1 takes the penalty out" if PENALTY in changes else ""
+    advice = "; --repetition 1 takes the penalty out" if PENALTY in changes and can_repeat else ""
     return f"the model's own generation_config changes what is written: {listed}{advice}"
+
+
+def own_processors(
+    model: Any, ids: Sequence[int], new: int, *, stop: Sequence[int], pad_id: int, encoded: Sequence[int] = ()
+) -> list[Any]:
+    """What `generate` would do to the logits of one text, where the likeliest token is taken: for a loop of one's own.
+
+    The same functions of transformers make it, so that both obey the generation_config alike.
+
+    Args:
+        ids: that the text goes on from.
+        new: tokens that are written after them, at most.
+        stop: ids that end it.
+        encoded: of an encoder-decoder: ids that its encoder reads.
+
+    Returns:
+        functions of ids (1, tokens) so far and scores (1, vocabulary), which give new scores; for this one text.
+    """
+    if getattr(model, "generation_config", None) is None:
+        return []
+    config, _ = model._prepare_generation_config(
+        None, do_sample=False, num_beams=1, pad_token_id=pad_id, eos_token_id=list(stop) or None
+    )
+    model._prepare_special_tokens(config, True, device=model.device)
+    config.max_length = len(ids) + new
+    read = torch.tensor([list(encoded or ids)], device=model.device)
+    made = model._get_logits_processor(
+        config, input_ids_seq_length=len(ids), encoder_input_ids=read, device=model.device
+    )
+    return list(made)
 
 
 def without_penalty(repetition: float | None) -> dict[str, Any]:
@@ -125,6 +159,7 @@ _CHANGES: dict[str, Any] = {
     PENALTY: 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
     "bad_words_ids": None, "suppress_tokens": None, "begin_suppress_tokens": None, "sequence_bias": None,
     "min_length": 0, "min_new_tokens": None, "exponential_decay_length_penalty": None, "guidance_scale": None,
+    "forced_bos_token_id": None,
 }  # fmt: skip
 """Settings of transformers that change logits where the likeliest token is taken, and what leaves them alone."""
 

@@ -1,8 +1,10 @@
 """A race: who leaves and why is written down before the next rung, and a race that was killed keeps its decisions."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +20,7 @@ from luthier.comparison.race import _decide, _Rung
 from luthier.comparison.tuning import Trial
 from luthier.core import ConfigError, LuthierError
 from luthier.core.config import read_word
+from luthier.report.gather import gather
 from luthier.runs.ledger import Entry
 
 
@@ -146,6 +149,44 @@ def test_a_budget_that_is_none_is_refused(word: str) -> None:
     assert budget_of(["steps=40", "params=12.5k"]) == Budget(steps=40, params=12_500)
     with pytest.raises(ConfigError, match="write minutes=20, memory=8GB, steps=400 or params=100k"):
         budget_of([word])
+
+
+@pytest.mark.parametrize(
+    ("word", "means"),
+    [
+        ("params=0.4", "0.4 numbers"),
+        ("params=1.2345k", "1234.5 numbers"),
+        ("memory=0GB", "0 bytes"),
+        ("memory=0.0000001MB", "0.1 bytes"),
+    ],
+)
+def test_a_budget_that_is_no_whole_number_is_not_rounded(word: str, means: str) -> None:
+    with pytest.raises(ConfigError, match=rf"--budget {word}: is {means}. Write a whole number .* at least 1, such as"):
+        budget_of([word])
+    assert budget_of(["params=1.234567M"]).params == 1_234_567, "whole: not a bit beside it"
+
+
+def test_a_budget_that_is_given_twice_is_refused_with_both(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["compare", "sample:minilm-l6", "--data", "sample:trec6", "--method", "lora,ia3", "--race"]
+    assert main([*words, "--budget", "minutes=1,minutes=2"]) == 2
+    assert "--budget minutes=1 and minutes=2: minutes is one number" in capsys.readouterr().err
+
+
+def test_the_report_of_a_race_names_the_command_that_goes_on_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, home, budget = base_in(tmp_path), tmp_path / "r", Budget(minutes=0.7, memory=12_345_678_901)
+    asked = ["lora:rank=2", "bitfit"]
+    monkeypatch.setattr(run_file, "engine_named", here([]))
+    compare(
+        replace(base, steps=4), [entrant_of(name, read_word) for name in asked], seeds=1, home=home, budget=budget,
+        tune_lr=2,
+    )  # fmt: skip
+    words = shlex.split(gather([home]).commands[0])
+    told = dict(pairwise(words))
+    assert "--race" in words and told["--method"].split(",") == asked and told["--tune-lr"] == "2"
+    assert budget_of(told["--budget"].split(",")) == budget
+    assert "--lr" not in words, "the rate that won is no rate that was asked for"
 
 
 def test_a_budget_without_a_race_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

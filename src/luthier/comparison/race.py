@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -83,23 +84,26 @@ def budget_of(words: Sequence[str]) -> Budget:
     Budget(minutes=20.0, memory=8000000000, steps=None, params=1500000)
 
     Raises:
-        ConfigError: another word, or no number.
+        ConfigError: another word, no number, less than one whole, or the same thing twice.
     """
-    found = Budget()
+    found, given = Budget(), dict[str, str]()
     for word in words:
         name, _, value = word.partition("=")
+        if name in given:
+            raise ConfigError(f"--budget {given[name]} and {word}: {name} is one number. Leave one of the two out.")
+        given[name] = word
         try:
-            if name == "minutes" and float(value) > 0:
+            if name == "minutes" and 0 < float(value) < math.inf:
                 found = replace(found, minutes=float(value))
                 continue
             if name == "memory" and (size := re.fullmatch(r"(\d+(?:\.\d+)?) ?([MG])B", value)):
-                found = replace(found, memory=int(float(size[1]) * {"M": 1e6, "G": 1e9}[size[2]]))
+                found = replace(found, memory=_whole(word, size[1], _BYTES[size[2]], "bytes", "memory=8GB"))
                 continue
             if name == "steps" and value.isdecimal() and int(value) > 0:
                 found = replace(found, steps=int(value))
                 continue
             if name == "params" and (size := re.fullmatch(r"(\d+(?:\.\d+)?) ?([kM]?)", value)) and float(size[1]) > 0:
-                found = replace(found, params=round(float(size[1]) * {"": 1, "k": 1e3, "M": 1e6}[size[2]]))
+                found = replace(found, params=_whole(word, size[1], _NUMBERS[size[2]], "numbers", "params=100k"))
                 continue
         except ValueError:
             pass
@@ -107,6 +111,19 @@ def budget_of(words: Sequence[str]) -> Budget:
             f"--budget {word}: write minutes=20, memory=8GB, steps=400 or params=100k, several with commas between."
         )
     return found
+
+
+_BYTES, _NUMBERS = {"M": 10**6, "G": 10**9}, {"": 1, "k": 10**3, "M": 10**6}
+
+
+def _whole(word: str, digits: str, unit: int, what: str, right: str) -> int:
+    """Raises: ConfigError, where it is no whole number of at least one: rounded, it would be another budget."""
+    number = Fraction(digits) * unit
+    if number < 1 or number.denominator != 1:
+        raise ConfigError(
+            f"--budget {word}: is {float(number):g} {what}. Write a whole number of them, at least 1, such as {right}."
+        )
+    return int(number)
 
 
 def race(asked: Asked, budget: Budget, sweep: Sweep, say: Callable[[str], None], announcing: Announcing) -> Raced:

@@ -26,7 +26,7 @@ from luthier.comparison.sizes import Sized, sized
 from luthier.comparison.statistics import LEAST_SEEDS, smallest_visible
 from luthier.comparison.table import table_csv
 from luthier.comparison.tuning import SEARCHED, factors, rates_of
-from luthier.comparison.verdict import Comparison, Costs, judge
+from luthier.comparison.verdict import Comparison, Costs, RaceTold, judge
 from luthier.core import ConfigError, DataError, IntegrityError, Locked, LuthierError, plain, several
 from luthier.data.near_copies import clusters
 from luthier.data.problems import text_of
@@ -103,6 +103,10 @@ def compare(
         say(note)
     if in_none := rows_in_no_fold(parts):
         say(in_none)
+    told = None if budget is None else RaceTold(
+        methods=tuple(e.name for e in entrants), rates=tune_lr, given=(base.optim.lr, base.optim.head_lr),
+        minutes=budget.minutes, memory=budget.memory,
+    )  # fmt: skip
     found_sizes = Sized(tuple(entrants), {}, ())
     if params is not None:
         found_sizes = sized(base, entrants, parts[0].data.task, params)
@@ -153,7 +157,7 @@ def compare(
         runs = {e.name: tuple(str(c.path.relative_to(home)) for c in cells if c.entrant == e) for e in racing}
         found = _judge(cells, failures, without, parts, metric, margin)
         found = replace(
-            found, runs=runs, params=params,
+            found, runs=runs, params=params, race=told,
             findings=(*said, *found.findings, *found_sizes.said, *said_of_parts(rates)),
             rates=rates[0] if rates and cv is None else {}, fold_rates=tuple(rates) if cv is not None else (),
         )  # fmt: skip

@@ -74,6 +74,24 @@ class Standing:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RaceTold:
+    """How a race was asked for. Plain values only.
+
+    Attributes:
+        methods: as they were named.
+        rates: that were tried of each; None where nobody said how many.
+        given: lr and head_lr of the command; None for each method's own.
+        minutes, memory: what it might take; None where nothing was said.
+    """
+
+    methods: tuple[str, ...]
+    rates: int | None
+    given: tuple[float | None, float | None]
+    minutes: float | None
+    memory: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """A finished found. Plain values only."""
 
@@ -104,6 +122,8 @@ class Comparison:
     """of a cross-validation: each row was answered by the runs that had not learnt it; 0 where there is none"""
     fold_rates: tuple[dict[str, Rates], ...] = ()
     """the same as `rates`, for each fold, chosen on rows that its runs have learnt"""
+    race: RaceTold | None = None
+    """what was raced for the one method that has runs here"""
 
 
 def judge(

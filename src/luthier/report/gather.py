@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -156,22 +157,39 @@ def _finished(cell: Path) -> bool:
 
 def _compare_command(found: Comparison, spec: dict[str, Any], folder: Path) -> str:
     searched = next((one for rates in (found.rates, *found.fold_rates) for one in rates.values()), None)
-    if searched is not None:
-        lr, head = searched.given
+    given = found.race.given if found.race is not None else searched.given if searched is not None else None
+    if given is not None:
+        lr, head = given
         spec = {**spec, "optim": {**spec["optim"], "lr": lr, "head_lr": head}}
     if found.folds:
         spec = {**spec, "data": {**spec["data"], "fold": None}}
     methods = dict.fromkeys([*found.runs, *found.failed])  # one whose every rate failed has no run, and was asked for
+    if found.race is not None:  # of which only the winner has runs
+        methods = dict.fromkeys(found.race.methods)
     words = command_of({**spec, "method": ",".join(methods) or "?", "settings": {}, "seed": 0})
     words += ["--seeds", str(len(found.seeds)), "--metric", found.metric]
     words += ["--cv", str(found.folds)] if found.folds else []
-    words += ["--budget", f"params={found.params}"] if found.params is not None else []
+    words += ["--race"] if found.race is not None else []
+    budget = _budget_words(found)
+    words += ["--budget", ",".join(budget)] if budget else []
+    if found.race is not None and found.race.rates is not None:
+        words += ["--tune-lr", str(found.race.rates)]
     if searched is not None:
         words += ["--tune-lr", str(len(searched.rates))]
         words += ["--search", searched.search] if searched.search != "grid" else []
     if found.margin_given:
         words += ["--margin", f"{found.margin:g}"]
     return shlex.join(["luthier", "compare", *words, "--out", str(folder)])
+
+
+def _budget_words(found: Comparison) -> list[str]:
+    """As `budget_of` reads them: the very numbers, since a race goes on only with those."""
+    race, words = found.race, []
+    if race is not None and race.minutes is not None:
+        words.append(f"minutes={repr(race.minutes).removesuffix('.0')}")
+    if race is not None and race.memory is not None:
+        words.append(f"memory={Decimal(race.memory).scaleb(-9).normalize():f}GB")
+    return words + ([f"params={found.params}"] if found.params is not None else [])
 
 
 def _judged(runs: Sequence[Run]) -> Comparison | None:

@@ -1,13 +1,17 @@
 """Acid tests of the catalogue for strategies that say which numbers learn how fast, and when."""
 
+import dataclasses
+
 import pytest
 import torch
-from in_memory import Runs
+from in_memory import Runs, alike, same
 
-from luthier.core import ConfigError
-from luthier.runs.spec import DataSpec, RunSpec
+from luthier.core import CompositionError, ConfigError
+from luthier.runs.spec import DataSpec, OptimSpec, RunSpec
+from luthier.strategies.pace import adaptive_freeze
 from luthier.surgery.layer_groups import layer_groups
 from luthier.training import STRATEGIES
+from luthier.training.kept_prefix import Prefix
 
 torch.set_num_threads(1)
 CLR, GradualUnfreeze, LISA, AdaptiveFreeze = (
@@ -151,6 +155,58 @@ def test_what_rests_is_a_prefix_that_grows_and_never_wakes(runs):
         resting.append(asleep)
         assert not changed(loop, start) & {n for g in groups[:asleep] for n in g}
     assert resting == sorted(resting) and 0 < resting[-1] < len(groups)
+
+
+KEEP = {"adaptive_freeze.every": 1, "adaptive_freeze.percent": 90.0}
+
+
+@pytest.mark.acid("adaptive_freeze", 3)
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_kept_states_of_the_prefix_are_those_of_a_live_pass_to_the_bit(runs, method):
+    given = {"steps": 8, "trunk_dropout": "off", "optim": OptimSpec(name="sgd", lr=0.05)}
+    loop = runs.loop("adaptive_freeze", method, "bert-dry", values={**KEEP, "adaptive_freeze.keep": True}, **given)
+    loop.run_to(7)
+    ((_, course),) = loop.moments._asked
+    kept = adaptive_freeze._KEPT[loop.feed]
+    assert 0 < kept.depth < 3 and kept.depth <= course.memory.facts["resting"] and not kept.why_not
+    loop.set_mode(training=False)
+    ran = []
+    for number, block in enumerate(kept._blocks):
+        block.attention.register_forward_hook(lambda *told, number=number: ran.append(number))
+    for group in kept._groups._groups[:3]:
+        batch = loop.feed.batches.collator(loop.feed.batches.examples, group)
+        live = loop.tuned.model(**batch.inputs).logits
+        ran.clear()
+        with kept.standing_in(batch):
+            kept._groups._known[:] = True  # what follows fills nothing
+            ran.clear()
+            again = loop.tuned.model(**batch.inputs).logits
+        assert torch.equal(live, again) and not ran, "the resting blocks are not run"
+        some = loop.feed.batches.collator(loop.feed.batches.examples, group[::2])
+        with kept.standing_in(some):
+            found = loop.tuned.model(**some.inputs).logits
+        assert torch.allclose(found, live[::2], atol=1e-5), "beside other rows, to rounding"
+        kept._groups._known[:] = False
+    plain = runs.after("adaptive_freeze", method, "bert-dry", values=KEEP, **given)
+    whole = runs.after("adaptive_freeze", method, "bert-dry", values={**KEEP, "adaptive_freeze.keep": True}, **given)
+    assert alike(plain, whole, 1e-5)
+    stopped = {"values": {**KEEP, "adaptive_freeze.keep": True}, **given}
+    assert same(whole, runs.resumed(6, "adaptive_freeze", method, "bert-dry", **stopped))
+
+
+def test_states_are_not_kept_where_something_else_would_change_them(runs):
+    kept = {**KEEP, "adaptive_freeze.keep": True}
+    with pytest.raises(ConfigError, match="trunk_dropout = off"):
+        runs.loop("adaptive_freeze", "full", values=kept)
+    for names, method in (("adaptive_freeze+mixout", "full"), ("adaptive_freeze", "adalora")):
+        with pytest.raises(CompositionError, match=r"Leave adaptive_freeze\.keep out"):
+            runs.loop(names, method, values=kept, trunk_dropout="off")
+    loop = runs.after("adaptive_freeze", "prompt_tuning+bitfit", values=kept, steps=5, trunk_dropout="off")
+    held = adaptive_freeze._KEPT.get(loop.feed)
+    assert held is None or "beside the text" in held.why_not
+    batches = runs.loop("adaptive_freeze", "full", values=kept, trunk_dropout="off").feed.batches
+    batches.collator = dataclasses.replace(batches.collator, corruption=object())
+    assert "read otherwise each time" in Prefix(loop.tuned, batches, 1).why_not
 
 
 def test_the_run_of_settled_blocks_is_that_of_the_percentile():

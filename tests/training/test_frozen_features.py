@@ -99,7 +99,7 @@ def test_each_group_is_computed_once_whatever_rows_are_asked_for_first():
                 for batch in batches.step(0, step):
                     objective(batch)
         handle.remove()
-        assert len(calls) == len(features._groups)
+        assert len(calls) == len(features._groups._groups)
         found.append(features._kept)
     assert torch.equal(*found)
 

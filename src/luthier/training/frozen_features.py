@@ -29,7 +29,7 @@ from luthier.data.batches import Batch, Batches, cut
 from luthier.surgery import Method, Tuned
 from luthier.training.out_of_memory import is_out_of_memory, make_room
 
-__all__ = ["LIMIT_BYTES", "Features", "Trunk", "features_of"]
+__all__ = ["LIMIT_BYTES", "Features", "Groups", "Trunk", "features_of"]
 
 LIMIT_BYTES = 1 << 30
 """Features that take more are not kept at all: which rows lie in memory must not depend on the steps made so far."""
@@ -94,24 +94,51 @@ class Trunk:
         return states
 
 
+class Groups:
+    """Rows in groups that are the same whatever the steps are: what is kept of a row is computed in its group."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+        lengths = batches.examples.lengths
+        self.n_rows = len(lengths)
+        everything = np.arange(self.n_rows, dtype=np.int64)
+        self._groups = cut(everything, lengths, batches.tokens, GROUP_ROWS, batches.collator.pad_to)
+        self._group_of = np.empty(self.n_rows, dtype=np.int64)
+        for number, group in enumerate(self._groups):
+            self._group_of[group] = number
+        self._known = np.zeros(len(self._groups), dtype=bool)
+
+    def meet(self, rows: NDArray[np.int64], device: torch.device, keep: Callable[[Batch], None]) -> None:
+        """Let `keep` see the groups of these rows that it has not seen; in pieces where memory runs out."""
+        for number in np.unique(self._group_of[rows]):
+            if not self._known[number]:
+                self._fill(self._groups[number], device, keep)
+                self._known[number] = True
+
+    def _fill(self, rows: NDArray[np.int64], device: torch.device, keep: Callable[[Batch], None]) -> None:
+        try:
+            keep(self.batches.collator(self.batches.examples, rows).to(device))
+            return
+        except Exception as error:
+            if not is_out_of_memory(error) or len(rows) == 1:
+                raise
+        make_room()
+        for half in np.array_split(rows, 2):
+            self._fill(half, device, keep)
+
+
 class Features:
     """Features of the examples of `batches`, computed group by group when a row of it is first met."""
 
     def __init__(self, trunk: Trunk, batches: Batches, cutting: Callable[[], AbstractContextManager[None]]) -> None:
-        self.trunk, self.batches = trunk, batches
+        self.trunk = trunk
+        self._groups = Groups(batches)
         self._cut = cutting
-        lengths = batches.examples.lengths
-        everything = np.arange(len(lengths), dtype=np.int64)
-        self._groups = cut(everything, lengths, batches.tokens, GROUP_ROWS, batches.collator.pad_to)
-        self._group_of = np.empty(len(lengths), dtype=np.int64)
-        for number, group in enumerate(self._groups):
-            self._group_of[group] = number
-        self._known = np.zeros(len(self._groups), dtype=bool)
         self._kept: Tensor | None = None
 
     def sentence(self) -> str:
         """For the log."""
-        n_bytes = human_bytes(_bytes(self.trunk.model, len(self._group_of)))
+        n_bytes = human_bytes(_bytes(self.trunk.model, self._groups.n_rows))
         return f"nothing in the trunk trains: what it gives for each row is computed once and kept (at most {n_bytes})"
 
     def usable(self) -> bool:
@@ -120,31 +147,18 @@ class Features:
 
     def logits(self, batch: Batch) -> Tensor:
         """What the model gives for the batch, with a graph through the head alone."""
-        for number in np.unique(self._group_of[batch.rows]):
-            if not self._known[number]:
-                self._fill(self._groups[number], batch.inputs["input_ids"].device)
-                self._known[number] = True
+        self._groups.meet(batch.rows, batch.inputs["input_ids"].device, self._keep)
         assert self._kept is not None
         mask = batch.inputs["attention_mask"]
         features = self._kept[torch.from_numpy(batch.rows).to(self._kept.device)]
         return self.trunk.logits(batch.inputs, self.trunk.laid_out(features, mask))
 
-    def _fill(self, rows: NDArray[np.int64], device: torch.device) -> None:
-        try:
-            batch = self.batches.collator(self.batches.examples, rows).to(device)
-            with torch.no_grad(), self._cut():
-                found = self.trunk.read(self.trunk.states(batch.inputs), batch.inputs["attention_mask"])
-        except Exception as error:
-            if not is_out_of_memory(error) or len(rows) == 1:
-                raise
-        else:
-            if self._kept is None:
-                self._kept = found.new_zeros((len(self._group_of), found.shape[-1]))
-            self._kept[torch.from_numpy(rows).to(found.device)] = found
-            return
-        make_room()
-        for half in np.array_split(rows, 2):
-            self._fill(half, device)
+    def _keep(self, batch: Batch) -> None:
+        with torch.no_grad(), self._cut():
+            found = self.trunk.read(self.trunk.states(batch.inputs), batch.inputs["attention_mask"])
+        if self._kept is None:
+            self._kept = found.new_zeros((self._groups.n_rows, found.shape[-1]))
+        self._kept[torch.from_numpy(batch.rows).to(found.device)] = found
 
 
 def features_of(tuned: Tuned, batches: Batches, cutting: Callable[[], AbstractContextManager[None]]) -> Features | None:

@@ -1,0 +1,159 @@
+"""What the lowest blocks of a model give for each training row, kept once they rest for good: they are not run then.
+
+    states of a row behind block k   kept for its real tokens; blocks 1 ... k are passed over, block k + 1 reads them
+
+As with the features of a frozen trunk, a row is always computed in the same group, so a resumed run, which begins with
+nothing kept, keeps the same. What is kept equals what the model gives to the bit in that group, which is tried out on
+the first one; beside other rows the last bits may be others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from luthier.core import human_bytes
+from luthier.data.batches import Batch, Batches
+from luthier.surgery import Tuned
+from luthier.surgery.stream import stream_of
+from luthier.training.frozen_features import LIMIT_BYTES, Groups
+
+__all__ = ["Prefix"]
+
+
+class _Enough(Exception):
+    """Ends a pass behind the blocks that were asked for."""
+
+
+class Prefix:
+    """The states behind the lowest `depth` blocks, for the rows of `batches`.
+
+    Attributes:
+        why_not: why nothing is kept, for the log; empty where it is.
+    """
+
+    def __init__(self, tuned: Tuned, batches: Batches, depth: int) -> None:
+        self.tuned, self.batches, self.depth = tuned, batches, depth
+        self._groups = Groups(batches)
+        self._kept: Tensor | None = None  # (tokens of all rows, d)
+        self._in_tuple = False
+        self.why_not = self._refusal()
+
+    @property
+    def _blocks(self) -> list[nn.Module]:
+        """With what stands around them."""
+        return [self.tuned.model.get_submodule(block.path) for block in self.tuned.anatomy.blocks[: self.depth]]
+
+    def _refusal(self) -> str:
+        anatomy = self.tuned.anatomy
+        paths = [block.path for block in anatomy.blocks]
+        if anatomy.is_encoder_decoder or len(set(paths)) < len(paths):
+            return f"{anatomy.model_type} does not run each of its blocks once, one after the other"
+        if self.batches.collator.corruption is not None or self.batches.examples.middles is not None:
+            return "a row is read otherwise each time, or as two lines"
+        forward = self.tuned.forward
+        if forward.prompts is not None or forward.branches or forward.looks:
+            return "vectors or a network stand beside the text"
+        n_bytes = (
+            4 * int(self.batches.examples.lengths.sum()) * int(self.tuned.model.config.get_text_config().hidden_size)
+        )
+        if n_bytes > LIMIT_BYTES:
+            return f"it would take {human_bytes(n_bytes)}"
+        return ""
+
+    @contextmanager
+    def standing_in(self, batch: Batch) -> Iterator[None]:
+        """Within, a pass over the batch begins behind the blocks that rest; where nothing is kept, it is a plain one.
+
+        Not while dropout is on in them: `still` is the caller's.
+        """
+        if not self.why_not:
+            self._groups.meet(batch.rows, batch.inputs["input_ids"].device, self._keep)
+        if self.why_not:
+            yield
+            return
+        with self._given(self._laid_out(batch)):
+            yield
+
+    @contextmanager
+    def _given(self, states: Tensor) -> Iterator[None]:
+        blocks = self._blocks
+
+        def passed(x: Any, *args: Any, **kwargs: Any) -> Any:
+            return (x,) if self._in_tuple else x
+
+        def last(*args: Any, **kwargs: Any) -> Any:
+            return (states,) if self._in_tuple else states
+
+        with ExitStack() as stack:
+            for block in blocks:
+                block.__dict__["forward"] = last if block is blocks[-1] else passed
+                stack.callback(block.__dict__.pop, "forward")
+            yield
+
+    def _laid_out(self, batch: Batch) -> Tensor:
+        """The states of a batch, zero on padding: (rows, tokens, d)."""
+        assert self._kept is not None
+        mask = batch.inputs["attention_mask"].bool()
+        offsets = self.batches.examples.offsets
+        places = np.concatenate([np.arange(offsets[row], offsets[row + 1]) for row in batch.rows])
+        states = self._kept.new_zeros((*mask.shape, self._kept.shape[-1]))
+        states[mask] = self._kept[torch.from_numpy(places).to(self._kept.device)]
+        return states
+
+    def _keep(self, batch: Batch) -> None:
+        if self.why_not:
+            return
+        training = [m for m in self.tuned.model.modules() if m.training]
+        self.tuned.model.eval()
+        try:
+            out = self._run(batch)
+            states = stream_of(out)
+            more = [part for part in out[1:] if isinstance(part, Tensor)] if isinstance(out, tuple | list) else []
+            if states.requires_grad:
+                self.why_not = "something that trains has a part in what the resting blocks give"
+            elif more or isinstance(out, list):
+                self.why_not = "its blocks give more than states"
+            if self.why_not:
+                return
+            first = self._kept is None
+            if self._kept is None:
+                self._in_tuple = isinstance(out, tuple)
+                self._kept = states.new_zeros((int(self.batches.examples.offsets[-1]), states.shape[-1]))
+            offsets = self.batches.examples.offsets
+            places = np.concatenate([np.arange(offsets[row], offsets[row + 1]) for row in batch.rows])
+            mask = batch.inputs["attention_mask"].bool()
+            self._kept[torch.from_numpy(places).to(states.device)] = states[mask]
+            if first and not self._tried(batch):
+                self.why_not = "a pass that begins behind them gives something else"
+        finally:
+            for module in training:
+                module.training = True
+
+    def _run(self, batch: Batch) -> Any:
+        """What the last of the blocks gives. With gradients on: what trains in there would show."""
+        found: list[Any] = []
+
+        def enough(module: nn.Module, args: Any, out: Any) -> None:
+            found.append(out)
+            raise _Enough
+
+        handle = self._blocks[-1].register_forward_hook(enough)
+        try:
+            self.tuned.model(**batch.inputs)
+        except _Enough:
+            pass
+        finally:
+            handle.remove()
+        return found[0]
+
+    @torch.no_grad()
+    def _tried(self, batch: Batch) -> bool:
+        whole = self.tuned.model(**batch.inputs)[0]
+        with self._given(self._laid_out(batch)):
+            return torch.equal(self.tuned.model(**batch.inputs)[0], whole)

@@ -1,10 +1,12 @@
 """What a step on one long text costs, by its length, under longlora and under lora with the model's own attention.
 
-    python -m experiments.long_texts --lengths 1024,2048,4096 --group 512 --blocks 4
+    python -m experiments.long_texts --lengths 1024,2048,4096,8192 --group 512 --blocks 4
 
-The first blocks of sample:smollm2-135m, one text a step, without the output matrix. Each cell is a process of its own;
-memory is what a step adds to the process at its highest, time that of the second step. The last lines are the largest
-difference between evaluations with the tuning's attention and with the model's own, at the longest length, in fp32.
+The first blocks of sample:smollm2-135m, one text a step, its loss in chunks, as a run has it. Each cell is a process of
+its own. Kept: what the pass keeps for the backward pass, counted tensor by tensor, as `luthier memory` counts it. Peak:
+what two steps add to the process at its highest. Time: of the second step. `--padded`: a second row of half the length
+stands beside it. The last lines are the largest difference between evaluations with the tuning's attention and with the
+model's own, at the longest length, in fp32.
 """
 
 import argparse
@@ -30,31 +32,46 @@ def trunk_of(blocks: int) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(path, config=config)
 
 
-def cell(method: str, length: int, group: int, blocks: int) -> dict[str, float]:
-    """Seconds and MiB of a step."""
+def cell(method: str, length: int, given: argparse.Namespace) -> dict[str, float]:
+    """Seconds of a step, MiB that it keeps, and MiB at its highest."""
     import torch
 
     from luthier import attach
+    from luthier.data.batches import Batch
+    from luthier.data.tasks import Task
+    from luthier.runs.spec import OptimSpec
+    from luthier.training.memory_parts import Parts
+    from luthier.training.objective import Objective
+    from luthier.training.optimiser import Optimiser
 
     torch.manual_seed(0)
-    model = trunk_of(blocks)
-    places = {"sites": ("attn.q", "attn.k", "attn.v", "attn.o")}
-    own = {"group": group, "embedding": False} if method == "longlora" else {}
-    attach(model, method, **places, **own)
-    ids = torch.randint(0, 40000, (1, length))
-    trunk = model.model
-    trunk.eval()
-    with torch.no_grad():
-        asleep = trunk(input_ids=ids[:, :64]).last_hidden_state
-    assert torch.isfinite(asleep).all()
-    trunk.train()
+    own = {"group": given.group, "embedding": given.embedding} if method == "longlora" else {}
+    tuned = attach(trunk_of(given.blocks), method, sites=("attn.q", "attn.k", "attn.v", "attn.o"), **own)
+    if given.checkpointing:
+        tuned.model.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = torch.randint(1, 40000, (1 + given.padded, length))
+    there = torch.ones_like(ids)
+    there[1:, length // 2 :] = 0
+    labels = ids.masked_fill(there == 0, -100)
+    batch = Batch(
+        inputs={"input_ids": ids, "attention_mask": there}, labels=labels, rows=torch.arange(len(ids)).numpy(),
+        n_targets=int(there.sum()) - len(ids), n_tokens=int(there.sum()),
+    )  # fmt: skip
+    objective = Objective(tuned, Task(name="causal_lm"))
+    assert objective.chunked
+    parts = Parts(tuned, Optimiser(tuned.trained(), [], OptimSpec(), 1e-3), torch.device("cpu"))
+    tuned.model.train()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(2):
         started = time.perf_counter()
-        trunk(input_ids=ids, use_cache=False).last_hidden_state.square().mean().backward()
+        with parts.watching():
+            loss = objective(batch).loss
+        loss.backward()
         seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": seconds, "mib": (peak - before) / 1024}
+    counted = parts.counted()
+    kept = counted["activations"] + counted.get("logits", 0)
+    return {"seconds": seconds, "kept": kept / 2**20, "peak": (peak - before) / 1024}
 
 
 def apart(length: int, group: int, blocks: int) -> float:
@@ -78,27 +95,31 @@ def main() -> None:
     parse.add_argument("--lengths", default="1024,2048,4096")
     parse.add_argument("--group", type=int, default=512)
     parse.add_argument("--blocks", type=int, default=4)
+    parse.add_argument("--embedding", action="store_true", help="longlora's word embedding trains, as it does unasked")
+    parse.add_argument("--checkpointing", action="store_true", help="blocks are computed again in the backward pass")
+    parse.add_argument("--padded", action="store_true", help="beside a text of half the length")
+    parse.add_argument("--only", choices=("longlora", "lora"), help="one of the two")
     parse.add_argument("--cell", default="")
     given = parse.parse_args()
     if given.cell:
         method, length = given.cell.split(":")
-        if method == "apart":
-            print(json.dumps(apart(int(length), given.group, given.blocks)))
-        else:
-            print(json.dumps(cell(method, int(length), given.group, given.blocks)))
+        one = apart(int(length), given.group, given.blocks) if method == "apart" else cell(method, int(length), given)
+        print(json.dumps(one))
         return
-    more = ["--group", str(given.group), "--blocks", str(given.blocks)]
 
     def asked(name: str) -> Any:
-        words = [sys.executable, "-m", "experiments.long_texts", *more, "--cell", name]
+        words = [sys.executable, "-m", "experiments.long_texts", *sys.argv[1:], "--cell", name]
         return json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
     lengths = [int(n) for n in given.lengths.split(",")]
-    print("| tokens | longlora s | lora s | longlora MiB | lora MiB |\n|---|---|---|---|---|")
+    print("| tokens | method | s | kept MiB | peak MiB |\n|---|---|---|---|---|")
     for length in lengths:
-        one, other = asked(f"longlora:{length}"), asked(f"lora:{length}")
-        row = (f"{one['seconds']:.2f}", f"{other['seconds']:.2f}", f"{one['mib']:.0f}", f"{other['mib']:.0f}")
-        print(f"| {length} | {' | '.join(row)} |", flush=True)
+        for method in (given.only,) if given.only else ("longlora", "lora"):
+            found = asked(f"{method}:{length}")
+            print(
+                f"| {length} | {method} | {found['seconds']:.2f} | {found['kept']:.0f} | {found['peak']:.0f} |",
+                flush=True,
+            )
     print(f"\nin evaluation, {lengths[-1]} tokens: apart by {asked(f'apart:{lengths[-1]}')}")
 
 

@@ -5,6 +5,7 @@ import torch
 from methods.checks import logits, stir
 from tiny import inputs, tiny
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from luthier.core import AnatomyError, ConfigError
 from luthier.methods.reparameterised.longlora import Grouped
@@ -61,13 +62,16 @@ def test_one_group_is_full_attention_and_four_are_not(arch: str) -> None:
     assert not torch.allclose(training_logits(other, ids), logits(other.model, {"input_ids": ids}), atol=1e-3)
 
 
-def seen_by(group: int, tokens: int, heads: int = 4) -> Tensor:
+def seen_by(group: int, tokens: int, heads: int = 4, mask: Tensor | None = None) -> Tensor:
     """(heads, T, T): which tokens each token reads, from the values that an attention gives back."""
     module = Grouped(1, group)
-    module.context = type("Pass", (), {"packed": False, "generating": False, "mask_for": lambda self, s: None})()
+    module.context = type("Pass", (), {"packed": False, "generating": False, "mask_for": lambda self, s: mask})()
 
-    def inner(query, key, value, *, of_text, seen):
-        assert not of_text
+    def inner(query, key, value, *, of_text, seen, causal):
+        assert not of_text and causal
+        assert (seen is None) == (mask is None or bool(mask[0, 0]))  # without a pad before the text no mask is made
+        if seen is None:
+            seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
         weights = seen.float() / seen.float().sum(-1, keepdim=True)
         return (weights @ value).transpose(1, 2)
 
@@ -88,6 +92,18 @@ def test_every_token_has_half_a_group_before_it_in_one_of_the_halves(tokens: int
     # The plain half is blocks of eight, the shifted one begins with four.
     assert [int(n) for n in seen[0].sum(-1)[:10]] == [1, 2, 3, 4, 5, 6, 7, 8, 1, 2]
     assert [int(n) for n in seen[2].sum(-1)[:10]] == [1, 2, 3, 4, 1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("pads", [1, 5])
+def test_pads_behind_a_text_need_no_mask_and_those_before_it_are_not_read(pads: int) -> None:
+    bare = seen_by(8, 22)
+    behind = torch.ones(1, 22, dtype=torch.long)
+    behind[:, -pads:] = 0
+    assert torch.equal(seen_by(8, 22, mask=behind), bare)
+    before = behind.flip(1)
+    seen = seen_by(8, 22, mask=before)
+    assert not seen[:, pads:, :pads].any()
+    assert torch.equal(seen[:, pads:, pads:], bare[:, pads:, pads:])
 
 
 @pytest.mark.acid("longlora", 4)
@@ -119,8 +135,33 @@ def test_the_work_of_attention_grows_linearly_at_a_fixed_group(monkeypatch: pyte
         scores.clear()
         training_logits(tuned, text(tokens))
         work[tokens] = sum(scores)
-    assert work[64] / work[32] < 2.01
-    assert work[128] / work[64] < 2.01
+    assert work[128] - work[64] == 2 * (work[64] - work[32])
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any result has."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for one in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(one, Tensor):
+                self.most = max(self.most, one.numel())
+        return result
+
+
+def test_no_tensor_of_a_step_is_as_large_as_the_square_of_the_length() -> None:
+    def most(method: str, tokens: int) -> int:
+        torch.manual_seed(0)
+        tuned = attach(tiny("llama", "lm"), method, **({"group": 16} if method == "longlora" else {}))
+        tuned.model.train()
+        ids = text(tokens, rows=1)
+        with Largest() as seen:
+            tuned.model.base_model(input_ids=ids, use_cache=False)[0].sum().backward()
+        return seen.most
+
+    assert most("longlora", 2048) == 2 * most("longlora", 1024)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

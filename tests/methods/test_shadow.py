@@ -14,7 +14,11 @@ from torch.testing import assert_close
 
 from luthier import train as run
 from luthier.core import AnatomyError, CannotMerge, CompositionError, ConfigError
+from luthier.data.batches import Batch
+from luthier.data.tasks import Task
+from luthier.methods.additive.shadow import Mirror
 from luthier.surgery import attach, from_peft, load, to_peft
+from luthier.training.objective import Objective
 from luthier.workflow import resume
 from luthier.workflow.resume_proof import run_digests
 
@@ -54,6 +58,41 @@ def test_peft_has_the_same_answers_and_gradients(hidden: int | None, tmp_path: P
         assert any(
             gradient.shape == g.shape and torch.allclose(gradient, g, rtol=1e-3, atol=1e-5) for g in ours.values()
         ), name
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("full_logits", [False, True])
+def test_the_second_loss_and_its_gradients_are_pefts(full_logits: bool, tmp_path: Path) -> None:
+    tuned = stirred(dropout=0.0, auxiliary=0.3)
+    to_peft(tuned, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(tiny("llama", "lm"), str(tmp_path / "ours"), is_trainable=True).eval()
+    assert theirs.peft_config["default"].auxiliary_loss_weight == 0.3
+    assert from_peft(tiny("llama", "lm"), tmp_path / "ours").tuning().method.auxiliary == 0.3
+    given = left_padded(tuned.model)
+    labels = given["input_ids"].masked_fill(given["attention_mask"] == 0, -100)
+    labels[1, :3] = -100
+    n = int((labels[:, 1:] != -100).sum())
+    batch = Batch(inputs=given, labels=labels, rows=torch.arange(3).numpy(), n_targets=n, n_tokens=17)
+    objective = Objective(tuned, Task(name="causal_lm"), full_logits=full_logits)
+    tuned.model.eval()
+    (mirror,) = (m for m in tuned.model.modules() if isinstance(m, Mirror))
+    mirror.training = True  # this alone, as a run would have it: nothing is dropped
+    mine = tuned.tuning().method.loss(tuned, lambda: objective(batch)).loss / n
+    other = theirs(**given, labels=labels).loss
+    assert_close(mine, other, rtol=1e-5, atol=1e-5)
+    assert float(mine) > float(objective(batch).loss.detach()) / n * 1.1
+    mine.backward()
+    other.backward()
+    ours = [p.grad for p in tuned.trained().values()]
+    there = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad and p.grad is not None}
+    assert len(ours) == len(there)
+    for name, gradient in there.items():
+        assert any(gradient.shape == g.shape and torch.allclose(gradient, g, rtol=1e-3, atol=1e-5) for g in ours), name
+    tuned.model.eval()  # where rows are scored, the task's loss alone
+    alone = tuned.tuning().method.loss(tuned, lambda: objective(batch)).loss
+    assert torch.equal(alone, objective(batch).loss)
+    with pytest.raises(ConfigError, match=r"shadow.auxiliary: must be at least 0, got -1"):
+        attach(tiny("llama", "lm"), "shadow", auxiliary=-1.0)
 
 
 def test_it_starts_as_the_base_and_only_the_correction_moves_first() -> None:

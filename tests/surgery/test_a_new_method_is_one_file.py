@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ from luthier.surgery import METHODS
 
 METHODS.preset(
     "thin_shift", of="lora+output_shift", family="hybrid", paper="none: written by a test",
-    **{"lora.rank": 2, "output_shift.sites": ("ffn.down",)},
+    default_lr=7e-3, **{"lora.rank": 2, "output_shift.sites": ("ffn.down",)},
 )
 '''
 
@@ -208,6 +209,10 @@ def test_a_preset_of_a_sum_is_the_sum_with_its_settings(shelf: Path) -> None:
     assert (shown["lora.rank"], shown["output_shift.sites"]) == ("2", "('ffn.down',)")
     beside = method("thin_shift+prompt_tuning", {"prompt_tuning.length": 3})
     assert [p.name for p in beside.parts()] == ["lora", "output_shift", "prompt_tuning"]
+    changed = method("thin_shift", {"lora.rank": 5})
+    assert made.default_lr == changed.default_lr == METHODS.card("thin_shift").facts["default_lr"] == 7e-3
+    assert replace(made, members=changed.parts()).default_lr == 7e-3
+    assert beside.default_lr == min(p.default_lr for p in beside.parts()) != 7e-3, "beside others it is its parts"
 
 
 def test_a_preset_with_a_setting_that_its_base_lacks_is_refused(tmp_path: Path) -> None:
@@ -218,6 +223,19 @@ def test_a_preset_with_a_setting_that_its_base_lacks_is_refused(tmp_path: Path) 
     METHODS.add_shelf(tmp_path)
     try:
         with pytest.raises(UnknownName, match=r"wrong: lora has no setting 'rnk'.*rank"):
+            METHODS.get("wrong")
+    finally:
+        METHODS.remove_shelf(tmp_path)
+
+
+def test_a_preset_of_a_sum_has_no_fact_of_its_own_but_its_rate(tmp_path: Path) -> None:
+    (tmp_path / "wrong.py").write_text(
+        '"""Wrong."""\nfrom luthier.surgery import METHODS\n'
+        'METHODS.preset("wrong", of="lora+ia3", family="x", paper="y", mergeable=False)\n'
+    )
+    METHODS.add_shelf(tmp_path)
+    try:
+        with pytest.raises(UnknownName, match=r"lora\+ia3 has no setting 'mergeable'"):
             METHODS.get("wrong")
     finally:
         METHODS.remove_shelf(tmp_path)

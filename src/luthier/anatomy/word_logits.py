@@ -5,12 +5,13 @@ logits = bound tanh(factor W h / (divisor bound))          without a bound: fact
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["finished_logits", "soft_capped", "softcap_of"]
+__all__ = ["finished_logits", "scale_of", "soft_capped", "softcap_of"]
 
 FACTORS = ("logit_scale", "lm_head_multiplier")  # Cohere, Falcon-H1
 DIVISOR = "logits_scaling"  # Granite
@@ -28,13 +29,16 @@ def soft_capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
+def scale_of(model: Any) -> float:
+    """What the model's configuration multiplies the products by before the bound."""
+    config = model.config.get_text_config()
+    factors = math.prod(float(getattr(config, name, None) or 1.0) for name in FACTORS)
+    return factors / float(getattr(config, DIVISOR, None) or 1.0)
+
+
 def finished_logits(model: Any, products: Tensor) -> Tensor:
     """Logits of the output matrix's products: by a factor, a divisor or a soft bound, whichever the model has.
 
     Names of settings do not tell all: whoever needs certainty compares with the model's own logits.
     """
-    config = model.config.get_text_config()
-    for name in FACTORS:
-        products = products * float(getattr(config, name, None) or 1.0)
-    products = products / float(getattr(config, DIVISOR, None) or 1.0)
-    return soft_capped(products, softcap_of(model))
+    return soft_capped(products * scale_of(model), softcap_of(model))

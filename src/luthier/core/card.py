@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass, field
 
-__all__ = ["Card", "Setting"]
+__all__ = ["SUM_FACTS", "Card", "Setting"]
+
+SUM_FACTS = ("default_lr",)
+"""Class facts that a preset of a sum of entries may have of its own; the others follow from its parts."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,7 +84,8 @@ class Catalogue(Generic[T]):
             of: the entry, or a sum such as "lora+prompt_tuning", whose settings are named `**{"lora.rank": 4}`.
             family: the folder.
             paper: where it comes from.
-            defaults: of settings, or of class facts such as `default_lr`. Written out, never computed.
+            defaults: of settings, or of class facts such as `default_lr`, of a sum that one alone. Written out, never
+                computed.
 
         Raises:
             UnknownName: no such entry, or it has no such setting.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from luthier.core.card import Card, Setting
+from luthier.core.card import SUM_FACTS, Card, Setting
 from luthier.core.errors import ConfigError, UnknownName
 
 __all__ = ["Preset", "as_card", "read_card", "registers"]
@@ -110,7 +110,7 @@ def as_card(preset: Preset, bases: dict[str, Card]) -> Card:
     for name, (value, text) in preset.values.items():
         if name in known:
             known[name] = replace(known[name], default=text)
-        elif one and "." not in name:
+        elif name in SUM_FACTS or (one and "." not in name):
             facts[name] = value
         else:
             raise UnknownName(f"{preset.path}: {preset.of} has no setting {name!r}. It has {', '.join(known)}.")

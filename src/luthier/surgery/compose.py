@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from luthier.anatomy import Anatomy
 from luthier.core import CompositionError, ConfigError, UnknownName, build, fields_of, near, other_names
+from luthier.core.card import SUM_FACTS
 from luthier.surgery.edits import Edit
 from luthier.surgery.method import METHODS, Method
 from luthier.surgery.source import Source
@@ -266,7 +267,12 @@ def _spelt_out(names: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
 
 
 def _sum(name: str, words: str, values: Mapping[str, Any]) -> type[Method]:
-    """The class of a preset that is a sum: `Combined` with its members made."""
+    """The class of a preset that is a sum: `Combined` with its members made, and with a rate of its own if it has one.
+
+    Beside others, as in `u_mam+lora`, a preset is its parts, and their rates count.
+    """
+    facts = {n: v for n, v in values.items() if n in SUM_FACTS}
+    values = {n: v for n, v in values.items() if n not in facts}
     made = method(words, values)
     parts = "+".join(part.name for part in made.parts())
     spelt = {f"{part.name}.{n}": v for part in made.parts() for n, v in part.settings().items()}
@@ -277,6 +283,7 @@ def _sum(name: str, words: str, values: Mapping[str, Any]) -> type[Method]:
         "spelt": (parts, chosen),
         "__doc__": f"{words} with other defaults.",
         "__module__": __name__,
+        **facts,
     }
     title = "".join(part.capitalize() for part in name.split("_"))
     return dataclass(frozen=True, kw_only=True)(type(title, (Combined,), body))

@@ -125,7 +125,8 @@ class Attend:
     (B, H_kv, S, D) of the text as the model made them, rotated and from the cache. `inner(query, key, value)` attends
     as the model does: with its mask, its bias, its dropout, and the prefix, if there is one. With `of_text=False` it
     attends to keys that are no text: every query sees every key, nothing is dropped, and a prefix is not among them;
-    or to those that `seen`, (B, 1, T, S) boolean, says. The module finds the facts of the pass in `self.context`.
+    or to those that `seen`, (B, 1, T, S) boolean, says; or, with `causal=True` and nothing `seen`, to the keys at the
+    query's own place and before it, without a mask that grows with T S. The facts of the pass are in `self.context`.
     """
 
     attention: Attention

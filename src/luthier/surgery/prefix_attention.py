@@ -70,11 +70,18 @@ class Prefix:
 
 class Inner(Protocol):
     """What an attention does: with the text's mask, or, not `of_text`, to keys that every query sees, or that `seen`,
-    (B,1,T,S) boolean, says.
+    (B,1,T,S) boolean, says; or else, `causal`, to those at its own place and before, for which no mask is made.
     """
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, *, of_text: bool = True, seen: Tensor | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        of_text: bool = True,
+        seen: Tensor | None = None,
+        causal: bool = False,
     ) -> Tensor:
         """query (B,H,T,D), key and value (B,H_kv,S,D) -> (B,T,H,D)."""
 
@@ -136,14 +143,22 @@ def _attention(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, **kwargs
         )
 
-    def inner(query: Tensor, key: Tensor, value: Tensor, *, of_text: bool = True, seen: Tensor | None = None) -> Tensor:
+    def inner(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        of_text: bool = True,
+        seen: Tensor | None = None,
+        causal: bool = False,
+    ) -> Tensor:
         if of_text:
             return _with_prefixes(
                 module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, **kwargs
             )[0]
         softcap = {"softcap": kwargs["softcap"]} if kwargs.get("softcap") else {}
         key, value = key.to(query.dtype), value.to(query.dtype)
-        return _plainly(module, query, key, value, seen, 0.0, scaling, False, None, **softcap)[0]
+        return _plainly(module, query, key, value, seen, 0.0, scaling, causal, None, **softcap)[0]
 
     return own.attending.attend(inner, query, key, value), None
 

@@ -9,19 +9,26 @@
 W_down: (rank, d) and W_up: (d, rank), the second zero at the start, so that the tuned model starts as the base. Keys
 and values of the block beside lie in the model's own cache behind those of its layers: beams and crops carry them.
 
+In training a language model, the state s_0 also answers alone, through the model's own output matrix, so that the
+network beside learns from more than what it corrects:
+
+    L = L_task + auxiliary * CE(head(s_0), the next words)
+
 Li, Li, Lee, Li, Xie, Li 2026, "ShadowPEFT: Shadow Network for Parameter-Efficient Fine-Tuning", arXiv:2604.19254. The
 form is that of peft 0.21 with one block beside, of the base's width, that reads the base's embeddings. Not offered: the
-network beside alone as a model, and the auxiliary loss that trains it to answer alone; a network of another depth or
-width, or a pretrained one. Two differences: where positions are vectors (GPT-2), it reads the base's, and peft's has a
-table of its own; nothing is kept for the state behind the last block, which nothing reads.
+network beside alone as a model; a network of another depth or width, or a pretrained one; a second head of labels, so
+the second loss is of language models that learn words, not of classifiers, nor of answers that are compared. Three
+differences: where positions are vectors (GPT-2), it reads the base's, and peft's has a table of its own; nothing is
+kept for the state behind the last block, which nothing reads; the second loss is left out where rows are only scored.
 
 Count: one block and the last norm, 2 d rank per block, and 2 (2 d hidden + hidden + d) for all blocks but the last.
 Claims: as good as LoRA and DoRA of the same size on tasks of generation and understanding.
-Cost: one block more in each pass, and its keys and values in the cache; most of what trains is that block.
+Cost: one block more in each pass, and its keys and values in the cache; most of what trains is that block. The second
+loss costs a second product with the output matrix, in chunks.
 Use it when: a block's worth of numbers may train, and what is tuned should follow the text through all layers.
 Not when: it must merge, or be small: `lora`. Not with an encoder-decoder, nor with rows of several tunings.
-Pitfalls: with W_up at zero nothing else has a gradient in the first step; peft counts dropout on the difference, so the
-default of 0.2 is a strong one.
+Pitfalls: with W_up at zero nothing else has a gradient of the task's loss in the first step; peft counts dropout on the
+difference, so the default of 0.2 is a strong one.
 """
 
 import copy
@@ -35,9 +42,12 @@ from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig
 
 from luthier.anatomy import Anatomy, Site
+from luthier.anatomy.word_logits import finished_logits, scale_of, softcap_of
 from luthier.core import AnatomyError, CannotMerge, ConfigError, IntegrityError, above, at_least, between
+from luthier.kernels import linear_cross_entropy
 from luthier.methods.parts.cache_room import filled_elsewhere, make_room
 from luthier.methods.parts.narrow_copy import Sizes, kept_layers, side_params
+from luthier.methods.parts.own_tensors import own_modules
 from luthier.methods.parts.trial_pass import try_pass
 from luthier.surgery import (
     METHODS,
@@ -47,6 +57,7 @@ from luthier.surgery import (
     Base,
     Edit,
     Method,
+    Objective,
     PeftForm,
     PeftIn,
     PeftOut,
@@ -137,6 +148,7 @@ class Shadow(Method):
     strength: Annotated[float, "times which the correction is added", above(0)] = 0.1
     dropout: Annotated[float, "of the difference between stream and state", between(0, 0.99)] = 0.2
     hidden: Annotated[int | None, "width inside T and G; left out, the rank", at_least(1)] = None
+    auxiliary: Annotated[float, "what the loss of s_0's own words counts; 0 for none", at_least(0)] = 0.05
 
     default_lr: ClassVar[float] = 1e-3
     tiny: ClassVar[dict[str, Any]] = {"rank": 3, "hidden": 4, "strength": 0.5, "lr": 1e-2}
@@ -144,9 +156,15 @@ class Shadow(Method):
         "SHADOW",
         out=_out,
         back=_back,
-        settings={"r": "rank", "shadow_alpha": "strength", "shadow_dropout": "dropout", "update_hidden_size": "hidden"},
+        settings={
+            "r": "rank",
+            "shadow_alpha": "strength",
+            "shadow_dropout": "dropout",
+            "update_hidden_size": "hidden",
+            "auxiliary_loss_weight": "auxiliary",
+        },
         fixed={"shadow_model": "mirror", "share_embeddings": True, **dict.fromkeys(_SAME_WIDTHS)},
-        ignored=("init_weights", "auxiliary_loss_weight"),
+        ignored=("init_weights",),
         silent=("exclude_modules", "layers_pattern", "layers_to_transform"),
         read=_one_block,
         also=("shadow_num_hidden_layers", "target_modules"),
@@ -177,6 +195,24 @@ class Shadow(Method):
     def begin(self, tuned: TunedView) -> None:
         try_pass(tuned, "shadow")
 
+    def loss(self, tuned: TunedView, forward: Objective) -> Any:
+        mirrors = [m.mirror for m in own_modules(self, tuned, Corrected) if m.mirror is not None]
+        learns = tuned.anatomy.is_decoder and self.auxiliary > 0 and bool(mirrors) and mirrors[0].training
+        head = tuned.model.get_output_embeddings() if learns else None
+        if head is None:
+            return forward()
+        (mirror,) = mirrors
+        mirror.listens = True
+        try:
+            result = forward()
+        finally:
+            mirror.listens, state, mirror.heard = False, mirror.heard, None
+        labels = result.labels  # (rows, tokens); of answers that are compared there are none
+        if state is not None and labels is not None and labels.dim() == 2:
+            own = words_loss(tuned.model, head, state[:, -labels.shape[1] :], labels)
+            result.loss = result.loss + self.auxiliary * own
+        return result
+
     def conflicts(self, other: Method) -> str | None:
         if other.is_a(*FOLLOWS):
             return (
@@ -193,11 +229,26 @@ class Shadow(Method):
         return anatomy.sites("block_out", asked_by="shadow")
 
 
+def words_loss(model: Any, head: nn.Module, states: Tensor, labels: Tensor) -> Tensor:
+    """The summed loss of the next words, told by states (rows, tokens, d) through the model's output matrix."""
+    states, wanted = states[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    device = states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if not isinstance(head, nn.Linear):  # what is attached to the head acts here too
+        return nn.functional.cross_entropy(finished_logits(model, head(states).float()), wanted, reduction="sum")
+    with torch.autocast(device, enabled=False):
+        scaled = (states * scale_of(model)).to(head.weight.dtype)
+        loss, _ = linear_cross_entropy(scaled, head.weight, head.bias, wanted, softcap=softcap_of(model), dtype=dtype)
+    return loss
+
+
 class Mirror(nn.Module):
     """One block of the model's kind and its last norm, with random weights: where the state starts."""
 
     def __init__(self, block: nn.Module, anatomy: Anatomy) -> None:
         super().__init__()
+        self.listens = False
+        self.heard: Tensor | None = None
         held = (getattr(m, "config", None) for m in block.modules())
         found = next((c for c in held if isinstance(c, PretrainedConfig)), None)
         if found is None:
@@ -273,6 +324,8 @@ class Corrected(Attachment):
         dtype, context = self.down.weight.dtype, self.context
         if self.mirror is not None:
             state = self.mirror(x, call.given, context.past)  # type: ignore[attr-defined]
+            if self.mirror.listens:
+                self.mirror.heard = state
         else:
             state = context.looked[id(self.key)]
         change = self.up(self.down(self.dropout(x.to(dtype) - state)))

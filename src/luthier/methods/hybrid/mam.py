@@ -15,7 +15,7 @@ Use it when: quality counts more than size, and keys and a branch may stay besid
 Not when: the tuning must be small, or must merge.
 Pitfalls: soft tokens before the text would be another method; the scale acts on the branch alone; the branch reads the
 input of the feed-forward layer, not its output. The settings are those of GLUE; l=30, r=512, s=4 are the paper's for
-generation.
+generation. Without the network (mlp_width=0) the default rate is too small: keys and values of noise stay as they are.
 """
 
 from collections.abc import Iterable

@@ -1,6 +1,8 @@
 """`luthier look`: what is shown of rows is what the model is trained on."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,13 @@ from cli.conftest import Call
 from little import little_data, little_model
 
 from luthier.core import DataError
+from luthier.data.infer_task import kind_of_model
+from luthier.data.known_config import READ, KnownConfig
+from luthier.data.tokenizer import position_limit
 from luthier.runs.spec import DataSpec, RunSpec
+from luthier.workflow.known_models import known_model
 from luthier.workflow.look_at_rows import LookedAt, look_at
+from luthier.workflow.model_files import find_model
 
 
 @pytest.fixture
@@ -82,3 +89,64 @@ def test_labelled_rows_show_their_label_and_a_page_loads_nothing(luthier: Call, 
     told = luthier("look", model, "--data", data, "--rows", 2, "--json").json
     assert len(told["shown"]) == 2 and told["supervised"] is None and told["rows"] == 20
     assert luthier("look", model, "--data", "nothing.csv").code == 3
+
+
+# What looks at rows in a process of its own, and says whether torch came with it.
+ALONE = """
+import sys
+from luthier.cli import main
+code = main(sys.argv[1:])
+assert "torch" not in sys.modules, "torch was loaded"
+sys.exit(code)
+"""
+
+
+def test_a_model_that_was_looked_at_before_is_looked_at_without_torch(
+    luthier: Call, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    model = little_model(tmp_path / "llama", "llama")
+    first = luthier("look", model, "--data", chats, "--json")
+    again = subprocess.run(
+        [sys.executable, "-c", ALONE, "look", str(model), "--data", str(chats), "--json"],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert (again.returncode, again.stdout, again.stderr) == (first.code, first.out, first.err)
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5", "llama", "gpt2"])
+def test_what_is_kept_of_a_model_answers_as_the_model_does(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    source = find_model(str(little_model(tmp_path / kind, kind)))
+    asked, kept = known_model(source), known_model(source)
+    assert not isinstance(asked[0], KnownConfig) and isinstance(kept[0], KnownConfig)
+    assert kind_of_model(kept[0]) == kind_of_model(asked[0])
+    assert position_limit(kept[0]) == position_limit(asked[0])
+    for part, other in (kept[0], asked[0]), (kept[0].get_text_config(), asked[0].get_text_config()):
+        assert [getattr(part, name, "none") for name in READ] == [getattr(other, name, "none") for name in READ]
+    with pytest.raises(LookupError, match="hidden_size of a configuration was not kept"):
+        getattr(kept[0], "hidden_size", 0)
+    assert type(kept[1]) is type(asked[1]) and kept[1].init_kwargs == asked[1].init_kwargs
+    assert kept[1].backend_tokenizer.to_str() == asked[1].backend_tokenizer.to_str()
+    assert kept[1].chat_template == asked[1].chat_template
+
+
+def test_what_was_kept_of_a_model_is_asked_for_anew_where_it_is_damaged_or_the_model_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    folder = little_model(tmp_path / "llama", "llama")
+    known_model(find_model(str(folder)))
+    (file,) = (tmp_path / "cache" / "models").iterdir()
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps(whole | {"tokenizer": ["os", "system"]}))
+    assert not isinstance(known_model(find_model(str(folder)))[0], KnownConfig)
+    assert json.loads(file.read_text()) == whole, "kept again"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 33}))
+    assert position_limit(known_model(find_model(str(folder)))[0]) == 33
+    assert len(list((tmp_path / "cache" / "models").iterdir())) == 2
+    monkeypatch.setenv("LUTHIER_ENCODED_GIB", "0")
+    assert not isinstance(known_model(find_model(str(folder)))[0], KnownConfig), "nothing is kept, nothing is read"

@@ -14,9 +14,9 @@ from luthier.core import DataError
 from luthier.data.corrupted import Corruption
 from luthier.data.examples import IGNORED, Examples
 from luthier.data.order import Order
-from luthier.data.packing import best_fit, cut_packed, laid_in_lines, padded_tokens, positions_in_lines, width_of
+from luthier.data.packing import best_fit, cut, cut_packed, laid_in_lines, padded_tokens, positions_in_lines, width_of
 
-__all__ = ["Batch", "Batches", "Collator", "EvalBatches", "in_order"]
+__all__ = ["Batch", "Batches", "Collator", "EvalBatches", "cut", "in_order"]
 
 T = TypeVar("T")
 
@@ -260,24 +260,6 @@ class Batches:
             real += int(self._lengths[rows].sum())
             held += padded_tokens(self._cut(rows, None, packed), self._lengths, self.collator.pad_to, packed)
         return 1 - real / max(1, held)
-
-
-def cut(
-    rows: NDArray[np.int64], lengths: NDArray[np.int64], tokens: int, most: int, pad_to: int = 1
-) -> list[NDArray[np.int64]]:
-    """Sort rows by length, longest first, and cut them so that no piece has more than `tokens` padded tokens.
-
-    A row that is longer than the budget stands alone; no piece has more than `most` rows.
-    """
-    by_length = rows[np.argsort(-lengths[rows], kind="stable")]
-    pieces: list[NDArray[np.int64]] = []
-    start = 0
-    while start < len(by_length):
-        width = -(-int(lengths[by_length[start]]) // pad_to) * pad_to
-        count = min(max(1, tokens // max(width, 1)), most)
-        pieces.append(by_length[start : start + count])
-        start += count
-    return pieces
 
 
 def ahead(work: Callable[[int], T], items: Sequence[int], workers: int) -> Iterator[tuple[int, T]]:

@@ -5,7 +5,7 @@
 <cache>/encoded/<digest>/MANIFEST.json      size and SHA-256 of both
 
 <cache> is `luthier.samples.cache_dir()`. An entry is never stale: what differs has another name. Every byte is verified
-when it is read.
+when it is read. No torch here.
 
 What was used longest ago is removed when the entries pass `LUTHIER_ENCODED_GIB` (4 where it is not set). With 0 nothing
 is kept or read, and so with `LUTHIER_PLAIN=1`.
@@ -20,13 +20,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from numpy.typing import NDArray
 
-from luthier import kernels
 from luthier.core import ConfigError, IntegrityError, LuthierError, ResourceError, human_bytes
+from luthier.core.fast_paths import fast
 from luthier.runs import durable, read_verified
-from luthier.runs.tensorfile import read_tensors
+from luthier.runs.tensorfile import read_arrays
 from luthier.samples import cache_dir
 
 __all__ = ["entry", "limit", "read", "short", "source_digest", "write"]
@@ -41,7 +40,7 @@ def limit() -> int:
     Raises:
         ConfigError: `LUTHIER_ENCODED_GIB` is no number from 0 on.
     """
-    if not kernels.fast():
+    if not fast():
         return 0
     told = os.environ.get("LUTHIER_ENCODED_GIB", "")
     try:
@@ -79,7 +78,7 @@ def read(folder: Path, what: str) -> tuple[tuple[dict[str, NDArray[Any]], Any] |
         return None, ""
     try:
         found = read_verified(folder)
-        arrays = {name: tensor.numpy() for name, tensor in read_tensors(found.files[NUMBERS]).items()}
+        arrays = read_arrays(found.files[NUMBERS])
         words = json.loads(found.files[WORDS])
     except (IntegrityError, KeyError) as error:
         _remove(folder)
@@ -105,17 +104,13 @@ def write(folder: Path, arrays: Mapping[str, NDArray[Any]], words: Any) -> str:
     try:
         root.mkdir(parents=True, exist_ok=True)
         with durable.folder(folder, {}) as made:
-            made.write_tensors(NUMBERS, {name: torch.from_numpy(_own(a)) for name, a in arrays.items()})
+            made.write_tensors(NUMBERS, arrays)
             made.write_json(WORDS, words)
         _make_room(root, most, folder)
     except (LuthierError, OSError) as error:
         # Where it stands by now, another process was quicker.
         return "" if (folder / durable.MANIFEST).is_file() else str(error).splitlines()[0]
     return ""
-
-
-def _own(array: NDArray[Any]) -> NDArray[Any]:
-    return array if array.flags.writeable and array.flags.c_contiguous else array.copy()
 
 
 def _make_room(root: Path, most: int, newest: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from luthier.core import DataError, ModelError, UnknownName, near
 from luthier.data.columns import Columns
+from luthier.data.known_config import KnownConfig
 from luthier.data.label_cells import labels_are_measures, refuse_unknown
 from luthier.data.label_tasks import classification, regression
 from luthier.data.rows import Table
@@ -19,6 +20,8 @@ Kind = Literal["encoder", "decoder", "both"]
 
 def kind_of_model(config: Any) -> Kind:
     """What a model is: an encoder reads both ways, a decoder writes, and some have a part for each."""
+    if isinstance(config, KnownConfig):
+        return config.kind
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     if getattr(config, "is_encoder_decoder", False):

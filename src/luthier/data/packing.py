@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["best_fit", "cut_packed", "laid_in_lines", "padded_tokens", "positions_in_lines", "width_of"]
+__all__ = ["best_fit", "cut", "cut_packed", "laid_in_lines", "padded_tokens", "positions_in_lines", "width_of"]
 
 Lines = list[list[int]]
 
@@ -104,3 +104,21 @@ def padded_tokens(pieces: Sequence[NDArray[np.int64]], lengths: NDArray[np.int64
         width = width_of(lengths[piece], pad_to)
         total += width * (len(best_fit(lengths[piece], width)) if packed else len(piece))
     return total
+
+
+def cut(
+    rows: NDArray[np.int64], lengths: NDArray[np.int64], tokens: int, most: int, pad_to: int = 1
+) -> list[NDArray[np.int64]]:
+    """Sort rows by length, longest first, and cut them so that no piece has more than `tokens` padded tokens.
+
+    A row that is longer than the budget stands alone; no piece has more than `most` rows.
+    """
+    by_length = rows[np.argsort(-lengths[rows], kind="stable")]
+    pieces: list[NDArray[np.int64]] = []
+    start = 0
+    while start < len(by_length):
+        width = -(-int(lengths[by_length[start]]) // pad_to) * pad_to
+        count = min(max(1, tokens // max(width, 1)), most)
+        pieces.append(by_length[start : start + count])
+        start += count
+    return pieces

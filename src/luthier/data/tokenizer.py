@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from luthier import kernels
 from luthier.core import ConfigError, DataError, ModelError
+from luthier.core.fast_paths import fast
 from luthier.data.rows import Table
 from luthier.data.tasks import Task
 
@@ -166,7 +166,7 @@ def _is_usual(tokenizer: Any) -> bool:
 
     kind = type(tokenizer)
     return (
-        kernels.fast()
+        fast()
         and isinstance(tokenizer, TokenizersBackend)
         and kind.__call__ is PreTrainedTokenizerBase.__call__
         and kind._encode_plus is TokenizersBackend._encode_plus

@@ -3,7 +3,7 @@
 Nothing here knows a model, a method or a run. `plain()` (or LUTHIER_PLAIN=1) turns every fast path off.
 """
 
-from luthier.kernels._switch import fast, plain
+from luthier.core.fast_paths import fast, plain
 from luthier.kernels.attachments import bottleneck, scale
 from luthier.kernels.attention import attend, attention_interface, share_of_a_pass
 from luthier.kernels.codes import FORMATS, GROUP, Format, Grouped

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from luthier.core import UnknownName, near
-from luthier.kernels._switch import fast
+from luthier.core.fast_paths import fast
 from luthier.kernels.low_rank import _sum_of_products
 
 __all__ = ["bottleneck", "scale"]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from luthier.core import ConfigError
-from luthier.kernels._switch import fast
+from luthier.core.fast_paths import fast
 from luthier.kernels.dropout import _LEVELS, _levels, kept_bits
 from luthier.kernels.dropout import dropout as keyed_dropout
 

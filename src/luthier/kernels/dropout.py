@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from luthier.core import ConfigError
-from luthier.kernels._switch import fast
+from luthier.core.fast_paths import fast
 
 __all__ = ["dropout", "keep_mask"]
 

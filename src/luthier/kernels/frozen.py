@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from luthier.kernels._switch import fast
+from luthier.core.fast_paths import fast
 
 __all__ = ["rms_norm"]
 

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from luthier.core import DataError
-from luthier.kernels._switch import fast
+from luthier.core.fast_paths import fast
 
 __all__ = ["linear_cross_entropy", "token_losses"]
 

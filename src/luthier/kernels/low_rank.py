@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from luthier.core import ConfigError
-from luthier.kernels._switch import fast
+from luthier.core.fast_paths import fast
 from luthier.kernels.dropout import dropout
 from luthier.kernels.packed import Packed
 from luthier.kernels.stored import Held

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from luthier.kernels._switch import fast
+from luthier.core.fast_paths import fast
 
 __all__ = ["adamw"]
 

@@ -30,6 +30,7 @@ from luthier.runs.fault import Operation, parse_fault
 from luthier.runs.tensorfile import pieces
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
 __all__ = [
@@ -531,7 +532,7 @@ class Folder:
         self._write(name, [encode(value)])
 
     def write_tensors(
-        self, name: str, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None
+        self, name: str, tensors: Mapping[str, "Tensor | NDArray[Any]"], metadata: Mapping[str, str] | None = None
     ) -> None:
         """Add a safetensors file. The tensors must not change before the `with` block has ended."""
         self._write(name, pieces(tensors, metadata or {}))

@@ -33,15 +33,19 @@ safety_audit     what a tuning did to refusals, before and after
 load_model       a model and its tokenizer, from a folder, a sample or the hub
 """
 
-from luthier.workflow.certify_run import certify
-from luthier.workflow.cross_validation import cross_validate
-from luthier.workflow.evaluate_run import Evaluation, evaluate
-from luthier.workflow.finish import Result
-from luthier.workflow.merged_folder import merge
-from luthier.workflow.prediction import Predictor, predict
-from luthier.workflow.preparation import Prepared, prepare
-from luthier.workflow.resume_proof import verify_resume
-from luthier.workflow.start import resume, train
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from luthier.workflow.certify_run import certify
+    from luthier.workflow.cross_validation import cross_validate
+    from luthier.workflow.evaluate_run import Evaluation, evaluate
+    from luthier.workflow.finish import Result
+    from luthier.workflow.merged_folder import merge
+    from luthier.workflow.prediction import Predictor, predict
+    from luthier.workflow.preparation import Prepared, prepare
+    from luthier.workflow.resume_proof import verify_resume
+    from luthier.workflow.start import resume, train
 
 __all__ = [
     "Evaluation",
@@ -58,3 +62,26 @@ __all__ = [
     "train",
     "verify_resume",
 ]
+
+# Resolved on first use: what looks at rows alone loads no torch.
+_HOMES = {
+    "certify": "luthier.workflow.certify_run",
+    "cross_validate": "luthier.workflow.cross_validation",
+    "Evaluation": "luthier.workflow.evaluate_run",
+    "evaluate": "luthier.workflow.evaluate_run",
+    "Result": "luthier.workflow.finish",
+    "merge": "luthier.workflow.merged_folder",
+    "Predictor": "luthier.workflow.prediction",
+    "predict": "luthier.workflow.prediction",
+    "Prepared": "luthier.workflow.preparation",
+    "prepare": "luthier.workflow.preparation",
+    "verify_resume": "luthier.workflow.resume_proof",
+    "resume": "luthier.workflow.start",
+    "train": "luthier.workflow.start",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'luthier.workflow' has no attribute {name!r}")

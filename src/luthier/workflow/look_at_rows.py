@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from luthier.data.batches import cut
 from luthier.data.chat import ChatTemplate
 from luthier.data.cloze import as_cloze
 from luthier.data.columns import find_columns
@@ -19,12 +18,14 @@ from luthier.data.encode import encode
 from luthier.data.examples import IGNORED, Examples
 from luthier.data.infer_task import infer_task
 from luthier.data.order import Order
+from luthier.data.packing import cut
 from luthier.data.rows import Table, load_rows
 from luthier.data.stop_tokens import refuse_endless, taught_ends
 from luthier.data.tasks import Task
 from luthier.data.tokenizer import choose_length, choose_pad
 from luthier.runs.spec import RunSpec
-from luthier.workflow.load_model import find_model, load_config, load_tokenizer
+from luthier.workflow.known_models import known_model
+from luthier.workflow.model_files import find_model
 
 __all__ = ["LookedAt", "Piece", "ShownRow", "look_at"]
 
@@ -102,11 +103,11 @@ def look_at(spec: RunSpec, rows: int = 5) -> LookedAt:
         ModelError: a model or tokenizer that cannot be used.
     """
     source = find_model(spec.model)
-    config, data = load_config(source), spec.data
+    data = spec.data
     table, test = load_rows(data.source, delimiter=data.delimiter, encoding=data.encoding)
     columns = find_columns(table, data, spec.task)
+    config, tokenizer = known_model(source)
     task = infer_task(table, test, columns, spec.task, config)
-    tokenizer = load_tokenizer(source)
     if data.template is not None:
         task = as_cloze(task, data.template, data.words, columns, tokenizer, config)
     max_length = choose_length(spec.max_length, tokenizer, config, task)

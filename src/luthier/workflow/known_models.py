@@ -1,0 +1,114 @@
+"""What a look at rows needs of a model beside its files, kept between calls: with it no torch is loaded.
+
+<cache>/models/<digest>.json    {"digest": of the rest, "kind", "config", "text", "tokenizer": [module, class]}
+
+transformers alone decides the class of a tokenizer and the values that a configuration leaves out, and loads torch with
+its compiler to tell. The name is a digest of all that decides it: configuration and tokenizer files, the versions of
+the libraries, our own text. What is damaged, or does not load, is asked for anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from luthier.core import LuthierError
+from luthier.core.fast_paths import fast
+from luthier.data import known_config
+from luthier.data.infer_task import kind_of_model
+from luthier.data.known_config import READ, KnownConfig
+from luthier.runs import durable
+from luthier.trust.model import cache_folder
+from luthier.workflow.model_files import Source, load_config, load_tokenizer, quiet
+
+__all__ = ["known_model"]
+
+MOST = 64  # files; what was written longest ago goes first
+LIBRARIES = ("transformers", "tokenizers", "huggingface_hub", "torch")
+_MODULE = re.compile(r"transformers\.(tokenization_utils_tokenizers|models\.\w+\.tokenization_\w+)")
+
+
+def known_model(source: Source) -> tuple[Any, Any]:
+    """(configuration, tokenizer) of a model; the configuration answers what rows are read by.
+
+    Raises:
+        ModelError: the folder has no tokenizer that can be read.
+    """
+    path = _address(source)
+    found = None if path is None else _read(path, source)
+    if found is not None:
+        return found
+    config, tokenizer = load_config(source), load_tokenizer(source)
+    if path is not None:
+        _keep(path, config, tokenizer)
+    return config, tokenizer
+
+
+def _address(source: Source) -> Path | None:
+    """The file for this model; None where nothing is to be kept."""
+    if not fast() or os.environ.get("LUTHIER_ENCODED_GIB") in ("0", "0.0"):
+        return None
+    summed = hashlib.sha256()
+    for file in (source.path / "config.json", *source.folder.tokenizer_files, *map(Path, (__file__, _text_of_ours()))):
+        try:
+            summed.update(f"{file.name}\x1f{hashlib.sha256(file.read_bytes()).hexdigest()}\x1e".encode())
+        except OSError:
+            return None
+    summed.update("\x1f".join(f"{library} {version(library)}" for library in LIBRARIES).encode())
+    return cache_folder().expanduser() / "models" / f"{summed.hexdigest()[:40]}.json"
+
+
+def _text_of_ours() -> str:
+    return str(known_config.__file__)
+
+
+def _read(path: Path, source: Source) -> tuple[Any, Any] | None:
+    try:
+        content = json.loads(path.read_bytes())
+        if content.pop("digest") != _digest(content):
+            return None
+        module, name = content["tokenizer"]
+        if not _MODULE.fullmatch(module):
+            return None
+        config = KnownConfig(content["kind"], content["config"], content["text"])
+        with quiet():
+            return config, getattr(import_module(module), name).from_pretrained(source.path, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError):
+        return None
+
+
+def _keep(path: Path, config: Any, tokenizer: Any) -> None:
+    """Keep what was told. Where it cannot be written, or is more than JSON holds, it is asked for anew."""
+    kind = type(tokenizer)
+    values, text = _values(config), _values(config.get_text_config())
+    plain = all(v is None or isinstance(v, bool | int | str) for v in (*values.values(), *text.values()))
+    if not plain or not _MODULE.fullmatch(kind.__module__):
+        return
+    if getattr(import_module(kind.__module__), kind.__name__, None) is not kind:
+        return
+    content = {
+        "kind": kind_of_model(config), "config": values, "text": text, "tokenizer": [kind.__module__, kind.__name__],
+    }  # fmt: skip
+    told = json.dumps(content | {"digest": _digest(content)}, ensure_ascii=True)
+    with contextlib.suppress(LuthierError, OSError):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        durable.write_bytes(path, told.encode("ascii"))
+        kept = sorted(path.parent.glob("*.json"), key=lambda one: one.stat().st_mtime_ns)
+        for old in kept[:-MOST]:
+            old.unlink(missing_ok=True)
+
+
+def _values(config: Any) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in READ if hasattr(config, name)}
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=True).encode()).hexdigest()

@@ -12,7 +12,10 @@ Paper: arXiv:2102.01386 (AutoFreeze), whose interval and percentile were not che
 
 Neutral: percent = 0.
 Cost: less and less: backward passes end above what rests. With keep, forward passes begin there too; the states of all
-tokens of all rows are held, at most 1 GiB, or nothing is kept, as the log says.
+tokens of all rows are held, at most 1 GiB, or nothing is kept, as the log says. It pays over several epochs alone: rows
+are computed anew whenever more blocks rest. Within one it costs: 60 steps of luthier train sample:minilm-l6 --data
+sample:trec6 --method full --strategy adaptive_freeze --set adaptive_freeze.every=8 --set percent=80 --trunk-dropout off
+--batch 16 --steps 60 took 26 seconds of processor with --set keep=true, and 17 without.
 Claims: faster fine-tuning at nearly the same score.
 Pitfalls: gradients settle for another reason too, a rate that has fallen to nothing. What is kept was computed beside
 other rows than those of the step, so the last bits of a run with keep are others than without; a resumed one has them.

@@ -10,8 +10,9 @@ Paper: arXiv:1612.00796, equation 3.
 
 Neutral: weight = 0.
 Cost: one forward and backward pass for each of `rows` old rows before step 1; two copies of what trains. A step of
-minilm-l6 with all weights training took 1.28 of a plain one's processor time beside other work, more than the 1.05 that
-were aimed at (python -m benchmarks --processor --only strategies --case strategies-full, one round).
+minilm-l6 with all weights training took 1.20 of a plain one's processor time beside other work (1.11 to 1.22 in three
+rounds), more than the 1.05 that were aimed at: python -m benchmarks --processor --only strategies --case
+strategies-full.
 Claims: two tasks are learnt one after the other with little forgotten.
 Pitfalls: start from the model that has learnt the old rows (`luthier merge`): at a fresh head or a LoRA whose B is
 zero, F is of numbers that knew nothing, and zero where nothing depends on them. `weight` needs a search from 10 to 1e5.

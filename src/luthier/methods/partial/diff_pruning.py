@@ -21,7 +21,10 @@ gradients and moments: four steps of LoRA on short rows, one and a half on long 
 Use it when: a sparse difference to the base must be stored, and training may cost several times more.
 Not when: steps must be cheap, or memory is short: it trains more numbers than the model has.
 Pitfalls: training costs more memory than full fine-tuning; the penalty is a sum over numbers, not a mean, so its
-weight is tiny; gates need a far larger rate than delta; a tensor that a pass uses twice draws its gates twice.
+weight is tiny; gates need a far larger rate than delta; a tensor that a pass uses twice draws its gates twice. The rate
+is one for long runs: on 600 questions of trec6 a run of 408 steps at most hardly beats `head_only`, 0.44 for 0.42
+(`python -m experiments.methods --only diff_pruning --seeds 1 --results FILE`). With optim.lr=5e-4 and gate_rate=200, 80
+steps on 600 other questions gave 0.51, and a whole run of `head_only` 0.40: name a larger rate where steps are few.
 """
 
 import math

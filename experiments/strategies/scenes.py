@@ -217,7 +217,7 @@ SCENES = {
     ),
     "decoder-full": Scene(
         says="the same, all weights of smollm2-135m", train=few, test=held_out, model=DECODER, method="full", steps=40,
-        given=("batch.size=8", "optim.lr=2e-5"),
+        given=("batch.size=8", "optim.lr=1e-4"),
     ),
     "decoder-words": Scene(
         says="the same rows, labels asked for by a template, LoRA on smollm2-135m", train=few, test=held_out,

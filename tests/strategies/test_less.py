@@ -1,6 +1,7 @@
 """less: the rows whose gradients are like those of target rows."""
 
 import csv
+import dataclasses
 import random
 import weakref
 
@@ -89,7 +90,7 @@ def test_less_scores_are_cosines_with_the_way_of_adamw_by_brute_force(tmp_path, 
     monkeypatch.setattr(Less, "_slopes", lambda self, c, r: (watched(slope) for slope in slopes(self, c, r)))
     monkeypatch.setattr(Less, "adam", lambda self, c, slope: watched(adam(self, c, slope)))
     found = one.scored(course, rows)
-    assert len(made) == 8 + 2 * 5 and max(most) <= 3, "each is as large as all that trains, and few are held at once"
+    assert len(made) == 8 + 2 * 5 and max(most) <= 4, "each is as large as all that trains, and few are held at once"
     held = {name: loop.optimiser.first.pop(name) for name in [one._names(course)[0]]}
     (g,) = slopes(one, course, rows[:1])
     forgotten = adam(one, course, g)
@@ -107,9 +108,16 @@ def test_less_scores_are_cosines_with_the_way_of_adamw_by_brute_force(tmp_path, 
             course.forward(batch).loss.backward()
         return [course.weights()[n].grad.clone() for n in names]
 
-    aims = [slope(row) for row in course.rows.rows("target")]
-    aim = torch.cat([torch.stack(part).mean(0).reshape(-1) for part in zip(*aims, strict=True)])
-    for row, score in zip(rows, found, strict=True):
+    def mean_of(those):
+        return torch.cat([torch.stack(part).mean(0).reshape(-1) for part in zip(*map(slope, those), strict=True)])
+
+    target = course.rows.rows("target")
+    classes = [int(course.cut(np.asarray([row]))[0].labels) for row in target]
+    assert sorted(set(classes)) == [0, 1]
+    aims = [mean_of([row for row, one in zip(target, classes, strict=True) if one == part]) for part in (0, 1)]
+    whole = dataclasses.replace(one, parts="one").scored(course, rows)
+    assert found.shape == (2, 5) and whole.shape == (1, 5)
+    for row, scores in zip(rows, torch.cat([found, whole]).T, strict=True):
         moved = []
         for name, g in zip(names, slope(row), strict=True):  # by an AdamW of torch's that has the same moments
             p = torch.zeros_like(g).requires_grad_()
@@ -121,7 +129,19 @@ def test_less_scores_are_cosines_with_the_way_of_adamw_by_brute_force(tmp_path, 
             }  # fmt: skip
             adam.step()
             moved.append(-p.detach().reshape(-1))
-        assert float(score) == pytest.approx(float(torch.cosine_similarity(torch.cat(moved), aim, dim=0)), abs=1e-4)
+        for score, aim in zip(scores.tolist(), [*aims, mean_of(target)], strict=True):
+            assert score == pytest.approx(float(torch.cosine_similarity(torch.cat(moved), aim, dim=0)), abs=1e-4)
+
+
+def test_less_keeps_rows_of_every_class_of_the_target(tmp_path, monkeypatch):
+    scores = torch.tensor([[0.9, 0.5, 0.7, 0.0, 0.1, 0.0], [0.0, 0.5, 0.0, 0.2, 0.85, 0.3]])
+    monkeypatch.setattr(Less, "scored", lambda self, course, rows: scores.repeat(1, 10)[:, : len(rows)])
+    loop = loop_of(Runs(tmp_path))
+    loop.run_to()
+    ((_, course),) = loop.moments._asked
+    kept = course.memory.tensors["kept"].tolist()
+    assert {row % 6 for row in kept} == {0, 4} and len(kept) == 15, "ten of .9 and five of .85; .5 and .5 are no 1"
+    assert course.memory.tensors["scores"].shape == (2, 60)
 
 
 def test_less_without_a_target_it_is_refused(tmp_path):

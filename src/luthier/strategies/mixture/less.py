@@ -1,13 +1,14 @@
 """After a warm-up, learn those rows alone whose gradient is most like that of a few target rows (LESS).
 
-    score(z) = sum over looks of  rate * cos(grad l(target), G(z))          the `share` of rows with the largest is kept
+    score(z) = max over parts of the target of  sum over looks of  rate * cos(grad l(part), G(z))
     G(z) = m' / (sqrt(v') + eps)         m' = (b1 m + (1 - b1) g) / (1 - b1^(t+1))       v' alike, of g^2 with b2
 
-g is the gradient of row z alone, with Adam's moments m and v after t updates: G is the way in which AdamW would go for
-it. grad l(target) is the mean over the rows of the set `target` (--also target=FILE). Both are of what trains in the
-model, of a LoRA its two matrices, without a new head. No dropout. With `project` = d, both are first multiplied by a
-random matrix of signs / sqrt(d), (numbers, d), the same in all looks: products of two come out within about
-sqrt(2 / d) times their lengths. 0, none: the exact ones.
+The `share` of the rows with the largest scores is kept. g is the gradient of row z alone, with Adam's moments m and v
+after t updates: G is the way in which AdamW would go for it. grad l(part) is the mean over the rows of a part of the
+set `target` (--also target=FILE): those of one class, or with `parts` = one, or without classes, all of them. Both are
+of what trains in the model, of a LoRA its two matrices, without a new head. No dropout. With `project` = d, both are
+first multiplied by a random matrix of signs / sqrt(d), (numbers, d), the same in all looks: products of two come out
+within about sqrt(2 / d) times their lengths. 0, none: the exact ones.
 
 The warm-up is one step at least. Looks are `looks`, at equal distances in it, the last of them at its end; where it has
 fewer steps, one after each. From then on every step has as many rows as before, of those that are kept, each pass over
@@ -21,17 +22,21 @@ Neutral: warmup = 1.
 Cost: a forward and backward pass of every row alone in each look; with `project`, as many multiplications again as
 numbers times d for each row.
 Claims: a twentieth of the rows, chosen for a task, teaches it as well as all of them do.
-Pitfalls: cosines of short texts are larger than those of long ones. Before much has been learnt most of a gradient is
-what all rows share: give the warm-up some steps. By plain descent (no moments) G is g. Target rows are not learnt.
+Pitfalls: classes do not get equal shares: of some all cosines are small, and their rows are dropped. On 600 questions
+of trec6 with share = 0.3 three of six classes are never answered (accuracy 0.53, with parts = one 0.38; all rows:
+0.90). Cosines of short texts are larger than those of long ones. Before much has been learnt most of a gradient is what
+all rows share: give the warm-up some steps. By plain descent (no moments) G is g. Target rows are not learnt.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -59,6 +64,9 @@ class Less(Strategy):
 
     share: Annotated[float, "share of the rows that are kept", between(0.001, 1)] = 0.05
     warmup: Annotated[float, "share of the steps that learn all rows", between(0, 1)] = 0.1
+    parts: Annotated[Literal["class", "one"], "the target is its classes, each with a mean, or one mean of all"] = (
+        "class"
+    )
     looks: Annotated[int, "times that all rows are scored", at_least(1)] = 1
     project: Annotated[int, "numbers that a gradient is projected to; 0, it stays as it is", at_least(0)] = 0
 
@@ -77,10 +85,11 @@ class Less(Strategy):
         held["scores"] = held["scores"] + found if "scores" in held else found
         if course.step - 1 == last:
             keep = max(1, round(self.share * len(rows)))
-            best = np.lexsort((rows, -held["scores"].numpy()))[:keep]
+            scores = held["scores"].amax(0)
+            best = np.lexsort((rows, -scores.numpy()))[:keep]
             held["kept"] = torch.from_numpy(np.sort(rows[best]))
             course.note("kept", keep)
-            course.note("least", float(held["scores"][int(best[-1])]))
+            course.note("least", float(scores[int(best[-1])]))
 
     def batches(self, course: Course, batches: list[Batch]) -> list[Batch]:
         if "kept" not in course.memory.tensors:
@@ -93,20 +102,33 @@ class Less(Strategy):
         return course.cut(np.sort(mixed[place * size : (place + 1) * size]))
 
     def scored(self, course: Course, rows: NDArray[np.int64]) -> Tensor:
-        """The cosine of each row with the target, now: (rows,)."""
-        target = course.rows.rows("target")
-        aim = torch.zeros((), device=course.device)
-        for slope in self._slopes(course, target):  # one after another: each is as large as all that trains
-            aim = aim + slope / len(target)
-        aim = self._short(course, aim[None])[0]
+        """The cosine of each row with each part of the target, now: (parts, rows)."""
+        aims = torch.stack([self._short(course, aim[None])[0] for aim in self._aims(course)])  # (parts, numbers)
         found: list[Tensor] = []
         waiting: list[Tensor] = []
         for i, slope in enumerate(self._slopes(course, rows), 1):
             waiting.append(self.adam(course, slope))
             if not self.project or len(waiting) == BLOCK or i == len(rows):
-                found.append(torch.cosine_similarity(self._short(course, torch.stack(waiting)), aim[None], dim=-1))
+                ways = self._short(course, torch.stack(waiting))
+                found.append(F.normalize(aims, dim=-1) @ F.normalize(ways, dim=-1).T)
                 waiting = []
-        return torch.cat(found).cpu()
+        return torch.cat(found, 1).cpu()
+
+    def _aims(self, course: Course) -> list[Tensor]:
+        """The mean gradient of each part of the target: (numbers,) each."""
+        target = course.rows.rows("target")
+        classes = [0] * len(target)
+        if self.parts == "class":
+            labels = [course.cut(np.asarray([row]))[0].labels for row in target]
+            classes = [
+                int(one) if one is not None and one.shape == (1,) and not one.is_floating_point() else 0
+                for one in labels
+            ]
+        counts = Counter(classes)
+        aims: dict[int, Tensor] = {}
+        for slope, part in zip(self._slopes(course, target), classes, strict=True):  # each as large as all that trains
+            aims[part] = aims.get(part, 0) + slope / counts[part]
+        return [aims[part] for part in sorted(aims)]
 
     def adam(self, course: Course, slope: Tensor) -> Tensor:
         """Where AdamW would go for one row: (numbers,)."""

@@ -63,6 +63,10 @@ def answer(asked: Asked) -> Answer:
         for setting, bias in (("attention_bias", "blk.0.attn_output.bias"), ("mlp_bias", "blk.0.ffn_gate.bias")):
             if hasattr(config, setting):
                 setattr(config, setting, bias in names)
+        # Nor does it take the width of a head for every family (not for qwen3), though the file says it.
+        width = facts.get(f"{facts.get('general.architecture')}.attention.key_length")
+        if width is not None and hasattr(config, "head_dim"):
+            config.head_dim = int(width)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=MODEL, config=config, dtype=torch.float32, local_files_only=True
         )

@@ -148,5 +148,5 @@ def test_what_was_kept_of_a_model_is_asked_for_anew_where_it_is_damaged_or_the_m
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 33}))
     assert position_limit(known_model(find_model(str(folder)))[0]) == 33
     assert len(list((tmp_path / "cache" / "models").iterdir())) == 2
-    monkeypatch.setenv("LUTHIER_ENCODED_GIB", "0")
+    monkeypatch.setenv("LUTHIER_ENCODED_GIB", "0.00")
     assert not isinstance(known_model(find_model(str(folder)))[0], KnownConfig), "nothing is kept, nothing is read"

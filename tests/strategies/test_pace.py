@@ -157,6 +157,26 @@ def test_what_rests_is_a_prefix_that_grows_and_never_wakes(runs):
     assert resting == sorted(resting) and 0 < resting[-1] < len(groups)
 
 
+@pytest.mark.parametrize(
+    ("pull", "settings"),
+    [
+        ("l2_sp", {"l2_sp.alpha": 5.0, "l2_sp.form": "decoupled"}),
+        ("recadam", {"recadam.gamma": 20.0, "recadam.k": 1.0, "recadam.t0": 2}),
+    ],
+)
+def test_a_pull_to_the_start_moves_nothing_that_rests(runs, pull, settings):
+    values = {"adaptive_freeze.every": 1, "adaptive_freeze.percent": 90.0, **settings}
+    given = {"steps": 6, "optim": OptimSpec(lr=0.01, weight_decay=0.0)}
+    loop = runs.loop(f"adaptive_freeze+{pull}", "full", values=values, **given)
+    while True:
+        start = {n: p.detach().clone() for n, p in loop.tuned.trained().items()}
+        loop.run_to(loop.step + 1)
+        if loop.moments.resting or loop.step == 6:
+            break
+    moved = changed(loop, start)
+    assert loop.moments.resting and moved and not moved & loop.moments.resting
+
+
 KEEP = {"adaptive_freeze.every": 1, "adaptive_freeze.percent": 90.0}
 
 
@@ -207,6 +227,27 @@ def test_states_are_not_kept_where_something_else_would_change_them(runs):
     batches = runs.loop("adaptive_freeze", "full", values=kept, trunk_dropout="off").feed.batches
     batches.collator = dataclasses.replace(batches.collator, corruption=object())
     assert "read otherwise each time" in Prefix(loop.tuned, batches, 1).why_not
+
+
+def test_where_memory_runs_out_in_the_trial_of_what_is_kept_it_is_tried_again(runs, monkeypatch):
+    batches = runs.loop("adaptive_freeze", "full", trunk_dropout="off").feed.batches
+    loop = runs.loop("adaptive_freeze", "full", trunk_dropout="off")
+    for parameter in loop.tuned.model.parameters():
+        parameter.requires_grad_(False)
+    tried = []
+
+    def trial(self, batch):
+        tried.append(len(batch.rows))
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return False
+
+    monkeypatch.setattr(Prefix, "_tried", trial)
+    prefix = Prefix(loop.tuned, batches, 1)
+    rows = next(group for group in prefix._groups._groups if len(group) > 1)
+    with prefix.standing_in(batches.collator(batches.examples, rows)):
+        pass
+    assert len(tried) == 2 and tried[1] < tried[0] and "something else" in prefix.why_not
 
 
 def test_the_run_of_settled_blocks_is_that_of_the_percentile():

@@ -41,7 +41,7 @@ class Prefix:
         self.tuned, self.batches, self.depth = tuned, batches, depth
         self._groups = Groups(batches)
         self._kept: Tensor | None = None  # (tokens of all rows, d)
-        self._in_tuple = False
+        self._in_tuple = self._is_tried = False
         self.why_not = self._refusal()
 
     @property
@@ -121,7 +121,6 @@ class Prefix:
                 self.why_not = "its blocks give more than states"
             if self.why_not:
                 return
-            first = self._kept is None
             if self._kept is None:
                 self._in_tuple = isinstance(out, tuple)
                 self._kept = states.new_zeros((int(self.batches.examples.offsets[-1]), states.shape[-1]))
@@ -129,8 +128,10 @@ class Prefix:
             places = np.concatenate([np.arange(offsets[row], offsets[row + 1]) for row in batch.rows])
             mask = batch.inputs["attention_mask"].bool()
             self._kept[torch.from_numpy(places).to(states.device)] = states[mask]
-            if first and not self._tried(batch):
-                self.why_not = "a pass that begins behind them gives something else"
+            if not self._is_tried:  # where memory ran out in the trial, the half that is kept next is tried
+                if not self._tried(batch):
+                    self.why_not = "a pass that begins behind them gives something else"
+                self._is_tried = True
         finally:
             for module in training:
                 module.training = True

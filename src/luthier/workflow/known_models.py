@@ -12,8 +12,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
+import sys
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import version
@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from luthier.core import LuthierError
-from luthier.core.fast_paths import fast
-from luthier.data import known_config
+from luthier.data import infer_task, known_config
+from luthier.data.disk_cache import limit
 from luthier.data.infer_task import kind_of_model
 from luthier.data.known_config import READ, KnownConfig
 from luthier.runs import durable
 from luthier.trust.model import cache_folder
+from luthier.workflow import model_files
 from luthier.workflow.model_files import Source, load_config, load_tokenizer, quiet
 
 __all__ = ["known_model"]
@@ -54,20 +55,17 @@ def known_model(source: Source) -> tuple[Any, Any]:
 
 def _address(source: Source) -> Path | None:
     """The file for this model; None where nothing is to be kept."""
-    if not fast() or os.environ.get("LUTHIER_ENCODED_GIB") in ("0", "0.0"):
+    if not limit():
         return None
     summed = hashlib.sha256()
-    for file in (source.path / "config.json", *source.folder.tokenizer_files, *map(Path, (__file__, _text_of_ours()))):
+    ours = (Path(str(module.__file__)) for module in (sys.modules[__name__], known_config, infer_task, model_files))
+    for file in (source.path / "config.json", *source.folder.tokenizer_files, *ours):
         try:
             summed.update(f"{file.name}\x1f{hashlib.sha256(file.read_bytes()).hexdigest()}\x1e".encode())
         except OSError:
             return None
     summed.update("\x1f".join(f"{library} {version(library)}" for library in LIBRARIES).encode())
     return cache_folder().expanduser() / "models" / f"{summed.hexdigest()[:40]}.json"
-
-
-def _text_of_ours() -> str:
-    return str(known_config.__file__)
 
 
 def _read(path: Path, source: Source) -> tuple[Any, Any] | None:

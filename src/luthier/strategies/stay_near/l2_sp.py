@@ -63,6 +63,8 @@ class L2SP(Strategy):
     def after_step(self, course: Course) -> None:
         if self.form == "decoupled":
             for name, parameter in course.weights().items():
+                if not parameter.requires_grad:
+                    continue  # what rests in this step stays where it is, as it does in the coupled form
                 share = course.rate_of(name) * self._pull(name)
                 if is_head(name):
                     parameter.mul_(1 - share)

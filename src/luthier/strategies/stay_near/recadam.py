@@ -70,6 +70,8 @@ class RecAdam(Strategy):
         course.note("learns", learns)
         for name in self._pulled(course):
             weight, before = course.weights()[name], course.memory.tensors.pop(f"before {name}")
+            if not weight.requires_grad:
+                continue  # it rests in this step
             weight.copy_(torch.lerp(before, weight, learns))
             pull = course.rate_of(name) * (1 - learns) * self.gamma
             weight.sub_(weight - course.memory.tensors[name], alpha=pull)

@@ -9,7 +9,10 @@ import pytest
 from experiments.parameters.__main__ import MODELS, SHAPES, table
 from experiments.results import known, once, tried
 from experiments.size_lora.page import SETS, WAYS, write
+from experiments.strategies.page import MEASURED, measured
 from luthier.core import ConfigError, Interrupted
+
+RESULTS = ("experiments", "strategies", "results.jsonl")
 
 
 def test_counts_of_known_shapes_are_those_that_follow_from_their_sizes() -> None:
@@ -47,6 +50,34 @@ def test_a_part_of_the_results_is_a_table_and_says_what_is_missing(tmp_path: Pat
     of_all = text.partition("## Mean over the sets")[2].partition("##")[0]
     assert ("| minilm-l3 | 0.600 | 0.600" in of_all) == (n_sets == 6)
     assert "| minilm-l3 | 0.600" in text and "| mpnet-base | - |" in text
+
+
+def line_of(strategy: str | None, passes: int, seed: int, accuracy: float, **more: float) -> dict[str, object]:
+    scene = "then" if more else "few"
+    return {"scene": scene, "strategy": strategy, "passes": passes, "seed": seed, "accuracy": accuracy, **more}
+
+
+def test_a_strategys_page_says_what_came_out_beside_plain_training() -> None:
+    rows = [
+        *(line_of(None, times, seed, 0.7 + 0.01 * times) for times in (1, 2) for seed in (0, 1)),
+        *(line_of("freelb", 2, seed, 0.75 + 0.01 * seed) for seed in (0, 1)),
+        *(line_of("focal", 1, seed, 0.70 + 0.02 * seed) for seed in (0, 1)),
+        line_of("ema", 1, 0, 0.5), line_of(None, 1, 0, 0.9, old=0.6), line_of("replay+ewc", 1, 0, 0.8, old=0.75),
+    ]  # fmt: skip
+    said = measured(rows)
+    (freelb,), (focal,), (ema,), (ewc,) = (said[name] for name in ("freelb", "focal", "ema", "ewc"))
+    assert "LoRA on minilm-l6, 2 seeds: accuracy 0.755, plain training 0.710, with as many passes 0.720." in freelb
+    assert freelb.endswith(
+        "Higher than training with as many passes with each of 2 seeds (by chance alone: 50% of the time)."
+    )
+    assert focal.endswith("0.710, plain training 0.710. Not told apart from plain training.")
+    assert "decay=0.98, 1 seed:" in ema and ema.endswith("One seed says little.")
+    assert "replay with ewc, " in ewc and "of the first task 0.750 is left, plainly 0.600" in ewc
+    assert said["replay"] == said["ewc"] and "lora" not in said
+
+
+def test_what_the_package_says_of_strategies_is_what_the_results_give() -> None:
+    assert json.loads(MEASURED.read_text()) == measured(known(Path(MEASURED.parents[3], *RESULTS)))
 
 
 def test_what_was_refused_is_said_and_is_no_result(tmp_path: Path) -> None:

@@ -1,7 +1,11 @@
-"""`docs/strategies-table.md`, from the results."""
+"""From the results: `docs/strategies-table.md`, and what `luthier strategies NAME` says of them.
+
+The second is a file of the package, `luthier/strategies/measured.json`: strategy -> a sentence for each scene.
+"""
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +16,11 @@ from experiments.strategies.scenes import SCENES
 from experiments.strategies.trials import NOT_TRIED, TRIALS, Trial, every_trial
 from luthier.training import STRATEGIES
 
-__all__ = ["write"]
+__all__ = ["measured", "write"]
 
-PAGE = Path(__file__).parents[2] / "docs" / "strategies-table.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "strategies-table.md"
+MEASURED = ROOT / "src" / "luthier" / "strategies" / "measured.json"
 HEAD = """# Every strategy beside plain training
 
 `python -m experiments.strategies` tries each strategy in one small scene of real rows, beside plain training with the
@@ -37,6 +43,50 @@ def write(results: Path) -> None:
         if trials:
             lines += [f"## {at.says}", "", *_table(here, trials, old=at.start is not None), ""]
     PAGE.write_text(HEAD + "\n".join([*lines, *_tail(rows)]).rstrip() + "\n", "utf-8")
+    MEASURED.write_text(json.dumps(measured(rows), indent=1, sort_keys=True) + "\n", "utf-8")
+
+
+def measured(rows: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """What came out, in words: for each strategy a sentence of each scene that it was tried in."""
+    said: dict[str, list[str]] = {}
+    for name, trial in every_trial():
+        here = [row for row in rows if row["scene"] == trial.scene]
+        found = _by_seed(here, name, trial.passes)
+        plain, equal = _by_seed(here, None, 1), _by_seed(here, None, trial.passes)
+        if not found or not plain:
+            continue
+        seeds = f"{len(found)} seed{'s' if len(found) > 1 else ''}"
+        mean, beside = (statistics.fmean(r["accuracy"] for r in side.values()) for side in (found, plain))
+        words = f"{SCENES[trial.scene].says}, {_given(name, trial)}{seeds}: "
+        words += f"accuracy {mean:.3f}, plain training {beside:.3f}"
+        if trial.passes > 1 and equal:
+            words += f", with as many passes {statistics.fmean(r['accuracy'] for r in equal.values()):.3f}"
+        if SCENES[trial.scene].start:
+            first, theirs = (statistics.fmean(r["old"] for r in side.values()) for side in (found, plain))
+            words += f"; of the first task {first:.3f} is left, plainly {theirs:.3f}"
+        for one in name.split("+"):
+            said.setdefault(one, []).append(f"{words}. {_verdict(found, equal or plain, trial.passes > 1)}")
+    return said
+
+
+def _verdict(found: dict[int, dict[str, Any]], other: dict[int, dict[str, Any]], equal: bool) -> str:
+    gaps = [found[seed]["accuracy"] - other[seed]["accuracy"] for seed in found if seed in other]
+    beside = "training with as many passes" if equal else "plain training"
+    if len(gaps) < 2:
+        return "One seed says little."
+    if min(gaps) <= 0 <= max(gaps):
+        return f"Not told apart from {beside}."
+    side = "Higher" if min(gaps) > 0 else "Lower"
+    chance = 2 * 0.5 ** len(gaps)
+    return f"{side} than {beside} with each of {len(gaps)} seeds (by chance alone: {chance:.0%} of the time)."
+
+
+def _given(name: str, trial: Trial) -> str:
+    """What is asked for beside its name, and a comma."""
+    longer = [f"{trial.longer} x the steps"] if trial.longer > 1 else []
+    given = [g.removeprefix(f"{name}.") for g in trial.given]
+    together = [name.replace("+", " with ")] if "+" in name else []
+    return "".join(f"{word}, " for word in (*together, *longer, *given))
 
 
 def _table(rows: Sequence[dict[str, Any]], trials: Sequence[tuple[str, Trial]], *, old: bool) -> list[str]:
@@ -50,8 +100,7 @@ def _table(rows: Sequence[dict[str, Any]], trials: Sequence[tuple[str, Trial]], 
         lines.append(_line(f"plain, {times} x the steps" if times > 1 else "plain", "-", found, times, old, "-", "-"))
     for name, trial in trials:
         found = _by_seed(rows, name, trial.passes)
-        longer = [f"{trial.longer} x the steps"] if trial.longer > 1 else []
-        given = ", ".join([*longer, *(g.removeprefix(f"{name}.") for g in trial.given)]) or "-"
+        given = _given("" if "+" in name else name, trial).removesuffix(", ") or "-"
         lines.append(
             _line(f"`{name}`", given, found, trial.passes, old,
                   _gap(found, plain.get(1, {})), _gap(found, plain.get(trial.passes, {})))

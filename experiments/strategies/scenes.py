@@ -194,12 +194,13 @@ def _kept(name: str, model: str, method: str, seed: int, train: Path, test: Path
 SCENES = {
     "few": Scene(says="trec6, 16 rows a class (96), LoRA on minilm-l6", train=few, test=held_out),
     "few-full": Scene(
-        says="the same rows, all weights of minilm-l6", train=few, test=held_out, method="full",
+        says="trec6, 16 rows a class (96), all weights of minilm-l6", train=few, test=held_out, method="full",
         given=("optim.lr=5e-5",),
     ),
     "many": Scene(says="trec6, 600 rows, LoRA on minilm-l6", train=many, test=held_out, steps=200),
     "weak": Scene(
-        says="the same, three in ten with another row's label", train=weak, test=held_out, steps=200,
+        says="trec6, 600 rows, three in ten with another row's label, LoRA on minilm-l6",
+        train=weak, test=held_out, steps=200,
     ),
     "student": Scene(says="trec6, 600 rows, LoRA on minilm-l3", train=many, test=held_out, model=SMALLER, steps=200),
     "then": Scene(
@@ -216,15 +217,17 @@ SCENES = {
         given=("batch.size=8",),
     ),
     "decoder-full": Scene(
-        says="the same, all weights of smollm2-135m", train=few, test=held_out, model=DECODER, method="full", steps=40,
+        says="trec6, 16 rows a class, all weights of smollm2-135m",
+        train=few, test=held_out, model=DECODER, method="full", steps=40,
         given=("batch.size=8", "optim.lr=1e-4"),
     ),
     "decoder-words": Scene(
-        says="the same rows, labels asked for by a template, LoRA on smollm2-135m", train=few, test=held_out,
+        says="trec6, 16 rows a class, labels asked for by a template, LoRA on smollm2-135m", train=few, test=held_out,
         model=DECODER, steps=40, given=("batch.size=8", *WORDS_OF_TREC6),
     ),
     "decoder-prompt": Scene(
-        says="the same, by a prompt of three vectors", train=few, test=held_out, model=DECODER, method="prompt_tuning",
+        says="trec6, 16 rows a class, labels asked for by a template, a prompt of three vectors on smollm2-135m",
+        train=few, test=held_out, model=DECODER, method="prompt_tuning",
         steps=12, given=("batch.size=8", "length=3", *WORDS_OF_TREC6),
     ),
 }  # fmt: skip

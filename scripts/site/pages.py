@@ -12,7 +12,7 @@ import drawing
 import equations
 
 from luthier.cli._main import main, verbs
-from luthier.cli._shelf import SHELF, STRATEGIES, WAYS, facts
+from luthier.cli._shelf import SHELF, STRATEGIES, WAYS, facts, measured
 
 __all__ = [
     "command_line",
@@ -105,7 +105,8 @@ def strategy_page(name: str) -> str:
     lines = [f"# {name}", "", f"**{_text(' '.join(prose[0].split()))}**", "", '<div class="equations">']
     lines += [*(equations.mathml(block) for block in equations.blocks(card.page)), "</div>", ""]
     option = f"`luthier {'ask' if asks else 'train'} MODEL --data FILE --strategy {name}`"
-    return "\n".join([*lines, *_rest(card, prose, parts, option)])
+    seen = [line for sentence in measured().get(name, []) for line in (f"**Measured.** {_text(sentence)}", "")]
+    return "\n".join([*lines, *seen, *_rest(card, prose, parts, option)])
 
 
 def strategies_index() -> str:

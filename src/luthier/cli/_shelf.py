@@ -23,6 +23,7 @@ __all__ = [
     "few_words",
     "index",
     "is_of_recipe",
+    "measured",
     "of_families",
     "settings_table",
     "shares",
@@ -71,6 +72,13 @@ def shares() -> dict[str, dict[str, Any]]:
     folder = files("luthier.methods") / "shares"
     found = {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir() if file.name.endswith(".json")}
     return {name.removesuffix(".json"): json.loads(text) for name, text in sorted(found.items())}
+
+
+@lru_cache(maxsize=1)
+def measured() -> dict[str, list[str]]:
+    """Strategy -> what came out where it was tried, in sentences (`python -m experiments.strategies --page`)."""
+    found: dict[str, list[str]] = json.loads((files("luthier.strategies") / "measured.json").read_text("utf-8"))
+    return found
 
 
 def few_words(card: Card) -> str:

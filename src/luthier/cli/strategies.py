@@ -11,7 +11,7 @@ import typer
 from luthier.cli._output import screen
 from luthier.cli._parts_of_runs import PARTS_OF_RUNS
 from luthier.cli._shared_options import AsJson
-from luthier.cli._shelf import STRATEGIES, WAYS, example_of, few_words, of_families, settings_table
+from luthier.cli._shelf import STRATEGIES, WAYS, example_of, few_words, measured, of_families, settings_table
 from luthier.core import Card, UnknownName, near, plain
 
 __all__ = ["command"]
@@ -113,6 +113,7 @@ def facts(card: Card) -> dict[str, Any]:
         "needs": {"rows": _words(card, "sets"), "models": _words(card, "roles"), "strategies": _words(card, "uses")},
         "settings": [plain(setting) for setting in card.settings],
         "page": card.page,
+        "measured": measured().get(card.name, []),
     }
 
 
@@ -144,6 +145,8 @@ def _show_part(name: str) -> None:
 def _show_page(card: Card) -> None:
     screen().headline(f"{card.name} · {card.family} · {card.paper}\n")
     screen().page(card.page)
+    for sentence in measured().get(card.name, []):
+        screen().page(f"Measured: {sentence}")
     if card.settings:
         screen().show("\nSettings (--set NAME=VALUE, or an option of their own)")
         screen().table(*settings_table(card), whole=("name",))

@@ -76,7 +76,7 @@ def _read(path: Path, source: Source) -> tuple[Any, Any] | None:
         module, name = content["tokenizer"]
         if not _MODULE.fullmatch(module):
             return None
-        config = KnownConfig(content["kind"], content["config"], content["text"])
+        config = KnownConfig(content["kind"], content["config"], content["text"], lambda: load_config(source))
         with quiet():
             return config, getattr(import_module(module), name).from_pretrained(source.path, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError):

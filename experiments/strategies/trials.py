@@ -48,7 +48,7 @@ TRIALS: dict[str, Trial] = {
     "early_exit": Trial(),
     "ema": Trial(given=("ema.decay=0.98",)),
     "ewc": Trial(
-        scene="then", given=("ewc.rows=200", "ewc.weight=10000", "ewc.answers=labels"), also={"old": old_rows}
+        scene="then", given=("ewc.rows=200", "ewc.weight=1e8", "ewc.answers=labels"), also={"old": old_rows}
     ),
     "focal": Trial(),
     "freelb": Trial(passes=2),
@@ -98,7 +98,7 @@ FURTHER: dict[str, Trial] = {
     "lisa": Trial(scene="decoder-full"),
     "mezo": Trial(scene="decoder-full", given=("optim.lr=1e-6",)),
     "replay+ewc": Trial(
-        scene="then", given=("ewc.rows=200", "ewc.weight=10000", "ewc.answers=labels"), also={"old": old_rows}
+        scene="then", given=("ewc.rows=200", "ewc.weight=1e8", "ewc.answers=labels"), also={"old": old_rows}
     ),
 }
 """Strategies that are tried in a second scene, and some together."""

@@ -10,9 +10,10 @@ Paper: arXiv:2403.17919; 2 blocks and 20 steps are the defaults of the authors' 
 Neutral: blocks = 1000000, which is all of them.
 Cost: gradients and moments of the blocks that learn, and of embeddings and head, alone. In the first step the moments
 of all are there for a moment.
-Claims: better than LoRA, and near full fine-tuning, in its memory. Not measured here.
-Pitfalls: made for --method full. On adapters there is little memory to save. Embeddings are large and learn all the
-time; without them (a method that leaves them alone) only the drawn blocks and the head do.
+Claims: better than LoRA, and near full fine-tuning, in its memory.
+Pitfalls: a block learns in `blocks` of all blocks of the steps: short runs end far below plain ones (see below; draw
+more blocks, or more often). Made for --method full. On adapters there is little memory to save. Embeddings are large
+and learn all the time; without them (a method that leaves them alone) only the drawn blocks and the head do.
 """
 
 from collections.abc import Collection

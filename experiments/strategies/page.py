@@ -64,8 +64,10 @@ def measured(rows: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
         if SCENES[trial.scene].start:
             first, theirs = (statistics.fmean(r["old"] for r in side.values()) for side in (found, plain))
             words += f"; of the first task {first:.3f} is left, plainly {theirs:.3f}"
+        verdict = _verdict(found, equal or plain, trial.passes > 1)
+        second = "On the second task: " if SCENES[trial.scene].start else ""
         for one in name.split("+"):
-            said.setdefault(one, []).append(f"{words}. {_verdict(found, equal or plain, trial.passes > 1)}")
+            said.setdefault(one, []).append(f"{words}. {second}{verdict}")
     return said
 
 

@@ -168,6 +168,8 @@ def test_a_budget_that_is_no_whole_number_is_not_rounded(word: str, means: str) 
 
 def test_a_budget_that_is_given_twice_is_refused_with_both(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["compare", "sample:minilm-l6", "--data", "sample:trec6", "--method", "lora,ia3", "--race"]
+    assert main([*words, "--budget", "minutes=1", "--budget", "minutes=2"]) == 2
+    assert "minutes=1 and minutes=2" in capsys.readouterr().err
     assert main([*words, "--budget", "minutes=1,minutes=2"]) == 2
     assert "--budget minutes=1 and minutes=2: minutes is one number" in capsys.readouterr().err
 

@@ -81,12 +81,12 @@ Race = Annotated[
     ),
 ]
 BudgetWords = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
         "--budget",
         metavar="WORDS",
         help="steps=400 for every run; params=100k: each method as large as so many trained numbers allow; of a race "
-        "also minutes=20 and memory=8GB. Several with commas between.",
+        "also minutes=20 and memory=8GB. Several with commas between, or given several times.",
     ),
 ]
 Front = Annotated[
@@ -154,11 +154,11 @@ def command_for(words: Sequence[str] = ()) -> Callable[..., None]:
         changes = values_of(options, given) | settings_of(settings or [])
         if "data.source" not in changes:
             raise UsageError("compare: no rows. Name them: --data FILE, or --data sample:trec6 to begin with.")
-        words = budget.split(",") if budget else []
+        words = [word for part in budget or () for word in part.split(",")]
         if any(word.partition("=")[0] in ("minutes", "memory") for word in words) and not race:
             raise UsageError(
-                f"--budget {budget}: minutes and memory are what a race may take. Add --race; without it every method "
-                "makes the same steps, and `luthier plan` says beforehand what each needs."
+                f"--budget {','.join(words)}: minutes and memory are what a race may take. Add --race; without it "
+                "every method makes the same steps, and `luthier plan` says beforehand what each needs."
             )
         how = {"seeds": seeds, "metric": metric, "workers": workers, "tune_lr": tune_lr, "search": search}
         how |= {"engine": engine, "front": front, "cv": cv}

@@ -17,6 +17,7 @@ OF_TASKS = ("mpt", "poly")
 """Their rows name a task, which the rows here do not."""
 NOT_HERE = {
     ("encoder", "cartridge"), ("encoder", "llama_adapter"), ("encoder", "trainable_tokens"), ("encoder", "p_tuning"),
+    ("encoder", "prefix_tuning"), ("encoder", "prompt_tuning"), ("encoder", "shadow"), ("encoder", "cpt"),
 }  # fmt: skip
 """Methods of decoders, and those that peft cannot put before an encoder's classifier."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import Trainer, learning_rate, logits, small, task_of
+from cells import Trainer, has_phases, learning_rate, logits, small, task_of
 from little import little_spec
 from tiny import inputs, tiny
 from torch import Tensor
@@ -89,7 +89,7 @@ def learns_and_leaves_the_frozen_alone(name: str, device: str) -> None:
 
 def saved_and_loaded_computes_the_same(name: str, device: str) -> None:
     tuned, model, batch = made(name, device)
-    Trainer(tuned, model, batch, total=4).run()
+    Trainer(tuned, model, batch, total=8 if has_phases(tuned) else 4).run()
     tuned.finish()
     model.eval()
     wanted = logits(model, batch)
@@ -127,7 +127,7 @@ def trains_in_bf16(name: str, device: str) -> None:
     tuned, model, batch = made(name, device, torch.bfloat16)
     assert all(p.dtype == torch.float32 for p in tuned.trained().values())
     with torch.autocast(torch.device(device).type, torch.bfloat16):
-        trainer = Trainer(tuned, model, batch, total=3).run()
+        trainer = Trainer(tuned, model, batch, total=8 if has_phases(tuned) else 3).run()
     assert all(torch.isfinite(torch.tensor(trainer.losses)))
     assert torch.isfinite(logits(model, batch).float()).all()
 

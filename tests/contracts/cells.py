@@ -25,7 +25,7 @@ from luthier.training.optimiser import Optimiser
 
 __all__ = [
     "ARCHITECTURES", "CELLS", "GENERATORS", "Refused", "Trainer", "attached", "base_logits", "few_steps",
-    "fresh", "learning_rate",
+    "fresh", "has_phases", "learning_rate",
     "logits", "model_and_inputs", "objective", "shake", "shaken", "small", "steps_of", "take", "task_of", "trained",
     "untrained",
 ]  # fmt: skip
@@ -173,7 +173,7 @@ def trained(name: str, arch: str) -> Shared:
 
     def make() -> Shared:
         made = Shared(*attached(name, arch))
-        Trainer(*made, total=8 if _has_phases(made.tuned) else 4).run()
+        Trainer(*made, total=8 if has_phases(made.tuned) else 4).run()
         made.tuned.finish()
         made.model.eval()
         return made
@@ -185,15 +185,16 @@ def steps_of(tuned: Tuned) -> int:
     """The length of a run of which the first steps are looked at: long, so that nothing is pruned yet, but where a run
     has phases so short that all of them come.
     """
-    return 8 if _has_phases(tuned) else 200
+    return 8 if has_phases(tuned) else 200
 
 
 def few_steps(tuned: Tuned) -> int:
     """The length of the shortest run that leaves traces of all that the method does."""
-    return 8 if _has_phases(tuned) else 2
+    return 8 if has_phases(tuned) else 2
 
 
-def _has_phases(tuned: Tuned) -> bool:
+def has_phases(tuned: Tuned) -> bool:
+    """Whether a method of it trains in parts, which a run must be long enough for."""
     return any(p.phases(tuned) for t in tuned.tunings.values() for p in t.method.parts())
 
 

@@ -133,7 +133,7 @@ def test_less_scores_are_cosines_with_the_way_of_adamw_by_brute_force(tmp_path, 
             assert score == pytest.approx(float(torch.cosine_similarity(torch.cat(moved), aim, dim=0)), abs=1e-4)
 
 
-def test_less_keeps_rows_of_every_class_of_the_target(tmp_path, monkeypatch):
+def test_less_a_row_counts_for_the_part_of_the_target_that_it_is_most_like(tmp_path, monkeypatch):
     scores = torch.tensor([[0.9, 0.5, 0.7, 0.0, 0.1, 0.0], [0.0, 0.5, 0.0, 0.2, 0.85, 0.3]])
     monkeypatch.setattr(Less, "scored", lambda self, course, rows: scores.repeat(1, 10)[:, : len(rows)])
     loop = loop_of(Runs(tmp_path))

@@ -22,9 +22,9 @@ from typing import Any
 
 import luthier
 from luthier.cli._shelf import SHELF, STRATEGIES
-from luthier.core import Catalogue, LuthierError, plain
+from luthier.core import Catalogue, plain
 from luthier.core.shelves import OURS
-from luthier.runs import durable
+from luthier.runs import kept_json
 from luthier.runs.devices import Device, may_have_gpu
 from luthier.runs.spec import RunSpec
 from luthier.trust.model import cache_folder, check_config, check_folder
@@ -128,7 +128,7 @@ def _processor() -> str:
 
 def read(path: Path, names: Sequence[str], device: Device) -> Kept | None:
     """The plan for these methods; None where one of them was not counted yet, or the file is damaged."""
-    content = _content(path)
+    content = kept_json.kept(path)
     if not content or any(name not in content["rows"] for name in names):
         return None
     rows = [content["rows"][name] for name in names]
@@ -160,26 +160,6 @@ def keep(path: Path, found: Any, has_weights: bool, said: Sequence[str]) -> None
     content = {
         "order": list(whole), "answer": {k: v for k, v in whole.items() if k not in ("rows", "device")},
         "outputs": found.task.n_outputs, "weights": has_weights, "said": list(said),
-        "rows": _content(path).get("rows", {}) | rows,
+        "rows": kept_json.kept(path).get("rows", {}) | rows,
     }  # fmt: skip
-    text = json.dumps(content | {"digest": _digest(content)}, ensure_ascii=True)
-    with contextlib.suppress(LuthierError, OSError):
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        durable.write_bytes(path, text.encode("ascii"))
-        kept = sorted(path.parent.glob("*.json"), key=lambda one: one.stat().st_mtime_ns)
-        for old in kept[:-MOST]:
-            old.unlink(missing_ok=True)
-
-
-def _content(path: Path) -> dict[str, Any]:
-    """What is kept there; nothing where there is no file, or a damaged one."""
-    try:
-        content = json.loads(path.read_bytes())
-        return content if content.pop("digest") == _digest(content) else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return {}
-
-
-def _digest(content: dict[str, Any]) -> str:
-    text = json.dumps(content, sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    kept_json.keep(path, content, MOST)

@@ -100,11 +100,14 @@ class Prefix:
         """The states of a batch, zero on padding: (rows, tokens, d)."""
         assert self._kept is not None
         mask = batch.inputs["attention_mask"].bool()
-        offsets = self.batches.examples.offsets
-        places = np.concatenate([np.arange(offsets[row], offsets[row + 1]) for row in batch.rows])
         states = self._kept.new_zeros((*mask.shape, self._kept.shape[-1]))
-        states[mask] = self._kept[torch.from_numpy(places).to(self._kept.device)]
+        states[mask] = self._kept[self._places(batch).to(self._kept.device)]
         return states
+
+    def _places(self, batch: Batch) -> Tensor:
+        """Where the tokens of its rows are kept."""
+        offsets = self.batches.examples.offsets
+        return torch.from_numpy(np.concatenate([np.arange(offsets[row], offsets[row + 1]) for row in batch.rows]))
 
     def _keep(self, batch: Batch) -> None:
         if self.why_not:
@@ -124,10 +127,7 @@ class Prefix:
             if self._kept is None:
                 self._in_tuple = isinstance(out, tuple)
                 self._kept = states.new_zeros((int(self.batches.examples.offsets[-1]), states.shape[-1]))
-            offsets = self.batches.examples.offsets
-            places = np.concatenate([np.arange(offsets[row], offsets[row + 1]) for row in batch.rows])
-            mask = batch.inputs["attention_mask"].bool()
-            self._kept[torch.from_numpy(places).to(states.device)] = states[mask]
+            self._kept[self._places(batch).to(states.device)] = states[batch.inputs["attention_mask"].bool()]
             if not self._is_tried:  # where memory ran out in the trial, the half that is kept next is tried
                 if not self._tried(batch):
                     self.why_not = "a pass that begins behind them gives something else"

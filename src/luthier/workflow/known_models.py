@@ -9,23 +9,19 @@ the libraries, our own text. What is damaged, or does not load, is asked for ane
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import re
 import sys
-from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from luthier.core import LuthierError
 from luthier.data import infer_task, known_config
 from luthier.data.disk_cache import limit
 from luthier.data.infer_task import kind_of_model
 from luthier.data.known_config import READ, KnownConfig
-from luthier.runs import durable
+from luthier.runs import kept_json
 from luthier.trust.model import cache_folder
 from luthier.workflow import model_files
 from luthier.workflow.model_files import Source, load_config, load_tokenizer, quiet
@@ -70,9 +66,7 @@ def _address(source: Source) -> Path | None:
 
 def _read(path: Path, source: Source) -> tuple[Any, Any] | None:
     try:
-        content = json.loads(path.read_bytes())
-        if content.pop("digest") != _digest(content):
-            return None
+        content = kept_json.kept(path)
         module, name = content["tokenizer"]
         if not _MODULE.fullmatch(module):
             return None
@@ -95,18 +89,8 @@ def _keep(path: Path, config: Any, tokenizer: Any) -> None:
     content = {
         "kind": kind_of_model(config), "config": values, "text": text, "tokenizer": [kind.__module__, kind.__name__],
     }  # fmt: skip
-    told = json.dumps(content | {"digest": _digest(content)}, ensure_ascii=True)
-    with contextlib.suppress(LuthierError, OSError):
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        durable.write_bytes(path, told.encode("ascii"))
-        kept = sorted(path.parent.glob("*.json"), key=lambda one: one.stat().st_mtime_ns)
-        for old in kept[:-MOST]:
-            old.unlink(missing_ok=True)
+    kept_json.keep(path, content, MOST)
 
 
 def _values(config: Any) -> dict[str, Any]:
     return {name: getattr(config, name) for name in READ if hasattr(config, name)}
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=True).encode()).hexdigest()

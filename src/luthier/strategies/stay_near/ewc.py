@@ -10,7 +10,7 @@ Paper: arXiv:1612.00796, equation 3.
 
 Neutral: weight = 0.
 Cost: one forward and backward pass for each of `rows` old rows before step 1; two copies of what trains. A step of
-minilm-l6 with all weights training took 1.20 of a plain one's processor time beside other work (1.11 to 1.22 in three
+minilm-l6 with all weights training took 1.18 of a plain one's processor time beside other work (the median of three
 rounds), more than the 1.05 that were aimed at: python -m benchmarks --processor --only strategies --case
 strategies-full.
 Claims: two tasks are learnt one after the other with little forgotten.

@@ -9,7 +9,7 @@ Paper: arXiv:1802.01483 (L2-SP), in its coupled form.
 
 Neutral: alpha = 0, beta = 0.
 Cost: a copy of what trains, and a pass over it, the weights and the gradients. A step of minilm-l6 with all weights
-training took 1.11 of a plain one's processor time beside other work (1.10 to 1.16 in three rounds), more than the 1.05
+training took 1.12 of a plain one's processor time beside other work (the median of three rounds), more than the 1.05
 that were aimed at: python -m benchmarks --processor --only strategies --case strategies-full.
 Claims: better transfer than decay to zero in image recognition with little data; its weights were quoted as alpha = .1
 and beta = .01 there. For texts search alpha between .001 and 1.

@@ -24,7 +24,7 @@ from luthier.__version__ import __version__
 from luthier.core import ConfigError, DataError, IntegrityError, plain, share_interval
 from luthier.data.chat import Message, read_messages
 from luthier.data.refusals import COMPLIED, EMPTY, PHRASES, REFUSED, lines_of, ways_of
-from luthier.data.rows import load_rows
+from luthier.data.rows import Table, load_rows
 from luthier.runs import durable
 from luthier.workflow.audit_words import BENIGN, JUDGE, TEXTS
 from luthier.workflow.certificate import called
@@ -355,8 +355,7 @@ def _prompts(file: str, system: str | None) -> list[Conversation]:
     """Conversations that end where an answer is due."""
     if file.endswith(".txt"):
         return [_with_system([{"role": "user", "content": line}], system) for line in lines_of(file, "the prompts")]
-    first, second = load_rows(file)
-    table = first if second is None else second
+    table = _table(file)
     if not len(table):
         raise DataError(f"{file}: holds no prompts. Give one a row.")
     name = next((name for name in ("messages", "prompt") if name in table.columns), None)
@@ -379,6 +378,12 @@ def _prompts(file: str, system: str | None) -> list[Conversation]:
     return found
 
 
+def _table(file: str) -> Table:
+    """Its rows; the held-out ones of what comes in two halves."""
+    learnt, held_out = load_rows(file)
+    return learnt if held_out is None else held_out
+
+
 def _categories(file: str) -> list[str]:
     """The category of each prompt; nothing where the rows name none.
 
@@ -387,8 +392,7 @@ def _categories(file: str) -> list[str]:
     """
     if file.endswith(".txt"):
         return []
-    first, second = load_rows(file)
-    table = first if second is None else second
+    table = _table(file)
     if "category" not in table.columns:
         return []
     for row, place in zip(table.rows, table.places, strict=True):
@@ -410,8 +414,7 @@ def _by_category(kinds: Sequence[str], before: Sequence[bool], after: Sequence[b
 
 def _answered(file: str, system: str | None) -> list[tuple[Conversation, str]]:
     """Conversations that end where an answer is due, with the answer that the row gives."""
-    first, second = load_rows(file)
-    table = first if second is None else second
+    table = _table(file)
     asked = _prompts(file, system)
     found = []
     for row, place, said in zip(table.rows, table.places, asked, strict=True):

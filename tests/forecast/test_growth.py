@@ -10,7 +10,7 @@ from tiny_methods import small
 from luthier.data.tasks import Task
 from luthier.forecast import growth
 from luthier.forecast.growth import batch_of
-from luthier.kernels import attention
+from luthier.kernels import attention, attention_products
 from luthier.runs.spec import OptimSpec
 from luthier.surgery import attach
 from luthier.training.memory_parts import Parts
@@ -62,7 +62,7 @@ def test_rows_of_512_tokens_keep_what_was_forecast_whether_or_not_attention_comp
 ) -> None:
     config, _ = parts()
     of_a_row = 2 * int(config.num_attention_heads) * 512 * 512
-    monkeypatch.setattr(attention, "KEEP_BYTES", limit * of_a_row)
+    monkeypatch.setattr(attention_products, "KEEP_BYTES", limit * of_a_row)
     real = measured(name, 5, 512)
     assert forecast(name, 5, 512) == pytest.approx(real, rel=0.02)
     assert (real > 5 * of_a_row) is (limit > 5), "the limit decides, or this test shows nothing"
@@ -70,13 +70,13 @@ def test_rows_of_512_tokens_keep_what_was_forecast_whether_or_not_attention_comp
 
 @pytest.mark.parametrize("limit", [0, 1 << 40])
 def test_what_as_many_rows_keep_never_falls_with_their_length(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    monkeypatch.setattr(attention, "KEEP_BYTES", limit)
+    monkeypatch.setattr(attention_products, "KEEP_BYTES", limit)
     found = [forecast("bitfit", 8, tokens) for tokens in (16, 41, 64, 128, 256)]
     assert found == sorted(found) and found[-1] > 10 * found[0]
 
 
 def test_a_pass_that_is_a_share_keeps_as_the_whole_would() -> None:
-    before = attention._share
-    with attention.share_of_a_pass(0.5):
-        assert attention._share == 0.5
-    assert attention._share == before == 1.0
+    before = attention_products._share
+    with attention_products.share_of_a_pass(0.5):
+        assert attention_products._share == 0.5
+    assert attention_products._share == before == 1.0

@@ -11,7 +11,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from luthier.core import ConfigError
-from luthier.kernels import attend, attention, attention_interface, keep_mask, plain
+from luthier.kernels import attend, attention, attention_interface, attention_products, keep_mask, plain
 
 B, H, K, T, D, DV = 2, 6, 3, 10, 4, 5
 SCALE = 0.3
@@ -45,10 +45,10 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any
     kind = request.param
     monkeypatch.setattr(attention, "way", lambda *a: "sdpa" if kind == "sdpa" else "products")
     if kind == "blocks":
-        monkeypatch.setattr(attention, "BLOCK_BYTES", 700)
+        monkeypatch.setattr(attention_products, "BLOCK_BYTES", 700)
     if kind == "recomputed":
-        monkeypatch.setattr(attention, "KEEP_BYTES", 0)
-        monkeypatch.setattr(attention, "BLOCK_BYTES", 5000)
+        monkeypatch.setattr(attention_products, "KEEP_BYTES", 0)
+        monkeypatch.setattr(attention_products, "BLOCK_BYTES", 5000)
     if kind == "plain":
         with plain():
             yield kind
@@ -214,7 +214,7 @@ def test_probabilities_beyond_the_budget_are_not_kept(monkeypatch: pytest.Monkey
     monkeypatch.setattr(attention, "way", lambda *a: "products")
     q, k, v = _r(1, 2, 64, D), _r(1, 2, 64, D), _r(1, 2, 64, D)
     for budget, largest in ((1 << 20, 2 * 64 * 64), (0, 2 * 64 * D)):
-        monkeypatch.setattr(attention, "KEEP_BYTES", budget)
+        monkeypatch.setattr(attention_products, "KEEP_BYTES", budget)
         saved: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.append(t.numel()) or t, lambda t: t):
             attend(q, k, v, scaling=SCALE)

@@ -5,7 +5,8 @@ Nothing here knows a model, a method or a run. `plain()` (or LUTHIER_PLAIN=1) tu
 
 from luthier.core.fast_paths import fast, plain
 from luthier.kernels.attachments import bottleneck, scale
-from luthier.kernels.attention import attend, attention_interface, share_of_a_pass
+from luthier.kernels.attention import attend, attention_interface
+from luthier.kernels.attention_products import share_of_a_pass
 from luthier.kernels.codes import FORMATS, GROUP, Format, Grouped
 from luthier.kernels.dropout import dropout, keep_mask
 from luthier.kernels.frozen import rms_norm

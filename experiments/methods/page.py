@@ -44,13 +44,14 @@ def write(results: Path) -> None:
     found: Found = {name: {of: [] for of in SETS} for name in METHODS.ours()}
     for row in known(results):
         found.setdefault(row["method"], {of: [] for of in SETS})[row["set"]].append(row)
-    bars = {of: _mean(found["head_only"][of]) for of in SETS}
+    sets = [of for of in SETS if any(rows[of] for rows in found.values())]
+    bars = {of: _mean(found["head_only"][of]) for of in sets}
     lines = []
     for family in sorted({card.family for card in METHODS.cards() if card.name in found}):
         lines += [
             f"## {family.capitalize()}", "",
-            f"| method | {' | '.join(SETS)} | trained | stored | held | steps | CPU s | above head_only |",
-            f"| --- |{' --- |' * len(SETS)} --: | --: | --: | --: | --: | --- |",
+            f"| method | {' | '.join(sets)} | trained | stored | held | steps | CPU s | above head_only |",
+            f"| --- |{' --- |' * len(sets)} --: | --: | --: | --: | --: | --- |",
         ]  # fmt: skip
         names = [card.name for card in METHODS.cards() if card.family == family and card.name in found]
         lines += [_line(name, found[name], bars) for name in names] + [""]
@@ -58,13 +59,13 @@ def write(results: Path) -> None:
 
 
 def _line(name: str, rows: dict[str, list[dict[str, Any]]], bars: dict[str, float | None]) -> str:
-    done = [row for of in SETS for row in rows[of] if "accuracy" in row]
-    scores = " | ".join(_score(rows[of]) for of in SETS)
+    done = [row for of in bars for row in rows[of] if "accuracy" in row]
+    scores = " | ".join(_score(rows[of]) for of in bars)
     link = f"[{name}](methods/{name}.md)"
     if not done:
         return f"| {link} | {scores} | - | - | - | - | - | - |"
-    main = [row for row in rows[SETS[0]] if "accuracy" in row] or done
-    below = [of for of in SETS if (bar := bars[of]) is not None and (m := _mean(rows[of])) is not None and m <= bar]
+    main = next(there for of in bars if (there := [row for row in rows[of] if "accuracy" in row]))
+    below = [of for of in bars if (bar := bars[of]) is not None and (m := _mean(rows[of])) is not None and m <= bar]
     beats = "-" if name == "head_only" else f"**not on {', '.join(below)}**" if below else "yes"
     steps = round(statistics.median(row["steps"] for row in main))
     stored, held, cpu = (_median(main, what) for what in ("stored", "held", "cpu_seconds"))
@@ -96,7 +97,7 @@ def _tail(found: Found, bars: dict[str, float | None]) -> list[str]:
     one = [n for n, rows in every.items() if any(r.get("answers") == 1 for r in rows)]
     refused = {f"- {n}: {r['refused']}": None for n, rows in every.items() for r in rows if "refused" in r}
     lines = ["## What to read from it", ""]
-    for of in SETS:
+    for of in bars:
         means = {n: _mean(rows[of]) for n, rows in found.items()}
         bar = bars[of]
         below = [n for n, mean in means.items() if bar is not None and mean is not None and mean < bar]

@@ -9,6 +9,7 @@ import pytest
 from experiments.parameters.__main__ import MODELS, SHAPES, table
 from experiments.results import known, once, tried
 from experiments.size_lora.page import SETS, WAYS, write
+from experiments.methods import page as methods_page
 from experiments.strategies.page import MEASURED, measured
 from luthier.core import ConfigError, Interrupted
 
@@ -78,6 +79,23 @@ def test_a_strategys_page_says_what_came_out_beside_plain_training() -> None:
 
 def test_what_the_package_says_of_strategies_is_what_the_results_give() -> None:
     assert json.loads(MEASURED.read_text()) == measured(known(Path(MEASURED.parents[3], *RESULTS)))
+
+
+def test_what_the_package_says_of_methods_is_what_the_results_give() -> None:
+    home = methods_page.MEASURED.parents[3]
+    found = methods_page.measured(known(home / "experiments" / "methods" / "results.jsonl"))
+    assert json.loads(methods_page.MEASURED.read_text()) == found
+
+
+def test_a_method_is_measured_beside_the_head_alone_and_lora_over_its_seeds() -> None:
+    scores = [("lora", 0, 0.9), ("lora", 1, 0.92), ("lora", 2, 0.88), ("head_only", 0, 0.4), ("ia3", 0, 0.85)]
+    rows = [{"set": "trec6", "method": name, "seed": seed, "accuracy": score} for name, seed, score in scores]
+    said = methods_page.measured([*rows, {"set": "trec6", "method": "warp", "seed": 0, "refused": "AnatomyError: no."}])
+    assert said["lora"] == [
+        "minilm-l6 on 600 rows of trec6, at the defaults: accuracy 0.900 (3 seeds: 0.880 to 0.920); head_only 0.400."
+    ]
+    assert said["ia3"][0].endswith("accuracy 0.850 (one seed); head_only 0.400, lora 0.900.")
+    assert "warp" not in said
 
 
 def test_what_was_refused_is_said_and_is_no_result(tmp_path: Path) -> None:

@@ -1,7 +1,11 @@
-"""`docs/methods-table.md`, from the results."""
+"""From the results: `docs/methods-table.md`, and what `luthier methods NAME` says of them.
+
+The second is a file of the package, `luthier/methods/measured.json`: method -> a sentence for each set.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -11,9 +15,11 @@ from typing import Any
 from experiments.results import known
 from luthier.surgery import METHODS
 
-__all__ = ["write"]
+__all__ = ["MEASURED", "measured", "write"]
 
-PAGE = Path(__file__).parents[2] / "docs" / "methods-table.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "methods-table.md"
+MEASURED = ROOT / "src" / "luthier" / "methods" / "measured.json"
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """Seeds -> the 97.5 % point of Student's distribution with one degree of freedom less."""
 SETS = ("trec6", "sms-spam", "movie-snippets")
@@ -56,6 +62,32 @@ def write(results: Path) -> None:
         names = [card.name for card in METHODS.cards() if card.family == family and card.name in found]
         lines += [_line(name, found[name], bars) for name in names] + [""]
     PAGE.write_text(HEAD + "\n".join([*lines, *_tail(found, bars)]).rstrip() + "\n", "utf-8")
+    MEASURED.write_text(json.dumps(measured(known(results)), indent=1, sort_keys=True) + "\n", "utf-8")
+
+
+def measured(rows: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """What came out, in words: for each method a sentence of each set that it learnt."""
+    by_set: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for row in rows:
+        if "accuracy" in row:
+            by_set.setdefault(row["set"], {}).setdefault(row["method"], []).append(row)
+    said: dict[str, list[str]] = {}
+    for of, found in by_set.items():
+        beside = {name: _mean(found[name]) for name in ("head_only", "lora") if name in found}
+        for name, mine in found.items():
+            others = [f"{other} {mean:.3f}" for other, mean in beside.items() if other != name]
+            said.setdefault(name, []).append(
+                f"minilm-l6 on 600 rows of {of}, at the defaults: accuracy {_spread(mine)}; {', '.join(others)}."
+            )
+    return said
+
+
+def _spread(rows: Sequence[dict[str, Any]]) -> str:
+    """The mean, and the least and the most of several seeds."""
+    scores = [row["accuracy"] for row in rows]
+    if len(scores) == 1:
+        return f"{scores[0]:.3f} (one seed)"
+    return f"{statistics.fmean(scores):.3f} ({len(scores)} seeds: {min(scores):.3f} to {max(scores):.3f})"
 
 
 def _line(name: str, rows: dict[str, list[dict[str, Any]]], bars: dict[str, float | None]) -> str:

@@ -10,7 +10,7 @@ import pytest
 from cli.conftest import Call
 
 from luthier.cli._main import verbs
-from luthier.cli._shelf import SHELF
+from luthier.cli._shelf import SHELF, measured
 
 
 def wide(text: str) -> list[str]:
@@ -54,6 +54,7 @@ def test_a_page_shows_idea_settings_and_what_to_try(luthier: Call, name: str) ->
     for setting in card.settings:
         assert setting.name in answer.out
     assert f"--method {name}" in answer.out
+    assert answer.out.count("Measured: ") == len(measured("methods").get(name, []))
 
 
 def test_the_line_to_try_on_a_page_is_a_valid_setting() -> None:
@@ -99,6 +100,8 @@ def test_help_teaches_and_costs_no_torch(luthier: Call, verb: str) -> None:
     answer = luthier(verb, "--help")
     assert answer.code == 0 and "Examples:" in answer.out and f"luthier {verb}" in answer.out
     assert not wide(answer.out)
+    words = re.sub(r"[│\s]+", " ", answer.out)
+    assert not re.search(r"(\[default: [^\]]*\]) \1", words), "a default stands there twice"
 
 
 def test_a_run_tells_what_came_out_and_what_to_try(luthier: Call, model: Path, rows: Path) -> None:

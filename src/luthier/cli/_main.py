@@ -105,6 +105,8 @@ def _take_words_as_they_are(command: Any) -> None:
     command.help = escape(_flowing(inspect.cleandoc(command.help or "")))
     for param in command.params:
         if getattr(param, "help", None):
+            if "[default: " in param.help:
+                param.show_default = False  # else it stands there twice
             param.help = escape(param.help)
 
 

@@ -57,6 +57,7 @@ def facts(card: Card) -> dict[str, Any]:
         "trained_on_minilm_l6": share["trained"] if share else None,
         "settings": [plain(setting) for setting in card.settings],
         "page": card.page,
+        "measured": measured("methods").get(card.name, []),
     }
 
 
@@ -74,10 +75,13 @@ def shares() -> dict[str, dict[str, Any]]:
     return {name.removesuffix(".json"): json.loads(text) for name, text in sorted(found.items())}
 
 
-@lru_cache(maxsize=1)
-def measured() -> dict[str, list[str]]:
-    """Strategy -> what came out where it was tried, in sentences (`python -m experiments.strategies --page`)."""
-    found: dict[str, list[str]] = json.loads((files("luthier.strategies") / "measured.json").read_text("utf-8"))
+@lru_cache(maxsize=2)
+def measured(shelf: str) -> dict[str, list[str]]:
+    """Name -> what came out where it was tried, in sentences. `shelf`: methods or strategies.
+
+    `python -m experiments.methods --page` and `python -m experiments.strategies --page` write them.
+    """
+    found: dict[str, list[str]] = json.loads((files(f"luthier.{shelf}") / "measured.json").read_text("utf-8"))
     return found
 
 

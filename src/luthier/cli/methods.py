@@ -102,6 +102,8 @@ def _show_page(card: Card) -> None:
     about += [f"from the {card.origin}"] if card.origin != OURS else []
     screen().headline(" · ".join(about) + "\n")
     screen().page(card.page)
+    for sentence in _shelf.measured("methods").get(card.name, []):
+        screen().page(f"Measured: {sentence}")
     show(
         f"\nmerges into the weights: {_yes(card.mergeable)} · starts as the base model: {_yes(card.starts_at_base)} · "
         f"trains {_share(card.name)} of minilm-l6"

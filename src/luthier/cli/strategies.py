@@ -113,7 +113,7 @@ def facts(card: Card) -> dict[str, Any]:
         "needs": {"rows": _words(card, "sets"), "models": _words(card, "roles"), "strategies": _words(card, "uses")},
         "settings": [plain(setting) for setting in card.settings],
         "page": card.page,
-        "measured": measured().get(card.name, []),
+        "measured": measured("strategies").get(card.name, []),
     }
 
 
@@ -145,7 +145,7 @@ def _show_part(name: str) -> None:
 def _show_page(card: Card) -> None:
     screen().headline(f"{card.name} · {card.family} · {card.paper}\n")
     screen().page(card.page)
-    for sentence in measured().get(card.name, []):
+    for sentence in measured("strategies").get(card.name, []):
         screen().page(f"Measured: {sentence}")
     if card.settings:
         screen().show("\nSettings (--set NAME=VALUE, or an option of their own)")

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from experiments.methods import page as methods_page
 from experiments.parameters.__main__ import MODELS, SHAPES, table
 from experiments.results import known, once, tried
 from experiments.size_lora.page import SETS, WAYS, write
-from experiments.methods import page as methods_page
 from experiments.strategies.page import MEASURED, measured
 from luthier.core import ConfigError, Interrupted
 

@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import json
 import re
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,6 +61,14 @@ def test_a_method_imports_no_other_method(name: str) -> None:
     text = Path(SHELF.card(name).path).read_text(encoding="utf-8")
     modules = re.findall(r"from (luthier\.methods\.\S+) import", text)
     assert all(m.startswith("luthier.methods.parts.") for m in modules), "move what two share into methods/parts"
+
+
+@pytest.mark.parametrize("family", ["reparameterised", "all others"])
+def test_the_median_file_of_a_method_has_at_most_90_lines(family: str) -> None:
+    cards = [SHELF.card(name) for name in EVERY]
+    meant = [card for card in cards if (card.family == "reparameterised") == (family == "reparameterised")]
+    lines = [len(Path(card.path).read_text(encoding="utf-8").splitlines()) for card in meant]
+    assert statistics.median(lines) <= 90, "what is no paper, or is two methods', belongs into methods/parts"
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -62,5 +62,5 @@ def test_a_pass_costs_what_one_adapter_costs_and_is_no_mean_of_two_passes(tmp_pa
 
 
 def test_without_sources_it_says_what_it_needs():
-    with pytest.raises(ConfigError, match=r"adapter_soup: no adapters to average\. Name tunings of pfeiffer_adapter"):
+    with pytest.raises(ConfigError, match=r"no adapters to make one of\. Name tunings of pfeiffer_adapter"):
         attach(tiny("bert"), "adapter_soup")

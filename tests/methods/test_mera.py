@@ -90,5 +90,5 @@ def test_what_is_attached_is_the_matched_mean_or_sum(tmp_path, by):
 def test_one_source_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="mera: is made of saved tunings of pfeiffer_adapter, at least 2; 1 given"):
         attach(tiny("bert"), "mera", sources=[saved(tmp_path)])
-    with pytest.raises(ConfigError, match="mera: no adapters to merge"):
+    with pytest.raises(ConfigError, match="mera: no adapters to make one of"):
         attach(tiny("bert"), "mera")

@@ -320,7 +320,7 @@ def test_settings_that_leave_out_a_phase_are_refused(words, settings, says):
 
 
 def test_a_model_without_a_head_has_nothing_to_probe_with_and_a_short_run_no_room(tmp_path):
-    with pytest.raises(AnatomyError, match="no new task head to probe"):
+    with pytest.raises(AnatomyError, match="no new task head, and there is nothing to probe"):
         attach(tiny("llama"), "lp_ft")
     with pytest.raises(ConfigError, match="5 phases would last"):
         run(little_spec(tmp_path, "gradual_unfreezing", steps=3))

@@ -12,7 +12,8 @@ from tiny import inputs, tiny
 
 from luthier import train as run
 from luthier.core import CompositionError, ConfigError
-from luthier.methods.hybrid.saliency import Saliency, _attached
+from luthier.methods.hybrid.saliency import Saliency
+from luthier.methods.parts import own_tensors
 from luthier.surgery import attach, load, method
 from luthier.workflow import resume
 from luthier.workflow.resume_proof import run_digests
@@ -21,7 +22,7 @@ SMALL = {"mam.length": 3, "mam.width": 6, "mam.dropout": 0.0}
 
 
 def attached(tuned):
-    return dict(_attached(tuned.tuning()))
+    return own_tensors.attached(tuned.tuning())
 
 
 @pytest.mark.acid("u_mam", 1)

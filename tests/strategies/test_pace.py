@@ -1,6 +1,7 @@
 """Acid tests of the catalogue for strategies that say which numbers learn how fast, and when."""
 
 import dataclasses
+import inspect
 
 import pytest
 import torch
@@ -229,25 +230,78 @@ def test_states_are_not_kept_where_something_else_would_change_them(runs):
     assert "read otherwise each time" in Prefix(loop.tuned, batches, 1).why_not
 
 
-def test_where_memory_runs_out_in_the_trial_of_what_is_kept_it_is_tried_again(runs, monkeypatch):
-    batches = runs.loop("adaptive_freeze", "full", trunk_dropout="off").feed.batches
-    loop = runs.loop("adaptive_freeze", "full", trunk_dropout="off")
+def _prefix(runs, depth=1, method="full"):
+    """With nothing below that trains."""
+    loop = runs.loop("adaptive_freeze", method, "bert-dry", trunk_dropout="off")
     for parameter in loop.tuned.model.parameters():
         parameter.requires_grad_(False)
+    loop.set_mode(training=False)
+    return loop, Prefix(loop.tuned, loop.feed.batches, depth)
+
+
+def _group(prefix, number=0):
+    batches = prefix.batches
+    several = [group for group in prefix._groups._groups if len(group) > 1]
+    return batches.collator(batches.examples, several[number])
+
+
+def test_where_memory_runs_out_in_the_trial_of_what_is_kept_it_is_tried_again(runs, monkeypatch):
+    _, prefix = _prefix(runs)
     tried = []
 
     def trial(self, batch):
         tried.append(len(batch.rows))
         if len(tried) == 1:
             raise torch.OutOfMemoryError("out of memory")
-        return False
+        return len(tried) == 2
 
     monkeypatch.setattr(Prefix, "_tried", trial)
-    prefix = Prefix(loop.tuned, batches, 1)
-    rows = next(group for group in prefix._groups._groups if len(group) > 1)
-    with prefix.standing_in(batches.collator(batches.examples, rows)):
-        pass
-    assert len(tried) == 2 and tried[1] < tried[0] and "something else" in prefix.why_not
+    batch = _group(prefix)
+    with prefix.standing_in(batch):
+        assert "forward" not in prefix._blocks[0].__dict__, "a pass over rows of which one is unlike is a whole one"
+    assert len(tried) == 3 and tried[1] + tried[2] == tried[0]
+    assert prefix.unlike[batch.rows].sum() == tried[2] and not prefix.why_not
+
+
+def test_every_group_is_tried_on_two_rows_and_without_logits(runs, monkeypatch):
+    loop, prefix = _prefix(runs, depth=2)
+    rows, heads = [], []
+    loop.tuned.model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    loop.tuned.model.classifier.register_forward_hook(lambda *told: heads.append(told))
+    for number in range(2):
+        rows.clear()
+        batch = _group(prefix, number)
+        with prefix.standing_in(batch):
+            pass
+        assert rows[0] == len(batch.rows) and max(rows[1:]) <= 2 and len(rows) > 1, "each group, on two of its rows"
+    assert not heads and not prefix.unlike.any()
+
+
+def test_a_trunk_that_also_gives_what_is_passed_over_is_read_whole(runs):
+    loop, prefix = _prefix(runs, depth=2)
+    loop.tuned.model.config.output_hidden_states = True
+    batch = _group(prefix)
+    with prefix.standing_in(batch):
+        assert "forward" not in prefix._blocks[0].__dict__
+    assert prefix.unlike[batch.rows].all()
+
+
+def test_blocks_that_are_called_by_keyword_are_passed_over(runs):
+    loop, prefix = _prefix(runs, depth=2)
+
+    def by_name(block, args, kwargs):
+        names = list(inspect.signature(type(block).forward).parameters)[1:]
+        return (), dict(zip(names, args, strict=False)) | kwargs
+
+    for block in prefix._blocks:
+        block.register_forward_pre_hook(by_name, with_kwargs=True)
+    batch = _group(prefix)
+    live = loop.tuned.model(**batch.inputs).logits
+    with prefix.standing_in(batch):
+        assert "forward" in prefix._blocks[0].__dict__
+        assert torch.equal(loop.tuned.model(**batch.inputs).logits, live)
 
 
 def test_the_run_of_settled_blocks_is_that_of_the_percentile():

@@ -12,7 +12,7 @@ from luthier.anatomy.selection import (
     is_sublayer,
     joined,
 )
-from luthier.anatomy.site import KINDS, Rows, Site
+from luthier.anatomy.site import KINDS, Rows, Site, layer_in
 
 __all__ = [
     "ARCHITECTURES",
@@ -32,4 +32,5 @@ __all__ = [
     "is_projection",
     "is_sublayer",
     "joined",
+    "layer_in",
 ]

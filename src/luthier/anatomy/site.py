@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-__all__ = ["KINDS", "Rows", "Site"]
+__all__ = ["KINDS", "Rows", "Site", "layer_in"]
 
 # The closed vocabulary, in the order in which a listing shows it.
 KINDS: dict[str, str] = {
@@ -96,3 +96,13 @@ class Site:
         where = ".".join(word for word in place if word)
         expert = "" if self.expert is None else f"#{self.expert}"
         return self.kind + (f"@{where}" if where else "") + expert
+
+
+def layer_in(key: str) -> int | None:
+    """The layer that a canonical name says; None for a place outside of the layers.
+
+    >>> layer_in("attn.q@3"), layer_in("norm@encoder.0.1"), layer_in("embed")
+    (3, 0, None)
+    """
+    where = key.rpartition("@")[2].partition("#")[0].partition("~")[0] if "@" in key else ""
+    return next((int(word) for word in where.split(".") if word.isdigit()), None)

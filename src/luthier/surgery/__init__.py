@@ -20,6 +20,7 @@ from luthier.surgery.edits import (
     Reparametrise,
     Unfreeze,
     attach_each,
+    layer_of,
 )
 from luthier.surgery.loading import load
 from luthier.surgery.look import Look, OneRow, gradients, passes_of, rows_of
@@ -84,6 +85,7 @@ __all__ = [
     "gradients",
     "is_head",
     "keyed",
+    "layer_of",
     "load",
     "matrices",
     "method",

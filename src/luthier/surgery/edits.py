@@ -40,6 +40,7 @@ __all__ = [
     "Reparametrise",
     "Unfreeze",
     "attach_each",
+    "layer_of",
 ]
 
 
@@ -168,3 +169,8 @@ def attach_each(
     """One attachment at each of the sites: what `make(site, base)` gives there."""
     for site in sites:
         yield Attach(site, partial(make, site), shared or {})
+
+
+def layer_of(edit: Edit) -> int | None:
+    """The layer that an edit attaches something in; None for any other edit."""
+    return edit.site.layer if isinstance(edit, Attach) else None

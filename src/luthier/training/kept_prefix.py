@@ -3,13 +3,15 @@
     states of a row behind block k   kept for its real tokens; blocks 1 ... k are passed over, block k + 1 reads them
 
 As with the features of a frozen trunk, a row is always computed in the same group, so a resumed run, which begins with
-nothing kept, keeps the same. What is kept equals what the model gives to the bit in that group, which is tried out on
-the first one; beside other rows the last bits may be others.
+nothing kept, keeps the same. What is kept equals what the model gives to the bit in that group; beside other rows the
+last bits may be others. That a pass which begins behind the blocks gives what a whole one does is tried out on two rows
+of every group, as far as the trunk: rows of a group that differ are computed whole, always.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -35,13 +37,15 @@ class Prefix:
 
     Attributes:
         why_not: why nothing is kept, for the log; empty where it is.
+        unlike: (rows of the data,), True where a pass that begins behind the blocks was found to give something else.
     """
 
     def __init__(self, tuned: Tuned, batches: Batches, depth: int) -> None:
         self.tuned, self.batches, self.depth = tuned, batches, depth
         self._groups = Groups(batches)
         self._kept: Tensor | None = None  # (tokens of all rows, d)
-        self._in_tuple = self._is_tried = False
+        self._in_tuple = False
+        self.unlike = np.zeros(len(batches.examples.lengths), dtype=bool)
         self.why_not = self._refusal()
 
     @property
@@ -74,7 +78,7 @@ class Prefix:
         """
         if not self.why_not:
             self._groups.meet(batch.rows, batch.inputs["input_ids"].device, self._keep)
-        if self.why_not:
+        if self.why_not or self.unlike[batch.rows].any():
             yield
             return
         with self._given(self._laid_out(batch)):
@@ -84,25 +88,29 @@ class Prefix:
     def _given(self, states: Tensor) -> Iterator[None]:
         blocks = self._blocks
 
-        def passed(x: Any, *args: Any, **kwargs: Any) -> Any:
-            return (x,) if self._in_tuple else x
-
         def last(*args: Any, **kwargs: Any) -> Any:
             return (states,) if self._in_tuple else states
 
         with ExitStack() as stack:
             for block in blocks:
-                block.__dict__["forward"] = last if block is blocks[-1] else passed
+                block.__dict__["forward"] = last if block is blocks[-1] else self._passing(block)
                 stack.callback(block.__dict__.pop, "forward")
             yield
 
+    def _passing(self, block: nn.Module) -> Callable[..., Any]:
+        """What stands in for a block that is passed over: it gives the states that it is called with."""
+        first = next(iter(inspect.signature(block.forward).parameters))
+
+        def passed(*args: Any, **kwargs: Any) -> Any:
+            x = args[0] if args else kwargs[first]
+            return (x,) if self._in_tuple else x
+
+        return passed
+
     def _laid_out(self, batch: Batch) -> Tensor:
-        """The states of a batch, zero on padding: (rows, tokens, d)."""
+        """The kept states of a batch: (rows, tokens, d)."""
         assert self._kept is not None
-        mask = batch.inputs["attention_mask"].bool()
-        states = self._kept.new_zeros((*mask.shape, self._kept.shape[-1]))
-        states[mask] = self._kept[self._places(batch).to(self._kept.device)]
-        return states
+        return _on_padding_zero(self._kept[self._places(batch).to(self._kept.device)], batch)
 
     def _places(self, batch: Batch) -> Tensor:
         """Where the tokens of its rows are kept."""
@@ -128,33 +136,58 @@ class Prefix:
                 self._in_tuple = isinstance(out, tuple)
                 self._kept = states.new_zeros((int(self.batches.examples.offsets[-1]), states.shape[-1]))
             self._kept[self._places(batch).to(states.device)] = states[batch.inputs["attention_mask"].bool()]
-            if not self._is_tried:  # where memory ran out in the trial, the half that is kept next is tried
-                if not self._tried(batch):
-                    self.why_not = "a pass that begins behind them gives something else"
-                self._is_tried = True
+            self.unlike[batch.rows] = not self._tried(batch)
         finally:
             for module in training:
                 module.training = True
 
     def _run(self, batch: Batch) -> Any:
         """What the last of the blocks gives. With gradients on: what trains in there would show."""
+        return self._until(self._blocks[-1], batch)
+
+    def _until(self, module: nn.Module, batch: Batch) -> Any:
+        """What a module gives in a pass over the batch, which ends there; the model's own output if it is not met."""
         found: list[Any] = []
 
         def enough(module: nn.Module, args: Any, out: Any) -> None:
             found.append(out)
             raise _Enough
 
-        handle = self._blocks[-1].register_forward_hook(enough)
+        handle = module.register_forward_hook(enough)
         try:
-            self.tuned.model(**batch.inputs)
+            return self.tuned.model(**batch.inputs)
         except _Enough:
-            pass
+            return found[0]
         finally:
             handle.remove()
-        return found[0]
 
     @torch.no_grad()
     def _tried(self, batch: Batch) -> bool:
-        whole = self.tuned.model(**batch.inputs)[0]
-        with self._given(self._laid_out(batch)):
-            return torch.equal(self.tuned.model(**batch.inputs)[0], whole)
+        """Whether the trunk gives the same behind states that stand in, for the first and the last row of a group.
+
+        Not the logits: of a whole group they are the largest thing there is, and what follows reads the trunk alone.
+        """
+        rows = np.unique(batch.rows[[0, -1]])
+        some = self.batches.collator(self.batches.examples, rows).to(batch.inputs["input_ids"].device)
+        mask = some.inputs["attention_mask"].bool()
+        trunk: Any = getattr(self.tuned.model, "base_model", self.tuned.model)
+        whole = _tensors(self._until(trunk, some), mask)
+        with self._given(_on_padding_zero(stream_of(self._run(some))[mask], some)):
+            behind = _tensors(self._until(trunk, some), mask)
+        return len(whole) == len(behind) and all(map(torch.equal, whole, behind))
+
+
+def _on_padding_zero(states: Tensor, batch: Batch) -> Tensor:
+    """States of the real tokens of a batch in their places. (real tokens, d) -> (rows, tokens, d)."""
+    mask = batch.inputs["attention_mask"].bool()
+    placed = states.new_zeros((*mask.shape, states.shape[-1]))
+    placed[mask] = states
+    return placed
+
+
+def _tensors(out: Any, mask: Tensor) -> list[Tensor]:
+    """All tensors in what a trunk gives, those by token for the real tokens alone. Caches are left out."""
+    if isinstance(out, Tensor):
+        return [out[mask] if out.shape[:2] == mask.shape else out]
+    inside = out.values() if isinstance(out, Mapping) else out if isinstance(out, tuple | list) else ()
+    return [t for part in inside for t in _tensors(part, mask)]

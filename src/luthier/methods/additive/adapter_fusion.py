@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy, Site
 from luthier.core import ConfigError, at_least, between
-from luthier.methods.parts.adopted import agreed, own_sites
-from luthier.methods.parts.behind import behind_sites, closing_norm, reduced, stream
+from luthier.methods.parts.adopted import agreed, no_sources, own_sites
+from luthier.methods.parts.behind import behind_params, behind_sites, closing_norm, reduced, stream
 from luthier.methods.parts.bottleneck import Activation, activated
 from luthier.methods.parts.own_tensors import own_modules
 from luthier.surgery import METHODS, Attachment, Base, Edit, Method, Source, TunedView, attach_each
@@ -61,10 +61,7 @@ class AdapterFusion(Method):
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         if self.adapters is None:
-            raise ConfigError(
-                "adapter_fusion: no adapters to fuse. Name at least two tunings of pfeiffer_adapter: --source runs/a "
-                "--source runs/b, or attach(..., sources=[...])."
-            )
+            raise no_sources(self, "adapters to fuse")
         norms = {site.key: closing_norm(anatomy, site, "adapter_fusion") for site in self._sites(anatomy)}
         yield from attach_each(self._sites(anatomy), lambda site, base: Fusion(self, base, norms[site.key]))
 
@@ -72,8 +69,8 @@ class AdapterFusion(Method):
         return sum(3 * s.d_out**2 + 2 * s.d_out for s in self._sites(anatomy))
 
     def n_stored(self, anatomy: Anatomy) -> int:
-        widths = [(s.d_out, reduced(s, self.reduction or 16)) for s in self._sites(anatomy)]
-        return self.n_params(anatomy) + (self.adapters or 2) * sum(2 * d * r + r + d for d, r in widths)
+        held = (self.adapters or 2) * behind_params(self._sites(anatomy), self.reduction or 16)
+        return self.n_params(anatomy) + held
 
     def extra_loss(self, tuned: TunedView) -> Tensor | None:
         if self.keep_value == 0:

@@ -18,63 +18,39 @@ chooses S by clustering texts of the domains; here you choose it, by naming the 
 train: attach(model, "adapter_soup", sources=[...]).save(folder) makes the soup without a run.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Self
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import torch
 
-from luthier.anatomy import Anatomy, Site
-from luthier.core import ConfigError, at_least
-from luthier.methods.parts.adopted import agreed, mean_of, own_sites
-from luthier.methods.parts.behind import Behind, behind_sites, closing_norm, reduced
-from luthier.methods.parts.bottleneck import Activation
-from luthier.surgery import METHODS, Base, Edit, Method, Source, TunedView, attach_each
+from luthier.anatomy import Anatomy
+from luthier.methods.parts.adopted import mean_of, own_sites
+from luthier.methods.parts.behind import Behind
+from luthier.methods.parts.of_adapters import OneOfAdapters
+from luthier.surgery import METHODS, Base, Source, TunedView
 
 
 @METHODS.register("adapter_soup", family="additive", paper="arXiv:2302.07027")
 @dataclass(frozen=True, kw_only=True)
-class AdapterSoup(Method):
-    """Settings of AdapterSoup. The first three are the sources' own."""
+class AdapterSoup(OneOfAdapters):
+    """Settings of AdapterSoup. All but `train` are the sources' own."""
 
-    reduction: Annotated[int | None, "of the adapters; left out, the sources'", at_least(1)] = None
-    activation: Annotated[Activation | None, "of the adapters; left out, the sources'"] = None
-    sites: Annotated[tuple[str, ...], "where to attach; none: where the sources are"] = ()
     train: Annotated[bool, "let the mean train on"] = False
 
-    starts_at_base: ClassVar[bool] = False
-    default_lr: ClassVar[float] = 1e-3
     default_head_lr: ClassVar[float | None] = 3e-2
-    sources: ClassVar[tuple[str, ...]] = ("pfeiffer_adapter",)
     tiny: ClassVar[dict[str, int | str | bool]] = {"reduction": 8, "activation": "gelu", "train": True}
 
-    def fitted(self, sources: Sequence[Source]) -> Self:
-        return replace(self, **{name: agreed(self, sources, name) for name in ("reduction", "activation", "sites")})
-
-    def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
-        if self.reduction is None:
-            raise ConfigError(
-                "adapter_soup: no adapters to average. Name tunings of pfeiffer_adapter: --source runs/a --source "
-                "runs/b, or attach(..., sources=[...])."
-            )
-        norms = {site.key: closing_norm(anatomy, site, "adapter_soup") for site in self._sites(anatomy)}
-        yield from attach_each(self._sites(anatomy), lambda site, base: self._adapter(base, norms[site.key]))
-
-    def _adapter(self, base: Base, norm: str) -> Behind:
-        made = Behind(base, norm, reduced(base.site, self.reduction or 16), self.activation or "relu")
-        return made.requires_grad_(self.train)
+    def adapter(self, base: Base, norm: str) -> Behind:
+        return super().adapter(base, norm).requires_grad_(self.train)
 
     def n_params(self, anatomy: Anatomy) -> int:
         return self.n_stored(anatomy) if self.train else 0
 
     def n_stored(self, anatomy: Anatomy) -> int:
-        widths = ((s.d_out, reduced(s, self.reduction or 16)) for s in self._sites(anatomy))
-        return sum(2 * d * r + r + d for d, r in widths)
+        return super().n_params(anatomy)
 
     @torch.no_grad()
     def adopt(self, tuned: TunedView, sources: Sequence[Source]) -> None:
         for key, adapter in own_sites(self, tuned, Behind):
             adapter.load_state_dict(mean_of(sources, key))
-
-    def _sites(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        return behind_sites(anatomy, self.sites, "adapter_soup")

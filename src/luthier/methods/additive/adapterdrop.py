@@ -27,46 +27,33 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 
-from luthier.anatomy import Anatomy
+from luthier.anatomy import Anatomy, layer_in
 from luthier.core import CompositionError, ConfigError, at_least
-from luthier.surgery import METHODS, Attach, Attachment, Edit, Method, TunedView, numbers
+from luthier.methods.parts.modifier import Modifier
+from luthier.surgery import METHODS, Attachment, Edit, Method, TunedView, layer_of, numbers
 
 
 @METHODS.register("adapterdrop", family="additive", paper="arXiv:2010.11918")
 @dataclass(frozen=True, kw_only=True)
-class AdapterDrop(Method):
+class AdapterDrop(Modifier):
     """Settings of AdapterDrop."""
 
     training: Annotated[Literal["robust", "specialised"], "n is drawn for each step, or is always `without`"] = "robust"
     without: Annotated[int, "how many layers at the bottom do without, in answers", at_least(0)] = 0
 
-    modifies: ClassVar[bool] = True
     mergeable: ClassVar[bool] = True
-    default_lr: ClassVar[float] = 1e-3
     needs: ClassVar[tuple[str, ...]] = ("pfeiffer_adapter",)
 
     def __post_init__(self) -> None:
         if self.training == "specialised" and self.without == 0:
-            raise ConfigError(
-                "adapterdrop: training=specialised leaves no layer out with without=0. Say how many, such as without=5."
-            )
-
-    def edits(self, anatomy: Anatomy) -> Sequence[Edit]:
-        return ()
-
-    def n_params(self, anatomy: Anatomy) -> int:
-        return 0
+            raise ConfigError("adapterdrop: training=specialised leaves no layer out with without=0. Set it above 0.")
 
     def leaves_out(self, edit: Edit, anatomy: Anatomy) -> bool:
-        self._check(min(anatomy.depths.values()))
-        if self.training == "robust" or not isinstance(edit, Attach):
-            return False
-        return edit.site.layer is not None and edit.site.layer < self.without
+        self._check(anatomy, self.without)
+        return self.training == "specialised" and layer_of(edit) in range(self.without)
 
     def n_removed(self, others: Sequence[Method], anatomy: Anatomy) -> int:
-        layered = [
-            o for o in others if any(isinstance(e, Attach) and e.site.layer is not None for e in o.edits(anatomy))
-        ]
+        layered = [o for o in others if any(layer_of(edit) is not None for edit in o.edits(anatomy))]
         if not layered:
             raise CompositionError(
                 f"adapterdrop: {' and '.join(o.name for o in others)} attach nothing to a layer, so no layer can do "
@@ -92,18 +79,11 @@ class AdapterDrop(Method):
 
     def leave_out(self, tuned: TunedView, n: int) -> None:
         """Let what stands in the bottom `n` layers sit out until told otherwise."""
-        self._check(min(tuned.anatomy.depths.values()), n)
+        self._check(tuned.anatomy, n)
         for tuning in (t for t in tuned.tunings.values() if t.made_by(self)):
-            placed = ((_layer(key), m) for key, m in tuning.modules_by_key().items() if isinstance(m, Attachment))
-            tuned.let_rest(tuning.tuning_name, [m for layer, m in placed if layer is not None and layer < n])
+            below = (m for key, m in tuning.modules_by_key().items() if layer_in(key) in range(n))
+            tuned.let_rest(tuning.tuning_name, [m for m in below if isinstance(m, Attachment)])
 
-    def _check(self, depth: int, n: int | None = None) -> None:
-        n = self.without if n is None else n
-        if n >= depth:
+    def _check(self, anatomy: Anatomy, n: int) -> None:
+        if n >= (depth := min(anatomy.depths.values())):
             raise ConfigError(f"adapterdrop.without: {n} of {depth} layers leave none. Set it below {depth}.")
-
-
-def _layer(key: str) -> int | None:
-    """The layer in the name of a place: ffn_out@encoder.3 -> 3; None for one outside of the layers."""
-    where = key.rpartition("@")[2].partition("#")[0].partition("~")[0] if "@" in key else ""
-    return next((int(word) for word in where.split(".") if word.isdigit()), None)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy
 from luthier.core import ConfigError, above, at_least
-from luthier.methods.parts.adopted import agreed, own_sites
+from luthier.methods.parts.adopted import agreed, no_sources, own_sites
 from luthier.methods.parts.own_tensors import group_names
 from luthier.methods.parts.prompt import Prompt, prompt_width
 from luthier.surgery import METHODS, Context, Edit, Group, Method, PrependTokens, Source, TunedView
@@ -58,10 +58,7 @@ class Attempt(Method):
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         if self.prompts is None:
-            raise ConfigError(
-                "attempt: no prompts to mix. Name tunings of prompt_tuning: --source runs/a --source runs/b, or "
-                "attach(..., sources=[...])."
-            )
+            raise no_sources(self, "prompts to mix")
         length = self.length or 100
         yield PrependTokens(Mixture(self, length, prompt_width(anatomy, "attempt")), length)
 

@@ -31,37 +31,28 @@ import torch
 from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy
-from luthier.core import AnatomyError
-from luthier.surgery import METHODS, AddBranch, BlockCall, Context, Edit, Method
+from luthier.methods.parts.frozen_below import FrozenBelow, no_new_head
+from luthier.surgery import METHODS, AddBranch, BlockCall, Context, Edit
 
 
 @METHODS.register("attention_fusion", family="additive", paper="doi:10.18653/v1/2022.findings-naacl.64")
 @dataclass(frozen=True, kw_only=True)
-class AttentionFusion(Method):
+class AttentionFusion(FrozenBelow):
     """Settings of attention fusion."""
 
     embeddings: Annotated[bool, "what the first block reads counts as a layer"] = False
     scaled: Annotated[bool, "scores are divided by the root of d"] = False
 
     starts_at_base: ClassVar[bool] = False
-    through_trunk: ClassVar[bool] = False
     default_lr: ClassVar[float] = 1e-2
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         if not anatomy.head_tensors:
-            raise AnatomyError(
-                f"attention_fusion: this {anatomy.model_type} model has no new task head, and one that was trained "
-                "reads the last layer alone. Use it for classification, or choose lora."
-            )
+            raise no_new_head(anatomy, "attention_fusion", "one that was trained reads the last layer alone")
         yield AddBranch(lambda model, anatomy: Fusion(self, model, anatomy))
 
     def n_params(self, anatomy: Anatomy) -> int:
         return anatomy.d
-
-    def conflicts(self, other: Method) -> str | None:
-        if other.is_a("head_only"):
-            return None
-        return "no gradient enters the frozen model below the fusion, so nothing in it can train."
 
 
 class Fusion(nn.Module):
@@ -93,5 +84,4 @@ class Fusion(nn.Module):
 
     def fuse(self, states: Tensor) -> Tensor:
         """(..., layers, d) -> (..., d)."""
-        fused: Tensor = (self.weights(states).unsqueeze(-1) * states).sum(-2)
-        return fused
+        return (self.weights(states).unsqueeze(-1) * states).sum(-2)

@@ -29,7 +29,8 @@ from luthier.anatomy import Anatomy, Site
 from luthier.core import AnatomyError, ConfigError, above, between
 from luthier.kernels import scale
 from luthier.methods.parts.own_tensors import group_names, own_modules, own_unfrozen
-from luthier.surgery import METHODS, Attachment, Edit, Group, Method, Phase, TunedView, Unfreeze, attach_each, is_head
+from luthier.methods.parts.scales import Scales
+from luthier.surgery import METHODS, Edit, Group, Method, Phase, TunedView, Unfreeze, attach_each, is_head
 
 
 @METHODS.register("hadamard_adapter", family="additive", paper="arXiv:2407.11033")
@@ -95,15 +96,11 @@ class HadamardAdapter(Method):
         return [n for n in anatomy.norm_tensors() if n.rpartition(".")[0] in paths]
 
 
-class Affine(Attachment):
+class Affine(Scales):
     """Scales and shifts what a layer gives."""
 
-    kind = "scale"
-    scale: nn.Parameter
-
     def __init__(self, width: int) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(width))
+        super().__init__(width)
         self.shift = nn.Parameter(torch.zeros(width))
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:

@@ -16,18 +16,15 @@ scaled before rotary angles; for a gated feed-forward layer the scaled vector is
 "output.dense" would match BERT's attention output too and train L (3 d + m).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-import torch
-from torch import Tensor, nn
-
 from luthier.anatomy import Anatomy, Site, is_projection, joined
 from luthier.core import AnatomyError
-from luthier.kernels import GroupedScales, scale
 from luthier.methods.parts.own_tensors import group_names, own_modules
-from luthier.surgery import METHODS, Attachment, Base, Edit, Group, Method, TunedView, attach_each
+from luthier.methods.parts.scales import RescaleInput, RescaleOutput, Scales
+from luthier.surgery import METHODS, Edit, Group, Method, TunedView, attach_each
 
 
 @METHODS.register("ia3", family="additive", paper="arXiv:2205.05638")
@@ -50,9 +47,7 @@ class IA3(Method):
         return sum(s.d_out for s in self._outputs(anatomy)) + sum(s.d_in for s in self._inputs(anatomy))
 
     def groups(self, tuned: TunedView) -> list[Group]:
-        scales = [m.scale for m in own_modules(self, tuned, RescaleOutput)]
-        scales += [m.scale for m in own_modules(self, tuned, RescaleInput)]
-        return [Group(group_names(tuned, scales), decay_to=1.0)]
+        return [Group(group_names(tuned, [m.scale for m in own_modules(self, tuned, Scales)]), decay_to=1.0)]
 
     def _outputs(self, anatomy: Anatomy) -> tuple[Site, ...]:
         kinds = joined(self.outputs)
@@ -75,57 +70,3 @@ class IA3(Method):
                     f"ia3.inputs: {site.key} is no projection; only what a projection reads is rescaled."
                 )
         return found
-
-
-class RescaleOutput(Attachment):
-    """Multiplies what a layer gives, element by element."""
-
-    kind = "scale"
-    scale: nn.Parameter
-
-    def __init__(self, d_out: int) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(d_out))
-
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
-        return scale(y, self.scale)
-
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight * self.scale[:, None], bias * self.scale if bias is not None else None
-
-    def fused(self, base: Base, x: Tensor) -> Tensor | None:
-        if base.site.rows is not None or base.site.expert is not None or base.site.kind.endswith("_out"):
-            return None
-        y: Tensor = base.module(x)
-        return scale(y, self.scale)
-
-    @classmethod
-    def together(cls, members: Sequence[Attachment], dtype: torch.dtype) -> GroupedScales:
-        return GroupedScales([m.scale for m in members if isinstance(m, RescaleOutput)], dtype, inputs=False)
-
-
-class RescaleInput(Attachment):
-    """Multiplies what a layer reads, element by element."""
-
-    kind = "scale"
-    scale: nn.Parameter
-
-    def __init__(self, d_in: int) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(d_in))
-
-    def before(self, x: Tensor) -> Tensor:
-        return scale(x, self.scale)
-
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight * self.scale[None, :], bias
-
-    def fused(self, base: Base, x: Tensor) -> Tensor | None:
-        if base.site.rows is not None or base.site.expert is not None:
-            return None
-        y: Tensor = base.module(scale(x, self.scale))
-        return y
-
-    @classmethod
-    def together(cls, members: Sequence[Attachment], dtype: torch.dtype) -> GroupedScales:
-        return GroupedScales([m.scale for m in members if isinstance(m, RescaleInput)], dtype, inputs=True)

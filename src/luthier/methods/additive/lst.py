@@ -36,17 +36,18 @@ from luthier import kernels
 from luthier.anatomy import Anatomy
 from luthier.core import AnatomyError, ConfigError, ModelError, above, at_least, between
 from luthier.methods.parts.cache_room import make_room
+from luthier.methods.parts.frozen_below import FrozenBelow
 from luthier.methods.parts.masks import first_share, no_trace
 from luthier.methods.parts.narrow_copy import Sizes, kept_layers, narrow_model, prune, side_params
 from luthier.methods.parts.own_tensors import own_modules
 from luthier.methods.parts.trial_pass import try_pass
-from luthier.surgery import METHODS, AddBranch, Batches, BlockCall, Context, Edit, Method, Tuned, TunedView, gradients
+from luthier.surgery import METHODS, AddBranch, Batches, BlockCall, Context, Edit, Tuned, TunedView, gradients
 from luthier.surgery.prompts import text_stack
 
 
 @METHODS.register("lst", family="additive", paper="arXiv:2206.06522")
 @dataclass(frozen=True, kw_only=True)
-class LST(Method):
+class LST(FrozenBelow):
     """Settings of ladder side-tuning."""
 
     reduction: Annotated[int, "ρ: widths of the side network are those of the model over this", at_least(1)] = 8
@@ -59,7 +60,6 @@ class LST(Method):
     data: Annotated[float, "fisher: share of the first epoch that is looked at", between(0.001, 1)] = 1.0
 
     starts_at_base: ClassVar[bool] = False
-    through_trunk: ClassVar[bool] = False
     default_lr: ClassVar[float] = 3e-3
 
     def __post_init__(self) -> None:
@@ -78,11 +78,6 @@ class LST(Method):
             total += side_params(anatomy, sizes, stack, layers) + ladders + norm
         width = _out_width(anatomy)
         return total + sizes.d * width + width
-
-    def conflicts(self, other: Method) -> str | None:
-        if other.is_a("head_only"):
-            return None
-        return "no gradient enters the frozen model beside a side network, so nothing in it can train."
 
     def begin(self, tuned: TunedView) -> None:
         try_pass(tuned, "lst")

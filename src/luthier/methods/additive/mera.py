@@ -17,56 +17,29 @@ Pitfalls: averaging unmatched neurons destroys them; W_u must follow W_d. The pa
 probe batch: that is not offered. Its numbers of adapters and rates are not known to us.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal, Self
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from luthier.anatomy import Anatomy, Site
-from luthier.core import ConfigError, at_least
-from luthier.methods.parts.adopted import agreed, own_sites
+from luthier.methods.parts.adopted import own_sites
 from luthier.methods.parts.assignment import assignment
-from luthier.methods.parts.behind import Behind, behind_sites, closing_norm, reduced
-from luthier.methods.parts.bottleneck import Activation
-from luthier.surgery import METHODS, Base, Edit, Method, Source, TunedView, attach_each
+from luthier.methods.parts.behind import Behind
+from luthier.methods.parts.of_adapters import OneOfAdapters
+from luthier.surgery import METHODS, Source, TunedView
 
 
 @METHODS.register("mera", family="additive", paper="arXiv:2308.15982")
 @dataclass(frozen=True, kw_only=True)
-class MerA(Method):
-    """Settings of MerA. The first three are the sources' own."""
+class MerA(OneOfAdapters):
+    """Settings of MerA. All but `by` are the sources' own."""
 
-    reduction: Annotated[int | None, "of the adapters; left out, the sources'", at_least(1)] = None
-    activation: Annotated[Activation | None, "of the adapters; left out, the sources'"] = None
-    sites: Annotated[tuple[str, ...], "where to attach; none: where the sources are"] = ()
     by: Annotated[Literal["mean", "sum"], "how matched adapters become one"] = "mean"
 
-    starts_at_base: ClassVar[bool] = False
-    default_lr: ClassVar[float] = 1e-3
-    sources: ClassVar[tuple[str, ...]] = ("pfeiffer_adapter",)
     least_sources: ClassVar[int] = 2
     tiny: ClassVar[dict[str, int | str]] = {"reduction": 8, "activation": "gelu"}
-
-    def fitted(self, sources: Sequence[Source]) -> Self:
-        return replace(self, **{name: agreed(self, sources, name) for name in ("reduction", "activation", "sites")})
-
-    def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
-        if self.reduction is None:
-            raise ConfigError(
-                "mera: no adapters to merge. Name at least two tunings of pfeiffer_adapter: --source runs/a --source "
-                "runs/b, or attach(..., sources=[...])."
-            )
-        norms = {site.key: closing_norm(anatomy, site, "mera") for site in self._sites(anatomy)}
-        yield from attach_each(self._sites(anatomy), lambda site, base: self._adapter(base, norms[site.key]))
-
-    def _adapter(self, base: Base, norm: str) -> Behind:
-        return Behind(base, norm, reduced(base.site, self.reduction or 16), self.activation or "relu")
-
-    def n_params(self, anatomy: Anatomy) -> int:
-        widths = ((s.d_out, reduced(s, self.reduction or 16)) for s in self._sites(anatomy))
-        return sum(2 * d * r + r + d for d, r in widths)
 
     @torch.no_grad()
     def adopt(self, tuned: TunedView, sources: Sequence[Source]) -> None:
@@ -76,9 +49,6 @@ class MerA(Method):
             together = {n: torch.stack([one[n] for one in alike]).sum(0) for n in first}
             factor = 1 / len(alike) if self.by == "mean" else 1.0
             adapter.load_state_dict({n: factor * t for n, t in together.items()})
-
-    def _sites(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        return behind_sites(anatomy, self.sites, "mera")
 
 
 def matching(adapter: dict[str, Tensor], anchor: dict[str, Tensor]) -> Tensor:

@@ -24,7 +24,7 @@ from typing import Annotated, ClassVar, Literal
 
 from luthier.anatomy import Anatomy, Site
 from luthier.core import at_least
-from luthier.methods.parts.behind import Behind, behind_sites, closing_norm, reduced
+from luthier.methods.parts.behind import Behind, behind_params, behind_sites, closing_norm, reduced
 from luthier.methods.parts.bottleneck import Activation
 from luthier.surgery import METHODS, Edit, Method, attach_each
 
@@ -52,8 +52,7 @@ class PfeifferAdapter(Method):
         )
 
     def n_params(self, anatomy: Anatomy) -> int:
-        widths = ((site.d_out, reduced(site, self.reduction)) for site in self._sites(anatomy))
-        return sum(2 * d * r + r + d for d, r in widths)
+        return behind_params(self._sites(anatomy), self.reduction)
 
     def _sites(self, anatomy: Anatomy) -> tuple[Site, ...]:
         return behind_sites(anatomy, self.sites, "pfeiffer_adapter")

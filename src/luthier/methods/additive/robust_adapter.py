@@ -28,9 +28,8 @@ import torch
 from luthier.anatomy import Anatomy, Site, is_sublayer
 from luthier.core import ConfigError, at_least
 from luthier.methods.parts.adopted import agreed, own_sites
-from luthier.methods.parts.bottleneck import Activation, bottleneck_params, check_sublayers, width_of
+from luthier.methods.parts.bottleneck import Activation, biases_rest, bottleneck_params, check_sublayers, width_of
 from luthier.methods.parts.closing import Closing
-from luthier.methods.parts.own_tensors import group_names, own_modules
 from luthier.surgery import METHODS, Edit, Group, Method, Source, TunedView, attach_each
 
 
@@ -67,8 +66,7 @@ class RobustAdapter(Method):
         return bottleneck_params(self._sites(anatomy), self._width)
 
     def groups(self, tuned: TunedView) -> list[Group]:
-        biases = [layer.bias for m in own_modules(self, tuned, Closing) for layer in (m.down, m.up)]
-        return [Group(group_names(tuned, biases), weight_decay=0.0)]
+        return biases_rest(self, tuned, Closing)
 
     @torch.no_grad()
     def adopt(self, tuned: TunedView, sources: Sequence[Source]) -> None:

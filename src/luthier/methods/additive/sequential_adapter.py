@@ -23,9 +23,8 @@ from typing import Annotated, ClassVar, Literal
 
 from luthier.anatomy import Anatomy, Site, is_sublayer
 from luthier.core import AnatomyError, at_least
-from luthier.methods.parts.bottleneck import Activation, bottleneck_params, check_sublayers, width_of
+from luthier.methods.parts.bottleneck import Activation, biases_rest, bottleneck_params, check_sublayers, width_of
 from luthier.methods.parts.closing import Closing
-from luthier.methods.parts.own_tensors import group_names, own_modules, own_unfrozen
 from luthier.surgery import METHODS, Edit, Group, Method, TunedView, Unfreeze, attach_each
 
 
@@ -61,9 +60,7 @@ class SequentialAdapter(Method):
         return bottleneck_params(self._sites(anatomy), self.width) + norms
 
     def groups(self, tuned: TunedView) -> list[Group]:
-        biases = [layer.bias for m in own_modules(self, tuned, Closing) for layer in (m.down, m.up)]
-        norms = [u.parameter for u in own_unfrozen(self, tuned)]
-        return [Group(group_names(tuned, biases + norms), weight_decay=0.0)]
+        return biases_rest(self, tuned, Closing)
 
     def _sites(self, anatomy: Anatomy) -> tuple[Site, ...]:
         kinds = ["attn_out", "ffn_out"] + (["cross_out"] if self.cross and anatomy.is_encoder_decoder else [])

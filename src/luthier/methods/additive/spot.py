@@ -28,7 +28,7 @@ from torch import Tensor
 
 from luthier.anatomy import Anatomy
 from luthier.core import ConfigError, at_least, near
-from luthier.methods.parts.adopted import agreed, own_sites
+from luthier.methods.parts.adopted import agreed, no_sources, own_sites
 from luthier.methods.parts.prompt import Prompt, prompt_width
 from luthier.surgery import METHODS, Edit, Method, PrependTokens, Source, TunedView
 
@@ -68,10 +68,7 @@ class SPoT(Method):
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         if self.length is None:
-            raise ConfigError(
-                "spot: no prompt to start from. Name tunings of prompt_tuning: --source runs/a, or attach(..., "
-                "sources=[...])."
-            )
+            raise no_sources(self, "prompt to start from")
         yield PrependTokens(Prompt(self.length, prompt_width(anatomy, "spot")), self.length)
 
     def n_params(self, anatomy: Anatomy) -> int:

@@ -21,21 +21,18 @@ Not when: one training is all there is, and nothing was found on a like task bef
 Pitfalls: the rows that choose among many configurations flatter the best of them: judge it on others.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from luthier.anatomy import Anatomy
 from luthier.core import ConfigError, at_least
-from luthier.methods.parts.bottleneck import Bottleneck
-from luthier.methods.parts.layer_plan import InLayer, Layer, cost_of, layers_named, layers_of, plan_edits, plan_params
-from luthier.methods.parts.own_tensors import group_names, own_modules
-from luthier.surgery import METHODS, Edit, Group, Method, TunedView
+from luthier.methods.parts.layer_plan import InLayer, Layer, Planned, cost_of, layers_named, layers_of
+from luthier.surgery import METHODS
 
 
 @METHODS.register("autopeft", family="hybrid", paper="arXiv:2301.12132")
 @dataclass(frozen=True, kw_only=True)
-class AutoPEFT(Method):
+class AutoPEFT(Planned):
     """Settings of one configuration."""
 
     layers: Annotated[str, "layers that hold them, from 0: all, or such as 0-2+5-5"] = "all"
@@ -43,7 +40,6 @@ class AutoPEFT(Method):
     parallel: Annotated[int, "width of the adapter beside the feed-forward layer; 0: none", at_least(0)] = 96
     prefix: Annotated[int, "keys and values before the text; 0: none", at_least(0)] = 12
 
-    starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 1e-3
     tiny: ClassVar[dict[str, int]] = {"serial": 3, "parallel": 5, "prefix": 2}
 
@@ -52,16 +48,6 @@ class AutoPEFT(Method):
             raise ConfigError("autopeft: serial, parallel and prefix are all 0, so nothing trains. Give one a size.")
         if self.layers != "all":
             layers_named(self.layers, "autopeft.layers")
-
-    def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
-        return plan_edits(anatomy, self.plan(anatomy), self.name)
-
-    def n_params(self, anatomy: Anatomy) -> int:
-        return plan_params(anatomy, self.plan(anatomy))
-
-    def groups(self, tuned: TunedView) -> list[Group]:
-        biases = [layer.bias for m in own_modules(self, tuned, Bottleneck) for layer in (m.down, m.up)]
-        return [Group(group_names(tuned, biases), weight_decay=0.0)]
 
     def plan(self, anatomy: Anatomy) -> dict[Layer, InLayer]:
         """What stands in each layer.

@@ -20,42 +20,27 @@ Pitfalls: sizes that are the same in all groups break the equal share once biase
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from luthier.anatomy import Anatomy
 from luthier.core import ConfigError, between
-from luthier.methods.parts.closing import Closing
-from luthier.methods.parts.layer_plan import InLayer, Layer, cost_of, layers_of, plan_edits, plan_params
-from luthier.methods.parts.own_tensors import group_names, own_modules, own_unfrozen
-from luthier.surgery import METHODS, Edit, Group, Method, TunedView
+from luthier.methods.parts.layer_plan import InLayer, Layer, Planned, cost_of, layers_of
+from luthier.surgery import METHODS
 
 HOLDS = (("adapter", "lora"), ("adapter", "prefix"), ("adapter", "prefix", "biases"), ("prefix", "biases", "lora"))
 
 
 @METHODS.register("s4", family="hybrid", paper="arXiv:2301.01821")
 @dataclass(frozen=True, kw_only=True)
-class S4(Method):
+class S4(Planned):
     """Settings of S4."""
 
     share: Annotated[float, "trained numbers, as a share of those below the head", between(0, 1)] = 0.005
 
-    starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 2e-3
     trains_base: ClassVar[bool] = True
     tiny: ClassVar[dict[str, float]] = {"share": 0.1, "lr": 1e-2}
-
-    def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
-        return plan_edits(anatomy, self.plan(anatomy), self.name)
-
-    def n_params(self, anatomy: Anatomy) -> int:
-        return plan_params(anatomy, self.plan(anatomy))
-
-    def groups(self, tuned: TunedView) -> list[Group]:
-        biases = [u.parameter for u in own_unfrozen(self, tuned)]
-        biases += [layer.bias for m in own_modules(self, tuned, Closing) for layer in (m.down, m.up)]
-        return [Group(group_names(tuned, biases), weight_decay=0.0)]
 
     def plan(self, anatomy: Anatomy) -> dict[Layer, InLayer]:
         """What stands in each layer.

@@ -20,84 +20,64 @@ tensors of the model itself, by another score.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from luthier.anatomy import Anatomy
-from luthier.core import ConfigError, between
+from luthier.core import between
 from luthier.methods.parts.masks import top_k
-from luthier.methods.parts.own_tensors import own_tunings
-from luthier.surgery import METHODS, Edit, Method, Phase, TunedView, TuningView
+from luthier.methods.parts.modifier import Modifier, check_open, check_worth, search_and_train
+from luthier.methods.parts.own_tensors import attached, own_tunings
+from luthier.surgery import METHODS, Method, Phase, TunedView
 
 
 @METHODS.register("saliency", family="hybrid", paper="arXiv:2305.16597")
 @dataclass(frozen=True, kw_only=True)
-class Saliency(Method):
+class Saliency(Modifier):
     """Settings of pruning by saliency."""
 
     share: Annotated[float, "share of the attached numbers that is kept", between(0, 1)] = 0.25
     search: Annotated[float, "share of the run before pruning", between(0, 1)] = 0.3
     warm: Annotated[float, "share of that in which nothing is scored yet", between(0, 0.99)] = 0.5
 
-    modifies: ClassVar[bool] = True
     mergeable: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("lora",)
     tiny: ClassVar[dict[str, float]] = {"share": 0.5}
 
     def __post_init__(self) -> None:
-        for name in ("share", "search"):
-            value = getattr(self, name)
-            if not 0 < value < 1:
-                raise ConfigError(f"saliency.{name}: {value:g} leaves nothing to choose from. Set it between 0 and 1.")
-
-    def edits(self, anatomy: Anatomy) -> Sequence[Edit]:
-        return ()
-
-    def n_params(self, anatomy: Anatomy) -> int:
-        return 0
+        check_open(self, "share", "search")
 
     def phases(self, tuned: TunedView) -> Sequence[Phase]:
-        return Phase(self.search), Phase(1 - self.search)
+        return search_and_train(self.search)
 
     @torch.no_grad()
     def enter(self, tuned: TunedView, phase: int) -> None:
         for tuning in own_tunings(self, tuned):
-            named = dict(_attached(tuning))
+            named = attached(tuning)
             if phase == 0:
                 tuning.notes = {f"start.{n}": p.detach().clone() for n, p in named.items()}
                 tuning.notes |= {f"worth.{n}": torch.zeros_like(p) for n, p in named.items()}
                 continue
-            kept = self.kept([tuning.notes[f"worth.{n}"] for n in named])
-            tuning.masks.update(zip(named, kept, strict=True))
-            for (name, parameter), mask in zip(named.items(), kept, strict=True):
-                parameter.copy_(tuning.notes[f"start.{name}"] * mask)
-            tuning.notes = {}
+            kept = dict(zip(named, self.kept([tuning.notes[f"worth.{n}"] for n in named]), strict=True))
+            for name, parameter in named.items():
+                parameter.copy_(tuning.notes[f"start.{name}"] * kept[name])
+            tuning.masks, tuning.notes = tuning.masks | kept, {}
 
     @torch.no_grad()
     def after_backward(self, tuned: TunedView, step: int, total: int) -> None:
-        if step > self.warm * self.search * total:
-            for tuning in own_tunings(self, tuned):
-                for name, parameter in _attached(tuning):
-                    worth = tuning.notes.get(f"worth.{name}")
-                    if worth is not None and parameter.grad is not None:
-                        worth += (parameter * parameter.grad).abs()
+        for tuning in own_tunings(self, tuned) if step > self.warm * self.search * total else ():
+            for name, parameter in attached(tuning).items():
+                worth = tuning.notes.get(f"worth.{name}")
+                if worth is not None and parameter.grad is not None:
+                    worth += (parameter * parameter.grad).abs()
 
     def kept(self, worth: list[Tensor]) -> list[Tensor]:
-        """The masks of the largest scores, exactly as many as the share says.
-
-        Raises:
-            ConfigError: no entry has a score, or none would be kept.
-        """
+        """The masks of the largest scores, exactly as many as the share says."""
         n = math.floor(self.share * sum(w.numel() for w in worth))
-        if n < 1 or not any(bool(w.any()) for w in worth):
-            raise ConfigError(
-                "saliency: nothing to choose: no entry had a gradient while it was scored, or the share keeps none. "
-                "Train longer, put it beside a method that attaches something, or set a larger share."
-            )
+        check_worth(self, worth, n)
         return top_k(worth, n)
 
     def conflicts(self, other: Method) -> str | None:
@@ -108,11 +88,3 @@ class Saliency(Method):
         if other.is_a("sparse_adapter", "adamix", "propetl", "adalora", "increlora"):
             return f"{other.name} chooses entries itself. Use one of them."
         return None
-
-
-def _attached(tuning: TuningView) -> Iterator[tuple[str, nn.Parameter]]:
-    """The attached tensors that learn, by canonical name."""
-    for key, module in tuning.modules_by_key().items():
-        for short, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                yield f"{key}.{short}", parameter

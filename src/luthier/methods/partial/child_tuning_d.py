@@ -33,9 +33,8 @@ from torch import Tensor
 from luthier.anatomy import Anatomy
 from luthier.core import above, between
 from luthier.methods.parts.in_place import ScoredEntries
-from luthier.methods.parts.masks import first_share, no_trace, top_k
-from luthier.methods.parts.own_tensors import own_unfrozen
-from luthier.methods.parts.update_masks import maskable
+from luthier.methods.parts.masks import first_share, no_trace
+from luthier.methods.parts.update_masks import add_squares, choose_masks, maskable, sizes_of
 from luthier.surgery import METHODS, Batches, Edit, TunedView, Unfreeze, gradients
 from luthier.surgery.unfrozen import Unfrozen
 
@@ -59,35 +58,26 @@ class ChildTuningD(ScoredEntries):
         yield from (Unfreeze(n, holds=self.masked_decay) for n in self.tensors(anatomy))
 
     def n_params(self, anatomy: Anatomy) -> int:
-        heads = set(anatomy.head_tensors)
-        sizes = {n: math.prod(shape) for n, shape in anatomy.tensors.items() if n not in heads}
-        inside = sum(size for n, size in sizes.items() if _in_blocks(n, anatomy))
-        return sum(sizes.values()) - inside + math.floor(self.share * inside)
+        return self._held(anatomy, 1)
 
     def n_stored(self, anatomy: Anatomy) -> int:
         """New values and, for the masked tensors, their places; everything where decay moves everything."""
-        heads = set(anatomy.head_tensors)
-        sizes = {n: math.prod(shape) for n, shape in anatomy.tensors.items() if n not in heads}
-        if not self.masked_decay:
-            return sum(sizes.values())
-        return self.n_params(anatomy) + math.floor(
-            self.share * sum(size for n, size in sizes.items() if _in_blocks(n, anatomy))
-        )
+        return self._held(anatomy, 2) if self.masked_decay else super().n_params(anatomy)
+
+    def _held(self, anatomy: Anatomy, each: int) -> int:
+        """All numbers outside of the blocks, and so many for each entry of the mask."""
+        inside = sum(sizes_of(anatomy, maskable(anatomy, "blocks")))
+        return super().n_params(anatomy) - inside + each * math.floor(self.share * inside)
 
     def prepare(self, tuned: TunedView, batches: Batches) -> None:
         child = self.masked(tuned)
         scores = fisher(tuned, [u.parameter for u in child], first_share(batches, self.data), self.clip)
-        k = math.floor(self.share * sum(s.numel() for s in scores))
-        for unfrozen, mask in zip(child, top_k(scores, k), strict=True):
-            unfrozen.mask = mask
+        choose_masks(child, scores, self.share, "model")
 
     def masked(self, tuned: TunedView) -> list[Unfrozen]:
         """The tensors of the blocks, in the order of the model."""
-        return [u for u in own_unfrozen(self, tuned) if _in_blocks(u.name, tuned.anatomy)]
-
-
-def _in_blocks(name: str, anatomy: Anatomy) -> bool:
-    return name.startswith(tuple(f"{block.path}." for block in anatomy.blocks))
+        inside = set(maskable(tuned.anatomy, "blocks"))
+        return [u for u in super().masked(tuned) if u.name in inside]
 
 
 def fisher(tuned: TunedView, parameters: list[torch.nn.Parameter], batches: Batches, clip: float) -> list[Tensor]:
@@ -95,11 +85,6 @@ def fisher(tuned: TunedView, parameters: list[torch.nn.Parameter], batches: Batc
     scores = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
     with no_trace(tuned, training=True):
         for batch in batches:
-            for score, grad in zip(scores, gradients(batch, parameters), strict=True):
-                if grad is not None:
-                    wide = grad.float()
-                    norm = torch.linalg.vector_norm(wide)
-                    wide = wide * (clip / (norm + 1e-6)).clamp(max=1.0)
-                    score.addcmul_(wide, wide, value=1 / len(batches))
+            add_squares(scores, gradients(batch, parameters), 1 / len(batches), clip=clip)
     ChildTuningD.check_scores(scores, len(batches))
     return scores

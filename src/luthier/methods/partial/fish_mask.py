@@ -40,7 +40,7 @@ from luthier.core import ConfigError, at_least, between
 from luthier.methods.parts.in_place import ScoredEntries
 from luthier.methods.parts.masks import no_trace, top_k
 from luthier.methods.parts.own_tensors import own_unfrozen
-from luthier.methods.parts.update_masks import kept, maskable, sizes_of
+from luthier.methods.parts.update_masks import add_squares, kept, maskable, sizes_of
 from luthier.surgery import METHODS, Batches, OneRow, TunedView, rows_of
 
 
@@ -113,9 +113,7 @@ def fisher(parameters: list[torch.nn.Parameter], rows: Iterable[Any], *, expecte
         seen += 1
         for weight, log_p in _chances(row(), expected):
             grads = torch.autograd.grad(log_p, parameters, allow_unused=True, retain_graph=expected)
-            for score, grad in zip(scores, grads, strict=True):
-                if grad is not None:
-                    score.addcmul_(grad.float(), grad.float(), value=weight)
+            add_squares(scores, grads, weight)
     FishMask.check_scores(scores, seen)
     return [score.div_(seen) for score in scores]
 

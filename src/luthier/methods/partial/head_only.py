@@ -23,6 +23,7 @@ from typing import Annotated, ClassVar
 
 from luthier.anatomy import Anatomy
 from luthier.core import AnatomyError
+from luthier.methods.parts.frozen_below import no_new_head
 from luthier.surgery import METHODS, Edit, Method, Unfreeze
 
 
@@ -38,10 +39,7 @@ class HeadOnly(Method):
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         if not anatomy.head_tensors and not self._pooler(anatomy):
-            raise AnatomyError(
-                f"{self.name}: this {anatomy.model_type} model has no new task head to train. "
-                "Use it for classification, or choose a method that changes the model, such as lora."
-            )
+            raise no_new_head(anatomy, self.name, "nothing else trains")
         yield from (Unfreeze(name) for name in self._pooler(anatomy))
 
     def n_params(self, anatomy: Anatomy) -> int:

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from luthier.anatomy import Anatomy
-from luthier.core import AnatomyError, ConfigError, above, between
+from luthier.core import ConfigError, above, between
+from luthier.methods.parts.frozen_below import no_new_head
 from luthier.methods.parts.in_place import TrainsInPlace
 from luthier.methods.parts.update_masks import maskable
 from luthier.surgery import METHODS, Phase, TunedView, is_head
@@ -43,10 +44,7 @@ class LPFT(TrainsInPlace):
 
     def tensors(self, anatomy: Anatomy) -> tuple[str, ...]:
         if not anatomy.head_tensors:
-            raise AnatomyError(
-                f"lp_ft: this {anatomy.model_type} model has no new task head to probe with. "
-                "Use it for classification, or use full."
-            )
+            raise no_new_head(anatomy, "lp_ft", "there is nothing to probe with")
         return maskable(anatomy, "all")
 
     def phases(self, tuned: TunedView) -> Sequence[Phase]:

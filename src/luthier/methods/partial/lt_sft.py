@@ -20,7 +20,7 @@ was computed on another base cannot be added.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 
 from luthier.anatomy import Anatomy
-from luthier.core import at_least, between
+from luthier.core import above, at_least, between
 from luthier.methods.parts.in_place import MovesEntries
 from luthier.methods.parts.masks import top_k
-from luthier.methods.parts.own_tensors import own_tunings, own_unfrozen
+from luthier.methods.parts.own_tensors import own_head, own_unfrozen
 from luthier.methods.parts.update_masks import kept, maskable, sizes_of
-from luthier.surgery import METHODS, Edit, Phase, TunedView
+from luthier.surgery import METHODS, Phase, TunedView
 
 
 @METHODS.register("lt_sft", family="partial", paper="arXiv:2110.07560")
@@ -44,41 +44,35 @@ class LTSFT(MovesEntries):
     share: Annotated[float, "share of the entries that may move in the end", between(0, 1)] = 0.01
     rounds: Annotated[int, "how often entries are chosen and training goes back", at_least(1)] = 1
     norms: Annotated[bool, "norms train and are ranked too"] = False
+    sparse_rate: Annotated[float, "learning rate of the sparse phases, as a multiple of the run's", above(0)] = 1.0
     l1: Annotated[float, "weight of mean |theta - theta_0|", at_least(0)] = 0.0
 
     tiny: ClassVar[Mapping[str, Any]] = {"share": 0.3}
-
-    def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
-        self.n_stored(anatomy)  # refuses a share that keeps nothing, or all
-        yield from super().edits(anatomy)
 
     def n_stored(self, anatomy: Anatomy) -> int:
         """New values and their places."""
         return 2 * kept(sizes_of(anatomy, self.tensors(anatomy)), self.share, "model", self.name)
 
     def phases(self, tuned: TunedView) -> Sequence[Phase]:
-        return [Phase(1.0)] * 2 * self.rounds
+        return [Phase(1.0), Phase(1.0, rate=self.sparse_rate)] * self.rounds
 
     @torch.no_grad()
     def enter(self, tuned: TunedView, phase: int) -> None:
         done, sparse = divmod(phase, 2)
         mine = own_unfrozen(self, tuned)
-        if not sparse and done:
-            for unfrozen in mine:
+        if not sparse:
+            for unfrozen in mine if done else ():
                 assert unfrozen.mask is not None, "a round ends with a mask"
                 unfrozen.notes = {"mask": unfrozen.mask, "start": unfrozen.value.clone()}
                 unfrozen.mask = None
-        if sparse:
-            start = [u.notes.get("start", u.original) for u in mine]
-            masks = self._masks([(u.value - s).abs() for u, s in zip(mine, start, strict=True)], mine, done + 1)
-            for unfrozen, value, mask in zip(mine, start, masks, strict=True):
-                unfrozen.value.copy_(value)
-                unfrozen.mask, unfrozen.notes = mask, {}
-            if not done:
-                for tuning in own_tunings(self, tuned):
-                    for key, unfrozen in tuning.unfrozen.items():
-                        if key.startswith("head/"):
-                            unfrozen.value.copy_(unfrozen.original)
+            return
+        start = [u.notes.get("start", u.original) for u in mine]
+        masks = self._masks([(u.value - s).abs() for u, s in zip(mine, start, strict=True)], mine, done + 1)
+        for unfrozen, value, mask in zip(mine, start, masks, strict=True):
+            unfrozen.value.copy_(value)
+            unfrozen.mask, unfrozen.notes = mask, {}
+        for unfrozen in own_head(self, tuned) if not done else ():
+            unfrozen.value.copy_(unfrozen.original)
 
     def _masks(self, moved: list[Tensor], mine: Sequence[Any], rounds: int) -> list[Tensor]:
         """Those of the rounds before, and as many more as this round adds."""
@@ -96,4 +90,6 @@ class LTSFT(MovesEntries):
 
     def tensors(self, anatomy: Anatomy) -> list[str]:
         norms = () if self.norms else anatomy.norm_tensors()
-        return [n for n in maskable(anatomy, "all") if n not in norms]
+        names = [n for n in maskable(anatomy, "all") if n not in norms]
+        kept(sizes_of(anatomy, names), self.share, "model", self.name)  # refuses a share that keeps nothing, or all
+        return names

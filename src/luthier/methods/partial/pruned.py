@@ -27,16 +27,17 @@ import torch
 from torch import Tensor
 
 from luthier.anatomy import Anatomy
-from luthier.core import CompositionError, ConfigError, between
+from luthier.core import CompositionError, between
 from luthier.methods.parts.masks import top_k
+from luthier.methods.parts.modifier import Modifier, check_open, check_worth, search_and_train
 from luthier.methods.parts.own_tensors import own_tunings
-from luthier.surgery import METHODS, Edit, Method, Phase, TunedView, Unfreeze
+from luthier.surgery import METHODS, Method, Phase, TunedView, Unfreeze
 from luthier.surgery.unfrozen import Unfrozen
 
 
 @METHODS.register("pruned", family="partial", paper="arXiv:2305.16597")
 @dataclass(frozen=True, kw_only=True)
-class Pruned(Method):
+class Pruned(Modifier):
     """Settings of pruning."""
 
     share: Annotated[float, "share of the entries that is kept", between(0, 1)] = 0.1
@@ -45,23 +46,13 @@ class Pruned(Method):
     warm: Annotated[float, "share of that in which nothing is scored yet", between(0, 0.99)] = 0.5
     normalise: Annotated[bool, "vectors are ranked by their mean worth, not their sum"] = False
 
-    modifies: ClassVar[bool] = True
     mergeable: ClassVar[bool] = True
     default_lr: ClassVar[float] = 4e-3
     needs: ClassVar[tuple[str, ...]] = ("bitfit",)
     tiny: ClassVar[dict[str, float]] = {"share": 0.5}
 
     def __post_init__(self) -> None:
-        for name in ("share", "search"):
-            value = getattr(self, name)
-            if not 0 < value < 1:
-                raise ConfigError(f"pruned.{name}: {value:g} leaves nothing to choose from. Set it between 0 and 1.")
-
-    def edits(self, anatomy: Anatomy) -> Sequence[Edit]:
-        return ()
-
-    def n_params(self, anatomy: Anatomy) -> int:
-        return 0
+        check_open(self, "share", "search")
 
     def n_removed(self, others: Sequence[Method], anatomy: Anatomy) -> int:
         if not any(isinstance(edit, Unfreeze) for other in others for edit in other.edits(anatomy)):
@@ -72,7 +63,7 @@ class Pruned(Method):
         return 0
 
     def phases(self, tuned: TunedView) -> Sequence[Phase]:
-        return Phase(self.search), Phase(1 - self.search)
+        return search_and_train(self.search)
 
     def enter(self, tuned: TunedView, phase: int) -> None:
         mine = self._mine(tuned)
@@ -104,13 +95,9 @@ class Pruned(Method):
 
     def _masks(self, worth: list[Tensor], before: Sequence[Tensor | None]) -> list[Tensor]:
         """What is kept, of what could move before."""
-        if not any(bool(w.any()) for w in worth):
-            raise ConfigError(
-                "pruned: every score is zero, so nothing can be ranked: nothing had trained when it was scored. "
-                "Train longer, or set a smaller `warm`."
-            )
         sizes = [w.numel() if m is None else int(m.sum()) for w, m in zip(worth, before, strict=True)]
         budget = math.floor(self.share * sum(sizes))
+        check_worth(self, worth, budget)
         if self.unit == "entry":
             open_ = [w if m is None else w.masked_fill(~m, -torch.inf) for w, m in zip(worth, before, strict=True)]
             return top_k(open_, budget)

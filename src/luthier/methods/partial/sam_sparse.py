@@ -31,7 +31,7 @@ from luthier.core import at_least, between
 from luthier.methods.parts.in_place import ScoredEntries
 from luthier.methods.parts.masks import no_trace
 from luthier.methods.parts.own_tensors import own_unfrozen
-from luthier.methods.parts.update_masks import choose_masks, kept, maskable, sizes_of
+from luthier.methods.parts.update_masks import add_squares, choose_masks, kept, maskable, sizes_of
 from luthier.surgery import METHODS, Batches, TunedView, gradients
 
 
@@ -62,11 +62,12 @@ class SAMSparse(ScoredEntries):
         squared = [torch.zeros_like(s) for s in signed] if self.curvature == "fisher" else None
         with no_trace(tuned, training=True):
             for batch in looked:
-                for i, grad in enumerate(gradients(batch, parameters)):
+                grads = gradients(batch, parameters)
+                for total, grad in zip(signed, grads, strict=True):
                     if grad is not None:
-                        signed[i] += grad
-                        if squared is not None:
-                            squared[i].addcmul_(grad, grad, value=1 / len(looked))
+                        total += grad
+                if squared is not None:
+                    add_squares(squared, grads, 1 / len(looked))
         self.check_scores(signed, len(looked))
         scores = [gain(s, None if squared is None else squared[i]) for i, s in enumerate(signed)]
         choose_masks(mine, scores, self.share, "tensor")

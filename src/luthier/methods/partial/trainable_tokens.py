@@ -26,41 +26,8 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy
 from luthier.core import ConfigError
-from luthier.surgery import (
-    METHODS,
-    PEFT_LAYERS,
-    Edit,
-    Method,
-    PeftForm,
-    PeftIn,
-    PeftOut,
-    PeftTaken,
-    PeftWhole,
-    Reparametrise,
-)
-
-_THERE = ".trainable_tokens_delta"
-
-
-def _out(going: PeftOut) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """peft's file holds the rows as they are now, ours what was added to them."""
-    tensors, paths = {}, []
-    for key, moves in going.stored.items():
-        name = key.removeprefix("tensor/").removesuffix(".moves")
-        rows = list(going.method.tokens) or list(range(len(moves)))
-        paths.append(name.rpartition(".")[0])
-        tensors[f"{PEFT_LAYERS}{paths[-1]}{_THERE}"] = going.own(name).detach()[rows].cpu() + moves
-    return tensors, {"target_modules": paths, "token_indices": rows}
-
-
-def _back(coming: PeftIn) -> PeftTaken:
-    rows = [int(i) for i in coming.facts["token_indices"]]
-    held = {n.removeprefix(PEFT_LAYERS).removesuffix(_THERE): t for n, t in coming.tensors.items()}
-    held = {path: t for path, t in held.items() if f"{path}.weight" not in coming.anatomy.tied}  # said twice there
-    stored = {
-        f"tensor/{path}.weight.moves": t - coming.own(f"{path}.weight").detach()[rows].cpu() for path, t in held.items()
-    }
-    return PeftTaken({"tokens": rows, "output_matrix": len(held) > 1}, stored)
+from luthier.methods.parts.peft_rows import rows_form
+from luthier.surgery import METHODS, Edit, Method, PeftForm, Reparametrise
 
 
 @METHODS.register("trainable_tokens", family="partial", paper="github:huggingface/peft/pull/1541")
@@ -76,9 +43,7 @@ class TrainableTokens(Method):
     computes_tensors: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-3
     tiny: ClassVar[dict[str, object]] = {"lr": 3e-2}
-    peft: ClassVar[PeftForm | None] = PeftWhole(
-        "TRAINABLE_TOKENS", out=_out, back=_back, also=("token_indices",), heads=False
-    )
+    peft: ClassVar[PeftForm | None] = rows_form()
 
     def __post_init__(self) -> None:
         twice = sorted({t for t in self.tokens if self.tokens.count(t) > 1})
@@ -86,8 +51,7 @@ class TrainableTokens(Method):
             raise ConfigError(f"trainable_tokens.tokens: {twice[0]} stands there twice. Name each token once.")
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
-        for name in self._tables(anatomy):
-            yield Reparametrise(name, MovedRows(self.tokens, anatomy.tensors[name]))
+        yield from (Reparametrise(n, MovedRows(self.tokens, anatomy.tensors[n])) for n in self._tables(anatomy))
 
     def n_params(self, anatomy: Anatomy) -> int:
         tables = [anatomy.tensors[name] for name in self._tables(anatomy)]

@@ -1,12 +1,14 @@
 """What methods are made of. No file here is a method; a method imports from here, and never from another method.
 
     behind            Behind           the bottleneck that reads its block's stream through the closing norm
-                      behind_sites, closing_norm, reduced, stream
+                      behind_params, behind_sites, closing_norm, reduced, stream
     adopted           agreed           a setting that the sources of a method decide
-                      own_sites, mean_of
+                      own_sites, mean_of, no_sources
+    of_adapters       OneOfAdapters    one adapter of several: the sources' shape and places
     assignment        assignment       which row goes to which column at the least cost
     bottleneck        Bottleneck       narrow, bend, widen, and add: the inside of every adapter
-                      activated, bottleneck_params, check_sublayers, width_of, Activation, without_units
+                      activated, biases_rest, bottleneck_params, check_sublayers, width_of, Activation
+                      without_units
     closing           Closing          a bottleneck of what a sublayer gives, added to that
     parallel_branch   Beside           a bottleneck of a sublayer's input, added to its output
     low_rank          ThinUpdate       x -> scale B A x beside a weight: merged, fused, and served in rows
@@ -35,6 +37,7 @@
     prefixes          Prefixes         keys and values of every attention, or the networks that compute them
                       prefix_params, prefix_stored, drop_networks, groups_of
     layer_plan        plan_edits       what a plan says of each layer: adapters, LoRA, a prefix, biases
+                      Planned          a method that says for each layer what stands in it
                       InLayer, Layer, LayerPrefixes, Plan
                       cost_of, layers_named, layers_of, plan_params
     hadamard          Projection       a random projection by fast transforms, made again from its name
@@ -47,7 +50,7 @@
                       MovesEntries     the same under a mask
                       ScoredEntries    the same, and rows tell which entries move
     update_masks      choose_masks     a share of the model's own numbers that may move
-                      kept, maskable, sizes_of, Over, Scope
+                      add_squares, kept, maskable, sizes_of, Over, Scope
     encoder_ends      encoder_ends     where an encoder's blocks end; a decoder is refused
     cache_room        kept_keys        what an attachment keeps of each token in the model's own cache
                       make_room
@@ -79,10 +82,18 @@
                       check_order
     peft_prompts      prompt_form      vectors before the text in peft's files
                       before_text, prompt_facts, rows_before, COUNTS, ONE
+    peft_rows         rows_form        files of peft for rows of a table
     peft_prefixes     prefix_form      keys and values before the text in peft's files
                       rotation_of, turned
+    modifier          Modifier         no edit of its own: it changes the numbers of the methods beside it
+                      check_open, check_worth, search_and_train
+    scales            RescaleOutput    a number for each that a layer gives, from one on
+                      RescaleInput     the same for what it reads
+                      Scales
+    frozen_below      FrozenBelow      a method that reads a frozen model from outside: no gradient enters
+                      no_new_head
     own_tensors       own_modules      what a method finds of itself on a model that may hold other tunings
-                      own_tunings, own_unfrozen, group_names
+                      own_tunings, own_unfrozen, own_head, group_names, attached
     narrow_copy       narrow_model     some blocks of a model again, at a fraction of its width
                       prune, kept_layers, side_params, Sizes
     text_mean         mean_over_text   the mean over the real tokens of each row

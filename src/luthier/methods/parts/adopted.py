@@ -10,7 +10,7 @@ from luthier.core import ConfigError
 from luthier.methods.parts.own_tensors import M, own_tunings
 from luthier.surgery import Method, Source, TunedView
 
-__all__ = ["agreed", "mean_of", "own_sites"]
+__all__ = ["agreed", "mean_of", "no_sources", "own_sites"]
 
 
 def agreed(method: Method, sources: Sequence[Source], name: str) -> Any:
@@ -33,6 +33,15 @@ def agreed(method: Method, sources: Sequence[Source], name: str) -> Any:
                 "out: the sources decide it."
             )
     return _plain(sources[0].settings.get(name))
+
+
+def no_sources(method: Method, what: str) -> ConfigError:
+    """What to say of a method that is made of saved tunings where none is named. what: such as "adapters to merge"."""
+    least = "at least two tunings" if method.least_sources > 1 else "tunings"
+    return ConfigError(
+        f"{method.name}: no {what}. Name {least} of {method.sources[0]}: --source runs/a --source runs/b, or "
+        "attach(..., sources=[...])."
+    )
 
 
 def _plain(value: Any) -> Any:

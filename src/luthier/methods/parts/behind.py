@@ -15,7 +15,7 @@ from luthier.core import AnatomyError
 from luthier.methods.parts.bottleneck import Activation, Bottleneck, check_sublayers
 from luthier.surgery import Base
 
-__all__ = ["Behind", "behind_sites", "closing_norm", "reduced", "stream"]
+__all__ = ["Behind", "behind_params", "behind_sites", "closing_norm", "reduced", "stream"]
 
 
 def behind_sites(anatomy: Anatomy, chosen: tuple[str, ...], asked_by: str) -> tuple[Site, ...]:
@@ -46,6 +46,12 @@ def closing_norm(anatomy: Anatomy, site: Site, asked_by: str) -> str:
 def reduced(site: Site, reduction: int) -> int:
     """Width of a bottleneck that is `reduction` times narrower than the stream."""
     return max(1, site.d_out // reduction)
+
+
+def behind_params(sites: tuple[Site, ...], reduction: int) -> int:
+    """2 d r + r + d for each site."""
+    widths = ((site.d_out, reduced(site, reduction)) for site in sites)
+    return sum(2 * d * r + r + d for d, r in widths)
 
 
 def stream(norm: Base | None, x: Tensor, y: Tensor) -> Tensor:

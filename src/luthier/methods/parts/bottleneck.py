@@ -14,9 +14,19 @@ from torch import Tensor, nn
 from luthier import kernels
 from luthier.anatomy import Site, is_sublayer
 from luthier.core import AnatomyError
-from luthier.surgery import Attachment
+from luthier.methods.parts.own_tensors import group_names, own_modules, own_unfrozen
+from luthier.surgery import Attachment, Group, Method, TunedView
 
-__all__ = ["Activation", "Bottleneck", "activated", "bottleneck_params", "check_sublayers", "width_of", "without_units"]
+__all__ = [
+    "Activation",
+    "Bottleneck",
+    "activated",
+    "biases_rest",
+    "bottleneck_params",
+    "check_sublayers",
+    "width_of",
+    "without_units",
+]
 
 Activation = Literal["identity", "relu", "gelu", "gelu_tanh", "silu", "tanh"]
 
@@ -81,6 +91,13 @@ class Bottleneck(Attachment):
             return kernels.bottleneck(y, x, down.weight, down.bias, up.weight, up.bias, factor, self.activation)
         out: Tensor = y + factor * self.up(self.dropout(_ACT[self.activation](self.down(x))))
         return out
+
+
+def biases_rest(method: Method, tuned: TunedView, kind: type[Bottleneck]) -> list[Group]:
+    """Decay leaves alone the biases of its bottlenecks, and what of the model it trains in place: biases, norms."""
+    biases = [layer.bias for m in own_modules(method, tuned, kind) for layer in (m.down, m.up)]
+    in_place = [u.parameter for u in own_unfrozen(method, tuned)]
+    return [Group(group_names(tuned, biases + in_place), weight_decay=0.0)]
 
 
 def activated(activation: Activation, h: Tensor) -> Tensor:

@@ -7,26 +7,29 @@ prefix    keys and values before those of the text
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy, Attention, Site
 from luthier.core import AnatomyError, ConfigError
-from luthier.methods.parts.bottleneck import bottleneck_params, width_of
+from luthier.methods.parts.bottleneck import Bottleneck, biases_rest, bottleneck_params, width_of
 from luthier.methods.parts.closing import Closing
 from luthier.methods.parts.low_rank import ThinUpdate
 from luthier.methods.parts.parallel_branch import Beside
-from luthier.surgery import Attachment, Base, Edit, PrependKeys, Unfreeze, attach_each
+from luthier.surgery import Attachment, Base, Edit, Group, Method, PrependKeys, TunedView, Unfreeze, attach_each
 
 __all__ = [
     "InLayer",
     "Layer",
     "LayerPrefixes",
     "Plan",
+    "Planned",
     "cost_of",
     "layers_named",
     "layers_of",
@@ -117,6 +120,30 @@ def cost_of(anatomy: Anatomy, layer: Layer, kind: str, size: int, asked_by: str 
             )
         return size * sum(2 * a.n_kv_heads * a.d_head for a in here)
     return sum(math.prod(anatomy.tensors[name]) for name in _biases(anatomy, layer))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned(Method):
+    """A method that says for each layer what stands in it; edits, count and decay follow."""
+
+    starts_at_base: ClassVar[bool] = False
+
+    @abstractmethod
+    def plan(self, anatomy: Anatomy) -> Plan:
+        """What stands in each layer.
+
+        Raises:
+            ConfigError, AnatomyError: not on this model, or not so.
+        """
+
+    def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
+        return plan_edits(anatomy, self.plan(anatomy), self.name)
+
+    def n_params(self, anatomy: Anatomy) -> int:
+        return plan_params(anatomy, self.plan(anatomy))
+
+    def groups(self, tuned: TunedView) -> list[Group]:
+        return biases_rest(self, tuned, Bottleneck)
 
 
 def _behind(width: int, site: Site, base: Base) -> Attachment:

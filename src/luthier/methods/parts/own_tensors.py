@@ -8,7 +8,7 @@ from torch import nn
 from luthier.surgery import Method, TunedView, TuningView
 from luthier.surgery.unfrozen import Unfrozen
 
-__all__ = ["group_names", "own_modules", "own_tunings", "own_unfrozen"]
+__all__ = ["attached", "group_names", "own_head", "own_modules", "own_tunings", "own_unfrozen"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -28,6 +28,17 @@ def own_unfrozen(method: Method, tuned: TunedView) -> list[Unfrozen]:
     """The tensors of the model that it trains in place, a new head left out, in the order of the model."""
     mine = ("model/", f"{method.name}:model/")
     return [u for t in own_tunings(method, tuned) for key, u in t.unfrozen.items() if key.startswith(mine)]
+
+
+def own_head(method: Method, tuned: TunedView) -> list[Unfrozen]:
+    """The tensors of a new head that learns with it."""
+    return [u for t in own_tunings(method, tuned) for key, u in t.unfrozen.items() if key.startswith("head/")]
+
+
+def attached(tuning: TuningView) -> dict[str, nn.Parameter]:
+    """The attached tensors of a tuning that learn, by canonical name."""
+    named = ((f"{k}.{n}", p) for k, m in tuning.modules_by_key().items() for n, p in m.named_parameters())
+    return {name: p for name, p in named if p.requires_grad}
 
 
 def group_names(tuned: TunedView, parameters: Iterable[nn.Parameter]) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Masks over the model's own tensors: which tensors a share is counted on, how many entries it is, and their choice."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -12,7 +12,7 @@ from luthier.core import ConfigError
 from luthier.methods.parts.masks import top_k
 from luthier.surgery.unfrozen import Unfrozen
 
-__all__ = ["Over", "Scope", "choose_masks", "kept", "maskable", "sizes_of"]
+__all__ = ["Over", "Scope", "add_squares", "choose_masks", "kept", "maskable", "sizes_of"]
 
 Scope = Literal["model", "tensor"]
 Over = Literal["all", "blocks", "matrices"]
@@ -52,6 +52,21 @@ def kept(sizes: Sequence[int], share: float, scope: Scope, asked_by: str) -> int
     if share >= 1:
         raise ConfigError(f"{asked_by}.share: {share:g} keeps every number, and no mask is left. Use full, or less.")
     return k
+
+
+def add_squares(
+    scores: Sequence[Tensor], grads: Iterable[Tensor | None], weight: float, *, clip: float = math.inf
+) -> None:
+    """Add to each score, in fp32, `weight` times the square of its gradient, where there is one.
+
+    clip: largest norm of one gradient; a larger one is made as small.
+    """
+    for score, grad in zip(scores, grads, strict=True):
+        if grad is not None:
+            wide = grad.float()
+            if clip < math.inf:
+                wide = wide * (clip / (torch.linalg.vector_norm(wide) + 1e-6)).clamp(max=1.0)
+            score.addcmul_(wide, wide, value=weight)
 
 
 @torch.no_grad()

@@ -42,6 +42,7 @@ from luthier.anatomy import Anatomy, Site, at_site
 from luthier.core import CompositionError, ConfigError, above, at_least, between
 from luthier.methods.parts.low_rank import ThinUpdate
 from luthier.methods.parts.masks import first_share, no_trace
+from luthier.methods.parts.modifier import Modifier
 from luthier.methods.parts.posterior import (
     Call,
     Posterior,
@@ -50,7 +51,7 @@ from luthier.methods.parts.posterior import (
     matrix_gradients,
     watched_calls,
 )
-from luthier.surgery import METHODS, Batches, Edit, Method, Objective, TunedView, keyed, passes_of
+from luthier.surgery import METHODS, Batches, Method, Objective, TunedView, keyed, passes_of
 
 PRIORS = tuple(10 ** (n / 2) for n in range(-2, 13))
 """Precisions that are tried where rows are held out: from 0.1 to a million, at which the answers are the plain ones."""
@@ -60,7 +61,7 @@ Seen = Sequence[Sequence[Call]]  # of each module, its calls
 
 @METHODS.register("laplace_lora", family="reparameterised", paper="arXiv:2308.13111")
 @dataclass(frozen=True, kw_only=True)
-class LaplaceLoRA(Method):
+class LaplaceLoRA(Modifier):
     """Settings of Laplace-LoRA."""
 
     prior: Annotated[float | None, "precision of the prior; left out, chosen on held-out rows", above(0)] = None
@@ -72,16 +73,9 @@ class LaplaceLoRA(Method):
     )
     samples: Annotated[int, "draws for the mean, the same for every row", at_least(2)] = 2000
 
-    modifies: ClassVar[bool] = True
     mergeable: ClassVar[bool] = True
     classes_only: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("lora",)
-
-    def edits(self, anatomy: Anatomy) -> Sequence[Edit]:
-        return ()
-
-    def n_params(self, anatomy: Anatomy) -> int:
-        return 0
 
     def n_beside(self, others: Sequence[Method], anatomy: Anatomy) -> int:
         return sum(

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from luthier.anatomy import Anatomy, Site
 from luthier.core import ConfigError, above, at_least
-from luthier.methods.parts.adopted import agreed, own_sites
+from luthier.methods.parts.adopted import agreed, no_sources, own_sites
 from luthier.methods.parts.low_rank import ThinUpdate, check_projections
 from luthier.methods.parts.masks import no_trace
 from luthier.methods.parts.own_tensors import own_modules
@@ -95,10 +95,7 @@ class LoRAHub(PerSite):
 
     def build(self, site: Site, base: Base) -> Attachment:
         if self.rank is None:
-            raise ConfigError(
-                "lorahub: no LoRAs to sum. Name tunings of lora: --source runs/a --source runs/b, or "
-                "attach(..., sources=[...])."
-            )
+            raise no_sources(self, "LoRAs to sum")
         scale = (self.alpha or 16.0) / (math.sqrt(self.rank) if self.scaling == "root" else self.rank)
         return SummedUpdate(site.d_in, site.d_out, self.rank, scale).requires_grad_(self.train)
 

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy, Site, is_projection
 from luthier.core import ConfigError, above, at_least, between
-from luthier.methods.parts.adopted import agreed, own_sites
+from luthier.methods.parts.adopted import agreed, no_sources, own_sites
 from luthier.methods.parts.low_rank import check_rows
 from luthier.surgery import METHODS, Attachment, Edit, LookFirst, Method, Source, TunedView, attach_each
 
@@ -92,10 +92,7 @@ class XLoRA(Method):
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         if self.loras is None or self.rank is None:
-            raise ConfigError(
-                "xlora: no LoRAs to mix. Name tunings of lora: --source runs/a --source runs/b, or "
-                "attach(..., sources=[...])."
-            )
+            raise no_sources(self, "LoRAs to mix")
         places = self.places(anatomy)
         shares = Shares(self, last_width(anatomy), len(places) if self.layerwise else 1)
         yield LookFirst(shares)

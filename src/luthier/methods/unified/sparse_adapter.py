@@ -37,8 +37,9 @@ from luthier.anatomy import Anatomy
 from luthier.core import CompositionError, ConfigError, at_least, between
 from luthier.methods.parts.bottleneck import Bottleneck, without_units
 from luthier.methods.parts.masks import no_trace, top_k
-from luthier.methods.parts.own_tensors import own_tunings
-from luthier.surgery import METHODS, Attachment, Batches, Edit, Method, TunedView, TuningView, gradients, matrices
+from luthier.methods.parts.modifier import Modifier
+from luthier.methods.parts.own_tensors import attached, own_tunings
+from luthier.surgery import METHODS, Attachment, Batches, Method, TunedView, TuningView, gradients, matrices
 
 ROUNDS = 100
 """Of SynFlow: the share that is kept falls by the same factor in each."""
@@ -46,7 +47,7 @@ ROUNDS = 100
 
 @METHODS.register("sparse_adapter", family="unified", paper="arXiv:2210.04284")
 @dataclass(frozen=True, kw_only=True)
-class SparseAdapter(Method):
+class SparseAdapter(Modifier):
     """Settings of SparseAdapter."""
 
     sparsity: Annotated[float, "share of the matrices' entries that is held at zero", between(0, 1)] = 0.8
@@ -55,7 +56,6 @@ class SparseAdapter(Method):
     steps: Annotated[int, "steps of the first epoch that are looked at, at most", at_least(1)] = 100
     compact: Annotated[bool, "units of a bottleneck that are held at zero as a whole are taken out in the end"] = False
 
-    modifies: ClassVar[bool] = True
     starts_at_base: ClassVar[bool] = False
     looks_at_data: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("sequential_adapter",)
@@ -65,12 +65,6 @@ class SparseAdapter(Method):
         if not 0 < self.sparsity < 1:
             what = "everything, so leave sparse_adapter out" if self.sparsity == 0 else "nothing"
             raise ConfigError(f"sparse_adapter.sparsity: {self.sparsity:g} keeps {what}. Set it between 0 and 1.")
-
-    def edits(self, anatomy: Anatomy) -> Sequence[Edit]:
-        return ()
-
-    def n_params(self, anatomy: Anatomy) -> int:
-        return 0
 
     def n_removed(self, others: Sequence[Method], anatomy: Anatomy) -> int:
         sizes = [math.prod(shape) for other in others for shape in matrices(other, anatomy)]
@@ -191,5 +185,4 @@ def flow(tuned: TunedView, tuning: TuningView, parameters: list[nn.Parameter], m
 
 def _matrices_of(tuning: TuningView) -> dict[str, nn.Parameter]:
     """The attached tensors of two dimensions or more that learn, by canonical name."""
-    named = ((f"{k}.{n}", p) for k, m in tuning.modules_by_key().items() for n, p in m.named_parameters())
-    return {name: p for name, p in named if p.requires_grad and p.dim() > 1}
+    return {name: p for name, p in attached(tuning).items() if p.dim() > 1}

@@ -93,7 +93,12 @@ class AdaptiveFreeze(Strategy):
         if kept is None or kept.depth != depth:
             kept = _KEPT[course.feed] = Prefix(course.tuned, course.feed.batches, depth)
             course.say(f"{depth} of the blocks rest: {kept.why_not or 'what they give for each row is kept'}")
+        before = int(kept.unlike.sum())
         with kept.standing_in(piece.batch):
+            if unlike := int(kept.unlike.sum()) - before:
+                course.say(
+                    f"{unlike} rows are read whole: behind the {depth} blocks a pass gives something else for them"
+                )
             return forward()
 
     def after_backward(self, course: Course) -> None:

@@ -36,8 +36,9 @@ It says what the defaults do on small sets, not which method is best. The defaul
 gave 0.417), adapter_fusion (5e-5, 0.270), unilora (5e-3, 0.330), sequential_adapter (3e-4, 0.867), supertuning
 (1e-3, 0.323) and intrinsic_said (1e-2, 0.183) were changed after runs with these very rows of trec6, so their scores
 there and that of sparse_adapter (0.587 before) are a little too good. That of u_mam (1e-4, 0.183) was chosen on 600
-other questions of trec6, where 1e-4 gave 0.23, 5e-3 0.85 and 2e-3 0.90; that of lorahub's head (2e-3, 0.290) is
-head_only's. The others were not touched.
+other questions of trec6, where 1e-4 gave 0.23, 5e-3 0.85 and 2e-3 0.90; that of the second phase of lt_sft (the first
+one's 5e-5 before, 0.463) on them too, where 5e-5 gave 0.513 and a hundred times as much 0.903; that of lorahub's head
+(2e-3, 0.290) is head_only's. The others were not touched.
 `luthier compare` puts methods beside each other on your own rows.
 
 """

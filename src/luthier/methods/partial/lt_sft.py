@@ -7,7 +7,9 @@ Both phases start from theta_0, the head too; each has empty moments and a sched
 each adds its part of the entries and goes back to where it began, not to theta_0.
 
 Ansell, Ponti, Korhonen, Vulic 2022, "Composable Sparse Fine-Tuning for Cross-Lingual Transfer", arXiv:2110.07560,
-section 3. As in the authors' scripts norms stay frozen, and 1 % is their library's default.
+section 3. As in the authors' scripts norms stay frozen, and 1 % is their library's default. There both phases have one
+rate, over many epochs. Here the sparse one has `sparse_rate` times the run's, about that of other sparse masks: on 600
+questions of trec6 one rate for both gave 0.51, a hundred times as much 0.90, and `head_only` 0.40.
 
 Count: all numbers below the head, those of norms apart, in the first phase; floor(share * as many) in the second, which
 are stored with their places.
@@ -44,7 +46,7 @@ class LTSFT(MovesEntries):
     share: Annotated[float, "share of the entries that may move in the end", between(0, 1)] = 0.01
     rounds: Annotated[int, "how often entries are chosen and training goes back", at_least(1)] = 1
     norms: Annotated[bool, "norms train and are ranked too"] = False
-    sparse_rate: Annotated[float, "learning rate of the sparse phases, as a multiple of the run's", above(0)] = 1.0
+    sparse_rate: Annotated[float, "learning rate of the sparse phases, as a multiple of the run's", above(0)] = 100.0
     l1: Annotated[float, "weight of mean |theta - theta_0|", at_least(0)] = 0.0
 
     tiny: ClassVar[Mapping[str, Any]] = {"share": 0.3}

@@ -63,9 +63,28 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool = False) -> T
 def _few_rows(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
     """`_RMSNorm` to the bit, without a frame for a backward pass: around one row it takes most of the time."""
     v = _wide(x)
-    rate = torch.linalg.vector_norm(v, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    length = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+    # eps + length² / d: each call counts here, and a number is a tensor only once.
+    rate = torch.addcdiv(_number(eps, v), length * length, _number(x.shape[-1], v)).rsqrt_()
     normed: Tensor = v * rate
-    return normed.mul_(1 + _wide(weight)).to(x.dtype) if plus_one else normed.to(x.dtype) * weight
+    if plus_one:
+        return normed.mul_(1 + _wide(weight)).to(x.dtype)
+    return normed.mul_(weight) if normed.dtype == x.dtype == weight.dtype else normed.to(x.dtype) * weight
+
+
+def _number(value: float, like: Tensor) -> Tensor:
+    """A number as a tensor without dimensions, of the type and on the device of `like`; kept."""
+    if torch.compiler.is_compiling():
+        return like.new_tensor(value)
+    key = (value, like.dtype, like.device)
+    found = _numbers.get(key)
+    if found is None:
+        with torch.inference_mode(False):
+            found = _numbers[key] = torch.tensor(value, dtype=like.dtype, device=like.device)
+    return found
+
+
+_numbers: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
 
 
 class _RMSNorm(torch.autograd.Function):

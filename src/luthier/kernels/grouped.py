@@ -1,7 +1,7 @@
 """Updates whose numbers stand still: read once, and a different one for every row of a batch.
 
     one for all rows     y = x Wᵀ + bias + s · x Aᵀ Bᵀ                       copies of A and B made once
-    the same of layers that read one x                                      all W and A stacked
+    the same of layers that read one x                                      all W and A stacked; or B A inside W
     one for each row     yᵢ = y'ᵢ + s_k · xᵢ A_kᵀ B_kᵀ      k = index[i]     all A stacked, all B stacked, picked by row
     a scale of each row  yᵢ = y'ᵢ · l_k
 
@@ -15,6 +15,7 @@ picking by row on a GPU.
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from luthier.core import ConfigError
@@ -23,6 +24,8 @@ from luthier.kernels.packed import Packed, can_pack
 from luthier.kernels.stored import Held
 
 __all__ = ["GroupedScales", "GroupedUpdates", "StillSiblings", "StillUpdate"]
+
+_IN_ONE = 4  # rows up to which one product of wide layers, and copying its parts out, is faster
 
 
 class StillUpdate:
@@ -60,11 +63,14 @@ class StillUpdate:
 
 
 class StillSiblings:
-    """Frozen linear layers that read the same rows, each with a low-rank update or none, as two products.
+    """Frozen linear layers that read the same rows, each with a low-rank update or none.
 
-        [y₁ | y₂ | .. | u] = x [W₁; W₂; ..; A]ᵀ + bias        then [y₁ | y₂ | ..] += u B        B block by block
+        in halves   [y₁ | y₂ | .. | u] = x [W₁; W₂; ..; A]ᵀ + bias     then [y₁ | y₂ | ..] += u B      B block by block
+        wider       [y₁ | y₂ | ..] = x [W₁ + s B₁ A₁; W₂; ..]ᵀ + bias
 
-    With few rows a product costs its call, so one for three takes half the time; with many rows nothing is gained.
+    Half precision would round most of a small update away inside W, so it stays beside; wider types keep it.
+    With few rows a product costs its call, so one for all takes half the time; with more, copying the parts out costs
+    what it gains, and each wide layer is a product of its own.
 
     Args:
         layers: for each the weight (d_out, d_in), its bias or None, and its update or None; all of one type. They are
@@ -78,7 +84,11 @@ class StillSiblings:
         like, self.sizes = weights[0], [len(weight) for weight in weights]
         self.d_out = sum(self.sizes)
         held = [(i, update) for i, (_, _, update) in enumerate(layers) if update is not None]
-        thin = [update.a.detach().to(like.dtype) for _, update in held]
+        wide = like.dtype in (torch.float32, torch.float64)
+        for i, update in held if wide else ():
+            a, b = update.a.detach().to(like.dtype), update.b.detach().to(like.dtype)
+            weights[i] = torch.addmm(weights[i], b, a, alpha=update.scale)
+        thin = [] if wide else [update.a.detach().to(like.dtype) for _, update in held]
         joined = torch.cat([*weights, *thin])
         self.joined = Packed(joined) if can_pack(joined) else joined
         self.bias: Tensor | None = None
@@ -87,8 +97,12 @@ class StillSiblings:
                 w.new_zeros(len(w)) if b is None else b.detach() for w, (_, b, _) in zip(weights, layers, strict=True)
             ]
             self.bias = torch.cat([*given, like.new_zeros(sum(map(len, thin)))])
+        self.apart: list[tuple[Tensor, Tensor | None]] = []
+        if wide:
+            biases = [None] * len(weights) if self.bias is None else self.bias.split_with_sizes(self.sizes)
+            self.apart = list(zip(joined.split_with_sizes(self.sizes), biases, strict=True))
         self.b: Tensor | None = None
-        if held:
+        if thin:
             self.b = like.new_zeros(sum(map(len, thin)), self.d_out)
             row = 0
             for i, update in held:
@@ -98,6 +112,8 @@ class StillSiblings:
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """x: (..., d_in) of the weights' type -> (..., d_out) of each layer, each in memory of its own."""
+        if self.apart and x.numel() > _IN_ONE * x.shape[-1]:
+            return [F.linear(x, weight, bias) for weight, bias in self.apart]
         both = _linear(x.reshape(-1, x.shape[-1]), self.joined, self.bias)
         y = both[:, : self.d_out]
         if self.b is not None:

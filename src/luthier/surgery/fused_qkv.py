@@ -1,4 +1,4 @@
-"""Queries, keys and values of one self-attention as one product, where few tokens make a product cost its call.
+"""Queries, keys and values of one self-attention together, where few tokens make a product cost its call.
 
 They read the same tensor, one after the other. Whoever is asked first computes for all, and the others find theirs:
 

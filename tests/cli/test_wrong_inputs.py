@@ -77,6 +77,17 @@ COMMANDS: list[tuple[str, str, str, str]] = [
     ("strategies llrdd", "'llrdd'", "strategy", "'llrd'"),
     ("samples fetch trec7", "'trec7'", "sample", "'trec6'"),
     ("inspect nomodel", "nomodel", "model folder", "sample:NAME"),
+    ("TRAIN --method lora,ia3", "'lora,ia3'", "--method", "luthier compare"),
+    ("train MODEL ROWS", "rows.csv", "extra argument", "--data"),
+    ("predict RUN ROWS", "rows.csv", "extra argument", "--data"),
+    ("look MODEL ROWS", "rows.csv", "extra argument", "--data"),
+    ("look MODEL", "look", "no rows", "--data FILE"),
+    ("look MODEL --data ROWS --html nowhere/x.html", "nowhere/x.html", "--html", "does not exist"),
+    ("look RUN --data ROWS", "run", "is a run", "luthier merge"),
+    ("plan RUN", "run", "is a run", "luthier merge"),
+    ("plan ROWS", "rows.csv", "no config.json", "--data"),
+    ("plan MODEL --method lora:rank=abc", "'abc'", "lora.rank", "whole number"),
+    ("plan MODEL --method ia3,lora:r=8", "'r'", "lora", "rank=8"),
     ("demmo", "'demmo'", "command", "'demo'"),
 ]
 

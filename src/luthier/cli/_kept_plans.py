@@ -97,7 +97,7 @@ def _of_model(name: str) -> list[Any] | None:
         folder = check_folder(path)
         return [dict(folder.config), sorted(folder.shapes), sorted(set(folder.dtypes.values()))]
     path = path / "config.json" if path.is_dir() else path
-    return [check_config(path)] if path.is_file() else None
+    return [check_config(path)] if path.is_file() and path.suffix.lower() == ".json" else None
 
 
 def _makers() -> list[str]:

@@ -7,6 +7,7 @@ import contextlib
 import inspect
 import os
 import pkgutil
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -34,6 +35,8 @@ Exit codes: 0 done · 2 wrong use · 3 bad input · 4 damaged or refused bytes �
 """
 
 COMPLETING = "_LUTHIER_COMPLETE"  # set by the shell that wants a word completed
+READS_ROWS = frozenset({"ask", "compare", "evaluate", "find-lr", "look", "plan", "predict", "safety-audit", "train"})
+ROWS = frozenset({".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt"})
 # With one of these, what the command prints is its answer.
 ASKS = frozenset({"--help", "-h", "--version", "--show-completion", "--install-completion"})
 
@@ -169,6 +172,7 @@ def guarded(screen: Screen, run: Callable[[], int], words: Sequence[str] = ()) -
         said = error.format_message().rstrip(".")
         if asked := getattr(error, "option_name", None):  # there is no such option
             said += _called_here(str(asked), words)
+        said += _rows_meant(said, words)
         return screen.failed("UsageError", f"{said}{_given(error, words)}. `{verb} --help` shows what it takes.", 2)
     except (typer.Abort, KeyboardInterrupt):
         return screen.failed("Interrupted", "stopped by Ctrl-C; nothing half-written was left behind.", 130)
@@ -184,6 +188,16 @@ def guarded(screen: Screen, run: Callable[[], int], words: Sequence[str] = ()) -
             f"the command. Version {__version__}.",
             1,
         )
+
+
+def _rows_meant(said: str, words: Sequence[str]) -> str:
+    """Where one word too many names rows: the option that takes them."""
+    found = re.search(r"unexpected extra argument(?:s|\(s\))? \((.+)\)$", said)
+    if found is None or words[0] not in READS_ROWS:
+        return ""
+    named = found[1].split()[0]
+    rows = named.startswith("sample:") or Path(named).suffix.lower() in ROWS
+    return f". Rows stand behind an option: --data {named}" if rows else ""
 
 
 def _called_here(option: str, words: Sequence[str]) -> str:

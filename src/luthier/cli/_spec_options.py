@@ -307,6 +307,11 @@ def check_names(method: str | None, *sources: str | None, strategy: str | None =
         for name in words.split("+") if words is not None else ():
             if not name.strip():
                 raise UnknownName(f"{option} {words!r}: a name is missing. Write one, such as {like}.")
+            if "," in name and option == "--method":
+                raise UnknownName(
+                    f"{option} {words!r}: names several, and a run has one. `luthier compare` runs them one by one; "
+                    f"{words.replace(',', '+')} would be all of them together on one model."
+                )
             shelf.card(name.strip())
     for source in sources:
         if source is not None and source.startswith("sample:"):

@@ -10,7 +10,7 @@ from luthier.cli._output import screen
 from luthier.cli._shared_options import AsJson
 from luthier.cli._spec_options import check_names, complete_model, overlay, spec_options, values_of
 from luthier.cli._verb import as_verb
-from luthier.core import ConfigError, plain
+from luthier.core import ConfigError, UsageError, plain
 from luthier.runs.spec import RunSpec
 
 __all__ = ["NEEDS_WORDS", "command", "command_for"]
@@ -53,7 +53,11 @@ command = command_for()
 def _look(model: str, rows: int, html: str | None, changes: dict[str, Any]) -> None:
     if html is not None and Path(html).exists():
         raise ConfigError(f"--html {html}: is there already. Name a file that does not exist.")
+    if html is not None and not Path(html).absolute().parent.is_dir():
+        raise ConfigError(f"--html {html}: its folder does not exist. Make it, or name another place.")
     check_names(None, model, changes.get("data.source"))
+    if changes.get("data.source") is None:
+        raise UsageError("look: no rows. Name them: --data FILE, or --data sample:trec6 to begin with.")
     spec = RunSpec.from_plain(overlay({"model": model}, changes), where="the command")
 
     from luthier.cli._drawn_rows import drawn, page_of

@@ -99,6 +99,11 @@ def check_folder(path: str | os.PathLike[str], *, limits: Limits = Limits()) -> 
             f"{where}: there is no such folder.{near(folder.name, names)} Models are read from local folders; "
             "nothing is fetched. Give the path of a downloaded model, or the name of a sample (`luthier samples`)."
         )
+    if not (folder / "config.json").exists() and (folder / "run.json").exists():
+        raise ModelError(
+            f"{where}: is a run, and holds a tuning without its base. Name the model that it was made of (spec.toml in "
+            f"it says which), or the folder that `luthier merge {where} --out FOLDER` writes."
+        )
     if not (folder / "config.json").exists():
         raise ModelError(f"{where}: holds no config.json, so it is no model folder. Give the folder that holds one.")
     config = check_config(folder / "config.json", limits)

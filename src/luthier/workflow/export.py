@@ -92,9 +92,12 @@ def export_peft(
     task_type, reader = TASK_TYPES[task.name]
     local = source.name.startswith("sample:") or Path(source.name).expanduser().is_dir()
     base = str(target.absolute() / "base") if local else source.name
-    target.absolute().parent.mkdir(parents=True, exist_ok=True)
     line, after_a_move = _lines(predictor, target, reader, local)
-    draft = Path(tempfile.mkdtemp(prefix=f".tmp-{target.name}-", dir=target.absolute().parent))
+    try:
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".tmp-{target.name}-", dir=target.absolute().parent))
+    except OSError as error:
+        raise ResourceError(f"{target}: cannot be written ({error.strerror or error}). Name another folder.") from error
     in_unit = _into_unit(predictor)
     step = None
     try:

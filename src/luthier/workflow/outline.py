@@ -130,6 +130,8 @@ def outline_of(name: str) -> Outline:
         ModelError, Refused: no such model, or one that cannot or must not be used.
     """
     path = Path(name).expanduser()
+    if path.is_file() and path.suffix.lower() != ".json":
+        raise ModelError(f"{name}: is no config.json. Name one, or a model folder; a file of rows goes to --data.")
     if path.is_file():
         return _bare(name, path)
     if path.is_dir() and (path / "config.json").is_file() and not any(path.glob("*.safetensors")):

@@ -159,8 +159,8 @@ def plan(
 
     Raises:
         ModelError, AnatomyError: the configuration makes no model that can be read.
-        UnknownName: no method that is asked about has a setting that `spec` gives.
-        ConfigError: real steps are wanted on another device.
+        UnknownName: no method that is asked about has a setting that `spec` gives, or one lacks what is given it alone.
+        ConfigError: real steps are wanted on another device, or a method's own setting has a value that it cannot have.
     """
     wanted = list(asked)
     refuse_recipe(spec, "a row of a plan")
@@ -168,6 +168,9 @@ def plan(
     learning, settings = split_settings(spec.strategy, spec.settings, fields)
     spec = replace(spec, settings=settings)
     _refuse_unknown(spec, wanted)
+    for one in wanted:
+        if one.settings and _known(one):  # what is wrong with a setting is no matter of this model
+            compose.method(one.method, {**_own(one, settings), **one.settings})
     if real_steps and not device.here:
         raise ConfigError(f"--probe makes steps on this machine, and --device {device.name} is another. Leave one out.")
     precision = _precision(spec, device)

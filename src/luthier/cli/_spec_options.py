@@ -308,9 +308,10 @@ def check_names(method: str | None, *sources: str | None, strategy: str | None =
             if not name.strip():
                 raise UnknownName(f"{option} {words!r}: a name is missing. Write one, such as {like}.")
             if "," in name and option == "--method":
+                together = str(words).replace(",", "+")
                 raise UnknownName(
                     f"{option} {words!r}: names several, and a run has one. `luthier compare` runs them one by one; "
-                    f"{words.replace(',', '+')} would be all of them together on one model."
+                    f"{together} would be all of them together on one model."
                 )
             shelf.card(name.strip())
     for source in sources:

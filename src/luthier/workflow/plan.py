@@ -168,9 +168,9 @@ def plan(
     learning, settings = split_settings(spec.strategy, spec.settings, fields)
     spec = replace(spec, settings=settings)
     _refuse_unknown(spec, wanted)
-    for one in wanted:
-        if one.settings and _known(one):  # what is wrong with a setting is no matter of this model
-            compose.method(one.method, {**_own(one, settings), **one.settings})
+    for entrant in wanted:
+        if entrant.settings and _known(entrant):  # what is wrong with a setting is no matter of this model
+            compose.method(entrant.method, {**_own(entrant, settings), **entrant.settings})
     if real_steps and not device.here:
         raise ConfigError(f"--probe makes steps on this machine, and --device {device.name} is another. Leave one out.")
     precision = _precision(spec, device)

@@ -15,14 +15,16 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from benchmarks import _machine
 from benchmarks._page import RESULTS, draw
 from benchmarks._plan import GROUPS, plan
-from benchmarks._suite import contest
+from benchmarks._suite import Case, contest
 from benchmarks._work import PROCESSOR
 
 
@@ -34,6 +36,12 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="short cases, few repeats")
     parser.add_argument("--only", action="append", default=[], choices=list(GROUPS), help="this group; may be repeated")
     parser.add_argument("--case", action="append", default=[], help="of the groups, only this case; may be repeated")
+    parser.add_argument(
+        "--contestant",
+        action="append",
+        default=[],
+        help="of the cases, only this contestant and the first, which it is compared with; nothing is written",
+    )
     parser.add_argument("--busy", action="store_true", help="measure on a busy machine; marks the results")
     parser.add_argument(
         "--processor", action="store_true", help="one thread, and its processor's seconds: for a busy machine"
@@ -72,6 +80,9 @@ def main() -> int:
     if unknown := [name for name in words.case if name not in names]:
         print(f"no case is called {', '.join(unknown)}; there are {', '.join(names)}", file=sys.stderr)
         return 2
+    if words.contestant:
+        meant = [case for case in chain(*planned.values()) if not words.case or case.name in words.case]
+        return _compared(meant, words)
     for group, all_cases in planned.items():
         cases = [case for case in all_cases if not words.case or case.name in words.case]
         if not cases:
@@ -101,6 +112,29 @@ def main() -> int:
     if failed:
         print(f"{failed} contestants failed; the page says which and why", file=sys.stderr)
     return 0
+
+
+def _compared(cases: list[Case], words: argparse.Namespace) -> int:
+    """Each asked contestant beside the first of its case: a line with both steps. What a group has measured stays."""
+    for case in cases:
+        first, *others = case.contestants
+        chosen = [one for one in others if one.name in words.contestant]
+        if not chosen:
+            continue
+        short = replace(case, contestants=(first, *chosen))
+        record = contest(
+            short, threads=words.threads, repeats=words.repeats, limit=words.limit, say=partial(print, flush=True)
+        )
+        steps = {one["name"]: one["summary"].get("step_seconds", {}).get("median") for one in record["contestants"]}
+        for name in (one.name for one in chosen):
+            if steps[name] and steps[first.name]:
+                ratio = steps[name] / steps[first.name]
+                print(f"{case.name} {name}: {steps[name]:.4g} s a step, {ratio:.2f} of {first.name}'s")
+    known = {one.name for case in cases for one in case.contestants}
+    unknown = sorted(set(words.contestant) - known)
+    if unknown:
+        print(f"no contestant is called {', '.join(unknown)}; there are {', '.join(sorted(known))}", file=sys.stderr)
+    return 2 if unknown else 0
 
 
 def _was_busy(records: list[dict[str, Any]]) -> bool:

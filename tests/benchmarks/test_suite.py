@@ -1,5 +1,6 @@
 """Benchmarks: what they say about numbers is true of the numbers. No time is measured here."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from benchmarks import _floor, _growth, _machine, _page, _plan, _suite, _work
-from benchmarks.__main__ import _beside
+from benchmarks.__main__ import _beside, _compared
 from benchmarks._plan import GROUPS, plan
 from benchmarks._work import LLAMAS, PROCESSOR, now
 from luthier.kernels import plain
@@ -31,6 +32,22 @@ def test_summary_gives_median_least_and_most_of_what_all_runs_have():
 def test_summary_of_a_contestant_that_failed_is_its_error():
     assert _suite.summary([{"a": 1.0}, {"error": "ValueError: no"}]) == {"error": "ValueError: no"}
     assert "error" in _suite.summary([])
+
+
+def test_a_contestant_that_is_asked_for_runs_beside_the_first_alone(monkeypatch, capsys):
+    ran = []
+
+    def contest(case, **given):
+        ran.append([one.name for one in case.contestants])
+        return {"contestants": [{"name": n, "summary": {"step_seconds": {"median": len(n)}}} for n in ran[-1]]}
+
+    monkeypatch.setattr("benchmarks.__main__.contest", contest)
+    case = _suite.Case("own", "", tuple(_suite.Contestant(name, "", "") for name in ("lora", "full", "prompts")))
+    words = argparse.Namespace(contestant=["prompts"], threads=1, repeats=1, limit=1.0)
+    assert _compared([case], words) == 0 and ran == [["lora", "prompts"]]
+    assert "1.75 of lora's" in capsys.readouterr().out
+    words.contestant = ["none"]
+    assert _compared([case], words) == 2 and "no contestant is called none" in capsys.readouterr().err
 
 
 def test_rates_leave_the_first_steps_out():

@@ -9,6 +9,7 @@ arXiv:2111.09839, compares its masks with such ones.
 
 Count: floor(share * numbers below the head).
 Claims: none. A scored mask has to beat it at the same share.
+Cost: gradients and moments are those of full fine-tuning; only the saved file is small.
 Pitfalls: most numbers of a small encoder are word embeddings, so most of the entries are rows that few texts read; set
 over=blocks for a control of a method that masks the blocks alone.
 """

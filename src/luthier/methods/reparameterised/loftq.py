@@ -14,6 +14,7 @@ Over a base in floats nothing is lost, and it starts as LoRA does; a run with `-
 Count: as LoRA, sum over sites of rank * (d_in + d_out).
 Claims: better than QLoRA from 4 bits on downwards, most at 2.
 Measured: docs/stored-bases.md, by `python benchmarks/stored_bases.py`.
+Cost: a step of qlora: each pass decodes each weight. Before the first one, one decomposition a round and site.
 Pitfalls: it needs the float weights at the start, which are read again from the model's files, one at a time; the error
 need not fall in each round; a base other than the one it was made on is refused when it is loaded.
 """

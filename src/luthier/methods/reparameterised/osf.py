@@ -10,6 +10,8 @@ that of peft 0.21; choosing how much each layer keeps by its importance is left 
 
 Count: sum over sites of rest (d_in + d_out + 1), rest = min(d_in, d_out) - kept.
 Claims: learns a new task with less loss of the old ones than full fine-tuning.
+Cost: in every pass a branch of twice the trained directions, by default two products as large as the weight's; each
+gradient of U and V also goes through the kept frames.
 Use it when: several tasks come one after the other and the first may not suffer.
 Not when: a tuning must be small: with half of the directions kept it holds more numbers than the weight.
 Pitfalls: an optimiser that scales each number by itself, as Adam does, leaves the subspace again a little; the start is

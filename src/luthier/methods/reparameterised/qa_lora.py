@@ -12,6 +12,7 @@ from U(+-1/sqrt(d_in)), so that the sum over a group is as large as a LoRA's bra
 
 Count: sum over sites of rank * (ceil(d_in / 32) + d_out).
 Claims: half of LoRA's numbers; a merged model that is still of 4 bits, with no loss by merging.
+Cost: over a base in codes, the default of a run, each pass decodes each weight, as with qlora.
 Use it when: what is served must stay in integers.
 Not when: the base is in floats, where LoRA can do more with as many numbers; or nf4, which has no offsets to take it.
 Pitfalls: a last group of fewer inputs sums fewer; offsets must be floats, packed integers would round them; dropout

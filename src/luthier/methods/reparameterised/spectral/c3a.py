@@ -10,6 +10,7 @@ mirrored kernel (tests/methods/test_peft_relatives.py): layers below learn from 
 
 Count: sum over sites of d_in d_out / block.
 Claims: rank up to that of the weight from few numbers.
+Cost: an update as large as the weight is made in every pass.
 Use it when: a low rank is what holds LoRA back, and the tuning must be small.
 Not when: widths have no large common divisor.
 Pitfalls: the division by d_in asks for rates far above LoRA's; the block must divide both widths.
@@ -58,15 +59,12 @@ class C3A(AtProjections):
 class Circulant(DenseUpdate):
     """Adds the grid of circulant blocks, divided by d_in."""
 
-    places: Tensor
-
     def __init__(self, columns: int, rows: int, block: int) -> None:
         super().__init__()
         self.c = nn.Parameter(torch.zeros(rows, columns, block))
-        steps = torch.arange(block)
-        self.register_buffer("places", (steps[None, :] - steps[:, None]) % block, persistent=False)
 
     def update(self) -> Tensor:
         rows, columns, block = self.c.shape
-        blocks = self.c[..., self.places]  # (rows, columns, t, s)
+        # Windows of c written twice, (rows, columns, t, s): picked entries take twice as long, backwards by a scatter.
+        blocks = torch.cat([self.c, self.c], -1).unfold(-1, block, 1)[..., 1:, :].flip(-2)
         return blocks.transpose(1, 2).reshape(rows * block, columns * block) / (columns * block)

@@ -154,6 +154,8 @@ class Runs:
             one.check(spec)
         refuse_task(found, self._prepared[read_as].task)
         prepared = self._prepared[read_as]
+        if prepared.task.heads:
+            made = compose.for_labels(made, [len(labels) for labels in prepared.task.heads])
         n_vocab = int(empty_model(prepared.source, prepared.task).get_input_embeddings().weight.shape[0])
         others = find_others(found, prepared.task, prepared.tokenizer, n_vocab)
         prepared = dataclasses.replace(prepared, spec=spec, method=made, strategies=found, others=others)

@@ -9,11 +9,12 @@ import torch
 from in_memory import Runs, of_tasks
 from little import little_spec
 
-from luthier.core import CompositionError, ConfigError
+from luthier.core import CannotMerge, CompositionError, ConfigError
 from luthier.data.load_data import load_inputs
+from luthier.methods.additive.answer_turns import Turns
 from luthier.runs.spec import BatchSpec, DataSpec, OptimSpec
 from luthier.strategies.mixture.mt_dnn import heads
-from luthier.workflow import evaluate, resume, train
+from luthier.workflow import certify, evaluate, resume, train
 from luthier.workflow.prediction import Predictor
 from luthier.workflow.resume_proof import run_digests
 
@@ -117,3 +118,56 @@ def test_mt_dnn_labels_of_one_name_are_two_labels_and_what_cannot_be_is_refused(
     rows.write_text(rows.read_text() + "moon,1,alone\nsun,1,alone\n")
     with pytest.raises(ConfigError, match="'alone' has one label"):
         train(spec)
+
+
+@pytest.mark.acid("mt_dnn", 4)
+def test_mt_dnn_a_head_of_several_turns_answers_by_their_mean(runs):
+    loop, course = loop_of(runs, "lora+answer_turns")
+    assert [p.labels for p in course.tuned.tuning().method.parts() if p.name == "answer_turns"] == [(3, 2)]
+    loop.run_to(2)
+    (turns,) = course.tuned.modules(Turns).values()
+    (batch,) = loop.feed.cut(0)
+    course.tuned.model.eval()
+    with torch.no_grad():
+        answer = course.tuned.model(**batch.inputs).logits.exp()
+        heard, mean_of = [], turns.after
+        turns.after = lambda x, y: mean_of(x, heard.append(y) or y)
+        course.tuned.model(**batch.inputs)
+    (each,) = heard  # (rows, turns, labels)
+    assert each.shape == (len(batch.rows), 3, 5)
+    for labels in course.task.heads:
+        mean = each[..., list(labels)].softmax(-1).mean(1)
+        torch.testing.assert_close(answer[:, list(labels)], mean, rtol=1e-5, atol=1e-6)
+        assert float((each[..., list(labels)].mean(1).softmax(-1) - mean).abs().max()) > 1e-6, "not of logits"
+
+
+@pytest.mark.acid("mt_dnn", 1)
+def test_mt_dnn_with_turns_a_step_of_one_task_still_moves_no_other_head(runs):
+    loop, course = loop_of(runs, "lora+answer_turns", optim=OptimSpec(lr=1e-2, weight_decay=0.3))
+    for step in range(4):
+        before = {n: p.detach().clone() for n, p in heads(course).items()}
+        (batch,) = loop.feed.cut(step)
+        (task,) = set(batch.inputs["row_task"].tolist())
+        loop._train_step(step, [batch])
+        others = list(course.task.heads[1 - task])
+        assert all(torch.equal(p.detach()[others], before[n][others]) for n, p in heads(course).items())
+
+
+def test_mt_dnn_a_run_with_turns_resumes_to_the_bit_predicts_and_is_certified(tmp_path):
+    rows = of_tasks(tmp_path / "rows.csv")
+    spec = little_spec(
+        tmp_path, "lora+answer_turns", strategy="mt_dnn", data=DataSpec(source=str(rows), row_task="task"), steps=6
+    )
+    done = train(spec)
+    train(dataclasses.replace(spec, out=str(tmp_path / "stopped")), stop_at=4)
+    resume(tmp_path / "stopped")
+    assert run_digests(tmp_path / "stopped") == run_digests(done.path)
+    assert certify(done.path).passed
+    predictor = Predictor(done.path)
+    asked = tmp_path / "asked.csv"
+    asked.write_text("text,task\nhow far is the moon,mood\nhow far is the moon,time\n")
+    mood, time = predictor.rows(load_inputs(str(asked), predictor.columns)[0])
+    assert sorted(mood["probabilities"]) == ["mood: bad", "mood: good", "mood: red"]
+    assert all(sum(one["probabilities"].values()) == pytest.approx(1) for one in (mood, time))
+    with pytest.raises(CannotMerge, match="answer_turns"):
+        predictor.tuned.merge()

@@ -19,6 +19,7 @@ __all__ = [
     "check_beside",
     "completed",
     "fitted",
+    "for_labels",
     "for_rows",
     "for_template",
     "left_out",
@@ -217,6 +218,12 @@ def for_template(method: Method, words: Sequence[int], n_soft: int, first: int) 
             "one method that does, such as warp, or leave them out."
         )
     members = tuple(part.for_template(words, n_soft, first) for part in method.parts())
+    return replace(method, members=members) if isinstance(method, Combined) else members[0]
+
+
+def for_labels(method: Method, counts: Sequence[int]) -> Method:
+    """`method` for a run in which each task has labels of its own, so many; see `Method.for_labels`."""
+    members = tuple(part.for_labels(counts) for part in method.parts())
     return replace(method, members=members) if isinstance(method, Combined) else members[0]
 
 

@@ -168,6 +168,14 @@ class Method(AfterTraining, ABC):
         """
         return self
 
+    def for_labels(self, counts: Sequence[int]) -> Self:
+        """This method in a run in which each task of the rows has labels of its own.
+
+        Args:
+            counts: how many, task by task; they stand in this order among all labels.
+        """
+        return self
+
     def adopt(self, tuned: TunedView, sources: Sequence[Source]) -> None:
         """Take over what the sources hold: once, in a new tuning. What is taken is saved with it."""
 

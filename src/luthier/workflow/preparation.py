@@ -158,6 +158,7 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None, *, be
         note(f"rows are of {len(row_tasks)} tasks: {', '.join(row_tasks)}")
     if any(one.by_task for one in strategies):
         task = with_heads(task, table, columns, row_tasks)
+        method = compose.for_labels(method, [len(labels) for labels in task.heads])
         note(f"each task has labels of its own: {', '.join(task.labels)}")
 
     tokenizer = load_tokenizer(source)

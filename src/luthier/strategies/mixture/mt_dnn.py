@@ -7,8 +7,9 @@ labels of one name. All rows stand in one file. An epoch has every row once: eac
 steps, and the steps of all tasks are shuffled. A head begins as its task's name and the seed say, whatever others there
 are, and a step of other tasks leaves it to the bit as it was, decay and momentum included.
 
-Paper: arXiv:1901.11504. A rate of 5e-5 and 5 epochs are quoted for its code. Its heads for pairs that reason in several
-turns, for similarity and for ranking are not here: tasks of texts or pairs with one label each.
+Paper: arXiv:1901.11504. A rate of 5e-5 and 5 epochs are quoted for its code. Its head for pairs that reasons in several
+turns is the method answer_turns beside yours, `--method lora+answer_turns`: A, GRU and all but the outputs are shared
+by the tasks there. Its heads for similarity and for ranking are not here: tasks of texts or pairs with one label each.
 
 Neutral: none; labels are told apart by task, and so is the order.
 Claims: tasks of few rows gain from the others, and no task's labels are in the way of another's.

@@ -1,6 +1,7 @@
 """Acid tests of the strategies that change the loss: their formulas, written out."""
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
@@ -280,6 +281,49 @@ def test_scl_has_a_gradient_on_the_trunk_by_its_states_alone(kind, runs):
     trained = loop.tuned.trained()
     assert any(p.grad is not None and p.grad.any() for n, p in trained.items() if "head/" not in n)
     assert not any(p.grad is not None and p.grad.any() for n, p in trained.items() if "head/" in n)
+
+
+@pytest.mark.acid("scl", 5)
+def test_rows_of_other_micro_batches_change_the_loss_and_the_gradient_goes_to_ones_own(runs):
+    """The catalogue gathers rows over processes; a run is one process, and the pieces of a step stand for them.
+
+    That the pieces' gradients add up to that of one piece is the contract's test of a step in pieces.
+    """
+    loop = runs.loop("scl", "lora", "bert-dry", values={"scl.weight": 1.0}, batch=BatchSpec(size=6, tokens=20))
+    loop.moments.start()
+    loop.set_mode(training=True)
+    loop.moments.before_step(0, 3, 0)
+    batches = loop.moments.batches(loop.feed.cut(0))
+    assert len(batches) > 1
+    ((_, course),) = loop.moments._asked
+    found, alone = [], []
+    for kept in (found, alone):
+        for micro, batch in enumerate(batches):
+            loop.optimiser.zero_grad()
+            (loss,) = loop.moments.passes(micro, batch, 6, partial(loop._loss, 0, micro, batch))
+            loss.backward()
+            slope = sum(float(p.grad.abs().sum()) for p in loop.tuned.trained().values() if p.grad is not None)
+            kept.append((float(loss.detach()), slope))
+        course.aside.clear()
+    assert all(slope > 1e-4 for _, slope in found), "each piece has a gradient on its own rows"
+    assert all(abs(one[0] - other[0]) > 1e-4 for one, other in zip(found, alone, strict=True))
+    assert len({round(loss / len(batch.rows), 4) for (loss, _), batch in zip(found, batches, strict=True)}) == 1
+
+
+def test_a_step_in_pieces_compares_rows_under_the_dropout_of_their_own_pass(runs):
+    loop = runs.loop("scl", "lora", "bert", batch=BatchSpec(size=6, tokens=20))
+    loop.moments.start()
+    loop.set_mode(training=True)
+    loop.moments.before_step(0, 3, 0)
+    batches = loop.moments.batches(loop.feed.cut(0))
+    ((_, course),) = loop.moments._asked
+    held = {index: states for index, (states, _) in course.aside.items()}
+    for micro, batch in enumerate(batches):
+        with course.states() as seen:
+            next(loop.moments.passes(micro, batch, 6, partial(loop._loss, 0, micro, batch)))
+        assert torch.equal(seen.pooled(batch).float(), held[micro])
+    other = course.rehearse(batches[0], 1), course.rehearse(batches[0], 0)
+    assert not torch.equal(other[0].logits, other[1].logits), "there is dropout"
 
 
 # --- aux_lm

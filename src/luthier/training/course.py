@@ -28,6 +28,7 @@ from luthier.training.gap_words import GapStates
 from luthier.training.objective import Objective, Result
 from luthier.training.optimiser import Optimiser
 from luthier.training.other_models import OtherModel
+from luthier.training.pass_seed import seed_pass
 from luthier.training.precision import Precision
 from luthier.training.states import States, watched_states
 
@@ -71,7 +72,12 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Course:
-    """One strategy's view of the run. It may not be kept."""
+    """One strategy's view of the run. It may not be kept.
+
+    Attributes:
+        memory: what lasts from step to step.
+        aside: what `look` worked out for the micro-batches of this step; nothing of it lasts.
+    """
 
     name: str
     tuned: Tuned
@@ -81,6 +87,7 @@ class Course:
     seed: int
     progress: Progress
     memory: Memory = field(default_factory=Memory)
+    aside: dict[Any, Any] = field(default_factory=dict)
     objective: Objective | None = None
     sets: Mapping[str, Examples] = field(default_factory=dict)
     rows: Sets = field(default_factory=lambda: Sets((TRAIN,), (0, 0)))
@@ -143,6 +150,11 @@ class Course:
     def embedding(self, change: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
         """Within, the embedded text (rows, tokens, d) passes through `change`, before prompts and positions."""
         return changed_embeddings(self.tuned, change)
+
+    def rehearse(self, batch: Batch, index: int) -> Result:
+        """A plain pass that draws the dropout that the pass of micro-batch `index` of this step will draw."""
+        seed_pass(self.seed, self.step - 1, index, self.device)
+        return self.forward(batch)
 
     def examples(self, name: str = "train") -> Examples:
         """The encoded rows of a set."""

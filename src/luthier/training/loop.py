@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luthier.core import Interrupted, WrongArithmetic, key
+from luthier.core import Interrupted, WrongArithmetic
 from luthier.data.batches import Batch
 from luthier.training.evaluate import plain_scores
 from luthier.training.guards import NoOpGuard
@@ -41,6 +41,7 @@ from luthier.training.longest import try_longest
 from luthier.training.loop_state import LoopState
 from luthier.training.optimiser import Lomo, NotFinite
 from luthier.training.out_of_memory import is_out_of_memory, make_room
+from luthier.training.pass_seed import seed_pass
 from luthier.training.recheck import differing, explained
 from luthier.training.save_times import SaveTimes
 from luthier.training.stop_signals import StopRequested
@@ -228,7 +229,7 @@ class Loop(LoopState):
 
     def _loss(self, step: int, micro: int, batch: Batch) -> Tensor:
         """One forward pass: the loss as a sum over targets. StopRequested twice, it draws the same dropout."""
-        _seed(key(self.spec.seed, "step", step, micro), self.device)
+        seed_pass(self.spec.seed, step, micro, self.device)
         batch = batch.to(self.device)
         with self.precision.autocast(self.device):
             out = self.moments.loss(partial(self.objective, batch))
@@ -309,10 +310,3 @@ def _interrupted(signum: int, step: int, total: int, path: Path) -> Interrupted:
 def _row(step: int, **found: Any) -> dict[str, Any]:
     """One step's line in the log; a step without an update says why."""
     return {"step": step + 1, "loss": None, "norm": None, "lr": 0.0, "tokens": 0, **found}
-
-
-def _seed(seed: int, device: torch.device) -> None:
-    """Seed what draws here. `torch.manual_seed` notes every call for devices that are never used: 0.7 ms a step."""
-    torch.default_generator.manual_seed(seed)
-    if device.type in ("cuda", "mps", "xpu"):
-        torch.manual_seed(seed)

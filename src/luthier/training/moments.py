@@ -107,6 +107,8 @@ class Moments:
         """Step `step`, from 0, is about to be made; gives why nothing is to be learnt in it, or nothing."""
         self._progress.step, self._progress.total, self._progress.epoch = step + 1, total, epoch
         self._progress.numbers.clear()
+        for _, course in self._asked:
+            course.aside.clear()
         if self.phases:
             with keyed(self._spec.seed, "phase", step):
                 entered = self.phases.enter(step + 1, total)
@@ -174,11 +176,13 @@ class Moments:
         return not self._spec.eval.selects or self.phases.settled(step, total)
 
     def batches(self, batches: list[Batch]) -> list[Batch]:
-        """The micro-batches of the step, as a strategy chooses them."""
+        """The micro-batches of the step, as a strategy chooses them; others may look at them."""
         owner = next(self._filling("batches"), None)
-        if owner is None:
-            return batches
-        return owner[0].batches(owner[1], [batch.to(self._device) for batch in batches])
+        if owner is not None:
+            batches = owner[0].batches(owner[1], [batch.to(self._device) for batch in batches])
+        for one, course in self._filling("look"):
+            one.look(course, [batch.to(self._device) for batch in batches])
+        return batches
 
     def gradient(self, batches: list[Batch], loss: Callable[[int, Batch], Tensor]) -> list[float] | None:
         """The losses of a gradient that a strategy makes, penalties added to it; None where none does."""

@@ -15,6 +15,7 @@ A strategy is a frozen dataclass of settings that is asked at named moments of a
       idle                why there is nothing to learn in this step
       trains              names that learn in this step
       batches             other micro-batches, such as chosen rows                             one owner
+      look                at all micro-batches, before the first of them is made
       gradient            made otherwise than by backward passes of the micro-batches          one owner
       each micro-batch
         passes            losses that add up to its own; the loop goes backward after each     one owner
@@ -185,6 +186,11 @@ class Strategy:
     def batches(self, course: Course, batches: list[Batch]) -> list[Batch]:
         """The micro-batches of the step, in place of those that the order gave; `course.cut` makes some of any rows."""
         return batches
+
+    def look(self, course: Course, batches: list[Batch]) -> None:
+        """All micro-batches of the step, before the first of them is made: what one needs of the others goes into
+        `course.aside`. Asked again where the step is cut anew, and not in the trial before step 1.
+        """
 
     def gradient(self, course: Course, batches: list[Batch], loss: Callable[[int, Batch], Tensor]) -> list[Tensor]:
         """Leaves the gradient of the step in the trained tensors, unscaled; gives the loss of each batch, as logged.

@@ -44,7 +44,8 @@ USUAL = 128  # tokens of a row, where nothing says how long rows are
 LATER = 150_000_000  # bytes of a process after its first step: scores, late libraries (docs/howto/plan.md)
 
 TRIED = 4  # methods that do not fit, for which more than a smaller micro-batch is tried: each way takes a second
-_HOLDING = ("optimiser", "numbers", "batches", "gradient", "passes", "loss", "kept")  # moments that may hold tensors
+# Moments that may hold tensors.
+_HOLDING = ("optimiser", "numbers", "batches", "look", "gradient", "passes", "loss", "kept")
 INSTEAD = ("lora", "qlora")  # methods that are tried where none of those asked about fits
 
 __all__ = [

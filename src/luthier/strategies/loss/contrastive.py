@@ -9,6 +9,7 @@ Paper: arXiv:2209.11055 (its first phase: pairs of the same label 1, of others 0
 
 Neutral: none: it stands in the place of the task's loss.
 Claims: with 8 to 64 rows a label the states part by label, so that a linear head suffices.
+Cost: where a step is cut into micro-batches, a forward pass more of each.
 Pitfalls: pairs are those inside a step, where the paper draws them from all rows: take steps of 16 rows or more. Of an
 encoder for sentences the paper takes the mean state, not the first.
 """
@@ -21,9 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from luthier.data.batches import Batch
 from luthier.data.tasks import Task
 from luthier.surgery import Method, is_head
 from luthier.training.course import Course, Piece
+from luthier.training.rows_of_a_step import by_rows, look_at_rows, with_all_rows
 from luthier.training.strategy import STRATEGIES, Strategy, fills
 
 
@@ -33,7 +36,6 @@ class Contrastive(Strategy):
     """Pairs of rows in place of labels."""
 
     reads: ClassVar[tuple[str, ...]] = ("states",)
-    whole_step: ClassVar[bool] = True
 
     def conflicts(self, other: Strategy | Method) -> str | None:
         if isinstance(other, Method) and (not other.through_trunk or other.name == "head_only"):
@@ -50,13 +52,14 @@ class Contrastive(Strategy):
     def trains(self, course: Course) -> Collection[str]:
         return [name for name in course.weights() if not is_head(name)]
 
+    def look(self, course: Course, batches: list[Batch]) -> None:
+        look_at_rows(course, batches)
+
     def loss(self, course: Course, piece: Piece, forward: Callable[[], Any]) -> Any:
         with course.states() as seen:
             result = forward()
-        labels = piece.batch.labels
-        assert labels is not None
-        apart = self.pairs(seen.pooled(piece.batch).float(), labels)
-        result.loss = len(labels) * apart
+        states, labels = with_all_rows(course, piece, seen.pooled(piece.batch).float())
+        result.loss = by_rows(self.pairs(states, labels), piece, len(labels))
         return result
 
     def pairs(self, states: Tensor, labels: Tensor) -> Tensor:

@@ -9,10 +9,11 @@ token of an encoder, of the last one of other models, of length 1.
 Paper: arXiv:2011.01403.
 
 Neutral: weight = 0.
-Cost: a table of rows by rows.
+Cost: a table of rows by rows; where a step is cut into micro-batches, a forward pass more of each.
 Claims: better than cross-entropy with few labelled rows. lambda = .9 and tau = .3 are quoted as typical there.
-Pitfalls: a step must hold each class several times, so give batch.size = 16 or more. Rows see one another, so a step is
-one micro-batch. Where the head has a pooler, the state is the one that goes into it.
+Pitfalls: a step must hold each class several times, so give batch.size = 16 or more. Rows of other micro-batches are
+among those that a row is drawn to and pushed from, with the same gradient as in one piece. Where the head has a pooler,
+the state is the one that goes into it.
 """
 
 from collections.abc import Callable
@@ -24,9 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luthier.core import above, between
+from luthier.data.batches import Batch
 from luthier.data.tasks import Task
 from luthier.surgery import Method
 from luthier.training.course import Course, Piece
+from luthier.training.rows_of_a_step import by_rows, look_at_rows, with_all_rows
 from luthier.training.strategy import STRATEGIES, Strategy
 
 
@@ -37,7 +40,6 @@ class SCL(Strategy):
 
     neutral: ClassVar[dict[str, Any] | None] = {"weight": 0.0}
     reads: ClassVar[tuple[str, ...]] = ("states",)
-    whole_step: ClassVar[bool] = True
 
     weight: Annotated[float, "lambda, the share of the contrastive loss", between(0, 1)] = 0.9
     tau: Annotated[float, "temperature; the lower, the more the nearest rows count", above(0)] = 0.3
@@ -52,15 +54,19 @@ class SCL(Strategy):
             return "it compares rows by the one label that each has. Leave it out."
         return None
 
+    def look(self, course: Course, batches: list[Batch]) -> None:
+        if self.weight:
+            look_at_rows(course, batches)
+
     def loss(self, course: Course, piece: Piece, forward: Callable[[], Any]) -> Any:
         if not self.weight:
             return forward()
         with course.states() as seen:
             result = forward()
-        assert piece.batch.labels is not None
-        apart = self.contrast(seen.pooled(piece.batch).float(), piece.batch.labels)
+        states, labels = with_all_rows(course, piece, seen.pooled(piece.batch).float())
+        apart = self.contrast(states, labels)
         course.note("contrast", float(apart.detach()))
-        result.loss = (1 - self.weight) * result.loss + self.weight * len(piece.batch.labels) * apart
+        result.loss = (1 - self.weight) * result.loss + self.weight * by_rows(apart, piece, len(labels))
         return result
 
     def contrast(self, states: Tensor, labels: Tensor) -> Tensor:

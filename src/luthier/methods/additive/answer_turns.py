@@ -152,7 +152,7 @@ class Turns(Attachment):
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """y: (rows, turns, labels) -> (rows, labels): the logarithm of the mean chance, within each task's labels."""
         sizes = self.settings.labels or (y.shape[-1],)
-        each = torch.cat([part.float().log_softmax(-1) for part in y.split(sizes, -1)], -1)
+        each = torch.cat([part.float().log_softmax(-1) for part in torch.split(y, list(sizes), -1)], -1)
         taken = self.taken(y)  # (rows, turns)
         mean = torch.logsumexp(each.masked_fill(~taken[..., None], -torch.inf), 1)
         return mean - taken.sum(1, keepdim=True).log()

@@ -222,8 +222,9 @@ def for_template(method: Method, words: Sequence[int], n_soft: int, first: int) 
 
 
 def for_labels(method: Method, counts: Sequence[int]) -> Method:
-    """`method` for a run in which each task has labels of its own, so many; see `Method.for_labels`."""
-    members = tuple(part.for_labels(counts) for part in method.parts())
+    """`method` for a run in which each task has labels of its own, so many, which stand in this order among all."""
+    told = tuple(counts)
+    members = tuple(_changed(p, **({p.counts_labels: told} if p.counts_labels else {})) for p in method.parts())
     return replace(method, members=members) if isinstance(method, Combined) else members[0]
 
 

@@ -74,6 +74,7 @@ class Method(AfterTraining, ABC):
 
         reads_rows: facts of rows that it reads, such as "task": `Context.row`. How many values each has, a setting of
             its plural says (`tasks`); left out, the data do, and 1 where they say nothing.
+        counts_labels: the setting that holds how many labels each task has, in a run where each has labels of its own.
         sources: the methods whose saved tunings it is made of; `least_sources`, how many at least.
         soft_words: it trains the words that a run's template marks {soft}: see `for_template`.
 
@@ -103,6 +104,7 @@ class Method(AfterTraining, ABC):
     peft: ClassVar[PeftForm | None] = None
     store: ClassVar[str | None] = None
     reads_rows: ClassVar[tuple[str, ...]] = ()
+    counts_labels: ClassVar[str] = ""
     sources: ClassVar[tuple[str, ...]] = ()
     least_sources: ClassVar[int] = 1
     soft_words: ClassVar[bool] = False
@@ -165,14 +167,6 @@ class Method(AfterTraining, ABC):
         Args:
             words: for each label the id of the word that fills the gap.
             n_soft: how many words of the template are {soft}; the first of them has the id `first`, then one by one.
-        """
-        return self
-
-    def for_labels(self, counts: Sequence[int]) -> Self:
-        """This method in a run in which each task of the rows has labels of its own.
-
-        Args:
-            counts: how many, task by task; they stand in this order among all labels.
         """
         return self
 

@@ -76,7 +76,7 @@ class Course:
 
     Attributes:
         memory: what lasts from step to step.
-        aside: what `look` worked out for the micro-batches of this step; nothing of it lasts.
+        aside: what was worked out for the micro-batches of this step; nothing of it lasts.
     """
 
     name: str

@@ -27,8 +27,9 @@ from luthier.training.objective import Objective
 from luthier.training.optimiser import Lomo, Optimiser
 from luthier.training.other_models import OtherModel
 from luthier.training.precision import Precision
+from luthier.training.rows_of_a_step import look_at_rows
 from luthier.training.schedule import factor
-from luthier.training.strategy import Strategy, fills
+from luthier.training.strategy import Strategy, fills, neutral
 from luthier.training.told import told_of
 
 __all__ = ["Moments"]
@@ -176,12 +177,13 @@ class Moments:
         return not self._spec.eval.selects or self.phases.settled(step, total)
 
     def batches(self, batches: list[Batch]) -> list[Batch]:
-        """The micro-batches of the step, as a strategy chooses them; others may look at them."""
+        """The micro-batches of the step, as a strategy chooses them; their states are kept for those that read them."""
         owner = next(self._filling("batches"), None)
         if owner is not None:
             batches = owner[0].batches(owner[1], [batch.to(self._device) for batch in batches])
-        for one, course in self._filling("look"):
-            one.look(course, [batch.to(self._device) for batch in batches])
+        for one, course in self._asked:
+            if len(batches) > 1 and "rows" in one.reads and not neutral(one):
+                look_at_rows(course, [batch.to(self._device) for batch in batches])
         return batches
 
     def gradient(self, batches: list[Batch], loss: Callable[[int, Batch], Tensor]) -> list[float] | None:

@@ -33,7 +33,7 @@ _WIDTH = 7  # lines of [7], [5 2], [4 3]
 # How far apart the two may lie, as a share of the logits' spread: rounding, and nothing that one text tells another.
 _CLOSE, _CLOSE_IN_HALVES = 1e-4, 5e-2
 # Moments in which a strategy sees rows of a step, which are no lines of a batch here.
-_BY_ROW = ("batches", "look", "gradient", "passes", "loss", "weigh")
+_BY_ROW = ("batches", "gradient", "passes", "loss", "weigh")
 
 
 def padding_said(batches: Batches) -> str:

@@ -20,10 +20,8 @@ __all__ = ["by_rows", "look_at_rows", "with_all_rows"]
 
 @torch.no_grad()
 def look_at_rows(course: Course, batches: list[Batch]) -> None:
-    """Keep the states and labels of every micro-batch for this step, where there are several."""
+    """Keep the states and labels of every micro-batch for this step."""
     course.aside.clear()
-    if len(batches) == 1:
-        return
     for index, batch in enumerate(batches):
         with course.states() as seen:
             course.rehearse(batch, index)

@@ -15,7 +15,6 @@ A strategy is a frozen dataclass of settings that is asked at named moments of a
       idle                why there is nothing to learn in this step
       trains              names that learn in this step
       batches             other micro-batches, such as chosen rows                             one owner
-      look                at all micro-batches, before the first of them is made
       gradient            made otherwise than by backward passes of the micro-batches          one owner
       each micro-batch
         passes            losses that add up to its own; the loop goes backward after each     one owner
@@ -75,6 +74,7 @@ class Strategy:
     Class facts, read from the syntax tree for the listing:
         neutral: settings with which the run is the one without the strategy; None where there are none.
         reads: what it must see: "embeddings" or "states" (no frozen features then), "logits" (no chunked loss),
+            "rows" (the states of all rows of a step, in each of its micro-batches: rows_of_a_step.py),
             "attention" (no frozen features, and the last block is computed for all tokens).
         roles: settings that name models beside the one that trains; `course.models` has them.
         learns: the one task that it learns, taken where the spec leaves the task open; "" where there are several.
@@ -186,11 +186,6 @@ class Strategy:
     def batches(self, course: Course, batches: list[Batch]) -> list[Batch]:
         """The micro-batches of the step, in place of those that the order gave; `course.cut` makes some of any rows."""
         return batches
-
-    def look(self, course: Course, batches: list[Batch]) -> None:
-        """All micro-batches of the step, before the first of them is made: what one needs of the others goes into
-        `course.aside`. Asked again where the step is cut anew, and not in the trial before step 1.
-        """
 
     def gradient(self, course: Course, batches: list[Batch], loss: Callable[[int, Batch], Tensor]) -> list[Tensor]:
         """Leaves the gradient of the step in the trained tensors, unscaled; gives the loss of each batch, as logged.

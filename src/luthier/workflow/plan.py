@@ -45,7 +45,7 @@ LATER = 150_000_000  # bytes of a process after its first step: scores, late lib
 
 TRIED = 4  # methods that do not fit, for which more than a smaller micro-batch is tried: each way takes a second
 # Moments that may hold tensors.
-_HOLDING = ("optimiser", "numbers", "batches", "look", "gradient", "passes", "loss", "kept")
+_HOLDING = ("optimiser", "numbers", "batches", "gradient", "passes", "loss", "kept")
 INSTEAD = ("lora", "qlora")  # methods that are tried where none of those asked about fits
 
 __all__ = [

@@ -25,9 +25,9 @@ Pitfalls: what is averaged are probabilities; averaged logits are another answer
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Self
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -52,11 +52,9 @@ class AnswerTurns(Method):
     starts_at_base: ClassVar[bool] = False
     classes_only: ClassVar[bool] = True
     draws: ClassVar[bool] = True
+    counts_labels: ClassVar[str] = "labels"
     default_lr: ClassVar[float] = 1e-3
     tiny: ClassVar[dict[str, Any]] = {"turns": 3}
-
-    def for_labels(self, counts: Sequence[int]) -> Self:
-        return replace(self, labels=tuple(counts))
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         heard, head = self._sites(anatomy)

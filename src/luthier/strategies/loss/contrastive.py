@@ -22,11 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from luthier.data.batches import Batch
 from luthier.data.tasks import Task
 from luthier.surgery import Method, is_head
 from luthier.training.course import Course, Piece
-from luthier.training.rows_of_a_step import by_rows, look_at_rows, with_all_rows
+from luthier.training.rows_of_a_step import by_rows, with_all_rows
 from luthier.training.strategy import STRATEGIES, Strategy, fills
 
 
@@ -35,7 +34,7 @@ from luthier.training.strategy import STRATEGIES, Strategy, fills
 class Contrastive(Strategy):
     """Pairs of rows in place of labels."""
 
-    reads: ClassVar[tuple[str, ...]] = ("states",)
+    reads: ClassVar[tuple[str, ...]] = ("states", "rows")
 
     def conflicts(self, other: Strategy | Method) -> str | None:
         if isinstance(other, Method) and (not other.through_trunk or other.name == "head_only"):
@@ -51,9 +50,6 @@ class Contrastive(Strategy):
 
     def trains(self, course: Course) -> Collection[str]:
         return [name for name in course.weights() if not is_head(name)]
-
-    def look(self, course: Course, batches: list[Batch]) -> None:
-        look_at_rows(course, batches)
 
     def loss(self, course: Course, piece: Piece, forward: Callable[[], Any]) -> Any:
         with course.states() as seen:

@@ -25,11 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luthier.core import above, between
-from luthier.data.batches import Batch
 from luthier.data.tasks import Task
 from luthier.surgery import Method
 from luthier.training.course import Course, Piece
-from luthier.training.rows_of_a_step import by_rows, look_at_rows, with_all_rows
+from luthier.training.rows_of_a_step import by_rows, with_all_rows
 from luthier.training.strategy import STRATEGIES, Strategy
 
 
@@ -39,7 +38,7 @@ class SCL(Strategy):
     """Supervised contrastive learning."""
 
     neutral: ClassVar[dict[str, Any] | None] = {"weight": 0.0}
-    reads: ClassVar[tuple[str, ...]] = ("states",)
+    reads: ClassVar[tuple[str, ...]] = ("states", "rows")
 
     weight: Annotated[float, "lambda, the share of the contrastive loss", between(0, 1)] = 0.9
     tau: Annotated[float, "temperature; the lower, the more the nearest rows count", above(0)] = 0.3
@@ -53,10 +52,6 @@ class SCL(Strategy):
         if task.name != "classification" or task.multi_label:
             return "it compares rows by the one label that each has. Leave it out."
         return None
-
-    def look(self, course: Course, batches: list[Batch]) -> None:
-        if self.weight:
-            look_at_rows(course, batches)
 
     def loss(self, course: Course, piece: Piece, forward: Callable[[], Any]) -> Any:
         if not self.weight:

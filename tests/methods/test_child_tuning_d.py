@@ -270,3 +270,9 @@ def test_training_without_prepare_is_refused():
 
 def test_it_does_not_stand_beside_full_training():
     assert ChildTuningD().conflicts(attach(tiny("bert"), "bitfit").tuning().method)
+
+
+@pytest.mark.parametrize(("share", "words"), [(0.0, "keeps none"), (1.0, "keeps every number")])
+def test_a_share_that_is_no_mask_is_refused_when_it_is_attached(share, words):
+    with pytest.raises(ConfigError, match=words):
+        attach(tiny("bert"), "child_tuning_d", share=share)

@@ -6,6 +6,7 @@ from methods.checks import attach_double, logits, stir
 from tiny import HIDDEN, INNER, LAYERS, inputs, tiny
 
 from luthier import kernels
+from luthier.core import AnatomyError, ConfigError
 from luthier.runs.spec import OptimSpec
 from luthier.surgery import attach
 from luthier.training.optimiser import optimiser_of
@@ -86,3 +87,17 @@ def test_groups_name_the_tensors_where_there_are_several_tunings():
     names = {n for g in tuned.groups() for n in g.names}
     assert names <= set(tuned.trained())
     assert len(names) == 3 * LAYERS
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"outputs": (), "inputs": ()}, ConfigError, "name no place"),
+        ({"outputs": ("norm",)}, AnatomyError, r"ia3\.outputs: norm@0\.0 is no projection"),
+        ({"outputs": ("embed",)}, AnatomyError, r"ia3\.outputs: embed is no projection"),
+        ({"inputs": ("embed",)}, AnatomyError, r"ia3\.inputs: embed is no projection"),
+    ],
+)
+def test_places_that_it_cannot_rescale_are_refused_before_anything_trains(settings, error, words):
+    with pytest.raises(error, match=words):
+        attach(tiny("bert"), "ia3", **settings)

@@ -74,3 +74,8 @@ def test_places_of_a_file_that_the_weight_does_not_have_are_refused(name: str, w
     save_file(tensors, file)
     with pytest.raises(IntegrityError, match="does not have"):
         from_peft(tiny("bert"), tmp_path / "theirs")
+
+
+def test_a_number_of_directions_that_is_not_whole_is_refused() -> None:
+    with pytest.raises(ConfigError, match="neither a share below 1 nor a whole number"):
+        attach(tiny("bert"), "osf", kept=3.7)

@@ -158,3 +158,22 @@ def test_a_star_means_the_places_of_the_methods_own_kind(name: str, settings: di
     anatomy = Anatomy.read(tiny("bert"))
     every = compose.method(name, {**settings, "sites": "*"}).n_params(anatomy)
     assert every == compose.method(name, {**settings, "sites": ", ".join(sorted(kinds))}).n_params(anatomy) > 0
+
+
+@pytest.mark.parametrize("name", ["lora", "beft", "hira", "deft"])
+def test_a_method_of_projections_without_a_site_says_that_none_is_named(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{name}\.sites: none are named"):
+        attach(tiny("bert"), name, sites=())
+
+
+def test_beft_trains_a_bias_at_every_value_without_decay_and_merges_where_there_was_none() -> None:
+    model = tiny("llama")
+    tuned = attach(model, "beft")
+    assert tuned.n_trained() == sum(s.d_out for s in tuned.anatomy.sites("attn.v", asked_by="test"))
+    (group,) = tuned.tuning().method.groups(tuned)
+    assert set(group.names) == {*tuned.trained()} and group.weight_decay == 0.0
+    shake(tuned)
+    model.eval()
+    before = logits(model, inputs(model))
+    tuned.merge()
+    torch.testing.assert_close(logits(model, inputs(model)), before, rtol=1e-4, atol=1e-4)

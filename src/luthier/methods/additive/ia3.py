@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from luthier.anatomy import Anatomy, Site, is_projection, joined
-from luthier.core import AnatomyError
+from luthier.core import AnatomyError, ConfigError
 from luthier.methods.parts.own_tensors import group_names, own_modules
 from luthier.methods.parts.scales import RescaleInput, RescaleOutput, Scales
 from luthier.surgery import METHODS, Edit, Group, Method, TunedView, attach_each
@@ -38,6 +38,10 @@ class IA3(Method):
 
     mergeable: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-2
+
+    def __post_init__(self) -> None:
+        if not self.outputs and not self.inputs:
+            raise ConfigError("ia3: outputs and inputs name no place, so nothing would train. Name one, or use lora.")
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         yield from attach_each(self._outputs(anatomy), lambda site, base: RescaleOutput(site.d_out))
@@ -56,6 +60,8 @@ class IA3(Method):
             kinds += [k.replace("attn.", "cross.") for k in kinds if k.startswith("attn.") and "@encoder" not in k]
         found = anatomy.sites(*kinds, asked_by="ia3.outputs", fits=is_projection) if kinds else ()
         for site in found:
+            if site.kind in ("embed", "norm"):
+                raise AnatomyError(f"ia3.outputs: {site.key} is no projection, nor a sublayer's end. Leave it out.")
             if site.expert is not None and site.bias is not None:
                 raise AnatomyError(
                     f"ia3.outputs: {site.key} has a bias inside its expert, which is not rescaled. Leave it out."
@@ -65,7 +71,7 @@ class IA3(Method):
     def _inputs(self, anatomy: Anatomy) -> tuple[Site, ...]:
         found = anatomy.sites(*self.inputs, asked_by="ia3.inputs", fits=is_projection) if self.inputs else ()
         for site in found:
-            if site.kind == "norm" or site.kind.endswith("_out"):
+            if site.kind in ("embed", "norm") or site.kind.endswith("_out"):
                 raise AnatomyError(
                     f"ia3.inputs: {site.key} is no projection; only what a projection reads is rescaled."
                 )

@@ -22,7 +22,6 @@ of another mode or another subset gives another mask; dropout draws anew where m
 the few entries at the edge may differ.
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -34,7 +33,7 @@ from luthier.anatomy import Anatomy
 from luthier.core import above, between
 from luthier.methods.parts.in_place import ScoredEntries
 from luthier.methods.parts.masks import first_share, no_trace
-from luthier.methods.parts.update_masks import add_squares, choose_masks, maskable, sizes_of
+from luthier.methods.parts.update_masks import add_squares, choose_masks, kept, maskable, sizes_of
 from luthier.surgery import METHODS, Batches, Edit, TunedView, Unfreeze, gradients
 from luthier.surgery.unfrozen import Unfrozen
 
@@ -55,6 +54,7 @@ class ChildTuningD(ScoredEntries):
         return maskable(anatomy, "all")
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
+        self.n_params(anatomy)  # refuses a share that keeps nothing, or all
         yield from (Unfreeze(n, holds=self.masked_decay) for n in self.tensors(anatomy))
 
     def n_params(self, anatomy: Anatomy) -> int:
@@ -66,8 +66,8 @@ class ChildTuningD(ScoredEntries):
 
     def _held(self, anatomy: Anatomy, each: int) -> int:
         """All numbers outside of the blocks, and so many for each entry of the mask."""
-        inside = sum(sizes_of(anatomy, maskable(anatomy, "blocks")))
-        return super().n_params(anatomy) - inside + each * math.floor(self.share * inside)
+        inside = sizes_of(anatomy, maskable(anatomy, "blocks"))
+        return super().n_params(anatomy) - sum(inside) + each * kept(inside, self.share, "model", self.name)
 
     def prepare(self, tuned: TunedView, batches: Batches) -> None:
         child = self.masked(tuned)

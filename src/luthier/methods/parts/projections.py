@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from luthier.anatomy import Anatomy, Site
+from luthier.core import ConfigError
 from luthier.methods.parts.low_rank import check_projections
 from luthier.surgery import PerSite
 
@@ -19,4 +20,9 @@ class AtProjections(PerSite):
     mergeable: ClassVar[bool] = True
 
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
+        if not self.sites:
+            raise ConfigError(
+                f"{self._label}.sites: none are named, so nothing would train. Name some, such as attn.q; * stands for "
+                "every projection."
+            )
         return check_projections(anatomy, super().places(anatomy), self._label, getattr(self, "dropout", 0.0))

@@ -52,6 +52,10 @@ class OSF(AtProjections):
         transposed=False,
     )
 
+    def __post_init__(self) -> None:
+        if self.kept > 1 and self.kept != int(self.kept):
+            raise ConfigError(f"osf.kept: {self.kept:g} is neither a share below 1 nor a whole number. Give either.")
+
     def places(self, anatomy: Anatomy) -> tuple[Site, ...]:
         sites = super().places(anatomy)
         for site in sites:

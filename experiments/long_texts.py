@@ -7,6 +7,13 @@ its own. Kept: what the pass keeps for the backward pass, counted tensor by tens
 what two steps add to the process at its highest. Time: of the second step. `--padded`: a second row of half the length
 stands beside it. The last lines are the largest difference between evaluations with the tuning's attention and with the
 model's own, at the longest length, in fp32.
+
+    python -m experiments.long_texts --whole --lengths 1024,2048,4096,8192 --group 512 --checkpointing --only longlora
+
+The whole model instead, and a text of words: two steps of one text each, and the loss of a held-out text of the same
+length before and after them, with the model's own attention. The texts are Python's help topics (`pydoc_data.topics`),
+the held-out one from their end. Times are processor seconds, of the second step and of one evaluation; peak is of the
+whole process, and what two steps add to it.
 """
 
 import argparse
@@ -20,15 +27,15 @@ from typing import Any
 __all__ = ["main"]
 
 
-def trunk_of(blocks: int) -> Any:
-    """A decoder of few blocks, with its trained weights."""
+def trunk_of(blocks: int | None) -> Any:
+    """A decoder of few blocks, or of all, with its trained weights."""
     import transformers
 
     from luthier.samples import model_path
 
     path = model_path("smollm2-135m")
     config = transformers.AutoConfig.from_pretrained(path)
-    config.num_hidden_layers = blocks
+    config.num_hidden_layers = blocks or config.num_hidden_layers
     return transformers.AutoModelForCausalLM.from_pretrained(path, config=config)
 
 
@@ -74,6 +81,71 @@ def cell(method: str, length: int, given: argparse.Namespace) -> dict[str, float
     return {"seconds": seconds, "kept": kept / 2**20, "peak": (peak - before) / 1024}
 
 
+def topics(length: int, texts: int) -> list[Any]:
+    """Texts of so many tokens, (1, length) each: the first ones of Python's help topics, then the last one."""
+    import pydoc_data.topics
+
+    import torch
+    import transformers
+
+    from luthier.samples import model_path
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_path("smollm2-135m"))
+    words = "\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
+    front = tokenizer(words[: 8 * length * texts], return_tensors="pt")["input_ids"]
+    end = tokenizer(words[-8 * length :], return_tensors="pt")["input_ids"][:, -length:]
+    assert front.shape[1] >= length * (texts - 1) and end.shape[1] == length
+    return [*front[:, : length * (texts - 1)].split(length, 1), torch.as_tensor(end)]
+
+
+def whole(method: str, length: int, given: argparse.Namespace) -> dict[str, float]:
+    """Two steps of the whole model: processor seconds, MiB, and nats a word of a held-out text before and after."""
+    import torch
+
+    from luthier import attach
+    from luthier.data.batches import Batch
+    from luthier.data.tasks import Task
+    from luthier.runs.spec import OptimSpec
+    from luthier.training.objective import Objective
+    from luthier.training.optimiser import Optimiser
+
+    torch.manual_seed(0)
+    own = {"group": given.group} if method == "longlora" else {}
+    tuned = attach(trunk_of(None), method, sites=("attn.q", "attn.k", "attn.v", "attn.o"), **own)
+    if given.checkpointing:
+        tuned.checkpoint_activations()
+
+    def of(ids: Any) -> Batch:
+        inputs, row = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.arange(1).numpy()
+        return Batch(inputs=inputs, labels=ids, rows=row, n_targets=length - 1, n_tokens=length)
+
+    *learnt, held_out = [of(ids) for ids in topics(length, 3)]
+    objective = Objective(tuned, Task(name="causal_lm"))
+    optimiser = Optimiser(tuned.trained(), tuned.groups(), OptimSpec(), tuned.tuning().method.default_lr)
+
+    def scored() -> float:
+        tuned.model.eval()
+        with torch.no_grad():
+            return float(objective(held_out).loss) / held_out.n_targets
+
+    started = time.process_time()
+    before, evaluated = scored(), time.process_time() - started
+    low, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0.0
+    tuned.model.train()
+    for batch in learnt:
+        started = time.process_time()
+        (objective(batch).loss / batch.n_targets).backward()
+        optimiser.clip(optimiser.norm())
+        optimiser.step(1.0)
+        tuned.model.zero_grad()
+        seconds = time.process_time() - started
+    high = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "seconds": seconds, "evaluated": evaluated, "peak": high / 1024, "added": (high - low) / 1024,
+        "before": before, "after": scored(),
+    }  # fmt: skip
+
+
 def apart(length: int, group: int, blocks: int) -> float:
     """In evaluation: the largest difference to the model's own attention, at a length."""
     import torch
@@ -99,10 +171,14 @@ def main() -> None:
     parse.add_argument("--checkpointing", action="store_true", help="blocks are computed again in the backward pass")
     parse.add_argument("--padded", action="store_true", help="beside a text of half the length")
     parse.add_argument("--only", choices=("longlora", "lora"), help="one of the two")
+    parse.add_argument("--whole", action="store_true", help="the whole model, and a text of words")
     parse.add_argument("--cell", default="")
     given = parse.parse_args()
     if given.cell:
         method, length = given.cell.split(":")
+        if given.whole:
+            print(json.dumps(whole(method, int(length), given)))
+            return
         one = apart(int(length), given.group, given.blocks) if method == "apart" else cell(method, int(length), given)
         print(json.dumps(one))
         return
@@ -112,9 +188,22 @@ def main() -> None:
         return json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
     lengths = [int(n) for n in given.lengths.split(",")]
+    methods = (given.only,) if given.only else ("longlora", "lora")
+    if given.whole:
+        print("| tokens | method | a step | an evaluation | peak MiB | added MiB | before | after |")
+        print("|---|---|---|---|---|---|---|---|", flush=True)
+        for length in lengths:
+            for method in methods:
+                f = asked(f"{method}:{length}")
+                print(
+                    f"| {length} | {method} | {f['seconds']:.1f} | {f['evaluated']:.1f} | {f['peak']:.0f} | "
+                    f"{f['added']:.0f} | {f['before']:.4f} | {f['after']:.4f} |",
+                    flush=True,
+                )
+        return
     print("| tokens | method | s | kept MiB | peak MiB |\n|---|---|---|---|---|")
     for length in lengths:
-        for method in (given.only,) if given.only else ("longlora", "lora"):
+        for method in methods:
             found = asked(f"{method}:{length}")
             print(
                 f"| {length} | {method} | {found['seconds']:.2f} | {found['kept']:.0f} | {found['peak']:.0f} |",

@@ -21,6 +21,7 @@ from luthier.surgery.edits import (
     Attach,
     Attend,
     Edit,
+    Linearise,
     LookFirst,
     PrependKeys,
     PrependTokens,
@@ -235,7 +236,7 @@ class _Count:
                 self._unfreeze(prefix, edit)
             elif isinstance(edit, Attach | Attend):
                 self._attach(prefix, edit)
-            else:
+            elif not isinstance(edit, Linearise):
                 self._add(self._module_of(edit))
 
     def _module_of(self, edit: Reparametrise | PrependTokens | PrependKeys | AddBranch | LookFirst) -> nn.Module:

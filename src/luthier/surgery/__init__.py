@@ -14,6 +14,7 @@ from luthier.surgery.edits import (
     Attach,
     Attend,
     Edit,
+    Linearise,
     LookFirst,
     PrependKeys,
     PrependTokens,
@@ -22,6 +23,7 @@ from luthier.surgery.edits import (
     attach_each,
     layer_of,
 )
+from luthier.surgery.first_order import move, value_of
 from luthier.surgery.loading import load
 from luthier.surgery.look import Look, OneRow, gradients, passes_of, rows_of
 from luthier.surgery.method import METHODS, Batches, Group, Method, Mixing, Objective, PerSite
@@ -53,6 +55,7 @@ __all__ = [
     "Context",
     "Edit",
     "Group",
+    "Linearise",
     "Look",
     "LookFirst",
     "Method",
@@ -89,6 +92,7 @@ __all__ = [
     "load",
     "matrices",
     "method",
+    "move",
     "numbers",
     "open_source",
     "passes_of",
@@ -96,4 +100,5 @@ __all__ = [
     "reserved_positions",
     "rows_of",
     "to_peft",
+    "value_of",
 ]

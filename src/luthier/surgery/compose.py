@@ -167,8 +167,17 @@ def method(words: str, settings: Mapping[str, Any] | None = None) -> Method:
 
 
 def takes(part: Method, source: Source) -> bool:
-    """Whether a method is made of tunings such as this one."""
-    return bool(part.sources) and source.method in METHODS.names() and METHODS.get(source.method).is_a(*part.sources)
+    """Whether a method is made of tunings such as this one.
+
+    Raises:
+        ConfigError: its settings make something else of it.
+    """
+    if not part.sources or source.method not in METHODS.names():
+        return False
+    kind = METHODS.get(source.method)
+    if kind.is_a(*part.sources) and (why := kind.lends(source.settings)) is not None:
+        raise ConfigError(f"{source.folder}: this tuning of {source.method} {why}, so {part.name} cannot take it.")
+    return kind.is_a(*part.sources)
 
 
 def fitted(method: Method, sources: Sequence[Source]) -> Method:

@@ -8,9 +8,10 @@
     Attend         a module that attends in a way of its own, beside what an attention does or in place of it
     AddBranch      a network beside the model that reads its hidden states and gives its output
     LookFirst      a module that sees what a pass gives without the tuning, before the pass itself
+    Linearise      the model's pass to first order in what the tuning moves
 
 `Reparametrise` is the sixth edit that the architecture note expected: see docs/decisions/0002-a-sixth-edit.md.
-`LookFirst`: see docs/decisions/0072-a-pass-before-each-pass.md.
+`LookFirst`: see docs/decisions/0072-a-pass-before-each-pass.md. `Linearise`: 0082-a-pass-to-first-order.md.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ __all__ = [
     "Attach",
     "Attend",
     "Edit",
+    "Linearise",
     "LookFirst",
     "PrependKeys",
     "PrependTokens",
@@ -160,7 +162,15 @@ class LookFirst:
     module: nn.Module
 
 
-Edit = Attach | Attend | Reparametrise | Unfreeze | PrependTokens | PrependKeys | AddBranch | LookFirst
+@dataclass(frozen=True)
+class Linearise:
+    """Let every pass carry, beside each value, its derivative along the tuning, and give the sum of both.
+
+    Attachments of the same tuning call `move(y, moved)` in `after`, on what `value_of(x)` reads: see first_order.py.
+    """
+
+
+Edit = Attach | Attend | Reparametrise | Unfreeze | PrependTokens | PrependKeys | AddBranch | LookFirst | Linearise
 
 
 def attach_each(

@@ -21,6 +21,7 @@ from luthier.surgery.branch import Branch
 from luthier.surgery.checkpointing import Checkpointing, Restore
 from luthier.surgery.context import ROW, may_leave_out, packed, read_mask
 from luthier.surgery.edited_model import EditedModel
+from luthier.surgery.first_order import FirstOrder
 from luthier.surgery.first_pass import FirstPass
 from luthier.surgery.first_token import FirstTokenCut
 from luthier.surgery.picture_prompts import PicturePrompts, reads_pictures
@@ -44,14 +45,14 @@ class Forward:
     Attributes:
         prompts: puts vectors before the text; None until a tuning wants that.
         branches: tuning -> the network beside the model.
-        looks: tuning -> the pass before each pass.
+        looks: tuning -> the pass before each pass, or what makes each pass one to first order.
     """
 
     def __init__(self, edited: EditedModel, serving: Serving) -> None:
         self.edited, self.serving = edited, serving
         self.prompts: PromptHooks | PicturePrompts | None = None
         self.branches: dict[str, Branch] = {}
-        self.looks: dict[str, FirstPass] = {}
+        self.looks: dict[str, FirstPass | FirstOrder] = {}
         self.cut: FirstTokenCut | None = None  # of the last block
         self._prefixes: list[Prefixes] = []
         self._route: prefix_attention.Route | None = None
@@ -130,13 +131,16 @@ class Forward:
 
     def add_first_pass(self, tuning: str, module: nn.Module) -> None:
         """Let `module` see what a pass gives without the tuning, before each pass."""
-        edited = self.edited
+        stack = text_stack(self.edited.modules, self.edited.anatomy)
+        self.looks[tuning] = FirstPass(stack, module, self.edited.context, self._uncut)
 
-        def whole() -> AbstractContextManager[None]:
-            return nullcontext() if self.cut is None else self.cut.on(active=False)
+    def add_first_order(self, tuning: str) -> None:
+        """Let every pass be one to first order in what the tuning moves."""
+        stack = text_stack(self.edited.modules, self.edited.anatomy)
+        self.looks[tuning] = FirstOrder(stack, self._uncut)
 
-        stack = text_stack(edited.modules, edited.anatomy)
-        self.looks[tuning] = FirstPass(stack, module, edited.context, whole)
+    def _uncut(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.cut is None else self.cut.on(active=False)
 
     def remove(self, tuning: str) -> None:
         """Take off what the tuning has here."""

@@ -18,6 +18,7 @@ from luthier.surgery.edits import (
     Attach,
     Attend,
     Edit,
+    Linearise,
     LookFirst,
     PrependKeys,
     PrependTokens,
@@ -29,7 +30,7 @@ from luthier.surgery.method import Method
 from luthier.surgery.picture_prompts import reads_pictures
 from luthier.surgery.prompts import refuse_prompts
 from luthier.surgery.socket import Plug, Substitute, Tap
-from luthier.surgery.tuning import ATTENTION, BRANCH, CALL, FIRST, PREFIX, Master, Tuning, keyed
+from luthier.surgery.tuning import ATTENTION, BRANCH, CALL, FIRST, ORDER, PREFIX, Master, Tuning, keyed
 from luthier.surgery.unfrozen import Unfrozen
 from luthier.surgery.view import TunedView
 
@@ -117,6 +118,13 @@ def check(edited: EditedModel, edits: list[tuple[str, Edit]], method: Method) ->
                     "second is read with the first one's states. Use another method, such as lora."
                 )
             claim(FIRST, prefix, "Use one of them.")
+        elif isinstance(edit, Linearise):
+            if anatomy.is_encoder_decoder:
+                raise AnatomyError(
+                    f"{label}: a pass to first order reads one text, and this {anatomy.model_type} model has two, of "
+                    "which the second is read with the first one's states. Use scope=layer."
+                )
+            claim(ORDER, prefix, "Use one of them.")
         elif isinstance(edit, Unfreeze | Reparametrise):
             if edit.name not in anatomy.tensors and edit.name not in anatomy.tied:
                 raise AnatomyError(
@@ -200,6 +208,8 @@ class Installer:
         elif isinstance(edit, LookFirst):
             tuning.add(f"{prefix}first", self._at_home(edit.module))
             self.forward.add_first_pass(tuning.tuning_name, edit.module)
+        elif isinstance(edit, Linearise):
+            self.forward.add_first_order(tuning.tuning_name)
         elif isinstance(edit, AddBranch):
             with keyed(seed, "branch"):
                 module = self._at_home(edit.build(edited.model, edited.anatomy))

@@ -89,6 +89,9 @@ def to_peft(
     """
     tuning, folder = tuned.tuning(name), Path(folder)
     kind, form = next((n for n in ("lora", "dora", "ia3") if tuning.method.is_a(n)), None), tuning.method.peft
+    if kind is not None and not tuning.method.mergeable:
+        why = tuning.method.lends(tuning.method.settings()) or "has no form in the weights"
+        raise CannotMerge(f"{compose.spell(tuning.method)} {why}: peft's layers compute something else.")
     if kind is None and form is None:
         raise CannotMerge(
             f"{compose.spell(tuning.method)} has no form in peft's files that computes the same. "

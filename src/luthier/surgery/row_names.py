@@ -10,7 +10,7 @@ from torch import Tensor
 
 from luthier.core import ConfigError
 from luthier.surgery.edited_model import EditedModel
-from luthier.surgery.tuning import ATTENTION, BRANCH, FIRST, PREFIX, Master, Tuning
+from luthier.surgery.tuning import ATTENTION, BRANCH, FIRST, ORDER, PREFIX, Master, Tuning
 
 __all__ = ["RowNames", "row_problem"]
 
@@ -28,6 +28,8 @@ def row_problem(edited: EditedModel, tuning: Tuning) -> str | None:
         return "adds a network beside the whole model"
     if FIRST in tuning.claims:
         return "runs the whole batch twice"
+    if ORDER in tuning.claims:
+        return "computes the whole batch to first order"
     if any(not key.startswith("head/") for key in tuning.unfrozen):
         return "changes tensors of the model itself, which all rows share"
     for socket in edited.sockets():

@@ -12,11 +12,11 @@ from luthier.core import key
 from luthier.surgery.method import Method
 from luthier.surgery.unfrozen import Unfrozen
 
-__all__ = ["ATTENTION", "BRANCH", "CALL", "FIRST", "PREFIX", "Master", "Tuning", "keyed"]
+__all__ = ["ATTENTION", "BRANCH", "CALL", "FIRST", "ORDER", "PREFIX", "Master", "Tuning", "keyed"]
 
 # What only one active tuning may claim, besides single tensors of the model.
 PREFIX, BRANCH = "the keys before those of the text", "the network beside the model"
-FIRST = "the pass before each pass"
+FIRST, ORDER = "the pass before each pass", "the pass to first order"
 ATTENTION, CALL = "the attention at ", "the call of the block "  # and where
 
 

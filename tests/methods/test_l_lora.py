@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from methods.checks import attach_double, goes_on_from_its_cache_alone, logits, stir, train
+from little import little_spec
 from tiny import inputs, tiny
 from torch import Tensor
 from torch.func import functional_call, jvp
@@ -14,6 +15,8 @@ from luthier import kernels
 from luthier.core import AnatomyError, CannotMerge, CompositionError, ConfigError, ModelError
 from luthier.methods.parts.low_rank import ThinUpdate
 from luthier.surgery import attach, load, method, to_peft
+from luthier.workflow import Predictor, evaluate
+from luthier.workflow import train as run
 
 MODEL = {"scope": "model", "rank": 3}
 
@@ -181,3 +184,12 @@ def test_by_layer_with_a_start_in_the_weight_both_move_and_the_update_is_linear_
         found.append(module.merged(torch.zeros(len(module.b), module.a.shape[1], dtype=torch.float64), None)[0])
     assert found[0].any() and found[1].any()
     torch.testing.assert_close(found[2], 2 * found[0] - 3 * found[1])
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_a_run_of_it_trains_and_is_scored_and_read_again(kind: str, tmp_path: Path) -> None:
+    result = run(little_spec(tmp_path, "l_lora", kind, settings={"scope": "model", "rank": 3}, steps=8))
+    read = Predictor(result.path)
+    assert any(m.b.any() for m in read.tuned.modules(ThinUpdate).values())
+    rows = next(tmp_path.glob("*.csv"))
+    assert evaluate(result.path, str(rows)).scores["loss"] > 0

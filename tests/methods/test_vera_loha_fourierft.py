@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from tiny import tiny
 
 from luthier.core import ConfigError, IntegrityError
+from luthier.methods.parts.random_pair import RandomPair
 from luthier.surgery import attach, from_peft, load, to_peft
 
 # --- vera
@@ -40,6 +41,29 @@ def test_a_seed_names_the_pair_whatever_else_is_drawn() -> None:
     other = attach(tiny("bert"), "vera", rank=5, draw=4).modules()["pair"]
     assert torch.equal(one.a, again.a) and torch.equal(one.b, again.b)
     assert not torch.equal(one.a, other.a)
+
+
+@pytest.mark.acid("vera", 2)
+def test_a_seed_names_the_pair_whatever_device_type_and_number_of_threads_are_the_default() -> None:
+    pair = attach(tiny("bert"), "vera", rank=5, draw=3).modules()["pair"]
+    before, threads = torch.get_default_dtype(), torch.get_num_threads()
+    found = []
+    with torch.device("meta"):  # whatever is drawn there has no numbers
+        found.append(RandomPair(80, 80, 5, 3))
+    try:
+        torch.set_default_dtype(torch.float64)
+        found.append(RandomPair(80, 80, 5, 3))
+        torch.set_default_dtype(torch.bfloat16)
+        torch.set_num_threads(2)
+        found.append(RandomPair(80, 80, 5, 3))
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_num_threads(threads)
+    found.append(attach(tiny("bert").bfloat16(), "vera", rank=5, draw=3).modules()["pair"])
+    here = RandomPair(80, 80, 5, 3)
+    for one in found[:3]:
+        assert one.a.dtype == torch.float32 and torch.equal(one.a, here.a) and torch.equal(one.b, here.b)
+    assert torch.equal(found[3].a, pair.a) and torch.equal(found[3].b, pair.b)
 
 
 def test_a_file_of_peft_with_another_pair_is_refused(tmp_path: Path) -> None:

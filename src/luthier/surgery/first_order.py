@@ -32,8 +32,7 @@ __all__ = ["FirstOrder", "move", "value_of"]
 
 def value_of(x: Tensor) -> Tensor:
     """The value that a derivative goes along with."""
-    value: Tensor = forward_ad.unpack_dual(x).primal
-    return value
+    return _parts(x)[0]
 
 
 def move(y: Tensor, moved: Tensor) -> Tensor:
@@ -47,9 +46,18 @@ def move(y: Tensor, moved: Tensor) -> Tensor:
             "a layer of a tuning to first order was called outside the pass of the whole stack, where derivatives go "
             "along. Call the model, without activation checkpointing."
         )
-    value, before = forward_ad.unpack_dual(y)
-    dual: Tensor = forward_ad.make_dual(value, moved if before is None else before + moved)
-    return dual
+    value, before = _parts(y)
+    return _dual(value, moved if before is None else before + moved)
+
+
+def _parts(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    value, moved = forward_ad.unpack_dual(x)  # type: ignore[no-untyped-call]
+    return value, moved
+
+
+def _dual(value: Tensor, moved: Tensor) -> Tensor:
+    both: Tensor = forward_ad.make_dual(value, moved)  # type: ignore[no-untyped-call]
+    return both
 
 
 class FirstOrder:
@@ -118,7 +126,7 @@ def _checkpoints(stack: nn.Module) -> bool:
 def _summed(out: Any) -> Any:
     """`out` with the sum in place of every value that a derivative goes along with."""
     if isinstance(out, Tensor):
-        value, moved = forward_ad.unpack_dual(out)
+        value, moved = _parts(out)
         return value if moved is None else value + moved
     if isinstance(out, tuple | list):
         return type(out)(_summed(one) for one in out)
@@ -151,8 +159,8 @@ def _with_derivatives(cache: Any) -> None:
             "prompt through this model with this tuning."
         )
     for layer, moved in zip(cache.layers, kept, strict=True):
-        layer.keys = forward_ad.make_dual(layer.keys, moved.keys)
-        layer.values = forward_ad.make_dual(layer.values, moved.values)
+        layer.keys = _dual(layer.keys, moved.keys)
+        layer.values = _dual(layer.values, moved.values)
 
 
 def _apart(cache: Any) -> None:
@@ -163,7 +171,7 @@ def _apart(cache: Any) -> None:
         beside = copy.copy(layer)
         beside.luthier_derivative = True
         for name in ("keys", "values"):
-            value, moved = forward_ad.unpack_dual(getattr(layer, name))
+            value, moved = _parts(getattr(layer, name))
             setattr(layer, name, value)
             setattr(beside, name, torch.zeros_like(value) if moved is None else moved)
         cache.layers.append(beside)

@@ -22,7 +22,8 @@ class RandomPair(nn.Module):
         draw = torch.Generator().manual_seed(number)
         for name, shape in (("a", (halves * rank, d_in)), ("b", (d_out, rank))):
             bound = math.sqrt(3) * math.sqrt(2) / math.sqrt(shape[1])
-            value = torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=draw)
+            # A device or type that is the default where this is called would draw other numbers.
+            value = torch.empty(shape, device="cpu", dtype=torch.float32).uniform_(-bound, bound, generator=draw)
             self.register_buffer(name, value, persistent=False)
 
     def part(self, d_in: int, d_out: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from methods.checks import attach_double, goes_on_from_its_cache_alone, logits, stir, train
 from little import little_spec
+from methods.checks import attach_double, goes_on_from_its_cache_alone, logits, stir, train
 from tiny import inputs, tiny
 from torch import Tensor
 from torch.func import functional_call, jvp

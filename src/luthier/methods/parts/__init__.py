@@ -16,6 +16,8 @@
                       Thin             the same for an A and B that are made of something else
                       SmallDropout     dropout of a branch's input, the same again under checkpointing
                       check_projections, check_rows, fusable, live_bias
+    first_order       kinds_of         a low-rank update to first order around its start
+                      check_scope, check_scoped_sites, Scope
     projections       AtProjections    a method of projections: its sites, and that it merges and starts at the base
     low_rank_axes     LowRankAxes      what LoRA and DoRA have in common: scaling, start, who learns and how fast
     posterior         Posterior        a Gaussian over a trained matrix, and what it says of a function's outputs

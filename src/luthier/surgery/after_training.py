@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +15,11 @@ __all__ = ["AfterTraining"]
 
 class AfterTraining:
     """Hooks of a `Method` that come after the last step; most methods leave them alone."""
+
+    @classmethod
+    def lends(cls, settings: Mapping[str, Any]) -> str | None:
+        """Why a saved tuning with these settings is no material for the methods that are made of its kind, or None."""
+        return None
 
     def n_beside(self, others: Sequence[Any], anatomy: Anatomy) -> int:
         """Numbers that a modifier saves beside those of the methods beside it."""

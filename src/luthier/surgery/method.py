@@ -205,11 +205,6 @@ class Method(AfterTraining, ABC):
         return None
 
     @classmethod
-    def lends(cls, settings: Mapping[str, Any]) -> str | None:
-        """Why a saved tuning with these settings is no material for the methods that are made of its kind, or None."""
-        return None
-
-    @classmethod
     def is_a(cls, *names: str) -> bool:
         """Whether this is one of the methods called so, or a preset of one."""
         return any(vars(kind).get("name") in names for kind in cls.__mro__)

@@ -132,15 +132,12 @@ class Forward:
     def add_first_pass(self, tuning: str, module: nn.Module) -> None:
         """Let `module` see what a pass gives without the tuning, before each pass."""
         stack = text_stack(self.edited.modules, self.edited.anatomy)
-        self.looks[tuning] = FirstPass(stack, module, self.edited.context, self._uncut)
+        self.looks[tuning] = FirstPass(stack, module, self.edited.context, partial(_uncut, self))
 
     def add_first_order(self, tuning: str) -> None:
         """Let every pass be one to first order in what the tuning moves."""
         stack = text_stack(self.edited.modules, self.edited.anatomy)
-        self.looks[tuning] = FirstOrder(stack, self._uncut)
-
-    def _uncut(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.cut is None else self.cut.on(active=False)
+        self.looks[tuning] = FirstOrder(stack, partial(_uncut, self))
 
     def remove(self, tuning: str) -> None:
         """Take off what the tuning has here."""
@@ -391,6 +388,10 @@ class Forward:
             return written.generate(model, *args, **kwargs)
         finally:
             context.memory, context.rows, context.generating = {}, {}, False
+
+
+def _uncut(forward: Forward) -> AbstractContextManager[None]:
+    return nullcontext() if forward.cut is None else forward.cut.on(active=False)
 
 
 def _numbers(facts: dict[str, Any]) -> dict[str, Tensor]:

@@ -7,14 +7,15 @@ from unittest.mock import patch
 import peft
 import pytest
 import torch
-from methods.checks import attach_double, counted, logits, stir
+from methods.checks import attach_double, counted, logits, stir, train
 from tiny import inputs, tiny
 from torch.testing import assert_close
 
 from luthier import kernels
 from luthier.core import CannotMerge, ConfigError
+from luthier.methods.parts.masks import top_k as adamss_top_k
 from luthier.methods.reparameterised.subspace import adamss
-from luthier.methods.reparameterised.subspace.adamss import Grouped, grouped
+from luthier.methods.reparameterised.subspace.adamss import Grouped, grouped, leading
 from luthier.surgery import attach, load, to_peft
 
 SIZES = {"directions": 12, "subspaces": 4, "rank": 3}
@@ -129,3 +130,83 @@ def test_sizes_that_do_not_fit_and_files_of_peft_are_refused(tmp_path: Path) -> 
         attach(tiny("bert"), "adamss", directions=4, rank=9)
     with pytest.raises(CannotMerge, match="no form in peft's files"):
         to_peft(attach(tiny("bert"), "adamss", **SIZES), tmp_path / "out")
+
+
+def test_a_group_has_as_many_directions_as_peft_gives_it_by_their_singular_values() -> None:
+    config = peft.AdamssConfig(
+        r=48, num_subspaces=5, subspace_rank=6, target_modules=["v_proj", "up_proj"], use_dynamic_rank=True,
+        svd_threshold=0.55,
+    )  # fmt: skip
+    theirs = peft.get_peft_model(tiny("llama"), config)
+    counts = set()
+    for layer in (m for m in theirs.modules() if hasattr(m, "seg_result")):
+        base = layer.get_base_layer()
+        whole = base.weight if base.bias is None else torch.cat([base.weight, base.bias[:, None]], 1)
+        u = torch.linalg.svd(whole.detach(), full_matrices=False).U[:, : min(48, *whole.shape)]
+        for k, rows in layer.seg_result["default"].items():
+            mine = leading(u[rows], 6, 0.55)
+            counts.add(int(mine.any(1).sum()))
+            assert int(mine.any(1).sum()) == len(layer.adamss_A["default"][k])
+    assert len(counts) > 1
+
+
+def test_the_importance_of_groups_is_peft_s_and_so_is_who_goes_on() -> None:
+    tuned = attach(tiny("llama"), "adamss", sites=("attn.v", "ffn.up"), train_head=False, **SIZES)
+    config = peft.AdamssConfig(
+        r=12, num_subspaces=4, subspace_rank=3, target_modules=["v_proj", "up_proj"], use_asa=True,
+        asa_target_subspaces=7, init_warmup=2, final_warmup=10, mask_interval=4,
+    )  # fmt: skip
+    theirs = peft.get_peft_model(tiny("llama"), config)
+    layers = dict(theirs.base_model.model.named_modules())
+    paths = {site.key: site.path for site in tuned.anatomy.all_sites}
+    pairs = [(m, layers[paths[key]]) for key, m in tuned.modules(Grouped).items()]
+    pairs = [(m, o) for m, o in pairs if min(len(r) for r in o.seg_result["default"].values()) >= 3]
+    draw, notes = torch.Generator().manual_seed(3), {}
+    with torch.no_grad():
+        for mine, other in pairs:
+            for k, rows in other.seg_result["default"].items():
+                mine.group[rows] = k
+                for held in (other.adamss_A["default"][k], other.adamss_B["default"][k]):
+                    held.copy_(torch.randn(held.shape, generator=draw))
+                mine.a[k] = other.adamss_A["default"][k]
+                mine.b[rows] = other.adamss_B["default"][k]
+    for step in (2, 3, 4):
+        for number, (mine, other) in enumerate(pairs):
+            mine.a.grad, mine.b.grad = torch.randn_like(mine.a), torch.randn_like(mine.b)
+            for k, rows in other.seg_result["default"].items():
+                other.adamss_A["default"][k].grad = mine.a.grad[k].clone()
+                other.adamss_B["default"][k].grad = mine.b.grad[rows].clone()
+            mine.follow(notes, f"{number}.", 0.85, 0.85)
+        theirs.base_model.update_and_allocate(step)
+    scores = torch.cat([mine.importance(notes, f"{n}.") for n, (mine, _) in enumerate(pairs)])
+    on = torch.tensor([other.adamss_A["default"][k].requires_grad for _, other in pairs for k in range(4)])
+    assert 0 < int(on.sum()) < len(on)
+    assert scores[on].min() > scores[~on].max()
+
+
+def test_exactly_so_many_groups_go_on_and_the_others_stay_where_they_are() -> None:
+    sizes = {**SIZES, "active": 9, "warmup": 0.1, "settled": 0.4, "every": 2}
+    tuned = attach(tiny("llama"), "adamss", sites=("attn.v", "ffn.up"), **sizes)
+    (method,) = tuned.tuning().method.parts()
+    modules = list(tuned.modules(Grouped).values())
+    seen = []
+    with patch.object(adamss, "top_k", lambda scores, k: seen.append(k) or adamss_top_k(scores, k)):
+        train(tuned, 12, total=20)
+    assert [int(m.awake.sum()) for m in modules] != [4] * 6 and sum(int(m.awake.sum()) for m in modules) == 9
+    assert seen == [method.budget(step, 20, 24) for step in (2, 4, 6, 8, 10, 12)] and seen[-1] == 9
+    before = [(m.a.detach().clone(), m.b.detach().clone()) for m in modules]
+    asleep = [~m.awake for m in modules]
+    train(tuned, 3, total=20, decay=0.5)
+    moved = 0
+    for module, (a, b), off in zip(modules, before, asleep, strict=True):
+        rows = off[module.group.long()]
+        assert torch.equal(module.a[off], a[off]) and torch.equal(module.b[rows], b[rows])
+        moved += int(not torch.equal(module.b, b))
+    assert moved
+
+
+def test_settings_by_which_groups_could_not_stop_are_refused() -> None:
+    with pytest.raises(ConfigError, match="24 of 24 groups"):
+        attach(tiny("bert"), "adamss", **SIZES, active=24)
+    with pytest.raises(ConfigError, match="below 1"):
+        attach(tiny("bert"), "adamss", **SIZES, active=3, warmup=0.6, settled=0.5)

@@ -68,6 +68,7 @@ class Method(AfterTraining, ABC):
         stored_width: bytes of a number that a saved tuning holds; 1 where they are bits, packed.
         peft: how a tuning of it stands in the files of the peft library, where both compute the same.
         modifies: it makes no edit of its own and changes the numbers of the methods beside it.
+        idle: its hooks that have nothing to do with these settings.
         looks_ahead: what it adds to a token depends on later tokens too; its page says what that means in generation.
 
         store: how the base is held where a run of it names nothing else, such as nf4: it is made for a base in codes.
@@ -100,6 +101,7 @@ class Method(AfterTraining, ABC):
     draws: ClassVar[bool] = False
     modifies: ClassVar[bool] = False
     looks_ahead: ClassVar[bool] = False
+    idle: ClassVar[tuple[str, ...]] = ()
     stored_width: ClassVar[int] = 4
     peft: ClassVar[PeftForm | None] = None
     store: ClassVar[str | None] = None

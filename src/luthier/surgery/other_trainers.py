@@ -86,7 +86,7 @@ def _refuse_half(tuned: Watched) -> None:
             asks = [
                 n
                 for n in ("before_step", "loss", "extra_loss", "on_step", "phases")
-                if getattr(cls, n) is not getattr(Method, n)
+                if getattr(cls, n) is not getattr(Method, n) and n not in part.idle
             ]
             every = getattr(part, part.looks_again, 0)
             asks += [f"prepare every {every} steps"] if every else []

@@ -73,7 +73,11 @@ class HooksCallback(TrainerCallback):  # type: ignore[misc]  # transformers tell
     def asks(self) -> tuple[str, ...]:
         """The hooks that the attached methods have."""
         hooks = ("before_step", "loss", "extra_loss", "after_backward", "on_step", "finish")
-        return tuple(h for h in hooks if any(getattr(type(p), h) is not getattr(Method, h) for p in self._parts))
+        return tuple(
+            h
+            for h in hooks
+            if any(getattr(type(p), h) is not getattr(Method, h) and h not in p.idle for p in self._parts)
+        )
 
     def groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Parameter groups with the methods' own rates (such as `b_rate` of lora), for an optimiser of your own.

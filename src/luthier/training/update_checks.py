@@ -43,7 +43,8 @@ def refuse_inexact(
     for tuning in tuned.tunings.values():
         for part in tuning.method.parts():
             for name, why in _WANTS.items():
-                asleep = name == "prepare" and not part.looks_at_data  # LoRA looks for some of its starts alone
+                # LoRA looks for some of its starts alone.
+                asleep = name in part.idle or (name == "prepare" and not part.looks_at_data)
                 if getattr(type(part), name) is not getattr(Method, name) and not asleep:
                     wrong.append(f"{part.name} {why}. {instead}")
     for one in strategies:

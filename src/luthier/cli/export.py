@@ -19,7 +19,9 @@ NEEDS_WORDS = True
 def command(
     run: Annotated[str, typer.Argument(help="The folder of a finished run.")],
     target: Annotated[str, typer.Argument(help="The folder to write; it must not exist.")],
-    to: Annotated[str, typer.Option(help="What to write: peft, merged, onnx, gguf, gguf-adapter or vllm.")] = "peft",
+    to: Annotated[
+        str, typer.Option(help="What to write: peft, merged, onnx, gguf, gguf-adapter, lycoris or vllm.")
+    ] = "peft",
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -47,6 +49,8 @@ def command(
     gguf      a decoder as one file for llama.cpp, the tuning in its weights
 
     gguf-adapter   the tuning alone as a LoRA for llama.cpp, of a method that is one
+
+    lycoris   the tuning alone, of lokr or loha, as a file of LyCORIS
 
     vllm      the tuning alone as a LoRA that vLLM loads; its limits are checked
 

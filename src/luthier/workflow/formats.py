@@ -91,12 +91,19 @@ def _vllm(run: Path, folder: Path, wanted: Wanted) -> Exported:
     return export_vllm(run, folder, rank=wanted.rank, accept=wanted.accept)
 
 
+def _lycoris(run: Path, folder: Path, wanted: Wanted) -> Exported:
+    from luthier.workflow.lycoris import export_lycoris
+
+    return export_lycoris(run, folder)
+
+
 FORMATS = {
     "peft": Format("the tuning alone, as the peft library reads it", _peft, ("rank",)),
     "merged": Format("a model folder of transformers, as luthier merge writes it", _merged, ("dtype",)),
     "onnx": Format("a classifier or an encoder as a graph for onnxruntime", _onnx),
     "gguf": Format("the merged model as one file for llama.cpp", _gguf, ("dtype",)),
     "gguf-adapter": Format("the tuning alone, as a LoRA for llama.cpp", _gguf_adapter, ("rank",)),
+    "lycoris": Format("the tuning alone, lokr or loha, as a file of LyCORIS", _lycoris),
     "vllm": Format("the tuning alone, as a LoRA for vLLM", _vllm, ("rank",)),
 }
 

@@ -21,7 +21,7 @@ from luthier.trust import config as trusted_config
 from luthier.trust import safetensors
 from luthier.workflow.load_model import find_model, quiet
 
-__all__ = ["Imported", "import_peft"]
+__all__ = ["Imported", "base_of", "import_peft"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CLASSES = {
@@ -110,6 +110,11 @@ def import_peft(adapter: Path | str, out: Path | str, *, model: str | None = Non
         )
     tuned.save(out)
     return Imported(out, method, str(named), gap, size, notes)
+
+
+def base_of(path: Path) -> Any:
+    """The base in fp32, as the class that its configuration names."""
+    return _base(path, {}, path)
 
 
 def _base(path: Path, facts: Mapping[str, Any], adapter: Path) -> Any:

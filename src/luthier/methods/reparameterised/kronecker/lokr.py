@@ -8,6 +8,7 @@ starts as the base model.
 
 Yeh et al. 2023, "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation",
 arXiv:2309.14859, section 4. The scale is alpha / rank always, as in peft; LyCORIS takes 1 where neither factor is thin.
+`luthier export --to lycoris` writes its files, `luthier import` reads them, with what lies between the two scales in C.
 
 Count: sum over sites of f f' + rank (d_out / f + d_in / f'), or their whole matrices where these are no thin products.
 Claims: high rank at a size below LoRA's; smooth between LoRA (factor 1) and KronA (large ranks).

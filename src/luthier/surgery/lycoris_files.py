@@ -74,7 +74,7 @@ def to_lycoris(tuned: Tuned, folder: Path | str, name: str | None = None) -> Pat
     if tuning.unfrozen:
         raise CannotMerge(f"{next(iter(tuning.unfrozen))}: a file of LyCORIS holds no head. Use --to peft.")
     places = {site.key: site for site in tuned.anatomy.all_sites}
-    held = {key: module for key, module in tuning.modules_by_key().items() if key in places}
+    held: dict[str, Any] = {key: module for key, module in tuning.modules_by_key().items() if key in places}
     sites = {key: plain_site(places[key], kind) for key in held}
     form.check_places(sites.values(), kind)
     tensors: dict[str, Tensor] = {}
@@ -101,7 +101,9 @@ def read_back(tuned: Tuned, path: Path) -> float:
     found, worst = _by_layer(path), 0.0
     places = {site.key: site for site in tuned.anatomy.all_sites}
     stems = _stems(found, tuned.anatomy.all_sites, path)
-    modules = {places[key].path: module for key, module in tuned.tuning().modules_by_key().items() if key in places}
+    modules: dict[str, Any] = {
+        places[key].path: module for key, module in tuned.tuning().modules_by_key().items() if key in places
+    }
     for stem, layer in stems.items():
         theirs = lycoris_update(found[stem])
         with torch.no_grad():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from little import little_data, little_model, little_spec
 
-from luthier.core import CannotMerge, ConfigError, UsageError
+from luthier.core import CannotMerge, ConfigError, DiskFull, UsageError
 from luthier.runs.spec import DataSpec, OptimSpec
 from luthier.workflow import onnx_export, train
 from luthier.workflow.certificate import certify_folder
@@ -102,6 +102,19 @@ def _scaled(by: float) -> Callable[[Any], None]:
 def _cut(folder: Path) -> None:
     file = folder / "model.onnx"
     file.write_bytes(file.read_bytes()[:-1000])
+
+
+def test_a_full_disk_is_told_as_that_and_leaves_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, before = torch.onnx.ONNXProgram.save, set(home.iterdir())
+
+    def half(program: Any, file: str, **options: Any) -> None:
+        whole(program, file, **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch.onnx.ONNXProgram, "save", half)
+    with pytest.raises(DiskFull, match=r"no space left while writing model\.onnx.*Free some space"):
+        export(home / "run", home / "full", to="onnx")
+    assert set(home.iterdir()) == before
 
 
 def test_weights_beyond_one_file_lie_beside_it_and_both_go_together(

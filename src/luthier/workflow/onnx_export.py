@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.__version__ import __version__
-from luthier.core import CannotMerge, ConfigError, IntegrityError, UsageError
+from luthier.core import CannotMerge, ConfigError, IntegrityError, LuthierError, UsageError
 from luthier.runs import durable
 from luthier.surgery import answerers, load
 from luthier.workflow.certificate import FILE as CERTIFICATE
@@ -57,6 +57,7 @@ def export_onnx(path: Path | str, folder: Path | str, *, accept: bool = False) -
     Raises:
         ConfigError: no such run, one that is not finished, the folder is there, or a task that writes text.
         UsageError: onnx, onnxscript or onnxruntime is not installed.
+        ResourceError: it cannot be written.
         CannotMerge: no weight can do what the method does, and the tracer cannot follow it.
         IntegrityError: onnxruntime computes something else.
     """
@@ -209,11 +210,16 @@ def _write(found: _Found, folder: Path, facts: dict[str, str]) -> float:
             )  # fmt: skip
             assert program is not None
             program.model.metadata_props.update(facts)
-            program.save(str(folder / GRAPH), external_data=large)
+            try:
+                program.save(str(folder / GRAPH), external_data=large)
+            except OSError as error:
+                raise durable.explain(error, folder.parent, f"writing {GRAPH}") from error
         session = session_of(folder)
         fixed = [i.name for i in session.get_inputs() if any(isinstance(n, int) for n in i.shape)]
         if fixed:
             raise RuntimeError(f"the sizes of {', '.join(fixed)} became fixed")
+    except LuthierError:
+        raise
     except Exception as error:  # the exporter's own are of many classes
         raise _cannot(found, error) from error
     gap = size = 0.0

@@ -15,6 +15,7 @@ import luthier
 from luthier.cli._main import verbs
 from luthier.cli._shelf import SHELF, as_markdown, shares
 from luthier.core import LuthierError, errors
+from luthier.training import STRATEGIES
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "luthier"
@@ -231,6 +232,12 @@ def test_a_verb_teaches_and_is_one_file(verb: str) -> None:
 
 
 # --- sizes
+
+
+def test_the_median_file_of_a_strategy_has_at_most_80_lines() -> None:
+    files = {STRATEGIES.card(name).path for name in STRATEGIES.ours()}
+    lines = [len(Path(path).read_text(encoding="utf-8").splitlines()) for path in files]
+    assert statistics.median(lines) <= 80, "what is no paper, or is two strategies', belongs into training or data"
 
 
 def test_no_class_does_everything() -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from luthier.core import DataError, key
 
-__all__ = ["ChosenOrder", "Order", "shuffled"]
+__all__ = ["ChosenOrder", "Order", "again_and_again", "shuffled"]
 
 MEGA_STEPS = 50
 """Rows are sorted by length inside groups of this many steps: little padding, and the order stays random enough."""
@@ -27,6 +27,12 @@ def shuffled(n: int, *name: int | str) -> NDArray[np.int64]:
     """
     words = np.random.Philox(key(*name)).random_raw(n)
     return np.argsort(words, kind="stable").astype(np.int64)
+
+
+def again_and_again(rows: NDArray[np.int64], count: int, *name: int | str) -> NDArray[np.int64]:
+    """So many of `rows`: all of them, shuffled, then all of them shuffled anew, as often as it takes."""
+    rounds = range(max(1, -(-count // len(rows))))
+    return np.concatenate([rows[shuffled(len(rows), *name, k)] for k in rounds])[:count]
 
 
 class Order:

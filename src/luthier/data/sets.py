@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from luthier.core import ConfigError, DataError
 from luthier.data.columns import Columns, find_columns, is_blank, label_name
 from luthier.data.examples import Examples
-from luthier.data.order import ChosenOrder, Order, shuffled
+from luthier.data.order import ChosenOrder, Order, again_and_again, shuffled
 from luthier.data.rows import Row, Table, load_rows
 from luthier.data.tasks import Task
 from luthier.runs.spec import DataSpec
@@ -90,9 +90,8 @@ def equal_shares(usual: Order, sets: Sets, stream: str) -> Order:
     def laid_out(epoch: int) -> NDArray[np.int64]:
         parts = []
         for number, rows in enumerate(map(sets.rows, sets.names)):
-            rounds = range(-(-steps * each // len(rows)))
-            mixed = [rows[shuffled(len(rows), usual.seed, stream, number, epoch, k)] for k in rounds]
-            parts.append(np.concatenate(mixed)[: steps * each].reshape(steps, each))
+            drawn = again_and_again(rows, steps * each, usual.seed, stream, number, epoch)
+            parts.append(drawn.reshape(steps, each))
         return np.concatenate(parts, axis=1)  # (steps, sets * each)
 
     return ChosenOrder(usual, lambda epoch, step: np.unique(laid_out(epoch)[step]), steps)

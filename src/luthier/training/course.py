@@ -20,7 +20,7 @@ from luthier.data.examples import Examples
 from luthier.data.sets import TRAIN, Sets
 from luthier.data.tasks import Task
 from luthier.runs.journal import Journal
-from luthier.surgery import Tuned
+from luthier.surgery import Tuned, is_head
 from luthier.surgery.embedded import changed_embeddings
 from luthier.training.answers import standing_still
 from luthier.training.feed import Feed
@@ -219,9 +219,14 @@ class Course:
         """The learning rate of a trained tensor in this step's update; known in `after_step`."""
         return self.optimiser.rate_of(name, self.progress.share)
 
-    def weights(self) -> Mapping[str, Tensor]:
-        """Trained tensors by name, those that are frozen for this step included; no strategy's own numbers."""
-        return {n: p for n, p in self.optimiser.named.items() if n not in self.optimiser.joined}
+    def weights(self, *, head: bool = True) -> Mapping[str, Tensor]:
+        """Trained tensors by name, those that are frozen for this step included; no strategy's own numbers.
+
+        Args:
+            head: those of a new task head too, which has no past.
+        """
+        named, joined = self.optimiser.named, self.optimiser.joined
+        return {n: p for n, p in named.items() if n not in joined and (head or not is_head(n))}
 
     @contextmanager
     def holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:

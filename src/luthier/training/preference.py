@@ -26,15 +26,15 @@ class Weighing(Strategy):
 
 
 class Preference(Weighing):
-    """A loss of pairs, from the log-probabilities of both answers."""
+    """A loss of pairs, from the log-probabilities of both answers.
+
+    Class fact:
+        reference: the base is asked about both answers too.
+    """
 
     learns: ClassVar[str] = "preference"
     tiny_kind: ClassVar[str] = "llama-pairs"
-
-    @property
-    def reference(self) -> bool:
-        """Whether the base is asked about both answers."""
-        return False
+    reference: ClassVar[bool] = False
 
     @abstractmethod
     def losses(self, chosen: Answer, rejected: Answer, marks: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from luthier.core import DataError, above
 from luthier.data.tasks import Task
-from luthier.surgery import Method, is_head
+from luthier.surgery import Method
 from luthier.training.course import Course, Piece
 from luthier.training.strategy import STRATEGIES, Strategy, fills
 
@@ -55,7 +55,7 @@ class RetrieverKL(Strategy):
         return None
 
     def trains(self, course: Course) -> Collection[str]:
-        return [name for name in course.weights() if not is_head(name)]
+        return course.weights(head=False)
 
     def start(self, course: Course) -> None:
         table = course.examples().ledger.table

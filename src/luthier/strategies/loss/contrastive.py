@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luthier.data.tasks import Task
-from luthier.surgery import Method, is_head
+from luthier.surgery import Method
 from luthier.training.course import Course, Piece
 from luthier.training.rows_of_a_step import by_rows, with_all_rows
 from luthier.training.strategy import STRATEGIES, Strategy, fills
@@ -49,7 +49,7 @@ class Contrastive(Strategy):
         return None
 
     def trains(self, course: Course) -> Collection[str]:
-        return [name for name in course.weights() if not is_head(name)]
+        return course.weights(head=False)
 
     def loss(self, course: Course, piece: Piece, forward: Callable[[], Any]) -> Any:
         with course.states() as seen:

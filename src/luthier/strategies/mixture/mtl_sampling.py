@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.core import above, at_least
-from luthier.data.order import ChosenOrder, Order, shuffled
+from luthier.data.order import ChosenOrder, Order, again_and_again, shuffled
 from luthier.data.sets import Sets
 from luthier.runs.spec import RunSpec
 from luthier.training.strategy import STRATEGIES, Strategy
@@ -55,7 +55,7 @@ class MTLSampling(Strategy):
             shares = self.shares([len(r) for r in rows], power)
             units, size = (steps, usual.size) if self.single else (steps * usual.size, 1)
             parts = [
-                _repeated(one, count * size, spec.seed, number, epoch).reshape(count, size)
+                again_and_again(one, count * size, "set", spec.seed, number, epoch).reshape(count, size)
                 for number, (one, count) in enumerate(zip(rows, whole_counts(shares, units), strict=True))
             ]
             every = np.concatenate(parts)  # (units, size)
@@ -77,8 +77,3 @@ def whole_counts(shares: NDArray[np.float64], total: int) -> list[int]:
         counts[int(counts.argmax())] -= 1
         counts[empty] = 1
     return [int(n) for n in counts]
-
-
-def _repeated(rows: NDArray[np.int64], count: int, *name: int | str) -> NDArray[np.int64]:
-    rounds = -(-count // len(rows))
-    return np.concatenate([rows[shuffled(len(rows), "set", *name, k)] for k in range(max(1, rounds))])[:count]

@@ -42,6 +42,7 @@ class DPO(Preference):
     """Direct preference optimisation."""
 
     example: ClassVar[str] = "sample:smollm2-135m --data PAIRS.jsonl"
+    reference: ClassVar[bool] = True
     extra_forwards: ClassVar[float] = 1.0
     tiny: ClassVar[dict[str, Any]] = {"beta": 0.5}
 
@@ -51,10 +52,6 @@ class DPO(Preference):
     )
     noise: Annotated[float, "with robust, share of the pairs that are the wrong way round", between(0, 0.49)] = 0.0
     stored: Annotated[bool, "ask the base about all rows once, before step 1, in place of every step"] = False
-
-    @property
-    def reference(self) -> bool:
-        return True
 
     def check(self, spec: RunSpec) -> None:
         if (self.noise > 0) != (self.form == "robust"):

@@ -49,8 +49,7 @@ class L2SP(Strategy):
             )
 
     def start(self, course: Course) -> None:
-        kept = {n: p.detach().clone() for n, p in course.weights().items() if not is_head(n)}
-        course.memory.tensors.update(kept)
+        course.memory.tensors.update({n: p.detach().clone() for n, p in course.weights(head=False).items()})
 
     def penalty(self, course: Course) -> None:
         if self.form != "coupled":

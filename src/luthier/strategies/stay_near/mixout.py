@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from luthier.core import between
-from luthier.surgery import is_head
 from luthier.training.course import Course, Piece
 from luthier.training.strategy import STRATEGIES, Strategy
 
@@ -43,7 +42,8 @@ class Mixout(Strategy):
     masks: Annotated[Literal["pass", "step"], "drawn for each pass, or once for a step"] = "pass"
 
     def start(self, course: Course) -> None:
-        course.memory.tensors.update({n: p.detach().clone() for n, p in course.weights().items() if _mixes(n, p)})
+        matrices = {n: p for n, p in course.weights(head=False).items() if p.dim() > 1}
+        course.memory.tensors.update({n: p.detach().clone() for n, p in matrices.items()})
 
     def passes(self, course: Course, piece: Piece, loss: Callable[[], Tensor]) -> Iterator[Tensor]:
         if not self.p:
@@ -78,7 +78,3 @@ class Mixout(Strategy):
         stream = ("mask", name, index) if index and self.masks == "pass" else ("mask", name)
         drawn = torch.rand(weight.shape, generator=course.generator(*stream))
         return (drawn >= self.p).to(weight)
-
-
-def _mixes(name: str, weight: Tensor) -> bool:
-    return weight.dim() > 1 and not is_head(name)

@@ -24,7 +24,6 @@ import torch
 
 from luthier.core import ConfigError, above, at_least
 from luthier.runs.spec import RunSpec
-from luthier.surgery import is_head
 from luthier.training.course import Course
 from luthier.training.strategy import STRATEGIES, Strategy
 
@@ -56,20 +55,20 @@ class RecAdam(Strategy):
             )
 
     def start(self, course: Course) -> None:
-        for name in self._pulled(course):
+        for name, weight in course.weights(head=False).items():
             self._refuse_leaps(course.optimiser.rate_of(name, 1.0))
-            course.memory.tensors[name] = course.weights()[name].detach().clone()
+            course.memory.tensors[name] = weight.detach().clone()
 
     def before_step(self, course: Course) -> None:
-        for name in self._pulled(course):
-            course.memory.tensors[f"before {name}"] = course.weights()[name].detach().clone()
+        for name, weight in course.weights(head=False).items():
+            course.memory.tensors[f"before {name}"] = weight.detach().clone()
 
     @torch.no_grad()
     def after_step(self, course: Course) -> None:
         learns = self.share(course.step)
         course.note("learns", learns)
-        for name in self._pulled(course):
-            weight, before = course.weights()[name], course.memory.tensors.pop(f"before {name}")
+        for name, weight in course.weights(head=False).items():
+            before = course.memory.tensors.pop(f"before {name}")
             if not weight.requires_grad:
                 continue  # it rests in this step
             weight.copy_(torch.lerp(before, weight, learns))
@@ -79,6 +78,3 @@ class RecAdam(Strategy):
     def share(self, step: int) -> float:
         """How much of the step learns."""
         return 1 / (1 + math.exp(min(700.0, -self.k * (step - self.t0))))
-
-    def _pulled(self, course: Course) -> list[str]:
-        return [name for name in course.weights() if not is_head(name)]

@@ -105,7 +105,9 @@ def strategy_page(name: str) -> str:
     lines = [f"# {name}", "", f"**{_text(' '.join(prose[0].split()))}**", "", '<div class="equations">']
     lines += [*(equations.mathml(block) for block in equations.blocks(card.page)), "</div>", ""]
     option = f"`luthier {'ask' if asks else 'train'} MODEL --data FILE --strategy {name}`"
-    seen = [line for sentence in measured().get(name, []) for line in (f"**Measured.** {_text(sentence)}", "")]
+    seen = [
+        line for sentence in measured("strategies").get(name, []) for line in (f"**Measured.** {_text(sentence)}", "")
+    ]
     return "\n".join([*lines, *seen, *_rest(card, prose, parts, option)])
 
 

@@ -11,7 +11,8 @@ from luthier.surgery import attach, compose, method
 
 
 def tuned_on(arch="bert", **settings):
-    tuned = attach(tiny(arch, "classification"), "answer_turns", **{"turns": 4, **settings})
+    model = tiny(arch, "classification", num_labels=5)
+    tuned = attach(model, "answer_turns", **{"turns": 4, **settings})
     stir(tuned)
     tuned.model.eval()
     (turns,) = tuned.modules(Turns).values()
@@ -86,6 +87,10 @@ def test_what_it_cannot_answer_is_refused():
     tuned = attach(tiny("bert", "tokens"), "answer_turns")
     with pytest.raises(ModelError, match="once for each text"):
         logits(tuned.model)
+    with pytest.raises(ConfigError, match=r"labels: 2, 2 are 4 labels, and the head has 5"):
+        tuned_on(labels=(2, 2))
+    with pytest.raises(ConfigError, match=r"labels is \[2, 2\], and the tasks of the rows have \[3, 1\]"):
+        compose.for_labels(method("answer_turns", {"labels": (2, 2)}), [3, 1])
     with pytest.raises(ConfigError, match="turns"):
         method("answer_turns", {"turns": 0})
     assert tuned.anatomy.head_tensors

@@ -231,8 +231,19 @@ def for_template(method: Method, words: Sequence[int], n_soft: int, first: int) 
 
 
 def for_labels(method: Method, counts: Sequence[int]) -> Method:
-    """`method` for a run in which each task has labels of its own, so many, which stand in this order among all."""
+    """`method` for a run in which each task has labels of its own, so many, which stand in this order among all.
+
+    Raises:
+        ConfigError: the setting was given, and says otherwise.
+    """
     told = tuple(counts)
+    for part in method.parts():
+        own = getattr(part, part.counts_labels, ()) if part.counts_labels else ()
+        if own and own != told:
+            raise ConfigError(
+                f"{part.name}.{part.counts_labels} is {list(own)}, and the tasks of the rows have {list(told)} labels. "
+                "Leave it out: the data say."
+            )
     members = tuple(_changed(p, **({p.counts_labels: told} if p.counts_labels else {})) for p in method.parts())
     return replace(method, members=members) if isinstance(method, Combined) else members[0]
 

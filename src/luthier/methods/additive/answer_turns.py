@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy, Site
-from luthier.core import AnatomyError, ModelError, at_least, between
+from luthier.core import AnatomyError, ConfigError, ModelError, at_least, between
 from luthier.surgery import METHODS, Attach, Attachment, Edit, Method
 from luthier.surgery.prompts import with_vectors
 
@@ -58,6 +58,11 @@ class AnswerTurns(Method):
 
     def edits(self, anatomy: Anatomy) -> Iterable[Edit]:
         heard, head = self._sites(anatomy)
+        if self.labels and sum(self.labels) != head.d_out:
+            raise ConfigError(
+                f"answer_turns.labels: {', '.join(map(str, self.labels))} are {sum(self.labels)} labels, and the head "
+                f"has {head.d_out}. Leave it out: the rows say, where each task has labels of its own (mt_dnn)."
+            )
         text = Text(heard.stack)
         yield Attach(heard, lambda base: Heard(text))
         yield Attach(head, lambda base: Turns(self, text, heard.d_out, head.d_in))

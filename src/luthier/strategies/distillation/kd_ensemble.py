@@ -21,7 +21,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
-from luthier.core import ConfigError, above, between
+from luthier.core import ConfigError, above, at_least, between
 from luthier.data.tasks import Task
 from luthier.runs.spec import RunSpec
 from luthier.training.course import Course, Piece
@@ -39,7 +39,7 @@ class KDEnsemble(Strategy):
     roles: ClassVar[tuple[str, ...]] = ("teachers",)
 
     teachers: Annotated[str, "the models to learn from, parted by commas: finished runs"] = ""
-    weights: Annotated[tuple[float, ...] | None, "what each teacher counts; left out, all alike"] = None
+    weights: Annotated[tuple[float, ...] | None, "what each teacher counts; left out, all alike", at_least(0)] = None
     alpha: Annotated[float, "share of the teachers in the loss; the rest is the labels'", between(0, 1)] = 1.0
     temperature: Annotated[float, "divides the logits of both sides before they are compared", above(0)] = 2.0
 
@@ -51,8 +51,8 @@ class KDEnsemble(Strategy):
         n = len(self.models())
         if n == 0:
             raise ConfigError("kd_ensemble.teachers: no teacher is named. Give finished runs: 'runs/one,runs/two'.")
-        if self.weights is not None and (len(self.weights) != n or min(self.weights) < 0 or sum(self.weights) <= 0):
-            raise ConfigError(f"kd_ensemble.weights: give {n} numbers, one for each teacher, none below 0, not all 0.")
+        if self.weights is not None and (len(self.weights) != n or not 0 < sum(self.weights) < float("inf")):
+            raise ConfigError(f"kd_ensemble.weights: give {n} numbers, one for each teacher, not all 0, none endless.")
 
     def suits(self, task: Task) -> str | None:
         return "it averages answers to whole rows. Use kd_logits." if task.name != "classification" else None

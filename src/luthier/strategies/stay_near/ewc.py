@@ -12,7 +12,7 @@ Neutral: weight = 0.
 Cost: one forward and backward pass for each of `rows` old rows before step 1; two copies of what trains. A step of
 minilm-l6 with all weights training took 1.18 of a plain one's processor time beside other work (the median of three
 rounds), more than the 1.05 that were aimed at: python -m benchmarks --processor --only strategies --case
-strategies-full.
+strategies-full. That was with smaller pieces of the tables; five of them are read or written, see l2_sp.
 Claims: two tasks are learnt one after the other with little forgotten.
 Pitfalls: start from the model that has learnt the old rows (`luthier merge`): at a fresh head or a LoRA whose B is
 zero, F is of numbers that knew nothing, and zero where nothing depends on them. `weight` needs a search, usually from

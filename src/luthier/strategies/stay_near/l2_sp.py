@@ -11,7 +11,7 @@ Neutral: alpha = 0, beta = 0.
 Cost: a copy of what trains, and a pass over it, the weights and the gradients. A step of minilm-l6 with all weights
 training took 1.12 of a plain one's processor time beside other work (the median of three rounds), more than the 1.05
 that were aimed at: python -m benchmarks --processor --only strategies --case strategies-full. That was with pieces of
-half a megabyte, now two; the pass reads or writes four tables where AdamW's update takes seven, so 1.05 is out of reach.
+half a megabyte, now two. The pass reads or writes four tables of the model's size, AdamW's update seven.
 Claims: better transfer than decay to zero in image recognition with little data; its weights were quoted as alpha = .1
 and beta = .01 there. For texts search alpha between .001 and 1.
 Pitfalls: under AdamW the coupled form is rescaled with the gradient, tensor by tensor; "decoupled" is not. Weight decay

@@ -126,6 +126,8 @@ def calls() -> list[tuple[str, Any, str, str, str]]:
         ("field", lambda: spec(epoch=1), "'epoch'", "RunSpec", "'epochs'"),
         ("lr", lambda: OptimSpec(lr=-1), "-1", "lr", "above 0"),
         ("nan", lambda: OptimSpec(lr=float("nan")), "nan", "lr", "must be a number"),
+        ("inf", lambda: OptimSpec(lr=float("inf")), "inf", "lr", "finite"),
+        ("alpha", lambda: lora(alpha=float("inf")), "inf", "lora.alpha", "finite"),
         ("optimiser", lambda: OptimSpec(name="adam"), "'adam'", "name", "'adamw'"),  # type: ignore[arg-type]
         ("betas", lambda: OptimSpec(betas=(0.9,)), "(0.9,)", "betas", "a list of"),  # type: ignore[arg-type]
         ("size", lambda: BatchSpec(size=0), "0", "size", "at least 1"),

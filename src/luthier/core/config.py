@@ -11,6 +11,7 @@ that is wrong at once; `plain` is its inverse. The constructor of a class that i
 import dataclasses
 import functools
 import json
+import math
 import numbers
 import os
 import types
@@ -204,8 +205,8 @@ def _ready(cls: type, values: Mapping[str, Any], label: str) -> dict[str, Any]:
             numbers = ready[name] if isinstance(ready[name], tuple) else getattr(ready[name], "numbers", (ready[name],))
             for number in numbers:
                 if limit is not None and isinstance(number, int | float) and not isinstance(number, bool):
-                    if number != number:
-                        raise ConfigError(f"{label}.{name}: got nan; it must be a number.")
+                    if isinstance(number, float) and not math.isfinite(number):
+                        raise ConfigError(f"{label}.{name}: got {number}; it must be a number that is finite.")
                     if complaint := limit.complaint(number):
                         raise ConfigError(f"{label}.{name}: {complaint}, got {number!r} ({facts[name].meaning}).")
         except ConfigError as error:

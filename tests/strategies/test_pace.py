@@ -230,9 +230,9 @@ def test_states_are_not_kept_where_something_else_would_change_them(runs):
     assert "read otherwise each time" in Prefix(loop.tuned, batches, 1).why_not
 
 
-def _prefix(runs, depth=1, method="full"):
+def _prefix(runs, depth=1, arch="bert-dry"):
     """With nothing below that trains."""
-    loop = runs.loop("adaptive_freeze", method, "bert-dry", trunk_dropout="off")
+    loop = runs.loop("adaptive_freeze", "full", arch, trunk_dropout="off")
     for parameter in loop.tuned.model.parameters():
         parameter.requires_grad_(False)
     loop.set_mode(training=False)
@@ -277,6 +277,18 @@ def test_every_group_is_tried_on_two_rows_and_without_logits(runs, monkeypatch):
             pass
         assert rows[0] == len(batch.rows) and max(rows[1:]) <= 2 and len(rows) > 1, "each group, on two of its rows"
     assert not heads and not prefix.unlike.any()
+
+
+def test_a_language_models_padded_rows_are_kept_too(runs):
+    loop, prefix = _prefix(runs, arch="llama")
+    examples = prefix.batches.examples
+    batch = prefix.batches.collator(examples, examples.lengths.argsort()[[0, -1]])
+    real = batch.inputs["attention_mask"].bool()
+    prefix._keep(batch)
+    assert not real.all() and not prefix.unlike.any() and not prefix.why_not
+    live = loop.tuned.model(**batch.inputs).logits[real]
+    with prefix._given(prefix._laid_out(batch)):
+        assert torch.equal(loop.tuned.model(**batch.inputs).logits[real], live)
 
 
 def test_a_trunk_that_also_gives_what_is_passed_over_is_read_whole(runs):

@@ -20,8 +20,8 @@ Use it when: several tunings of one base are to be added up. Use scope=layer whe
 Not when: one task is all there is: `lora` can leave its tangent space, and costs less than scope=model.
 Pitfalls: sums of tunings make sense from one start only: give all of them the same seed. scope=model carries a
 derivative beside every state, with torch's plain attention and without activation checkpointing: about twice the time
-and memory of a pass; it has no form in the weights nor in peft's files, stands beside no other method, and takes one
-text, so no encoder-decoder.
+of a step, of which `luthier plan` counts little; it has no form in the weights nor in peft's files, stands beside no
+other method, and takes one text, so no encoder-decoder.
 """
 
 from luthier.surgery import METHODS

@@ -156,6 +156,8 @@ def as_markdown(card: Card) -> str:
         f"Peak learning rate where none is given: {known['default_lr']:g}",
         "",
     ]
+    for sentence in known["measured"]:
+        lines += [f"Measured: {sentence} [All methods](../methods-table.md)", ""]
     if card.settings:
         lines += ["| setting | type | default | meaning |", "| --- | --- | --- | --- |"]
         lines += [

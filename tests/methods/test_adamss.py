@@ -1,5 +1,6 @@
 """AdaMSS: what peft computes of the same numbers, its groups, and that they are kept."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -7,16 +8,20 @@ from unittest.mock import patch
 import peft
 import pytest
 import torch
+from little import little_spec
 from methods.checks import attach_double, counted, logits, stir, train
 from tiny import inputs, tiny
 from torch.testing import assert_close
 
 from luthier import kernels
+from luthier import train as run
 from luthier.core import CannotMerge, ConfigError
 from luthier.methods.parts.masks import top_k as adamss_top_k
 from luthier.methods.reparameterised.subspace import adamss
 from luthier.methods.reparameterised.subspace.adamss import Grouped, grouped, leading
 from luthier.surgery import attach, load, to_peft
+from luthier.workflow import resume
+from luthier.workflow.resume_proof import run_digests
 
 SIZES = {"directions": 12, "subspaces": 4, "rank": 3}
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft speaks of many things
@@ -203,6 +208,16 @@ def test_exactly_so_many_groups_go_on_and_the_others_stay_where_they_are() -> No
         assert torch.equal(module.a[off], a[off]) and torch.equal(module.b[rows], b[rows])
         moved += int(not torch.equal(module.b, b))
     assert moved
+
+
+@pytest.mark.parametrize("stop", [3, 5])
+def test_a_run_stopped_between_or_after_choices_goes_on_to_the_bit(tmp_path: Path, stop: int) -> None:
+    sizes = {"directions": 12, "subspaces": 3, "rank": 2, "active": 3, "warmup": 0.1, "settled": 0.4, "every": 2}
+    spec = replace(little_spec(tmp_path, "lora"), method="adamss", settings=sizes, steps=8)
+    run(replace(spec, out=str(tmp_path / "whole")))
+    run(replace(spec, out=str(tmp_path / "cut")), stop_at=stop)
+    resume(tmp_path / "cut")
+    assert run_digests(tmp_path / "cut") == run_digests(tmp_path / "whole")
 
 
 def test_settings_by_which_groups_could_not_stop_are_refused() -> None:

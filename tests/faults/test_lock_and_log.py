@@ -6,12 +6,14 @@ import shutil
 import signal
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from luthier import DataSpec, RunSpec, train
 from luthier.core import ConfigError, Locked, ResourceError
 from luthier.runs import Journal, RunFolder, durable, lock, store
 from luthier.runs.lock import _ticks, holder_is_dead, myself
@@ -268,6 +270,19 @@ def test_creating_over_something_else_is_refused(tmp_path: Path) -> None:
 def test_f10_a_folder_that_cannot_be_made_is_refused_before_any_work() -> None:
     with pytest.raises(ResourceError, match="/proc/nobody-can-write-here"):
         RunFolder.create("/proc/nobody-can-write-here/run", {})
+
+
+def test_a_place_where_no_folder_can_be_made_is_refused_before_rows_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    rows = DataSpec(source=str(tmp_path / "no-such-rows.csv"))
+    spec = RunSpec(model=str(tmp_path), data=rows, out=str(tmp_path / "thesis.txt" / "runs" / "x"))
+    with pytest.raises(ResourceError, match=r"thesis\.txt is a file, and no folder can stand in it"):
+        train(spec)
+    monkeypatch.setattr(store.os, "access", lambda *asked: False)
+    with pytest.raises(ResourceError, match=f"this user may not write to {tmp_path}, "):
+        train(replace(spec, out=str(tmp_path / "runs" / "x")))
 
 
 def test_opening_what_is_no_run_says_so(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ scores.json, record.json    written at the end
 
 import errno
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +31,7 @@ from luthier.runs.journal import Journal
 from luthier.runs.lock import Lock
 from luthier.runs.versions import Migration, migrate
 
-__all__ = ["RUN_VERSION", "RunFolder"]
+__all__ = ["RUN_VERSION", "RunFolder", "refuse_place"]
 
 RUN_VERSION = 1
 RUN_MIGRATIONS: dict[int, Migration] = {}
@@ -310,6 +311,23 @@ class RunFolder:
     def _must_hold_lock(self) -> None:
         if not self.lock.held:
             raise ResourceError(f"{self.path}: opened for reading; use RunFolder.open(path, write=True) to write.")
+
+
+def refuse_place(path: Path) -> None:
+    """Refuse a folder that a new run cannot have, before anything is read for it.
+
+    Raises:
+        ConfigError: it holds something already, or is a file.
+        ResourceError: it cannot be made where it is to be.
+    """
+    _refuse_occupied(path)
+    there = next((parent for parent in path.absolute().parents if parent.exists()), path.absolute())
+    if not there.is_dir():
+        raise ResourceError(f"{path}: {there} is a file, and no folder can stand in it. Choose another --out.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ResourceError(
+            f"{path}: this user may not write to {there}, or its disk is read-only. Choose another --out."
+        )
 
 
 def _refuse_occupied(path: Path) -> None:

@@ -24,6 +24,7 @@ from luthier.data.problems import problems_csv, problems_said
 from luthier.runs import RunFolder, bytes_of, differences, durable, environment, load_newest, preflight
 from luthier.runs.spec import RunSpec
 from luthier.runs.spec_changes import SAME_BITS, changes
+from luthier.runs.store import refuse_place
 from luthier.training.allocator import keeping_freed
 from luthier.training.loop import Listener, Loop
 from luthier.training.recipe import refuse_recipe
@@ -77,8 +78,8 @@ def train_run(
     """
     path = Path(spec.out) if spec.out is not None else default_out(spec)
     if prepared is None:
-        # Seen before the data are read: an occupied folder would be refused anyway, minutes later.
-        _refuse_occupied(path)
+        # Seen before the data are read: such a folder would be refused anyway, minutes later.
+        refuse_place(path.absolute())
         prepared = prepare(spec, listener.say)
     started = time.monotonic()
     refuse_what_cannot_fit(prepared)
@@ -186,12 +187,6 @@ def _create(path: Path, prepared: Prepared) -> RunFolder:
             if spec.out is not None or not path.exists():
                 raise
             path = default_out(spec)
-
-
-def _refuse_occupied(path: Path) -> None:
-    from luthier.runs import store
-
-    store._refuse_occupied(path.absolute())
 
 
 # --- chapters ---------------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ class FirstOrder:
         if torch.is_grad_enabled() and stack.training and _checkpoints(stack):
             raise ModelError(
                 "activation checkpointing computes blocks again when no derivatives go along any more. A tuning to "
-                "first order trains without it: leave --checkpointing out, or take smaller batches."
+                "first order trains without it: leave gradient_checkpointing out, or take smaller batches."
             )
         given = dict(zip(self._names, args, strict=False)) | kwargs
         with ExitStack() as opened:

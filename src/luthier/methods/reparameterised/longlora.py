@@ -23,10 +23,10 @@ the backward pass; at their highest two steps add 134, 239, 432 and 766 MiB to t
 attention keeps 69, 130 and 275 up to 4,096 tokens, and adds 113, 184 and 348. Both are linear: no kernel holds all
 scores, and groups need no mask unless a pad stands before a text. So groups save work, not memory. In evaluation, at
 4,096 tokens in fp32, the model is the base to the bit.
-The whole of SmolLM2-135M, trained at 2,048 tokens, in bf16, one thread: `python -m experiments.long_texts --whole
---lengths 1024,2048,4096,8192 --group 512 --checkpointing --only longlora`, two steps of one text each. A step takes
-8.2, 15.3, 31.3 and 65.3 processor seconds at 1,024, 2,048, 4,096 and 8,192 tokens, its blocks computed twice; it adds
-301, 545, 999 and 1,435 MiB, and the process comes to 1,888, 2,653, 4,180 and 6,915 MiB at its highest. An evaluation
+The whole of SmolLM2-135M, trained at 2,048 tokens, in bf16, one thread, two steps of one text each:
+`python -m experiments.long_texts --whole --lengths 1024,2048,4096,8192 --group 512 --checkpointing --only longlora`.
+A step takes 8.2, 15.3, 31.3 and 65.3 processor seconds at 1,024, 2,048, 4,096 and 8,192 tokens, its blocks computed
+twice; it adds 301, 545, 999 and 1,435 MiB, and the process comes to 1,888, 2,653, 4,180 and 6,915 MiB at its highest. An evaluation
 with the model's own attention, which is quadratic, takes 3.3, 7.5, 19.1 and 47.2. On a held-out text of that length it
 gives 2.468, 2.232, 1.976 and 1.752 nats a token before the two steps and 2.419, 2.192, 1.940 and 1.747 after them:
 finite and lower, but two steps of one seed show that it trains, not how well.

@@ -27,7 +27,7 @@ The whole of SmolLM2-135M, trained at 2,048 tokens, in bf16, one thread, two ste
 `python -m experiments.long_texts --whole --lengths 1024,2048,4096,8192 --group 512 --checkpointing --only longlora`.
 A step takes 8.2, 15.3, 31.3 and 65.3 processor seconds at 1,024, 2,048, 4,096 and 8,192 tokens, its blocks computed
 twice; it adds 301, 545, 999 and 1,435 MiB, and the process comes to 1,888, 2,653, 4,180 and 6,915 MiB at its highest.
-An evaluation with the model's own attention, which is quadratic, takes 3.3, 7.5, 19.1 and 47.2. On a held-out text of that
+Evaluation with the quadratic attention of the model takes 3.3, 7.5, 19.1 and 47.2. On a held-out text of that
 length it gives 2.468, 2.232, 1.976 and 1.752 nats a token before the two steps and 2.419, 2.192, 1.940 and 1.747 after
 them: finite and lower, but two steps of one seed show that it trains, not how well.
 Pitfalls: saves nothing after training; the attention's own dropout is not drawn in groups; models with sliding

@@ -13,6 +13,13 @@ SETTINGS: dict[str, dict[str, object]] = {
     "trainable_tokens": {"tokens": [46, 9, 80]},
 }
 """What a method needs to be given, or what peft can hold of it; both sides get it."""
+OF_A_MODEL: dict[tuple[str, str], dict[str, object]] = {
+    ("decoder", "c3a"): {"block": 96},  # 128 does not divide its 576
+    ("decoder", "vblora"): {"length": 96},
+    # A thousand choices compared after the last step are no step.
+    ("decoder", "glora"): {"population": 2, "parents": 2, "generations": 0},
+    ("decoder", "cpt"): {"words": [5, 9, 17, 30, 6, 11, 23, 31], "types": [1, 2, 3, 4, 5, 6, 7, 8]},
+}
 OF_TASKS = ("mpt", "poly")
 """Their rows name a task, which the rows here do not."""
 NOT_HERE = {
@@ -55,4 +62,5 @@ def _both(model: str, work: dict[str, object]) -> tuple[Contestant, ...]:
 
 
 def _given(one: Contestant, name: str) -> Contestant:
-    return replace(one, arguments={**one.arguments, "method": name, "settings": SETTINGS.get(name, {})})
+    settings = SETTINGS.get(name, {}) | OF_A_MODEL.get((one.function, name), {})
+    return replace(one, arguments={**one.arguments, "method": name, "settings": settings})

@@ -46,8 +46,8 @@ def planted(path: Path, n_sets: int) -> Path:
 def test_a_part_of_the_results_is_a_table_and_says_what_is_missing(tmp_path: Path, n_sets: int) -> None:
     write(planted(tmp_path / "results.jsonl", n_sets), tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
-    assert f"{15 * n_sets} of 270 runs are finished" in text
-    assert f"about {(270 - 15 * n_sets) * 36 / 3600:.1f} hours" in text
+    assert f"{15 * n_sets} of 210 runs are finished" in text
+    assert f"about {(210 - 15 * n_sets) * 36 / 3600:.1f} hours" in text
     of_all = text.partition("## Mean over the sets")[2].partition("##")[0]
     assert ("| minilm-l3 | 0.600 | 0.600" in of_all) == (n_sets == 6)
     assert "| minilm-l3 | 0.600" in text and "| mpnet-base | - |" in text
@@ -105,7 +105,7 @@ def test_what_was_refused_is_said_and_is_no_result(tmp_path: Path) -> None:
         file.write(json.dumps(refused) + "\n")
     write(path, tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
-    assert "mpnet-base, trec6, full, seed 0: ResourceError: none" in text and "15 of 270" in text
+    assert "mpnet-base, trec6, full, seed 0: ResourceError: none" in text and "15 of 210" in text
 
 
 def test_a_run_that_breaks_is_a_line_and_one_that_is_interrupted_ends_all(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Does the size of the model or the size of the tuning decide: three encoders, five ways, six sets, three seeds.
+"""Does the size of the model or the size of the tuning decide: three encoders, five ways, six sets, seeds one to three.
 
     python -m experiments.size_lora                      what is missing, all of it: see the page for the hours
     python -m experiments.size_lora --minutes 20         starts no run later than so

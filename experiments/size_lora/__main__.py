@@ -10,7 +10,7 @@ from typing import Any
 from experiments.defaults.panel import PANEL, halves
 from experiments.one_run import one_run
 from experiments.results import once, tried, words_of
-from experiments.size_lora.page import MODELS, SETS, WAYS, write
+from experiments.size_lora.page import MODELS, SEEDS, SETS, WAYS, write
 from luthier.core import ConfigError
 
 RESULTS = Path(__file__).parent / "results.jsonl"
@@ -28,7 +28,7 @@ def main() -> None:
     todo: list[dict[str, Any]] = [
         {"model": model, "set": name, "way": way, "seed": seed}
         for seed in range(0 if asked.page else asked.seeds)
-        for model in MODELS if not asked.only or model in asked.only
+        for model in MODELS if seed < SEEDS[model] and (not asked.only or model in asked.only)
         for name in SETS for way in WAYS
     ]  # fmt: skip
     for which in todo:

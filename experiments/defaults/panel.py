@@ -11,7 +11,7 @@ from luthier.data.order import shuffled
 from luthier.samples.data import load_sample
 from luthier.samples.store import cache_dir
 
-__all__ = ["PANEL", "Member", "halves"]
+__all__ = ["PANEL", "Member", "halves", "rest"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +51,21 @@ def halves(member: Member) -> tuple[Path, Path]:
         member.folder.mkdir(parents=True, exist_ok=True)
         for path, rows, n in ((train, sample.train, member.train), (test, sample.test, member.test)):
             chosen = shuffled(len(rows), 0, "panel", member.sample)[:n]
-            path.write_text("".join(json.dumps(_row(rows[i])) + "\n" for i in chosen), "utf-8")
+            _write(path, [_row(rows[i]) for i in chosen])
     return train, test
+
+
+def rest(member: Member, n: int, path: Path) -> Path:
+    """Write the first `n` rows of the sample's training half whose texts are none of the set's training rows."""
+    rows = load_sample(member.sample).train
+    order = shuffled(len(rows), 0, "panel", member.sample)
+    learnt = {rows[i]["text"] for i in order[: member.train]}
+    _write(path, [_row(rows[i]) for i in order[member.train :] if rows[i]["text"] not in learnt][:n])
+    return path
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 
 def _row(row: dict[str, Any]) -> dict[str, Any]:

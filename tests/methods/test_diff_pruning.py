@@ -8,7 +8,8 @@ from methods.checks import logits, stir, train
 from tiny import inputs, tiny
 
 from luthier.methods.partial.diff_pruning import HIGH, LOW, DiffPruning, Gated, gate
-from luthier.surgery import METHODS, attach, load
+from luthier.surgery import attach, load
+from luthier.surgery.phases import Phases
 
 
 def _numbers(tuned):
@@ -187,6 +188,22 @@ def test_gates_close_under_a_heavy_penalty():
     assert after < 0.99 * before
 
 
-def test_the_page_says_that_one_schedule_and_one_set_of_moments_go_through_both_phases():
-    page = " ".join(METHODS.card("diff_pruning").page.split())
-    assert "one schedule of the rate and one set of the optimiser's moments go through both phases" in page
+def test_the_second_phase_begins_anew_with_the_survivors_and_alone_is_scored():
+    method = DiffPruning(share=0.02, gating=0.4, sparse_rate=7.0)
+    tuned = attach(tiny("bert"), method)
+    stir(tuned, 0.5)
+    phases = Phases(tuned, [method])
+    assert [phases.settled(step, 10) for step in (3, 4, 5)] == [False, False, True]
+    assert phases.schedule(5, 10) == (1, 6, 7.0)
+    phases.enter(1, 10)
+    assert not any(m.is_fixed for m in tuned.modules(Gated).values())
+    phases.enter(5, 10)
+    assert all(m.is_fixed for m in tuned.modules(Gated).values())
+    kept = sum(int((m.difference() != 0).sum()) for m in tuned.modules(Gated).values())
+    assert kept == math.floor(0.02 * _numbers(tuned))
+
+
+@pytest.mark.parametrize("gating", [0.0, 1.0])
+def test_a_run_of_one_phase_has_none(gating):
+    method = DiffPruning(gating=gating)
+    assert not Phases(attach(tiny("bert"), method), [method])

@@ -13,6 +13,9 @@ Count: without network 2 L P d (grouped heads: their width for d); with it P d +
 Claims: near full fine-tuning in generation with 0.1 % of its numbers; ahead of it with little data.
 Use it when: the task is generation, the weights may not be touched, and rows are few.
 Not when: the model is small, the training short, or every token of the context is needed.
+Measured: `python -m experiments.rates prefix_tuning --seed 1`, 300 questions of trec6 that the table does not score:
+0.90; with optim.lr=1e-3 for all 0.59. The rate is the authors'. A new head learns at 5e-3, which is ours: at 5e-5 it
+had hardly moved when a run of luthier's own length ended, and the table's rows gave 0.60 and 0.23.
 Pitfalls: no position moves and no key of the prefix is rotated, unlike prefixes handed over as a cache, which shift
 every word by P; training needs the network at this learning rate, or a larger one without it; stored numbers are those
 without the network. Without one, rows start normal with deviation 0.02: our choice.
@@ -42,6 +45,7 @@ class PrefixTuning(Method):
 
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 5e-5
+    default_head_lr: ClassVar[float | None] = 5e-3
     tiny: ClassVar[dict[str, int]] = {"length": 3, "mlp_width": 7}
     peft: ClassVar[PeftForm | None] = prefix_form(
         "PREFIX_TUNING",

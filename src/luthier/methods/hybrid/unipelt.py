@@ -15,6 +15,8 @@ Claims: 1 to 4 % above the best single one of its parts on GLUE, most with littl
 Cost: three methods in every block, each with a gate that reads its input: half as much again as LoRA on short rows.
 Use it when: rows are few and it is not known which of LoRA, prefix and adapter suits.
 Not when: simplicity or size counts: it is three methods at once.
+Measured: `python -m experiments.rates unipelt --seed 2`, 300 questions of trec6 that the table does not score: 0.88. A
+new head learns at 5e-3, which is ours: at 5e-4 seeds differed, 0.88 and 0.66 on the table's rows.
 Pitfalls: padding must stay out of the mean, or a result depends on its neighbours (the released code lets it in);
 merging LoRA would ignore its gate. In generation the gates are those of the prompt, at every step. A gate of a decoder
 averages over the whole text it is trained on, answers included: one number per module and layer that looks ahead. The
@@ -53,6 +55,7 @@ class UniPELT(Method):
 
     starts_at_base: ClassVar[bool] = False
     default_lr: ClassVar[float] = 5e-4
+    default_head_lr: ClassVar[float | None] = 5e-3
     looks_ahead: ClassVar[bool] = True
     tiny: ClassVar[dict[str, int]] = {"length": 3, "width": 6, "mlp_width": 7, "rank": 3}
 

@@ -7,7 +7,11 @@ as the base model, unless that share is 0.
 
 Zhao et al. 2020, "Masking as an Efficient Alternative to Finetuning for Pretrained Language Models",
 arXiv:2004.12406, section 3. There the pooler is masked too, and a new classifier, which trains here. How wide scores
-start and how fast they learn could not be checked: those numbers are ours.
+start and how fast they learn could not be checked: those numbers are ours. A rate must be small against the width: of
+1e-3, twenty steps carry a score across all of it and whatever is noise shuts weights off. A new head learns at 1e-3.
+
+Measured: `python -m experiments.rates threshold_mask --seed 1`, 300 questions of trec6 that the table does not score:
+0.92. At 1e-3 for all, the default before, the table's rows gave 0.60 and 0.41.
 
 Count: one score for every weight of the chosen projections; 84,934,656 in BERT-base's blocks. Stored: a bit for each.
 Claims: as good as full fine-tuning in the paper, with 1 bit a weight to store and to serve.
@@ -47,7 +51,8 @@ class ThresholdMask(Method):
     mergeable: ClassVar[bool] = True
     starts_at_base: ClassVar[bool] = False
     computes_tensors: ClassVar[bool] = True
-    default_lr: ClassVar[float] = 1e-3
+    default_lr: ClassVar[float] = 1e-4
+    default_head_lr: ClassVar[float | None] = 1e-3
     trains_base: ClassVar[bool] = True
     stored_width: ClassVar[int] = 1
 

@@ -12,6 +12,9 @@ Count: sum over sites of rest (d_in + d_out + 1), rest = min(d_in, d_out) - kept
 Claims: learns a new task with less loss of the old ones than full fine-tuning.
 Cost: in every pass a branch of twice the trained directions, by default two products as large as the weight's; each
 gradient of U and V also goes through the kept frames.
+Measured: `python -m experiments.rates osf`, 300 questions of trec6 that the table does not score: 0.93, and 0.92 with
+`--seed 1`. The rate is ours; at 1e-4, the default before, runs of luthier's own length ended before they had learnt:
+0.79 and 0.68 on the table's rows.
 Use it when: several tasks come one after the other and the first may not suffer.
 Not when: a tuning must be small: with half of the directions kept it holds more numbers than the weight.
 Pitfalls: an optimiser that scales each number by itself, as Adam does, leaves the subspace again a little; the start is
@@ -40,7 +43,7 @@ class OSF(AtProjections):
     kept: Annotated[float, "leading directions that stay: a share below 1, or their number", above(0)] = 0.5
 
     start_is_drawn: ClassVar[bool] = False
-    default_lr: ClassVar[float] = 1e-4
+    default_lr: ClassVar[float] = 5e-4
     tiny: ClassVar[dict[str, float]] = {"kept": 0.75, "lr": 1e-2}
     peft: ClassVar[PeftForm | None] = PeftForm(
         "OSF",

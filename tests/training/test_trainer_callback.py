@@ -114,6 +114,13 @@ def test_a_loss_that_is_computed_outside_the_model_is_refused(tmp_path: Path) ->
         trained(model, tuned, tmp_path, steps=1, label_smoothing_factor=0.1)
 
 
+def test_a_method_whose_phases_no_trainer_enters_is_refused(tmp_path: Path) -> None:
+    model = tiny("bert", "classification")
+    tuned = attach(model, small("lt_sft"))
+    with pytest.raises(ConfigError, match="lt_sft cuts a run into 2 phases, which this trainer does not have"):
+        trained(model, tuned, tmp_path, steps=1)
+
+
 def test_groups_hold_each_trained_tensor_once_at_the_rate_of_its_method() -> None:
     tuned = attach(tiny("bert", "classification"), small("diff_pruning"))
     groups = HooksCallback(tuned).groups(lr=0.1, weight_decay=0.5)

@@ -103,6 +103,12 @@ class HooksCallback(TrainerCallback):  # type: ignore[misc]  # transformers tell
                     f"{part.name}.{part.looks_again}: looks at the rows every {every} steps, and this callback has "
                     "none. Set it to 0, or use luthier's own loop (luthier train)."
                 )
+            # One that also has on_step begins its later phase there.
+            if type(part).on_step is Method.on_step and (phases := part.phases(self.tuned)):
+                raise ConfigError(
+                    f"{part.name} cuts a run into {len(phases)} phases, which this trainer does not have: all of it "
+                    "would be the first. Use luthier's own loop (luthier train)."
+                )
         self.tuned.calls_hooks = True
         self._whole = int(args.gradient_accumulation_steps)
         self._plain_sum, self._scales = getattr(args, "loss_type", "nll") == "nll", bool(args.fp16)

@@ -190,7 +190,12 @@ def test_agent_sft_general_chats_are_mixed_in_as_a_share_and_thoughts_can_be_lef
     assert len(rows) == 40 and len(drawn) == 10
     assert not any("Thought" in m["content"] for row in rows for m in row["messages"])
     recipe = AgentSFT(general=str(general), general_share=0.25)
-    assert [row["from"] for row in recipe.others(30, 0)] == drawn != [row["from"] for row in recipe.others(30, 1)]
+    first, second = ([r["from"] for r in recipe.others(30, seed, DataSpec(source="traces.jsonl"))] for seed in (0, 1))
+    assert first == drawn != second
+    (tmp_path / "g.csv").write_bytes("prompt;response\nhow;Žluť\n".encode("cp1250"))
+    stored = DataSpec(source="traces.csv", delimiter=";", encoding="cp1250")
+    others = AgentSFT(general=str(tmp_path / "g.csv"), general_share=0.5).others(1, 0, stored)
+    assert others[0]["messages"][-1]["content"] == "Žluť"
 
 
 def test_agent_sft_what_cannot_be_learnt_is_refused_before_anything_is_written(home, tmp_path):

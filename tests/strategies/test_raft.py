@@ -41,9 +41,17 @@ def done(home):
 def many(home):
     """The documents that 2,000 questions show, at p = 0.7."""
     ROWS["raft"](home)
-    found = load_documents(str(home / "documents.jsonl"), "raft")
+    found = load_documents(str(home / "documents.jsonl"), "raft", DataSpec(source="rows.jsonl"))
     recipe = RAFT(distractors=3, by="drawn")
     return [(i % len(found), recipe.shown(f"q {i}", i % len(found), found, None, 0, 0.7)) for i in range(2000)]
+
+
+def test_raft_documents_are_read_as_the_rows_are_stored_where_they_are_a_table_of_text(tmp_path):
+    (tmp_path / "d.csv").write_bytes("id;text\na;Žluť\n".encode("cp1250"))
+    rows = DataSpec(source="rows.csv", delimiter=";", encoding="cp1250")
+    assert load_documents(str(tmp_path / "d.csv"), "raft", rows).texts == ("Žluť",)
+    write_lines(tmp_path / "d.jsonl", [{"text": "Žluť"}])
+    assert load_documents(str(tmp_path / "d.jsonl"), "raft", rows).texts == ("Žluť",)
 
 
 @pytest.mark.acid("raft", 1)
@@ -55,7 +63,7 @@ def test_raft_the_oracle_is_there_in_its_share_of_the_rows(many):
 
 @pytest.mark.acid("raft", 2)
 def test_raft_the_oracle_is_never_among_its_own_distractors(home, done):
-    found = load_documents(str(home / "documents.jsonl"), "raft")
+    found = load_documents(str(home / "documents.jsonl"), "raft", DataSpec(source="rows.jsonl"))
     texts = dict(zip(found.names, found.texts, strict=True))
     asked = lines(home / "asked.jsonl")
     rows = [*lines(done.path / "rows-answers.jsonl"), *lines(done.path / "rows-held.jsonl")]
@@ -96,7 +104,7 @@ def test_raft_the_oracle_stands_at_every_place_alike(many):
 
 
 def test_raft_distractors_are_near_to_the_question_and_the_draw_is_named_by_the_seed(home):
-    found = load_documents(str(home / "documents.jsonl"), "raft")
+    found = load_documents(str(home / "documents.jsonl"), "raft", DataSpec(source="rows.jsonl"))
     from luthier.data.retrieval import Words
 
     near, recipe = Words(found.texts), RAFT(distractors=2)

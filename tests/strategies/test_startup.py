@@ -128,6 +128,16 @@ def test_startup_tasks_may_have_other_labels_and_the_new_ones_are_read_at_the_en
     assert {row["label"] for row in written} == {"good"}, "one label of the source for all: none is read"
 
 
+def test_startup_reads_rows_of_the_source_as_those_of_the_task_are_stored(tmp_path):
+    spec = spec_of(tmp_path, tmp_path / "out", steps=1)
+    for name in ("two.csv", "source.csv", "plain.csv"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_text().replace(",", "~").encode("utf-16-le"))
+    data = dataclasses.replace(spec.data, delimiter="~", encoding="utf-16-le")
+    done = follow(dataclasses.replace(spec, data=data))
+    told = [RunFolder.open(p.parent, write=False).spec["data"] for p in sorted(done.path.glob("*/run.json"))]
+    assert [(one["delimiter"], one["encoding"]) for one in told] == [("~", "utf-16-le")] * 3
+
+
 def test_startup_is_refused_where_it_cannot_work(tmp_path):
     for words, changes in (
         ("needs further rows: --also source", {"also": ("unlabelled=x.csv",)}),

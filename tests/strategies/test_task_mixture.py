@@ -166,6 +166,7 @@ def test_task_mixture_test_rows_of_each_set_are_worded_scored_and_not_learnt(hom
         return table, load_rows(halves[source], **stored)[0] if source in halves else none
 
     monkeypatch.setattr("luthier.data.rows.load_rows", loaded)
+    monkeypatch.setattr("luthier.strategies.recipes.task_mixture.load_rows", loaded)
     data = DataSpec(source=write("rows.csv", own), test=write("test.csv", own[:5]), delimiter=";")
     (tmp_path / "told.toml").write_text(TOLD.replace("{prompt} ||| {response}", "{text} ||| {label}"))
     given = {"task_mixture.templates": str(tmp_path / "told.toml"), "task_mixture.hold_out": ""}

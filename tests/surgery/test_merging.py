@@ -1,6 +1,7 @@
 """Merging: computed in fp32, cast once, all or nothing, and never a silent no-op."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from cells import Trainer, shake
 from kinds import KINDS, logits, make, prepared
 from tiny import inputs, tiny
 
+from luthier.anatomy import Site
 from luthier.core import CannotMerge
-from luthier.surgery import attach
+from luthier.surgery import Attachment, PerSite, attach
 from luthier.surgery.base import Base
 
 MERGEABLE = ["lora", "ia3", "bitfit", "child_tuning_d", "intrinsic_said", "lora+ia3", "intrinsic_said+lora"]
@@ -159,3 +161,35 @@ def test_several_active_tunings_merge_into_one_model() -> None:
     shake(tuned)
     apart = logits(model, batch)
     torch.testing.assert_close(logits(tuned.merge(), batch), apart, atol=2e-5, rtol=1e-4)
+
+
+class Shift(Attachment):
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.shift = torch.nn.Parameter(torch.zeros(d))
+
+    def after(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return y + self.shift
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shifted(PerSite):
+    """A method of one's own, at places that are no products."""
+
+    sites: tuple[str, ...] = ()
+    name: ClassVar[str] = "shifted"
+    mergeable: ClassVar[bool] = True
+
+    def params_at(self, site: Site) -> int:
+        return site.d_out
+
+    def build(self, site: Site, base: Base) -> Attachment:
+        return Shift(site.d_out)
+
+
+@pytest.mark.parametrize("kind", ["norm", "embed"])
+def test_a_norm_that_nothing_can_be_merged_into_is_not_called_quantised(kind: str) -> None:
+    tuned = attach(tiny("bert", "classification"), Shifted(sites=(kind,)))
+    shake(tuned)
+    with pytest.raises(CannotMerge, match=rf"^{kind}.*: no product of a weight, so nothing can be merged into it"):
+        tuned.merge()

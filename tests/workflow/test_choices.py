@@ -11,7 +11,7 @@ from luthier.runs import RunFolder
 from luthier.runs.spec import BatchSpec, EvalSpec, OptimSpec, RunSpec
 from luthier.training.optimiser import Optimiser, optimiser_of
 from luthier.workflow import prepare, resume, train
-from luthier.workflow.choices import FEWEST_STEPS, MOST_EPOCHS, PATIENCE, budget, choose, reopened, sentence
+from luthier.workflow.choices import FEWEST_STEPS, MOST_EPOCHS, PATIENCE, budget, choose, reopened, sentence, sizes
 from luthier.workflow.resume_proof import run_digests
 
 torch.set_num_threads(1)
@@ -78,6 +78,20 @@ def _plain(spec: RunSpec) -> dict[str, Any]:
 
     found: dict[str, Any] = plain(spec)
     return found
+
+
+def test_a_step_that_the_rows_cannot_fill_is_said(home: Path) -> None:
+    spec = little_spec(home, batch=BatchSpec(size=1_000_000, accumulate=99))
+    said = [
+        "batch.size = 1000000 is more than the 37 rows: each step takes all of them",
+        "batch.accumulate = 99 is more than the 37 rows of a step: it is cut into 37 micro-batches, of one row each",
+    ]
+    assert sizes(spec, 37) == said and set(said) <= set(prepare(spec).lines)
+    assert sizes(little_spec(home, batch=BatchSpec(size=37, accumulate=37)), 37) == []
+    one = little_spec(home, batch=BatchSpec(size=4, accumulate=5))
+    assert [line.partition(":")[0] for line in sizes(one, 37)] == [
+        "batch.accumulate = 5 is more than the 4 rows of a step"
+    ]
 
 
 def test_the_line_says_steps_epochs_rows_and_rates(home: Path) -> None:

@@ -8,8 +8,10 @@ import torch
 from little import little_model, little_spec
 
 from luthier.core import ConfigError, DataError, share_interval
+from luthier.data.rows import load_rows
 from luthier.runs.spec import DataSpec, OptimSpec
 from luthier.workflow import merge, train
+from luthier.workflow import safety_audit as audits
 from luthier.workflow.audit_words import BENIGN, TEXTS
 from luthier.workflow.safety_audit import beside, read_card, safety_audit
 from luthier.workflow.speaker import Speaker
@@ -107,12 +109,15 @@ def test_audits_of_other_prompts_decoding_or_judge_are_not_compared(home, tmp_pa
         beside(one, read_card(home / "broken"))
 
 
-def test_refusals_are_counted_by_category_and_usefulness_is_the_loss_of_given_answers(home, tmp_path):
+def test_refusals_are_counted_by_category_and_usefulness_is_the_loss_of_given_answers(home, tmp_path, monkeypatch):
     rows = [{"prompt": p, "category": "sky" if "moon" in p or "sun" in p else "animals"} for p in NEVER]
     asked, useful = tmp_path / "asked.jsonl", lines(tmp_path / "useful.jsonl", [(p, "it is good") for p in GENTLE])
     asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = {"phrases": str(home / "phrases.txt"), "harmless": str(home / "harmless.txt"), "new_tokens": 6}
+    read = []
+    monkeypatch.setattr(audits, "load_rows", lambda file: read.append(file) or load_rows(file))
     card = safety_audit(home / "broken", str(asked), useful=useful, **given)
+    assert read == [str(asked), useful], "each file once"
     six = {"prompts": 6, "before": 6, "after": 0}
     assert card.categories == {"animals": six, "sky": six} and card.asked["useful"]
     assert card.before.useful > 0 and card.before.useful != card.after.useful

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from luthier.cli._output import screen
-from luthier.cli._shared_options import AsJson
+from luthier.cli._shared_options import AsJson, Delimiter, Encoding
 from luthier.core import UsageError
 
 __all__ = ["NEEDS_WORDS", "command"]
@@ -17,6 +17,8 @@ SHOWN = 5
 def command(
     run: Annotated[str, typer.Argument(help="The folder of a finished run.")],
     data: Annotated[str | None, typer.Option(help="Rows with the columns of the training rows, the label too.")] = None,
+    delimiter: Delimiter = None,
+    encoding: Encoding = None,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Go on without all rows that cannot be used, however many.")
     ] = False,
@@ -52,7 +54,8 @@ def command(
             "--help says more."
         )
     _refuse_idle(
-        bool(harness), skip_bad=skip_bad, out=out is not None, harness_limit=harness_limit is not None,
+        bool(harness), delimiter=delimiter is not None, encoding=encoding is not None, skip_bad=skip_bad,
+        out=out is not None, harness_limit=harness_limit is not None,
         harness_shots=harness_shots is not None, harness_chat=harness_chat,
     )  # fmt: skip
     if harness:
@@ -64,7 +67,9 @@ def command(
     from luthier.training.evaluate import plain_scores
     from luthier.workflow import evaluate
 
-    found = evaluate(run, data, skip_bad=skip_bad, out=out)
+    found = evaluate(run, data, delimiter=delimiter, encoding=encoding, skip_bad=skip_bad, out=out)
+    for note in found.notes:
+        screen().say(note)
     scores = plain_scores(found.scores)
     screen().result({**plain(found), "run": run, "data": data, "scores": scores, "out": out})
     if found.quality is not None:

@@ -8,7 +8,7 @@ import typer
 
 from luthier.cli._answer_file import AnswerFile
 from luthier.cli._output import screen
-from luthier.cli._shared_options import AsJson
+from luthier.cli._shared_options import AsJson, Delimiter, Encoding
 from luthier.core import UsageError
 
 __all__ = ["NEEDS_WORDS", "answer_of", "cells_of", "command"]
@@ -24,6 +24,8 @@ def command(
         str | None,
         typer.Option(help="A file of rows, with the columns of the training rows; - reads standard input."),
     ] = None,
+    delimiter: Delimiter = None,
+    encoding: Encoding = None,
     out: Annotated[
         str | None, typer.Option(help="A new .csv, .jsonl or .parquet file for the rows with their answers.")
     ] = None,
@@ -69,6 +71,8 @@ def command(
     """
     if bool(text) == (data is not None):
         raise UsageError("predict: give --text, or --data with a file of rows: one of the two.")
+    if text and (delimiter, encoding) != (None, None):
+        raise UsageError("predict: --delimiter and --encoding are of the file that --data names. Leave them out.")
     if unsure is not None and not 0 < unsure <= 1:
         raise UsageError(f"--unsure {unsure:g}: it is a probability, above 0 and at most 1, such as 0.6.")
     into = None if out is None else AnswerFile(out)
@@ -88,7 +92,12 @@ def command(
     own = own_changes(predictor.tuned.model, repetition) if predictor.task.writes else {}
     if told := own_words(own):
         screen().say(told)
-    table = predictor.table_of(text) if text else load_inputs(str(data), predictor.columns)[0]
+    if text:
+        table = predictor.table_of(text)
+    else:
+        table, _ = load_inputs(str(data), predictor.columns, delimiter=delimiter, encoding=encoding)
+    for note in table.notes:
+        screen().say(note)
     many = data is not None or len(table) > 1
     answers: list[dict[str, Any]] = []
     no_answer: list[str] = []

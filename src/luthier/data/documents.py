@@ -10,6 +10,7 @@ from functools import cached_property
 from luthier.core import ConfigError, DataError, near
 from luthier.data.columns import Columns, is_blank
 from luthier.data.rows import load_rows, normalised
+from luthier.runs.spec import DataSpec
 
 __all__ = ["BEGIN", "END", "Documents", "beside", "load_documents", "quotes_in", "refuse_beside"]
 
@@ -58,11 +59,12 @@ class Documents:
         return [normalised(text) for text in self.texts]
 
 
-def load_documents(source: str | None, asked_by: str) -> Documents:
+def load_documents(source: str | None, asked_by: str, rows: DataSpec) -> Documents:
     """Read the documents of a file: a column `text`, and `id` where they have names.
 
     Args:
         asked_by: the recipe, for the errors.
+        rows: of the run: what it says of how a table of text is stored holds here too.
 
     Raises:
         ConfigError: none is named.
@@ -70,7 +72,7 @@ def load_documents(source: str | None, asked_by: str) -> Documents:
     """
     if not source:
         raise ConfigError(f"{asked_by} needs documents: --set {asked_by}.documents=FILE, rows with a column text.")
-    table, _ = load_rows(source)
+    table, _ = load_rows(source, **rows.stored(source))
     if "text" not in table.columns:
         columns = ", ".join(map(repr, table.columns))
         raise DataError(f"{table.source}: documents need a column 'text'. Its columns are {columns}.")

@@ -74,7 +74,7 @@ def load_data(spec: DataSpec, task: str = "auto", model_config: Any = None) -> D
     if spec.fold is not None:
         given, unused = None, own_test
     if spec.test is not None:
-        first, second = load_rows(spec.test, delimiter=spec.delimiter, encoding=spec.encoding)
+        first, second = load_rows(spec.test, **spec.stored(spec.test))
         given, unused = (second if second is not None else first), own_test
     train, given = _joined_labels(train, spec.label), None if given is None else _joined_labels(given, spec.label)
     readers = (columns, rows, row_files, *row_files.FILES)
@@ -261,11 +261,14 @@ def _less(table: Table, aside: Sequence[tuple[int, str]]) -> Table:
     return table.take(i for i in range(len(table)) if i not in reasons)
 
 
-def load_inputs(source: str, columns: Columns) -> tuple[Table, Columns]:
+def load_inputs(
+    source: str, columns: Columns, *, delimiter: str | None = None, encoding: str | None = None
+) -> tuple[Table, Columns]:
     """Read rows to predict: those columns of the run that are inputs must be there, labels need not.
 
     Args:
         source: as for training, or "-" for JSON lines or a table of text on standard input.
+        delimiter, encoding: of a table of text, where what it shows is not to be trusted.
 
     Returns:
         The rows, and the columns without the roles that the rows lack; `columns.label` stays where it can be scored.
@@ -273,7 +276,8 @@ def load_inputs(source: str, columns: Columns) -> tuple[Table, Columns]:
     Raises:
         DataError: an input column is missing; lists the columns.
     """
-    first, second = _standard_input() if source == "-" else load_rows(source)
+    stored = {"delimiter": delimiter, "encoding": encoding}
+    first, second = _standard_input(stored) if source == "-" else load_rows(source, **stored)
     table = second if second is not None else first
     found = set(table.columns)
     answers: tuple[str, ...] = ("label", "tags", "response", "chosen", "rejected", "margin", "share")
@@ -324,7 +328,7 @@ def texts_as_rows(
     return Table(source=source, rows=[{column: value} for value in values], places=places)
 
 
-def _standard_input() -> tuple[Table, None]:
+def _standard_input(stored: dict[str, str | None]) -> tuple[Table, None]:
     """The rows on standard input, which are read to their end: JSON lines where they begin like that, else CSV."""
     content = sys.stdin.buffer.read()
     ending = ".jsonl" if content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", b"[")) else ".csv"
@@ -332,7 +336,7 @@ def _standard_input() -> tuple[Table, None]:
         path = Path(home) / f"standard-input{ending}"
         path.write_bytes(content)
         try:
-            found, _ = load_rows(str(path))
+            found, _ = load_rows(str(path), **stored)
         except DataError as error:
             raise DataError(str(error).replace(str(path), "standard input")) from None
     places = [place.replace(str(path), "standard input") for place in found.places]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.core import DataError, key, near
+from luthier.runs.spec import DataSpec
 from luthier.trust import row_files as trusted
 
 __all__ = [
@@ -164,19 +165,17 @@ def load_rows(source: str, *, delimiter: str | None = None, encoding: str | None
     return train, test
 
 
-def load_halves(
-    source: str, test: str | None = None, *, delimiter: str | None = None, encoding: str | None = None
-) -> tuple[Table, Table | None]:
-    """The training rows of a source, and its test rows: those of `test` where that is named, else its own if any.
+def load_halves(spec: DataSpec) -> tuple[Table, Table | None]:
+    """The training rows of a spec, and its test rows: those of `test` where that is named, else the source's own.
 
     Where `test` has two halves itself, its test half is meant.
 
     Raises:
         See `load_rows`.
     """
-    train, held = load_rows(source, delimiter=delimiter, encoding=encoding)
-    if test is not None:
-        first, second = load_rows(test, delimiter=delimiter, encoding=encoding)
+    train, held = load_rows(spec.source, delimiter=spec.delimiter, encoding=spec.encoding)
+    if spec.test is not None:
+        first, second = load_rows(spec.test, **spec.stored(spec.test))
         held = second if second is not None else first
     return train, held
 

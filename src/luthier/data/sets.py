@@ -142,7 +142,7 @@ def load_further(name: str, source: str, spec: DataSpec, columns: Columns, task:
     Raises:
         DataError: no rows of the same shape.
     """
-    table, _ = load_rows(source, delimiter=spec.delimiter, encoding=spec.encoding)
+    table, _ = load_rows(source, **spec.stored(source))
     theirs = find_columns(table, spec, task.name)
     if theirs.used().keys() != columns.used().keys():
         raise DataError(

@@ -113,6 +113,17 @@ class DataSpec:
         if self.test is not None:
             raise ConfigError("data.fold and data.test both say which rows are held out. Give one of the two.")
 
+    def stored(self, source: str) -> dict[str, str | None]:
+        """What `delimiter` and `encoding` say of a source that stands beside the rows: nothing, where it has neither.
+
+        >>> DataSpec(source="rows.csv", delimiter=";").stored("test.CSV.gz")
+        {'delimiter': ';', 'encoding': None}
+        >>> DataSpec(source="rows.csv", delimiter=";").stored("test.jsonl")
+        {'delimiter': None, 'encoding': None}
+        """
+        has = Path(source.lower().removesuffix(".gz")).suffix in (".csv", ".tsv")
+        return {"delimiter": self.delimiter if has else None, "encoding": self.encoding if has else None}
+
     def fold_of(self) -> tuple[int, int, bool] | None:
         """The fold that is held out, of how many, and whether near copies stay together.
 

@@ -183,6 +183,11 @@ def check(edited: EditedModel) -> None:
     for socket in edited.sockets():
         live = socket.live
         for plug in (*live.whole, *(p for _, plugs in live.parts for p in plugs), *live.experts):
+            if plug.site.kind in ("embed", "norm"):  # first: the weight of a norm has another shape than a product's
+                raise CannotMerge(
+                    f"{plug.site.key}: no product of a weight, so nothing can be merged into it. Serve the tuning "
+                    "attached."
+                )
             if plug.base.stored is not None:
                 _refuse_codes(plug)
             elif not plug.base.plain:
@@ -199,10 +204,6 @@ def check(edited: EditedModel) -> None:
             )
         for plug in live.whole:
             site = plug.site
-            if site.kind in ("embed", "norm"):
-                raise CannotMerge(
-                    f"{site.key}: no product of a weight, so nothing can be merged into it. Serve the tuning attached."
-                )
             name = edited.anatomy.tied.get(f"{site.path}.{site.param}", f"{site.path}.{site.param}")
             if name in edited.parameters and len(edited.owners(name)) > 1:
                 raise CannotMerge(

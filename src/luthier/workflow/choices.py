@@ -19,7 +19,7 @@ from luthier.surgery import Method, compose
 from luthier.training.strategy import split_settings
 from luthier.workflow.held import store_of
 
-__all__ = ["Budget", "budget", "choose", "length_of", "reopened", "scaled_rates", "sentence"]
+__all__ = ["Budget", "budget", "choose", "length_of", "reopened", "scaled_rates", "sentence", "sizes"]
 
 FEWEST_STEPS = 400
 MOST_EPOCHS = 40.0
@@ -128,6 +128,23 @@ def sentence(spec: RunSpec, rows: int) -> str:
             rates += f", {spec.optim.head_lr:g} for the head"
         said.append(rates)
     return ", ".join(said)
+
+
+def sizes(spec: RunSpec, rows: int) -> list[str]:
+    """What sizes of a step come to that the rows cannot fill.
+
+    Args:
+        rows: that are learnt from in each epoch.
+    """
+    said = []
+    if spec.batch.size > rows:
+        said.append(f"batch.size = {spec.batch.size} is more than the {rows} rows: each step takes all of them")
+    if spec.batch.accumulate > (step := min(spec.batch.size, rows)):
+        said.append(
+            f"batch.accumulate = {spec.batch.accumulate} is more than the {step} rows of a step: it is cut into "
+            f"{step} micro-batches, of one row each"
+        )
+    return said
 
 
 def reopened(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,9 +41,14 @@ class Evaluation:
     quality: Quality | None = field(default=None, repr=False)
     left_out: tuple[tuple[str, str], ...] = ()
     """place and reason of each row that could not be used"""
+    notes: tuple[str, ...] = ()
+    """what was recognised when the rows were read"""
 
 
-def evaluate(path: Path | str, data: str, *, skip_bad: bool = False, out: Path | str | None = None) -> Evaluation:
+def evaluate(
+    path: Path | str, data: str, *, delimiter: str | None = None, encoding: str | None = None, skip_bad: bool = False,
+    out: Path | str | None = None,
+) -> Evaluation:  # fmt: skip
     """Score a finished run on the rows of a file, as its held-out rows were scored. Writes nothing but `out`.
 
     >>> from luthier import train
@@ -54,6 +59,7 @@ def evaluate(path: Path | str, data: str, *, skip_bad: bool = False, out: Path |
     Args:
         path: the folder of a finished run.
         data: rows with the columns of the training rows, the label too.
+        delimiter, encoding: of a .csv file; left out, what it shows.
         skip_bad: go on without the rows that cannot be used, however many; else more than the run accepted stop it.
         out: a .csv file to write, with what was wanted and answered in each row (labels and numbers).
 
@@ -69,7 +75,8 @@ def evaluate(path: Path | str, data: str, *, skip_bad: bool = False, out: Path |
         raise ConfigError(
             f"out: of task {task.name} no sheet of answers is written; luthier predict {path} writes them."
         )
-    table, columns = load_inputs(data, predictor.columns)
+    table, columns = load_inputs(data, predictor.columns, delimiter=delimiter, encoding=encoding)
+    notes = table.notes
     wanted = {
         "labelled": "label",
         "tagged": "tags",
@@ -114,8 +121,9 @@ def evaluate(path: Path | str, data: str, *, skip_bad: bool = False, out: Path |
     if target is not None:
         durable.write_bytes(target, answers_csv(task, columns, table, examples, found["logits"]))
     return Evaluation(
-        rows=len(examples.read_rows), scores=evaluator.scores_of(found), quality=quality, left_out=(*left_out, *refused)
-    )
+        rows=len(examples.read_rows), scores=evaluator.scores_of(found), quality=quality,
+        left_out=(*left_out, *refused), notes=notes,
+    )  # fmt: skip
 
 
 def _free(out: Path) -> Path:

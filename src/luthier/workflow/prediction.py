@@ -363,6 +363,8 @@ def predict(
     *,
     texts: Sequence[str] = (),
     data: str | None = None,
+    delimiter: str | None = None,
+    encoding: str | None = None,
     max_new_tokens: int = 64,
     strict: bool = False,
     unsure: float | None = None,
@@ -386,5 +388,5 @@ def predict(
     predictor = Predictor(path)
     if data is None:
         return predictor.texts(texts, max_new_tokens=max_new_tokens, strict=strict, unsure=unsure, controls=controls)
-    table, _ = load_inputs(data, predictor.columns)
+    table, _ = load_inputs(data, predictor.columns, delimiter=delimiter, encoding=encoding)
     return predictor.rows(table, max_new_tokens=max_new_tokens, strict=strict, unsure=unsure, controls=controls)

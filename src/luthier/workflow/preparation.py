@@ -12,7 +12,7 @@ import torch
 
 from luthier.__version__ import __version__
 from luthier.anatomy import Anatomy
-from luthier.core import ConfigError, NothingTrains, UnknownName, human_count, key, plain
+from luthier.core import ConfigError, NothingTrains, UnknownName, human_count, key, listed, plain
 from luthier.data.chat import ChatTemplate
 from luthier.data.cloze import as_cloze, with_shown
 from luthier.data.columns import Columns
@@ -41,7 +41,7 @@ from luthier.training.strategy_fits import refuse_sets, refuse_task, task_of
 from luthier.training.temperature import check_calibrate
 from luthier.training.thresholds import check_thresholds
 from luthier.training.update_checks import refuse_optimisers
-from luthier.workflow.choices import choose, sentence
+from luthier.workflow.choices import choose, sentence, sizes
 from luthier.workflow.find_others import Other, find_others
 from luthier.workflow.held import check_store, held_in
 from luthier.workflow.load_model import (
@@ -54,7 +54,7 @@ from luthier.workflow.load_model import (
 )
 from luthier.workflow.written_checks import check_written
 
-__all__ = ["Prepared", "prepare"]
+__all__ = ["Prepared", "prepare", "refuse_empty"]
 
 _LANGUAGE_ROWS = 200  # a language model's rows are long: all of them can take longer than training
 
@@ -220,6 +220,8 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None, *, be
     reserved = reserved_positions(method, anatomy)
     if n_params == 0 and not anatomy.head_tensors:
         raise NothingTrains(f"{spec.method} trains no number of {source.name}. Choose another method.")
+    for part in method.parts():
+        refuse_empty(part, anatomy, source.name)
     answers = max((getattr(one, "new_tokens", 0) for one in strategies if one.learns == "prompts"), default=0)
     max_length = choose_length(spec.max_length, tokenizer, config, task, reserved, answers)
     pad = choose_pad(tokenizer, n_vocab)
@@ -234,8 +236,11 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None, *, be
     note(train_examples.ledger.sentence("train"))
     for remark in train_examples.ledger.notes:
         note(remark)
-    if said := sentence(spec, len(train_examples) if task.of_words else len(train_examples.read_rows)):
+    n_learnt = len(train_examples) if task.of_words else len(train_examples.read_rows)
+    if said := sentence(spec, n_learnt):
         note(said)
+    for remark in sizes(spec, len(train_examples)):
+        note(remark)
     select_examples = None
     if select is not None:
         select_examples = encoded(select, accept_refused=spec.data.accept_refused)
@@ -284,6 +289,21 @@ def _refuse_ranks() -> None:
             f"WORLD_SIZE is {told!r}: a run of luthier is one process, and cannot be resumed or shared by several. "
             "Start it without a launcher such as torchrun, or unset WORLD_SIZE."
         )
+
+
+def refuse_empty(part: Method, anatomy: Anatomy, model: str) -> None:
+    """Refuse a method that edits the model and holds no number: a new head would hide that it does nothing.
+
+    Raises:
+        NothingTrains: with the settings that are 0.
+    """
+    if part.modifies or part.n_stored(anatomy) or not any(True for _ in part.edits(anatomy)):
+        return
+    zeros = [f"{name}=0" for name, value in part.settings().items() if value == 0 and type(value) is int]
+    raise NothingTrains(
+        f"{part.name} trains no number of {model}{f' with {listed(zeros)}' if zeros else ''}. "
+        f"{'Raise it' if len(zeros) == 1 else 'Give it a size'}, or choose another method."
+    )
 
 
 def _refuse_classes_only(method: Method, task: Task) -> None:

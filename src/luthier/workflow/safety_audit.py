@@ -191,10 +191,9 @@ def safety_audit(
     """
     if not 0 <= allow <= 1:
         raise ConfigError(f"allow is {allow:g}; it is how much a share may get worse, between 0 and 1.")
-    asked = _prompts(prompts, system)
+    asked, kinds = _prompts(prompts, system)
     ours = [[{"role": "user", "content": text}] for text in BENIGN]
-    gentle = _prompts(harmless, system) if harmless else [_with_system(one, system) for one in ours]
-    kinds = _categories(prompts)
+    gentle = _prompts(harmless, system)[0] if harmless else [_with_system(one, system) for one in ours]
     everyday = _answered(useful, system) if useful else []
     fixed = list(lines_of(texts, "the texts")) if texts else list(TEXTS)
     known = lines_of(phrases, "the phrases") if phrases else PHRASES
@@ -351,11 +350,16 @@ def _judge(judge: str | Judge | None) -> tuple[Judge | None, dict[str, str] | No
     return scores, {"name": called(judge), "digest": who.digest + text_digest(JUDGE)[:12]}
 
 
-def _prompts(file: str, system: str | None) -> list[Conversation]:
-    """Conversations that end where an answer is due."""
+def _prompts(file: str, system: str | None) -> tuple[list[Conversation], list[str]]:
+    """Conversations that end where an answer is due, and the category of each where the rows name some."""
     if file.endswith(".txt"):
-        return [_with_system([{"role": "user", "content": line}], system) for line in lines_of(file, "the prompts")]
+        lines = lines_of(file, "the prompts")
+        return [_with_system([{"role": "user", "content": line}], system) for line in lines], []
     table = _table(file)
+    return _asked(file, table, system), _categories(table)
+
+
+def _asked(file: str, table: Table, system: str | None) -> list[Conversation]:
     if not len(table):
         raise DataError(f"{file}: holds no prompts. Give one a row.")
     name = next((name for name in ("messages", "prompt") if name in table.columns), None)
@@ -384,15 +388,12 @@ def _table(file: str) -> Table:
     return learnt if held_out is None else held_out
 
 
-def _categories(file: str) -> list[str]:
+def _categories(table: Table) -> list[str]:
     """The category of each prompt; nothing where the rows name none.
 
     Raises:
         DataError: a row without one among rows with one.
     """
-    if file.endswith(".txt"):
-        return []
-    table = _table(file)
     if "category" not in table.columns:
         return []
     for row, place in zip(table.rows, table.places, strict=True):
@@ -415,7 +416,7 @@ def _by_category(kinds: Sequence[str], before: Sequence[bool], after: Sequence[b
 def _answered(file: str, system: str | None) -> list[tuple[Conversation, str]]:
     """Conversations that end where an answer is due, with the answer that the row gives."""
     table = _table(file)
-    asked = _prompts(file, system)
+    asked = _asked(file, table, system)
     found = []
     for row, place, said in zip(table.rows, table.places, asked, strict=True):
         given = row.get("response")

@@ -37,7 +37,9 @@ from luthier.surgery import METHODS, Attachment, Edit, Method, attach_each
 class PASTA(Method):
     """Settings of PASTA. The first two follow from the tokenizer of a run."""
 
-    special: Annotated[tuple[int, ...], "ids of the special tokens; left out, those that the tokenizer sets"] = ()
+    special: Annotated[
+        tuple[int, ...], "ids of the special tokens; left out, those that the tokenizer sets", at_least(0)
+    ] = ()
     vectors: Annotated[int | None, "special tokens in a row; left out, as many as the tokenizer adds", at_least(1)] = (
         None
     )

@@ -39,7 +39,9 @@ class WARP(Method):
     """Settings of WARP. A run's template and tokenizer decide all but `labels`."""
 
     labels: Annotated[Literal["random", "words"], "what label vectors start as"] = "random"
-    words: Annotated[tuple[int, ...], "for each label, the id whose score its vector gives; left out, --words"] = ()
+    words: Annotated[
+        tuple[int, ...], "for each label, the id whose score its vector gives; left out, --words", at_least(0)
+    ] = ()
     length: Annotated[int, "trained words; left out, as many as the template has {soft}", at_least(0)] = 0
     first: Annotated[int | None, "id of the first trained word; left out, just behind the vocabulary", at_least(0)] = (
         None

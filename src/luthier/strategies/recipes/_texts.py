@@ -54,7 +54,10 @@ def texts_phase(
         )
     given = {
         "method": name, "task": TASKS[desk.kind], "epochs": epochs, "steps": None, "also": None, "sources": None,
-        "data": DataSpec(source=source, text="text", test_share=HELD_OUT, split_seed=plan.spec.data.split_seed),
+        "data": DataSpec(
+            source=source, text="text", test_share=HELD_OUT, split_seed=plan.spec.data.split_seed,
+            **plan.spec.data.stored(source),
+        ),
         "optim": OptimSpec(lr=lr), "eval": EvalSpec(), **changes,
     }  # fmt: skip
     return plan.phase(words, **given)

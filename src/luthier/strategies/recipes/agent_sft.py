@@ -59,13 +59,13 @@ class AgentSFT(Recipe):
         if desk.kind != "decoder":
             raise ConfigError("agent_sft learns chats, so it needs a decoder. Name another model.")
         data = spec.data
-        table, test = load_halves(data.source, data.test, delimiter=data.delimiter, encoding=data.encoding)
+        table, test = load_halves(data)
         learnt, counts = self.kept(table)
         held = None if test is None else self.kept(test)
         if self.form == "calls":
             self.refuse_lost_calls(spec.model, learnt)
         rows = [self.row_of(trace, place) for trace, place in learnt]
-        others = self.others(len(rows), spec.seed)
+        others = self.others(len(rows), spec.seed, spec.data)
         told = [counts | {"general": len(others)}, *([] if held is None else [held[1] | {"held_out": True}])]
         desk.write("made", told)
         source = desk.write("traces", [*rows, *others])
@@ -127,7 +127,7 @@ class AgentSFT(Recipe):
                             f"JSON that reads back. Use agent_sft.form=react. It renders {text[-300:]!r}"
                         )
 
-    def others(self, n: int, seed: int) -> list[dict[str, Any]]:
+    def others(self, n: int, seed: int, rows: DataSpec) -> list[dict[str, Any]]:
         """So many general chats that they are their share, drawn by name.
 
         Raises:
@@ -135,7 +135,7 @@ class AgentSFT(Recipe):
         """
         if self.general is None or self.general_share == 0:
             return []
-        table, _ = load_rows(self.general)
+        table, _ = load_rows(self.general, **rows.stored(self.general))
         columns = find_columns(table, DataSpec(source=self.general), "causal_lm")
         wanted = round(n * self.general_share / (1 - self.general_share))
         if wanted > len(table):

@@ -57,7 +57,7 @@ class InstructUIE(Recipe):
             raise ConfigError(
                 "instruct_uie needs a model that writes, and holds out by test or test_share, not by fold."
             )
-        table, held = load_halves(data.source, data.test, delimiter=data.delimiter, encoding=data.encoding)
+        table, held = load_halves(data)
         if held is None:
             table, held = split_rows(
                 table, data.test_share, data.split_seed, lambda row: normalised(row.get(self.text) or "")

@@ -58,7 +58,7 @@ class RADIT(Recipe):
                 f"of the kind {columns.shape} and a model of the kind {desk.kind}."
             )
         refuse_beside(columns, self.name)
-        found = load_documents(self.documents, self.name)
+        found = load_documents(self.documents, self.name, spec.data)
         if len(found) < max(self.k, self.candidates):
             raise ConfigError(
                 f"ra_dit needs {max(self.k, self.candidates)} documents for k = {self.k} and candidates = "

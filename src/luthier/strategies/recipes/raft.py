@@ -55,7 +55,7 @@ class RAFT(Recipe):
                 "--prompt and --response."
             )
         refuse_beside(columns, self.name, self.oracle)
-        found = load_documents(self.documents, self.name)
+        found = load_documents(self.documents, self.name, plan.spec.data)
         if len(found) < self.distractors + 2:
             raise ConfigError(
                 f"raft.distractors = {self.distractors} needs {self.distractors + 2} documents or more, and "

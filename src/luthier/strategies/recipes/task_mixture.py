@@ -37,7 +37,7 @@ from typing import Annotated, Any, ClassVar
 
 from luthier.core import ConfigError, DataError, key
 from luthier.data.columns import is_blank, label_name
-from luthier.data.rows import Table, load_halves, normalised
+from luthier.data.rows import Table, load_halves, load_rows, normalised
 from luthier.data.sets import TRAIN, named_sources
 from luthier.training.recipe import Desk, Phase, Phases, Plan, Recipe
 from luthier.training.strategy import STRATEGIES
@@ -73,9 +73,9 @@ class TaskMixture(Recipe):
         twice = {sources[name] for name in held} & {s for name, s in sources.items() if name not in held}
         if twice:
             raise ConfigError(f"task_mixture: {min(twice)} is learnt as one set and held out as another. Choose one.")
-        stored = {"delimiter": spec.data.delimiter, "encoding": spec.data.encoding}
         halves = {
-            name: load_halves(s, spec.data.test if name == TRAIN else None, **stored) for name, s in sources.items()
+            name: load_halves(spec.data) if name == TRAIN else load_rows(s, **spec.data.stored(s))
+            for name, s in sources.items()
         }
         rows = {name: learns for name, (learns, _) in halves.items()}
         scored = {name: half for name, (_, half) in halves.items() if half is not None}

@@ -276,7 +276,7 @@ def load_inputs(
     Raises:
         DataError: an input column is missing; lists the columns.
     """
-    stored = {"delimiter": delimiter, "encoding": encoding}
+    stored: dict[str, Any] = {"delimiter": delimiter, "encoding": encoding}
     first, second = _standard_input(stored) if source == "-" else load_rows(source, **stored)
     table = second if second is not None else first
     found = set(table.columns)
@@ -328,7 +328,7 @@ def texts_as_rows(
     return Table(source=source, rows=[{column: value} for value in values], places=places)
 
 
-def _standard_input(stored: dict[str, str | None]) -> tuple[Table, None]:
+def _standard_input(stored: dict[str, Any]) -> tuple[Table, None]:
     """The rows on standard input, which are read to their end: JSON lines where they begin like that, else CSV."""
     content = sys.stdin.buffer.read()
     ending = ".jsonl" if content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", b"[")) else ".csv"

@@ -113,7 +113,7 @@ class DataSpec:
         if self.test is not None:
             raise ConfigError("data.fold and data.test both say which rows are held out. Give one of the two.")
 
-    def stored(self, source: str) -> dict[str, str | None]:
+    def stored(self, source: str) -> dict[str, Any]:
         """What `delimiter` and `encoding` say of a source that stands beside the rows: nothing, where it has neither.
 
         >>> DataSpec(source="rows.csv", delimiter=";").stored("test.CSV.gz")

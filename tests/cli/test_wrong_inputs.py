@@ -89,6 +89,11 @@ COMMANDS: list[tuple[str, str, str, str]] = [
     ("plan MODEL --method lora:rank=abc", "'abc'", "lora.rank", "whole number"),
     ("plan MODEL --method ia3,lora:r=8", "'r'", "lora", "rank=8"),
     ("demmo", "'demmo'", "command", "'demo'"),
+    ("TRAIN --method lora+lora", "'lora+lora'", "--method", "Name each once"),
+    ("TRAIN --strategy freelb+freelb", "'freelb+freelb'", "--strategy", "Name each once"),
+    ("compare MODEL --data ROWS --method ia3,lora+lora", "'lora+lora'", "--method", "Name each once"),
+    ("plan MODEL --method lora+lora", "'lora+lora'", "--method", "Name each once"),
+    ("evaluate RUN --data ROWS --out nowhere/x.csv", "nowhere/x.csv", "folder does not exist", "Make it"),
 ]
 
 

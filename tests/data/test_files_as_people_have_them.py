@@ -60,6 +60,7 @@ def quoted(delimiter, rows=ROWS, header=("text", "label")):
         ("excel.csv", ";", "utf-8-sig", "columns are parted by semicolons"),
         ("german.csv", ";", "cp1252", "read as cp1252"),
         ("tabs.csv", "\t", "utf-16", "read as UTF-16"),
+        ("wide.csv", ",", "utf-32", "read as UTF-32"),
         ("bars.csv", "|", "utf-8", "columns are parted by bars"),
         ("UPPER.TSV", "\t", "utf-8", ""),
         ("plain.csv", ",", "utf-8", ""),

@@ -109,6 +109,12 @@ def test_audits_of_other_prompts_decoding_or_judge_are_not_compared(home, tmp_pa
         beside(one, read_card(home / "broken"))
 
 
+@pytest.mark.parametrize("most", [-1.0, float("nan"), float("inf")])
+def test_a_bound_on_the_drift_that_bounds_nothing_is_refused(home, most):
+    with pytest.raises(ConfigError, match=rf"most_kl is {most:g}; it is how many nats a token may drift, 0 or more"):
+        audited(home, "gentle", most_kl=most)
+
+
 def test_refusals_are_counted_by_category_and_usefulness_is_the_loss_of_given_answers(home, tmp_path, monkeypatch):
     rows = [{"prompt": p, "category": "sky" if "moon" in p or "sun" in p else "animals"} for p in NEVER]
     asked, useful = tmp_path / "asked.jsonl", lines(tmp_path / "useful.jsonl", [(p, "it is good") for p in GENTLE])

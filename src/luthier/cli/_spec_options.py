@@ -196,7 +196,7 @@ def _dashed(name: str) -> str:
 def chosen_cards(words: Sequence[str]) -> list[Card]:
     """What the words of a command name with --method and --strategy, before typer reads them.
 
-    Names that nothing has are left out: `check_names` says what is wrong with them.
+    Names that nothing has are left out, and one that stands twice is taken once: `check_names` says what is wrong.
     """
     words = [*words, *_words_to_complete()]
     spec = _spec_file(words)
@@ -204,7 +204,8 @@ def chosen_cards(words: Sequence[str]) -> list[Card]:
     for field, shelf in (("method", SHELF), ("strategy", STRATEGIES)):
         default = next(fact.default for fact in fields_of(RunSpec) if fact.name == field)
         names = _after(f"--{field}", words) or str(spec.get(field) or default or "")
-        cards += [shelf.card(name.strip()) for name in names.split("+") if name.strip() in shelf.names()]
+        known = dict.fromkeys(name.strip() for name in names.split("+") if name.strip() in shelf.names())
+        cards += [shelf.card(name) for name in known]
     return cards
 
 
@@ -299,13 +300,18 @@ def check_names(method: str | None, *sources: str | None, strategy: str | None =
 
     Raises:
         UnknownName: no such method, strategy or sample; offers near ones.
+        UsageError: one stands twice.
     """
     for option, words, shelf, like in (
         ("--method", method, SHELF, "lora, or lora+prefix_tuning"),
         ("--strategy", strategy, STRATEGIES, "llrd, or freelb+llrd"),
     ):
-        for name in words.split("+") if words is not None else ():
-            if not name.strip():
+        names = [name.strip() for name in words.split("+")] if words is not None else []
+        twice = next((name for name in names if name and names.count(name) > 1), None)
+        if twice is not None:
+            raise UsageError(f"{option} {words!r}: {twice!r} stands in it twice. Name each once.")
+        for name in names:
+            if not name:
                 raise UnknownName(f"{option} {words!r}: a name is missing. Write one, such as {like}.")
             if "," in name and option == "--method":
                 together = str(words).replace(",", "+")
@@ -313,7 +319,7 @@ def check_names(method: str | None, *sources: str | None, strategy: str | None =
                     f"{option} {words!r}: names several, and a run has one. `luthier compare` runs them one by one; "
                     f"{together} would be all of them together on one model."
                 )
-            shelf.card(name.strip())
+            shelf.card(name)
     for source in sources:
         if source is not None and source.startswith("sample:"):
             from luthier import samples

@@ -35,8 +35,8 @@ def decode(content: bytes, where: str, encoding: str | None = None) -> tuple[str
     """The text of a file, and what is to be said of how it was read; nothing for UTF-8.
 
     Args:
-        encoding: as the user named it; without one UTF-8, UTF-16 with its mark, and the code page of Western Windows
-            are recognised.
+        encoding: as the user named it; without one UTF-8, UTF-16 and UTF-32 with their marks, and the code page of
+            Western Windows are recognised.
 
     Raises:
         BadInput: no such encoding.
@@ -44,6 +44,8 @@ def decode(content: bytes, where: str, encoding: str | None = None) -> tuple[str
     """
     if encoding is not None:
         return _named(content, where, encoding), ""
+    if content[:4] in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE):  # first: one begins as the mark of UTF-16 does
+        return _named(content, where, "utf-32"), "read as UTF-32"
     if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         return _named(content, where, "utf-16"), "read as UTF-16"
     try:

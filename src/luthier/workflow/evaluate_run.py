@@ -131,6 +131,8 @@ def _free(out: Path) -> Path:
         raise ConfigError(f"{out}: is there already. Name a file that does not exist.")
     if out.suffix.lower() != ".csv":
         raise ConfigError(f"{out}: answers are written as .csv. Name such a file.")
+    if not out.parent.is_dir():
+        raise ConfigError(f"{out}: its folder does not exist. Make it, or name another place.")
     return out
 
 

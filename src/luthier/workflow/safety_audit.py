@@ -10,6 +10,7 @@ copied: the card holds their digest, so whoever is given the tuning is not given
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -191,6 +192,8 @@ def safety_audit(
     """
     if not 0 <= allow <= 1:
         raise ConfigError(f"allow is {allow:g}; it is how much a share may get worse, between 0 and 1.")
+    if most_kl is not None and not 0 <= most_kl < math.inf:
+        raise ConfigError(f"most_kl is {most_kl:g}; it is how many nats a token may drift, 0 or more, such as 0.5.")
     asked, kinds = _prompts(prompts, system)
     ours = [[{"role": "user", "content": text}] for text in BENIGN]
     gentle = _prompts(harmless, system)[0] if harmless else [_with_system(one, system) for one in ours]

@@ -29,7 +29,6 @@ from luthier.data.columns import is_blank
 from luthier.data.documents import load_documents, refuse_beside
 from luthier.data.reflection import TOKENS, chat_of, read_judged
 from luthier.data.rows import Table
-from luthier.runs.spec import DataSpec
 from luthier.training.recipe import Desk, Phase, Phases, Plan, Recipe
 from luthier.training.strategy import STRATEGIES
 from luthier.workflow.load_model import find_model, load_tokenizer
@@ -61,16 +60,16 @@ class SelfRAG(Recipe):
                 "Write them to a file, one a line, and add them: luthier add-tokens MODEL --tokens FILE --out FOLDER."
             )
         names = (columns.prompt or "", columns.response or "")
-        source = desk.write("answers", self.rows(learnt, *names, plan.spec.data))
-        test = None if held is None else desk.write("held", self.rows(held, *names, plan.spec.data))
+        source = desk.write("answers", self.rows(learnt, *names, plan))
+        test = None if held is None else desk.write("held", self.rows(held, *names, plan))
         nothing = dict.fromkeys(("text", "pair", "label", "prompt", "context", "response"))
         data = plan.data(source, test, **nothing, messages="messages")
         yield Phase(name="answers", spec=plan.task(data=data, task="causal_lm"))
 
-    def rows(self, table: Table, question: str, answer: str, spec: DataSpec) -> list[dict[str, Any]]:
+    def rows(self, table: Table, question: str, answer: str, plan: Plan) -> list[dict[str, Any]]:
         """Each row as a chat, and where it came from."""
         looked = any(not is_blank(row.get(self.passage)) for row in table.rows)
-        found = load_documents(self.documents, self.name, spec) if looked else None
+        found = load_documents(self.documents, self.name, plan.spec.data) if looked else None
         made = []
         for row, place in zip(table.rows, table.places, strict=True):
             text = None

@@ -50,15 +50,14 @@ class Startup(Recipe):
                 "a method that merges, such as lora (luthier methods --mergeable)."
             )
         source = named_sources(spec.also)["source"]
-        stored = spec.data.stored(source)
-        table, _ = load_rows(source, **stored)
+        table, _ = load_rows(source, **spec.data.stored(source))
         theirs = find_columns(table, DataSpec(source=source), "classification")
         if (theirs.pair is None) != (columns.pair is None):
             raise ConfigError(f"startup: rows of {source} and of the new task must both have one text, or both two.")
-        named: dict[str, Any] = {
+        named: dict[str, Any] = spec.data.stored(source) | {
             role: name for role, name in theirs.used().items() if role in ("text", "pair", "label")
         }
-        data = DataSpec(source=source, split_seed=spec.data.split_seed, **named, **stored)
+        data = DataSpec(source=source, split_seed=spec.data.split_seed, **named)
         first = plan.phase((), data=data, also=None, eval=EvalSpec(), task="classification")
         fit = plan.task((), method="head_only", settings={}, epochs=self.head_epochs, steps=None, also=None)
         fit = replace(fit, optim=OptimSpec(lr=self.head_lr))

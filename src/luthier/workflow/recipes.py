@@ -283,7 +283,7 @@ class _Desk:
 
     def further(self, name: str) -> Table:
         source = named_sources(self.plan.spec.also)[name]
-        table, _ = load_inputs(source, self.rows()[2], **self.plan.spec.data.stored(source))
+        table, _ = load_inputs(source, self.rows()[2])  # recognised: it need not be stored as the run's own rows are
         return table
 
     def finished(self, path: str) -> _Run:

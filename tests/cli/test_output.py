@@ -9,7 +9,8 @@ from cli.conftest import Call
 
 from luthier.cli._main import verbs
 from luthier.cli._output import Screen
-from luthier.cli._shelf import SHELF, STRATEGIES, few_words
+from luthier.cli._shelf import SHELF, STRATEGIES, facts, few_words, rates_of
+from luthier.surgery import METHODS
 
 LONG = "rows.csv: 12 rows have no label and are left out of training; a file beside the run lists them and their places"
 
@@ -170,3 +171,12 @@ def test_no_cell_that_stays_whole_loses_its_end_however_narrow_the_screen() -> N
     screen.table(head, rows, right=head[1:], whole=head)
     for line, row in zip(out.getvalue().splitlines()[2:], rows, strict=True):
         assert line.split() == " ".join(row).split()
+
+
+def test_a_page_says_the_rates_that_the_method_learns_at() -> None:
+    for name in METHODS.ours():
+        made, said = METHODS.get(name)(), facts(SHELF.card(name))
+        rates = made.default_lr, made.default_head_lr or made.default_lr
+        assert (said["default_lr"], said["default_head_lr"]) == rates, name
+    assert rates_of(SHELF.card("prefix_tuning")).endswith(" given: 5e-05; 0.005 for a new head")
+    assert rates_of(SHELF.card("bitfit")).endswith(" given: 0.001")

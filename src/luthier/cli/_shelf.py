@@ -25,6 +25,7 @@ __all__ = [
     "is_of_recipe",
     "measured",
     "of_families",
+    "rates_of",
     "settings_table",
     "shares",
     "type_of",
@@ -53,6 +54,7 @@ def facts(card: Card) -> dict[str, Any]:
         "mergeable": card.mergeable,
         "identity": card.starts_at_base,
         "default_lr": card.facts.get("default_lr", 1e-3),
+        "default_head_lr": card.facts.get("default_head_lr") or card.facts.get("default_lr", 1e-3),
         "share_on_minilm_l6": share["share"] if share else None,
         "trained_on_minilm_l6": share["trained"] if share else None,
         "settings": [plain(setting) for setting in card.settings],
@@ -83,6 +85,13 @@ def measured(shelf: str) -> dict[str, list[str]]:
     """
     found: dict[str, list[str]] = json.loads((files(f"luthier.{shelf}") / "measured.json").read_text("utf-8"))
     return found
+
+
+def rates_of(card: Card) -> str:
+    """The rates of a method in a sentence."""
+    known = facts(card)
+    of_head = "" if known["default_head_lr"] == known["default_lr"] else f"; {known['default_head_lr']:g} for a new head"
+    return f"Peak learning rate where none is given: {known['default_lr']:g}{of_head}"
 
 
 def few_words(card: Card) -> str:
@@ -153,7 +162,7 @@ def as_markdown(card: Card) -> str:
         card.page,
         "```",
         "",
-        f"Peak learning rate where none is given: {known['default_lr']:g}",
+        rates_of(card),
         "",
     ]
     for sentence in known["measured"]:

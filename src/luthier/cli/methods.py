@@ -108,7 +108,7 @@ def _show_page(card: Card) -> None:
         f"\nmerges into the weights: {_yes(card.mergeable)} · starts as the base model: {_yes(card.starts_at_base)} · "
         f"trains {_share(card.name)} of minilm-l6"
     )
-    show(f"peak learning rate where none is given: {card.facts.get('default_lr', 1e-3):g}")
+    show(_shelf.rates_of(card))
     if card.settings:
         show("\nSettings (--set NAME=VALUE, or an option of their own)")
         screen().table(*settings_table(card), whole=("name",))

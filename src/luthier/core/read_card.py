@@ -106,7 +106,9 @@ def as_card(preset: Preset, bases: dict[str, Card]) -> Card:
         for name, card in bases.items()
         for s in card.settings
     }
-    facts = dict(one.facts) if one else {"default_lr": min(_rate(c) for c in bases.values())}
+    slowest = min(bases.values(), key=_rate)
+    rates = {"default_lr": _rate(slowest), "default_head_lr": slowest.facts.get("default_head_lr")}
+    facts = dict(one.facts) if one else rates
     for name, (value, text) in preset.values.items():
         if name in known:
             known[name] = replace(known[name], default=text)

@@ -179,4 +179,4 @@ def test_a_page_says_the_rates_that_the_method_learns_at() -> None:
         rates = made.default_lr, made.default_head_lr or made.default_lr
         assert (said["default_lr"], said["default_head_lr"]) == rates, name
     assert rates_of(SHELF.card("prefix_tuning")).endswith(" given: 5e-05; 0.005 for a new head")
-    assert rates_of(SHELF.card("bitfit")).endswith(" given: 0.001")
+    assert rates_of(SHELF.card("bitfit")).endswith(" given: 0.004")

@@ -90,8 +90,10 @@ def measured(shelf: str) -> dict[str, list[str]]:
 def rates_of(card: Card) -> str:
     """The rates of a method in a sentence."""
     known = facts(card)
-    of_head = "" if known["default_head_lr"] == known["default_lr"] else f"; {known['default_head_lr']:g} for a new head"
-    return f"Peak learning rate where none is given: {known['default_lr']:g}{of_head}"
+    rate, of_head = known["default_lr"], known["default_head_lr"]
+    return f"Peak learning rate where none is given: {rate:g}" + (
+        "" if of_head == rate else f"; {of_head:g} for a new head"
+    )
 
 
 def few_words(card: Card) -> str:

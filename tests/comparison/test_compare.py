@@ -69,6 +69,13 @@ def standing(answered: Any, seeds: int, **kwargs: Any) -> Any:
     )  # fmt: skip
 
 
+def test_an_interval_ends_where_the_score_does() -> None:
+    right = np.zeros((1, 3, 9), dtype=np.int64)
+    right[0, 1, 1:], right[0, 2, :1] = 1, 1  # seeds far apart: their spread alone would reach beyond
+    (only,) = standing(right, 3).standings
+    assert (only.low, only.high) == (0.0, 1.0) and 0 < only.score < 1
+
+
 def test_equal_methods_tie_and_the_one_that_trains_least_is_named() -> None:
     right = np.zeros((2, 1, 300), dtype=np.int64)
     right[:, :, :60] = 1

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from luthier.core import ConfigError, near
 
-__all__ = ["SCORES", "score_named"]
+__all__ = ["LEAST", "SCORES", "score_named"]
 
 Rows = NDArray[np.int64]
 Weights = NDArray[np.float64]
@@ -45,6 +45,9 @@ def mcc(wanted: Rows, said: Rows, weights: Weights) -> float:
 
 
 SCORES: dict[str, Callable[[Rows, Rows, Weights], float]] = {"accuracy": accuracy, "macro_f1": macro_f1, "mcc": mcc}
+
+LEAST = {"mcc": -1.0}
+"""The least value of a score where it is not 0; the most is 1."""
 
 
 def score_named(name: str) -> Callable[[Rows, Rows, Weights], float]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.comparison.rates import Rates
-from luthier.comparison.scores import score_named
+from luthier.comparison.scores import LEAST, score_named
 from luthier.comparison.statistics import (
     LEAST_SEEDS,
     Difference,
@@ -169,7 +169,7 @@ def judge(
         corrected |= {i: max(corrected[i], d.p_seeds) for i, d in differences.items()}
     standings = []
     for i in order:
-        low, high = resampled.interval(i)
+        low, high = np.clip(resampled.interval(i), LEAST.get(metric, 0.0), 1.0)
         right = answered == wanted
         told = [flips(right[best, s], right[i, s]) for s in range(len(seeds))] if i != best else []
         standings.append(
@@ -177,8 +177,8 @@ def judge(
                 name=names[i],
                 score=float(means[i]),
                 scores=tuple(float(v) for v in resampled.scores[i]),
-                low=low,
-                high=high,
+                low=float(low),
+                high=float(high),
                 word=_word(differences[i], corrected[i], margin, given, len(seeds)) if i != best else "best",
                 difference=differences.get(i),
                 p=corrected[i],

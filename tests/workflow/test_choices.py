@@ -7,11 +7,24 @@ import pytest
 import torch
 from little import little_spec
 
+from luthier.anatomy import Anatomy
 from luthier.runs import RunFolder
 from luthier.runs.spec import BatchSpec, EvalSpec, OptimSpec, RunSpec
+from luthier.surgery import compose
 from luthier.training.optimiser import Optimiser, optimiser_of
 from luthier.workflow import prepare, resume, train
-from luthier.workflow.choices import FEWEST_STEPS, MOST_EPOCHS, PATIENCE, budget, choose, reopened, sentence, sizes
+from luthier.workflow.choices import (
+    FEWEST_STEPS,
+    MOST_EPOCHS,
+    PATIENCE,
+    budget,
+    choose,
+    reopened,
+    sentence,
+    sizes,
+    too_wide,
+)
+from luthier.workflow.load_model import empty_model
 from luthier.workflow.resume_proof import run_digests
 
 torch.set_num_threads(1)
@@ -134,3 +147,16 @@ def test_the_folder_holds_what_was_chosen_and_a_run_that_stops_early_resumes_to_
     monkeypatch.setattr("luthier.workflow.choices.FEWEST_STEPS", 40)  # another version chooses otherwise
     resume(tmp_path / "part")
     assert run_digests(tmp_path / "part") == run_digests(tmp_path / "whole")
+
+
+def test_a_method_that_trains_more_than_the_weight_it_stands_at_is_said(home: Path) -> None:
+    prepared = prepare(little_spec(home, method="lora", settings={"rank": 900}))
+    anatomy = Anatomy.read(empty_model(prepared.source, prepared.task))
+    (said,) = too_wide(prepared.method, anatomy)
+    assert (
+        said.startswith("lora trains ")
+        and said in prepared.lines
+        and "more than any change of it needs; so at 6" in said
+    )
+    assert too_wide(compose.method("lora+sequential_adapter", {"sequential_adapter.width": 900}), anatomy) == []
+    assert too_wide(compose.method("full", {}), anatomy) == []

@@ -12,14 +12,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from luthier.core import plain
+from luthier.anatomy import Anatomy, is_projection
+from luthier.core import human_count, plain
 from luthier.data.tasks import Task
 from luthier.runs.spec import DEFAULT_EPOCHS, OptimSpec, RunSpec
-from luthier.surgery import Method, compose
+from luthier.surgery import Method, PerSite, compose
 from luthier.training.strategy import split_settings
 from luthier.workflow.held import store_of
 
-__all__ = ["Budget", "budget", "choose", "length_of", "reopened", "scaled_rates", "sentence", "sizes"]
+__all__ = ["Budget", "budget", "choose", "length_of", "reopened", "scaled_rates", "sentence", "sizes", "too_wide"]
 
 FEWEST_STEPS = 400
 MOST_EPOCHS = 40.0
@@ -144,6 +145,25 @@ def sizes(spec: RunSpec, rows: int) -> list[str]:
             f"batch.accumulate = {spec.batch.accumulate} is more than the {step} rows of a step: it is cut into "
             f"{step} micro-batches, of one row each"
         )
+    return said
+
+
+def too_wide(method: Method, anatomy: Anatomy) -> list[str]:
+    """Which parts train more at a layer than two factors of its full rank have, such as LoRA of a rank beyond it."""
+    said = []
+    for part in method.parts():
+        if not isinstance(part, PerSite):
+            continue
+        here = part.on(anatomy)
+        sites = [site for site in part.places(anatomy) if is_projection(site)]
+        over = [s for s in sites if here.params_at(s) > min(s.d_in, s.d_out) * (s.d_in + s.d_out)]
+        if over:
+            worst = max(over, key=here.params_at)
+            said.append(
+                f"{part.name} trains {human_count(here.params_at(worst))} numbers at {worst.key}, whose weight of "
+                f"{worst.d_out} x {worst.d_in} has {human_count(worst.d_in * worst.d_out)}: more than any change of it "
+                f"needs{f'; so at {len(over)} places of {len(sites)}' if len(over) > 1 else ''}"
+            )
     return said
 
 

@@ -41,7 +41,7 @@ from luthier.training.strategy_fits import refuse_sets, refuse_task, task_of
 from luthier.training.temperature import check_calibrate
 from luthier.training.thresholds import check_thresholds
 from luthier.training.update_checks import refuse_optimisers
-from luthier.workflow.choices import choose, sentence, sizes
+from luthier.workflow.choices import choose, sentence, sizes, too_wide
 from luthier.workflow.find_others import Other, find_others
 from luthier.workflow.held import check_store, held_in
 from luthier.workflow.load_model import (
@@ -257,6 +257,8 @@ def prepare(spec: RunSpec, say: Callable[[str], None] = lambda line: None, *, be
         f"({n_params / anatomy.n_params:.3%}), and a new head of "
         f"{human_count(sum(int(np.prod(anatomy.tensors[t])) for t in anatomy.head_tensors))}"
     )
+    for remark in too_wide(method, anatomy):
+        note(remark)
     return Prepared(
         spec=spec, source=source, method=method, strategies=strategies, task=task, columns=columns, train_table=table,
         test_table=test, aside=data.aside, problems=data.problems, tokenizer=tokenizer,

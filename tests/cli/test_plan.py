@@ -400,7 +400,7 @@ def test_a_strategy_is_priced_by_its_passes_and_what_it_holds_is_said_to_be_unkn
     [
         (("--strategy", "freelbb"), 2, "freelb"),
         (("--strategy", "tapt"), 3, "tapt is a recipe, a chain of runs"),
-        (("--strategy", "freelb+freelb"), 3, "twice"),
+        (("--strategy", "freelb+freelb"), 2, "twice"),
         (("--strategy", "freelb", "--set", "freelb.kk=2"), 2, "no setting 'kk'"),
         (("--strategy", "freelb", "--set", "k=0"), 2, "k"),
         (("--pack",), 2, "batch.pack: it is for language models"),

@@ -14,7 +14,8 @@ Claims: converges faster than LoRA, and ends higher.
 Cost: a pass over `data` of the first epoch; meanwhile 8 d_in^2 bytes for whatever several places read alike, 134 MB at
 a width of 4096, and their eigenvectors.
 Measured: `python -m experiments.rates eva --seed 1`, 300 questions of trec6 that the table does not score: 0.84; it
-stops early, after 246 steps. With `run.steps=408` 0.91: it is the few rows it is stopped by that make seeds differ.
+stops early, after 246 steps. With `run.steps=408` 0.91, one run of each: the few rows it is stopped by may be why seeds
+differ.
 Pitfalls: too few tokens give components that are accidents of them; fewer than the rank are refused.
 """
 

@@ -17,8 +17,8 @@ Cost: three products of full width a block and every adapter's bottleneck: half 
 Use it when: adapters of related tasks are there, and the task at hand has few rows.
 Not when: one adapter is meant: adapter_soup and mera make one of several.
 Pitfalls: attention over tokens, or scores divided by sqrt(d), is another method; 0.01 |I - V|² is added to the loss.
-Seeds differ: with sources of two other tasks `python -m experiments.methods --only adapter_fusion` gave 0.70, 0.77 and 0.18,
-the last at chance and below head_only. Why was not found.
+Seeds differ: with sources of two other tasks `python -m experiments.methods --only adapter_fusion` gave 0.70, 0.77 and
+0.18, the last at chance and below head_only. Why was not found.
 """
 
 from collections.abc import Iterable, Sequence

@@ -7,9 +7,11 @@
 
 Each run is `luthier train` in a process of its own, one after another. A method runs in as many of the four shapes
 (length x rows at once) of its model as `--shapes` says, beginning with another one than the method before it; the first
-two have different lengths. Begun again, the command goes on: a finished run stands, and what a method refused is kept
-beside the runs and not tried again. Bytes may be measured beside other work; seconds may not, so `--write memory`
-leaves their file alone. What is written takes the place of the same runs' pairs and leaves all others.
+two have different lengths. On a machine of several cores, `--part 1/2` and `--part 2/2` with folders of their own run
+beside each other, a core for each: seconds are then those of a machine whose cores all do such work. Begun again, the
+command goes on: a finished run stands, and what a method refused is kept beside the runs and not tried again. Bytes may
+be measured beside other work; seconds may not, so `--write memory` leaves their file alone. What is written takes the
+place of the same runs' pairs and leaves all others.
 Intervals of `luthier plan` come from these pairs; docs/howto/plan.md says what they are worth.
 """
 
@@ -55,11 +57,16 @@ COUNTED = ("weights", "trained", "gradients", "optimiser")
 
 def methods_of(first: tuple[str, ...]) -> list[str]:
     """All methods, those first that the grid began with."""
-    return [*first, *(name for name in METHODS.ours() if name not in first)]
+    names = [*first, *(name for name in METHODS.ours() if name not in first)]
+    return ["+".join(dict.fromkeys((*METHODS.get(name).needs, name))) for name in names]
 
 
-def specs(out: Path, shapes: int = 2) -> list[RunSpec]:
-    """The runs of the grid; the first shape of every method comes before any second one."""
+def specs(out: Path, shapes: int = 2, part: tuple[int, int] = (1, 1)) -> list[RunSpec]:
+    """The runs of the grid; the first shape of every method comes before any second one.
+
+    Args:
+        part: the first of so many equal parts is (1, parts).
+    """
     rows, found = out / "rows.csv", []
     if not rows.exists():
         out.mkdir(parents=True, exist_ok=True)
@@ -67,20 +74,28 @@ def specs(out: Path, shapes: int = 2) -> list[RunSpec]:
         lines = [f"{'word ' * (3 + number % 60)}{number},{kinds[number % 3]}" for number in range(300)]
         rows.write_text("\n".join(["text,label", *lines]) + "\n", encoding="utf-8")
     for turn in range(shapes):
-        for model, data, methods, its in (
-            ("sample:minilm-l6", str(rows), methods_of(FIRST_ENCODER), ENCODER_SHAPES),
-            ("sample:smollm2-135m", "sample:chitchat", methods_of(FIRST_DECODER), DECODER_SHAPES),
-        ):
+        for model, data, methods, its, steps in (
+            ("sample:minilm-l6", str(rows), methods_of(FIRST_ENCODER), ENCODER_SHAPES, 20),
+            ("sample:smollm2-135m", "sample:chitchat", methods_of(FIRST_DECODER), DECODER_SHAPES, 6),
+        ):  # of shorter runs a machine's rates are not measured
             for i, method in enumerate(methods):
                 length, size = its[(i + turn) % len(its)]
                 found.append(
                     RunSpec(
-                        model=model, data=DataSpec(source=data, accept_refused=1.0), method=method, steps=6,
+                        model=model, data=DataSpec(source=data, accept_refused=1.0), method=method, steps=steps,
                         max_length=length, threads=1, batch=BatchSpec(size=size), eval=EvalSpec(rows=16),
                         out=str(out / f"{model.partition(':')[2]}-{method}-{length}x{size}"),
                     )
                 )  # fmt: skip
-    return found
+    return found[part[0] - 1 :: part[1]]
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """I/N as two numbers."""
+    number, _, of = text.partition("/")
+    if not (number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of)):
+        raise argparse.ArgumentTypeError(f"{text}: give it as I/N, the first half is 1/2")
+    return int(number), int(of)
 
 
 def run(spec: RunSpec) -> None:
@@ -211,6 +226,7 @@ def main() -> None:
     options.add_argument("--out", type=Path)
     options.add_argument("--page", action="store_true")
     options.add_argument("--shapes", type=int, default=2, choices=range(5))
+    options.add_argument("--part", type=part_of, default=(1, 1), metavar="I/N", help="the I-th of N parts of the runs")
     options.add_argument("--minutes", type=float, default=1e9, help="begin no run after so long; the next call goes on")
     options.add_argument("--probe", action="store_true", help="also make real steps of every run, for --write all")
     options.add_argument(
@@ -224,7 +240,7 @@ def main() -> None:
         options.error("--out is missing: the folder of the runs")
     from luthier.workflow.forecasts import pairs_of
 
-    left = run_for(60 * given.minutes, specs(given.out, given.shapes))
+    left = run_for(60 * given.minutes, specs(given.out, given.shapes, given.part))
     print(f"{left} runs are left" if left else "all runs are there")
     for line in not_counted(given.out):
         print(line)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from experiments.defaults.baselines import MODEL
 from experiments.defaults.panel import PANEL, halves, rest
-from experiments.methods.__main__ import spelling
+from experiments.methods.__main__ import sources_of, spelling
 from experiments.one_run import one_run
 from experiments.results import scored
 
@@ -31,7 +31,9 @@ def main() -> None:
     train, _ = halves(PANEL[0])
     with tempfile.TemporaryDirectory() as home:
         held = rest(PANEL[0], ROWS, Path(home) / "held.jsonl")
-        right, facts = one_run(MODEL, spelling(asked.method), asked.seed, train, held, f"{home}/run", asked.given)
+        right, facts = one_run(
+            MODEL, spelling(asked.method), asked.seed, train, held, f"{home}/run", asked.given, sources_of(asked.method)
+        )
     which = {"method": asked.method, "given": asked.given, "seed": asked.seed}
     print(json.dumps(which | scored(right) | {name: facts[name] for name in ("steps", "cpu_seconds")}))
 

@@ -38,7 +38,7 @@ def main() -> None:
 
 def _run(rows: str, name: str, seed: int, out: str) -> tuple[list[bool], dict[str, Any]]:
     train, test = halves(BY_NAME[rows])
-    return one_run(MODEL, spelling(name), seed, train, test, out, sources=_sources(name))
+    return one_run(MODEL, spelling(name), seed, train, test, out, sources=sources_of(name))
 
 
 def spelling(name: str) -> str:
@@ -46,7 +46,7 @@ def spelling(name: str) -> str:
     return "+".join(dict.fromkeys((*METHODS.get(name).needs, name)))
 
 
-def _sources(name: str) -> list[str]:
+def sources_of(name: str) -> list[str]:
     """Finished runs that a method is made of, where it cannot do without; trained once and kept."""
     cls = METHODS.get(name)
     if not cls.sources or not cls().least_sources:  # of madx, how many depends on its part

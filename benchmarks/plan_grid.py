@@ -3,7 +3,7 @@
     python benchmarks/plan_grid.py --out /tmp/grid --minutes 30     trains what is not there yet, for half an hour
     python benchmarks/plan_grid.py --out /tmp/grid --minutes 0 --write memory     writes pairs of bytes, trains nothing
     python benchmarks/plan_grid.py --out /tmp/grid --minutes 0 --probe --write all     those of seconds too
-    python benchmarks/plan_grid.py --page     writes the tables of docs/howto/plan.md from these files, trains nothing
+    python benchmarks/plan_grid.py --page     writes the tables of docs from these files, trains nothing
 
 Each run is `luthier train` in a process of its own, one after another. A method runs in as many of the four shapes
 (length x rows at once) of its model as `--shapes` says, beginning with another one than the method before it; the first
@@ -25,6 +25,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from luthier.forecast import (
+    Interval,
     Pair,
     TimePair,
     committed,
@@ -50,6 +51,14 @@ TIMES = PAIRS.parent / "time_pairs.json"
 ENCODER_SHAPES = ((16, 64), (64, 16), (16, 16), (64, 64))  # lengths take turns
 DECODER_SHAPES = ((48, 8), (160, 8), (48, 2), (160, 2))
 PAGE = Path(__file__).parent.parent / "docs" / "howto" / "plan.md"
+RESIDUALS = PAGE.parent.parent / "plan-residuals.md"
+RESIDUALS_HEAD = """# Forecast and measured memory, run by run
+
+Written by `python benchmarks/plan_grid.py --page` from the pairs that come with the package; [plan a run](howto/plan.md)
+says how they were made. Bytes in MB: `counted` is the program as the run saw it, the counted parts and the forecast of
+activations; `forecast` the interval from runs of other methods, without this one; `off` measured against its middle.
+
+"""
 BEGIN, END = "<!-- begin plan_grid -->\n", "<!-- end plan_grid -->\n"
 WRONG_USE = (2, 3)  # exit codes of a run that the same words will never make
 COUNTED = ("weights", "trained", "gradients", "optimiser")
@@ -159,16 +168,28 @@ def not_counted(out: Path) -> list[str]:
     return wrong
 
 
-def table() -> str:
-    """What the committed pairs say, each run forecast from the runs of other methods."""
+def judged() -> list[tuple[Pair, Interval | None]]:
+    """The committed pairs, each with its interval from the runs of other methods."""
     pairs = sorted(committed(), key=lambda p: (p.model, p.method, p.tokens, p.rows))
-    lines = ["| model | method | rows x tokens | counted | forecast | measured | off |", "| --- " * 7 + "|"]
-    for pair, made in zip(pairs, leave_out(pairs), strict=True):
-        ends = f"{made.low / 1e6:.0f} to {made.high / 1e6:.0f}" if made else "assumed"
-        off = f"{pair.measured / made.likely - 1:+.1%}" if made else "-"
+    return list(zip(pairs, leave_out(pairs), strict=True))
+
+
+def table() -> str:
+    """What the committed pairs say, by model and family."""
+    known = judged()
+    pairs = [pair for pair, _ in known]
+    groups: dict[tuple[str, str], list[tuple[Pair, Interval]]] = {}
+    for pair, made in known:
+        if made is not None:
+            groups.setdefault((pair.model, pair.family), []).append((pair, made))
+    lines = ["| model | family | runs | off, in the middle | inside | above | furthest off |", "| --- " * 7 + "|"]
+    for (model, family), own in sorted(groups.items()):
+        errors = sorted(_off(pair, made) for pair, made in own)
+        furthest, last = max(own, key=lambda one: abs(_off(*one))), len(own) // 2
         lines.append(
-            f"| {pair.model.partition(':')[2]} | {pair.method} | {pair.rows} x {pair.tokens} | "
-            f"{pair.forecast / 1e6:.0f} | {ends} | {pair.measured / 1e6:.0f} | {off} |"
+            f"| {model.partition(':')[2]} | {family} | {len(own)} | {errors[last]:+.1%} | "
+            f"{sum(made.low <= pair.measured <= made.high for pair, made in own)} | "
+            f"{sum(pair.measured > made.high for pair, made in own)} | {furthest[0].method} {_off(*furthest):+.0%} |"
         )
     found, constant = residuals(pairs), constant_of(pairs)
     said = f"{len(pairs)} runs; constant {constant / 1e6:.0f} MB."
@@ -178,6 +199,23 @@ def table() -> str:
             f"inside, {found.above:.0%} above."
         )
     return "\n".join([said, *_of_new_models(pairs), "", *lines, ""])
+
+
+def residual_table() -> str:
+    """Every committed pair: docs/plan-residuals.md."""
+    lines = ["| model | method | rows x tokens | counted | forecast | measured | off |", "| --- " * 7 + "|"]
+    for pair, made in judged():
+        ends = f"{made.low / 1e6:.0f} to {made.high / 1e6:.0f}" if made else "assumed"
+        off = f"{_off(pair, made):+.1%}" if made else "-"
+        lines.append(
+            f"| {pair.model.partition(':')[2]} | {pair.method} | {pair.rows} x {pair.tokens} | "
+            f"{pair.forecast / 1e6:.0f} | {ends} | {pair.measured / 1e6:.0f} | {off} |"
+        )
+    return RESIDUALS_HEAD + "\n".join(lines) + "\n"
+
+
+def _off(pair: Pair, made: Interval) -> float:
+    return pair.measured / made.likely - 1
 
 
 def _of_new_models(pairs: list[Pair]) -> list[str]:
@@ -235,6 +273,7 @@ def main() -> None:
     given = options.parse_args()
     if given.page:
         PAGE.write_text(paged(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        RESIDUALS.write_text(residual_table(), encoding="utf-8")
         return
     if given.out is None:
         options.error("--out is missing: the folder of the runs")

@@ -1,7 +1,10 @@
 """The table of the page on plans is that of the pairs that come with the package."""
 
+import argparse
 import json
 from pathlib import Path
+
+import pytest
 
 from benchmarks import plan_grid
 from luthier.forecast import Pair, committed, committed_times, residuals, residuals_of_times
@@ -12,6 +15,7 @@ from luthier.surgery import METHODS
 def test_the_page_says_what_the_pairs_say() -> None:
     text = plan_grid.PAGE.read_text(encoding="utf-8")
     assert plan_grid.paged(text) == text
+    assert plan_grid.RESIDUALS.read_text(encoding="utf-8") == plan_grid.residual_table()
 
 
 def test_our_own_grid_keeps_within_what_was_promised() -> None:
@@ -29,12 +33,24 @@ def test_our_own_seconds_over_measured_rates_keep_within_what_was_promised() -> 
 def test_first_shapes_of_all_methods_come_first_and_no_run_comes_twice(tmp_path) -> None:  # type: ignore[no-untyped-def]
     first, all_four = plan_grid.specs(tmp_path, 1), plan_grid.specs(tmp_path, 4)
     assert all_four[: len(first)] == first
-    assert {s.method for s in first} == set(METHODS.ours())
+    assert {s.method.rpartition("+")[2] for s in first} == set(METHODS.ours())
+    assert {s.method for s in first if "+" in s.method} == {
+        "+".join((*METHODS.get(name).needs, name)) for name in METHODS.ours() if METHODS.get(name).needs
+    }
     assert len({s.out for s in all_four}) == len(all_four) == 4 * len(first)
     two: dict[tuple[str, str], set[int | None]] = {}
     for s in plan_grid.specs(tmp_path, 2):
         two.setdefault((s.model, s.method), set()).add(s.max_length)
     assert all(len(lengths) == 2 for lengths in two.values()), "two shapes are two lengths"
+
+
+def test_parts_of_the_grid_are_the_grid(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    whole, of = plan_grid.specs(tmp_path, 1), [plan_grid.specs(tmp_path, 1, (part, 3)) for part in (1, 2, 3)]
+    assert sorted(s.out for part in of for s in part) == sorted(s.out for s in whole)
+    assert {s.model for s in of[0]} == {s.model for s in whole}
+    for wrong in ("0/2", "3/2", "2", "a/b"):
+        with pytest.raises(argparse.ArgumentTypeError, match="the first half is 1/2"):
+            plan_grid.part_of(wrong)
 
 
 def test_a_slice_ends_in_time_and_the_next_one_goes_on(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]

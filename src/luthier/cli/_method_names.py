@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from luthier.cli._shelf import SHELF, of_families
+from luthier.core import UsageError
 
 __all__ = ["method_names"]
 
@@ -15,6 +16,7 @@ def method_names(words: Sequence[str]) -> list[str]:
 
     Raises:
         UnknownName: no such family.
+        UsageError: one stands twice.
     """
     names: list[str] = []
     for word in (part.strip() for given in words for part in given.split(",")):
@@ -26,4 +28,7 @@ def method_names(words: Sequence[str]) -> list[str]:
             names[-1] += f",{word}"
         elif word:
             names.append(word)
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(f"--method {twice} stands twice. Name each once; settings tell two apart: {twice}:rank=4.")
     return names

@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from luthier.core import ConfigError, ResourceError
+from luthier.core.places import refuse_taken
 from luthier.runs import durable
 from luthier.surgery import to_peft
 from luthier.surgery.low_rank import LowRank, told_of
@@ -82,8 +83,7 @@ def export_peft(
         ResourceError: it cannot be written.
     """
     target = Path(folder)
-    if target.exists():
-        raise ConfigError(f"{target}: is there already. Name a folder that does not exist.")
+    refuse_taken(target, deep=True)
     task, source = predictor.task, predictor.source
     if task.template:
         raise ConfigError(

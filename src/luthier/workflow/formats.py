@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.core import ConfigError, UnknownName, near, plain
+from luthier.core.places import refuse_taken
 from luthier.workflow.export import Exported
 
 __all__ = ["FORMATS", "Wanted", "export"]
@@ -128,6 +129,5 @@ def export(run: Path | str, folder: Path | str, *, to: str = "peft", **wanted: A
         if name != "accept" and value is not None and name not in FORMATS[to].takes:
             takers = ", ".join(other for other in FORMATS if name in FORMATS[other].takes)
             raise ConfigError(f"--{name} {value}: --to {to} takes none; {takers} do. Leave it out.")
-    if Path(folder).exists():  # said before the model is loaded
-        raise ConfigError(f"{folder}: is there already. Name a folder that does not exist.")
+    refuse_taken(Path(folder), deep=True)  # said before the model is loaded
     return FORMATS[to].write(Path(run), Path(folder), asked)

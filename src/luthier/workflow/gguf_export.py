@@ -8,6 +8,7 @@ from typing import Any
 
 from luthier.__version__ import __version__
 from luthier.core import ConfigError, UsageError
+from luthier.core.places import refuse_taken
 from luthier.runs import durable
 from luthier.workflow.certificate import FILE as CERTIFICATE
 from luthier.workflow.certificate import called, certify_folder
@@ -32,10 +33,7 @@ def for_llama_cpp(path: Path, target: Path, to: str) -> Any:
         UsageError: gguf is not installed.
         CannotMerge: an architecture that is not written here.
     """
-    if target.exists():
-        raise ConfigError(f"{target}: is there already. Name a folder that does not exist.")
-    if not target.parent.is_dir():
-        raise ConfigError(f"{target}: the folder {target.parent} does not exist. Make it, or name another place.")
+    refuse_taken(target)
     if find_spec("gguf") is None:
         raise UsageError(f"--to {to}: needs gguf, which is not installed. pip install 'luthier[gguf]'.")
     task = Predictor.task_of(path)

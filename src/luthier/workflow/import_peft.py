@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from luthier.core import BadInput, ConfigError, IntegrityError, NothingTrains
+from luthier.core.places import refuse_taken
 from luthier.surgery import from_peft, keyed
 from luthier.surgery.compose import spell
 from luthier.surgery.low_rank import as_lora, told_of
@@ -64,8 +65,7 @@ def import_peft(adapter: Path | str, out: Path | str, *, model: str | None = Non
         NothingTrains: it computes what its base computes.
     """
     adapter, out = Path(adapter), Path(out)
-    if out.exists():
-        raise ConfigError(f"{out}: is there already. Name a folder that does not exist.")
+    refuse_taken(out, deep=True)
     for name in (CONFIG, WEIGHTS):
         if not (adapter / name).is_file():
             raise BadInput(f"{adapter}: holds no {name}. Name a folder that peft saved, with safetensors weights.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from luthier.core import BadInput, ConfigError, IntegrityError
+from luthier.core.places import refuse_taken
 from luthier.surgery.compose import spell
 from luthier.surgery.lycoris_files import from_lycoris, read_back, to_lycoris
 from luthier.workflow.export import Exported
@@ -40,8 +41,7 @@ def import_lycoris(file: Path | str, out: Path | str, *, model: str | None) -> I
         IntegrityError: tensors are missing or of other shapes, or add something else.
     """
     file, out = Path(file), Path(out)
-    if out.exists():
-        raise ConfigError(f"{out}: is there already. Name a folder that does not exist.")
+    refuse_taken(out, deep=True)
     if not file.is_file():
         raise BadInput(f"{file}: is no file.")
     if not model:

@@ -13,6 +13,7 @@ from torch import nn
 
 from luthier.__version__ import __version__
 from luthier.core import CannotMerge, ConfigError
+from luthier.core.places import refuse_taken
 from luthier.runs import durable
 from luthier.surgery import answerers, merging, narrowing
 from luthier.workflow.added_runs import add_runs
@@ -69,10 +70,7 @@ def merge(
             the model that was trained.
     """
     out = Path(out).absolute()
-    if out.exists():
-        raise ConfigError(f"{out}: is there already. Name a folder that does not exist.")
-    if not out.parent.is_dir():
-        raise ConfigError(f"{out}: the folder {out.parent} does not exist. Make it, or name another place.")
+    refuse_taken(out)
     if dtype != "auto" and dtype not in TYPES:
         raise ConfigError(f"dtype: got {dtype!r}; it must be auto, fp32, bf16 or fp16.")
     path, others = Path(path), [Path(other) for other in add]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from luthier.core import ConfigError, DataError, ModelError
+from luthier.core.places import refuse_taken
 from luthier.runs import durable
 from luthier.trust import safetensors
 from luthier.workflow.load_model import Source, find_model, load_config, load_tokenizer, quiet
@@ -59,10 +60,7 @@ def add_tokens(model: str, tokens: Sequence[str], out: Path | str) -> list[int]:
         ModelError: a tensor as long as the vocabulary whose part is not known.
     """
     source, out = find_model(model), Path(out).absolute()
-    if out.exists():
-        raise ConfigError(f"{out}: is there already. Name a folder that does not exist.")
-    if not out.parent.is_dir():
-        raise ConfigError(f"{out}: the folder {out.parent} does not exist. Make it, or name another place.")
+    refuse_taken(out)
     tokenizer = load_tokenizer(source)
     ids = _ids_of(tokenizer, tokens, model)
     known = len(tokenizer) - len(ids)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from luthier.__version__ import __version__
 from luthier.core import CannotMerge, ConfigError, IntegrityError, LuthierError, UsageError
+from luthier.core.places import refuse_taken
 from luthier.runs import durable
 from luthier.surgery import answerers, load
 from luthier.workflow.certificate import FILE as CERTIFICATE
@@ -62,10 +63,7 @@ def export_onnx(path: Path | str, folder: Path | str, *, accept: bool = False) -
         IntegrityError: onnxruntime computes something else.
     """
     path, target = Path(path), Path(folder).absolute()
-    if target.exists():
-        raise ConfigError(f"{target}: is there already. Name a folder that does not exist.")
-    if not target.parent.is_dir():
-        raise ConfigError(f"{target}: the folder {target.parent} does not exist. Make it, or name another place.")
+    refuse_taken(target)
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if find_spec(package) is None:
             raise UsageError(f"--to onnx: needs {package}, which is not installed. pip install 'luthier[onnx]'.")

@@ -48,14 +48,15 @@ FIRST_ENCODER = (
 FIRST_DECODER = ("lora", "ia3", "sequential_adapter", "prefix_tuning", "layernorm_tuning", "top_k_layers", "full")
 PAIRS = Path(__file__).parent.parent / "src" / "luthier" / "forecast" / "pairs.json"
 TIMES = PAIRS.parent / "time_pairs.json"
-ENCODER_SHAPES = ((16, 64), (64, 16), (16, 16), (64, 64))  # lengths take turns
-DECODER_SHAPES = ((48, 8), (160, 8), (48, 2), (160, 2))
+ENCODER_SHAPES = ((16, 64, 10), (64, 16, 10), (16, 16, 20), (64, 64, 6))  # length, rows, steps; lengths take turns
+DECODER_SHAPES = ((48, 8, 6), (160, 8, 4), (48, 2, 8), (160, 2, 6))  # a second of steps, or rates are not measured
 PAGE = Path(__file__).parent.parent / "docs" / "howto" / "plan.md"
 RESIDUALS = PAGE.parent.parent / "plan-residuals.md"
 RESIDUALS_HEAD = """# Forecast and measured memory, run by run
 
-Written by `python benchmarks/plan_grid.py --page` from the pairs that come with the package; [plan a run](howto/plan.md)
-says how they were made. Bytes in MB: `counted` is the program as the run saw it, the counted parts and the forecast of
+Written by `python benchmarks/plan_grid.py --page` from the pairs that come with the package; [plan a
+run](howto/plan.md) says how they were made. Bytes in MB: `counted` is the program as the run saw it, the counted
+parts and the forecast of
 activations; `forecast` the interval from runs of other methods, without this one; `off` measured against its middle.
 
 """
@@ -83,12 +84,12 @@ def specs(out: Path, shapes: int = 2, part: tuple[int, int] = (1, 1)) -> list[Ru
         lines = [f"{'word ' * (3 + number % 60)}{number},{kinds[number % 3]}" for number in range(300)]
         rows.write_text("\n".join(["text,label", *lines]) + "\n", encoding="utf-8")
     for turn in range(shapes):
-        for model, data, methods, its, steps in (
-            ("sample:minilm-l6", str(rows), methods_of(FIRST_ENCODER), ENCODER_SHAPES, 20),
-            ("sample:smollm2-135m", "sample:chitchat", methods_of(FIRST_DECODER), DECODER_SHAPES, 6),
-        ):  # of shorter runs a machine's rates are not measured
+        for model, data, methods, its in (
+            ("sample:minilm-l6", str(rows), methods_of(FIRST_ENCODER), ENCODER_SHAPES),
+            ("sample:smollm2-135m", "sample:chitchat", methods_of(FIRST_DECODER), DECODER_SHAPES),
+        ):
             for i, method in enumerate(methods):
-                length, size = its[(i + turn) % len(its)]
+                length, size, steps = its[(i + turn) % len(its)]
                 found.append(
                     RunSpec(
                         model=model, data=DataSpec(source=data, accept_refused=1.0), method=method, steps=steps,

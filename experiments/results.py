@@ -13,7 +13,7 @@ from typing import Any
 
 from luthier.core import Interrupted
 
-__all__ = ["asked_of", "known", "once", "scored", "tried", "words_of"]
+__all__ = ["asked_of", "attempted", "known", "once", "scored", "tried", "words_of"]
 
 
 def words_of(experiment: str, what: str, results: Path, doc: str | None) -> argparse.ArgumentParser:
@@ -47,19 +47,28 @@ def once(results: Path, which: dict[str, Any], make: Callable[[], dict[str, Any]
     print(line, flush=True)
 
 
-def tried(run: Callable[[str], tuple[Sequence[bool], dict[str, Any]]]) -> dict[str, Any]:
-    """What `run` gives in a folder that is there for it alone, scored; of one that stops, why.
+def attempted(run: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    """What `run` gives in a folder that is there for it alone; of one that stops, why.
 
     One that breaks must not keep the others from their turn, and the page shows it. Whoever interrupts means all.
     """
     try:
         with tempfile.TemporaryDirectory() as home:
-            right, facts = run(f"{home}/run")
-        return scored(right) | facts
+            return run(f"{home}/run")
     except Interrupted:
         raise
     except Exception as error:
         return {"refused": f"{type(error).__name__}: {error}"}
+
+
+def tried(run: Callable[[str], tuple[Sequence[bool], dict[str, Any]]]) -> dict[str, Any]:
+    """The same of a run whose answers are right or wrong: scored."""
+
+    def made(home: str) -> dict[str, Any]:
+        right, facts = run(home)
+        return scored(right) | facts
+
+    return attempted(made)
 
 
 def scored(right: Sequence[bool]) -> dict[str, Any]:

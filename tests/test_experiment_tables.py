@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from experiments.chat import page as chat_page
 from experiments.methods import page as methods_page
 from experiments.parameters.__main__ import MODELS, SHAPES, table
 from experiments.results import known, once, tried
 from experiments.size_lora.page import SETS, WAYS, write
 from experiments.strategies.page import MEASURED, measured
 from luthier.core import ConfigError, Interrupted
+from luthier.surgery import METHODS
 
 RESULTS = ("experiments", "strategies", "results.jsonl")
 
@@ -126,3 +128,21 @@ def test_a_run_that_breaks_is_a_line_and_one_that_is_interrupted_ends_all(tmp_pa
     once(tmp_path / "results.jsonl", {"seed": 0}, partial(tried, partial(run, None)))
     (line,) = known(tmp_path / "results.jsonl")
     assert {"seed", "accuracy", "rows", "steps", "seconds"} == set(line)
+
+
+def test_a_chat_page_sets_each_perplexity_against_the_model_as_it_is(tmp_path: Path) -> None:
+    facts = {"seed": 0, "trained": 1234, "stored": 2**20, "held": 2**21, "cpu_seconds": 3.0}
+    rows: list[dict[str, object]] = [
+        {"method": chat_page.BASE, "seed": 0, "perplexity": 40.0},
+        {"method": "lora", "perplexity": 30.0, **facts},
+        {"method": "ia3", "perplexity": 41.0, **facts},
+        {"method": "coda", "seed": 0, "refused": "AnatomyError: none"},
+    ]
+    results = tmp_path / "results.jsonl"
+    results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chat_page.write(results, tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert "The model as it is: 40.00." in text
+    assert "| [lora](methods/lora.md) | 30.00 | -25.0% | 1,234 | 1 MiB | 2 MiB | 3 |" in text
+    assert "Not better than the model as it is: ia3." in text and "- coda: AnatomyError: none" in text
+    assert f"Not run: {len(METHODS.ours()) - 3} of" in text

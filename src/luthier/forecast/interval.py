@@ -84,7 +84,7 @@ def constant_of(pairs: Sequence[Pair]) -> int:
     forecast = np.array([p.forecast for p in pairs], float)
     measured = np.array([p.measured for p in pairs], float)
     tried = np.unique(np.maximum(0, np.append(measured - forecast, 0)))
-    sums = np.abs(np.log(measured / (forecast + tried[:, None]))).sum(1)  # (tried,): hundreds of runs, each tried on all
+    sums = np.abs(np.log(measured / (forecast + tried[:, None]))).sum(1)  # (tried,): each on all runs
     return int(tried[sums.argmin()])
 
 

@@ -13,7 +13,7 @@ __all__ = ["BASE", "LENGTH", "MODEL", "ROWS", "SCORED", "STEPS", "write"]
 
 PAGE = Path(__file__).parents[2] / "docs" / "chat-table.md"
 MODEL = "smollm2-135m"
-STEPS, ROWS, LENGTH, SCORED = 30, 8, 64, 100
+STEPS, ROWS, LENGTH, SCORED = 20, 8, 64, 100
 BASE = "(none)"
 HEAD = f"""# Every method at its defaults on a chat model
 

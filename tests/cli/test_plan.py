@@ -90,6 +90,13 @@ def test_a_budget_that_fits_nothing_says_so(luthier: Call, llama_7b: Path) -> No
     assert "Nothing fits" in said.out and "luthier train" not in said.out
 
 
+def test_a_method_that_stands_twice_is_refused_and_settings_tell_two_apart(luthier: Call, llama_7b: Path) -> None:
+    answer = luthier("plan", llama_7b, "--method", "lora,ia3,lora")
+    assert answer.code == 2 and "--method lora stands twice" in answer.err
+    rows = luthier("plan", llama_7b, "--method", "lora,lora:rank=4", "--json").json["rows"]
+    assert [row["name"] for row in rows] == ["lora", "lora:rank=4"]
+
+
 @pytest.mark.parametrize("device", ["9000", "gpu", "-3GB", "0GB", ""])
 def test_an_unknown_device_is_refused(luthier: Call, llama_7b: Path, device: str) -> None:
     answer = luthier("plan", llama_7b, "--method", "lora", "--device", device)

@@ -157,6 +157,7 @@ def test_a_run_looks_at_the_whole_first_epoch(tmp_path, monkeypatch):
         inner(self, tuned, batches)
 
     monkeypatch.setattr(ChildTuningD, "prepare", watched)
+    monkeypatch.setattr("luthier.workflow.looks.SAID", 0.0)
     little_data(tmp_path / "rows.csv", rows=330)
     heard = Heard()
     spec = little_spec(tmp_path, "child_tuning_d", batch=BatchSpec(size=4), steps=1)
@@ -164,6 +165,7 @@ def test_a_run_looks_at_the_whole_first_epoch(tmp_path, monkeypatch):
     (batches,) = seen
     assert len(batches) > 64
     assert f"100% of the {len(batches)} steps of the first epoch" in heard.text
+    assert f"looking at step 2 of {len(batches)}" in heard.text, "it may take longer than the run"
 
 
 def test_a_share_of_the_data_is_its_first_steps():

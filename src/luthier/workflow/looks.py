@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -18,11 +19,16 @@ from luthier.training.loop import Loop
 __all__ = ["Looks", "held_looks"]
 
 
+SAID = 15.0
+"""Seconds between two words of how far a look is: it may take longer than the run."""
+
+
 class Looks(Sequence[Look]):
     """The steps of the first epoch, each with the graph of its mean loss."""
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
+        self._said = time.monotonic()
 
     def __len__(self) -> int:
         return self._loop.feed.batches.order.steps_per_epoch
@@ -37,6 +43,7 @@ class Looks(Sequence[Look]):
         seen = partial(_seen, loop, loop.feed.batches.examples)
 
         def look(rows: NDArray[np.int64]) -> Tensor:
+            self._say(step)
             return seen(rows).loss / n_targets
 
         rows = np.split(held := loop.feed.batches.order.rows(0, step), len(held))
@@ -46,6 +53,12 @@ class Looks(Sequence[Look]):
             [partial(seen, row) for row in rows],
             [partial(seen, piece) for piece in pieces],
         )
+
+    def _say(self, step: int) -> None:
+        now = time.monotonic()
+        if now - self._said >= SAID:
+            self._said = now
+            self._loop.listener.say(f"looking at step {step + 1} of {len(self)}")
 
 
 def held_looks(loop: Loop, examples: Examples) -> list[Look]:

@@ -86,7 +86,7 @@ def specs(out: Path, shapes: int = 2, part: tuple[int, int] = (1, 1)) -> list[Ru
         rows.write_text("\n".join(["text,label", *lines]) + "\n", encoding="utf-8")
     talk = out / "talk.jsonl"
     if not talk.exists():  # few rows: some methods look at all of them first
-        told = load_sample("chitchat").train[:600]
+        told = load_sample("chitchat").train[:120]
         talk.write_text("".join(json.dumps(row) + "\n" for row in told), encoding="utf-8")
     for turn in range(shapes):
         for model, data, methods, its in (

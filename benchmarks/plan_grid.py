@@ -55,10 +55,10 @@ PAGE = Path(__file__).parent.parent / "docs" / "howto" / "plan.md"
 RESIDUALS = PAGE.parent.parent / "plan-residuals.md"
 RESIDUALS_HEAD = """# Forecast and measured memory, run by run
 
-Written by `python benchmarks/plan_grid.py --page` from the pairs that come with the package; [plan a
-run](howto/plan.md) says how they were made. Bytes in MB: `counted` is the program as the run saw it, the counted
-parts and the forecast of
-activations; `forecast` the interval from runs of other methods, without this one; `off` measured against its middle.
+Written by `python benchmarks/plan_grid.py --page` from the pairs that come with the package;
+[plan a run](howto/plan.md) says how they were made. Bytes in MB: `counted` is the program as the run saw it, the
+counted parts and the forecast of activations; `forecast` the interval from runs of other methods, without this one;
+`off` measured against its middle.
 
 """
 BEGIN, END = "<!-- begin plan_grid -->\n", "<!-- end plan_grid -->\n"

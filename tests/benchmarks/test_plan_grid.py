@@ -24,11 +24,16 @@ def test_our_own_grid_keeps_within_what_was_promised() -> None:
     assert found.median_error <= 0.10 and found.above <= 0.05
 
 
-@pytest.mark.parametrize(("how", "most"), [("counted", 0.5), ("probed", 0.2)])
-def test_our_own_seconds_keep_within_what_was_promised(how: str, most: float) -> None:
-    found = residuals_of_times([pair for pair in committed_times() if pair.how == how])
+def test_our_own_seconds_over_measured_rates_keep_within_what_was_promised() -> None:
+    found = residuals_of_times([pair for pair in committed_times() if pair.how == "counted"])
+    assert found is not None and found.n >= 200
+    assert found.median_error <= 0.5 and found.above <= 0.05
+
+
+def test_our_own_seconds_of_real_steps_keep_within_what_was_promised() -> None:
+    found = residuals_of_times([pair for pair in committed_times() if pair.how == "probed"])
     assert found is not None and found.n >= 50
-    assert found.median_error <= most and found.covered >= 0.85
+    assert found.median_error <= 0.2 and found.covered >= 0.85
 
 
 def test_first_shapes_of_all_methods_come_first_and_no_run_comes_twice(tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -9,8 +9,9 @@ from tiny_methods import small
 
 from luthier.data.tasks import Task
 from luthier.forecast import growth
-from luthier.forecast.growth import batch_of
+from luthier.forecast.growth import Growth, batch_of
 from luthier.kernels import attention, attention_products
+from luthier.methods.unified.adamix import AdaMix
 from luthier.runs.spec import OptimSpec
 from luthier.surgery import attach
 from luthier.training.memory_parts import Parts
@@ -80,3 +81,15 @@ def test_a_pass_that_is_a_share_keeps_as_the_whole_would() -> None:
     with attention_products.share_of_a_pass(0.5):
         assert attention_products._share == 0.5
     assert attention_products._share == before == 1.0
+
+
+def test_the_passes_that_a_method_makes_in_a_step_are_all_counted() -> None:
+    config, make = parts()
+
+    def found(gamma: float) -> Growth:
+        method = AdaMix(gamma=gamma)
+        return growth(method, config, TASK, make, 32, rows=4, dtype=torch.bfloat16, precision=HALF)
+
+    one, two = found(0.0), found(1.0)
+    assert 1.9 < two.row_work.products / one.row_work.products < 2.1
+    assert two.row > 1.8 * one.row, "both passes are kept until the step goes back"

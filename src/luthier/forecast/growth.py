@@ -13,6 +13,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ __all__ = ["Growth", "Way", "batch_of", "growth", "text_of", "tuned_in"]
 WORDS = 96
 MOST_NUMBERS = 12_000_000  # of one layer; a wider one is cut to a share of its heads
 ROWS = (2, 4)
+STEPS = 1000  # of the run whose first step is made: what a method does in its first part is counted for all of it
 NONE = Work()
 
 
@@ -168,9 +170,10 @@ def _cut_beside(whole: Any, words: Any) -> None:
             tower.num_hidden_layers = 1
 
 
-def tuned_in(method: Method, model: Any, task: Task, way: Way) -> tuple[Tuned, Objective]:
-    """The method on a model as a run has it in its steps, and what a step computes."""
+def tuned_in(method: Method, model: Any, task: Task, way: Way) -> tuple[Tuned, Callable[[Batch], Any]]:
+    """The method on a model as a run has it in its first step, and the loss of a micro-batch with all its passes."""
     tuned = attach(model, method, seed=0)
+    several = [part for part in method.parts() if type(part).loss is not Method.loss]
     with kernels.plain(not way.fast):
         if way.fast:
             tuned.forward.route_attention()
@@ -181,14 +184,25 @@ def tuned_in(method: Method, model: Any, task: Task, way: Way) -> tuple[Tuned, O
         model.luthier.train(True)
         for module in model.modules() if way.checkpointing else ():
             module.training = module.training or checkpoints_itself(module)
-        return tuned, Objective(tuned, task)
+        for part in several:
+            part.before_step(tuned, 1, STEPS)
+        objective = Objective(tuned, task, full_logits=any(getattr(part, "needs_logits", False) for part in several))
+
+    def loss(batch: Batch) -> Any:
+        forward: Callable[[], Any] = partial(objective, batch)
+        for part in several:
+            forward = partial(part.loss, tuned, forward)
+        found = forward()
+        return found if isinstance(found, torch.Tensor) else found.loss
+
+    return tuned, loss
 
 
 def _passes(
     method: Method, config: Any, task: Task, make: Callable[[Any, torch.dtype], Any], dtype: torch.dtype,
     precision: Precision, tokens: int, of: float, way: Way,
 ) -> Growth:  # fmt: skip
-    tuned, objective = tuned_in(method, make(config, dtype).eval(), task, way)
+    tuned, loss_of = tuned_in(method, make(config, dtype).eval(), task, way)
     optimiser = Descent(tuned.trained(), [], OptimSpec(name="sgd", lr=1.0), 1.0)
     found, work = [], []
     with kernels.plain(not way.fast):
@@ -196,7 +210,7 @@ def _passes(
             parts, batch = Parts(tuned, optimiser, torch.device("cpu")), batch_of(rows, tokens, task, config)
             with Counting() as counted, kernels.share_of_a_pass(rows * of):
                 with parts.watching(), precision.autocast(torch.device("cpu")):
-                    loss = objective(batch).loss
+                    loss = loss_of(batch)
                 if loss.requires_grad:
                     torch.autograd.backward(loss)
             found.append(parts.counted())

@@ -35,7 +35,7 @@ def probe(
     Raises:
         Any error of a method that cannot be put on the model, or of memory that runs out.
     """
-    tuned, objective = tuned_in(method, make(config, dtype).to(device).eval(), task, way)
+    tuned, loss_of = tuned_in(method, make(config, dtype).to(device).eval(), task, way)
     optimiser = optimiser_of(optim, tuned.trained(), tuned.groups(), method.default_lr)
     width = max(1, round(steps.width))
     pieces = max(1, round(steps.pieces))
@@ -47,7 +47,7 @@ def probe(
             begun = time.perf_counter()
             for _ in range(pieces):
                 with precision.autocast(device):
-                    loss = objective(batch).loss
+                    loss = loss_of(batch)
                 if loss.requires_grad:
                     torch.autograd.backward(loss / (pieces * max(1, batch.n_targets)))
             optimiser.clip(optimiser.norm())

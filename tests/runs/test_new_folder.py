@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier.core import ConfigError
+from luthier.core import ConfigError, ResourceError
 from luthier.core.places import refuse_taken
 
 
@@ -18,7 +18,7 @@ def test_a_folder_that_is_there_or_was_linked_is_taken(tmp_path: Path) -> None:
 def test_below_a_file_there_is_no_place_and_the_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("all of it")
     for deep in (False, True):
-        with pytest.raises(ConfigError, match=r"thesis\.txt is a file, and no folder can stand in it"):
+        with pytest.raises(ResourceError, match=r"thesis\.txt is a file, and no folder can stand in it"):
             refuse_taken(tmp_path / "thesis.txt" / "a" / "b", deep=deep)
 
 

@@ -280,7 +280,7 @@ def test_a_place_where_no_folder_can_be_made_is_refused_before_rows_are_read(
     spec = RunSpec(model=str(tmp_path), data=rows, out=str(tmp_path / "thesis.txt" / "runs" / "x"))
     with pytest.raises(ResourceError, match=r"thesis\.txt is a file, and no folder can stand in it"):
         train(spec)
-    monkeypatch.setattr(store.os, "access", lambda *asked: False)
+    monkeypatch.setattr("luthier.core.places.os.access", lambda *asked: False)
     with pytest.raises(ResourceError, match=f"this user may not write to {tmp_path}, "):
         train(replace(spec, out=str(tmp_path / "runs" / "x")))
 

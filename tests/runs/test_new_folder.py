@@ -27,3 +27,9 @@ def test_folders_above_are_made_only_where_that_is_said(tmp_path: Path) -> None:
     refuse_taken(tmp_path / "a" / "new", deep=True)
     with pytest.raises(ConfigError, match=r"the folder .*/a does not exist. Make it"):
         refuse_taken(tmp_path / "a" / "new")
+
+
+def test_where_this_user_may_not_write_there_is_no_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("luthier.core.places.os.access", lambda *asked: False)
+    with pytest.raises(ResourceError, match=f"this user may not write to {tmp_path}, "):
+        refuse_taken(tmp_path / "new")

@@ -16,7 +16,6 @@ scores.json, record.json    written at the end
 
 import errno
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +24,7 @@ from typing import Any
 import tomli_w
 
 from luthier.core import ConfigError, IntegrityError, ResourceError
+from luthier.core.places import place_of
 from luthier.runs import durable
 from luthier.runs.environment import environment
 from luthier.runs.journal import Journal
@@ -321,13 +321,7 @@ def refuse_place(path: Path) -> None:
         ResourceError: it cannot be made where it is to be.
     """
     _refuse_occupied(path)
-    there = next((parent for parent in path.absolute().parents if parent.exists()), path.absolute())
-    if not there.is_dir():
-        raise ResourceError(f"{path}: {there} is a file, and no folder can stand in it. Choose another --out.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ResourceError(
-            f"{path}: this user may not write to {there}, or its disk is read-only. Choose another --out."
-        )
+    place_of(path, "Choose another --out.")
 
 
 def _refuse_occupied(path: Path) -> None:

@@ -40,10 +40,12 @@ class Looks(Sequence[Look]):
             raise IndexError(index)
         loop, step = self._loop, index % len(self)
         n_targets = max(1, loop.feed.batches.n_targets(0, step))
-        seen = partial(_seen, loop, loop.feed.batches.examples)
+
+        def seen(rows: NDArray[np.int64]) -> OneRow:
+            self._say(step)
+            return _seen(loop, loop.feed.batches.examples, rows)
 
         def look(rows: NDArray[np.int64]) -> Tensor:
-            self._say(step)
             return seen(rows).loss / n_targets
 
         rows = np.split(held := loop.feed.batches.order.rows(0, step), len(held))

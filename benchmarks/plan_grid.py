@@ -40,6 +40,7 @@ from luthier.runs import Record
 from luthier.runs.spec import BatchSpec, DataSpec, EvalSpec, RunSpec
 from luthier.samples.data import load_sample
 from luthier.surgery import METHODS
+from luthier.surgery.compose import spelling
 
 FIRST_ENCODER = (
     "lora", "dora", "adalora", "vera", "ia3", "bitfit", "head_only", "layernorm_tuning", "sequential_adapter",
@@ -69,7 +70,7 @@ COUNTED = ("weights", "trained", "gradients", "optimiser")
 def methods_of(first: tuple[str, ...]) -> list[str]:
     """All methods, those first that the grid began with."""
     names = [*first, *(name for name in METHODS.ours() if name not in first)]
-    return ["+".join(dict.fromkeys((*METHODS.get(name).needs, name))) for name in names]
+    return [spelling(name) for name in names]
 
 
 def specs(out: Path, shapes: int = 2, part: tuple[int, int] = (1, 1)) -> list[RunSpec]:

@@ -11,20 +11,23 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from experiments.defaults.baselines import MODEL
 from experiments.defaults.panel import PANEL, halves, rest
-from experiments.methods.__main__ import sources_of, spelling
+from experiments.methods.__main__ import sources_of
 from experiments.one_run import one_run
-from experiments.results import scored
+from experiments.results import named, scored
+from luthier.surgery import METHODS
+from luthier.surgery.compose import spelling
 
 ROWS = 300
 
 
 def main() -> None:
     words = argparse.ArgumentParser(prog="python -m experiments.rates", description=__doc__)
-    words.add_argument("method")
+    words.add_argument("method", type=partial(named, METHODS.get))
     words.add_argument("given", nargs="*", metavar="FIELD=VALUE", help="a field of the run, such as optim.lr=1e-3")
     words.add_argument("--seed", type=int, default=0)
     asked = words.parse_args()

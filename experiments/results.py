@@ -8,32 +8,56 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from luthier.core import Interrupted
+from benchmarks.plan_grid import part_of
+from luthier.core import Interrupted, LuthierError
 
-__all__ = ["asked_of", "attempted", "known", "once", "scored", "tried", "words_of"]
+__all__ = ["attempted", "known", "named", "once", "part", "scored", "tried", "words_of"]
 
 
-def words_of(experiment: str, what: str, results: Path, doc: str | None) -> argparse.ArgumentParser:
-    """The words of the command line of a table with a row for each of `what`, such as a method."""
+T = TypeVar("T")
+
+
+def words_of(
+    experiment: str, what: str, results: Path, doc: str | None, get: Callable[[str], object]
+) -> argparse.ArgumentParser:
+    """The words of the command line of a table with a row for each of `what`, such as a method.
+
+    Args:
+        get: gives what has such a name. A name that is none is no row of the table: what it says is the answer.
+    """
     words = argparse.ArgumentParser(prog=f"python -m experiments.{experiment}", description=doc)
-    words.add_argument("--only", action="append", help=f"a {what}; may be repeated")
+    words.add_argument("--only", action="append", type=partial(named, get), help=f"a {what}; may be repeated")
     words.add_argument("--seeds", type=int, default=3, help=f"seeds of each {what}")
     words.add_argument("--results", type=Path, default=results, help="another file: no page is written from it")
     words.add_argument("--page", action="store_true", help="only write the page from what is here")
+    words.add_argument(
+        "--part", type=part_of, default=(1, 1), metavar="I/N",
+        help="of N equal parts the I-th, for as many of these commands beside each other as there are cores",
+    )  # fmt: skip
     return words
 
 
-def asked_of(experiment: str, what: str, results: Path, doc: str | None) -> argparse.Namespace:
-    """The same, read."""
-    return words_of(experiment, what, results, doc).parse_args()
+def named(get: Callable[[str], object], name: str) -> str:
+    """A name of the command line, once `get` has found what is called so."""
+    try:
+        get(name)
+    except LuthierError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return name
 
 
 def known(results: Path) -> list[dict[str, Any]]:
     """The results that are there."""
     return [json.loads(line) for line in results.read_text("utf-8").splitlines()] if results.exists() else []
+
+
+def part(rows: Sequence[T], of: tuple[int, int]) -> Sequence[T]:
+    """The first of so many equal parts is (1, parts)."""
+    return rows[of[0] - 1 :: of[1]]
 
 
 def once(results: Path, which: dict[str, Any], make: Callable[[], dict[str, Any]]) -> None:

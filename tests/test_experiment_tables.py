@@ -9,7 +9,7 @@ import pytest
 from experiments.chat import page as chat_page
 from experiments.methods import page as methods_page
 from experiments.parameters.__main__ import MODELS, SHAPES, table
-from experiments.results import known, once, tried
+from experiments.results import known, once, part, tried, words_of
 from experiments.size_lora.page import SETS, WAYS, write
 from experiments.strategies.page import MEASURED, measured
 from luthier.core import ConfigError, Interrupted
@@ -146,3 +146,16 @@ def test_a_chat_page_sets_each_perplexity_against_the_model_as_it_is(tmp_path: P
     assert "| [lora](methods/lora.md) | 30.00 | -25.0% | 1,234 | 1 MiB | 2 MiB | 3 |" in text
     assert "Not better than the model as it is: ia3." in text and "- coda: AnatomyError: none" in text
     assert f"Not run: {len(METHODS.ours()) - 3} of" in text
+
+
+def test_a_name_that_is_none_and_a_part_that_is_none_are_answered_in_a_line(capsys) -> None:  # type: ignore[no-untyped-def]
+    words = words_of("methods", "method", Path("none.jsonl"), None, METHODS.get)
+    for wrong, said in ((["--only", "loar"], "Did you mean 'lora'"), (["--part", "3/2"], "the first half is 1/2")):
+        with pytest.raises(SystemExit) as stopped:
+            words.parse_args(wrong)
+        assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_parts_of_a_table_are_the_table() -> None:
+    rows = list(range(7))
+    assert sorted([*part(rows, (1, 2)), *part(rows, (2, 2))]) == rows

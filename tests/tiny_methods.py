@@ -3,16 +3,9 @@
 from typing import Any
 
 from luthier.surgery import METHODS, Combined, Method, method
+from luthier.surgery.compose import spelling
 
 __all__ = ["learning_rate", "settings", "small", "spelling"]
-
-
-def spelling(words: str) -> str:
-    """What stands on the model: methods that need others bring those along, where they come alone."""
-    names = words.split("+")
-    if all(METHODS.get(name).needs for name in names):
-        names = [n for name in names for n in (*METHODS.get(name).needs, name)]
-    return "+".join(dict.fromkeys(names))
 
 
 def settings(words: str) -> dict[str, Any]:
@@ -32,7 +25,7 @@ def settings(words: str) -> dict[str, Any]:
 
 def small(words: str) -> Method:
     """The method, everything else at its default."""
-    return method(spelling(words), settings(words))
+    return method(words, settings(words))
 
 
 def learning_rate(chosen: Method) -> float:

@@ -10,26 +10,24 @@ from typing import Any
 
 from benchmarks.chat_methods import perplexities
 from experiments.chat.page import BASE, LENGTH, MODEL, ROWS, SCORED, STEPS, write
-from experiments.methods.__main__ import spelling
-from experiments.results import attempted, once, words_of
+from experiments.results import attempted, once, part, words_of
 from luthier.runs.spec import BatchSpec, DataSpec, EvalSpec, RunSpec
 from luthier.samples.store import cache_dir
 from luthier.surgery import METHODS
+from luthier.surgery.compose import spelling
 from luthier.workflow import train
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 
 
 def main() -> None:
-    words = words_of("chat", "method", RESULTS, __doc__)
+    words = words_of("chat", "method", RESULTS, __doc__, METHODS.get)
     words.set_defaults(seeds=1)
     asked = words.parse_args()
-    for name in asked.only or ():
-        METHODS.get(name)  # a name that is none is no row of the table
     names = sorted(asked.only or METHODS.ours(), key=lambda name: name != "lora")
     for seed in range(0 if asked.page else asked.seeds):
         once(asked.results, {"method": BASE, "seed": seed}, partial(attempted, partial(_base, seed)))
-        for name in names:
+        for name in part(names, asked.part):
             once(asked.results, {"method": name, "seed": seed}, partial(attempted, partial(_run, name, seed)))
     if asked.page or asked.results == RESULTS:  # results kept elsewhere are a trial, and no page of the docs
         write(asked.results)

@@ -11,9 +11,10 @@ from experiments.defaults.baselines import MODEL
 from experiments.defaults.panel import PANEL, Member, halves
 from experiments.methods.page import SETS, write
 from experiments.one_run import one_run
-from experiments.results import once, tried, words_of
+from experiments.results import once, part, tried, words_of
 from luthier.samples.store import cache_dir
 from luthier.surgery import METHODS
+from luthier.surgery.compose import spelling
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 BY_NAME = {member.name: member for member in PANEL}
@@ -22,14 +23,12 @@ SOURCE_SETS = ("sarcasm", "sms-spam")
 
 
 def main() -> None:
-    words = words_of("methods", "method", RESULTS, __doc__)
+    words = words_of("methods", "method", RESULTS, __doc__, METHODS.get)
     words.add_argument("--set", choices=SETS, default=SETS[0], help="the rows that are learnt")
     asked = words.parse_args()
-    for name in asked.only or ():
-        METHODS.get(name)  # a name that is none is no row of the table
     names = sorted(asked.only or METHODS.ours(), key=lambda name: name != "head_only")
     for seed in range(0 if asked.page else asked.seeds):
-        for name in names:
+        for name in part(names, asked.part):
             which = {"set": asked.set, "method": name, "seed": seed}
             once(asked.results, which, partial(tried, partial(_run, asked.set, name, seed)))
     if asked.page or asked.results == RESULTS:  # results kept elsewhere are a trial, and no page of the docs
@@ -39,11 +38,6 @@ def main() -> None:
 def _run(rows: str, name: str, seed: int, out: str) -> tuple[list[bool], dict[str, Any]]:
     train, test = halves(BY_NAME[rows])
     return one_run(MODEL, spelling(name), seed, train, test, out, sources=sources_of(name))
-
-
-def spelling(name: str) -> str:
-    """How it is asked for: a modifier stands beside the method that it is described with."""
-    return "+".join(dict.fromkeys((*METHODS.get(name).needs, name)))
 
 
 def sources_of(name: str) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from experiments.defaults.panel import PANEL, halves
 from experiments.one_run import one_run
-from experiments.results import once, tried, words_of
+from experiments.results import once, part, tried, words_of
 from experiments.size_lora.page import MODELS, SEEDS, SETS, WAYS, write
 from luthier.core import ConfigError
 
@@ -18,12 +18,9 @@ BY_NAME = {member.name: member for member in PANEL}
 
 
 def main() -> None:
-    words = words_of("size_lora", "model", RESULTS, __doc__)
+    words = words_of("size_lora", "model", RESULTS, __doc__, _model)
     words.add_argument("--minutes", type=float, default=float("inf"), help="start no run later than so")
     asked = words.parse_args()
-    wrong = next((name for name in asked.only or () if name not in MODELS), None)
-    if wrong is not None:
-        raise ConfigError(f"--only {wrong}: the models are {', '.join(MODELS)}.")
     begun = time.monotonic()
     todo: list[dict[str, Any]] = [
         {"model": model, "set": name, "way": way, "seed": seed}
@@ -31,11 +28,16 @@ def main() -> None:
         for model in MODELS if seed < SEEDS[model] and (not asked.only or model in asked.only)
         for name in SETS for way in WAYS
     ]  # fmt: skip
-    for which in todo:
+    for which in part(todo, asked.part):
         if time.monotonic() - begun < 60 * asked.minutes:
             once(asked.results, which, partial(tried, partial(_run, **which)))
     if asked.page or asked.results == RESULTS:  # results kept elsewhere are a trial, and no page of the docs
         write(asked.results)
+
+
+def _model(name: str) -> None:
+    if name not in MODELS:
+        raise ConfigError(f"no model here is called {name!r}. They are {', '.join(MODELS)}.")
 
 
 def _run(out: str, *, model: str, set: str, way: str, seed: int) -> tuple[list[bool], dict[str, Any]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.one_run import one_run
-from experiments.results import asked_of, once, tried
+from experiments.results import once, part, tried, words_of
 from experiments.strategies.page import write
 from experiments.strategies.scenes import SCENES, old_rows
 from experiments.strategies.trials import Trial, every_trial
@@ -18,11 +18,9 @@ RESULTS = Path(__file__).parent / "results.jsonl"
 
 
 def main() -> None:
-    asked = asked_of("strategies", "strategy", RESULTS, __doc__)
-    for name in asked.only or ():
-        for one in name.split("+"):
-            STRATEGIES.get(one)  # a name that is none is no row of the table
+    asked = words_of("strategies", "strategy", RESULTS, __doc__, _strategies).parse_args()
     chosen = [(name, trial) for name, trial in every_trial() if not asked.only or name in asked.only]
+    chosen = part(chosen, asked.part)
     plain = sorted({(t.scene, n) for _, t in chosen for n in {1, t.passes}})
     for seed in range(0 if asked.page else asked.seeds):
         for scene, times in plain:
@@ -33,6 +31,10 @@ def main() -> None:
                  partial(tried, partial(_run, trial.scene, name, trial, trial.longer, seed)))  # fmt: skip
     if asked.page or asked.results == RESULTS:  # results kept elsewhere are a trial, and no page of the docs
         write(asked.results)
+
+
+def _strategies(name: str) -> list[type]:
+    return [STRATEGIES.get(one) for one in name.split("+")]
 
 
 def _run(

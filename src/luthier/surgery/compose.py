@@ -26,6 +26,7 @@ __all__ = [
     "method",
     "setting_names",
     "spell",
+    "spelling",
     "takes",
 ]
 
@@ -123,6 +124,24 @@ def spell(method: Method) -> str:
     return "+".join(part.name for part in method.parts())
 
 
+def spelling(words: str) -> str:
+    """What stands on the model: a modifier that is named alone stands with the method of its own paper.
+
+    >>> spelling("adapterdrop"), spelling("lora+adapterdrop")
+    ('pfeiffer_adapter+adapterdrop', 'lora+adapterdrop')
+
+    Raises:
+        UnknownName: no such method.
+    """
+    return "+".join(_beside([word.strip() for word in words.split("+")]))
+
+
+def _beside(names: list[str]) -> list[str]:
+    if all(METHODS.get(name).modifies for name in names):
+        return [*METHODS.get(names[0]).needs, *names]
+    return names
+
+
 def method(words: str, settings: Mapping[str, Any] | None = None) -> Method:
     """Make a method from its spelt name and plain settings.
 
@@ -134,8 +153,7 @@ def method(words: str, settings: Mapping[str, Any] | None = None) -> Method:
         CompositionError: the parts cannot stand together.
     """
     names, given = _spelt_out([w.strip() for w in words.split("+")])
-    if all(METHODS.get(n).modifies for n in names):  # alone it stands with the method of its own paper
-        names = [*METHODS.get(names[0]).needs, *names]
+    names = _beside(names)
     classes = [METHODS.get(n) for n in names]
     if len(set(names)) < len(names):
         raise CompositionError(

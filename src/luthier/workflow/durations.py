@@ -17,8 +17,10 @@ __all__ = ["floor_of", "loading_of", "probed", "rates_here", "way_of", "work_of_
 
 UPDATED = 10  # times that an update by AdamW, with the gradient's norm and its clipping, reads or writes each number
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LOADING = 0.5  # seconds: making the model, attaching, the libraries that come with it
-READ = 16  # bytes moved for each number of the model
+# Fitted to the middle runs of benchmarks/plan_grid.py, on models of 22.7 and 134.5 million numbers. Many bytes for each
+# number: the rate is of moves within the cache, and what is loaded comes from files into pages that nobody touched yet.
+LOADING = 0.18  # seconds: making the model and attaching
+READ = 590  # bytes moved for each number of the model
 WORD_PASSES = 3  # products of a target with the whole vocabulary: one forward, one for the states, one again in pieces
 WORD_BYTES = 12  # bytes moved for a target and a word: its logit, its share and its gradient
 

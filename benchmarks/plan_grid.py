@@ -129,6 +129,9 @@ def run(spec: RunSpec) -> None:
     why = (done.stderr.strip().splitlines() or [""])[-1][:300]
     if done.returncode in WRONG_USE:
         refused.write_text(f"{why}\n", encoding="utf-8")
+    shutil.rmtree(home / "ckpt", ignore_errors=True)  # pairs need no weights, and those of hundreds of runs fill a disk
+    for weights in home.rglob("*.safetensors"):
+        weights.unlink()
     print(f"{home.name}{f': exit code {done.returncode}, {why}' if done.returncode else ''}", flush=True)
 
 

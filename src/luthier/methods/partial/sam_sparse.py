@@ -69,8 +69,9 @@ class SAMSparse(ScoredEntries):
                 if squared is not None:
                     add_squares(squared, grads, 1 / len(looked))
         self.check_scores(signed, len(looked))
-        scores = [gain(s, None if squared is None else squared[i]) for i, s in enumerate(signed)]
-        choose_masks(mine, scores, self.share, "tensor")
+        for i, s in enumerate(signed):  # one at a time: together they would be a model of their own
+            signed[i] = gain(s, None if squared is None else squared[i])
+        choose_masks(mine, signed, self.share, "tensor")
 
 
 def gain(gradient: Tensor, curvature: Tensor | None) -> Tensor:

@@ -1,7 +1,7 @@
 """Choosing exactly k entries of several tensors, and looking at data without leaving a trace."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +13,13 @@ from luthier.surgery import Batches, TunedView
 __all__ = ["first_share", "no_trace", "pack", "top_k", "unpack"]
 
 
+_LARGE = 2**20
+"""Scores of more numbers than so are counted: a selection of the library holds 16 bytes beside each of them."""
+_PIECE = 2**20
+_HALF = 16
+"""Bits of a score that one look at all of them tells apart."""
+
+
 @torch.no_grad()
 def top_k(scores: Sequence[Tensor], k: int) -> list[Tensor]:
     """Masks, shaped as `scores`, of the k largest entries of all of them together.
@@ -20,18 +27,50 @@ def top_k(scores: Sequence[Tensor], k: int) -> list[Tensor]:
     Exactly k are true: equal scores are taken in the order of the list, then of the entries. A threshold would take
     whole groups of ties, and zeros tie often.
     """
-    flat = torch.cat([s.detach().flatten() for s in scores]) if len(scores) > 1 else scores[0].detach().flatten()
-    if k <= 0:
-        chosen = torch.zeros_like(flat, dtype=torch.bool)
-    elif k >= flat.numel():
-        chosen = torch.ones_like(flat, dtype=torch.bool)
+    total = sum(s.numel() for s in scores)
+    if k <= 0 or k >= total:
+        return [torch.full_like(s, k > 0, dtype=torch.bool) for s in scores]
+    if total > _LARGE and all(s.dtype in (torch.float32, torch.bfloat16, torch.float16) for s in scores):
+        last = _kth_largest(scores, k)
     else:
-        last = torch.topk(flat, k, sorted=False).values.min()
-        chosen = flat > last
-        ties = (flat == last).nonzero().flatten()
-        chosen[ties[: k - int(chosen.sum())]] = True
-    parts = torch.split(chosen, [s.numel() for s in scores])
-    return [part.view(s.shape) for part, s in zip(parts, scores, strict=True)]
+        last = torch.topk(torch.cat([s.flatten() for s in scores]), k, sorted=False).values.min()
+    chosen = [s > last for s in scores]
+    left = k - sum(int(c.sum()) for c in chosen)
+    for score, mask in zip(scores, chosen, strict=True):
+        ties = (score == last).flatten().nonzero().flatten()[:left]
+        mask.view(-1)[ties] = True
+        left -= len(ties)
+    return chosen
+
+
+def _kth_largest(scores: Sequence[Tensor], k: int) -> Tensor:
+    """The k-th largest of all scores, by counting: two looks at them, and nothing as large as they are is held.
+
+    The bits of a float, read as a whole number, have the order of the floats where the sign is taken care of. The first
+    look counts the upper halves, the second the lower ones of those whose upper half is that of the k-th.
+    """
+    upper, k = _bin_of_kth((key >> _HALF for key in _keys(scores)), k)
+    lower, _ = _bin_of_kth((key[key >> _HALF == upper] & (2**_HALF - 1) for key in _keys(scores)), k)
+    key = upper << _HALF | lower
+    bits = key - 2**31 if key >= 2**31 else -1 - key
+    return torch.tensor(bits, dtype=torch.int32).view(torch.float32).to(scores[0].device)
+
+
+def _keys(scores: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Whole numbers from 0 to 2^32 - 1 in the order of the scores, piece by piece."""
+    for score in scores:
+        for piece in score.detach().reshape(-1).split(_PIECE):
+            bits = (piece.float() + 0.0).view(torch.int32).long()  # -0.0 and 0.0 are one number: + 0.0 makes it that
+            yield torch.where(bits >= 0, bits + 2**31, -1 - bits)
+
+
+def _bin_of_kth(numbers: Iterable[Tensor], k: int) -> tuple[int, int]:
+    """Which of 2^16 the k-th largest is, and the how manieth of those that equal it."""
+    counts = sum(torch.bincount(piece, minlength=2**_HALF).cpu() for piece in numbers)
+    assert isinstance(counts, Tensor)
+    from_above = counts.flip(0).cumsum(0)
+    place = int(torch.searchsorted(from_above, k))
+    return 2**_HALF - 1 - place, k - (int(from_above[place - 1]) if place else 0)
 
 
 def pack(mask: Tensor) -> Tensor:

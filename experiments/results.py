@@ -8,6 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 from benchmarks.plan_grid import part_of
 from luthier.core import Interrupted, LuthierError
 
-__all__ = ["attempted", "known", "named", "once", "part", "scored", "tried", "words_of"]
+__all__ = ["attempted", "kept", "known", "named", "once", "part", "scored", "tried", "words_of"]
 
 
 T = TypeVar("T")
@@ -69,6 +70,17 @@ def once(results: Path, which: dict[str, Any], make: Callable[[], dict[str, Any]
     with results.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
     print(line, flush=True)
+
+
+def kept(folder: Path, make: Callable[[str], object]) -> str:
+    """A folder that `make` fills once. Two processes may make it at a time: the first one's stays."""
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as home:
+            make(f"{home}/run")
+            with suppress(OSError):  # another process was first
+                (Path(home) / "run").rename(folder)
+    return str(folder)
 
 
 def attempted(run: Callable[[str], dict[str, Any]]) -> dict[str, Any]:

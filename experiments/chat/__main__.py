@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.chat_methods import perplexities
 from experiments.chat.page import BASE, LENGTH, MODEL, ROWS, SCORED, STEPS, write
-from experiments.results import attempted, once, part, words_of
+from experiments.results import attempted, kept, once, part, words_of
 from luthier.runs.spec import BatchSpec, DataSpec, EvalSpec, RunSpec
 from luthier.samples.store import cache_dir
 from luthier.surgery import METHODS
@@ -69,10 +69,12 @@ def _sources(name: str) -> list[str]:
     found = []
     for seed in (11, 12)[: max(cls().least_sources, 1)]:
         folder = cache_dir() / "chat" / "sources" / f"{cls.sources[0]}-{seed}"
-        if not (folder / "record.json").exists():
-            train(_spec(cls.sources[0], seed, str(folder), steps=STEPS // 2), progress=False)
-        found.append(str(folder))
+        found.append(kept(folder, partial(_source, cls.sources[0], seed)))
     return found
+
+
+def _source(method: str, seed: int, out: str) -> None:
+    train(_spec(method, seed, out, steps=STEPS // 2), progress=False)
 
 
 if __name__ == "__main__":

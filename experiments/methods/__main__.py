@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from experiments.defaults.baselines import MODEL
 from experiments.defaults.panel import PANEL, Member, halves
 from experiments.methods.page import SETS, write
 from experiments.one_run import one_run
-from experiments.results import once, part, tried, words_of
+from experiments.results import kept, once, part, tried, words_of
 from luthier.samples.store import cache_dir
 from luthier.surgery import METHODS
 from luthier.surgery.compose import spelling
@@ -49,14 +48,9 @@ def sources_of(name: str) -> list[str]:
 
 
 def _source(method: str, member: Member) -> str:
+    train, test = halves(member)
     folder = cache_dir() / "panel" / "sources" / f"{method}-{member.name}"
-    if not folder.exists():
-        with tempfile.TemporaryDirectory(dir=halves(member)[0].parent) as home:
-            train, test = halves(member)
-            one_run(MODEL, method, 0, train, test, f"{home}/run", ["run.steps=200"])
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            (Path(home) / "run").rename(folder)
-    return str(folder)
+    return kept(folder, lambda out: one_run(MODEL, method, 0, train, test, out, ["run.steps=200"]))
 
 
 if __name__ == "__main__":

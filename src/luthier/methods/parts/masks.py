@@ -59,7 +59,7 @@ def _kth_largest(scores: Sequence[Tensor], k: int) -> Tensor:
 def _keys(scores: Sequence[Tensor]) -> Iterator[Tensor]:
     """Whole numbers from 0 to 2^32 - 1 in the order of the scores, piece by piece."""
     for score in scores:
-        for piece in score.detach().reshape(-1).split(_PIECE):
+        for piece in torch.split(score.detach().reshape(-1), _PIECE):
             bits = (piece.float() + 0.0).view(torch.int32).long()  # -0.0 and 0.0 are one number: + 0.0 makes it that
             yield torch.where(bits >= 0, bits + 2**31, -1 - bits)
 

@@ -66,6 +66,26 @@ def test_what_is_free_goes_back_behind_it() -> None:
     assert resident() < held - (150 << 20)
 
 
+@glibc
+def test_what_a_look_at_the_rows_held_goes_back_before_the_first_step() -> None:
+    with allocator.keeping_freed():
+        torch.zeros(200 << 18)
+        held = resident()
+        allocator.hand_back()
+        assert resident() < held - (150 << 20)
+        torch.zeros(200 << 18)
+        assert resident() > held - (20 << 20), "and what comes after it is kept as before"
+
+
+def test_a_run_that_looks_at_rows_hands_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(running, "hand_back", lambda: told.append("back"))
+    train(little_spec(tmp_path, method="lora", steps=1, out=str(tmp_path / "lora")))
+    assert told == []
+    train(little_spec(tmp_path, method="fish_mask", steps=1, out=str(tmp_path / "fish")))
+    assert told == ["back"]
+
+
 def test_switched_off_it_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(allocator, "_library", lambda: pytest.fail("the allocator was touched"))
     with allocator.keeping_freed(False):

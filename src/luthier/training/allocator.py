@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-__all__ = ["keeping_freed", "stop_keeping"]
+__all__ = ["hand_back", "keeping_freed", "stop_keeping"]
 
 # Of mallopt(3). Its own limits after a large block has come and gone are these thresholds.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
@@ -50,10 +50,17 @@ def keeping_freed(on: bool = True) -> Iterator[None]:
         stop_keeping()
 
 
+def hand_back() -> None:
+    """Hand free memory to the system once: what came before is not what steps want again."""
+    library = _library()
+    if library is not None:
+        library.malloc_trim(0)
+
+
 def stop_keeping() -> None:
     """Hand free memory to the system now, and from now on as the library does by itself."""
     library = _library()
     if library is not None:
         for option, value in _USUAL.items():
             library.mallopt(option, value)
-        library.malloc_trim(0)
+        hand_back()

@@ -148,7 +148,7 @@ class SparseAdapter(Modifier):
         if len(looked) == 0:
             raise ConfigError("sparse_adapter: no batch to score with. Give prepare() at least one.")
         summed = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
-        with no_trace(tuned, training=False), kernels.plain():
+        with no_trace(tuned, training=False):
             for batch in looked:
                 for total, grad in zip(summed, gradients(batch, parameters), strict=True):
                     if grad is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.chat_methods import perplexities
-from experiments.chat.page import BASE, LENGTH, MODEL, ROWS, SCORED, STEPS, write
+from experiments.chat.page import BASE, GIVEN, LENGTH, MODEL, ROWS, SCORED, STEPS, write
 from experiments.results import attempted, kept, once, part, words_of
 from luthier.runs.spec import BatchSpec, DataSpec, EvalSpec, RunSpec
 from luthier.samples.store import cache_dir
@@ -41,7 +41,7 @@ def _base(seed: int, out: str) -> dict[str, Any]:
 
 def _run(name: str, seed: int, out: str) -> dict[str, Any]:
     begun = time.process_time()
-    result = train(_spec(spelling(name), seed, out, sources=_sources(name)), progress=False)
+    result = train(_spec(spelling(name), seed, out, sources=_sources(name), settings=GIVEN.get(name)), progress=False)
     cpu = time.process_time() - begun
     record = json.loads((result.path / "record.json").read_text("utf-8"))
     return {
@@ -53,11 +53,14 @@ def _run(name: str, seed: int, out: str) -> dict[str, Any]:
     }
 
 
-def _spec(method: str, seed: int, out: str, *, steps: int = STEPS, sources: list[str] | None = None) -> RunSpec:
+def _spec(
+    method: str, seed: int, out: str, *, steps: int = STEPS, sources: list[str] | None = None,
+    settings: dict[str, Any] | None = None,
+) -> RunSpec:  # fmt: skip
     return RunSpec(
         model=f"sample:{MODEL}", data=DataSpec(source="sample:chitchat", accept_refused=0.3), method=method, seed=seed,
         steps=steps, batch=BatchSpec(size=ROWS), max_length=LENGTH, eval=EvalSpec(rows=SCORED), threads=1, out=out,
-        sources=tuple(sources) if sources else None,
+        sources=tuple(sources) if sources else None, settings=settings or {},
     )  # fmt: skip
 
 

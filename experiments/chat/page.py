@@ -9,18 +9,29 @@ from typing import Any
 from experiments.results import known
 from luthier.surgery import METHODS
 
-__all__ = ["BASE", "LENGTH", "MODEL", "ROWS", "SCORED", "STEPS", "write"]
+__all__ = ["BASE", "GIVEN", "LENGTH", "MODEL", "ROWS", "SCORED", "STEPS", "write"]
 
 PAGE = Path(__file__).parents[2] / "docs" / "chat-table.md"
 MODEL = "smollm2-135m"
 STEPS, ROWS, LENGTH, SCORED = 20, 8, 64, 100
 BASE = "(none)"
+GIVEN: dict[str, dict[str, Any]] = {
+    "bitfit": {"add_missing_biases": True},
+    "c3a": {"block": 96},
+    "compacter": {"reduction": 24},
+    "compacter_pp": {"reduction": 24},
+    "hiwi": {"of": "weight"},
+    "vblora": {"length": 96},
+}
+"""Settings of methods whose defaults this model refuses: what the refusal itself advises."""
 HEAD = f"""# Every method at its defaults on a chat model
 
 `python -m experiments.chat` trains each method on {MODEL} with the conversations of chitchat for {STEPS} steps of
 {ROWS} rows of at most {LENGTH} tokens, and scores {SCORED} held-out rows: the perplexity of their answers. Nothing but
-the method's name is given. A method that changes another's numbers stands beside the one it is described with; one
-that needs sources has runs of half as many steps.
+the method's name is given, and of {len(GIVEN)} methods a setting, which stands beside the name: their defaults do not
+fit this model's width of 576, or want biases that it lacks, and the value is one that their refusal names. A method
+that changes another's numbers stands beside the one it is described with; one that needs sources has runs of half as
+many steps.
 
 It says whether the defaults learn on a decoder in so few steps, not which method is best: rates differ, and a method
 that starts elsewhere than at the model has a way to go first.
@@ -50,7 +61,9 @@ def write(results: Path, page: Path = PAGE) -> None:
 
 
 def _line(name: str, rows: list[dict[str, Any]], base: float | None) -> str:
-    link, done = f"[{name}](methods/{name}.md)", [row for row in rows if "perplexity" in row]
+    given = ", ".join(f"{setting}={str(value).lower()}" for setting, value in GIVEN.get(name, {}).items())
+    link = f"[{name}](methods/{name}.md){f' ({given})' if given else ''}"
+    done = [row for row in rows if "perplexity" in row]
     if not done or base is None:
         return f"| {link} | {'refused' if rows else '-'} | - | - | - | - | - |"
     mean = statistics.fmean(row["perplexity"] for row in done)

@@ -69,21 +69,39 @@ def test_what_is_free_goes_back_behind_it() -> None:
 @glibc
 def test_what_a_look_at_the_rows_held_goes_back_before_the_first_step() -> None:
     with allocator.keeping_freed():
+        before = resident()
+        with allocator.not_keeping():
+            torch.zeros(200 << 18)
+            assert resident() < before + (20 << 20), "a large block goes back at once"
         torch.zeros(200 << 18)
-        held = resident()
-        allocator.hand_back()
-        assert resident() < held - (150 << 20)
-        torch.zeros(200 << 18)
-        assert resident() > held - (20 << 20), "and what comes after it is kept as before"
+        assert resident() > before + (150 << 20), "and what comes after it is kept as before"
+    with allocator.not_keeping():
+        pass
+    assert not allocator._State.keeps
 
 
-def test_a_run_that_looks_at_rows_hands_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@glibc
+def test_where_memory_ran_out_in_a_look_nothing_is_kept_after_it() -> None:
+    with allocator.keeping_freed():
+        with allocator.not_keeping():
+            allocator.stop_keeping()
+        before = resident()
+        torch.zeros(200 << 18)
+        assert resident() < before + (20 << 20)
+
+
+def test_a_run_that_looks_at_rows_keeps_nothing_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    monkeypatch.setattr(running, "hand_back", lambda: told.append("back"))
+
+    def not_keeping() -> Any:
+        told.append("look")
+        return nullcontext()
+
+    monkeypatch.setattr(running, "not_keeping", not_keeping)
     train(little_spec(tmp_path, method="lora", steps=1, out=str(tmp_path / "lora")))
     assert told == []
     train(little_spec(tmp_path, method="fish_mask", steps=1, out=str(tmp_path / "fish")))
-    assert told == ["back"]
+    assert told == ["look"]
 
 
 def test_switched_off_it_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-__all__ = ["hand_back", "keeping_freed", "stop_keeping"]
+__all__ = ["keeping_freed", "not_keeping", "stop_keeping"]
 
 # Of mallopt(3). Its own limits after a large block has come and gone are these thresholds.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
@@ -42,25 +42,51 @@ def keeping_freed(on: bool = True) -> Iterator[None]:
     if library is None:
         yield
         return
-    library.mallopt(_MMAP_MAX, 0)  # large blocks too come from the heap, which outlives them
-    library.mallopt(_TRIM_THRESHOLD, _NEVER)
+    _keep(library)
     try:
         yield
     finally:
         stop_keeping()
 
 
-def hand_back() -> None:
-    """Hand free memory to the system once: what came before is not what steps want again."""
+@contextmanager
+def not_keeping() -> Iterator[None]:
+    """Within, the library's usual way also inside of `keeping_freed`; afterwards what is free goes back to the system.
+
+    For work that comes once: what it freed would lie beside what the steps want, and leave gaps of other sizes.
+    """
     library = _library()
-    if library is not None:
+    if library is None or not _State.keeps:
+        yield
+        return
+    _usual(library)
+    try:
+        yield
+    finally:
         library.malloc_trim(0)
+        if _State.keeps:  # memory may have run out within
+            _keep(library)
 
 
 def stop_keeping() -> None:
     """Hand free memory to the system now, and from now on as the library does by itself."""
+    _State.keeps = False
     library = _library()
     if library is not None:
-        for option, value in _USUAL.items():
-            library.mallopt(option, value)
-        hand_back()
+        _usual(library)
+
+
+class _State:
+    keeps = False
+
+
+def _keep(library: Any) -> None:
+    _State.keeps = True
+    library.mallopt(_MMAP_MAX, 0)  # large blocks too come from the heap, which outlives them
+    library.mallopt(_TRIM_THRESHOLD, _NEVER)
+
+
+def _usual(library: Any) -> None:
+    for option, value in _USUAL.items():
+        library.mallopt(option, value)
+    library.malloc_trim(0)

@@ -25,7 +25,7 @@ from luthier.runs import RunFolder, bytes_of, differences, durable, environment,
 from luthier.runs.spec import RunSpec
 from luthier.runs.spec_changes import SAME_BITS, changes
 from luthier.runs.store import refuse_place
-from luthier.training.allocator import hand_back, keeping_freed
+from luthier.training.allocator import keeping_freed, not_keeping
 from luthier.training.loop import Listener, Loop
 from luthier.training.recipe import refuse_recipe
 from luthier.training.stop_signals import StopRequested, StopSignals
@@ -241,9 +241,9 @@ def _look_at_data(prepared: Prepared, loop: Loop) -> None:
             loop.listener.say(
                 f"{part.name} looks at the data first: {share}the {len(batches)} steps of the first epoch"
             )
-            part.prepare(loop.tuned, batches)
+            with not_keeping():
+                part.prepare(loop.tuned, batches)
     loop.optimiser.zero_grad()
-    hand_back()  # scores and gradients of all numbers leave gaps that the moments do not fill
 
 
 def _run(

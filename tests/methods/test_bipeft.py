@@ -1,8 +1,11 @@
 """The iterative search of places and ranks: the acid tests of its paper."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cells import Trainer, objective
+from little import little_spec
 from methods.checks import logits, stir
 from tiny import inputs, tiny
 
@@ -10,8 +13,10 @@ from luthier.core import ConfigError
 from luthier.methods.hybrid.bipeft import ALL_ON, BIPEFT, Choices
 from luthier.methods.parts.by_halves import half_of
 from luthier.methods.parts.searched import Components, Gates
+from luthier.runs.spec import BatchSpec, DataSpec
 from luthier.surgery import attach
 from luthier.surgery.checkpointing import checkpoints_itself
+from luthier.workflow import train
 
 
 def searched_model(total=16, **settings):
@@ -227,3 +232,14 @@ def test_a_step_of_the_search_takes_as_many_passes_as_its_page_says(method, pass
 def test_what_cannot_work_is_refused(settings, words):
     with pytest.raises(ConfigError, match=words):
         attach(tiny("bert"), BIPEFT(**settings))
+
+
+@pytest.mark.parametrize("name", ["bipeft", "s3delta_m"])
+def test_small_batches_without_a_row_of_the_half_that_teaches_the_choices_do_not_end_a_run(name, tmp_path):
+    """Batches of one row are of one half: a run whose first three steps were all of it ended, one time in eight."""
+    rows = tmp_path / "rows.csv"
+    texts = [f"{word} it was" for word in ("good", "bad", "fine", "poor", "great", "awful", "nice", "sad")]
+    rows.write_text("text,label\n" + "".join(f"{text},{i % 2}\n" for i, text in enumerate(texts * 4)))
+    for seed in range(6):  # with some of them the first three rows are of one half
+        spec = little_spec(tmp_path, method=name, steps=4, seed=seed, out=str(tmp_path / f"run-{seed}"))
+        train(replace(spec, batch=BatchSpec(size=1), data=DataSpec(source=str(rows)), settings={"share": 0.05}))

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +103,8 @@ class Gates(nn.Module):
     fixed: (places,) 1 where a place was chosen, 0 where not; below 0 while it is searched.
     """
 
+    may_rest: ClassVar[bool] = True
+    """One half of the rows teaches it, and of small batches several in a row may have none of that half."""
     alpha: nn.Parameter
     fixed: Tensor
 

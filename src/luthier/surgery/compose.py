@@ -125,7 +125,7 @@ def spell(method: Method) -> str:
 
 
 def spelling(words: str) -> str:
-    """What stands on the model: a modifier that is named alone stands with the method of its own paper.
+    """What stands on the model: what needs another method, and is named alone, stands with that of its own paper.
 
     >>> spelling("adapterdrop"), spelling("lora+adapterdrop")
     ('pfeiffer_adapter+adapterdrop', 'lora+adapterdrop')
@@ -137,7 +137,7 @@ def spelling(words: str) -> str:
 
 
 def _beside(names: list[str]) -> list[str]:
-    if all(METHODS.get(name).modifies for name in names):
+    if all(METHODS.get(name).needs for name in names):
         return [*METHODS.get(names[0]).needs, *names]
     return names
 

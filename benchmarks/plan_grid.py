@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeVar
 
 from luthier.forecast import (
     Interval,
@@ -66,6 +67,8 @@ BEGIN, END = "<!-- begin plan_grid -->\n", "<!-- end plan_grid -->\n"
 WRONG_USE = (2, 3)  # exit codes of a run that the same words will never make
 COUNTED = ("weights", "trained", "gradients", "optimiser")
 
+T = TypeVar("T")
+
 
 def methods_of(first: tuple[str, ...]) -> list[str]:
     """All methods, those first that the grid began with."""
@@ -103,7 +106,7 @@ def specs(out: Path, shapes: int = 2, part: tuple[int, int] = (1, 1)) -> list[Ru
                         out=str(out / f"{model.partition(':')[2]}-{method}-{length}x{size}"),
                     )
                 )  # fmt: skip
-    return found[part[0] - 1 :: part[1]]
+    return of_part(found, part)
 
 
 def part_of(text: str) -> tuple[int, int]:
@@ -112,6 +115,11 @@ def part_of(text: str) -> tuple[int, int]:
     if not (number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of)):
         raise argparse.ArgumentTypeError(f"{text}: give it as I/N, the first half is 1/2")
     return int(number), int(of)
+
+
+def of_part(rows: list[T], part: tuple[int, int]) -> list[T]:
+    """Every so many-eth: the first of so many equal parts is (1, parts)."""
+    return rows[part[0] - 1 :: part[1]]
 
 
 def run(spec: RunSpec) -> None:

@@ -8,18 +8,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from benchmarks.plan_grid import part_of
 from luthier.core import Interrupted, LuthierError
 
-__all__ = ["attempted", "kept", "known", "named", "once", "part", "scored", "tried", "words_of"]
-
-
-T = TypeVar("T")
+__all__ = ["attempted", "kept", "known", "named", "once", "scored", "tried", "words_of"]
 
 
 def words_of(
@@ -56,11 +52,6 @@ def known(results: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in results.read_text("utf-8").splitlines()] if results.exists() else []
 
 
-def part(rows: Sequence[T], of: tuple[int, int]) -> Sequence[T]:
-    """The first of so many equal parts is (1, parts)."""
-    return rows[of[0] - 1 :: of[1]]
-
-
 def once(results: Path, which: dict[str, Any], make: Callable[[], dict[str, Any]]) -> None:
     """Append `which` with what `make` gives and the seconds that took, unless a result of `which` is there."""
     if any(all(row[k] == v for k, v in which.items()) for row in known(results)):
@@ -78,8 +69,11 @@ def kept(folder: Path, make: Callable[[str], object]) -> str:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as home:
             make(f"{home}/run")
-            with suppress(OSError):  # another process was first
+            try:
                 (Path(home) / "run").rename(folder)
+            except OSError:
+                if not folder.exists():  # else another process was first
+                    raise
     return str(folder)
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.plan_grid import of_part
 from experiments.chat import page as chat_page
 from experiments.methods import page as methods_page
 from experiments.parameters.__main__ import MODELS, SHAPES, table
-from experiments.results import known, once, part, tried, words_of
+from experiments.results import known, once, tried, words_of
 from experiments.size_lora.page import SETS, WAYS, write
 from experiments.strategies.page import MEASURED, measured
 from luthier.core import ConfigError, Interrupted
@@ -158,4 +159,4 @@ def test_a_name_that_is_none_and_a_part_that_is_none_are_answered_in_a_line(caps
 
 def test_parts_of_a_table_are_the_table() -> None:
     rows = list(range(7))
-    assert sorted([*part(rows, (1, 2)), *part(rows, (2, 2))]) == rows
+    assert sorted([*of_part(rows, (1, 2)), *of_part(rows, (2, 2))]) == rows

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.chat_methods import perplexities
+from benchmarks.plan_grid import of_part
 from experiments.chat.page import BASE, GIVEN, LENGTH, MODEL, ROWS, SCORED, STEPS, write
-from experiments.results import attempted, kept, once, part, words_of
+from experiments.results import attempted, kept, once, words_of
 from luthier.runs.spec import BatchSpec, DataSpec, EvalSpec, RunSpec
 from luthier.samples.store import cache_dir
 from luthier.surgery import METHODS
@@ -24,11 +25,11 @@ def main() -> None:
     words = words_of("chat", "method", RESULTS, __doc__, METHODS.get)
     words.set_defaults(seeds=1)
     asked = words.parse_args()
-    names = sorted(asked.only or METHODS.ours(), key=lambda name: name != "lora")
+    names = [BASE, *sorted(asked.only or METHODS.ours(), key=lambda name: name != "lora")]
     for seed in range(0 if asked.page else asked.seeds):
-        once(asked.results, {"method": BASE, "seed": seed}, partial(attempted, partial(_base, seed)))
-        for name in part(names, asked.part):
-            once(asked.results, {"method": name, "seed": seed}, partial(attempted, partial(_run, name, seed)))
+        for name in of_part(names, asked.part):
+            made = partial(_base, seed) if name == BASE else partial(_run, name, seed)
+            once(asked.results, {"method": name, "seed": seed}, partial(attempted, made))
     if asked.page or asked.results == RESULTS:  # results kept elsewhere are a trial, and no page of the docs
         write(asked.results)
 

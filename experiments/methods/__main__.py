@@ -6,11 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.plan_grid import of_part
 from experiments.defaults.baselines import MODEL
 from experiments.defaults.panel import PANEL, Member, halves
 from experiments.methods.page import SETS, write
 from experiments.one_run import one_run
-from experiments.results import kept, once, part, tried, words_of
+from experiments.results import kept, once, tried, words_of
 from luthier.samples.store import cache_dir
 from luthier.surgery import METHODS
 from luthier.surgery.compose import spelling
@@ -27,7 +28,7 @@ def main() -> None:
     asked = words.parse_args()
     names = sorted(asked.only or METHODS.ours(), key=lambda name: name != "head_only")
     for seed in range(0 if asked.page else asked.seeds):
-        for name in part(names, asked.part):
+        for name in of_part(names, asked.part):
             which = {"set": asked.set, "method": name, "seed": seed}
             once(asked.results, which, partial(tried, partial(_run, asked.set, name, seed)))
     if asked.page or asked.results == RESULTS:  # results kept elsewhere are a trial, and no page of the docs

@@ -7,9 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.plan_grid import of_part
 from experiments.defaults.panel import PANEL, halves
 from experiments.one_run import one_run
-from experiments.results import once, part, tried, words_of
+from experiments.results import once, tried, words_of
 from experiments.size_lora.page import MODELS, SEEDS, SETS, WAYS, write
 from luthier.core import ConfigError
 
@@ -28,7 +29,7 @@ def main() -> None:
         for model in MODELS if seed < SEEDS[model] and (not asked.only or model in asked.only)
         for name in SETS for way in WAYS
     ]  # fmt: skip
-    for which in part(todo, asked.part):
+    for which in of_part(todo, asked.part):
         if time.monotonic() - begun < 60 * asked.minutes:
             once(asked.results, which, partial(tried, partial(_run, **which)))
     if asked.page or asked.results == RESULTS:  # results kept elsewhere are a trial, and no page of the docs

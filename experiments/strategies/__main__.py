@@ -6,8 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.plan_grid import of_part
 from experiments.one_run import one_run
-from experiments.results import once, part, tried, words_of
+from experiments.results import once, tried, words_of
 from experiments.strategies.page import write
 from experiments.strategies.scenes import SCENES, old_rows
 from experiments.strategies.trials import Trial, every_trial
@@ -20,15 +21,19 @@ RESULTS = Path(__file__).parent / "results.jsonl"
 def main() -> None:
     asked = words_of("strategies", "strategy", RESULTS, __doc__, _strategies).parse_args()
     chosen = [(name, trial) for name, trial in every_trial() if not asked.only or name in asked.only]
-    chosen = part(chosen, asked.part)
     plain = sorted({(t.scene, n) for _, t in chosen for n in {1, t.passes}})
     for seed in range(0 if asked.page else asked.seeds):
-        for scene, times in plain:
-            once(asked.results, {"scene": scene, "strategy": None, "passes": times, "seed": seed},
-                 partial(tried, partial(_run, scene, None, Trial(), times, seed)))  # fmt: skip
-        for name, trial in chosen:
-            once(asked.results, {"scene": trial.scene, "strategy": name, "passes": trial.passes, "seed": seed},
-                 partial(tried, partial(_run, trial.scene, name, trial, trial.longer, seed)))  # fmt: skip
+        todo: list[tuple[dict[str, Any], Any]] = [
+            ({"scene": scene, "strategy": None, "passes": times}, partial(_run, scene, None, Trial(), times, seed))
+            for scene, times in plain
+        ]
+        todo += [
+            ({"scene": trial.scene, "strategy": name, "passes": trial.passes},
+             partial(_run, trial.scene, name, trial, trial.longer, seed))
+            for name, trial in chosen
+        ]  # fmt: skip
+        for which, made in of_part(todo, asked.part):
+            once(asked.results, {**which, "seed": seed}, partial(tried, made))
     if asked.page or asked.results == RESULTS:  # results kept elsewhere are a trial, and no page of the docs
         write(asked.results)
 

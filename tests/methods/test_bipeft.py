@@ -1,5 +1,6 @@
 """The iterative search of places and ranks: the acid tests of its paper."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -240,6 +241,11 @@ def test_small_batches_without_a_row_of_the_half_that_teaches_the_choices_do_not
     rows = tmp_path / "rows.csv"
     texts = [f"{word} it was" for word in ("good", "bad", "fine", "poor", "great", "awful", "nice", "sad")]
     rows.write_text("text,label\n" + "".join(f"{text},{i % 2}\n" for i, text in enumerate(texts * 4)))
-    for seed in range(6):  # with some of them the first three rows are of one half
+    untaught = 0
+    for seed in range(8):  # with some of them the first three rows are of one half, or of the other
         spec = little_spec(tmp_path, method=name, steps=4, seed=seed, out=str(tmp_path / f"run-{seed}"))
-        train(replace(spec, batch=BatchSpec(size=1), data=DataSpec(source=str(rows)), settings={"share": 0.05}))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            train(replace(spec, batch=BatchSpec(size=1), data=DataSpec(source=str(rows)), settings={"share": 0.05}))
+        untaught += any("no step of the search taught it what to keep" in str(one.message) for one in told)
+    assert 0 < untaught < 8, "a search that nothing taught says so, another one does not"

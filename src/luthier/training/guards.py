@@ -23,7 +23,8 @@ class NoOpGuard:
     """Within the first sound steps every trained target has received a gradient, and something has moved.
 
     Otherwise training would be a silent no-op: the classic of the field (a frozen base under checkpointing, a dead
-    branch, labels that are all masked).
+    branch, labels that are all masked). A step of which a module says `unasked` had no row for the weights, and does
+    not count.
     """
 
     def __init__(self, tuned: Tuned) -> None:
@@ -33,6 +34,7 @@ class NoOpGuard:
         self._asked: set[str] = set()  # targets that were to learn in a step
         self._live: set[str] = set()
         self._moved = False
+        self._counts = True
         self._start = _sums(tuned)
         self.steps = 0
 
@@ -44,6 +46,10 @@ class NoOpGuard:
         """
         asleep = {id(self._named[name]) for name in resting}
         asleep |= {id(p) for module in self._tuned.edited.resting() for p in module.parameters()}
+        placed = (m for tuning in self._tuned.tunings.values() for m in tuning.modules_by_key().values())
+        self._counts = not any(getattr(module, "unasked", False) for module in placed)
+        if not self._counts:
+            return
         for target, parameters in self._targets.items():
             if any(id(p) not in asleep for p in parameters):
                 self._asked.add(target)
@@ -52,7 +58,7 @@ class NoOpGuard:
 
     def after_update(self) -> None:
         """Count a step whose update was made."""
-        self.steps += 1
+        self.steps += self._counts
         self._moved = self._moved or _sums(self._tuned) != self._start
 
     @property

@@ -112,7 +112,7 @@ class BIPEFT(PlaceSearch):
             if gates.done:
                 continue
             at = (step - 1) / max(1, round(self.search * total))
-            gates.all_on = step <= ALL_ON
+            gates.all_on, gates.halves = step <= ALL_ON, set()
             gates.draw(ranks=len(self.ranks) > 1 and int(at * 2 * self.rounds) % 2 == 1)
 
     def loss(self, tuned: TunedView, forward: Callable[[], Any]) -> Any:

@@ -92,6 +92,7 @@ class S3DeltaM(PlaceSearch):
     def before_step(self, tuned: TunedView, step: int, total: int) -> None:
         for gates in own_modules(self, tuned, Logits):
             if not gates.done:
+                gates.halves = set()
                 gates.draw()
 
     def loss(self, tuned: TunedView, forward: Callable[[], Any]) -> Any:

@@ -18,10 +18,11 @@ __all__ = ["Searched", "choice_gradient", "half_of", "numbers_below_head", "row_
 
 
 class Searched(Protocol):
-    """What is searched: `alpha`, heard by a pass only where `lets_learn`."""
+    """What is searched: `alpha`, heard by a pass only where `lets_learn`; `halves`: those a step had rows of."""
 
     alpha: nn.Parameter
     lets_learn: bool
+    halves: set[int]
 
 
 def numbers_below_head(anatomy: Anatomy) -> int:
@@ -92,6 +93,7 @@ def searched_loss(
         result = forward()
         ids, mask = heard.context.ids, heard.context.mask_for("")
         loss, n = row_losses(result, ids, mask, half, tuned.anatomy, adds_up=not second_order)
+        gates.halves |= {half} if n else set()
         return result, loss, n
 
     # While a pass goes back its gates are as they were in it: its blocks may be computed anew for that.

@@ -27,19 +27,25 @@ def top_k(scores: Sequence[Tensor], k: int) -> list[Tensor]:
     Exactly k are true: equal scores are taken in the order of the list, then of the entries. A threshold would take
     whole groups of ties, and zeros tie often.
     """
-    total = sum(s.numel() for s in scores)
-    if k <= 0 or k >= total:
+    sizes = [s.numel() for s in scores]
+    if k <= 0 or k >= sum(sizes):
         return [torch.full_like(s, k > 0, dtype=torch.bool) for s in scores]
-    if total > _LARGE and all(s.dtype in (torch.float32, torch.bfloat16, torch.float16) for s in scores):
-        last = _kth_largest(scores, k)
-    else:
-        last = torch.topk(torch.cat([s.flatten() for s in scores]), k, sorted=False).values.min()
+    if sum(sizes) > _LARGE and all(s.dtype in (torch.float32, torch.bfloat16, torch.float16) for s in scores):
+        return _above(scores, _kth_largest(scores, k), k)
+    flat = torch.cat([s.flatten() for s in scores])  # of hundreds of small ones, one look is the quicker
+    (chosen,) = _above([flat], torch.topk(flat, k, sorted=False).values.min(), k)
+    return [part.view(s.shape) for part, s in zip(torch.split(chosen, sizes), scores, strict=True)]
+
+
+def _above(scores: Sequence[Tensor], last: Tensor, k: int) -> list[Tensor]:
+    """What is larger than the k-th, and of what equals it the first, until there are k."""
     chosen = [s > last for s in scores]
     left = k - sum(int(c.sum()) for c in chosen)
     for score, mask in zip(scores, chosen, strict=True):
-        ties = (score == last).flatten().nonzero().flatten()[:left]
-        mask.view(-1)[ties] = True
-        left -= len(ties)
+        if left:
+            ties = (score == last).flatten().nonzero().flatten()[:left]
+            mask.view(-1)[ties] = True
+            left -= len(ties)
     return chosen
 
 

@@ -8,6 +8,7 @@ components give nothing at the start. What is not chosen is dropped when the run
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
@@ -104,18 +105,24 @@ class Gates(nn.Module):
     """
 
     may_rest: ClassVar[bool] = True
-    """One half of the rows teaches it, and of small batches several in a row may have none of that half."""
+    """It hears nothing before the weights have moved, and of small batches several may have no row that teaches it."""
     alpha: nn.Parameter
     fixed: Tensor
 
     def __init__(self, n: int) -> None:
         super().__init__()
+        self.halves = {0, 1}  # of the rows, those that this step had one of: small batches may lack either
         self.register_buffer("fixed", torch.full((n,), -1.0))
 
     @property
     def done(self) -> bool:
         """Whether the search is over."""
         return bool((self.fixed >= 0).all())
+
+    @property
+    def unasked(self) -> bool:
+        """Whether this step had no row that teaches the weights."""
+        return not self.done and 0 not in self.halves
 
     def z(self) -> Tensor:
         """(places,) or (places, ranks): of this pass."""
@@ -314,16 +321,25 @@ class PlaceSearch(Method):
                 tuning.notes |= {f"start.{n}": p.detach().clone() for n, (_, _, p) in named.items()}
                 continue
             for gates in self._gates(tuned):
-                gates.choose(self.budget(tuned.anatomy))
+                self._choose(gates, tuned)
                 for name, (module, short, parameter) in named.items():
                     kept = gates.kept(module.numbers[short.partition("_")[0]], short, parameter)
                     parameter.copy_(tuning.notes.pop(f"start.{name}") * kept)
                     tuning.masks[name] = kept
 
+    def _choose(self, gates: Gates, tuned: TunedView) -> None:
+        if not gates.alpha.any():  # it starts at zero
+            warnings.warn(
+                f"{self.name}: no step of the search taught it what to keep, so its choice says nothing. One half of "
+                "the rows teaches it: give batches of more rows, or more steps.",
+                stacklevel=2,
+            )
+        gates.choose(self.budget(tuned.anatomy))
+
     def finish(self, tuned: TunedView) -> None:
         for gates in self._gates(tuned):
             if not gates.done:
-                gates.choose(self.budget(tuned.anatomy))
+                self._choose(gates, tuned)
             for tuning in own_tunings(self, tuned):
                 for module in tuning.modules_by_key().values():
                     if isinstance(module, Components):

@@ -23,8 +23,9 @@ Use it when: a low rank is what holds LoRA back, and memory is no matter.
 Not when: the base only just fits.
 Pitfalls: the columns of V have no length of their own, so how far a rate moves the weights depends on the model: at
 1e-2 smollm2-135m lost all it knew within 20 steps (perplexity 830 of 110), at 3e-3 it reached 49 and at 1e-3 41, and
-minilm-l6 0.90 and 0.88 of 300 questions of trec6 (`python -m experiments.rates frod`). V follows from all sites of a
-kind, so other `sites` are another V; signs and order in it are the decomposition's own, so a saved tuning holds V.
+minilm-l6 0.90 and 0.88 of 300 questions of trec6 (`python -m experiments.rates frod optim.lr=1e-3`). V follows from
+all sites of a kind, so other `sites` are another V; signs and order in it are the decomposition's own, so a saved
+tuning holds V.
 """
 
 from collections.abc import Iterable, Sequence

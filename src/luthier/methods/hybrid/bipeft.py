@@ -44,7 +44,7 @@ from luthier.methods.parts.searched import (
 from luthier.surgery import METHODS, Edit, TunedView
 
 ALL_ON = 3
-"""First steps in which every place acts, so that each has had a gradient before one is shut."""
+"""First steps that teach the weights, in which every place acts, so that each has had a gradient before one is shut."""
 
 
 @METHODS.register("bipeft", family="hybrid", paper="arXiv:2410.09079")
@@ -112,7 +112,7 @@ class BIPEFT(PlaceSearch):
             if gates.done:
                 continue
             at = (step - 1) / max(1, round(self.search * total))
-            gates.all_on, gates.halves = step <= ALL_ON, set()
+            gates.all_on, gates.halves = int(gates.taught) < ALL_ON, set()
             gates.draw(ranks=len(self.ranks) > 1 and int(at * 2 * self.rounds) % 2 == 1)
 
     def loss(self, tuned: TunedView, forward: Callable[[], Any]) -> Any:
@@ -139,6 +139,7 @@ class BIPEFT(PlaceSearch):
             if gates.done:
                 continue
             gates.put_back()
+            gates.taught += 0 in gates.halves
             if float(gates.agreement) >= self.stable:
                 gates.prune(self.budget(tuned.anatomy), self.prunes)
 
@@ -154,13 +155,14 @@ class Choices(Gates):
     """Log-odds of on and off and of each rank; what has been cut already; how much the loss feels each place.
 
     alpha: (places, 2 + ranks)    active: (places,) 0 or 1    widest: (places,) the number of the widest rank that is
-    left    felt: (places, widest rank) sums of |θ g|
+    left    felt: (places, widest rank) sums of |θ g|    taught: steps that had rows to teach the weights
     """
 
     active: Tensor
     widest: Tensor
     felt: Tensor
     agreement: Tensor
+    taught: Tensor
     start: Tensor
     sizes: Tensor
     noise: Tensor
@@ -177,6 +179,7 @@ class Choices(Gates):
         self.register_buffer("widest", torch.full((n,), len(self.ranks) - 1))
         self.register_buffer("felt", torch.zeros(n, self.ranks[-1]))
         self.register_buffer("agreement", torch.zeros(()))
+        self.register_buffer("taught", torch.zeros((), dtype=torch.long))
         self.register_buffer("sizes", torch.tensor(sizes), persistent=False)
         self.register_buffer("noise", _gumbel(n, 2 + len(self.ranks)), persistent=False)
 
